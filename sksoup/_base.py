@@ -1,0 +1,524 @@
+"""What all soups share: the two forms of fit, validation, prediction, saving, tags."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import os
+import platform
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Self, overload
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator
+from sklearn.callback import CallbackSupportMixin, with_callbacks
+from sklearn.metrics import accuracy_score, check_scoring, r2_score
+from sklearn.utils import ClassifierTags, RegressorTags, Tags, check_scalar
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import (
+    check_consistent_length,
+    check_is_fitted,
+    validate_data,
+)
+from torch import nn
+
+from ._data import (
+    TASKS,
+    HeldOut,
+    Task,
+    encode_targets,
+    inputs_to_tensor,
+    resolve_classes,
+    resolve_device,
+)
+from ._layout import Layers, group_layers
+from ._mix import cast, mix, stored_dtypes
+from ._objective import (
+    Found,
+    Objective,
+    Problem,
+    as_output,
+    batched,
+    load_weights,
+    module_dtype,
+    prepare_module,
+)
+from .checkpoints import CheckpointCollection
+from .recipe import Recipe
+
+PACKAGES = ("sksoup", "torch", "numpy", "scikit-learn", "safetensors")
+INTEGERS = [np.int64, np.int32, np.int16, np.int8, np.uint8, np.bool_]
+
+
+def two_forms(fit: Callable[..., Any]) -> Callable[..., Any]:
+    """Let ``fit`` be called with or without checkpoints; scikit-learn sees the second form."""
+
+    @functools.wraps(fit)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "checkpoints" in kwargs:
+            return fit(self, kwargs.pop("checkpoints"), *args, **kwargs)
+        n_data = 0 if "X" in kwargs else 1 if "y" in kwargs else 2  # positions left for X and y
+        if len(args) > n_data or (args and isinstance(args[0], CheckpointCollection)):
+            return fit(self, *args, **kwargs)
+        return fit(self, self.checkpoints, *args, **kwargs)
+
+    signature = inspect.signature(fit)
+    seen = [p for name, p in signature.parameters.items() if name != "checkpoints"]
+    wrapper.__signature__ = signature.replace(parameters=seen)  # type: ignore[attr-defined]
+    return wrapper
+
+
+class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
+    """Base of all soups: everything but the search for coefficients.
+
+    A recipe is a subclass with its parameters in ``__init__`` and one method, ``_search``, that
+    gets a `Problem` and returns `Found` coefficients.
+    """
+
+    checkpoints: Any
+    task: Task
+    classes: ArrayLike | None
+    batch_size: int | None
+    device: str | torch.device
+
+    # ------------------------------------------------------------------ fit
+
+    @overload
+    def fit(
+        self, checkpoints: Any, X: Any, y: Any = None, *, sample_weight: Any = None
+    ) -> Self: ...
+
+    @overload
+    def fit(self, X: Any, y: Any = None, *, sample_weight: Any = None) -> Self: ...
+
+    @two_forms
+    @with_callbacks  # type: ignore[untyped-decorator]
+    def fit(self, checkpoints: Any, X: Any, y: Any = None, *, sample_weight: Any = None) -> Self:
+        """Find the coefficients on held-out data and mix the soup.
+
+        Called as ``fit(checkpoints, X, y)``, or as ``fit(X, y)`` when the checkpoints were given
+        to the constructor.
+
+        Parameters
+        ----------
+        checkpoints : CheckpointCollection, callable or iterable
+            What to mix; a callable ``(X, y) -> CheckpointCollection`` makes it from the data. By
+            default the constructor's ``checkpoints``.
+        X : array-like or Tensor of shape (n_samples, ...)
+            Held-out inputs. Floating ones are converted to the module's dtype.
+        y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs)
+            Held-out labels or targets.
+        sample_weight : array-like of shape (n_samples,) or None, default=None
+            Weights of the rows, in the loss and in the held-out score.
+
+        Returns
+        -------
+        self : estimator
+            Fitted.
+
+        Raises
+        ------
+        CheckpointError
+            The checkpoints can't be opened, do not fit each other or the module, or hold NaN.
+        ValueError
+            X, y and parameters that do not fit each other.
+        DivergenceError
+            The loss or the coefficients stopped being finite.
+        """
+        self._check_params()
+        X, y = self._validate(X, y)
+        weight = _check_weight(sample_weight, len(X))
+        collection = self._collect(checkpoints, X, y)
+        collection.start_hashing()
+        device = resolve_device(self.device)
+        module = prepare_module(collection.build_module(), collection, device)
+        data = self._held_out(module, X, y, weight, device)
+        layers = group_layers(module, collection.layout, getattr(self, "layerwise", False))
+        objective = Objective(module, getattr(self, "criterion", None), self.task)
+        found = self._search(
+            Problem(
+                collection,
+                layers,
+                data,
+                objective,
+                self._scorer(objective, data, X, y, weight),
+                self._progress,
+            )
+        )
+        self._finish(collection, layers, objective, found)
+        return self
+
+    @abstractmethod
+    def _search(self, problem: Problem) -> Found:
+        """Find the coefficients: the one method a recipe has to have."""
+
+    def _finish(
+        self,
+        collection: CheckpointCollection,
+        layers: Layers,
+        objective: Objective,
+        found: Found,
+    ) -> None:
+        """Mix the soup from the coefficients alone and keep what was found."""
+        coef = layers.expand(found.coef)
+        self.coef_ = coef if getattr(self, "layerwise", False) else coef[0]
+        self.layers_ = dict(layers.rows)
+        self.layer_names_ = layers.names
+        self.checkpoints_ = collection
+        self.history_ = found.history
+        self.counts_ = objective.counts
+        for name, value in found.attributes.items():
+            setattr(self, name, value)
+        self._keep_soup(collection, coef, layers, objective.module)
+
+    def _keep_soup(
+        self,
+        collection: CheckpointCollection,
+        coef: NDArray[np.float64],
+        layers: Layers,
+        module: nn.Module,
+    ) -> None:
+        load_weights(module, mix(collection, coef, layers=layers.rows))
+        self._dtypes = stored_dtypes(collection, coef)
+        self.module_ = module
+        self.recipe_ = Recipe.record(
+            type(self).__name__,
+            collection,
+            coef,
+            layers=self.layers_,
+            layer_names=self.layer_names_,
+            params=_as_json(
+                {k: v for k, v in self.get_params(False).items() if k != "checkpoints"}
+            ),
+            scores=_as_json(getattr(self, "individual_scores_", {})),
+            temperature=float(getattr(self, "temperature_", 1.0)),
+            versions=_versions(),
+        )
+
+    # ------------------------------------------------------------- validation
+
+    def _check_params(self) -> None:
+        """Check the parameters all recipes share; recipes add theirs."""
+        if self.task not in TASKS:
+            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}.")
+        if self.batch_size is not None:
+            check_scalar(self.batch_size, "batch_size", int, min_val=1)
+
+    def _validate(self, X: Any, y: Any) -> tuple[Any, NDArray[Any]]:
+        _refuse_checkpoints(X)
+        if isinstance(X, torch.Tensor) and X.device.type != "cpu":
+            y = _to_numpy(y)
+            check_consistent_length(X, y)
+            self.n_features_in_ = X.shape[1]
+        else:
+            X, y = validate_data(
+                self,
+                _to_numpy(X),
+                _to_numpy(y),
+                allow_nd=True,
+                dtype=[np.float64, np.float32, *INTEGERS],
+                multi_output=self.task != "classification",
+                y_numeric=self.task == "regression",
+            )
+        if self.task == "classification":
+            check_classification_targets(y)
+        return X, y
+
+    def _collect(self, checkpoints: Any, X: Any, y: Any) -> CheckpointCollection:
+        if checkpoints is None:
+            raise ValueError(
+                f"{type(self).__name__} has no checkpoints: give them to the constructor, "
+                f"{type(self).__name__}(checkpoints).fit(X, y), or to fit(checkpoints, X, y)."
+            )
+        if isinstance(checkpoints, CheckpointCollection):
+            return checkpoints
+        if callable(checkpoints) and not isinstance(checkpoints, nn.Module):
+            made = checkpoints(X, y)
+            if not isinstance(made, CheckpointCollection):
+                raise TypeError(
+                    f"checkpoints={checkpoints!r} returned a {type(made).__name__}, expected a "
+                    f"CheckpointCollection."
+                )
+            return made
+        return CheckpointCollection(checkpoints)
+
+    def _held_out(
+        self,
+        module: nn.Module,
+        X: Any,
+        y: NDArray[Any],
+        weight: NDArray[np.float64] | None,
+        device: torch.device,
+    ) -> HeldOut:
+        """Put the data on the device; one row through the module tells the shape of its output."""
+        dtype = module_dtype(module)
+        inputs = inputs_to_tensor(X, dtype, device)
+        with torch.no_grad():
+            output = as_output(module(inputs[:1]))
+        if output.ndim > 2 or (self.task == "classification" and output.ndim != 2):
+            raise ValueError(
+                f"The module's output has shape {tuple(output.shape)} for one row, expected "
+                f"(1, n_outputs) for task={self.task!r}."
+            )
+        n_outputs = output.shape[1] if output.ndim == 2 else 1
+        if self.task == "classification":
+            self.classes_ = resolve_classes(y, n_outputs, self.classes)
+        targets = encode_targets(
+            y, self.task, getattr(self, "classes_", None), n_outputs, dtype, device
+        )
+        if self.task != "classification":
+            targets = targets.reshape(len(targets), *output.shape[1:])
+            self._target_ndim = y.ndim
+        self.n_outputs_ = n_outputs
+        weights = None if weight is None else torch.as_tensor(weight).to(device, dtype)
+        return HeldOut(inputs, targets, weights)
+
+    # ------------------------------------------------------------------ scores
+
+    def _scorer(
+        self, objective: Objective, data: HeldOut, X: Any, y: Any, weight: Any
+    ) -> Callable[[], float]:
+        """A function that gives the held-out score of the module's present weights."""
+        scoring = getattr(self, "scoring", None)
+        if scoring is None:
+
+            def score() -> float:
+                outputs = objective.outputs(data.X, self.batch_size)
+                return self._default_score(y, self._decode(outputs), weight)
+
+            return score
+        candidate = copy.copy(self)  # a fitted soup for scikit-learn's scorers to look at
+        candidate.module_ = objective.module
+        candidate.coef_ = None
+        scorer = check_scoring(candidate, scoring)
+        extra = {} if weight is None else {"sample_weight": weight}
+
+        def score_by_scorer() -> float:
+            objective.counts.rows_forward += len(data)
+            return float(scorer(candidate, X, y, **extra))
+
+        return score_by_scorer
+
+    def _default_score(self, y: Any, predicted: Any, weight: Any) -> float:
+        metric = r2_score if self.task == "regression" else accuracy_score
+        return float(metric(y, predicted, sample_weight=weight))
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Score the predictions: accuracy, or R² for ``task="regression"``.
+
+        Parameters
+        ----------
+        X : array-like or Tensor of shape (n_samples, ...)
+            Inputs.
+        y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs)
+            Labels or targets.
+        sample_weight : array-like of shape (n_samples,) or None, default=None
+            Weights of the rows.
+
+        Returns
+        -------
+        score : float
+            Greater is better; subset accuracy for ``task="multilabel"``.
+        """
+        return self._default_score(_to_numpy(y), self.predict(X), sample_weight)
+
+    # --------------------------------------------------------------- predictions
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """Predict labels or targets.
+
+        Parameters
+        ----------
+        X : array-like or Tensor of shape (n_samples, ...)
+            Inputs.
+
+        Returns
+        -------
+        y : ndarray of shape (n_samples,) or (n_samples, n_outputs)
+            Labels from ``classes_``; 0 and 1 for multi-label; the module's dtype (float32) for
+            regression.
+        """
+        return self._decode(self._outputs(X))
+
+    @available_if(lambda self: self.task != "regression")  # type: ignore[untyped-decorator]
+    def predict_proba(self, X: Any) -> NDArray[np.float32]:
+        """Predict probabilities: softmax of the logits, sigmoid for multi-label.
+
+        Parameters
+        ----------
+        X : array-like or Tensor of shape (n_samples, ...)
+            Inputs.
+
+        Returns
+        -------
+        p : ndarray of shape (n_samples, n_outputs), float32
+            Columns in the order of ``classes_``. A learned ``temperature_`` is applied.
+        """
+        logits = self._outputs(X) * getattr(self, "temperature_", 1.0)
+        p = logits.sigmoid() if self.task == "multilabel" else logits.softmax(dim=1)
+        return p.cpu().numpy()
+
+    def _outputs(self, X: Any) -> torch.Tensor:
+        """(n_samples, n_outputs) raw outputs of the fitted soup, on the device."""
+        check_is_fitted(self, "coef_")
+        return self._module_outputs(self.module_, self._validate_inputs(X))
+
+    def _validate_inputs(self, X: Any) -> Any:
+        if isinstance(X, torch.Tensor) and X.device.type != "cpu":
+            return X
+        return validate_data(
+            self,
+            _to_numpy(X),
+            reset=False,
+            allow_nd=True,
+            dtype=[np.float64, np.float32, *INTEGERS],
+        )
+
+    def _module_outputs(self, module: nn.Module, X: Any) -> torch.Tensor:
+        parameter = next(module.parameters())
+        inputs = inputs_to_tensor(X, module_dtype(module), parameter.device)
+        return batched(lambda rows: as_output(module(rows)), inputs, self.batch_size)
+
+    def _decode(self, outputs: torch.Tensor) -> NDArray[Any]:
+        """Outputs -> labels or targets."""
+        if self.task == "classification":
+            return np.asarray(self.classes_[outputs.argmax(dim=1).cpu().numpy()])
+        values = outputs.detach().cpu().numpy()
+        if self.task == "multilabel":
+            return (values > 0).astype(np.int64)
+        return (
+            values.reshape(len(values))
+            if self._target_ndim == 1
+            else values.reshape(len(values), -1)
+        )
+
+    # ------------------------------------------------------------------- weights
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the soup's weights.
+
+        Returns
+        -------
+        state_dict : dict of str to Tensor
+            Copies on the CPU, in the dtypes of the checkpoints: bit for bit
+            ``mix(soup.checkpoints_, soup.coef_, layers=soup.layers_)``.
+        """
+        check_is_fitted(self, "coef_")
+        state = self.module_.state_dict()
+        return {
+            name: cast(name, state[name].detach().cpu().clone(), dtype)
+            for name, dtype in self._dtypes.items()
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights and recipe to one ``.safetensors`` file, atomically.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Ends in ``.safetensors``; an existing file is replaced, by the whole new one or not at
+            all. ``Recipe.load(path).cook(checkpoints)`` rebuilds the weights.
+
+        Raises
+        ------
+        ValueError
+            Another suffix.
+        """
+        check_is_fitted(self, "coef_")
+        self.recipe_.save_weights(Path(path), self.state_dict())
+
+    # -------------------------------------------------------------- scikit-learn
+
+    @contextmanager
+    def _progress(self, name: str, n_steps: int) -> Iterator[Callable[[], None]]:
+        """Tell scikit-learn's callbacks of each step; the one place that knows their protocol."""
+        root = self._init_callback_context(max_subtasks=n_steps)
+        root.call_on_fit_task_begin(estimator=self)
+        running: list[Any] = []
+        remaining = n_steps
+
+        def step() -> None:
+            """End the running task, if any, and begin the next, if any is left."""
+            nonlocal remaining
+            if running:
+                running.pop().call_on_fit_task_end(estimator=self)
+            if remaining:
+                remaining -= 1
+                task = root.subcontext(task_name=name)
+                running.append(task.call_on_fit_task_begin(estimator=self))
+
+        step()
+        yield step
+        root.call_on_fit_task_end(estimator=self)
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = True
+        tags.target_tags.multi_output = self.task != "classification"
+        tags.input_tags.three_d_array = True
+        if self.task == "regression":
+            tags.estimator_type = "regressor"
+            tags.regressor_tags = RegressorTags()
+        else:
+            tags.estimator_type = "classifier"
+            tags.classifier_tags = ClassifierTags(multi_label=self.task == "multilabel")
+        return tags
+
+
+def _refuse_checkpoints(X: Any) -> None:
+    """Say what went wrong when checkpoints stand where X should."""
+    items = list(X[:1]) if isinstance(X, (list, tuple)) else [X]
+    for item in items:
+        is_state = isinstance(item, Mapping) and any(
+            isinstance(value, torch.Tensor) for value in item.values()
+        )
+        if isinstance(item, (str, os.PathLike, nn.Module)) or is_state:
+            raise TypeError(
+                f"X holds {'a state dict' if is_state else type(item).__name__} where rows of "
+                f"data were expected: these look like checkpoints. Call fit(checkpoints, X, y), or "
+                f"wrap them: fit(CheckpointCollection(checkpoints, module=...), X)."
+            )
+
+
+def _to_numpy(values: Any) -> Any:
+    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
+
+
+def _check_weight(sample_weight: Any, n_samples: int) -> NDArray[np.float64] | None:
+    if sample_weight is None:
+        return None
+    weight = np.asarray(_to_numpy(sample_weight), dtype=np.float64)
+    if weight.shape != (n_samples,):
+        raise ValueError(
+            f"sample_weight has shape {weight.shape}, expected ({n_samples},), one per row of X."
+        )
+    if not np.isfinite(weight).all() or (weight < 0).any() or not weight.any():
+        raise ValueError("sample_weight must be finite, not negative, and not all 0.")
+    return weight
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):  # run from a folder that was never installed
+            versions[package] = version(package)
+    return versions
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON can hold them; anything else by its repr."""
+    plain: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, np.generic):
+            value = value.item()
+        simple = value is None or isinstance(value, (bool, int, float, str))
+        plain[name] = value if simple else repr(value)
+    return plain

@@ -1,0 +1,169 @@
+"""Minibatch gradient descent on the coefficients of one model batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ._model_batch import ModelBatch
+from ._objective import Problem
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to descend; the same for all recipes that do."""
+
+    optimizer: str
+    schedule: str
+    lr: float
+    max_epochs: int
+    batch_size: int | None
+    clip_grad_norm: float | None
+    shuffle: bool
+
+
+class NotFiniteError(Exception):
+    """The loss or the coefficients stopped being finite.
+
+    At ``step`` (counted from 1); ``coef`` (b, n_searched) are those before that epoch.
+    """
+
+    def __init__(self, step: int, coef: NDArray[np.float64]) -> None:
+        super().__init__(step)
+        self.step = step
+        self.coef = coef
+
+
+def descend(
+    batch: ModelBatch,
+    problem: Problem,
+    coef: Callable[[], torch.Tensor],
+    leaves: Sequence[torch.Tensor],
+    settings: Settings,
+    generator: torch.Generator,
+    *,
+    scale: torch.Tensor | None = None,
+    on_epoch: Callable[[], None],
+) -> list[dict[str, Any]]:
+    """Minimise the held-out loss of ``start + sum_k coef_k delta_k`` over ``leaves``.
+
+    ``coef()`` gives (b, n_searched) as a function of the leaves. A step is one forward/backward of
+    one model, a `combine` and a `project`. Returns one record per epoch, with its loss and gradient
+    norm at every step.
+    """
+    data, layers = problem.data, problem.layers
+    per_epoch = 1 if settings.batch_size is None else -(-len(data) // settings.batch_size)
+    optimizer = _optimizer(leaves, settings)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, _schedule(settings.schedule, per_epoch * settings.max_epochs)
+    )
+    limit = math.inf if settings.clip_grad_norm is None else settings.clip_grad_norm
+    records = []
+    for epoch in range(settings.max_epochs):
+        before = coef().detach()
+        losses, norms = [], []
+        for rows in data.batches(settings.batch_size, generator if settings.shuffle else None):
+            c = coef()  # (b, n_searched), a graph of a few numbers
+            batch.combine(layers.expand_columns(c.detach()))
+            batch.flat.grad.zero_()
+            optimizer.zero_grad()
+            losses.append(problem.objective.loss_and_backward(rows, scale))
+            c.backward(batch.project(layers.n_searched).to(c))  # type: ignore[no-untyped-call]
+            norms.append(torch.nn.utils.clip_grad_norm_(leaves, limit))
+            optimizer.step()
+            scheduler.step()
+        loss, norm = (
+            torch.stack(losses),
+            torch.stack(norms),
+        )  # fetched from the device at once
+        finite = torch.isfinite(loss) & torch.isfinite(norm).to(loss.device)
+        if not bool(finite.all()) or not bool(torch.isfinite(coef()).all()):
+            bad = torch.cat([~finite, finite.new_ones(1)]).nonzero()[0]
+            step = epoch * per_epoch + min(int(bad) + 1, len(losses))
+            raise NotFiniteError(step, before.cpu().double().numpy())
+        records.append({"epoch": epoch, "loss": loss.tolist(), "grad_norm": norm.tolist()})
+        on_epoch()
+    batch.combine(layers.expand_columns(coef().detach()))
+    return records
+
+
+def _optimizer(leaves: Sequence[torch.Tensor], settings: Settings) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(leaves, lr=settings.lr)
+    return torch.optim.AdamW(leaves, lr=settings.lr, weight_decay=0.0)
+
+
+def _schedule(name: str, n_steps: int) -> Callable[[int], float]:
+    """Factor on the learning rate: constant, or cosine after a warm-up over a fifth of the steps."""
+    if name == "constant":
+        return lambda step: 1.0
+    warm = max(1, n_steps // 5)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, n_steps - warm)))
+
+    return factor
+
+
+def check_settings(soup: Any) -> None:
+    """Check the parameters of a recipe that descends; say what was expected."""
+    for name, choices in (
+        ("optimizer", ("adamw", "sgd")),
+        ("schedule", ("cosine", "constant")),
+    ):
+        if getattr(soup, name) not in choices:
+            raise ValueError(
+                f"{name} must be one of {', '.join(map(repr, choices))}, got "
+                f"{getattr(soup, name)!r}."
+            )
+    if not (isinstance(soup.lr, (int, float)) and math.isfinite(soup.lr) and soup.lr > 0):
+        raise ValueError(f"lr must be a finite number > 0, got {soup.lr!r}.")
+    for name in ("max_epochs", "model_epochs"):
+        value = getattr(soup, name, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+    clip = soup.clip_grad_norm
+    if clip is not None and not (isinstance(clip, (int, float)) and clip > 0):
+        raise ValueError(f"clip_grad_norm must be None or > 0, got {clip!r}.")
+
+
+def settings_of(soup: Any) -> Settings:
+    """The `Settings` in a recipe's parameters."""
+    return Settings(
+        soup.optimizer,
+        soup.schedule,
+        float(soup.lr),
+        soup.max_epochs,
+        soup.batch_size,
+        soup.clip_grad_norm,
+        soup.shuffle,
+    )
+
+
+def private_generator(random_state: Any) -> torch.Generator:
+    """A generator of its own: an int seeds it, a RandomState is drawn from, None is entropy."""
+    generator = torch.Generator()
+    if random_state is None:
+        generator.seed()
+    elif hasattr(random_state, "randint"):
+        generator.manual_seed(int(random_state.randint(2**31)))
+    elif isinstance(random_state, int):
+        generator.manual_seed(random_state)
+    else:
+        raise TypeError(
+            f"random_state must be None, an int or a numpy RandomState, got {random_state!r}."
+        )
+    return generator
+
+
+def coefficient_dtype(device: torch.device) -> torch.dtype:
+    """Coefficients are few: float64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -1,0 +1,191 @@
+"""Coefficients -> weights: the one function every soup's weights come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from ._formats import TensorInfo
+from ._layout import check_layers, is_variance
+from .checkpoints import CheckpointCollection
+
+__all__ = ["mix"]
+
+
+def mix(
+    checkpoints: CheckpointCollection | Any,
+    coef: ArrayLike,
+    *,
+    layers: Mapping[str, int] | None = None,
+) -> dict[str, torch.Tensor]:
+    r"""Mix checkpoints into one state dict, with given coefficients.
+
+    Every floating tensor becomes :math:`w = \sum_k c_{lk} w_k`, with :math:`l` the layer of the
+    tensor and :math:`\sum_k c_{lk} = 1`. This is where the weights of every soup come from: for
+    each of them ``soup.state_dict()`` equals ``mix(checkpoints, soup.coef_, layers=soup.layers_)``
+    bit for bit.
+
+    Parameters
+    ----------
+    checkpoints : CheckpointCollection
+        Or anything its constructor takes. No module is needed.
+    coef : array-like of shape (n_checkpoints,) or (n_layers, n_checkpoints)
+        Coefficients; each row sums to 1.
+    layers : mapping of str to int or None, default=None
+        Row of ``coef`` for every tensor name; None when there is one row.
+
+    Returns
+    -------
+    state_dict : dict of str to Tensor
+        On the CPU, in the stored dtype (the promoted one where the mixed checkpoints differ).
+
+    Raises
+    ------
+    ValueError
+        ``coef`` has another shape, is not finite, or a row does not sum to 1; ``layers`` does not
+        map every tensor to a row.
+    CheckpointError
+        A checkpoint can't be read or holds NaN.
+
+    Notes
+    -----
+    The arithmetic is fixed, so that anyone gets the same bits: per tensor an accumulator in
+    float32 (float64 for float64) starts as :math:`c_1 w_1` and adds :math:`w_k c_k`, rounded, for
+    the checkpoints in order, and is cast once at the end. A coefficient of exactly 0 is not read.
+    A tensor whose bits are the same in all checkpoints read is copied as it is. Integer tensors
+    are taken from the checkpoint with the largest mean coefficient, the first on ties. Running
+    variances are clamped at 0 from below.
+
+    Each file is read once. Memory: the result (in the accumulator's dtype) and one tensor.
+
+    References
+    ----------
+    Wortsman et al., *Model soups*, ICML 2022, arXiv:2203.05482, Section 2.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sksoup import mix
+    >>> a, b = {"w": torch.tensor([1.0, 5.0])}, {"w": torch.tensor([3.0, 5.0])}
+    >>> mix([a, b], [0.5, 0.5])
+    {'w': tensor([2., 5.])}
+    >>> mix([a, b], [2.0, -1.0])
+    {'w': tensor([-1.,  5.])}
+    """
+    if not isinstance(checkpoints, CheckpointCollection):
+        checkpoints = CheckpointCollection(checkpoints)
+    rows = check_coef(coef, len(checkpoints))
+    mixed, _ = accumulate(checkpoints, rows, check_layers(layers, checkpoints.layout, len(rows)))
+    dtypes = stored_dtypes(checkpoints, rows)
+    return {name: cast(name, mixed.pop(name), dtypes[name]) for name in checkpoints.layout}
+
+
+def check_coef(coef: ArrayLike, n_checkpoints: int) -> NDArray[np.float64]:
+    """Return ``coef`` as (n_rows, n_checkpoints) float64, or say what is wrong with it."""
+    given = np.asarray(coef, dtype=np.float64)
+    rows = np.atleast_2d(given)
+    if given.ndim not in (1, 2) or rows.shape[1] != n_checkpoints or not len(rows):
+        raise ValueError(
+            f"coef has shape {given.shape}, expected ({n_checkpoints},) or (n_layers, "
+            f"{n_checkpoints}): one coefficient per checkpoint."
+        )
+    if not np.isfinite(rows).all():
+        raise ValueError("coef holds NaN or infinite values, expected finite coefficients.")
+    off = np.abs(rows.sum(axis=1) - 1).max()
+    if off > 1e-6 * max(1.0, float(np.abs(rows).max())):
+        raise ValueError(
+            f"coef must sum to 1 along the last axis, got a row that is off by {off:.2g}. Divide "
+            f"by the sum, or add the pretrained start as a checkpoint that takes the rest."
+        )
+    return rows
+
+
+def accumulate(
+    checkpoints: CheckpointCollection,
+    coef: NDArray[np.float64],
+    rows: Mapping[str, int],
+) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """Stream the checkpoints once; return the sums, uncast, and the names of what differs.
+
+    ``coef`` is (n_rows, K). Tensors that are equal everywhere come in their stored dtype.
+    """
+    floating = {name for name, info in checkpoints.layout.items() if info.is_floating}
+    leader = int(coef.mean(axis=0).argmax())
+    sums = {name: _Sum(checkpoints.layout[name]) for name in floating}
+    integers: dict[str, torch.Tensor] = {}
+    for k, checkpoint in enumerate(checkpoints):
+        if not coef[:, k].any():
+            continue
+        with checkpoints.open(checkpoint) as read:
+            for name in checkpoints.layout:
+                if name in floating:
+                    if (c := float(coef[rows[name], k])) != 0.0:
+                        sums[name].add(read(name), c)
+                elif k == leader:
+                    integers[name] = read(name).clone()
+    differing = {name for name in floating if sums[name].total is not None}
+    return {
+        name: sums.pop(name).result() if name in floating else integers[name]
+        for name in checkpoints.layout
+    }, differing
+
+
+def stored_dtypes(
+    checkpoints: CheckpointCollection, coef: NDArray[np.float64]
+) -> dict[str, torch.dtype]:
+    """The dtypes of a mix: promoted over the checkpoints with a coefficient other than 0."""
+    used = [name for name, c in zip(checkpoints.names, coef.T, strict=True) if c.any()]
+    return {name: info.dtype for name, info in checkpoints.select(used).layout.items()}
+
+
+def cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """One rounding to the stored dtype; variances stay >= 0."""
+    return (value.clamp_(min=0) if is_variance(name) else value).to(dtype)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _Sum:
+    """sum_k c_k w_k, started only once two of the w_k differ: until then w_1 is kept as it is."""
+
+    __slots__ = ("coefs", "dtype", "first", "total")
+
+    def __init__(self, info: TensorInfo) -> None:
+        self.dtype = accumulator_dtype(info.dtype)
+        self.first: torch.Tensor | None = None
+        self.coefs: list[float] = []
+        self.total: torch.Tensor | None = None
+
+    def add(self, w: torch.Tensor, c: float) -> None:
+        if self.total is None:
+            if self.first is None:
+                self.first, self.coefs = w.clone(), [c]
+                return
+            if _same_bits(self.first, w):
+                self.coefs.append(c)
+                return
+            first = self.first.to(self.dtype)
+            self.total = first * self.coefs[0]
+            for past in self.coefs[1:]:
+                self.total += first * past
+            self.first = None
+        self.total += w.to(self.dtype) * c  # two roundings: the product, then the sum
+
+    def result(self) -> torch.Tensor:
+        value = self.first if self.total is None else self.total
+        if value is None:  # pragma: no cover - rows sum to 1, so some coefficient is not 0
+            raise RuntimeError("a tensor was never read")
+        return value
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype != b.dtype:
+        return False
+    as_integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+    return torch.equal(a.contiguous().view(as_integers), b.contiguous().view(as_integers))

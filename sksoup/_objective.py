@@ -1,0 +1,205 @@
+"""Module + criterion + minibatches -> loss, gradient, outputs; counts what it runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ._data import Batch, HeldOut, Task
+from ._layout import Layers
+from .checkpoints import CheckpointCollection
+from .exceptions import CheckpointError
+
+Criterion: TypeAlias = type[nn.Module] | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+DEFAULT_CRITERIA: dict[Task, type[nn.Module]] = {
+    "classification": nn.CrossEntropyLoss,
+    "regression": nn.MSELoss,
+    "multilabel": nn.BCEWithLogitsLoss,
+}
+
+
+@dataclass
+class Counts:
+    """What a fit cost: module calls on minibatches, and the rows in them."""
+
+    n_forward: int = 0
+    n_backward: int = 0
+    rows_forward: int = 0
+
+
+class Objective:
+    """The held-out loss of the module's present weights, and its gradient.
+
+    The module stays in eval mode: dropout is off and BatchNorm uses its (mixed) statistics, so
+    the loss that is minimised is that of the model that will be used.
+    """
+
+    def __init__(self, module: nn.Module, criterion: Criterion | None, task: Task) -> None:
+        self.module = module.eval()
+        criterion = DEFAULT_CRITERIA[task] if criterion is None else criterion
+        self.criterion = criterion() if isinstance(criterion, type) else criterion
+        self.counts = Counts()
+
+    def loss(self, batch: Batch, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """(Weighted) mean loss of a batch; ``scale`` multiplies the outputs (Learned-Soup's beta)."""
+        output = self.forward(batch.X)
+        if scale is not None:
+            output = output * scale
+        if batch.weight is None:
+            return self.criterion(output, batch.y).mean()
+        loss = _per_row(self.criterion)(output, batch.y)
+        if loss.ndim == 0:
+            raise ValueError(
+                "sample_weight needs a loss per row: the criterion returned one number for "
+                f"{len(batch)} rows. Give one with reduction='none', or drop sample_weight."
+            )
+        rows = loss.reshape(len(batch), -1).mean(dim=1)  # (n,)
+        return (rows * batch.weight).sum() / batch.weight.sum().clamp_min(1e-12)
+
+    def loss_and_backward(self, batch: Batch, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """Accumulate the gradient into the parameters (and ``scale``); return the loss."""
+        loss = self.loss(batch, scale)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.counts.n_backward += 1
+        return loss.detach()
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        self.counts.n_forward += 1
+        self.counts.rows_forward += len(X)
+        return as_output(self.module(X))
+
+    def outputs(self, X: torch.Tensor, batch_size: int | None) -> torch.Tensor:
+        """All outputs (N, ...), in row order."""
+        return batched(self.forward, X, batch_size)
+
+
+@torch.no_grad()
+def batched(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    X: torch.Tensor,
+    batch_size: int | None,
+) -> torch.Tensor:
+    """Apply ``forward`` to a few rows at a time and put the results together."""
+    size = len(X) if batch_size is None else batch_size
+    return torch.cat([forward(X[start : start + size]) for start in range(0, len(X), size)])
+
+
+def as_output(output: Any) -> torch.Tensor:
+    """Find the output tensor: itself, the first of a tuple, or ``logits``."""
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
+    elif hasattr(output, "logits"):
+        output = output.logits
+    elif isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if not isinstance(output, torch.Tensor):
+        raise TypeError(
+            f"The module returned a {type(output).__name__}, expected a tensor, a tuple whose "
+            f"first item is one, or something with logits."
+        )
+    return output
+
+
+def _per_row(
+    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The same criterion with a loss per row, where it is a module that can."""
+    if isinstance(criterion, nn.Module) and getattr(criterion, "reduction", None) == "mean":
+        criterion = copy.deepcopy(criterion)
+        criterion.reduction = "none"  # type: ignore[assignment]
+    return criterion
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All a search may use: the checkpoints, a private module to try weights in, held-out rows."""
+
+    checkpoints: CheckpointCollection
+    layers: Layers
+    data: HeldOut
+    objective: Objective
+    score: Callable[[], float]  # held-out score of the module's present weights
+    progress: Callable[[str, int], AbstractContextManager[Callable[[], None]]]
+
+    @property
+    def module(self) -> nn.Module:
+        return self.objective.module
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found: coefficients of the searched rows, and what else it has to tell."""
+
+    coef: NDArray[np.float64]  # (n_searched, K)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    attributes: dict[str, Any] = field(default_factory=dict)  # fitted attributes of the recipe
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copy weights into a module, in place: ties and unsaved buffers survive."""
+    with torch.no_grad():
+        for name, value in module.state_dict(keep_vars=True).items():
+            if name in weights:
+                value.copy_(weights[name])
+
+
+def rank(problem: Problem, step: Callable[[], None]) -> dict[str, float]:
+    """Held-out score of every checkpoint, in collection order; known scores are taken as given."""
+    if problem.checkpoints.scores is not None:
+        return dict(problem.checkpoints.scores)
+    scores = {}
+    for name in problem.checkpoints:
+        load_weights(problem.module, problem.checkpoints[name])
+        scores[name] = problem.score()
+        step()
+    return scores
+
+
+def prepare_module(
+    module: nn.Module, checkpoints: CheckpointCollection, device: torch.device
+) -> nn.Module:
+    """Check that the checkpoints fit the module; compute in float32, or float64 where stored so."""
+    state = module.state_dict(keep_vars=True)
+    present = {id(value) for name, value in state.items() if name in checkpoints.layout}
+    missing = [n for n in state if n not in checkpoints.layout and id(state[n]) not in present]
+    unexpected = [name for name in checkpoints.layout if name not in state]
+    if missing or unexpected:
+        raise CheckpointError(
+            "The module does not fit the checkpoints: it "
+            + " and it ".join(
+                f"{verb} {', '.join(map(repr, names[:5]))}"
+                + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+                for verb, names in (("has", missing), ("lacks", unexpected))
+                if names
+            )
+            + ". Give the architecture they were saved from: module=build_model."
+        )
+    for name, info in checkpoints.layout.items():
+        if tuple(state[name].shape) != info.shape:
+            raise CheckpointError(
+                f"The module does not fit the checkpoints: {name!r} has shape "
+                f"{tuple(state[name].shape)} in the module and {info.shape} in the checkpoints."
+            )
+        if state[name].is_floating_point() != info.is_floating:
+            raise CheckpointError(
+                f"The module does not fit the checkpoints: {name!r} has dtype {state[name].dtype} "
+                f"in the module and {info.dtype} in the checkpoints."
+            )
+    wide = any(info.dtype == torch.float64 for info in checkpoints.layout.values())
+    wide = wide or any(value.dtype == torch.float64 for value in state.values())
+    module = module.to(device, torch.float64 if wide else torch.float32).eval()
+    return module
+
+
+def module_dtype(module: nn.Module) -> torch.dtype:
+    """The floating dtype a module computes in."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)

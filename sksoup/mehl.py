@@ -1,0 +1,265 @@
+"""MEHL-Soup: block coordinate descent in the hyperplane of the checkpoints [L24, Algorithm 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from ._base import BaseSoup
+from ._data import Task
+from ._descent import (
+    NotFiniteError,
+    check_settings,
+    coefficient_dtype,
+    descend,
+    private_generator,
+    settings_of,
+)
+from ._layout import Layerwise
+from ._model_batch import ModelBatch, model_batches, parse_bytes
+from ._objective import Criterion, Found, Problem
+from .exceptions import DivergenceError
+
+__all__ = ["MEHLSoup"]
+
+
+def affine_coef(alpha: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Coefficients of w-bar + sum_k alpha_k (w_k - w-bar): (n_rows, K), rows sum to 1."""
+    coef: NDArray[np.float64] = alpha + (1 - alpha.sum(axis=1, keepdims=True)) / alpha.shape[1]
+    return coef
+
+
+def draw_model_batches(
+    n: int, b: int, model_epochs: int, generator: torch.Generator
+) -> Iterator[list[int]]:
+    """Split a new random order of the n checkpoints into batches of b, model_epochs times."""
+    for _ in range(model_epochs):
+        order = torch.randperm(n, generator=generator).tolist()
+        yield from (order[start : start + b] for start in range(0, n, b))
+
+
+class MEHLSoup(BaseSoup):
+    r"""Learn coefficients in the hyperplane of the checkpoints, a few checkpoints at a time.
+
+    Minimises the held-out loss of :math:`\bar w + \sum_k \alpha_k (w_k - \bar w)` with
+    :math:`\bar w` the mean and :math:`\alpha` free, so coefficients may be negative or exceed 1,
+    yet sum to 1: :math:`c_k = \alpha_k + (1 - \sum_j \alpha_j) / K`. Each outer iteration loads
+    ``model_batch_size`` checkpoints and runs minibatch gradient steps on their :math:`\alpha` only
+    (block coordinate descent). ``layerwise`` gives every layer its own (MEHL-Soup+);
+    ``model_batch_size=None`` takes all checkpoints at once (HL-Soup).
+
+    Parameters
+    ----------
+    checkpoints : CheckpointCollection, callable, iterable or None, default=None
+        What to mix; may be given to `fit` instead.
+    layerwise : bool or callable, default=False
+        True gives every parameter tensor its own coefficients; a callable maps a parameter's name
+        to the label of its layer.
+    model_batch_size : int, None or "auto", default="auto"
+        Checkpoints in memory at a time, b; None for all; "auto" for as many as ``memory_limit``
+        holds.
+    memory_limit : int, str or None, default=None
+        For ``model_batch_size="auto"``: bytes, or a string such as "8GB", for b + 2 models. None
+        is half of what the device has free.
+    lr : float, default=0.05
+        Learning rate for :math:`\alpha`, in units of coefficients.
+    max_epochs : int, default=5
+        Passes over the held-out rows per model batch (inner iterations).
+    model_epochs : int, default=1
+        Passes over the checkpoints.
+    batch_size : int or None, default=128
+        Rows per step; None for all at once.
+    optimizer : {"adamw", "sgd"}, default="adamw"
+        Without weight decay; starts afresh with each model batch.
+    schedule : {"cosine", "constant"}, default="cosine"
+        Per model batch; cosine warms up over the first fifth of its steps.
+    normalize : bool, default=False
+        Scale every delta to unit length per layer during the search, as the authors' code does
+        (with lr 0.01); the coefficients found are those of the deltas as they are.
+    clip_grad_norm : float or None, default=None
+        Upper bound for the norm of the coefficients' gradient.
+    shuffle : bool, default=True
+        Visit the rows in a new random order each epoch.
+    criterion : class, nn.Module, callable or None, default=None
+        Loss ``(output, y) -> scalar or one per row``; by default cross-entropy, squared error or
+        binary cross-entropy with logits, by ``task``.
+    task : {"classification", "regression", "multilabel"}, default="classification"
+        What the outputs mean.
+    classes : array-like of shape (n_outputs,) or None, default=None
+        Labels in output order; by default the sorted labels in ``y`` when there are as many as
+        outputs, else 0, 1, ....
+    device : str or torch.device, default="auto"
+        Where the module runs; "auto" is cuda, else mps, else cpu.
+    random_state : int, RandomState or None, default=None
+        Seeds the order of checkpoints and rows; never the global state.
+
+    Attributes
+    ----------
+    coef_ : ndarray of shape (n_checkpoints,) or (n_layers, n_checkpoints), float64
+        Coefficients; rows sum to 1.
+    model_batch_size_ : int
+        The resolved b.
+    module_ : nn.Module
+        The soup, in eval mode, on the device.
+    layers_ : dict of str to int
+        Row of ``coef_`` for every tensor.
+    layer_names_ : tuple of str
+        Names of the rows.
+    classes_ : ndarray of shape (n_outputs,)
+        Labels in output order (classification only).
+    checkpoints_ : CheckpointCollection
+        What was mixed.
+    history_ : list of dict
+        One per inner epoch: ``outer``, ``models`` (names), ``epoch``, and ``loss`` and
+        ``grad_norm`` of every step.
+    recipe_ : Recipe
+        The record that `save` writes.
+
+    Raises
+    ------
+    DivergenceError
+        The loss or the coefficients stopped being finite; its ``coef`` are those before the outer
+        iteration.
+
+    See Also
+    --------
+    LearnedSoup : Coefficients on the simplex.
+    GreedySoup : No gradients needed.
+
+    Notes
+    -----
+    The gradient needs no graph over K models: :math:`\partial L / \partial \alpha_k = \langle
+    \nabla_w L(w), w_k - \bar w \rangle` (Eq. 6), one forward and backward pass of one model and an
+    inner product per step. With D parameters, N held-out rows and ``batch_size`` n there are
+    ``ceil(K / b) * max_epochs * ceil(N / n)`` steps per pass over the checkpoints, which are read
+    ``2 + model_epochs`` times. Memory: b + 2 models (the deltas, the mean, the soup) beside the
+    module and its gradient. Dropout is off and BatchNorm uses its mixed statistics, which carry no
+    gradient.
+
+    References
+    ----------
+    Li et al., *Learning Scalable Model Soup on a Single GPU*, ECCV 2024, arXiv:2407.03641,
+    Algorithm 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sksoup import CheckpointCollection, MEHLSoup
+    >>> nets = [torch.nn.Linear(2, 2, bias=False) for _ in range(4)]
+    >>> for net, scale in zip(nets, [-1.0, 0.0, 1.0, 2.0]):
+    ...     _ = net.weight.data.copy_(scale * torch.eye(2))
+    >>> soup = MEHLSoup(CheckpointCollection(nets), model_batch_size=2, random_state=0)
+    >>> soup = soup.fit(torch.eye(2), torch.tensor([0, 1]))
+    >>> soup.coef_.shape, round(float(soup.coef_.sum()), 6), soup.score(torch.eye(2), [0, 1])
+    ((4,), 1.0, 1.0)
+    """
+
+    def __init__(
+        self,
+        checkpoints: Any = None,
+        *,
+        layerwise: Layerwise = False,
+        model_batch_size: int | str | None = "auto",
+        memory_limit: int | str | None = None,
+        lr: float = 0.05,
+        max_epochs: int = 5,
+        model_epochs: int = 1,
+        batch_size: int | None = 128,
+        optimizer: str = "adamw",
+        schedule: str = "cosine",
+        normalize: bool = False,
+        clip_grad_norm: float | None = None,
+        shuffle: bool = True,
+        criterion: Criterion | None = None,
+        task: Task = "classification",
+        classes: ArrayLike | None = None,
+        device: str | torch.device = "auto",
+        random_state: Any = None,
+    ) -> None:
+        self.checkpoints = checkpoints
+        self.layerwise = layerwise
+        self.model_batch_size = model_batch_size
+        self.memory_limit = memory_limit
+        self.lr = lr
+        self.max_epochs = max_epochs
+        self.model_epochs = model_epochs
+        self.batch_size = batch_size
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.normalize = normalize
+        self.clip_grad_norm = clip_grad_norm
+        self.shuffle = shuffle
+        self.criterion = criterion
+        self.task = task
+        self.classes = classes
+        self.device = device
+        self.random_state = random_state
+
+    def _check_params(self) -> None:
+        super()._check_params()
+        check_settings(self)
+        b = self.model_batch_size
+        is_count = isinstance(b, int) and not isinstance(b, bool) and b >= 1
+        if not (b is None or b == "auto" or is_count):
+            raise ValueError(f"model_batch_size must be an int >= 1, None or 'auto', got {b!r}.")
+        if self.memory_limit is not None:
+            parse_bytes(self.memory_limit)
+
+    def _search(self, problem: Problem) -> Found:
+        """Algorithm 1: alpha persists; each outer iteration moves the alphas of b checkpoints."""
+        checkpoints, layers = problem.checkpoints, problem.layers
+        n = len(checkpoints)
+        alpha = np.zeros((n, layers.n_searched))  # (K, n_searched)
+        generator = private_generator(self.random_state)
+        history: list[dict[str, Any]] = []
+        with model_batches(problem, self.model_batch_size, self.memory_limit) as batch:
+            if batch is None:  # all checkpoints are equal
+                return Found(affine_coef(alpha.T), attributes={"model_batch_size_": n})
+            b = batch.capacity
+            outers = list(draw_model_batches(n, b, self.model_epochs, generator))
+            with problem.progress("epoch", len(outers) * self.max_epochs) as step:
+                for outer, members in enumerate(outers):
+                    names = tuple(checkpoints.names[k] for k in members)
+                    batch.load(checkpoints, names)
+                    try:
+                        moved, records = self._inner(
+                            problem, batch, alpha[members], generator, step
+                        )
+                    except NotFiniteError as error:
+                        alpha[members] += error.coef
+                        raise DivergenceError(
+                            f"The loss or the coefficients stopped being finite at outer iteration "
+                            f"{outer + 1} of {len(outers)}, step {error.step}. Lower lr (now "
+                            f"{self.lr}).",
+                            layers.expand(affine_coef(alpha.T)),
+                        ) from error
+                    alpha[members] += moved
+                    batch.commit()  # w <- w + sum_k in batch of moved_k (w_k - w-bar)
+                    history += [{"outer": outer, "models": names, **record} for record in records]
+        return Found(affine_coef(alpha.T), history, {"model_batch_size_": b})
+
+    def _inner(
+        self,
+        problem: Problem,
+        batch: ModelBatch,
+        alpha: NDArray[np.float64],
+        generator: torch.Generator,
+        step: Callable[[], None],
+    ) -> tuple[NDArray[np.float64], list[dict[str, Any]]]:
+        """Inner iterations on one model batch, from alpha (b, n_searched); returns how it moved."""
+        dtype = coefficient_dtype(batch.center.device)
+        start = torch.as_tensor(alpha, dtype=dtype, device=batch.center.device)
+        unit = (
+            batch.norms(problem.layers.n_searched).to(dtype).reciprocal() if self.normalize else 1
+        )
+        v = (start / unit).requires_grad_()  # alpha = unit * v
+
+        def moved() -> torch.Tensor:
+            return v * unit - start
+
+        records = descend(batch, problem, moved, [v], settings_of(self), generator, on_epoch=step)
+        return moved().detach().cpu().double().numpy(), records
