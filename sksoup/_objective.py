@@ -34,6 +34,7 @@ class Counts:
     n_forward: int = 0
     n_backward: int = 0
     rows_forward: int = 0
+    rows_backward: int = 0
 
 
 class Objective:
@@ -70,6 +71,7 @@ class Objective:
         loss = self.loss(batch, scale)
         loss.backward()  # type: ignore[no-untyped-call]
         self.counts.n_backward += 1
+        self.counts.rows_backward += len(batch)
         return loss.detach()
 
     def forward(self, X: torch.Tensor) -> torch.Tensor:

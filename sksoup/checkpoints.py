@@ -490,8 +490,31 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         """
         return _content_sha256(self._entries[name])
 
+    def held_tensors(self) -> Iterator[torch.Tensor]:
+        """Walk the tensors that live in this collection itself, in no file.
+
+        Yields
+        ------
+        tensor : Tensor
+            Not a copy: never write to it.
+        """
+        for entry in self._entries.values():
+            if isinstance(entry, _MemoryCheckpoint):
+                yield from entry.tensors.values()
+
     def path(self, name: str) -> Path | None:
-        """Return the file of a checkpoint, or None when it lives in memory."""
+        """Return the file of a checkpoint, or None when it lives in memory.
+
+        Parameters
+        ----------
+        name : str
+            Name of the checkpoint.
+
+        Returns
+        -------
+        path : Path or None
+            Absolute.
+        """
         entry = self._entries[name]
         return entry.path if isinstance(entry, _FileCheckpoint) else None
 
