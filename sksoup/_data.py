@@ -94,7 +94,7 @@ def resolve_classes(y: NDArray[Any], n_outputs: int, classes: ArrayLike | None) 
         return known
     if len(present) == n_outputs:
         return present
-    if np.issubdtype(present.dtype, np.integer) and 0 <= present[0] and present[-1] < n_outputs:
+    if np.issubdtype(present.dtype, np.integer) and present[0] >= 0 and present[-1] < n_outputs:
         return np.arange(n_outputs)
     raise ValueError(
         f"y can't be matched to the module's outputs: got {len(present)} distinct labels "

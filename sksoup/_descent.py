@@ -100,7 +100,7 @@ def _optimizer(leaves: Sequence[torch.Tensor], settings: Settings) -> torch.opti
 
 
 def _schedule(name: str, n_steps: int) -> Callable[[int], float]:
-    """Factor on the learning rate: constant, or cosine after a warm-up over a fifth of the steps."""
+    """Factor on the learning rate; cosine after a warm-up over a fifth of the steps."""
     if name == "constant":
         return lambda step: 1.0
     warm = max(1, n_steps // 5)

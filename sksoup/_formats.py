@@ -169,8 +169,8 @@ def check_state_dict(state: Any, where: str) -> dict[str, torch.Tensor]:
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise CheckpointError(
-                f"{where} is not a plain state dict: {name!r} is a {type(value).__name__}, expected "
-                f"a tensor. Save module.state_dict() by itself."
+                f"{where} is not a plain state dict: {name!r} is a {type(value).__name__}, "
+                f"expected a tensor. Save module.state_dict() by itself."
             )
         if value.layout is not torch.strided or value.is_quantized:
             raise CheckpointError(

@@ -120,7 +120,7 @@ class ModelBatch:
 
     @torch.no_grad()
     def combine(self, coef: torch.Tensor) -> None:
-        """w <- start + sum_k coef_k delta_k, in place (Eqs. 3, 7, 8); coef is (b, n_layers)."""
+        """W <- start + sum_k coef_k delta_k, in place (Eqs. 3, 7, 8); coef is (b, n_layers)."""
         coef = coef.to(self.deltas)
         for row, start, stop in self.layout.row_slices:
             torch.addmv(

@@ -51,7 +51,7 @@ class Objective:
         self.counts = Counts()
 
     def loss(self, batch: Batch, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """(Weighted) mean loss of a batch; ``scale`` multiplies the outputs (Learned-Soup's beta)."""
+        """Mean loss of a batch; ``scale`` multiplies the outputs (Learned-Soup's beta)."""
         output = self.forward(batch.X)
         if scale is not None:
             output = output * scale

@@ -92,7 +92,7 @@ def test_nothing_is_loaded_until_asked(folder, monkeypatch):
     soup._repr_html_()
     np.asarray(collection)
     pickle.loads(pickle.dumps(soup))
-    assert collection == collection  # noqa: PLR0124
+    assert collection == collection
     assert collection.select(["ft1"]) != collection
     assert opened == []
     collection["ft1"]
@@ -233,7 +233,7 @@ def test_bad_arguments(kwargs, error, match):
 def test_without_a_module_it_can_average_but_not_predict():
     with pytest.raises(CheckpointError, match="has no module"):
         CheckpointCollection(make_states(2, seed=0)).build_module()
-    with pytest.raises(TypeError, match="returned a int, expected an nn.Module"):
+    with pytest.raises(TypeError, match="returned a int, expected an"):
         CheckpointCollection(make_states(2, seed=0), module=lambda: 3).build_module()
 
 
@@ -346,7 +346,7 @@ def test_a_file_that_changes_after_opening_is_an_error(tmp_path, suffix, fault):
     else:
         write(tmp_path / f"new{suffix}", second)
         (tmp_path / f"new{suffix}").replace(path)
-    with pytest.raises(CheckpointError, match="changed on disk|can't be opened"):
+    with pytest.raises(CheckpointError, match=r"changed on disk|can't be opened"):
         collection["ft"]
 
 
@@ -354,9 +354,14 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
     path = tmp_path / "ft.safetensors"
     write(path, make_states(1, seed=0)[0])
     collection = CheckpointCollection([path])
-    with pytest.raises(CheckpointError, match="changed on disk"), collection.open("ft") as read:
-        read("head.bias")
-        os.utime(path, ns=(1, 1))
+
+    def read_while_it_changes():
+        with collection.open("ft") as read:
+            read("head.bias")
+            os.utime(path, ns=(1, 1))
+
+    with pytest.raises(CheckpointError, match="changed on disk"):
+        read_while_it_changes()
 
 
 def test_errors_of_the_reader_of_tensors_stay_what_they_are(tmp_path):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -76,7 +78,7 @@ def test_flat_layout_is_contiguous_per_row_parameters_first():
     assert flat.n_parameters == sum(p.numel() for p in module.parameters())
     assert flat.size == flat.n_parameters + 12
     ends = [(s.start, s.stop) for s in flat.segments]
-    assert all(a[1] == b[0] for a, b in zip(ends, ends[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in pairwise(ends))
 
 
 def test_a_module_without_parameters():

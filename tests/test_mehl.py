@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -229,7 +230,7 @@ def test_model_batches_cover_all_models_in_new_orders():
     generator = torch.Generator().manual_seed(0)
     drawn = list(draw_model_batches(7, 3, 2, generator))
     assert [len(members) for members in drawn] == [3, 3, 1, 3, 3, 1]
-    assert sorted(sum(drawn[:3], [])) == sorted(sum(drawn[3:], [])) == list(range(7))
+    assert sorted(chain(*drawn[:3])) == sorted(chain(*drawn[3:])) == list(range(7))
     assert drawn[:3] != drawn[3:]
 
 

@@ -1,0 +1,42 @@
+# Everything from a bare Python: each target makes the environment it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export MPLBACKEND := Agg
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types docs wheel clean
+
+help:  ## List the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[plot,progress,test,lint,docs]'
+	touch $@
+
+demo: $(STAMP)  ## All ten systems on a real zoo of digit networks
+	$(BIN)/python examples/plot_quickstart.py
+
+test: $(STAMP)  ## Tests and doctests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+lint: $(STAMP)  ## Ruff: format and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(STAMP)  ## mypy --strict
+	$(BIN)/mypy
+
+docs: $(STAMP)  ## Documentation and gallery, warnings are errors, no network
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+wheel: $(STAMP)  ## Source distribution and wheel in dist/
+	$(BIN)/python -m build --no-isolation
+
+clean:  ## Remove what was built; the environment stays
+	rm -rf dist docs/_build docs/auto_examples docs/generated docs/sg_execution_times.rst \
+		.pytest_cache .mypy_cache .ruff_cache .hypothesis
