@@ -198,7 +198,7 @@ def make_digits_checkpoints(
     >>> from sksoup.datasets import make_digits_checkpoints
     >>> zoo = make_digits_checkpoints(n_checkpoints=24)  # doctest: +SKIP
     >>> zoo.checkpoints  # doctest: +SKIP
-    CheckpointCollection(24 checkpoints, 14 tensors, 266,280 bytes each, on disk)
+    CheckpointCollection(24 checkpoints, 14 tensors, 265,256 bytes each, on disk)
     """
     if not isinstance(n_checkpoints, int) or n_checkpoints < 1:
         raise ValueError(f"n_checkpoints must be an integer >= 1, got {n_checkpoints!r}.")
@@ -211,7 +211,7 @@ def make_digits_checkpoints(
     if missing:
         start = _pretrained(root, data, random_state)
         for name in missing:
-            net = DigitsConvNet()
+            net = _new_net(0)
             net.load_state_dict(start)
             write_safetensors(paths[name], _train(net, *data["finetune"], tunings[name]))
     return DigitsZoo(
@@ -297,12 +297,15 @@ def _pretrained(
     """Return the start all fine-tunings share, made once and kept beside them."""
     path = root / "start.safetensors"
     if not path.exists():
-        with preserved_random_state():
-            torch.manual_seed(random_state)
-            net = DigitsConvNet()
         settings = FineTuning(3e-3, 1e-2, 0.0, 0.0, 8, random_state)
-        write_safetensors(path, _train(net, *data["pretrain"], settings))
+        write_safetensors(path, _train(_new_net(random_state), *data["pretrain"], settings))
     return CheckpointCollection([path])["start"]
+
+
+def _new_net(seed: int) -> DigitsConvNet:
+    with preserved_random_state():
+        torch.manual_seed(seed)
+        return DigitsConvNet()
 
 
 def _train(

@@ -1,0 +1,39 @@
+"""The recipe on the documentation's page "A new recipe" works."""
+
+from __future__ import annotations
+
+# [recipe]
+import numpy as np
+
+from sksoup._base import BaseSoup
+from sksoup._objective import Found, Problem, rank
+
+
+class TopSoup(BaseSoup):
+    """Average the n checkpoints with the highest held-out scores."""
+
+    def __init__(self, checkpoints=None, *, n=3, task="classification", classes=None,
+                 batch_size=128, device="auto"):  # fmt: skip
+        self.checkpoints = checkpoints
+        self.n = n
+        self.task = task
+        self.classes = classes
+        self.batch_size = batch_size
+        self.device = device
+
+    def _search(self, problem: Problem) -> Found:
+        with problem.progress("evaluation", len(problem.checkpoints)) as step:
+            scores = rank(problem, step)
+        best = sorted(scores, key=scores.get, reverse=True)[: self.n]
+        coef = np.array([[(name in best) / self.n for name in problem.checkpoints]])
+        return Found(coef, attributes={"ingredients_": tuple(best)})
+
+
+# [end]
+
+
+def test_a_recipe_in_one_file(zoo):
+    soup = TopSoup(n=2).fit(zoo.checkpoints, zoo.X, zoo.y)
+    assert sorted(soup.coef_)[-3:] == [0, 0.5, 0.5]
+    assert soup.recipe_.cook(zoo.checkpoints).keys() == soup.state_dict().keys()
+    assert len(soup.ingredients_) == 2
