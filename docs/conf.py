@@ -27,7 +27,7 @@ templates_path = ["_templates"]
 default_role = "py:obj"
 autosummary_generate = True
 numpydoc_show_class_members = False
-numpydoc_use_plots = False
+autodoc_typehints = "none"  # the parameters say more
 
 html_theme = "pydata_sphinx_theme"
 html_title = "sksoup"
