@@ -261,8 +261,7 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
         """Put the data on the device; one row through the module tells the shape of its output."""
         dtype = module_dtype(module)
         inputs = inputs_to_tensor(X, dtype, device)
-        with torch.no_grad():
-            output = as_output(module(inputs[:1]))
+        output = _probe(module, inputs[:1])
         if output.ndim > 2 or (self.task == "classification" and output.ndim != 2):
             raise ValueError(
                 f"The module's output has shape {tuple(output.shape)} for one row, expected "
@@ -473,6 +472,19 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
         return tags
 
 
+def _probe(module: nn.Module, row: torch.Tensor) -> torch.Tensor:
+    """Output for one row; says what was fed when the module can't take it."""
+    try:
+        with torch.no_grad():
+            return as_output(module(row))
+    except (RuntimeError, IndexError) as error:  # what torch raises on shapes and dtypes
+        raise ValueError(
+            f"The module can't take X: fed one row of shape {tuple(row.shape)} and dtype "
+            f"{row.dtype}, it raised {type(error).__name__}: {error}. Floating inputs are fed as "
+            f"the module's dtype, integers as they are."
+        ) from error
+
+
 def _refuse_checkpoints(X: Any) -> None:
     """Say what went wrong when checkpoints stand where X should."""
     items = list(X[:1]) if isinstance(X, (list, tuple)) else [X]
@@ -501,7 +513,7 @@ def _check_weight(sample_weight: Any, n_samples: int) -> NDArray[np.float64] | N
             f"sample_weight has shape {weight.shape}, expected ({n_samples},), one per row of X."
         )
     if not np.isfinite(weight).all() or (weight < 0).any() or not weight.any():
-        raise ValueError("sample_weight must be finite, not negative, and not all 0.")
+        raise ValueError("sample_weight must be finite, not negative, and not zero everywhere.")
     return weight
 
 

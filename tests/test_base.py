@@ -351,6 +351,13 @@ def test_outputs_that_are_none(zoo: Zoo, output, error, match):
         UniformSoup().fit(checkpoints, zoo.X, zoo.y)
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.float32])
+def test_inputs_the_module_can_not_take(zoo: Zoo, dtype):
+    X = np.ones((60, 5 if dtype == np.float32 else 4), dtype=dtype)
+    with pytest.raises(ValueError, match=r"can't take X: fed one row of shape \(1, [45]\)"):
+        UniformSoup().fit(zoo.checkpoints, X, zoo.y)
+
+
 def test_integer_inputs_stay_integers(zoo: Zoo):
     class Embedded(nn.Module):
         def __init__(self):
@@ -405,7 +412,7 @@ def test_bad_data(counted, zoo: Zoo, make, match):
     [
         (np.ones(3), r"shape \(3,\), expected \(60,\)"),
         (-np.ones(60), "not negative"),
-        (np.zeros(60), "not all 0"),
+        (np.zeros(60), "zero everywhere"),
         (np.full(60, np.nan), "finite"),
     ],
 )
