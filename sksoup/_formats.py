@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shutil
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -17,8 +20,23 @@ from safetensors.torch import save_file
 
 from .exceptions import CheckpointError
 
-TORCH_SUFFIXES = (".pt", ".pth")
-SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+INDEX = ".index.json"
+# what the weights of a Hugging Face or skorch folder are called, in order of preference
+FOLDER_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "params.safetensors",
+    "params.pt",
+)
+# modules whose names a pickle has no harmless use for, whatever they are called
+_NEVER = ("builtins", "os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "importlib",
+          "runpy", "pty", "ctypes", "code", "pdb", "webbrowser", "pickle", "operator", "functools",
+          "multiprocessing", "asyncio", "signal", "platform", "pip", "torch")  # fmt: skip
+
+Read: TypeAlias = Callable[[str], torch.Tensor]
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -100,32 +118,170 @@ def _naming(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{str(path)!r} can't be read: {reason}. {remedy}.") from error
 
 
-def _check_suffix(path: Path) -> None:
-    if path.suffix not in SUFFIXES:
+def find_weights(folder: Path) -> Path | None:
+    """Return the weights file of a Hugging Face or skorch folder, or None for any other folder."""
+    found = next((folder / name for name in FOLDER_WEIGHTS if (folder / name).is_file()), None)
+    if (folder / "adapter_config.json").is_file():
         raise CheckpointError(
-            f"{str(path)!r} is not a checkpoint sksoup reads: got the suffix {path.suffix!r}, "
-            f"expected one of {', '.join(SUFFIXES)}."
+            f"{str(folder)!r} holds a PEFT adapter, expected whole weights. The mean of low-rank "
+            f"factors is not the low-rank mean: merge the adapter into its base model first "
+            f"(peft: model.merge_and_unload()) and save that."
         )
+    marks = ("config.json", "history.json", *(name for name in FOLDER_WEIGHTS if INDEX in name))
+    is_skorch = found is not None and found.stem == "params"
+    return found if is_skorch or any((folder / mark).is_file() for mark in marks) else None
 
 
-def read_header(path: Path) -> tuple[dict[str, TensorInfo], FileIdentity]:
-    """Names, shapes and dtypes of a file's tensors, and its identity; reads no tensor."""
-    _check_suffix(path)
-    identity = FileIdentity.of(path)
+def list_weights(folder: Path) -> list[Path]:
+    """Everything in a folder that is a checkpoint: files, sharded ones once, and folders."""
+    indices = [path for path in folder.iterdir() if path.name.endswith(INDEX)]
+    shards = {folder / name for index in indices for name in set(_weight_map(index).values())}
+    files = [
+        path
+        for path in folder.iterdir()
+        if path.suffix in SUFFIXES and path.is_file() and path not in shards
+    ]
+    folders = [path for path in folder.iterdir() if path.is_dir() and find_weights(path)]
+    return [*files, *indices, *folders]
+
+
+def open_weights(path: Path, key: str | None = None) -> WeightsFile | ShardedWeights:
+    """Read the header of a checkpoint: a file, an index of shards, or a folder with either."""
     if path.is_dir():
-        raise CheckpointError(f"{str(path)!r} is a folder, expected a checkpoint file.")
-    if identity.size == 0:
-        raise CheckpointError(
-            f"{str(path)!r} is empty (0 bytes), expected a checkpoint. It was probably cut off "
-            f"while being written: write it again, or leave it out."
-        )
+        found = find_weights(path)
+        if found is None:
+            raise CheckpointError(
+                f"{str(path)!r} is a folder without weights sksoup knows: expected "
+                f"{', '.join(FOLDER_WEIGHTS)} beside a config.json, or params.pt of skorch. For a "
+                f"folder of checkpoints use CheckpointCollection.from_path."
+            )
+        path = found
+    return ShardedWeights(path) if path.name.endswith(INDEX) else WeightsFile(path, key)
+
+
+class WeightsFile:
+    """A file of tensors: its header, and what the file was when it was opened."""
+
+    def __init__(self, path: Path, key: str | None = None) -> None:
+        self.path = path
+        self.key = key
+        self.header, self.identity = self._read_header()
+
+    def _read_header(self) -> tuple[dict[str, TensorInfo], FileIdentity]:
+        path = self.path
+        if path.suffix not in SUFFIXES:
+            raise CheckpointError(
+                f"{str(path)!r} is not a checkpoint sksoup reads: got the suffix {path.suffix!r}, "
+                f"expected one of {', '.join(SUFFIXES)}."
+            )
+        identity = FileIdentity.of(path)
+        if identity.size == 0:
+            raise CheckpointError(
+                f"{str(path)!r} is empty (0 bytes), expected a checkpoint. It was probably cut off "
+                f"while being written: write it again, or leave it out."
+            )
+        with _naming(path):
+            if path.suffix == ".safetensors":
+                header = _safetensors_header(path)
+            else:  # on 'meta' the storages stay on disk; a legacy pickle is read once and dropped
+                state = _load_torch(path, "meta", self.key)
+                header = {n: TensorInfo(tuple(v.shape), v.dtype) for n, v in state.items()}
+        if not header:
+            raise CheckpointError(
+                f"{str(path)!r} holds no tensors, expected a state dict (tensor name -> tensor)."
+            )
+        return header, identity
+
+    @contextmanager
+    def open(self) -> Iterator[Read]:
+        """Give ``read(name) -> tensor`` (CPU; may be a view of the mapped file: use it promptly).
+
+        The file's identity is compared before and after, so other weights are never used silently.
+        """
+        self._check_identity()
+        with ExitStack() as stack:
+            with _naming(self.path):
+                get: Read
+                if self.path.suffix == ".safetensors":
+                    get = stack.enter_context(safe_open(self.path, framework="pt")).get_tensor
+                else:
+                    get = _load_torch(self.path, "cpu", self.key).__getitem__
+
+            def read(name: str) -> torch.Tensor:
+                with _naming(self.path):
+                    return get(name).detach()
+
+            yield read
+        self._check_identity()
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the file, checked to be the one first opened."""
+        self._check_identity()
+        with self.path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self._check_identity()
+        return digest
+
+    def _check_identity(self) -> None:
+        if FileIdentity.of(self.path) != self.identity:
+            raise CheckpointError(
+                f"{str(self.path)!r} changed on disk since the collection was opened (size, "
+                f"modification time or inode differ). Open the collection again."
+            )
+
+
+class ShardedWeights:
+    """A checkpoint in several files, as Hugging Face's index of shards describes it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.weight_map = _weight_map(path)
+        self.shards = {name: WeightsFile(path.parent / name) for name in self._shard_names()}
+        for tensor, name in self.weight_map.items():
+            if tensor not in self.shards[name].header:
+                raise CheckpointError(
+                    f"{str(path)!r} does not fit its shards: {name!r} lacks {tensor!r}. Write the "
+                    f"checkpoint again, or leave it out."
+                )
+        self.header = {t: self.shards[name].header[t] for t, name in self.weight_map.items()}
+
+    def _shard_names(self) -> list[str]:
+        return list(dict.fromkeys(self.weight_map.values()))
+
+    @contextmanager
+    def open(self) -> Iterator[Read]:
+        """Give ``read(name) -> tensor``; a shard is opened when its first tensor is read."""
+        with ExitStack() as stack:
+            opened: dict[str, Read] = {}
+
+            def read(name: str) -> torch.Tensor:
+                shard = self.weight_map[name]
+                if shard not in opened:
+                    opened[shard] = stack.enter_context(self.shards[shard].open())
+                return opened[shard](name)
+
+            yield read
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the shards' names and digests, in order of name."""
+        lines = [f"{name}:{self.shards[name].sha256()}\n" for name in sorted(self.shards)]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor name -> shard file name, from an index."""
+    FileIdentity.of(path)
     with _naming(path):
-        header = _safetensors_header(path) if path.suffix == ".safetensors" else _torch_header(path)
-    if not header:
-        raise CheckpointError(
-            f"{str(path)!r} holds no tensors, expected a state dict (tensor name -> tensor)."
-        )
-    return header, identity
+        weights = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(weights, dict) or not weights:
+            raise CheckpointError(f"{str(path)!r} has no weights in its 'weight_map'.")
+        for tensor, name in weights.items():
+            if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
+                raise CheckpointError(
+                    f"{str(path)!r} names the shard {name!r} for {tensor!r}, expected the name of "
+                    f"a file beside it."
+                )
+        return dict(weights)
 
 
 def _safetensors_header(path: Path) -> dict[str, TensorInfo]:
@@ -143,20 +299,59 @@ def _safetensors_header(path: Path) -> dict[str, TensorInfo]:
     return header
 
 
-def _torch_header(path: Path) -> dict[str, TensorInfo]:
-    # 'meta' keeps the zip format's storages on disk; a legacy pickle is read once, then dropped
-    state = _load_torch(path, "meta")
-    return {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in state.items()}
+def _load_torch(path: Path, device: str, key: str | None) -> dict[str, torch.Tensor]:
+    """Load with ``weights_only``; harmless foreign classes become inert placeholders."""
+    is_zip = zipfile.is_zipfile(path)
+    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
+    inert: list[Any] = [(_placeholder(name), name) for name in foreign if _is_harmless(name)]
+    with torch.serialization.safe_globals(inert), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pickle protocols
+        state = torch.load(path, map_location=device, mmap=is_zip or None, weights_only=True)
+    return check_state_dict(_unwrap(state, key, repr(str(path))), repr(str(path)))
 
 
-def _load_torch(path: Path, device: str) -> dict[str, torch.Tensor]:
-    state = torch.load(
-        path,
-        map_location=device,
-        mmap=True if zipfile.is_zipfile(path) else None,
-        weights_only=True,
+def _is_harmless(name: str) -> bool:
+    """Whether a pickled name may become a placeholder: a class by its name, or part of numpy."""
+    module, _, attribute = name.rpartition(".")
+    package = module.partition(".")[0]
+    return package not in _NEVER and (package == "numpy" or attribute[:1].isupper())
+
+
+def _placeholder(name: str) -> type:
+    """Make a class that can be unpickled in the place of another and does nothing."""
+
+    def ignore(self: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    return type(name.rpartition(".")[2], (), {"__init__": ignore, "__setstate__": ignore})
+
+
+def _is_state_dict(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(n, str) and isinstance(v, torch.Tensor) for n, v in value.items())
     )
-    return check_state_dict(state, repr(str(path)))
+
+
+def _unwrap(state: Any, key: str | None, where: str) -> Any:
+    """Take the state dict out of a training container, where it is plain which one it is."""
+    if not isinstance(state, Mapping) or (key is None and _is_state_dict(state)):
+        return state
+    candidates = [name for name, value in state.items() if _is_state_dict(value)]
+    listed = ", ".join(f"{name!r} ({len(state[name])} tensors)" for name in candidates)
+    if key is not None:
+        if key in candidates:
+            return state[key]
+        raise CheckpointError(
+            f"{where} has no state dict under key={key!r}: it offers "
+            f"{listed or 'none; it is a plain state dict' if _is_state_dict(state) else listed}."
+        )
+    if len(candidates) > 1:
+        raise CheckpointError(
+            f"{where} holds several state dicts: {listed}. Say which: key={candidates[0]!r}."
+        )
+    return state[candidates[0]] if candidates else state
 
 
 def check_state_dict(state: Any, where: str) -> dict[str, torch.Tensor]:
@@ -178,47 +373,6 @@ def check_state_dict(state: Any, where: str) -> dict[str, torch.Tensor]:
                 f"dense one."
             )
     return dict(state)
-
-
-@contextmanager
-def open_tensors(path: Path, identity: FileIdentity) -> Iterator[Callable[[str], torch.Tensor]]:
-    """Open a file whose header was read; gives ``read(name) -> tensor`` (CPU, use it promptly).
-
-    A tensor may be a view of the mapped file: copy what is to outlive the context. The file's
-    identity is compared before and after, so weights of another file are never used silently.
-    """
-    _check_identity(path, identity)
-    with ExitStack() as stack:
-        with _naming(path):
-            get: Callable[[str], torch.Tensor]
-            if path.suffix == ".safetensors":
-                get = stack.enter_context(safe_open(path, framework="pt")).get_tensor
-            else:
-                get = _load_torch(path, "cpu").__getitem__
-
-        def read(name: str) -> torch.Tensor:
-            with _naming(path):
-                return get(name).detach()
-
-        yield read
-    _check_identity(path, identity)
-
-
-def _check_identity(path: Path, expected: FileIdentity) -> None:
-    if FileIdentity.of(path) != expected:
-        raise CheckpointError(
-            f"{str(path)!r} changed on disk since the collection was opened (size, modification "
-            f"time or inode differ). Open the collection again."
-        )
-
-
-def sha256_of(path: Path, identity: FileIdentity) -> str:
-    """Return the SHA-256 of a file as hexadecimal digits, checked to be the file first opened."""
-    _check_identity(path, identity)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    _check_identity(path, identity)
-    return digest
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -270,3 +424,24 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path``, atomically."""
     with _replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside ``path`` that becomes it once all is written."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(
+            f"{str(path)!r} exists and is not an empty folder. Give another name, or move it away."
+        )
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"{str(path)!r} can't be written: the folder {str(path.absolute().parent)!r} does not "
+            f"exist. Create it first."
+        )
+    temporary = path.absolute().with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

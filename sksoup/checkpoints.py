@@ -19,39 +19,56 @@ import torch
 from torch import nn
 
 from ._formats import (
+    FOLDER_WEIGHTS,
     SUFFIXES,
+    Read,
     TensorInfo,
     check_state_dict,
-    open_tensors,
-    read_header,
-    sha256_of,
+    find_weights,
+    list_weights,
+    open_weights,
     write_safetensors,
 )
+from ._hub import HubModule, hub_folder
 from .exceptions import CheckpointError
 
 __all__ = ["CheckpointCollection"]
 
-Read: TypeAlias = Callable[[str], torch.Tensor]
+PREFIXES = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, Lightning
 ModuleSource: TypeAlias = nn.Module | Callable[[], nn.Module]
 
 
 class _FileCheckpoint:
-    """A checkpoint on disk: a path, its header, and what the file was when it was opened."""
+    """A checkpoint on disk: a path, its header, and the prefix its names carry in the file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, key: str | None = None) -> None:
         self.path = path
-        self.header, self.identity = read_header(path)
+        self.weights = open_weights(path, key)
+        self.prefix = ""
 
     def __repr__(self) -> str:
         return repr(str(self.path))
 
+    @property
+    def header(self) -> dict[str, TensorInfo]:
+        skip = len(self.prefix)
+        return {name[skip:]: info for name, info in self.weights.header.items()}
+
+    @property
+    def name(self) -> tuple[str, ...]:
+        """Folders and a stem; a file with a name all such files share goes by its folder."""
+        path = self.path
+        if path.is_file() and path.name in FOLDER_WEIGHTS:
+            path = path.parent
+        return (*path.parent.parts[1:], path.name if path.is_dir() else path.stem)
+
     @contextmanager
     def open(self) -> Iterator[Read]:
-        with open_tensors(self.path, self.identity) as read:
-            yield read
+        with self.weights.open() as read:
+            yield lambda name: read(self.prefix + name)
 
     def sha256(self) -> str:
-        return sha256_of(self.path, self.identity)
+        return self.weights.sha256()
 
 
 class _MemoryCheckpoint:
@@ -63,7 +80,8 @@ class _MemoryCheckpoint:
             for name, value in check_state_dict(state, label).items()
         }
         self.label = label
-        self.header = {
+        self.prefix = ""
+        self.raw_header = {
             name: TensorInfo(tuple(value.shape), value.dtype)
             for name, value in self.tensors.items()
         }
@@ -71,9 +89,13 @@ class _MemoryCheckpoint:
     def __repr__(self) -> str:
         return self.label
 
+    @property
+    def header(self) -> dict[str, TensorInfo]:
+        return {name[len(self.prefix) :]: info for name, info in self.raw_header.items()}
+
     @contextmanager
     def open(self) -> Iterator[Read]:
-        yield self.tensors.__getitem__
+        yield lambda name: self.tensors[self.prefix + name]
 
     def sha256(self) -> str:
         return _content_sha256(self)
@@ -91,18 +113,24 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     Parameters
     ----------
     checkpoints : iterable or mapping
-        Paths of ``.safetensors``, ``.pt`` or ``.pth`` files, modules, or state dicts; a mapping
-        gives them names. Modules and state dicts are copied to the CPU, so training them further
-        changes nothing here. ``nn.Module`` entries also give ``module`` when it is None.
-    module : callable, nn.Module or None, default=None
-        The architecture: a factory without arguments or a module (copied before use). Needed by
-        everything that predicts; `mix` and `Recipe.cook` do without.
+        Paths of files (``.safetensors``, ``.pt``, ``.pth``, ``.bin``, ``.ckpt``, an
+        ``.index.json`` of shards) or of Hugging Face and skorch ``Checkpoint`` folders; modules,
+        fitted skorch nets, or state dicts. A mapping gives them names. What is in memory is copied
+        to the CPU, so training it further changes nothing here.
+    module : callable, nn.Module, skorch net or None, default=None
+        The architecture: a factory without arguments, a module (copied before use) or a skorch
+        net. By default that of the first module or net given, or what the ``config.json`` of the
+        first Hugging Face folder says (extra ``hub``). Needed by everything that predicts; `mix`
+        and `Recipe.cook` do without.
     names : sequence of str or None, default=None
         Unique names; by default file stems (with as much of the folder as makes them unique), or
         ``checkpoint0``, ``checkpoint1``, ...
     scores : mapping of str to float or None, default=None
         Known held-out scores by name, greater is better. With them `GreedySoup` and
         `BestCheckpoint` need not rank.
+    key : str or None, default=None
+        Which state dict to take out of training containers that hold several, such as ``"ema"``.
+        A container with one needs no key.
 
     Attributes
     ----------
@@ -125,7 +153,10 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
 
     Notes
     -----
-    Nothing is ever unpickled unsafely and no option allows it. Pickling a collection carries the
+    Nothing is ever unpickled unsafely and no option allows it; harmless classes that a container
+    holds beside its weights become inert placeholders. The prefixes ``module.``, ``_orig_mod.``
+    and ``model.`` are dropped where that makes the names fit the module, or each other. Pickling a
+    collection carries the
     paths of files (not their contents) and the tensors of in-memory checkpoints. Two collections
     are equal only if they are the same object, and ``sklearn.base.clone`` returns the same
     object. An infinite value is accepted only where it is the same in every checkpoint, as in a
@@ -150,17 +181,12 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         module: ModuleSource | None = None,
         names: Sequence[str] | None = None,
         scores: Mapping[str, float] | None = None,
+        key: str | None = None,
     ) -> None:
         given, names = _named(checkpoints, names)
-        if module is None:
-            module = next((item for item in given if isinstance(item, nn.Module)), None)
-        if module is not None and not callable(module):
-            raise TypeError(
-                f"module must be a factory without arguments or an nn.Module, got "
-                f"{type(module).__name__}."
-            )
-        self.module = copy.deepcopy(module) if isinstance(module, nn.Module) else module
-        entries = [_opened(item, index) for index, item in enumerate(given)]
+        self.module = _architecture(given, module)
+        entries = [_opened(item, index, key) for index, item in enumerate(given)]
+        _drop_prefixes(entries, self.module)
         self.names: tuple[str, ...] = tuple(names) if names is not None else _default_names(entries)
         _check_names(self.names, len(entries))
         self._entries: dict[str, _Checkpoint] = dict(zip(self.names, entries, strict=True))
@@ -179,15 +205,17 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         *,
         module: ModuleSource | None = None,
         scores: Mapping[str, float] | None = None,
+        key: str | None = None,
     ) -> CheckpointCollection:
-        """Open the checkpoint files of a folder or a glob pattern, in natural order.
+        """Open the checkpoints of a folder or a glob pattern, in natural order.
 
         Parameters
         ----------
         path : str or path-like
-            A folder (all its ``.safetensors``, ``.pt`` and ``.pth`` files), a glob pattern
-            (``"runs/**/*.safetensors"``) or a single file.
-        module, scores
+            A folder (all checkpoints in it: files, sharded ones once, Hugging Face and skorch
+            folders), a glob pattern (``"runs/**/*.safetensors"``, ``"runs/checkpoint-*"``), or
+            one file or Hugging Face folder.
+        module, scores, key
             As in the constructor.
 
         Returns
@@ -209,7 +237,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         """
         root = Path(path)
         if root.is_dir():
-            found = [p for p in root.iterdir() if p.suffix in SUFFIXES and p.is_file()]
+            found = [root] if find_weights(root) else list_weights(root)
         elif root.is_file():
             found = [root]
         else:
@@ -219,7 +247,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
                 f"No checkpoints found at {os.fspath(path)!r}: expected a folder with "
                 f"{', '.join(SUFFIXES)} files, a pattern that matches some, or a file."
             )
-        return cls(sorted(found, key=_natural_key), module=module, scores=scores)
+        return cls(sorted(found, key=_natural_key), module=module, scores=scores, key=key)
 
     def __getitem__(self, name: str) -> dict[str, torch.Tensor]:
         with self.open(name) as read:
@@ -567,17 +595,98 @@ def _named(
     return items, names
 
 
-def _opened(item: Any, index: int) -> _Checkpoint:
+def _opened(item: Any, index: int, key: str | None) -> _Checkpoint:
     if isinstance(item, (str, os.PathLike)):
-        return _FileCheckpoint(Path(item).absolute())
+        return _FileCheckpoint(Path(item).absolute(), key)
+    if isinstance(trained := getattr(item, "module_", None), nn.Module):  # a fitted skorch net
+        item = trained
     if isinstance(item, nn.Module):
         item = item.state_dict()
     if isinstance(item, Mapping):
         return _MemoryCheckpoint(item, f"checkpoint {index} (in memory)")
     raise TypeError(
-        f"checkpoints[{index}] is a {type(item).__name__}, expected a path, an nn.Module or a "
-        f"state dict."
+        f"checkpoints[{index}] is a {type(item).__name__}, expected a path, an nn.Module, a fitted "
+        f"skorch net or a state dict."
     )
+
+
+class _SkorchModule:
+    """The architecture of a skorch net: an initialised copy's module."""
+
+    def __init__(self, net: Any) -> None:
+        self.net = net
+
+    def __call__(self) -> nn.Module:
+        module: nn.Module = copy.deepcopy(self.net).initialize().module_
+        return module
+
+
+def _architecture(given: Sequence[Any], module: Any) -> ModuleSource | None:
+    """The module or factory to build from: as given, else the first that the checkpoints know."""
+    for item in [module] if module is not None else given:
+        trained = getattr(item, "module_", None)
+        if isinstance(item, nn.Module) or isinstance(trained, nn.Module):
+            return copy.deepcopy(item if isinstance(item, nn.Module) else trained)
+        if module is None:
+            if isinstance(item, (str, os.PathLike)) and (folder := hub_folder(Path(item))):
+                return HubModule(folder)
+        elif hasattr(item, "initialize") and hasattr(item, "get_params"):
+            return _SkorchModule(item)
+        elif callable(item):
+            factory: ModuleSource = item
+            return factory
+        else:
+            raise TypeError(
+                f"module must be a factory without arguments, an nn.Module or a skorch net, got "
+                f"{type(item).__name__}."
+            )
+    return None
+
+
+def _drop_prefixes(entries: Sequence[_Checkpoint], module: ModuleSource | None) -> None:
+    """Drop DDP's, compile's and Lightning's prefixes where that is what makes the names fit."""
+    choices = [_prefixes(list(entry.header)) for entry in entries]
+    if all(len(prefixes) == 1 for prefixes in choices):
+        return
+    wanted = _module_names(module)
+    if wanted is not None:
+        for entry, prefixes in zip(entries, choices, strict=True):
+            names = list(entry.header)
+            fits = (p for p in prefixes if {name[len(p) :] for name in names} <= wanted)
+            entry.prefix = next(fits, "")
+        return
+    offers = [
+        {frozenset(name[len(p) :] for name in entry.header): p for p in reversed(prefixes)}
+        for entry, prefixes in zip(entries, choices, strict=True)
+    ]
+    shared = next((names for names in reversed(offers[0]) if all(names in o for o in offers)), None)
+    if shared is not None:
+        for entry, offer in zip(entries, offers, strict=True):
+            entry.prefix = offer[shared]
+
+
+def _prefixes(names: Sequence[str]) -> list[str]:
+    """Every chain of known prefixes that all names begin with, the empty one first."""
+    found = [""]
+    while True:
+        longer = next(
+            (found[-1] + p for p in PREFIXES if all(n.startswith(found[-1] + p) for n in names)),
+            None,
+        )
+        if longer is None:
+            return found
+        found.append(longer)
+
+
+def _module_names(module: ModuleSource | None) -> set[str] | None:
+    """Names in the module's state dict, built on 'meta': no memory, no initialisation."""
+    if module is None or isinstance(module, nn.Module):
+        return None if module is None else set(module.state_dict())
+    try:
+        with preserved_random_state(), torch.device("meta"):
+            return set(module().state_dict())
+    except Exception:  # a factory that can't be built so is built for real later
+        return None
 
 
 def _natural_key(path: Path) -> list[tuple[int, int, str]]:
@@ -589,9 +698,7 @@ def _natural_key(path: Path) -> list[tuple[int, int, str]]:
 def _default_names(entries: Sequence[_Checkpoint]) -> tuple[str, ...]:
     """File stems, with leading folders where stems repeat; checkpoint0, ... for the others."""
     parts = [
-        (*entry.path.parent.parts[1:], entry.path.stem)
-        if isinstance(entry, _FileCheckpoint)
-        else (f"checkpoint{index}",)
+        entry.name if isinstance(entry, _FileCheckpoint) else (f"checkpoint{index}",)
         for index, entry in enumerate(entries)
     ]
     depth = 1

@@ -222,7 +222,7 @@ def test_what_is_not_a_collection(checkpoints, match):
             ValueError,
             "expected a finite number",
         ),
-        ({"module": 3}, TypeError, "factory without arguments or an nn.Module"),
+        ({"module": 3}, TypeError, "factory without arguments, an nn.Module"),
     ],
 )
 def test_bad_arguments(kwargs, error, match):
@@ -305,7 +305,7 @@ def test_sparse_complex_and_unknown_files(tmp_path):
     with pytest.raises(CheckpointError, match=r"suffix '\.txt'"):
         CheckpointCollection([tmp_path / "notes.txt"])
     (tmp_path / "folder.pt").mkdir()
-    with pytest.raises(CheckpointError, match="is a folder"):
+    with pytest.raises(CheckpointError, match="is a folder without weights"):
         CheckpointCollection([tmp_path / "folder.pt"])
 
 

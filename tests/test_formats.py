@@ -24,7 +24,7 @@ def test_any_truncation_is_a_checkpoint_error_that_names_the_file(tmp_path, data
     whole = path.read_bytes()
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
     with pytest.raises(CheckpointError, match=r"t\.(safetensors|pt)'"):
-        formats.read_header(path)
+        formats.open_weights(path)
 
 
 def test_write_replaces_a_file_or_leaves_it_whole(tmp_path, monkeypatch):
@@ -65,4 +65,4 @@ def test_an_unknown_dtype_is_named(tmp_path, monkeypatch):
     save_file({"w": torch.ones(1)}, tmp_path / "t.safetensors")
     monkeypatch.delitem(formats._SAFETENSORS_DTYPES, "F32")
     with pytest.raises(CheckpointError, match="'w' has dtype F32"):
-        formats.read_header(tmp_path / "t.safetensors")
+        formats.open_weights(tmp_path / "t.safetensors")

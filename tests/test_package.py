@@ -23,6 +23,7 @@ PLAN = [
     "exceptions",
     "_memory",
     "_formats",
+    "_hub",
     "checkpoints",
     "_layout",
     "_mix",
