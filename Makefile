@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs wheel clean
+.PHONY: help demo test lint types docs examples wheel clean
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -33,6 +33,9 @@ types: $(STAMP)  ## mypy --strict
 
 docs: $(STAMP)  ## Documentation and gallery, warnings are errors, no network
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+examples: $(STAMP)  ## Run every example
+	set -e; for example in examples/plot_*.py; do $(BIN)/python $$example; done
 
 wheel: $(STAMP)  ## Source distribution and wheel in dist/
 	$(BIN)/python -m build --no-isolation
