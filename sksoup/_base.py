@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 import platform
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -39,6 +40,7 @@ from ._data import (
     resolve_classes,
     resolve_device,
 )
+from ._describe import judge
 from ._layout import Layers, group_layers
 from ._mix import cast, mix, stored_dtypes
 from ._objective import (
@@ -52,6 +54,7 @@ from ._objective import (
     prepare_module,
 )
 from .checkpoints import CheckpointCollection
+from .exceptions import SoupWarning
 from .recipe import Recipe
 
 PACKAGES = ("sksoup", "torch", "numpy", "scikit-learn", "safetensors")
@@ -187,6 +190,13 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
         module: nn.Module,
     ) -> None:
         load_weights(module, mix(collection, coef, layers=layers.rows))
+        mixed = [name for name, c in zip(collection, coef.T, strict=True) if c.any()]
+        if strangers := collection.strangers(mixed):
+            warnings.warn(
+                f"{judge(strangers, len(mixed))} collection.describe() tells more.",
+                SoupWarning,
+                stacklevel=6,  # the call of fit
+            )
         self._dtypes = stored_dtypes(collection, coef)
         self.module_ = module
         self.recipe_ = Recipe.record(

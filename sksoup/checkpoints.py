@@ -5,103 +5,42 @@ from __future__ import annotations
 import copy
 import glob
 import os
-import random
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
+from ._describe import CheckpointSummary, CollectionSummary, describe, sample, strangers_among
 from ._formats import (
-    FOLDER_WEIGHTS,
     SUFFIXES,
     Read,
     TensorInfo,
-    check_state_dict,
     find_weights,
     list_weights,
-    open_weights,
     write_safetensors,
 )
-from ._hub import HubModule, hub_folder
+from ._sources import (
+    Checkpoint,
+    FileCheckpoint,
+    MemoryCheckpoint,
+    ModuleSource,
+    content_sha256,
+    default_names,
+    drop_prefixes,
+    find_architecture,
+    natural_key,
+    open_source,
+    preserved_random_state,
+)
 from .exceptions import CheckpointError
 
-__all__ = ["CheckpointCollection"]
-
-PREFIXES = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, Lightning
-ModuleSource: TypeAlias = nn.Module | Callable[[], nn.Module]
-
-
-class _FileCheckpoint:
-    """A checkpoint on disk: a path, its header, and the prefix its names carry in the file."""
-
-    def __init__(self, path: Path, key: str | None = None) -> None:
-        self.path = path
-        self.weights = open_weights(path, key)
-        self.prefix = ""
-
-    def __repr__(self) -> str:
-        return repr(str(self.path))
-
-    @property
-    def header(self) -> dict[str, TensorInfo]:
-        skip = len(self.prefix)
-        return {name[skip:]: info for name, info in self.weights.header.items()}
-
-    @property
-    def name(self) -> tuple[str, ...]:
-        """Folders and a stem; a file with a name all such files share goes by its folder."""
-        path = self.path
-        if path.is_file() and path.name in FOLDER_WEIGHTS:
-            path = path.parent
-        return (*path.parent.parts[1:], path.name if path.is_dir() else path.stem)
-
-    @contextmanager
-    def open(self) -> Iterator[Read]:
-        with self.weights.open() as read:
-            yield lambda name: read(self.prefix + name)
-
-    def sha256(self) -> str:
-        return self.weights.sha256()
-
-
-class _MemoryCheckpoint:
-    """A checkpoint in memory: a private copy of a state dict."""
-
-    def __init__(self, state: Mapping[str, torch.Tensor], label: str) -> None:
-        self.tensors = {
-            name: value.detach().cpu().clone()
-            for name, value in check_state_dict(state, label).items()
-        }
-        self.label = label
-        self.prefix = ""
-        self.raw_header = {
-            name: TensorInfo(tuple(value.shape), value.dtype)
-            for name, value in self.tensors.items()
-        }
-
-    def __repr__(self) -> str:
-        return self.label
-
-    @property
-    def header(self) -> dict[str, TensorInfo]:
-        return {name[len(self.prefix) :]: info for name, info in self.raw_header.items()}
-
-    @contextmanager
-    def open(self) -> Iterator[Read]:
-        yield lambda name: self.tensors[self.prefix + name]
-
-    def sha256(self) -> str:
-        return _content_sha256(self)
-
-
-_Checkpoint: TypeAlias = _FileCheckpoint | _MemoryCheckpoint
+__all__ = ["CheckpointCollection", "CheckpointSummary", "CollectionSummary"]
 
 
 class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
@@ -184,17 +123,18 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         key: str | None = None,
     ) -> None:
         given, names = _named(checkpoints, names)
-        self.module = _architecture(given, module)
-        entries = [_opened(item, index, key) for index, item in enumerate(given)]
-        _drop_prefixes(entries, self.module)
-        self.names: tuple[str, ...] = tuple(names) if names is not None else _default_names(entries)
+        self.module = find_architecture(given, module)
+        entries = [open_source(item, index, key) for index, item in enumerate(given)]
+        drop_prefixes(entries, self.module)
+        self.names: tuple[str, ...] = tuple(names) if names is not None else default_names(entries)
         _check_names(self.names, len(entries))
-        self._entries: dict[str, _Checkpoint] = dict(zip(self.names, entries, strict=True))
+        self._entries: dict[str, Checkpoint] = dict(zip(self.names, entries, strict=True))
         self.layout: dict[str, TensorInfo] = _common_layout(self._entries)
         self.scores = _check_scores(scores, self.names)
         # per tensor: the checkpoints it was read from and passed; Inf must be equal everywhere
         self._finite: dict[str, set[str]] = {tensor: set() for tensor in self.layout}
         self._infinite: dict[str, tuple[str, torch.Tensor]] = {}
+        self._samples: dict[str, dict[str, NDArray[np.float64]]] = {}
         self._hashes: dict[str, str] = {}
         self._hashing: dict[str, Future[str]] = {}
 
@@ -247,7 +187,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
                 f"No checkpoints found at {os.fspath(path)!r}: expected a folder with "
                 f"{', '.join(SUFFIXES)} files, a pattern that matches some, or a file."
             )
-        return cls(sorted(found, key=_natural_key), module=module, scores=scores, key=key)
+        return cls(sorted(found, key=natural_key), module=module, scores=scores, key=key)
 
     def __getitem__(self, name: str) -> dict[str, torch.Tensor]:
         with self.open(name) as read:
@@ -272,10 +212,12 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hashing": {}, "_hashes": dict(self._hashes)}
+        unread: dict[str, Any] = {tensor: set() for tensor in self.layout}
+        memos = {"_hashing": {}, "_finite": unread, "_infinite": {}, "_samples": {}}
+        return {**self.__dict__, **memos}
 
     def __repr__(self) -> str:
-        files = sum(isinstance(entry, _FileCheckpoint) for entry in self._entries.values())
+        files = sum(isinstance(entry, FileCheckpoint) for entry in self._entries.values())
         where = (
             "on disk" if files == len(self) else "in memory" if files == 0 else f"{files} on disk"
         )
@@ -342,6 +284,8 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             # two numbers per tensor: NaN propagates into both
             low, high = torch.aminmax(value if value.dtype.itemsize > 1 else value.float())
             infinite = bool(torch.isinf(low) | torch.isinf(high))
+            if value.ndim > 1:
+                self._samples.setdefault(name, {})[tensor] = sample(value)
             if bool(torch.isnan(low) | torch.isnan(high)):
                 raise self._not_finite(name, tensor)
             if infinite and not seen:
@@ -351,6 +295,52 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
                 if constant is None or not torch.equal(constant, value):
                     raise self._not_finite(name if infinite else first, tensor)
         seen.add(name)
+
+    def strangers(self, names: Iterable[str]) -> list[str]:
+        """Tell which of these checkpoints point elsewhere than the others, from what was read.
+
+        Parameters
+        ----------
+        names : iterable of str
+            Checkpoints to compare; those that were not read are left out.
+
+        Returns
+        -------
+        strangers : list of str
+            Those whose cosine to the mean of the others, on a few numbers of each matrix, is below
+            0.5. `describe` compares all numbers.
+        """
+        read = {name: self._samples[name] for name in names if name in self._samples}
+        shared = [t for t in self.layout if read and all(t in s for s in read.values())]
+        return strangers_among({name: [s[t] for t in shared] for name, s in read.items()})
+
+    def describe(self) -> CollectionSummary:
+        """Compare the checkpoints: distances, directions, duplicates, frozen parts, a verdict.
+
+        Returns
+        -------
+        summary : CollectionSummary
+            Print it, or use ``to_dict()``.
+
+        Raises
+        ------
+        CheckpointError
+            As `open`.
+
+        Notes
+        -----
+        Two reads of all files; memory of one model in float64 and one tensor.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from sksoup import CheckpointCollection
+        >>> start = torch.nn.Linear(20, 20).state_dict()
+        >>> tuned = [{k: v + 0.01 * i for k, v in start.items()} for i in range(3)]
+        >>> print(CheckpointCollection(tuned).describe().verdict[0])
+        These ingredients lie close together, as fine-tunings of one start do: good to mix.
+        """
+        return describe(self)
 
     def _not_finite(self, name: str, tensor: str) -> CheckpointError:
         return CheckpointError(
@@ -392,6 +382,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         part.scores = None if self.scores is None else {n: self.scores[n] for n in chosen}
         part._finite = {tensor: set() for tensor in part.layout}
         part._infinite = {}
+        part._samples = {}
         part._hashes = {n: self._hashes[n] for n in chosen if n in self._hashes}
         part._hashing = {n: self._hashing[n] for n in chosen if n in self._hashing}
         return part
@@ -516,7 +507,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         digest : str
             64 hexadecimal digits; the same in memory and in a file of any format.
         """
-        return _content_sha256(self._entries[name])
+        return content_sha256(self._entries[name])
 
     def held_tensors(self) -> Iterator[torch.Tensor]:
         """Walk the tensors that live in this collection itself, in no file.
@@ -527,7 +518,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             Not a copy: never write to it.
         """
         for entry in self._entries.values():
-            if isinstance(entry, _MemoryCheckpoint):
+            if isinstance(entry, MemoryCheckpoint):
                 yield from entry.tensors.values()
 
     def path(self, name: str) -> Path | None:
@@ -544,28 +535,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             Absolute.
         """
         entry = self._entries[name]
-        return entry.path if isinstance(entry, _FileCheckpoint) else None
-
-
-def _content_sha256(entry: _Checkpoint) -> str:
-    digest = sha256()
-    with entry.open() as read:
-        for name, info in sorted(entry.header.items()):
-            digest.update(f"{name}:{info.dtype}:{info.shape};".encode())
-            digest.update(read(name).contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-@contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Leave torch's, numpy's and Python's global random state as it was."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+        return entry.path if isinstance(entry, FileCheckpoint) else None
 
 
 def _named(
@@ -593,122 +563,6 @@ def _named(
     if not items:
         raise CheckpointError("No checkpoints: expected at least one path, module or state dict.")
     return items, names
-
-
-def _opened(item: Any, index: int, key: str | None) -> _Checkpoint:
-    if isinstance(item, (str, os.PathLike)):
-        return _FileCheckpoint(Path(item).absolute(), key)
-    if isinstance(trained := getattr(item, "module_", None), nn.Module):  # a fitted skorch net
-        item = trained
-    if isinstance(item, nn.Module):
-        item = item.state_dict()
-    if isinstance(item, Mapping):
-        return _MemoryCheckpoint(item, f"checkpoint {index} (in memory)")
-    raise TypeError(
-        f"checkpoints[{index}] is a {type(item).__name__}, expected a path, an nn.Module, a fitted "
-        f"skorch net or a state dict."
-    )
-
-
-class _SkorchModule:
-    """The architecture of a skorch net: an initialised copy's module."""
-
-    def __init__(self, net: Any) -> None:
-        self.net = net
-
-    def __call__(self) -> nn.Module:
-        module: nn.Module = copy.deepcopy(self.net).initialize().module_
-        return module
-
-
-def _architecture(given: Sequence[Any], module: Any) -> ModuleSource | None:
-    """The module or factory to build from: as given, else the first that the checkpoints know."""
-    for item in [module] if module is not None else given:
-        trained = getattr(item, "module_", None)
-        if isinstance(item, nn.Module) or isinstance(trained, nn.Module):
-            return copy.deepcopy(item if isinstance(item, nn.Module) else trained)
-        if module is None:
-            if isinstance(item, (str, os.PathLike)) and (folder := hub_folder(Path(item))):
-                return HubModule(folder)
-        elif hasattr(item, "initialize") and hasattr(item, "get_params"):
-            return _SkorchModule(item)
-        elif callable(item):
-            factory: ModuleSource = item
-            return factory
-        else:
-            raise TypeError(
-                f"module must be a factory without arguments, an nn.Module or a skorch net, got "
-                f"{type(item).__name__}."
-            )
-    return None
-
-
-def _drop_prefixes(entries: Sequence[_Checkpoint], module: ModuleSource | None) -> None:
-    """Drop DDP's, compile's and Lightning's prefixes where that is what makes the names fit."""
-    choices = [_prefixes(list(entry.header)) for entry in entries]
-    if all(len(prefixes) == 1 for prefixes in choices):
-        return
-    wanted = _module_names(module)
-    if wanted is not None:
-        for entry, prefixes in zip(entries, choices, strict=True):
-            names = list(entry.header)
-            fits = (p for p in prefixes if {name[len(p) :] for name in names} <= wanted)
-            entry.prefix = next(fits, "")
-        return
-    offers = [
-        {frozenset(name[len(p) :] for name in entry.header): p for p in reversed(prefixes)}
-        for entry, prefixes in zip(entries, choices, strict=True)
-    ]
-    shared = next((names for names in reversed(offers[0]) if all(names in o for o in offers)), None)
-    if shared is not None:
-        for entry, offer in zip(entries, offers, strict=True):
-            entry.prefix = offer[shared]
-
-
-def _prefixes(names: Sequence[str]) -> list[str]:
-    """Every chain of known prefixes that all names begin with, the empty one first."""
-    found = [""]
-    while True:
-        longer = next(
-            (found[-1] + p for p in PREFIXES if all(n.startswith(found[-1] + p) for n in names)),
-            None,
-        )
-        if longer is None:
-            return found
-        found.append(longer)
-
-
-def _module_names(module: ModuleSource | None) -> set[str] | None:
-    """Names in the module's state dict, built on 'meta': no memory, no initialisation."""
-    if module is None or isinstance(module, nn.Module):
-        return None if module is None else set(module.state_dict())
-    try:
-        with preserved_random_state(), torch.device("meta"):
-            return set(module().state_dict())
-    except Exception:  # a factory that can't be built so is built for real later
-        return None
-
-
-def _natural_key(path: Path) -> list[tuple[int, int, str]]:
-    """Sort digits by value: ft2 before ft10."""
-    parts = re.split(r"(\d+)", path.as_posix())
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts if part]
-
-
-def _default_names(entries: Sequence[_Checkpoint]) -> tuple[str, ...]:
-    """File stems, with leading folders where stems repeat; checkpoint0, ... for the others."""
-    parts = [
-        entry.name if isinstance(entry, _FileCheckpoint) else (f"checkpoint{index}",)
-        for index, entry in enumerate(entries)
-    ]
-    depth = 1
-    names = tuple(part[-1] for part in parts)
-    while len(set(names)) < len(names) and depth < max(map(len, parts)):
-        depth += 1
-        names = tuple("/".join(part[-depth:]) for part in parts)
-    if len(set(names)) < len(names):  # the same file twice, or a.pt beside a.safetensors
-        names = tuple(f"{name}#{index}" for index, name in enumerate(names))
-    return names
 
 
 def _check_names(names: Sequence[str], n_checkpoints: int) -> None:
@@ -742,7 +596,7 @@ def _check_scores(
     return known
 
 
-def _common_layout(entries: Mapping[str, _Checkpoint]) -> dict[str, TensorInfo]:
+def _common_layout(entries: Mapping[str, Checkpoint]) -> dict[str, TensorInfo]:
     """The tensors that all checkpoints share, with promoted dtypes; raise where they differ."""
     first = next(iter(entries.values()))
     layout = dict(first.header)
@@ -772,7 +626,7 @@ def _common_layout(entries: Mapping[str, _Checkpoint]) -> dict[str, TensorInfo]:
     return layout
 
 
-def _check_same_keys(name: str, entry: _Checkpoint, first: _Checkpoint) -> None:
+def _check_same_keys(name: str, entry: Checkpoint, first: Checkpoint) -> None:
     lacking = [tensor for tensor in first.header if tensor not in entry.header]
     extra = [tensor for tensor in entry.header if tensor not in first.header]
     if not lacking and not extra:

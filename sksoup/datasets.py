@@ -15,7 +15,8 @@ from sklearn.datasets import get_data_home, load_digits
 from torch import nn
 
 from ._formats import write_safetensors, write_text
-from .checkpoints import CheckpointCollection, preserved_random_state
+from ._sources import preserved_random_state
+from .checkpoints import CheckpointCollection
 from .exceptions import CheckpointError
 
 __all__ = ["DigitsConvNet", "DigitsZoo", "FineTuning", "make_digits_checkpoints"]

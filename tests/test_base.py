@@ -24,7 +24,7 @@ from sksoup import (
     UniformSoup,
 )
 
-from .zoo import Net, Zoo, make_states, same_tensors
+from .zoo import Net, Zoo, around, make_states, same_tensors
 
 
 class Counting(Net):
@@ -369,7 +369,7 @@ def test_integer_inputs_stay_integers(zoo: Zoo):
             return self.head(self.table(tokens).mean(1))
 
     torch.manual_seed(0)
-    checkpoints = CheckpointCollection([Embedded() for _ in range(3)])
+    checkpoints = CheckpointCollection(around(Embedded(), 3))
     tokens = np.arange(60 * 5).reshape(60, 5) % 10
     soup = MEHLSoup(layerwise=True, random_state=0).fit(checkpoints, tokens, zoo.y)
     assert soup.predict(torch.as_tensor(tokens)).shape == (60,)

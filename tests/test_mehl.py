@@ -15,7 +15,7 @@ from sksoup._memory import LiveTensors
 from sksoup.mehl import affine_coef, draw_model_batches
 
 from .references import descent_reference
-from .zoo import Zoo, same_tensors
+from .zoo import Zoo, around, same_tensors
 
 # ---------------------------------------------------------------- against the slow version
 
@@ -211,7 +211,7 @@ def test_never_more_than_b_plus_two_models(tmp_path, model_batch_size, layerwise
         return nn.Sequential(*[nn.Linear(64, 64) for _ in range(20)], nn.Linear(64, 3))
 
     torch.manual_seed(0)
-    checkpoints = CheckpointCollection([module() for _ in range(9)], module=module)
+    checkpoints = CheckpointCollection(around(module(), 9), module=module)
     checkpoints = checkpoints.save(tmp_path / "zoo")
     X, y = np.ones((8, 64), dtype=np.float32), np.arange(8) % 3
     soup = MEHLSoup(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +76,16 @@ def make_zoo(n: int, seed: int, dtype: torch.dtype = torch.float32, batch_norm: 
     module = Net if batch_norm else (Net64 if dtype == torch.float64 else PlainNet)
     states = make_states(n, seed, dtype, batch_norm)
     return Zoo(CheckpointCollection(states, module=module), X.astype(np.float32), y)
+
+
+def around(start: nn.Module, n: int, spread: float = 0.01) -> list[nn.Module]:
+    """Modules around a start, as fine-tuning leaves them."""
+    modules = [copy.deepcopy(start) for _ in range(n)]
+    for module in modules:
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter += spread * torch.randn_like(parameter)
+    return modules
 
 
 def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

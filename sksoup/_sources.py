@@ -1,0 +1,226 @@
+"""Where checkpoints come from: files, folders, modules, nets; and the architecture they tell."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from ._formats import FOLDER_WEIGHTS, Read, TensorInfo, check_state_dict, open_weights
+from ._hub import HubModule, hub_folder
+
+PREFIXES = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, Lightning
+ModuleSource: TypeAlias = nn.Module | Callable[[], nn.Module]
+
+
+class FileCheckpoint:
+    """A checkpoint on disk: a path, its header, and the prefix its names carry in the file."""
+
+    def __init__(self, path: Path, key: str | None = None) -> None:
+        self.path = path
+        self.weights = open_weights(path, key)
+        self.prefix = ""
+
+    def __repr__(self) -> str:
+        return repr(str(self.path))
+
+    @property
+    def header(self) -> dict[str, TensorInfo]:
+        skip = len(self.prefix)
+        return {name[skip:]: info for name, info in self.weights.header.items()}
+
+    @property
+    def name(self) -> tuple[str, ...]:
+        """Folders and a stem; a file with a name all such files share goes by its folder."""
+        path = self.path
+        if path.is_file() and path.name in FOLDER_WEIGHTS:
+            path = path.parent
+        return (*path.parent.parts[1:], path.name if path.is_dir() else path.stem)
+
+    @contextmanager
+    def open(self) -> Iterator[Read]:
+        with self.weights.open() as read:
+            yield lambda name: read(self.prefix + name)
+
+    def sha256(self) -> str:
+        return self.weights.sha256()
+
+
+class MemoryCheckpoint:
+    """A checkpoint in memory: a private copy of a state dict."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor], label: str) -> None:
+        self.tensors = {
+            name: value.detach().cpu().clone()
+            for name, value in check_state_dict(state, label).items()
+        }
+        self.label = label
+        self.prefix = ""
+        self.raw_header = {
+            name: TensorInfo(tuple(value.shape), value.dtype)
+            for name, value in self.tensors.items()
+        }
+
+    def __repr__(self) -> str:
+        return self.label
+
+    @property
+    def header(self) -> dict[str, TensorInfo]:
+        return {name[len(self.prefix) :]: info for name, info in self.raw_header.items()}
+
+    @contextmanager
+    def open(self) -> Iterator[Read]:
+        yield lambda name: self.tensors[self.prefix + name]
+
+    def sha256(self) -> str:
+        return content_sha256(self)
+
+
+Checkpoint: TypeAlias = FileCheckpoint | MemoryCheckpoint
+
+
+def open_source(item: Any, index: int, key: str | None) -> Checkpoint:
+    if isinstance(item, (str, os.PathLike)):
+        return FileCheckpoint(Path(item).absolute(), key)
+    if isinstance(trained := getattr(item, "module_", None), nn.Module):  # a fitted skorch net
+        item = trained
+    if isinstance(item, nn.Module):
+        item = item.state_dict()
+    if isinstance(item, Mapping):
+        return MemoryCheckpoint(item, f"checkpoint {index} (in memory)")
+    raise TypeError(
+        f"checkpoints[{index}] is a {type(item).__name__}, expected a path, an nn.Module, a fitted "
+        f"skorch net or a state dict."
+    )
+
+
+class _SkorchModule:
+    """The architecture of a skorch net: an initialised copy's module."""
+
+    def __init__(self, net: Any) -> None:
+        self.net = net
+
+    def __call__(self) -> nn.Module:
+        module: nn.Module = copy.deepcopy(self.net).initialize().module_
+        return module
+
+
+def find_architecture(given: Sequence[Any], module: Any) -> ModuleSource | None:
+    """The module or factory to build from: as given, else the first that the checkpoints know."""
+    for item in [module] if module is not None else given:
+        trained = getattr(item, "module_", None)
+        if isinstance(item, nn.Module) or isinstance(trained, nn.Module):
+            return copy.deepcopy(item if isinstance(item, nn.Module) else trained)
+        if module is None:
+            if isinstance(item, (str, os.PathLike)) and (folder := hub_folder(Path(item))):
+                return HubModule(folder)
+        elif hasattr(item, "initialize") and hasattr(item, "get_params"):
+            return _SkorchModule(item)
+        elif callable(item):
+            factory: ModuleSource = item
+            return factory
+        else:
+            raise TypeError(
+                f"module must be a factory without arguments, an nn.Module or a skorch net, got "
+                f"{type(item).__name__}."
+            )
+    return None
+
+
+def drop_prefixes(entries: Sequence[Checkpoint], module: ModuleSource | None) -> None:
+    """Drop DDP's, compile's and Lightning's prefixes where that is what makes the names fit."""
+    choices = [_prefixes(list(entry.header)) for entry in entries]
+    if all(len(prefixes) == 1 for prefixes in choices):
+        return
+    wanted = _module_names(module)
+    if wanted is not None:
+        for entry, prefixes in zip(entries, choices, strict=True):
+            names = list(entry.header)
+            fits = (p for p in prefixes if {name[len(p) :] for name in names} <= wanted)
+            entry.prefix = next(fits, "")
+        return
+    offers = [
+        {frozenset(name[len(p) :] for name in entry.header): p for p in reversed(prefixes)}
+        for entry, prefixes in zip(entries, choices, strict=True)
+    ]
+    shared = next((names for names in reversed(offers[0]) if all(names in o for o in offers)), None)
+    if shared is not None:
+        for entry, offer in zip(entries, offers, strict=True):
+            entry.prefix = offer[shared]
+
+
+def _prefixes(names: Sequence[str]) -> list[str]:
+    """Every chain of known prefixes that all names begin with, the empty one first."""
+    found = [""]
+    while True:
+        longer = next(
+            (found[-1] + p for p in PREFIXES if all(n.startswith(found[-1] + p) for n in names)),
+            None,
+        )
+        if longer is None:
+            return found
+        found.append(longer)
+
+
+def _module_names(module: ModuleSource | None) -> set[str] | None:
+    """Names in the module's state dict, built on 'meta': no memory, no initialisation."""
+    if module is None or isinstance(module, nn.Module):
+        return None if module is None else set(module.state_dict())
+    try:
+        with preserved_random_state(), torch.device("meta"):
+            return set(module().state_dict())
+    except Exception:  # a factory that can't be built so is built for real later
+        return None
+
+
+def content_sha256(entry: Checkpoint) -> str:
+    digest = sha256()
+    with entry.open() as read:
+        for name, info in sorted(entry.header.items()):
+            digest.update(f"{name}:{info.dtype}:{info.shape};".encode())
+            digest.update(read(name).contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def default_names(entries: Sequence[Checkpoint]) -> tuple[str, ...]:
+    """File stems, with leading folders where stems repeat; checkpoint0, ... for the others."""
+    parts = [
+        entry.name if isinstance(entry, FileCheckpoint) else (f"checkpoint{index}",)
+        for index, entry in enumerate(entries)
+    ]
+    depth = 1
+    names = tuple(part[-1] for part in parts)
+    while len(set(names)) < len(names) and depth < max(map(len, parts)):
+        depth += 1
+        names = tuple("/".join(part[-depth:]) for part in parts)
+    if len(set(names)) < len(names):  # the same file twice, or a.pt beside a.safetensors
+        names = tuple(f"{name}#{index}" for index, name in enumerate(names))
+    return names
+
+
+def natural_key(path: Path) -> list[tuple[int, int, str]]:
+    """Sort digits by value: ft2 before ft10."""
+    parts = re.split(r"(\d+)", path.as_posix())
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts if part]
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Leave torch's, numpy's and Python's global random state as it was."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
