@@ -41,6 +41,8 @@ from ._data import (
     resolve_device,
 )
 from ._describe import judge
+from ._formats import new_folder, write_text
+from ._hub import copy_companions, hub_folder
 from ._layout import Layers, group_layers
 from ._mix import cast, mix, stored_dtypes
 from ._objective import (
@@ -54,7 +56,7 @@ from ._objective import (
     prepare_module,
 )
 from .checkpoints import CheckpointCollection
-from .exceptions import SoupWarning
+from .exceptions import CheckpointError, SoupWarning
 from .recipe import Recipe
 
 PACKAGES = ("sksoup", "torch", "numpy", "scikit-learn", "safetensors")
@@ -427,7 +429,7 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
             for name, dtype in self._dtypes.items()
         }
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], card: bool = False) -> None:
         """Write weights and recipe to one ``.safetensors`` file, atomically.
 
         Parameters
@@ -435,6 +437,8 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
         path : str or path-like
             Ends in ``.safetensors``; an existing file is replaced, by the whole new one or not at
             all. ``Recipe.load(path).cook(checkpoints)`` rebuilds the weights.
+        card : bool, default=False
+            Whether to write a model card beside it, with the suffix ``.md``.
 
         Raises
         ------
@@ -443,6 +447,38 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
         """
         check_is_fitted(self, "coef_")
         self.recipe_.save_weights(Path(path), self.state_dict())
+        if card:
+            write_text(Path(path).with_suffix(".md"), self.recipe_.to_card())
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write a Hugging Face folder: weights, recipe, card, and the ingredients' configuration.
+
+        Parameters
+        ----------
+        folder : str or path-like
+            A new folder; it appears once all of it is written. ``from_pretrained`` of transformers
+            reads it. ``config.json`` and the tokenizer's files are those of the first ingredient.
+
+        Raises
+        ------
+        CheckpointError
+            The ingredients did not come from Hugging Face folders.
+        FileExistsError
+            The folder is there and not empty.
+        """
+        check_is_fitted(self, "coef_")
+        paths = [self.checkpoints_.path(name) for name in self.checkpoints_]
+        sources = [hub_folder(path) for path in paths if path is not None]
+        source = next((source for source in sources if source is not None), None)
+        if source is None:
+            raise CheckpointError(
+                f"{os.fspath(folder)!r} can't become a Hugging Face folder: no ingredient lies "
+                f"beside a config.json that could be copied. Use save(path)."
+            )
+        with new_folder(Path(folder)) as temporary:
+            copy_companions(source, temporary)
+            self.recipe_.save_weights(temporary / "model.safetensors", self.state_dict())
+            write_text(temporary / "README.md", self.recipe_.to_card())
 
     # -------------------------------------------------------------- scikit-learn
 

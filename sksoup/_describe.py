@@ -234,7 +234,10 @@ def _verdict(
     if len(copies) == len(summaries) - 1:
         return ("All checkpoints are the same: a soup of them is that checkpoint.",)
     if copies:
-        said.append(f"{_listed(copies)} repeat other checkpoints and count twice in a mean.")
+        said.append(
+            f"{_listed(copies)} {'repeats' if len(copies) == 1 else 'repeat'} other checkpoints: "
+            f"in a mean, equal ones count each time."
+        )
     if identical:
         said.append(
             f"{len(identical)} of {len(collection.layout)} tensors are the same everywhere (frozen "
@@ -256,8 +259,8 @@ def judge(strangers: Sequence[str], n: int) -> str:
             f"from one pretrained start, with lower learning rates."
         )
     return (
-        f"{_listed(strangers)} do not share a start with the others (cosine below {UNRELATED}): "
-        f"leave out with collection.drop(...)."
+        f"{_listed(strangers)} {'does' if len(strangers) == 1 else 'do'} not share a start with "
+        f"the others (cosine below {UNRELATED}): leave out with collection.drop(...)."
     )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from .exceptions import CheckpointError
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 INDEX = ".index.json"
+SHARD_BYTES = 5_000_000_000  # as Hugging Face cuts them
 # what the weights of a Hugging Face or skorch folder are called, in order of preference
 FOLDER_WEIGHTS = (
     "model.safetensors",
@@ -70,8 +73,12 @@ class TensorInfo:
         return self.dtype.is_floating_point
 
     @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
-        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+        return self.size * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -102,20 +109,19 @@ def _naming(path: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:  # readers raise anything on damaged files
-        unsafe = "Weights only load failed" in str(error)
-        reason = (
-            "it holds more than tensors, and reading it could run code"
-            if unsafe
-            else f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        )
-        remedy = (
-            "sksoup never unpickles code; save the state dict alone: "
-            "torch.save(module.state_dict(), path)"
-            if unsafe
-            else "The file is damaged, incomplete or of another format: copy or write it again, "
-            "or leave it out"
-        )
-        raise CheckpointError(f"{str(path)!r} can't be read: {reason}. {remedy}.") from error
+        text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+        if "Weights only load failed" in str(error) and re.search("GLOBAL|allowlisted", text):
+            named = re.search(r"GLOBAL ([\w.]+)", text)
+            raise CheckpointError(
+                f"{str(path)!r} can't be read: it holds more than tensors"
+                f"{f' ({named[1]})' if named else ''}, and reading it could run code. sksoup never "
+                f"unpickles code; save the state dict alone: torch.save(module.state_dict(), path)."
+            ) from error
+        reason = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}".rstrip(": .")
+        raise CheckpointError(
+            f"{str(path)!r} can't be read: {reason}. The file is damaged, incomplete or of another "
+            f"format: copy or write it again, or leave it out."
+        ) from error
 
 
 def find_weights(folder: Path) -> Path | None:
@@ -147,16 +153,19 @@ def list_weights(folder: Path) -> list[Path]:
 
 def open_weights(path: Path, key: str | None = None) -> WeightsFile | ShardedWeights:
     """Read the header of a checkpoint: a file, an index of shards, or a folder with either."""
-    if path.is_dir():
-        found = find_weights(path)
-        if found is None:
-            raise CheckpointError(
-                f"{str(path)!r} is a folder without weights sksoup knows: expected "
-                f"{', '.join(FOLDER_WEIGHTS)} beside a config.json, or params.pt of skorch. For a "
-                f"folder of checkpoints use CheckpointCollection.from_path."
-            )
-        path = found
+    path = _weights_of(path) if path.is_dir() else path
     return ShardedWeights(path) if path.name.endswith(INDEX) else WeightsFile(path, key)
+
+
+def _weights_of(folder: Path) -> Path:
+    found = find_weights(folder)
+    if found is None:
+        raise CheckpointError(
+            f"{str(folder)!r} is a folder without weights sksoup knows: expected "
+            f"{', '.join(FOLDER_WEIGHTS)} beside a config.json, or params.pt of skorch. For a "
+            f"folder of checkpoints use CheckpointCollection.from_path."
+        )
+    return found
 
 
 class WeightsFile:
@@ -376,7 +385,10 @@ def check_state_dict(state: Any, where: str) -> dict[str, torch.Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return the free-form metadata of a .safetensors file."""
+    """Return the free-form metadata of a .safetensors file, or of the first shard of a folder."""
+    path = _weights_of(path) if path.is_dir() else path
+    if path.name.endswith(INDEX):
+        path = path.parent / min(_weight_map(path).values())
     FileIdentity.of(path)
     with _naming(path), safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})
@@ -418,6 +430,87 @@ def write_safetensors(
                 whole[name] = tensor.clone()
             seen.add(pointer)
         save_file(whole, temporary, metadata=dict(metadata or {}))
+
+
+def write_shards(
+    folder: Path,
+    infos: Mapping[str, TensorInfo],
+    read: Callable[[Sequence[str]], Iterator[tuple[str, torch.Tensor]]],
+    metadata: Mapping[str, str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write the tensors that ``read(names)`` gives, in order, to shards and an index in a folder.
+
+    Each tensor is on disk before the next one is asked for. The folder is new, and appears whole.
+    """
+    names = sorted(infos, key=lambda name: -infos[name].dtype.itemsize)  # so all are aligned
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in names:
+        if shards[-1] and filled + infos[name].nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += infos[name].nbytes
+    files = {
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors": part for i, part in enumerate(shards, 1)
+    }
+    index = {
+        "metadata": {"total_size": sum(info.nbytes for info in infos.values())},
+        "weight_map": {name: file for file, part in files.items() for name in part},
+    }
+    with new_folder(folder) as temporary:
+        tensors = read(names)
+        for file, part in files.items():
+            _write_one_by_one(temporary / file, {n: infos[n] for n in part}, tensors, metadata)
+        write_text(temporary / f"model.safetensors{INDEX}", json.dumps(index, indent=1))
+
+
+def _write_one_by_one(
+    path: Path,
+    infos: Mapping[str, TensorInfo],
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    metadata: Mapping[str, str] | None,
+) -> None:
+    """Write a safetensors file whose tensors come one at a time, in the order of ``infos``.
+
+    The library writes from memory only. The format: the length of a JSON header as 8 bytes, the
+    header (padded to 8 bytes), then the tensors' bytes without gaps.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    codes = {dtype: code for code, dtype in _SAFETENSORS_DTYPES.items()}
+    end = 0
+    for name, info in infos.items():
+        if info.dtype not in codes:
+            raise CheckpointError(
+                f"{name!r} can't be written: safetensors has no {info.dtype}. Convert the "
+                f"checkpoints to another dtype."
+            )
+        begin, end = end, end + info.nbytes
+        header[name] = {
+            "dtype": codes[info.dtype],
+            "shape": info.shape,
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, info in infos.items():
+            given, tensor = next(tensors)
+            if given != name or TensorInfo(tuple(tensor.shape), tensor.dtype) != info:
+                raise RuntimeError(f"{given!r} came where {name!r} was to be written")
+            data: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
+            file.write(data)
+        os.fsync(file.fileno())
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape have the same dtype and bits (NaN equals itself)."""
+    if a.dtype != b.dtype:
+        return False
+    as_integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+    return torch.equal(a.contiguous().view(as_integers), b.contiguous().view(as_integers))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from ._formats import TensorInfo
+from ._formats import TensorInfo, same_bits, write_shards
 from ._layout import check_layers, is_variance
 from .checkpoints import CheckpointCollection
 
 __all__ = ["mix"]
+
+
+@overload
+def mix(
+    checkpoints: CheckpointCollection | Any,
+    coef: ArrayLike,
+    *,
+    layers: Mapping[str, int] | None = None,
+    out: None = None,
+) -> dict[str, torch.Tensor]: ...
+
+
+@overload
+def mix(
+    checkpoints: CheckpointCollection | Any,
+    coef: ArrayLike,
+    *,
+    layers: Mapping[str, int] | None = None,
+    out: str | os.PathLike[str],
+) -> Path: ...
 
 
 def mix(
@@ -21,7 +43,8 @@ def mix(
     coef: ArrayLike,
     *,
     layers: Mapping[str, int] | None = None,
-) -> dict[str, torch.Tensor]:
+    out: str | os.PathLike[str] | None = None,
+) -> dict[str, torch.Tensor] | Path:
     r"""Mix checkpoints into one state dict, with given coefficients.
 
     Every floating tensor becomes :math:`w = \sum_k c_{lk} w_k`, with :math:`l` the layer of the
@@ -37,11 +60,15 @@ def mix(
         Coefficients; each row sums to 1.
     layers : mapping of str to int or None, default=None
         Row of ``coef`` for every tensor name; None when there is one row.
+    out : str or path-like, default=None
+        A new folder to write the mix to, for models larger than memory: sharded ``.safetensors``
+        with an index, as Hugging Face lays them out. It appears once all of it is written.
 
     Returns
     -------
-    state_dict : dict of str to Tensor
-        On the CPU, in the stored dtype (the promoted one where the mixed checkpoints differ).
+    state_dict : dict of str to Tensor, or Path
+        On the CPU, in the stored dtype (the promoted one where the mixed checkpoints differ). With
+        ``out``, the path of that folder.
 
     Raises
     ------
@@ -50,6 +77,8 @@ def mix(
         map every tensor to a row.
     CheckpointError
         A checkpoint can't be read or holds NaN.
+    FileExistsError
+        ``out`` is there and not an empty folder; nothing is read.
 
     Notes
     -----
@@ -60,7 +89,10 @@ def mix(
     are taken from the checkpoint with the largest mean coefficient, the first on ties. Running
     variances are clamped at 0 from below.
 
-    Each file is read once. Memory: the result (in the accumulator's dtype) and one tensor.
+    Each byte is read once. Memory: the result (in the accumulator's dtype) and one tensor; with
+    ``out`` no result, but a group of tensors that is no larger than the largest one. Files are
+    mapped, one at a time: that counts as address space, not as memory. A legacy pickle can only be
+    loaded whole, once for every such group.
 
     References
     ----------
@@ -78,10 +110,55 @@ def mix(
     """
     if not isinstance(checkpoints, CheckpointCollection):
         checkpoints = CheckpointCollection(checkpoints)
-    rows = check_coef(coef, len(checkpoints))
-    mixed, _ = accumulate(checkpoints, rows, check_layers(layers, checkpoints.layout, len(rows)))
-    dtypes = stored_dtypes(checkpoints, rows)
+    weights = check_coef(coef, len(checkpoints))
+    rows = check_layers(layers, checkpoints.layout, len(weights))
+    if out is not None:
+        return mix_into(Path(out), checkpoints, weights, rows)
+    mixed, _ = accumulate(checkpoints, weights, rows, checkpoints.layout)
+    dtypes = stored_dtypes(checkpoints, weights)
     return {name: cast(name, mixed.pop(name), dtypes[name]) for name in checkpoints.layout}
+
+
+def mix_into(
+    folder: Path,
+    checkpoints: CheckpointCollection,
+    coef: NDArray[np.float64],
+    rows: Mapping[str, int],
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a mix to a new folder, as shards; ``metadata`` goes into each of them."""
+    infos = {
+        name: TensorInfo(checkpoints.layout[name].shape, dtype)
+        for name, dtype in stored_dtypes(checkpoints, coef).items()
+    }
+    write_shards(folder, infos, lambda names: mix_some(checkpoints, coef, rows, names), metadata)
+    return folder
+
+
+def mix_some(
+    checkpoints: CheckpointCollection,
+    coef: NDArray[np.float64],
+    rows: Mapping[str, int],
+    names: Iterable[str],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Mix these tensors a few at a time: never more in memory than the largest takes."""
+    dtypes = stored_dtypes(checkpoints, coef)
+    for group in _groups({name: checkpoints.layout[name].size for name in names}):
+        mixed, _ = accumulate(checkpoints, coef, rows, group)
+        for name in group:
+            yield name, cast(name, mixed.pop(name), dtypes[name])
+
+
+def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Cut the tensors, in order, into groups that are together no larger than the largest one."""
+    most, group, held = max(sizes.values(), default=0), list[str](), 0
+    for name, size in sizes.items():
+        if group and held + size > most:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += size
+    yield group
 
 
 def check_coef(coef: ArrayLike, n_checkpoints: int) -> NDArray[np.float64]:
@@ -108,12 +185,14 @@ def accumulate(
     checkpoints: CheckpointCollection,
     coef: NDArray[np.float64],
     rows: Mapping[str, int],
+    names: Iterable[str],
 ) -> tuple[dict[str, torch.Tensor], set[str]]:
-    """Stream the checkpoints once; return the sums, uncast, and the names of what differs.
+    """Stream these tensors of all checkpoints once; return the sums, uncast, and what differs.
 
     ``coef`` is (n_rows, K). Tensors that are equal everywhere come in their stored dtype.
     """
-    floating = {name for name, info in checkpoints.layout.items() if info.is_floating}
+    names = list(names)
+    floating = {name for name in names if checkpoints.layout[name].is_floating}
     leader = int(coef.mean(axis=0).argmax())
     sums = {name: _Sum(checkpoints.layout[name]) for name in floating}
     integers: dict[str, torch.Tensor] = {}
@@ -121,7 +200,7 @@ def accumulate(
         if not coef[:, k].any():
             continue
         with checkpoints.open(checkpoint) as read:
-            for name in checkpoints.layout:
+            for name in names:
                 if name in floating:
                     if (c := float(coef[rows[name], k])) != 0.0:
                         sums[name].add(read(name), c)
@@ -129,8 +208,7 @@ def accumulate(
                     integers[name] = read(name).clone()
     differing = {name for name in floating if sums[name].total is not None}
     return {
-        name: sums.pop(name).result() if name in floating else integers[name]
-        for name in checkpoints.layout
+        name: sums.pop(name).result() if name in floating else integers[name] for name in names
     }, differing
 
 
@@ -167,7 +245,7 @@ class _Sum:
             if self.first is None:
                 self.first, self.coefs = w.clone(), [c]
                 return
-            if _same_bits(self.first, w):
+            if same_bits(self.first, w):
                 self.coefs.append(c)
                 return
             first = self.first.to(self.dtype)
@@ -182,10 +260,3 @@ class _Sum:
         if value is None:  # pragma: no cover - rows sum to 1, so some coefficient is not 0
             raise RuntimeError("a tensor was never read")
         return value
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.dtype != b.dtype:
-        return False
-    as_integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
-    return torch.equal(a.contiguous().view(as_integers), b.contiguous().view(as_integers))

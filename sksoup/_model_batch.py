@@ -162,7 +162,10 @@ def model_batches(
     checkpoints, module = problem.checkpoints, problem.module
     n = len(checkpoints)
     mean, differing = accumulate(
-        checkpoints, np.full((1, n), 1 / n), dict.fromkeys(checkpoints.layout, 0)
+        checkpoints,
+        np.full((1, n), 1 / n),
+        dict.fromkeys(checkpoints.layout, 0),
+        checkpoints.layout,
     )
     load_weights(module, mean)
     layout = FlatLayout.of(module, problem.layers, differing)

@@ -66,6 +66,16 @@ class Objective:
         rows = loss.reshape(len(batch), -1).mean(dim=1)  # (n,)
         return (rows * batch.weight).sum() / batch.weight.sum().clamp_min(1e-12)
 
+    @torch.no_grad()
+    def mean_loss(self, data: HeldOut, batch_size: int | None) -> float:
+        """Loss over all rows: the mean of the batches', weighted by what is in them."""
+        total = weight = 0.0
+        for batch in data.batches(batch_size):
+            share = float(len(batch) if batch.weight is None else batch.weight.sum())
+            total += share * float(self.loss(batch))
+            weight += share
+        return total / weight
+
     def loss_and_backward(self, batch: Batch, scale: torch.Tensor | None = None) -> torch.Tensor:
         """Accumulate the gradient into the parameters (and ``scale``); return the loss."""
         loss = self.loss(batch, scale)

@@ -39,13 +39,13 @@ class FileCheckpoint:
         skip = len(self.prefix)
         return {name[skip:]: info for name, info in self.weights.header.items()}
 
-    @property
-    def name(self) -> tuple[str, ...]:
-        """Folders and a stem; a file with a name all such files share goes by its folder."""
+    def name(self, depth: int, suffix: bool) -> str:
+        """Stem after ``depth`` - 1 folders; a file all such folders have goes by its folder."""
         path = self.path
         if path.is_file() and path.name in FOLDER_WEIGHTS:
             path = path.parent
-        return (*path.parent.parts[1:], path.name if path.is_dir() else path.stem)
+        last = path.name if suffix or path.is_dir() else path.stem
+        return "/".join([*path.parent.parts[1:], last][-depth:])
 
     @contextmanager
     def open(self) -> Iterator[Read]:
@@ -193,19 +193,20 @@ def content_sha256(entry: Checkpoint) -> str:
 
 
 def default_names(entries: Sequence[Checkpoint]) -> tuple[str, ...]:
-    """File stems, with leading folders where stems repeat; checkpoint0, ... for the others."""
-    parts = [
-        entry.name if isinstance(entry, FileCheckpoint) else (f"checkpoint{index}",)
-        for index, entry in enumerate(entries)
-    ]
-    depth = 1
-    names = tuple(part[-1] for part in parts)
-    while len(set(names)) < len(names) and depth < max(map(len, parts)):
-        depth += 1
-        names = tuple("/".join(part[-depth:]) for part in parts)
-    if len(set(names)) < len(names):  # the same file twice, or a.pt beside a.safetensors
-        names = tuple(f"{name}#{index}" for index, name in enumerate(names))
-    return names
+    """File stems; with suffixes, then folders, where these repeat; checkpoint0, ... in memory."""
+    deepest = max((len(e.path.parts) for e in entries if isinstance(e, FileCheckpoint)), default=1)
+    for depth in range(1, deepest + 1):
+        for suffix in (False, True):
+            names = tuple(
+                entry.name(depth, suffix)
+                if isinstance(entry, FileCheckpoint)
+                else f"checkpoint{index}"
+                for index, entry in enumerate(entries)
+            )
+            if len(set(names)) == len(names):
+                return names
+    # the same file more than once
+    return tuple(f"{n}#{i}" if names.count(n) > 1 else n for i, n in enumerate(names))
 
 
 def natural_key(path: Path) -> list[tuple[int, int, str]]:

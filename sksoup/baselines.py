@@ -289,4 +289,4 @@ class CheckpointEnsemble(BaseSoup):
             "as one model. Fit a UniformSoup for the mean of the weights."
         )
 
-    save = state_dict
+    save = save_pretrained = state_dict

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -146,7 +146,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         module: ModuleSource | None = None,
         scores: Mapping[str, float] | None = None,
         key: str | None = None,
-    ) -> CheckpointCollection:
+    ) -> Self:
         """Open the checkpoints of a folder or a glob pattern, in natural order.
 
         Parameters

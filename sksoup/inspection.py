@@ -1,4 +1,4 @@
-"""Look at soups: all systems side by side on the same data."""
+"""Look at soups: all systems side by side on the same data, and the loss between checkpoints."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from sklearn.base import clone
 
+from ._barrier import LossBarrier, loss_barrier
 from ._base import BaseSoup
 from ._data import Task
 from ._memory import LiveTensors
@@ -19,7 +20,14 @@ from .greedy import GreedySoup
 from .learned import LearnedSoup
 from .mehl import MEHLSoup
 
-__all__ = ["SoupComparison", "SoupResult", "compare_soups", "paper_systems"]
+__all__ = [
+    "LossBarrier",
+    "SoupComparison",
+    "SoupResult",
+    "compare_soups",
+    "loss_barrier",
+    "paper_systems",
+]
 
 
 @dataclass(frozen=True)

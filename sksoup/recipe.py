@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ._formats import read_metadata, write_safetensors, write_text
-from ._mix import mix
+from ._formats import (
+    INDEX,
+    Read,
+    TensorInfo,
+    open_weights,
+    read_metadata,
+    same_bits,
+    write_safetensors,
+    write_text,
+)
+from ._layout import check_layers
+from ._mix import mix, mix_into, mix_some
 from .checkpoints import CheckpointCollection
 from .exceptions import CheckpointError, RecipeError
 
-__all__ = ["Ingredient", "Recipe"]
+__all__ = ["Ingredient", "Recipe", "Verification"]
 
 FORMAT_VERSION = 1
 METADATA_KEY = "sksoup"
@@ -47,6 +59,78 @@ class Ingredient:
     name: str
     sha256: str
     file: str | None = None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Hold what `Recipe.verify` found; printed, it says so in words.
+
+    Parameters
+    ----------
+    differing : dict of str to str
+        Tensors of the soup that are not what its recipe gives, and how they differ.
+    unchecked : dict of str to str
+        Tensors that could not be rebuilt, and why.
+    ingredients : dict of str to str
+        For every checkpoint of the recipe ``"ok"``, ``"unused"``, or what is wrong with it.
+    n_tensors : int
+        Tensors in the recipe.
+
+    Examples
+    --------
+    >>> from sksoup.recipe import Verification
+    >>> print(Verification({}, {}, {"a": "ok", "b": "unused"}, 4))
+    Verified: 4 of 4 tensors are bit for bit what the recipe gives.
+    1 of 2 ingredients used, SHA-256 as recorded.
+    """
+
+    differing: dict[str, str]
+    unchecked: dict[str, str]
+    ingredients: dict[str, str]
+    n_tensors: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that could be checked is right, and something could be."""
+        return not self.differing and len(self.unchecked) < max(1, self.n_tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the findings as plain dicts.
+
+        Returns
+        -------
+        findings : dict
+            Ready for JSON, with ``"ok"``.
+        """
+        return {"ok": self.ok, **asdict(self)}
+
+    def __str__(self) -> str:
+        lost = {
+            name: state for name, state in self.ingredients.items() if state not in ("ok", "unused")
+        }
+        used = sum(state != "unused" for state in self.ingredients.values())
+        same = (
+            self.n_tensors
+            - len(self.unchecked)
+            - sum("not in the recipe" not in how for how in self.differing.values())
+        )
+        lines = [
+            f"{'Verified' if self.ok else 'NOT verified'}: {same} of {self.n_tensors} tensors are "
+            f"bit for bit what the recipe gives."
+        ]
+        if not lost:
+            lines.append(
+                f"{used} of {len(self.ingredients)} ingredients used, SHA-256 as recorded."
+            )
+        for title, found in (
+            ("differs", self.differing),
+            ("not checked", self.unchecked),
+            ("ingredient", lost),
+        ):
+            lines += [f"{title}: {name!r} {how}" for name, how in list(found.items())[:5]]
+            if len(found) > 5:
+                lines.append(f"{title}: {len(found) - 5} more")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -213,12 +297,12 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
-        """Read a recipe from a soup's ``.safetensors`` file or from a ``.json`` file.
+        """Read a recipe from a soup's ``.safetensors`` file or folder, or from a ``.json`` file.
 
         Parameters
         ----------
         path : str or path-like
-            Where `save` or ``soup.save`` wrote it.
+            Where `save`, ``soup.save``, ``soup.save_pretrained`` or ``cook(out=...)`` wrote it.
 
         Returns
         -------
@@ -233,7 +317,8 @@ class Recipe:
             The file can't be read.
         """
         where = Path(path)
-        if where.suffix != ".safetensors":
+        is_text = where.suffix != ".safetensors" and not where.name.endswith(INDEX)
+        if is_text and not where.is_dir():
             try:
                 text = where.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
@@ -279,7 +364,30 @@ class Recipe:
             raise ValueError(f"{str(where)!r} must end in '.safetensors', got {where.suffix!r}.")
         write_safetensors(where, weights, {METADATA_KEY: self.to_json(), "format": "pt"})
 
-    def cook(self, checkpoints: CheckpointCollection | Any) -> dict[str, torch.Tensor]:
+    def is_used(self) -> NDArray[np.bool_]:
+        """Tell which checkpoints are in the soup.
+
+        Returns
+        -------
+        used : ndarray of shape (n_checkpoints,), bool
+            Whether any coefficient of a checkpoint is other than 0.
+        """
+        used: NDArray[np.bool_] = np.count_nonzero(self.coef, axis=0) > 0
+        return used
+
+    @overload
+    def cook(
+        self, checkpoints: CheckpointCollection | Any, out: None = None
+    ) -> dict[str, torch.Tensor]: ...
+
+    @overload
+    def cook(
+        self, checkpoints: CheckpointCollection | Any, out: str | os.PathLike[str]
+    ) -> Path: ...
+
+    def cook(
+        self, checkpoints: CheckpointCollection | Any, out: str | os.PathLike[str] | None = None
+    ) -> dict[str, torch.Tensor] | Path:
         """Rebuild the soup's weights from the ingredients, bit for bit.
 
         Parameters
@@ -287,11 +395,15 @@ class Recipe:
         checkpoints : CheckpointCollection
             Or anything its constructor takes. Ingredients are found by name, else by hash; those
             with coefficient 0 throughout may be missing. More checkpoints do no harm.
+        out : str or path-like, default=None
+            A new folder to write the weights to, in shards that carry this recipe, for models
+            larger than memory (see `mix`).
 
         Returns
         -------
-        state_dict : dict of str to Tensor
-            As ``soup.state_dict()``, `recalibrated` tensors excepted (they are mixed).
+        state_dict : dict of str to Tensor, or Path
+            As ``soup.state_dict()``, `recalibrated` tensors excepted (they are mixed). With
+            ``out``, the path of that folder.
 
         Raises
         ------
@@ -302,11 +414,143 @@ class Recipe:
         -----
         Reads each used file twice: once for its hash, once to mix.
         """
+        chosen, coef = self._used(checkpoints)
+        if out is None:
+            return mix(chosen, coef, layers=self.layers)
+        rows = check_layers(self.layers, chosen.layout, len(coef))
+        return mix_into(Path(out), chosen, coef, rows, {METADATA_KEY: self.to_json()})
+
+    def verify(
+        self,
+        weights: Mapping[str, torch.Tensor] | str | os.PathLike[str],
+        checkpoints: CheckpointCollection | Any,
+    ) -> Verification:
+        """Rebuild a soup tensor by tensor and compare it bit for bit.
+
+        Parameters
+        ----------
+        weights : mapping of str to Tensor, or path
+            The soup: a state dict, a file, or a folder of shards.
+        checkpoints : CheckpointCollection
+            Or anything its constructor takes: the ingredients.
+
+        Returns
+        -------
+        findings : Verification
+            What differs, what can't be checked, and which ingredients are not those recorded.
+
+        Raises
+        ------
+        CheckpointError
+            A file can't be read.
+
+        Notes
+        -----
+        Reads each used file twice. Memory: a few tensors.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from sksoup import CheckpointCollection, Recipe
+        >>> nets = CheckpointCollection([{"w": torch.ones(1)}, {"w": torch.ones(1) * 3}])
+        >>> recipe = Recipe.record("by hand", nets, [0.5, 0.5], layers={"w": 0})
+        >>> recipe.verify({"w": torch.tensor([2.0])}, nets).ok
+        True
+        >>> recipe.verify({"w": torch.tensor([2.5])}, nets).differing
+        {'w': 'has other values'}
+        """
         if not isinstance(checkpoints, CheckpointCollection):
             checkpoints = CheckpointCollection(checkpoints)
-        used = np.flatnonzero(self.coef.any(axis=0))
+        ingredients = {}
+        for ingredient, used in zip(self.ingredients, self.is_used(), strict=True):
+            ingredients[ingredient.name] = "ok" if used else "unused"
+            try:
+                if used:
+                    self._find(ingredient, checkpoints)
+            except RecipeError as error:
+                ingredients[ingredient.name] = str(error)
+        unchecked = dict.fromkeys(
+            self.recalibrated, "was re-estimated from data, which no recipe can rebuild"
+        )
+        if set(ingredients.values()) - {"ok", "unused"}:
+            lost = dict.fromkeys(self.layers, "can't be rebuilt without all its ingredients")
+            return Verification({}, lost | unchecked, ingredients, len(self.layers))
+        chosen, coef = self._used(checkpoints)
+        rows = check_layers(self.layers, chosen.layout, len(coef))
+        differing = {}
+        with _reading(weights) as (header, read):
+            differing.update({n: "is not in the recipe" for n in header if n not in self.layers})
+            differing.update({n: "is missing" for n in self.layers if n not in header})
+            names = [n for n in self.layers if n in header and n not in unchecked]
+            for name, expected in mix_some(chosen, coef, rows, names):
+                if how := _difference(header[name], expected, read(name)):
+                    differing[name] = how
+        return Verification(differing, unchecked, ingredients, len(self.layers))
+
+    def to_card(self) -> str:
+        """Describe the soup in words, as a Hugging Face–style model card.
+
+        Returns
+        -------
+        card : str
+            Markdown with YAML front matter. Names of checkpoints are escaped.
+        """
+        used = self.is_used()
+        mean = self.coef.mean(axis=0)
+        rows = [
+            f"| {_plain(i.name)} | {c:.4f} | {_score(self.scores.get(i.name))} | `{i.sha256}` |"
+            for i, c, u in zip(self.ingredients, mean, used, strict=True)
+            if u
+        ]
+        layers = f"mean over {len(self.coef)} layers" if len(self.coef) > 1 else "of the network"
+        lines = [
+            "---",
+            "tags:",
+            "- model-soup",
+            "- merge",
+            "- sksoup",
+            "---",
+            "",
+            f"# {_plain(self.method)} of {len(rows)} checkpoints",
+            "",
+            f"One network mixed from {len(rows)} of {len(self.ingredients)} checkpoints that were "
+            f"fine-tuned from one start, by `{_plain(self.method)}` of sksoup: its weights are "
+            f"their sum with the coefficients below, which sum to 1. It costs no more to run than "
+            f"any one of them.",
+            "",
+            f"| ingredient | coefficient ({layers}) | held-out score | SHA-256 |",
+            "| --- | ---: | ---: | --- |",
+            *rows,
+            "",
+        ]
+        if self.temperature != 1.0:
+            lines += [f"Multiply the logits by {self.temperature:.6g} for probabilities.", ""]
+        if self.recalibrated:
+            lines += [f"{len(self.recalibrated)} tensors were re-estimated from data.", ""]
+        lines += [
+            "The exact coefficients are in the file's metadata. With the ingredients at hand, "
+            "rebuild and compare the weights bit for bit:",
+            "",
+            "```",
+            "python -m sksoup verify FILE FOLDER_OF_INGREDIENTS",
+            "```",
+            "",
+            "Parameters: " + _listed(self.params) + ".",
+            "",
+            "Versions: " + _listed(self.versions) + ".",
+            "",
+        ]
+        return "\n".join(lines)
+
+    def _used(
+        self, checkpoints: CheckpointCollection | Any
+    ) -> tuple[CheckpointCollection, NDArray[np.float64]]:
+        """The ingredients with a coefficient other than 0, and those coefficients."""
+        if not isinstance(checkpoints, CheckpointCollection):
+            checkpoints = CheckpointCollection(checkpoints)
+        used = np.flatnonzero(self.is_used())
         names = [self._find(self.ingredients[k], checkpoints) for k in used]
-        return mix(checkpoints.select(names), self.coef[:, used], layers=self.layers)
+        return checkpoints.select(names), self.coef[:, used]
 
     def _find(self, ingredient: Ingredient, checkpoints: CheckpointCollection) -> str:
         # an ingredient that lived in memory is known by its values, whatever holds them now
@@ -328,3 +572,39 @@ class Recipe:
                 f"neither that name nor that content."
             )
         return match
+
+
+@contextmanager
+def _reading(
+    weights: Mapping[str, torch.Tensor] | str | os.PathLike[str],
+) -> Iterator[tuple[dict[str, TensorInfo], Read]]:
+    """Header and reader of a state dict, a file or a folder."""
+    if isinstance(weights, Mapping):
+        yield (
+            {n: TensorInfo(tuple(v.shape), v.dtype) for n, v in weights.items()},
+            weights.__getitem__,
+        )
+        return
+    opened = open_weights(Path(weights))
+    with opened.open() as read:
+        yield opened.header, read
+
+
+def _difference(info: TensorInfo, expected: torch.Tensor, given: torch.Tensor) -> str | None:
+    if info != (wanted := TensorInfo(tuple(expected.shape), expected.dtype)):
+        return f"is {info.dtype} of shape {info.shape}, expected {wanted.dtype} of {wanted.shape}"
+    return None if same_bits(expected, given.cpu()) else "has other values"
+
+
+def _plain(text: str) -> str:
+    """Text that can't break out of a cell of a Markdown table, or into HTML."""
+    safe = html.escape(" ".join(text.split()), quote=False)
+    return "".join(f"\\{c}" if c in "\\`*_[]|#~!" else c for c in safe)
+
+
+def _score(score: float | None) -> str:
+    return "" if score is None else f"{score:.4f}"
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{_plain(name)} = {_plain(str(v))}" for name, v in values.items()) or "none"

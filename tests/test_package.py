@@ -37,7 +37,9 @@ PLAN = [
     "_base",
     ("baselines", "greedy", "learned", "mehl"),
     "datasets",
+    "_barrier",
     "inspection",
+    "__main__",
 ]
 LEVEL = {
     name: level
@@ -46,7 +48,7 @@ LEVEL = {
 }
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 FOLDERS = [path.parent.name for path in PACKAGE.glob("*/**/*.py")]
-CORE = set(LEVEL) - {"_base", "baselines", "greedy", "learned", "mehl", "datasets", "inspection"}
+CORE = set(list(LEVEL)[: list(LEVEL).index("_base")])
 
 
 def imports_of(source: str) -> list[tuple[str, int]]:
@@ -69,6 +71,7 @@ def wrong_imports(module: str, source: str) -> list[str]:
         name.split(".")[1] for name, level in imports_of(source)
         if not level and name.startswith("sksoup.")
     ]  # fmt: skip
+    inside = [name for name in inside if name != "__version__"]  # of the package itself
     return [name for name in inside if LEVEL.get(name, 99) >= LEVEL[module]]
 
 
@@ -106,7 +109,7 @@ def test_no_prints_no_asserts_one_opener_of_files(module):
     tree = ast.parse((PACKAGE / f"{module}.py").read_text())
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    assert "print" not in called
+    assert ("print" in called) == (module == "__main__")  # the command line alone speaks
     if module != "_formats":
         assert not called & {"torch.load", "torch.save", "safe_open", "save_file"}
 
