@@ -118,10 +118,14 @@ def _naming(path: Path) -> Iterator[None]:
                 f"unpickles code; save the state dict alone: torch.save(module.state_dict(), path)."
             ) from error
         reason = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}".rstrip(": .")
-        raise CheckpointError(
-            f"{str(path)!r} can't be read: {reason}. The file is damaged, incomplete or of another "
-            f"format: copy or write it again, or leave it out."
-        ) from error
+        short = isinstance(error, MemoryError) or "allocate memory" in text
+        remedy = (
+            "There is too little memory, or its header is damaged"
+            if short
+            else "The file is damaged, incomplete or of another format: copy or write it again, or "
+            "leave it out"
+        )
+        raise CheckpointError(f"{str(path)!r} can't be read: {reason}. {remedy}.") from error
 
 
 def find_weights(folder: Path) -> Path | None:
@@ -190,7 +194,8 @@ class WeightsFile:
                 f"while being written: write it again, or leave it out."
             )
         with _naming(path):
-            if path.suffix == ".safetensors":
+            self.is_safetensors = _is_safetensors(path, identity.size)
+            if self.is_safetensors:
                 header = _safetensors_header(path)
             else:  # on 'meta' the storages stay on disk; a legacy pickle is read once and dropped
                 state = _load_torch(path, "meta", self.key)
@@ -211,7 +216,7 @@ class WeightsFile:
         with ExitStack() as stack:
             with _naming(self.path):
                 get: Read
-                if self.path.suffix == ".safetensors":
+                if self.is_safetensors:
                     get = stack.enter_context(safe_open(self.path, framework="pt")).get_tensor
                 else:
                     get = _load_torch(self.path, "cpu", self.key).__getitem__
@@ -291,6 +296,15 @@ def _weight_map(path: Path) -> dict[str, str]:
                     f"a file beside it."
                 )
         return dict(weights)
+
+
+def _is_safetensors(path: Path, size: int) -> bool:
+    """By its suffix, or its beginning: skorch writes the format to files called ``params.pt``."""
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < size
 
 
 def _safetensors_header(path: Path) -> dict[str, TensorInfo]:

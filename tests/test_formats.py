@@ -1,7 +1,13 @@
 from __future__ import annotations
 
+import argparse
 import errno
+import json
+import os
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -66,3 +72,262 @@ def test_an_unknown_dtype_is_named(tmp_path, monkeypatch):
     monkeypatch.delitem(formats._SAFETENSORS_DTYPES, "F32")
     with pytest.raises(CheckpointError, match="'w' has dtype F32"):
         formats.open_weights(tmp_path / "t.safetensors")
+
+
+# ---------------------------------------------------------------------------- containers
+
+STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)}
+
+
+def save_torch(path, content, legacy=False):
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    return path
+
+
+def read_all(path, key=None):
+    weights = formats.open_weights(path, key)
+    with weights.open() as read:
+        return {name: read(name).clone() for name in weights.header}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", ["state_dict", "model", "model_state_dict", "module", "ema", "x"])
+def test_the_one_state_dict_of_a_container_is_taken(tmp_path, name, legacy):
+    container = {name: STATE, "epoch": 3, "optimizer": {"state": {0: {"m": torch.ones(2)}}}}
+    path = save_torch(tmp_path / "run.ckpt", container, legacy)
+    loaded = read_all(path)
+    assert list(loaded) == ["a", "b"]
+    assert torch.equal(loaded["a"], STATE["a"])
+
+
+def test_several_state_dicts_need_a_key(tmp_path):
+    other = {"a": STATE["a"] + 1, "b": STATE["b"]}
+    path = save_torch(tmp_path / "run.pt", {"model": STATE, "ema": other, "step": 1})
+    listed = r"run\.pt' holds several state dicts: 'model' \(2 tensors\), 'ema' \(2 tensors\)"
+    with pytest.raises(CheckpointError, match=listed + r"\. Say which: key='model'"):
+        formats.open_weights(path)
+    assert torch.equal(read_all(path, "ema")["a"], other["a"])
+    with pytest.raises(CheckpointError, match=r"no state dict under key='nope': it offers 'model'"):
+        formats.open_weights(path, "nope")
+    plain = save_torch(tmp_path / "plain.pt", STATE)
+    with pytest.raises(CheckpointError, match="it is a plain state dict"):
+        formats.open_weights(plain, "ema")
+
+
+class Odd:
+    """Stands for a class that is not installed where the checkpoint is opened."""
+
+    def __init__(self, note):
+        self.note = note
+
+
+def test_harmless_foreign_classes_become_inert(tmp_path, monkeypatch):
+    container = {
+        "state_dict": STATE,
+        "args": argparse.Namespace(lr=0.1, odd=Odd("x")),
+        "best": np.float64(0.5),
+        "when": np.arange(3),
+    }
+    path = save_torch(tmp_path / "run.pt", container)
+    monkeypatch.setattr(Odd, "__init__", None)  # would raise if it were called
+    assert torch.equal(read_all(path)["a"], STATE["a"])
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_container_with_a_payload_is_refused(tmp_path, legacy):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "canary"),)
+
+    path = save_torch(tmp_path / "run.pt", {"state_dict": STATE, "hooks": [Payload()]}, legacy)
+    with pytest.raises(CheckpointError, match=r"run\.pt' can't be read: it holds more than"):
+        formats.open_weights(path)
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "builtins.eval",
+        "os.system",
+        "numpy.testing.Popen",
+        "torch.Jit",
+        "subprocess.Popen",
+        "shutil.rmtree",
+        "runpy.run_path",
+    ],
+)
+def test_no_placeholder_runs_anything(name):
+    """Even where a name is let through, what it stands for does nothing."""
+    if formats._is_harmless(name):
+        placeholder = formats._placeholder(name)
+        assert placeholder("touch", shell=True).__class__.__module__ == formats.__name__
+    else:
+        assert name.split(".")[0] in formats._NEVER
+
+
+# ------------------------------------------------------------------------------ shards
+
+
+@pytest.fixture(params=["safetensors", "bin"])
+def index(tmp_path, request):
+    """Two shards and an index, as Hugging Face writes them."""
+    suffix = request.param
+    names = [f"model-0000{i}-of-00002.{suffix}" for i in (1, 2)]
+    for name, tensor in zip(names, STATE, strict=True):
+        part = {tensor: STATE[tensor]}
+        save_file(part, tmp_path / name) if suffix == "safetensors" else torch.save(
+            part, tmp_path / name
+        )
+    stem = "model.safetensors" if suffix == "safetensors" else "pytorch_model.bin"
+    path = tmp_path / f"{stem}.index.json"
+    path.write_text(json.dumps({"weight_map": dict(zip(STATE, names, strict=True))}))
+    return path
+
+
+def test_shards_are_one_checkpoint(index):
+    for path in (index, index.parent):
+        loaded = read_all(path)
+        assert all(torch.equal(loaded[name], STATE[name]) for name in STATE)
+    assert formats.list_weights(index.parent) == [index]
+    first = formats.open_weights(index).sha256()
+    shard = next(index.parent.glob("model-00001*"))
+    shard.write_bytes(shard.read_bytes())
+    assert formats.open_weights(index).sha256() == first
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("{", "can't be read: JSONDecodeError"),
+        ("{}", "can't be read: KeyError"),
+        ("[]", "can't be read: TypeError"),
+        ('{"weight_map": {}}', "has no weights in its 'weight_map'"),
+        ('{"weight_map": {"a": "../elsewhere.safetensors"}}', "expected the name of a file"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "expected the name of a file"),
+        ('{"weight_map": {"a": 3}}', "expected the name of a file"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', r"gone\.safetensors' can't be opened"),
+    ],
+)
+def test_an_index_that_is_wrong(index, text, match):
+    index.write_text(text)
+    with pytest.raises(CheckpointError, match=match):
+        formats.open_weights(index)
+
+
+def test_an_index_that_names_what_its_shards_lack(index):
+    document = json.loads(index.read_text())
+    document["weight_map"]["c"] = document["weight_map"]["a"]
+    index.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match=r"does not fit its shards: '.*' lacks 'c'"):
+        formats.open_weights(index)
+
+
+def test_a_peft_adapter_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file(STATE, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="holds a PEFT adapter, expected whole weights"):
+        formats.open_weights(tmp_path)
+
+
+# -------------------------------------------------------------------------------- fuzz
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), kind=st.sampled_from(["safetensors", "zip", "legacy", "container"]))
+def test_any_flip_is_a_checkpoint_error_or_a_well_formed_file(tmp_path, data, kind):
+    path = tmp_path / ("t.safetensors" if kind == "safetensors" else "t.pt")
+    if kind == "safetensors":
+        save_file(STATE, path)
+    else:
+        content = {"model": STATE, "n": 1} if kind == "container" else STATE
+        save_torch(path, content, legacy=kind == "legacy")
+    whole = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(whole)
+    try:
+        loaded = read_all(path)
+    except CheckpointError as error:
+        said = str(error)
+    else:
+        said = path.name
+        assert all(isinstance(value, torch.Tensor) for value in loaded.values())
+    assert path.name in said
+
+
+# ------------------------------------------------------------------------------ writing
+
+
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=6),
+    dtypes=st.lists(st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int64,
+                                     torch.uint8, torch.bool]), min_size=6, max_size=6),
+    shard_bytes=st.integers(1, 300),
+)  # fmt: skip
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_is_written_one_by_one_reads_back(tmp_path_factory, shapes, dtypes, shard_bytes):
+    tensors = {
+        f"t{i}": torch.rand(shape).mul(100).to(dtype)
+        for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=False))
+    }
+    infos = {n: formats.TensorInfo(tuple(t.shape), t.dtype) for n, t in tensors.items()}
+    folder = tmp_path_factory.mktemp("out") / "model"
+    formats.write_shards(
+        folder, infos, lambda names: ((n, tensors[n]) for n in names), {"k": "v"}, shard_bytes
+    )
+    loaded = {}
+    for path in folder.glob("*.safetensors"):
+        loaded.update(load_file(path))  # the library's own reader checks the format
+    assert all(formats.same_bits(loaded[name], tensors[name]) for name in tensors)
+    assert loaded.keys() == tensors.keys()
+    assert formats.read_metadata(folder) == {"format": "pt", "k": "v"}
+    again = read_all(folder)
+    assert all(formats.same_bits(again[name], tensors[name]) for name in tensors)
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    def fails(names):
+        yield names[0], STATE[names[0]]
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    infos = {n: formats.TensorInfo(tuple(t.shape), t.dtype) for n, t in STATE.items()}
+    with pytest.raises(OSError, match="No space left"):
+        formats.write_shards(tmp_path / "model", infos, fails)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "precious").touch()
+    with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
+        formats.write_shards(tmp_path / "model", infos, fails)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        formats.write_shards(tmp_path / "no" / "model", infos, fails)
+    swapped = {"a": STATE["a"], "b": STATE["b"]}  # wider numbers go first
+    with pytest.raises(RuntimeError, match=r"'a' came where 'b' was to be written"):
+        formats.write_shards(tmp_path / "m", infos, lambda names: iter(swapped.items()))
+    odd = {"c": formats.TensorInfo((1,), torch.float8_e4m3fnuz)}
+    with pytest.raises(CheckpointError, match=r"safetensors has no torch\.float8_e4m3fnuz"):
+        formats.write_shards(tmp_path / "m", odd, fails)
+
+
+KILLED = """
+import os, sys, threading, time, torch
+from pathlib import Path
+from sksoup import _formats as formats
+
+path, delay = Path(sys.argv[1]), float(sys.argv[2])
+threading.Thread(target=lambda: (time.sleep(delay), os.kill(os.getpid(), 9)), daemon=True).start()
+state = {f"t{i}": torch.full((200_000,), 7.0) for i in range(20)}
+for _ in range(1000):
+    formats.write_safetensors(path, state)
+"""
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.005, 0.02, 0.05])
+def test_a_kill_while_saving_leaves_a_whole_file(tmp_path, delay):
+    path = tmp_path / "soup.safetensors"
+    formats.write_safetensors(path, {"w": torch.ones(2)})
+    killed = subprocess.run([sys.executable, "-c", KILLED, path, str(delay)], check=False)
+    assert killed.returncode == -9
+    whole = load_file(path)  # the old one or a new one
+    assert torch.equal(whole.get("w", torch.ones(2)), torch.ones(2))
+    assert all((value == 7).all() for name, value in whole.items() if name != "w")

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sksoup import CheckpointCollection, mix
+from sksoup._formats import TensorInfo, write_shards
 
 from .references import mix_reference
 from .zoo import make_states, same_tensors
@@ -136,3 +142,69 @@ def test_the_order_of_checkpoints_changes_nothing_but_rounding(order):
     a, b = mix(states, coef), mix([states[k] for k in order], coef[list(order)])
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-14)
+
+
+@given(mixes())
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_mix_on_disk_has_the_same_bits(tmp_path_factory, case):
+    states, coef, rows = case
+    folder = mix(states, coef, layers=rows, out=tmp_path_factory.mktemp("out") / "mixed")
+    expected = mix(states, coef, layers=rows)
+    (written,) = CheckpointCollection([folder]).values()
+    assert same_tensors(written, {name: expected[name] for name in written})
+    assert written.keys() == expected.keys()
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import torch
+from sksoup import CheckpointCollection, CheckpointError, mix
+from sksoup._formats import TensorInfo, write_shards
+
+root, limit = Path(sys.argv[1]), int(sys.argv[2])
+torch.set_num_threads(1)
+mix([{"w": torch.ones(9)}, {"w": torch.zeros(9)}], [0.5, 0.5], out=root / "warm")
+collection = CheckpointCollection([root / f"run{k}" for k in range(6)])
+total = len(collection) * collection.nbytes
+used = 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if "VmSize" in line)
+resource.setrlimit(resource.RLIMIT_AS, (used + limit, used + limit))
+assert total >= 8 * limit and collection.nbytes > limit
+try:
+    mix(collection, [1 / 6] * 6)
+except (MemoryError, RuntimeError, CheckpointError):
+    print("in memory it does not fit")
+mix(collection, [1 / 6] * 6, out=root / "mixed")
+"""
+
+
+def test_checkpoints_of_many_times_the_memory_are_mixed(tmp_path):
+    """Six sharded models of 96 MiB under a limit of 64 MiB of address space, maps included."""
+    tensors = {f"t{i:02d}": torch.full((1 << 20,), float(i)) for i in range(24)}
+    infos = {name: TensorInfo((1 << 20,), torch.float32) for name in tensors}
+    for k in range(2):
+        write_shards(
+            tmp_path / f"run{k}",
+            infos,
+            lambda names, k=k: ((n, tensors[n] + k) for n in names),
+            shard_bytes=12 << 20,
+        )
+    for k in range(2, 6):
+        shutil.copytree(tmp_path / f"run{k % 2}", tmp_path / f"run{k}", copy_function=os.link)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, tmp_path, str(64 << 20)],
+        env={**os.environ, "MALLOC_ARENA_MAX": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "in memory it does not fit\n"
+    mixed = CheckpointCollection([tmp_path / "mixed"])["mixed"]
+    assert all(torch.allclose(mixed[n], tensors[n] + 0.5) for n in tensors)
+
+
+def test_no_folder_is_overwritten(tmp_path):
+    (tmp_path / "precious").touch()
+    with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
+        mix(make_states(2, seed=0), [0.5, 0.5], out=tmp_path)

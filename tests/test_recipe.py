@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from sksoup import (
     CheckpointCollection,
     CheckpointError,
     GreedySoup,
+    LearnedSoup,
     MEHLSoup,
     Recipe,
     RecipeError,
@@ -136,3 +139,93 @@ def test_weights_without_a_recipe(files, tmp_path):
         Recipe.load(tmp_path / "missing.json")
     with pytest.raises(CheckpointError, match="can't be opened"):
         Recipe.load(tmp_path / "missing.safetensors")
+
+
+# ------------------------------------------------------------------------- verify and card
+
+
+def test_verify_says_what_differs_and_what_can_not_be_checked(files, zoo: Zoo):
+    soup = MEHLSoup(layerwise=True, random_state=0).fit(files, zoo.X, zoo.y)
+    recipe, weights = soup.recipe_, soup.state_dict()
+    findings = recipe.verify(weights, files)
+    assert findings.ok
+    assert str(findings).startswith(f"Verified: {len(weights)} of {len(weights)} tensors")
+    weights["head.bias"][0] += 1e-3
+    weights["hidden.bias"] = weights["hidden.bias"].double()
+    del weights["norm.weight"]
+    weights["extra"] = torch.ones(1)
+    findings = recipe.verify(weights, files)
+    assert not findings.ok
+    assert findings.differing == {
+        "extra": "is not in the recipe",
+        "norm.weight": "is missing",
+        "head.bias": "has other values",
+        "hidden.bias": "is torch.float64 of shape (6,), expected torch.float32 of (6,)",
+    }
+    assert f"NOT verified: {len(recipe.layers) - 3} of {len(recipe.layers)}" in str(findings)
+    assert findings.to_dict()["ok"] is False
+
+
+def test_what_was_re_estimated_is_not_checked(files, zoo: Zoo):
+    soup = UniformSoup().fit(files, zoo.X, zoo.y)
+    recipe = dataclasses.replace(soup.recipe_, recalibrated=("norm.running_mean",))
+    weights = soup.state_dict()
+    weights["norm.running_mean"] += 1
+    findings = recipe.verify(weights, files)
+    assert findings.ok
+    assert list(findings.unchecked) == ["norm.running_mean"]
+    assert "not checked: 'norm.running_mean' was re-estimated from data" in str(findings)
+
+
+def test_a_missing_ingredient_is_named_unless_it_has_no_part(files, zoo: Zoo):
+    soup = GreedySoup().fit(files, zoo.X, zoo.y)
+    unused = [name for name in files if name not in soup.ingredients_]
+    findings = soup.recipe_.verify(soup.state_dict(), files.select(soup.ingredients_))
+    assert findings.ok
+    assert [name for name, state in findings.ingredients.items() if state == "unused"] == unused
+    lost = soup.ingredients_[0]
+    findings = soup.recipe_.verify(soup.state_dict(), files.drop(lost))
+    assert not findings.ok
+    assert "hold neither that name nor that content" in findings.ingredients[lost]
+    assert len(findings.unchecked) == len(soup.recipe_.layers)
+
+
+def test_cooking_into_a_folder_carries_the_recipe(files, zoo: Zoo, tmp_path):
+    soup = MEHLSoup(layerwise=True, random_state=0).fit(files, zoo.X, zoo.y)
+    folder = soup.recipe_.cook(files, out=tmp_path / "sharded")
+    again = Recipe.load(folder)
+    assert again.to_json() == soup.recipe_.to_json()
+    assert again.verify(folder, files).ok
+    assert Recipe.load(folder / "model.safetensors.index.json").method == "MEHLSoup"
+
+
+def test_the_card_tells_what_was_mixed(files, zoo: Zoo, tmp_path):
+    soup = GreedySoup().fit(files, zoo.X, zoo.y)
+    soup.save(tmp_path / "soup.safetensors", card=True)
+    card = (tmp_path / "soup.md").read_text()
+    assert card.startswith("---\ntags:\n- model-soup\n")
+    for name in files:
+        assert (f"| {name} |" in card) == (name in soup.ingredients_)
+        assert (files.sha256(name) in card) == (name in soup.ingredients_)
+    soup.save(tmp_path / "other.safetensors")
+    assert not (tmp_path / "other.md").exists()
+
+
+def test_names_can_not_break_out_of_the_card():
+    states = make_states(2, seed=0)
+    bad = "a|b`<script>alert(1)</script>\n---\n# [x](javascript:y)"
+    files = CheckpointCollection(states, names=[bad, "c"])
+    recipe = Recipe.record("by hand", files, [0.5, 0.5], layers=dict.fromkeys(states[0], 0))
+    card = recipe.to_card()
+    assert "<script>" not in card
+    assert "\n---\n#" not in card.split("---", 2)[2]
+    (row,) = [line for line in card.splitlines() if line.startswith("| a")]
+    assert len(re.findall(r"(?<!\\)\|", row)) == 5  # four cells
+    assert re.search(r"(?<!\\)[`\[]", row.split("| `")[0]) is None
+
+
+def test_the_learned_temperature_is_in_the_card(zoo: Zoo):
+    soup = LearnedSoup(random_state=0).fit(zoo.checkpoints, zoo.X, zoo.y)
+    assert f"Multiply the logits by {soup.temperature_:.6g}" in soup.recipe_.to_card()
+    recalibrated = dataclasses.replace(soup.recipe_, recalibrated=("a", "b"))
+    assert "2 tensors were re-estimated from data" in recalibrated.to_card()

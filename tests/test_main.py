@@ -1,0 +1,180 @@
+"""The command line: what it prints, writes, refuses, and its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sksoup import CheckpointCollection, MEHLSoup, Recipe, mix
+from sksoup.__main__ import main
+
+from .zoo import Net, Zoo, make_states, same_tensors
+
+
+@pytest.fixture
+def runs(tmp_path):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    for k, state in enumerate(make_states(4, seed=0)):
+        save_file(state, folder / f"ft{k}.safetensors")
+    return folder
+
+
+@pytest.fixture
+def soup(zoo: Zoo, runs, tmp_path):
+    collection = CheckpointCollection.from_path(runs, module=Net)
+    soup = MEHLSoup(layerwise=True, model_batch_size=2, max_epochs=1, random_state=0)
+    soup.fit(collection, zoo.X, zoo.y).save(tmp_path / "soup.safetensors")
+    return tmp_path / "soup.safetensors"
+
+
+def run(*arguments, status=0):
+    assert main([str(argument) for argument in arguments]) == status
+
+
+def test_inspect(runs, capsys):
+    run("inspect", runs)
+    assert "good to mix" in capsys.readouterr().out
+    run("inspect", runs, "--json")
+    document = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in document["checkpoints"]] == ["ft0", "ft1", "ft2", "ft3"]
+    for k in range(3):
+        torch.manual_seed(k)
+        state = torch.nn.Linear(40, 40).state_dict()
+        save_file(state, runs.parent / f"alien{k}.safetensors")
+    run("inspect", runs.parent / "alien*", status=1)
+    assert "will be noise" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("out", ["mean.safetensors", "mean"])
+def test_average(runs, tmp_path, capsys, out):
+    run("average", runs, "-o", tmp_path / out, "--json")
+    assert json.loads(capsys.readouterr().out)["ingredients"] == 4
+    collection = CheckpointCollection.from_path(runs)
+    written = CheckpointCollection([tmp_path / out])["mean"]
+    expected = mix(collection, [0.25] * 4)
+    assert same_tensors(written, {n: expected[n] for n in written})
+    run("verify", tmp_path / out, runs)
+    assert "Verified: 9 of 9 tensors" in capsys.readouterr().out
+
+
+def test_cook_and_verify_a_soup(runs, soup, tmp_path, capsys):
+    run("verify", soup, runs)
+    run("cook", soup, runs, "-o", tmp_path / "again.safetensors")
+    assert "again.safetensors: 4 checkpoints mixed" in capsys.readouterr().out
+    assert same_tensors(load_file(tmp_path / "again.safetensors"), load_file(soup))
+    Recipe.load(soup).save(tmp_path / "recipe.json")
+    run("cook", tmp_path / "recipe.json", runs, "-o", tmp_path / "sharded")
+    run("verify", tmp_path / "sharded", runs)
+
+
+def test_verify_finds_what_was_changed(runs, soup, tmp_path, capsys):
+    state = load_file(soup)
+    state["head.bias"][0] += 1e-6
+    forged = tmp_path / "forged.safetensors"
+    Recipe.load(soup).save_weights(forged, state)
+    run("verify", forged, runs, status=1)
+    printed = capsys.readouterr().out
+    assert "NOT verified: 8 of 9" in printed
+    assert "differs: 'head.bias' has other values" in printed
+    state = load_file(runs / "ft1.safetensors")
+    state["head.bias"][0] += 1e-6
+    save_file(state, runs / "ft1.safetensors")
+    run("verify", soup, runs, "--json", status=1)
+    document = json.loads(capsys.readouterr().out)
+    assert not document["ok"]
+    assert "is not the one the recipe was made of" in document["ingredients"]["ft1"]
+    assert document["ingredients"]["ft0"] == "ok"
+    assert len(document["unchecked"]) == 9
+    run("cook", soup, runs, "-o", tmp_path / "no.safetensors", status=2)
+    assert "is not the one the recipe was made of" in capsys.readouterr().err
+    assert not (tmp_path / "no.safetensors").exists()
+
+
+def test_existing_files_are_kept_unless_forced(runs, tmp_path, capsys):
+    out = tmp_path / "mean.safetensors"
+    out.write_text("precious")
+    run("average", runs, "-o", out, status=2)
+    assert "exists. Give another name, or --force" in capsys.readouterr().err
+    assert out.read_text() == "precious"
+    run("average", runs, "-o", out, "--force")
+    assert load_file(out)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").touch()
+    run("average", runs, "-o", tmp_path / "full", "--force", status=2)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["inspect", "no/such"], "No checkpoints found at 'no/such'"),
+        (["average", "RUNS", "-o", "x.pt"], "got the suffix '.pt', expected .safetensors"),
+        (["average", "RUNS", "-o", "no/such/x.safetensors"], "'no/such' does not exist"),
+        (["cook", "no.json", "RUNS", "-o", "x.safetensors"], "'no.json' can't be read"),
+        (["verify", "RUNS/ft0.safetensors", "RUNS"], "holds weights but no sksoup recipe"),
+    ],
+)
+def test_bad_input_is_said_in_words_and_in_json(runs, capsys, arguments, said):
+    arguments = [a.replace("RUNS", str(runs)) for a in arguments]
+    run(*arguments, status=2)
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
+    run(*arguments, "--json", status=2)
+    assert said in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_usage(capsys):
+    for arguments in ([], ["nope"], ["average", "x"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    assert "Exit status" in capsys.readouterr().out
+
+
+COMMAND = [sys.executable, "-m", "sksoup"]
+
+
+def test_progress_is_for_terminals_only(runs, tmp_path):
+    quiet = subprocess.run([*COMMAND, "inspect", runs], capture_output=True, text=True, check=True)
+    assert quiet.stderr == ""
+    master, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    subprocess.run([*COMMAND, "inspect", runs], stdout=subprocess.PIPE, stderr=terminal, check=True)
+    assert select.select([master], [], [], 5)[0], "nothing was shown"
+    shown = os.read(master, 10_000).decode()
+    assert "B/s" in shown or "B [" in shown
+
+
+def test_a_kill_while_averaging_leaves_the_old_file(tmp_path):
+    runs, out = tmp_path / "runs", tmp_path / "mean.safetensors"
+    runs.mkdir()
+    for k in range(6):
+        save_file({f"t{i}": torch.full((500_000,), float(k)) for i in range(10)},
+                  runs / f"{k}.safetensors")  # fmt: skip
+    save_file({"w": torch.ones(1)}, out)
+    before = out.read_bytes()
+    process = subprocess.Popen([*COMMAND, "average", runs, "-o", out, "--force"])
+    while process.poll() is None and not list(tmp_path.glob(".mean.*")):
+        time.sleep(0.001)  # until it has begun to write
+    process.send_signal(signal.SIGKILL)
+    if process.wait() == 0:  # it was done before the signal came
+        assert load_file(out).keys() == {f"t{i}" for i in range(10)}
+    else:
+        assert out.read_bytes() == before or load_file(out)["t0"][0] == 2.5
