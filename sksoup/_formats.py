@@ -34,6 +34,10 @@ FOLDER_WEIGHTS = (
     "params.safetensors",
     "params.pt",
 )
+# what training loops leave beside the weights
+NOT_WEIGHTS = re.compile(
+    r"(training_args|optimizer|scheduler|criterion|scaler|rng_state(_\d+)?)\.(bin|pt|pth|safetensors)"
+)
 # modules whose names a pickle has no harmless use for, whatever they are called
 _NEVER = ("builtins", "os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "importlib",
           "runpy", "pty", "ctypes", "code", "pdb", "webbrowser", "pickle", "operator", "functools",
@@ -143,15 +147,26 @@ def find_weights(folder: Path) -> Path | None:
 
 
 def list_weights(folder: Path) -> list[Path]:
-    """Everything in a folder that is a checkpoint: files, sharded ones once, and folders."""
+    """All checkpoints in a folder (files, sharded ones once, and folders), or the one it is."""
     indices = [path for path in folder.iterdir() if path.name.endswith(INDEX)]
     shards = {folder / name for index in indices for name in set(_weight_map(index).values())}
     files = [
         path
         for path in folder.iterdir()
-        if path.suffix in SUFFIXES and path.is_file() and path not in shards
+        if path.suffix in SUFFIXES
+        and path.is_file()
+        and path not in shards
+        and not NOT_WEIGHTS.fullmatch(path.name)
     ]
     folders = [path for path in folder.iterdir() if path.is_dir() and find_weights(path)]
+    if find_weights(folder):
+        if not folders:
+            return [folder]
+        raise CheckpointError(
+            f"{str(folder)!r} is a checkpoint and holds {len(folders)} more, such as "
+            f"{folders[0].name!r}: say which, by a list of paths or a pattern like "
+            f"{str(folder / 'checkpoint-*')!r}."
+        )
     return [*files, *indices, *folders]
 
 

@@ -21,7 +21,6 @@ from ._formats import (
     SUFFIXES,
     Read,
     TensorInfo,
-    find_weights,
     list_weights,
     write_safetensors,
 )
@@ -166,7 +165,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Raises
         ------
         CheckpointError
-            Nothing matches, or as in the constructor.
+            Nothing matches; a folder is a checkpoint and holds more; or as in the constructor.
 
         Examples
         --------
@@ -177,7 +176,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         """
         root = Path(path)
         if root.is_dir():
-            found = [root] if find_weights(root) else list_weights(root)
+            found = list_weights(root)
         elif root.is_file():
             found = [root]
         else:

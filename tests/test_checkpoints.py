@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV, ParameterGrid
 
 from sksoup import CheckpointCollection, CheckpointError, UniformSoup
 
@@ -92,6 +93,11 @@ def test_nothing_is_loaded_until_asked(folder, monkeypatch):
     soup._repr_html_()
     np.asarray(collection)
     pickle.loads(pickle.dumps(soup))
+    search = GridSearchCV(UniformSoup(), {"checkpoints": [collection, collection.drop("ft1")]})
+    clone(search)
+    repr(search)
+    search._repr_html_()
+    list(ParameterGrid(search.param_grid))
     assert collection == collection
     assert collection.select(["ft1"]) != collection
     assert opened == []

@@ -113,6 +113,24 @@ def test_skorch_checkpoint_folders(tmp_path, safetensors):
     assert mix(collection, [0.5, 0.5]).keys() == collection.layout.keys()
 
 
+def test_what_training_loops_leave_beside_the_weights_is_left_out(tmp_path):
+    save_file(make_states(1, seed=0)[0], tmp_path / "a.safetensors")
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"):
+        (tmp_path / name).write_bytes(b"not weights")
+    assert CheckpointCollection.from_path(tmp_path).names == ("a",)
+
+
+def test_a_folder_that_is_a_checkpoint_and_holds_more_must_be_told(tmp_path):
+    for folder in (tmp_path, tmp_path / "checkpoint-5"):
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text("{}")
+        save_file(make_states(1, seed=0)[0], folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds 1 more, such as 'checkpoint-5': say which"):
+        CheckpointCollection.from_path(tmp_path)
+    found = CheckpointCollection.from_path(tmp_path / "checkpoint-*", module=Net)
+    assert found.names == ("checkpoint-5",)
+
+
 def test_the_same_file_twice_gets_two_names(tmp_path):
     save_file(make_states(1, seed=0)[0], tmp_path / "a.safetensors")
     save_file(make_states(1, seed=0)[0], tmp_path / "b.safetensors")
