@@ -39,6 +39,12 @@ def test_a_prefix_is_dropped_where_that_makes_the_names_fit(tmp_path, prefix, mo
     assert same_tensors(collection["b"], {name: wrapped[name] for name in collection.layout})
 
 
+def test_a_prefix_that_all_files_have_is_dropped_for_the_module_only():
+    states = [prefixed(state, "model.") for state in make_states(2, seed=0)]
+    assert "head.bias" in CheckpointCollection(states, module=Net).layout
+    assert "model.head.bias" in CheckpointCollection(states).layout
+
+
 def test_what_wrappers_really_write(tmp_path):
     net = Net()
     torch.save(nn.DataParallel(net).state_dict(), tmp_path / "ddp.pt")
@@ -168,7 +174,7 @@ def test_opening_a_thousand_checkpoints_reads_headers_only(tmp_path, monkeypatch
     """Counted by the kernel: bytes this process asked for, and its open files."""
     n, nbytes = 1000, 4_000_000
     first = tmp_path / f"ft0{suffix}"
-    state = {"w": torch.zeros(nbytes // 4)}
+    state = {"w": torch.zeros(nbytes // 4), "small": torch.zeros(2)}
     save_file(state, first) if suffix == ".safetensors" else torch.save(state, first)
     for k in range(1, n):
         os.link(first, tmp_path / f"ft{k}{suffix}")
@@ -196,6 +202,10 @@ def test_opening_a_thousand_checkpoints_reads_headers_only(tmp_path, monkeypatch
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident < 200_000  # kB of 4 GB
     assert 0 < most_open <= files_before + 3
     assert len(os.listdir("/proc/self/fd")) <= files_before + 1
+    before = bytes_read()
+    with collection.open("ft7") as read:
+        read("small")
+    assert bytes_read() - before < 65_536  # mapped: what is not asked for is not read
 
 
 def bytes_read() -> int:
