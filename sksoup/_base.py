@@ -36,6 +36,7 @@ from ._data import (
     HeldOut,
     Task,
     encode_targets,
+    fits,
     inputs_to_tensor,
     resolve_classes,
     resolve_device,
@@ -147,7 +148,13 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
         module = prepare_module(collection.build_module(), collection, device)
         data = self._held_out(module, X, y, weight, device)
         layers = group_layers(module, collection.layout, getattr(self, "layerwise", False))
-        objective = Objective(module, getattr(self, "criterion", None), self.task)
+        objective = Objective(
+            module,
+            getattr(self, "criterion", None),
+            self.task,
+            getattr(self, "precision", "fp32"),
+            getattr(self, "compile", False),
+        )
         found = self._search(
             Problem(
                 collection,
@@ -271,9 +278,8 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
         device: torch.device,
     ) -> HeldOut:
         """Put the data on the device; one row through the module tells the shape of its output."""
-        dtype = module_dtype(module)
-        inputs = inputs_to_tensor(X, dtype, device)
-        output = _probe(module, inputs[:1])
+        dtype, rows = module_dtype(module), torch.as_tensor(X)
+        output = _probe(module, inputs_to_tensor(rows[:1], dtype, device))
         if output.ndim > 2 or (self.task == "classification" and output.ndim != 2):
             raise ValueError(
                 f"The module's output has shape {tuple(output.shape)} for one row, expected "
@@ -290,7 +296,9 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
             self._target_ndim = y.ndim
         self.n_outputs_ = n_outputs
         weights = None if weight is None else torch.as_tensor(weight).to(device, dtype)
-        return HeldOut(inputs, targets, weights)
+        is_streamed = not fits(rows, device)
+        inputs = inputs_to_tensor(rows, dtype, torch.device("cpu") if is_streamed else device)
+        return HeldOut(inputs, targets, weights, is_streamed)
 
     # ------------------------------------------------------------------ scores
 
@@ -394,9 +402,12 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
         )
 
     def _module_outputs(self, module: nn.Module, X: Any) -> torch.Tensor:
-        parameter = next(module.parameters())
-        inputs = inputs_to_tensor(X, module_dtype(module), parameter.device)
-        return batched(lambda rows: as_output(module(rows)), inputs, self.batch_size)
+        device, dtype = next(module.parameters()).device, module_dtype(module)
+        return batched(
+            lambda rows: as_output(module(inputs_to_tensor(rows, dtype, device))),
+            torch.as_tensor(X),
+            self.batch_size,
+        )
 
     def _decode(self, outputs: torch.Tensor) -> NDArray[Any]:
         """Outputs -> labels or targets."""

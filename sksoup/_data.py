@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+
+from ._budget import free_bytes
 
 Task: TypeAlias = Literal["classification", "regression", "multilabel"]
 TASKS = ("classification", "regression", "multilabel")
@@ -28,11 +31,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """All held-out rows on one device."""
+    """All held-out rows: on the device, or, where that is too small, inputs in host memory."""
 
     X: torch.Tensor  # (N, ...)
-    y: torch.Tensor  # (N,) class indices, else (N, n_outputs)
-    weight: torch.Tensor | None  # (N,)
+    y: torch.Tensor  # (N,) class indices, else (N, n_outputs); on the device
+    weight: torch.Tensor | None  # (N,), on the device
+    is_streamed: bool = False  # a thread moves the inputs of the next minibatch to the device
 
     def __len__(self) -> int:
         return len(self.X)
@@ -41,24 +45,44 @@ class HeldOut:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.X, self.y, self.weight) if t is not None)
 
+    def n_batches(self, batch_size: int | None, together: int = 1) -> int:
+        """Steps of one walk over the rows, ``together`` minibatches each."""
+        batches = 1 if batch_size is None else -(-len(self) // batch_size)
+        return -(-batches // together)
+
     def batches(
         self, batch_size: int | None, generator: torch.Generator | None = None
     ) -> Iterator[Batch]:
         """Walk the rows once, shuffled when a generator is given; None is one full batch."""
         n = len(self)
         size = n if batch_size is None else min(batch_size, n)
-        order = None
-        if generator is not None:
-            order = torch.randperm(n, generator=generator).to(self.X.device)
-        for start in range(0, n, size):
-            rows: Any = slice(start, start + size)
-            if order is not None:
-                rows = order[rows]
-            yield Batch(
-                self.X[rows],
-                self.y[rows],
-                None if self.weight is None else self.weight[rows],
-            )
+        order = None if generator is None else torch.randperm(n, generator=generator)
+        if order is not None and not self.is_streamed:
+            order = order.to(self.y.device)
+
+        def batch(start: int) -> Batch:
+            rows: Any = slice(start, start + size) if order is None else order[start : start + size]
+            X = self.X[rows]
+            if self.is_streamed:
+                X = (X.pin_memory() if self.y.is_cuda else X).to(self.y.device, non_blocking=True)
+                rows = rows if order is None else rows.to(self.y.device)
+            return Batch(X, self.y[rows], None if self.weight is None else self.weight[rows])
+
+        starts = range(0, n, size)
+        yield from one_ahead(batch, starts) if self.is_streamed else map(batch, starts)
+
+
+def one_ahead(make: Callable[[int], Batch], starts: Iterable[int]) -> Iterator[Batch]:
+    """Make each minibatch in a thread while the one before it is in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="sksoup-batches") as pool:
+        pending: Future[Batch] | None = None
+        for start in starts:
+            following = pool.submit(make, start)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -76,6 +100,11 @@ def inputs_to_tensor(
     """Move inputs to the device: floating ones in the module's dtype, integers as they are."""
     tensor = torch.as_tensor(X)
     return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+
+def fits(tensor: torch.Tensor, device: torch.device) -> bool:
+    """Whether inputs may live on the device for a whole fit: at most a quarter of what is free."""
+    return device.type == "cpu" or 4 * tensor.nbytes <= free_bytes(device)
 
 
 def resolve_classes(y: NDArray[Any], n_outputs: int, classes: ArrayLike | None) -> NDArray[Any]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ._model_batch import ModelBatch
-from ._objective import Problem
+from ._data import Batch
+from ._model_batch import FlatModule, resolve_delta_dtype
+from ._objective import Objective, Problem
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,17 @@ class Settings:
     batch_size: int | None
     clip_grad_norm: float | None
     shuffle: bool
+    accumulate: int
+
+
+class Models(Protocol):
+    """Deltas as `descend` needs them: a `ModelBatch`, or models streamed from their files."""
+
+    flat: FlatModule
+
+    def combine(self, coef: torch.Tensor) -> None: ...
+
+    def project(self, n_rows: int) -> torch.Tensor: ...
 
 
 class NotFiniteError(Exception):
@@ -41,7 +54,7 @@ class NotFiniteError(Exception):
 
 
 def descend(
-    batch: ModelBatch,
+    models: Models,
     problem: Problem,
     coef: Callable[[], torch.Tensor],
     leaves: Sequence[torch.Tensor],
@@ -54,11 +67,11 @@ def descend(
     """Minimise the held-out loss of ``start + sum_k coef_k delta_k`` over ``leaves``.
 
     ``coef()`` gives (b, n_searched) as a function of the leaves. A step is one forward/backward of
-    one model, a `combine` and a `project`. Returns one record per epoch, with its loss and gradient
-    norm at every step.
+    one model on ``accumulate`` minibatches, a `combine` and a `project`. Returns one record per
+    epoch, with its loss and gradient norm at every step.
     """
     data, layers = problem.data, problem.layers
-    per_epoch = 1 if settings.batch_size is None else -(-len(data) // settings.batch_size)
+    per_epoch = data.n_batches(settings.batch_size, settings.accumulate)
     optimizer = _optimizer(leaves, settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, _schedule(settings.schedule, per_epoch * settings.max_epochs)
@@ -68,13 +81,14 @@ def descend(
     for epoch in range(settings.max_epochs):
         before = coef().detach()
         losses, norms = [], []
-        for rows in data.batches(settings.batch_size, generator if settings.shuffle else None):
+        batches = data.batches(settings.batch_size, generator if settings.shuffle else None)
+        for together in batched(batches, settings.accumulate):
             c = coef()  # (b, n_searched), a graph of a few numbers
-            batch.combine(layers.expand_columns(c.detach()))
-            batch.flat.grad.zero_()
+            models.combine(layers.expand_columns(c.detach()))
+            models.flat.grad.zero_()
             optimizer.zero_grad()
-            losses.append(problem.objective.loss_and_backward(rows, scale))
-            c.backward(batch.project(layers.n_searched).to(c))  # type: ignore[no-untyped-call]
+            losses.append(_loss_and_backward(problem.objective, together, scale))
+            c.backward(models.project(layers.n_searched).to(c))  # type: ignore[no-untyped-call]
             norms.append(torch.nn.utils.clip_grad_norm_(leaves, limit))
             optimizer.step()
             scheduler.step()
@@ -89,8 +103,32 @@ def descend(
             raise NotFiniteError(step, before.cpu().double().numpy())
         records.append({"epoch": epoch, "loss": loss.tolist(), "grad_norm": norm.tolist()})
         on_epoch()
-    batch.combine(layers.expand_columns(coef().detach()))
+    models.combine(layers.expand_columns(coef().detach()))
     return records
+
+
+def _loss_and_backward(
+    objective: Objective, together: Sequence[Batch], scale: torch.Tensor | None
+) -> torch.Tensor:
+    """The loss and gradient of a few minibatches as if they were one."""
+    if len(together) == 1:
+        return objective.loss_and_backward(together[0], scale)
+    weights = [len(b) if b.weight is None else b.weight.sum() for b in together]
+    total = torch.as_tensor(sum(weights)).clamp_min(1e-12)
+    losses = [
+        objective.loss_and_backward(rows, scale, weight / total)
+        for rows, weight in zip(together, weights, strict=True)
+    ]
+    return torch.stack(losses).sum()
+
+
+T = TypeVar("T")
+
+
+def batched(items: Iterator[T], n: int) -> Iterator[tuple[T, ...]]:
+    """The items n at a time; the last few may be fewer."""
+    while group := tuple(islice(items, n)):
+        yield group
 
 
 def _optimizer(leaves: Sequence[torch.Tensor], settings: Settings) -> torch.optim.Optimizer:
@@ -126,7 +164,10 @@ def check_settings(soup: Any) -> None:
             )
     if not (isinstance(soup.lr, (int, float)) and math.isfinite(soup.lr) and soup.lr > 0):
         raise ValueError(f"lr must be a finite number > 0, got {soup.lr!r}.")
-    for name in ("max_epochs", "model_epochs"):
+    if soup.precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision must be 'fp32' or 'bf16', got {soup.precision!r}.")
+    resolve_delta_dtype(soup.delta_dtype, torch.float32)
+    for name in ("max_epochs", "model_epochs", "accumulate"):
         value = getattr(soup, name, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
@@ -145,6 +186,7 @@ def settings_of(soup: Any) -> Settings:
         soup.batch_size,
         soup.clip_grad_norm,
         soup.shuffle,
+        soup.accumulate,
     )
 
 

@@ -11,7 +11,7 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -243,6 +243,12 @@ class WeightsFile:
             yield read
         self._check_identity()
 
+    def warm(self) -> None:
+        """Have the operating system read the file into its cache, if it can: no error if not."""
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError), self.path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
     def sha256(self) -> str:
         """Return the SHA-256 of the file, checked to be the one first opened."""
         self._check_identity()
@@ -290,6 +296,11 @@ class ShardedWeights:
                 return opened[shard](name)
 
             yield read
+
+    def warm(self) -> None:
+        """Have the operating system read the shards into its cache."""
+        for shard in self.shards.values():
+            shard.warm()
 
     def sha256(self) -> str:
         """Return the SHA-256 of the shards' names and digests, in order of name."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 import torch
 from torch import nn
 
-from ._layout import FlatLayout, is_variance
+from ._layout import FlatLayout, Segment, is_variance
 from ._mix import accumulate
 from ._objective import Problem, load_weights
+from ._reader import Reader
 from .checkpoints import CheckpointCollection
+
+# numbers of a delta that are widened at a time, where deltas are half as wide as the weights
+BLOCK = {"cpu": 1 << 15, "cuda": 1 << 20}
 
 
 class FlatModule:
@@ -77,85 +81,21 @@ def flatten(
     return flat
 
 
-class ModelBatch:
-    """``b`` deltas w_k - center as one (b, size) tensor, and the soup they are added to.
+@dataclass(frozen=True)
+class Center:
+    """The mean of all checkpoints as a flat vector, and the module that is laid out like it."""
 
-    Memory: b deltas, the center and the soup at the start of the outer iteration: b + 2 models.
-    """
-
-    def __init__(self, flat: FlatModule, center: torch.Tensor, capacity: int) -> None:
-        self.flat = flat
-        self.layout = flat.layout
-        self.center = center  # (size,), w-bar
-        self.start = center.clone()  # (size,), the soup before this outer iteration
-        self._buffer = center.new_empty((capacity, len(center)))
-        self.deltas = self._buffer[:0]
-
-    def __enter__(self) -> Self:
-        return self
+    flat: FlatModule
+    mean: torch.Tensor  # (size,), w-bar
 
     @property
-    def capacity(self) -> int:
-        return len(self._buffer)
-
-    def __exit__(self, *exc_info: object) -> None:
-        del self.center, self.start, self._buffer, self.deltas
-
-    def load(self, checkpoints: CheckpointCollection, names: Sequence[str]) -> None:
-        """Read the deltas of these checkpoints: one sequential read of each file."""
-        self.deltas = self._buffer[: len(names)]
-        for delta, name in zip(self.deltas, names, strict=True):
-            with checkpoints.open(name) as read:
-                for segment in self.layout.segments:
-                    delta[segment.start : segment.stop].copy_(read(segment.name).flatten())
-            delta -= self.center
-
-    def norms(self, n_rows: int) -> torch.Tensor:
-        """(b, n_rows): the length of each delta in each layer; 1 where it is 0."""
-        norms = self.deltas.new_ones((len(self.deltas), n_rows))
-        for row, start, stop in self.layout.row_slices:
-            if start < self.layout.n_parameters:
-                norms[:, row] = torch.linalg.vector_norm(self.deltas[:, start:stop], dim=1)
-        return torch.where(norms > 0, norms, 1)
-
-    @torch.no_grad()
-    def combine(self, coef: torch.Tensor) -> None:
-        """W <- start + sum_k coef_k delta_k, in place (Eqs. 3, 7, 8); coef is (b, n_layers)."""
-        coef = coef.to(self.deltas)
-        for row, start, stop in self.layout.row_slices:
-            torch.addmv(
-                self.start[start:stop],
-                self.deltas[:, start:stop].T,
-                coef[:, row],
-                out=self.flat.weights[start:stop],
-            )
-        self.flat.clamp_variances()
-
-    @torch.no_grad()
-    def project(self, n_rows: int) -> torch.Tensor:
-        """(b, n_rows): the gradient's inner product with each delta, layer by layer (Eq. 6)."""
-        gradient = self.deltas.new_zeros((len(self.deltas), n_rows))
-        for row, start, stop in self.layout.row_slices:
-            if start < self.layout.n_parameters:
-                torch.mv(
-                    self.deltas[:, start:stop],
-                    self.flat.grad[start:stop],
-                    out=gradient[:, row],
-                )
-        return gradient
-
-    def commit(self) -> None:
-        """Take the present weights as the start of the next outer iteration."""
-        self.start.copy_(self.flat.weights)
+    def layout(self) -> FlatLayout:
+        return self.flat.layout
 
 
 @contextmanager
-def model_batches(
-    problem: Problem,
-    model_batch_size: int | str | None,
-    memory_limit: int | str | None = None,
-) -> Iterator[ModelBatch | None]:
-    """Average all checkpoints, lay the module out flat at that center, make room for deltas.
+def centered(problem: Problem) -> Iterator[Center | None]:
+    """Average all checkpoints and lay the module out flat at that center.
 
     One sequential read of the checkpoints. Gives None when no parameter differs between them.
     """
@@ -173,59 +113,149 @@ def model_batches(
         yield None
         return
     with flattened(module, layout) as flat:
-        capacity = resolve_model_batch_size(
-            model_batch_size, n, flat.weights.nbytes, memory_limit, flat.weights.device
+        center = Center(flat, flatten(mean, layout, flat.weights))
+        mean.clear()
+        yield center
+
+
+class ModelBatch:
+    """``b`` deltas w_k - center as one (b, size) tensor, and the soup they are added to.
+
+    Memory: b deltas, the center and the soup at the start of the outer iteration: b + 2 models, or
+    b/2 + 2 with deltas of half the width. These are widened a block at a time.
+    """
+
+    def __init__(self, center: Center, capacity: int, delta_dtype: torch.dtype) -> None:
+        self.flat = center.flat
+        self.layout = center.layout
+        self.center = center.mean  # (size,), w-bar
+        self.start = center.mean.clone()  # (size,), the soup before this outer iteration
+        self._buffer = center.mean.new_empty((capacity, self.layout.size), dtype=delta_dtype)
+        self.deltas = self._buffer[:0]
+        is_narrow = delta_dtype != center.mean.dtype
+        step = BLOCK.get(center.mean.device.type, 1 << 18) if is_narrow else self.layout.size
+        self._blocks = [
+            (row, low, min(low + step, stop))
+            for row, start, stop in self.layout.row_slices
+            for low in range(start, stop, step)
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        del self.center, self.start, self._buffer, self.deltas
+
+    @property
+    def capacity(self) -> int:
+        return len(self._buffer)
+
+    def load(
+        self,
+        checkpoints: CheckpointCollection,
+        names: Sequence[str],
+        reader: Reader | None = None,
+    ) -> None:
+        """Read the deltas of these checkpoints: one sequential read of each file."""
+        self.deltas = self._buffer[: len(names)]
+        for delta, name in zip(self.deltas, names, strict=True):
+            if reader is not None:
+                with reader.take(name) as weights:
+                    for segment in self.layout.segments:
+                        self._subtract(delta, segment, weights[segment.start : segment.stop])
+                continue
+            with checkpoints.open(name) as read:
+                for segment in self.layout.segments:
+                    self._subtract(delta, segment, read(segment.name).flatten())
+
+    def _subtract(self, delta: torch.Tensor, segment: Segment, weights: torch.Tensor) -> None:
+        where = slice(segment.start, segment.stop)
+        center = self.center[where]
+        weights = weights.to(center.device, center.dtype, non_blocking=True)
+        torch.sub(weights, center, out=delta[where])
+
+    def norms(self, n_rows: int) -> torch.Tensor:
+        """(b, n_rows): the length of each delta in each layer; 1 where it is 0."""
+        squares = self.center.new_zeros((len(self.deltas), n_rows))
+        for row, start, stop in self._blocks:
+            if start < self.layout.n_parameters:
+                squares[:, row] += self._wide(start, stop).square().sum(dim=1)
+        return torch.where(squares > 0, squares.sqrt(), 1)
+
+    def _wide(self, start: int, stop: int) -> torch.Tensor:
+        """(b, stop - start): some deltas in the dtype of the weights."""
+        return self.deltas[:, start:stop].to(self.center.dtype)
+
+    @torch.no_grad()
+    def combine(self, coef: torch.Tensor) -> None:
+        """W <- start + sum_k coef_k delta_k, in place (Eqs. 3, 7, 8); coef is (b, n_layers)."""
+        self.add(self.start, coef)
+        self.flat.clamp_variances()
+
+    def add(self, base: torch.Tensor, coef: torch.Tensor) -> None:
+        """W <- base + sum_k coef_k delta_k; the base may be the weights themselves."""
+        coef = coef.to(self.center)
+        for row, start, stop in self._blocks:
+            torch.addmv(
+                base[start:stop],
+                self._wide(start, stop).T,
+                coef[:, row],
+                out=self.flat.weights[start:stop],
+            )
+
+    @torch.no_grad()
+    def project(self, n_rows: int) -> torch.Tensor:
+        """(b, n_rows): the gradient's inner product with each delta, layer by layer (Eq. 6)."""
+        gradient = self.center.new_zeros((len(self.deltas), n_rows))
+        for row, start, stop in self._blocks:
+            if start < self.layout.n_parameters:
+                gradient[:, row] += torch.mv(self._wide(start, stop), self.flat.grad[start:stop])
+        return gradient
+
+    def commit(self) -> None:
+        """Take the present weights as the start of the next outer iteration."""
+        self.start.copy_(self.flat.weights)
+
+
+class StreamedModels:
+    """The two operations over more models than memory holds: each reads all the files once."""
+
+    def __init__(self, batch: ModelBatch, checkpoints: CheckpointCollection) -> None:
+        self.flat = batch.flat
+        self._batch = batch
+        self._checkpoints = checkpoints
+
+    def _parts(self) -> Iterator[slice]:
+        """Load as many models at a time as there is room for; tell which."""
+        names, step = self._checkpoints.names, self._batch.capacity
+        for start in range(0, len(names), step):
+            part = slice(start, start + step)
+            self._batch.load(self._checkpoints, names[part])
+            yield part
+
+    @torch.no_grad()
+    def combine(self, coef: torch.Tensor) -> None:
+        """As `ModelBatch.combine`; coef is (K, n_layers)."""
+        self.flat.weights.copy_(self._batch.start)
+        for part in self._parts():
+            self._batch.add(self.flat.weights, coef[part])
+        self.flat.clamp_variances()
+
+    def project(self, n_rows: int) -> torch.Tensor:
+        """As `ModelBatch.project`: (K, n_rows)."""
+        return torch.cat([self._batch.project(n_rows) for _ in self._parts()])
+
+
+def resolve_delta_dtype(delta_dtype: str | torch.dtype | None, weights: torch.dtype) -> torch.dtype:
+    """The dtype of deltas: None is that of the weights."""
+    if delta_dtype is None:
+        return weights
+    known: dict[str | torch.dtype, torch.dtype] = {"float32": torch.float32}
+    known["bfloat16"] = torch.bfloat16
+    known |= {dtype: dtype for dtype in known.values()}
+    if delta_dtype not in known:
+        raise ValueError(
+            f"delta_dtype must be None (that of the weights), 'float32' or 'bfloat16', got "
+            f"{delta_dtype!r}."
         )
-        with ModelBatch(flat, flatten(mean, layout, flat.weights), capacity) as batch:
-            mean.clear()
-            yield batch
-
-
-def parse_bytes(limit: int | str) -> int:
-    """Read a memory limit: bytes, or a string such as "8GB"."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    if isinstance(limit, str):
-        number, unit = limit.strip()[:-2], limit.strip()[-2:].upper()
-        try:
-            value = int(float(number) * units[unit])
-        except (KeyError, ValueError) as error:
-            raise ValueError(
-                f"memory_limit={limit!r} is not a size: expected bytes or a number with KB, MB, "
-                f"GB or TB, such as '8GB'."
-            ) from error
-    else:
-        value = int(limit)
-    if value <= 0:
-        raise ValueError(f"memory_limit={limit!r} must be positive.")
-    return value
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory the device has free now."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type == "mps":
-        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    try:
-        with open("/proc/meminfo") as file:
-            fields: Mapping[str, str] = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # not Linux
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def resolve_model_batch_size(
-    wanted: int | str | None,
-    n_checkpoints: int,
-    model_bytes: int,
-    memory_limit: int | str | None,
-    device: torch.device,
-) -> int:
-    """How many deltas to hold: as asked, None for all, "auto" for what the limit holds."""
-    if wanted is None:
-        return n_checkpoints
-    if wanted == "auto":
-        limit = free_bytes(device) // 2 if memory_limit is None else parse_bytes(memory_limit)
-        fits = limit // max(model_bytes, 1) - 2  # beside the deltas: the center and the soup
-        return int(min(max(fits, 1), n_checkpoints))
-    return min(int(wanted), n_checkpoints)
+    return known[delta_dtype]

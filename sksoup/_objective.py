@@ -41,11 +41,22 @@ class Objective:
     """The held-out loss of the module's present weights, and its gradient.
 
     The module stays in eval mode: dropout is off and BatchNorm uses its (mixed) statistics, so
-    the loss that is minimised is that of the model that will be used.
+    the loss that is minimised is that of the model that will be used. With ``precision="bf16"``
+    the forward pass runs under autocast; the criterion does not.
     """
 
-    def __init__(self, module: nn.Module, criterion: Criterion | None, task: Task) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        criterion: Criterion | None,
+        task: Task,
+        precision: str = "fp32",
+        compile: bool = False,
+    ) -> None:
         self.module = module.eval()
+        self._call: Callable[..., Any] = torch.compile(self.module) if compile else self.module
+        self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        self._autocast = precision == "bf16"
         criterion = DEFAULT_CRITERIA[task] if criterion is None else criterion
         self.criterion = criterion() if isinstance(criterion, type) else criterion
         self.counts = Counts()
@@ -76,9 +87,14 @@ class Objective:
             weight += share
         return total / weight
 
-    def loss_and_backward(self, batch: Batch, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """Accumulate the gradient into the parameters (and ``scale``); return the loss."""
-        loss = self.loss(batch, scale)
+    def loss_and_backward(
+        self, batch: Batch, scale: torch.Tensor | None = None, share: float | torch.Tensor = 1.0
+    ) -> torch.Tensor:
+        """Accumulate ``share`` times the gradient into the parameters (and ``scale``).
+
+        Returns that share of the loss.
+        """
+        loss = self.loss(batch, scale) * share
         loss.backward()  # type: ignore[no-untyped-call]
         self.counts.n_backward += 1
         self.counts.rows_backward += len(batch)
@@ -87,7 +103,11 @@ class Objective:
     def forward(self, X: torch.Tensor) -> torch.Tensor:
         self.counts.n_forward += 1
         self.counts.rows_forward += len(X)
-        return as_output(self.module(X))
+        X = X.to(self._device, non_blocking=True)
+        if not self._autocast:
+            return as_output(self._call(X))
+        with torch.autocast(X.device.type, dtype=torch.bfloat16):
+            return as_output(self._call(X)).float()
 
     def outputs(self, X: torch.Tensor, batch_size: int | None) -> torch.Tensor:
         """All outputs (N, ...), in row order."""

@@ -259,6 +259,18 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
 
             yield read
 
+    def warm(self, name: str) -> None:
+        """Have the operating system read a checkpoint's file into its cache, in the background.
+
+        Parameters
+        ----------
+        name : str
+            Name of the checkpoint; one in memory is warm already.
+        """
+        entry = self._entries[name]
+        if isinstance(entry, FileCheckpoint):
+            entry.weights.warm()
+
     def check(self) -> None:
         """Read every tensor that has not been read yet and raise where one is not finite.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from ._base import BaseSoup
+from ._budget import Budget, is_out_of_memory, parse_bytes
 from ._data import Task
 from ._descent import (
     NotFiniteError,
@@ -19,9 +21,9 @@ from ._descent import (
     settings_of,
 )
 from ._layout import Layerwise
-from ._model_batch import model_batches
+from ._model_batch import Center, ModelBatch, StreamedModels, centered, resolve_delta_dtype
 from ._objective import Criterion, Found, Problem
-from .exceptions import DivergenceError
+from .exceptions import DivergenceError, SoupWarning
 
 __all__ = ["LearnedSoup"]
 
@@ -41,12 +43,24 @@ class LearnedSoup(BaseSoup):
         to the label of its layer.
     temperature : bool, default=True
         Also learn a factor :math:`\beta` on the logits.
+    memory_limit : int, str or None, default=None
+        Bytes, or a string such as "8GB", for K + 2 models; None is half of what the device has
+        free. Where they do not fit, the models are read from their files at each step.
+    delta_dtype : {"float32", "bfloat16"}, torch.dtype or None, default=None
+        What the K deltas are held in; None is the dtype of the module. bfloat16 halves their
+        memory.
     lr : float, default=0.05
         Learning rate for :math:`a` and :math:`\beta`.
     max_epochs : int, default=5
         Passes over the held-out rows.
     batch_size : int or None, default=128
-        Rows per step; None for all at once.
+        Rows per forward and backward pass; None for all at once.
+    accumulate : int, default=1
+        Minibatches per step, as if they were one.
+    precision : {"fp32", "bf16"}, default="fp32"
+        "bf16" runs the forward pass of the search under autocast; the soup stays as it is.
+    compile : bool, default=False
+        Whether to run the search through ``torch.compile``.
     optimizer : {"adamw", "sgd"}, default="adamw"
         Without weight decay.
     schedule : {"cosine", "constant"}, default="constant"
@@ -94,6 +108,11 @@ class LearnedSoup(BaseSoup):
     DivergenceError
         The loss or the coefficients stopped being finite.
 
+    Warns
+    -----
+    SoupWarning
+        The memory does not hold K models: each step reads all files twice, which is slow.
+
     See Also
     --------
     MEHLSoup : The same without the simplex, in bounded memory.
@@ -103,8 +122,9 @@ class LearnedSoup(BaseSoup):
     No graph over K models is built: with :math:`\bar w` the mean, :math:`\sum_k c_k w_k = \bar w +
     \sum_k c_k (w_k - \bar w)`, and :math:`\partial L / \partial c_k = \langle \nabla_w L, w_k -
     \bar w \rangle` up to a constant that the softmax cancels. Cost: a forward and a backward pass
-    per step, three reads of the checkpoints. Memory: K + 2 models beside the module and its
-    gradient. Dropout is off and BatchNorm uses its mixed statistics, which carry no gradient.
+    per step, three reads of the checkpoints. Memory: K + 2 models beside the module, its gradient
+    and its activations, K/2 + 2 with bfloat16 deltas. Dropout is off and BatchNorm uses its mixed
+    statistics, which carry no gradient.
 
     References
     ----------
@@ -128,9 +148,14 @@ class LearnedSoup(BaseSoup):
         *,
         layerwise: Layerwise = False,
         temperature: bool = True,
+        memory_limit: int | str | None = None,
+        delta_dtype: str | torch.dtype | None = None,
         lr: float = 0.05,
         max_epochs: int = 5,
         batch_size: int | None = 128,
+        accumulate: int = 1,
+        precision: str = "fp32",
+        compile: bool = False,
         optimizer: str = "adamw",
         schedule: str = "constant",
         clip_grad_norm: float | None = None,
@@ -144,9 +169,14 @@ class LearnedSoup(BaseSoup):
         self.checkpoints = checkpoints
         self.layerwise = layerwise
         self.temperature = temperature
+        self.memory_limit = memory_limit
+        self.delta_dtype = delta_dtype
         self.lr = lr
         self.max_epochs = max_epochs
         self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.precision = precision
+        self.compile = compile
         self.optimizer = optimizer
         self.schedule = schedule
         self.clip_grad_norm = clip_grad_norm
@@ -160,23 +190,53 @@ class LearnedSoup(BaseSoup):
     def _check_params(self) -> None:
         super()._check_params()
         check_settings(self)
+        if self.memory_limit is not None:
+            parse_bytes(self.memory_limit)
 
     def _search(self, problem: Problem) -> Found:
         n, n_rows = len(problem.checkpoints), problem.layers.n_searched
         generator = private_generator(self.random_state)
-        with (
-            problem.progress("epoch", self.max_epochs) as step,
-            model_batches(problem, None) as batch,
-        ):
-            if batch is None:  # all checkpoints are equal
+        seed = generator.get_state()
+        with centered(problem) as center:
+            if center is None:  # all checkpoints are equal
                 return Found(np.full((n_rows, n), 1 / n), attributes={"temperature_": 1.0})
-            batch.load(problem.checkpoints, problem.checkpoints.names)
-            dtype = coefficient_dtype(batch.center.device)
-            a = batch.center.new_zeros((n, n_rows), dtype=dtype).requires_grad_()
-            beta = batch.center.new_ones((), dtype=dtype).requires_grad_(self.temperature)
-            try:
+            mean, dtype = center.mean, resolve_delta_dtype(self.delta_dtype, center.mean.dtype)
+            limit = None if self.memory_limit is None else parse_bytes(self.memory_limit)
+            budget = Budget(limit, mean.nbytes, len(mean) * dtype.itemsize, 2, mean.device)
+            capacity = budget.resolve("auto", n)
+            found = None
+            while found is None:
+                if capacity < n:
+                    warnings.warn(
+                        f"The memory holds {capacity} of {n} models: each step reads all files "
+                        f"twice, which is slow. Raise memory_limit, halve the deltas with "
+                        f"delta_dtype='bfloat16', or take MEHLSoup, which needs few at a time.",
+                        SoupWarning,
+                        stacklevel=5,  # the call of fit
+                    )
+                found = self._descend(problem, center, capacity, generator.set_state(seed))
+                capacity = -(-capacity // 2)
+        return found
+
+    def _descend(
+        self, problem: Problem, center: Center, capacity: int, generator: torch.Generator
+    ) -> Found | None:
+        """Descend with ``capacity`` deltas in memory; None when the memory does not hold them."""
+        checkpoints, n_rows = problem.checkpoints, problem.layers.n_searched
+        n = len(checkpoints)
+        dtype = coefficient_dtype(center.mean.device)
+        a = center.mean.new_zeros((n, n_rows), dtype=dtype).requires_grad_()
+        beta = center.mean.new_ones((), dtype=dtype).requires_grad_(self.temperature)
+        delta_dtype = resolve_delta_dtype(self.delta_dtype, center.mean.dtype)
+        try:
+            with (
+                ModelBatch(center, capacity, delta_dtype) as batch,
+                problem.progress("epoch", self.max_epochs) as step,
+            ):
+                if capacity == n:
+                    batch.load(checkpoints, checkpoints.names)
                 history = descend(
-                    batch,
+                    batch if capacity == n else StreamedModels(batch, checkpoints),
                     problem,
                     coef=lambda: a.softmax(dim=0),
                     leaves=[a, beta] if self.temperature else [a],
@@ -185,13 +245,17 @@ class LearnedSoup(BaseSoup):
                     scale=beta if self.temperature else None,
                     on_epoch=step,
                 )
-            except NotFiniteError as error:
-                raise DivergenceError(
-                    f"The loss or the coefficients stopped being finite at step {error.step}. "
-                    f"Lower lr (now {self.lr}).",
-                    problem.layers.expand(error.coef.T),
-                ) from error
-            coef = a.detach().softmax(dim=0).T.cpu().double().numpy()  # (n_searched, K)
+        except NotFiniteError as error:
+            raise DivergenceError(
+                f"The loss or the coefficients stopped being finite at step {error.step}. "
+                f"Lower lr (now {self.lr}).",
+                problem.layers.expand(error.coef.T),
+            ) from error
+        except (MemoryError, RuntimeError) as error:
+            if capacity == 1 or not is_out_of_memory(error):
+                raise
+            return None
+        coef = a.detach().softmax(dim=0).T.cpu().double().numpy()  # (n_searched, K)
         return Found(
             coef / coef.sum(axis=1, keepdims=True),
             history=history,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from sklearn.utils import check_scalar
 
 from ._base import BaseSoup
+from ._budget import Budget, is_out_of_memory, parse_bytes
 from ._data import Task
 from ._descent import (
     NotFiniteError,
@@ -20,9 +24,11 @@ from ._descent import (
     settings_of,
 )
 from ._layout import Layerwise
-from ._model_batch import ModelBatch, model_batches, parse_bytes
+from ._model_batch import Center, ModelBatch, centered, resolve_delta_dtype
 from ._objective import Criterion, Found, Problem
-from .exceptions import DivergenceError
+from ._reader import Reader
+from .checkpoints import CheckpointCollection
+from .exceptions import DivergenceError, SoupWarning
 
 __all__ = ["MEHLSoup"]
 
@@ -40,6 +46,11 @@ def draw_model_batches(
     for _ in range(model_epochs):
         order = torch.randperm(n, generator=generator).tolist()
         yield from (order[start : start + b] for start in range(0, n, b))
+
+
+def has_files(checkpoints: CheckpointCollection) -> bool:
+    """Whether any checkpoint has to be read from a file."""
+    return any(checkpoints.path(name) is not None for name in checkpoints)
 
 
 class MEHLSoup(BaseSoup):
@@ -63,8 +74,16 @@ class MEHLSoup(BaseSoup):
         Checkpoints in memory at a time, b; None for all; "auto" for as many as ``memory_limit``
         holds.
     memory_limit : int, str or None, default=None
-        For ``model_batch_size="auto"``: bytes, or a string such as "8GB", for b + 2 models. None
-        is half of what the device has free.
+        Bytes, or a string such as "8GB", for b + 2 models and those read ahead: it decides
+        ``model_batch_size="auto"``, and a given model batch that it does not hold is an error. None
+        is half of what the device has free, for "auto" only.
+    delta_dtype : {"float32", "bfloat16"}, torch.dtype or None, default=None
+        What the b deltas are held in; None is the dtype of the module. bfloat16 halves their
+        memory; sums are formed in the module's dtype.
+    prefetch : int, default=1
+        Models that a background thread reads ahead of their use, each in memory of its own (pinned
+        host memory for CUDA); while it waits, the operating system reads the files of the next
+        model batch into its cache. 0 reads everything when it is needed.
     lr : float, default=0.05
         Learning rate for :math:`\alpha`, in units of coefficients.
     max_epochs : int, default=5
@@ -72,7 +91,13 @@ class MEHLSoup(BaseSoup):
     model_epochs : int, default=1
         Passes over the checkpoints.
     batch_size : int or None, default=128
-        Rows per step; None for all at once.
+        Rows per forward and backward pass; None for all at once.
+    accumulate : int, default=1
+        Minibatches per step, as if they were one.
+    precision : {"fp32", "bf16"}, default="fp32"
+        "bf16" runs the forward pass of the search under autocast; the soup stays as it is.
+    compile : bool, default=False
+        Whether to run the search through ``torch.compile``.
     optimizer : {"adamw", "sgd"}, default="adamw"
         Without weight decay; starts afresh with each model batch.
     schedule : {"cosine", "constant"}, default="cosine"
@@ -102,7 +127,7 @@ class MEHLSoup(BaseSoup):
     coef_ : ndarray of shape (n_checkpoints,) or (n_layers, n_checkpoints), float64
         Coefficients; rows sum to 1.
     model_batch_size_ : int
-        The resolved b.
+        The resolved b, after any halving for lack of memory.
     module_ : nn.Module
         The soup, in eval mode, on the device.
     layers_ : dict of str to int
@@ -122,8 +147,15 @@ class MEHLSoup(BaseSoup):
     Raises
     ------
     DivergenceError
-        The loss or the coefficients stopped being finite; its ``coef`` are those before the outer
-        iteration.
+        The loss or the coefficients stopped being finite; its ``coef`` are those before that epoch.
+    ValueError
+        ``memory_limit`` does not hold the model batch asked for.
+
+    Warns
+    -----
+    SoupWarning
+        Memory ran out: the search starts again with half the model batch, and gives what it would
+        have given with that size from the beginning.
 
     See Also
     --------
@@ -136,9 +168,10 @@ class MEHLSoup(BaseSoup):
     \nabla_w L(w), w_k - \bar w \rangle` (Eq. 6), one forward and backward pass of one model and an
     inner product per step. With D parameters, N held-out rows and ``batch_size`` n there are
     ``ceil(K / b) * max_epochs * ceil(N / n)`` steps per pass over the checkpoints, which are read
-    ``2 + model_epochs`` times. Memory: b + 2 models (the deltas, the mean, the soup) beside the
-    module and its gradient. Dropout is off and BatchNorm uses its mixed statistics, which carry no
-    gradient.
+    ``2 + model_epochs`` times. Memory beside the module, its gradient and its activations: b + 2
+    models (the deltas, the mean, the soup), b/2 + 2 with bfloat16 deltas, and ``prefetch`` models
+    more. The docs' page on cost tells what the floor is. Dropout is off and BatchNorm uses its
+    mixed statistics, which carry no gradient.
 
     References
     ----------
@@ -165,10 +198,15 @@ class MEHLSoup(BaseSoup):
         layerwise: Layerwise = False,
         model_batch_size: int | str | None = "auto",
         memory_limit: int | str | None = None,
+        delta_dtype: str | torch.dtype | None = None,
+        prefetch: int = 1,
         lr: float = 0.05,
         max_epochs: int = 5,
         model_epochs: int = 1,
         batch_size: int | None = 128,
+        accumulate: int = 1,
+        precision: str = "fp32",
+        compile: bool = False,
         optimizer: str = "adamw",
         schedule: str = "cosine",
         normalize: bool = False,
@@ -184,10 +222,15 @@ class MEHLSoup(BaseSoup):
         self.layerwise = layerwise
         self.model_batch_size = model_batch_size
         self.memory_limit = memory_limit
+        self.delta_dtype = delta_dtype
+        self.prefetch = prefetch
         self.lr = lr
         self.max_epochs = max_epochs
         self.model_epochs = model_epochs
         self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.precision = precision
+        self.compile = compile
         self.optimizer = optimizer
         self.schedule = schedule
         self.normalize = normalize
@@ -206,25 +249,63 @@ class MEHLSoup(BaseSoup):
         is_count = isinstance(b, int) and not isinstance(b, bool) and b >= 1
         if not (b is None or b == "auto" or is_count):
             raise ValueError(f"model_batch_size must be an int >= 1, None or 'auto', got {b!r}.")
+        check_scalar(self.prefetch, "prefetch", int, min_val=0)
         if self.memory_limit is not None:
             parse_bytes(self.memory_limit)
 
     def _search(self, problem: Problem) -> Found:
-        """Algorithm 1: alpha persists; each outer iteration moves the alphas of b checkpoints."""
+        n, n_rows = len(problem.checkpoints), problem.layers.n_searched
+        generator = private_generator(self.random_state)
+        seed = generator.get_state()
+        with centered(problem) as center:
+            if center is None:  # all checkpoints are equal
+                nothing = affine_coef(np.zeros((n_rows, n)))
+                return Found(nothing, attributes={"model_batch_size_": n})
+            b = self._budget(problem.checkpoints, center).resolve(self.model_batch_size, n)
+            while (found := self._descend(problem, center, b, generator.set_state(seed))) is None:
+                b = -(-b // 2)
+                warnings.warn(
+                    f"Memory ran out: starting again with model_batch_size={b}. Give that, or a "
+                    f"memory_limit, to save the attempt; delta_dtype='bfloat16' halves the deltas.",
+                    SoupWarning,
+                    stacklevel=5,  # the call of fit
+                )
+                if center.mean.is_cuda:
+                    torch.cuda.empty_cache()
+        return found
+
+    def _budget(self, checkpoints: CheckpointCollection, center: Center) -> Budget:
+        """B deltas beside the mean, the soup, and what is read ahead (into the host's memory)."""
+        mean = center.mean
+        dtype = resolve_delta_dtype(self.delta_dtype, mean.dtype)
+        is_host = mean.device.type == "cpu" and has_files(checkpoints)
+        limit = None if self.memory_limit is None else parse_bytes(self.memory_limit)
+        n_fixed = 2 + self.prefetch * is_host
+        return Budget(limit, mean.nbytes, len(mean) * dtype.itemsize, n_fixed, mean.device)
+
+    def _descend(
+        self, problem: Problem, center: Center, b: int, generator: torch.Generator
+    ) -> Found | None:
+        """Algorithm 1: alpha persists; each outer iteration moves the alphas of b checkpoints.
+
+        Gives None when the memory does not hold them.
+        """
         checkpoints, layers = problem.checkpoints, problem.layers
         n = len(checkpoints)
         alpha = np.zeros((n, layers.n_searched))  # (K, n_searched)
-        generator = private_generator(self.random_state)
         history: list[dict[str, Any]] = []
-        with model_batches(problem, self.model_batch_size, self.memory_limit) as batch:
-            if batch is None:  # all checkpoints are equal
-                return Found(affine_coef(alpha.T), attributes={"model_batch_size_": n})
-            b = batch.capacity
-            outers = list(draw_model_batches(n, b, self.model_epochs, generator))
-            with problem.progress("epoch", len(outers) * self.max_epochs) as step:
+        outers = list(draw_model_batches(n, b, self.model_epochs, generator))
+        try:
+            with (
+                ModelBatch(
+                    center, b, resolve_delta_dtype(self.delta_dtype, center.mean.dtype)
+                ) as batch,
+                self._reader(checkpoints, center, outers) as reader,
+                problem.progress("epoch", len(outers) * self.max_epochs) as step,
+            ):
                 for outer, members in enumerate(outers):
                     names = tuple(checkpoints.names[k] for k in members)
-                    batch.load(checkpoints, names)
+                    batch.load(checkpoints, names, reader)
                     try:
                         moved, records = self._inner(
                             problem, batch, alpha[members], generator, step
@@ -240,7 +321,21 @@ class MEHLSoup(BaseSoup):
                     alpha[members] += moved
                     batch.commit()  # w <- w + sum_k in batch of moved_k (w_k - w-bar)
                     history += [{"outer": outer, "models": names, **record} for record in records]
+        except (MemoryError, RuntimeError) as error:
+            if b == 1 or not is_out_of_memory(error):
+                raise
+            return None
         return Found(affine_coef(alpha.T), history, {"model_batch_size_": b})
+
+    def _reader(
+        self, checkpoints: CheckpointCollection, center: Center, outers: list[list[int]]
+    ) -> AbstractContextManager[Reader | None]:
+        """The background reader, where there are files and it is wanted."""
+        if self.prefetch == 0 or not has_files(checkpoints):
+            return nullcontext()
+        order = [checkpoints.names[k] for members in outers for k in members]
+        ahead = min(self.prefetch, len(order))
+        return Reader(checkpoints, center.layout, order, center.mean, ahead, len(outers[0]))
 
     def _inner(
         self,

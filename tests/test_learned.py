@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
 
-from sksoup import DivergenceError, LearnedSoup
+from sksoup import CheckpointCollection, DivergenceError, LearnedSoup, SoupWarning
 
 from .references import descent_reference
+from .test_mehl import ONE_TENSOR_AND_DATA, peak_models
 from .zoo import Zoo
 
 
@@ -71,3 +74,36 @@ def test_divergence_is_an_error_with_the_last_good_coefficients(zoo: Zoo):
     with pytest.raises(DivergenceError, match=r"at step 1\. Lower lr") as caught:
         LearnedSoup(criterion=broken).fit(zoo.checkpoints, zoo.X, zoo.y)
     np.testing.assert_allclose(caught.value.coef.sum(axis=1), 1)
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("capacity", [1, 3])
+def test_models_that_do_not_fit_are_streamed(tmp_path, zoo64: Zoo, layerwise, capacity):
+    files = zoo64.checkpoints.save(tmp_path / "zoo")
+    settings = {"layerwise": layerwise, "max_epochs": 2, "batch_size": 30, "shuffle": False}
+    resident = LearnedSoup(**settings).fit(files, zoo64.X, zoo64.y)
+    soup = LearnedSoup(memory_limit=files.nbytes * (2 + capacity), **settings)
+    reads = []
+    original = CheckpointCollection.open
+
+    def counting(self, name):
+        reads.append(name)
+        return original(self, name)
+
+    with (
+        patch.object(CheckpointCollection, "open", counting),
+        pytest.warns(SoupWarning, match=rf"holds {capacity} of 5 models: each step reads"),
+    ):
+        soup.fit(files, zoo64.X, zoo64.y)
+    np.testing.assert_allclose(soup.coef_, resident.coef_, rtol=0, atol=1e-10)
+    steps = 4
+    # mean and last mix once each, two operations a step, the weights left at the end
+    assert len(reads) == 5 * (2 + 2 * steps + 1)
+
+
+def test_memory_is_that_of_all_models_and_two(tmp_path):
+    peak, _ = peak_models(tmp_path, LearnedSoup(layerwise=True, max_epochs=1, random_state=0))
+    assert 10.9 < peak <= 9 + 2 + ONE_TENSOR_AND_DATA
+    half = LearnedSoup(layerwise=True, max_epochs=1, delta_dtype="bfloat16", random_state=0)
+    peak, _ = peak_models(tmp_path / "half", half)
+    assert peak <= 4.5 + 2 + ONE_TENSOR_AND_DATA

@@ -1,21 +1,36 @@
 from __future__ import annotations
 
 import math
+import pickle
+import threading
 from itertools import chain
+from shutil import which
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from sklearn.base import clone
+from sklearn.callback import ProgressBar
 from torch import nn
 
-from sksoup import CheckpointCollection, DivergenceError, MEHLSoup, mix
+from sksoup import (
+    CheckpointCollection,
+    DivergenceError,
+    LearnedSoup,
+    MEHLSoup,
+    SoupWarning,
+    mix,
+)
+from sksoup._budget import Budget
 from sksoup._memory import LiveTensors
+from sksoup._model_batch import ModelBatch, StreamedModels
 from sksoup.mehl import affine_coef, draw_model_batches
 
 from .references import descent_reference
-from .zoo import Zoo, around, same_tensors
+from .zoo import Net, Zoo, around, same_tensors
 
 # ---------------------------------------------------------------- against the slow version
 
@@ -202,28 +217,38 @@ def test_it_reaches_the_optimum_over_the_affine_hull(K, b, condition, seed):
 # ------------------------------------------------------------------------------- promises
 
 
-@pytest.mark.parametrize("model_batch_size", [1, 3])
-@pytest.mark.parametrize("layerwise", [False, True])
-def test_never_more_than_b_plus_two_models(tmp_path, model_batch_size, layerwise):
-    """Counted: all tensors alive, without the module's own weights and gradients."""
+def deep() -> nn.Module:
+    return nn.Sequential(*[nn.Linear(64, 64) for _ in range(20)], nn.Linear(64, 3))
 
-    def module():
-        return nn.Sequential(*[nn.Linear(64, 64) for _ in range(20)], nn.Linear(64, 3))
 
+def peak_models(tmp_path, soup) -> tuple[float, float]:
+    """Peak and rest of all tensors alive, in models, without the module's weights and gradients."""
     torch.manual_seed(0)
-    checkpoints = CheckpointCollection(around(module(), 9), module=module)
-    checkpoints = checkpoints.save(tmp_path / "zoo")
+    checkpoints = CheckpointCollection(around(deep(), 9), module=deep).save(tmp_path / "zoo")
     X, y = np.ones((8, 64), dtype=np.float32), np.arange(8) % 3
-    soup = MEHLSoup(
-        model_batch_size=model_batch_size, layerwise=layerwise, max_epochs=1, random_state=0
-    )
-    with LiveTensors() as live:
+    with patch.dict("sksoup._model_batch.BLOCK", {"cpu": 512}), LiveTensors() as live:
         soup.fit(checkpoints, X, y)
-    models = live.peak / checkpoints.nbytes - 2  # without the module's weights and gradients
-    one_tensor_and_data = 0.1  # the tensor being read, the rows, the coefficients
-    assert models <= model_batch_size + 2 + one_tensor_and_data
-    assert models > model_batch_size + 1  # the count is not blind
-    assert live.now / checkpoints.nbytes < 1.1  # only the soup is left
+    return live.peak / checkpoints.nbytes - 2, live.now / checkpoints.nbytes
+
+
+ONE_TENSOR_AND_DATA = 0.15  # the tensor being read, the rows, the coefficients
+
+
+@pytest.mark.parametrize("b", [1, 3])
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("prefetch", [0, 1, 2])
+@pytest.mark.parametrize(("delta_dtype", "width"), [(None, 1), ("bfloat16", 0.5)])
+def test_never_more_memory_than_promised(tmp_path, b, layerwise, prefetch, delta_dtype, width):
+    """Counted: b + 2 models, b/2 + 2 with bfloat16 deltas, and those read ahead."""
+    peak, rest = peak_models(
+        tmp_path,
+        MEHLSoup(model_batch_size=b, layerwise=layerwise, prefetch=prefetch, max_epochs=1,
+                 delta_dtype=delta_dtype, random_state=0),
+    )  # fmt: skip
+    promised = b * width + 2 + prefetch
+    assert peak <= promised + ONE_TENSOR_AND_DATA
+    assert peak > promised - 0.6  # the count is not blind
+    assert rest < 1.1  # only the soup is left
 
 
 def test_model_batches_cover_all_models_in_new_orders():
@@ -339,3 +364,158 @@ def test_bad_parameters(zoo: Zoo, kwargs, match):
 def test_bad_random_state(zoo: Zoo):
     with pytest.raises(TypeError, match="random_state must be"):
         MEHLSoup(random_state="seed").fit(zoo.checkpoints, zoo.X, zoo.y)
+
+
+# -------------------------------------------------------------------------------- options
+
+PLAIN = {"model_batch_size": 2, "max_epochs": 3, "lr": 0.1, "shuffle": False, "random_state": 3}
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_accumulated_minibatches_are_one(zoo64: Zoo, layerwise, weighted):
+    weight = np.linspace(0, 1, len(zoo64.y)) if weighted else None
+
+    def fit(**settings):
+        soup = MEHLSoup(layerwise=layerwise, **PLAIN, **settings)
+        return soup.fit(zoo64.checkpoints, zoo64.X, zoo64.y, sample_weight=weight)
+
+    whole, parts = fit(batch_size=28), fit(batch_size=7, accumulate=4)  # 60 rows: 28, 28, 4
+    np.testing.assert_allclose(parts.coef_, whole.coef_, rtol=0, atol=1e-10)
+    assert [len(record["loss"]) for record in parts.history_] == [3] * 9
+    np.testing.assert_allclose(parts.history_[0]["loss"], whole.history_[0]["loss"])
+    uneven = fit(batch_size=7, accumulate=1)
+    assert np.abs(uneven.coef_ - whole.coef_).max() > 1e-6
+
+
+def test_bfloat16_deltas_are_close(zoo: Zoo):
+    settings = {"layerwise": True, **PLAIN}
+    full = MEHLSoup(**settings).fit(zoo.checkpoints, zoo.X, zoo.y)
+    half = MEHLSoup(delta_dtype=torch.bfloat16, **settings).fit(zoo.checkpoints, zoo.X, zoo.y)
+    assert 0 < np.abs(half.coef_ - full.coef_).max() < 0.05
+    rebuilt = mix(zoo.checkpoints, half.coef_, layers=half.layers_)
+    assert same_tensors(half.state_dict(), rebuilt)  # the deltas alone are rounded
+
+
+@pytest.mark.parametrize("soup", [MEHLSoup, LearnedSoup])
+def test_bf16_runs_the_forward_pass_under_autocast(zoo: Zoo, soup):
+    seen = set()
+
+    class Spying(Net):
+        def forward(self, x):
+            out = super().forward(x)
+            seen.add(out.dtype)
+            return out
+
+    checkpoints = CheckpointCollection(list(zoo.checkpoints.values()), module=Spying)
+    half = soup(layerwise=True, precision="bf16", random_state=0).fit(checkpoints, zoo.X, zoo.y)
+    assert seen == {torch.float32, torch.bfloat16}  # float32: the probe
+    seen.clear()
+    assert half.predict_proba(zoo.X).dtype == np.float32
+    assert seen == {torch.float32}
+    full = soup(layerwise=True, random_state=0).fit(zoo.checkpoints, zoo.X, zoo.y)
+    assert 0 < np.abs(half.coef_ - full.coef_).max() < 0.1
+
+
+def test_autocast_leaves_float64_alone(zoo64: Zoo):
+    full = MEHLSoup(**PLAIN).fit(zoo64.checkpoints, zoo64.X, zoo64.y)
+    half = MEHLSoup(precision="bf16", **PLAIN)
+    # autocast gives float32 back, so the loss alone is rounded
+    assert np.abs(half.fit(zoo64.checkpoints, zoo64.X, zoo64.y).coef_ - full.coef_).max() < 1e-4
+
+
+@pytest.mark.skipif(which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+def test_a_compiled_search_finds_the_same(zoo64: Zoo):
+    plain = MEHLSoup(layerwise=True, batch_size=30, **PLAIN)
+    plain.fit(zoo64.checkpoints, zoo64.X, zoo64.y)
+    compiled = clone(plain).set_params(compile=True).fit(zoo64.checkpoints, zoo64.X, zoo64.y)
+    np.testing.assert_allclose(compiled.coef_, plain.coef_, rtol=0, atol=1e-6)
+    assert type(compiled.module_) is type(plain.module_)
+    pickle.dumps(compiled.module_.state_dict())
+
+
+def test_out_of_memory_halves_the_model_batch(zoo: Zoo, monkeypatch):
+    """It starts again, and ends as if the smaller size had been given."""
+    expected = MEHLSoup(layerwise=True, model_batch_size=2, random_state=0)
+    expected.fit(zoo.checkpoints, zoo.X, zoo.y)
+    steps = []
+    original = ModelBatch.combine
+
+    def combine(self, coef):
+        steps.append(self.capacity)
+        if self.capacity > 2 and len(steps) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(self, coef)
+
+    monkeypatch.setattr(ModelBatch, "combine", combine)
+    bar = ProgressBar()
+    soup = MEHLSoup(layerwise=True, model_batch_size=None, random_state=0).set_callbacks(bar)
+    with pytest.warns(SoupWarning, match="Memory ran out: starting again") as caught:
+        soup.fit(zoo.checkpoints, zoo.X, zoo.y)
+    assert [str(w.message).split("=")[1][0] for w in caught] == ["4", "2"]
+    assert caught[0].filename == __file__
+    assert soup.model_batch_size_ == 2
+    assert np.array_equal(soup.coef_, expected.coef_)
+
+
+@pytest.mark.parametrize("soup", [MEHLSoup(), LearnedSoup()])
+@pytest.mark.filterwarnings("ignore::sksoup.SoupWarning")  # Learned-Soup streams one model
+def test_out_of_memory_with_one_model_is_an_error(zoo: Zoo, monkeypatch, soup):
+    def combine(self, coef):
+        raise MemoryError("not enough memory")
+
+    monkeypatch.setattr(ModelBatch, "combine", combine)
+    monkeypatch.setattr(StreamedModels, "combine", combine)
+    monkeypatch.setattr(Budget, "resolve", lambda self, wanted, n: 1)
+    with pytest.raises(MemoryError):
+        soup.fit(zoo.checkpoints, zoo.X, zoo.y)
+
+
+def test_another_error_is_not_mistaken_for_lack_of_memory(zoo: Zoo, monkeypatch):
+    def combine(self, coef):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(ModelBatch, "combine", combine)
+    for soup in (MEHLSoup(), LearnedSoup()):
+        with pytest.raises(RuntimeError, match="shapes do not match"):
+            soup.fit(zoo.checkpoints, zoo.X, zoo.y)
+
+
+def test_the_limit_decides_the_model_batch(tmp_path, zoo: Zoo):
+    files = zoo.checkpoints.save(tmp_path / "zoo")
+    model = 4 * sum(v.size for v in files.layout.values() if v.is_floating)
+    for options, expected in (
+        ({}, 3),
+        ({"prefetch": 0}, 4),
+        ({"delta_dtype": "bfloat16"}, 6),
+        ({"model_batch_size": 2}, 2),
+    ):
+        soup = MEHLSoup(memory_limit=6 * model, random_state=0, **options)
+        assert soup.fit(files, zoo.X, zoo.y).model_batch_size_ == expected
+    with pytest.raises(ValueError, match="does not hold a model batch of 7"):
+        MEHLSoup(memory_limit=6 * model, model_batch_size=None).fit(files, zoo.X, zoo.y)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"precision": "fp16"}, "precision must be 'fp32' or 'bf16', got 'fp16'"),
+        ({"delta_dtype": "int8"}, "delta_dtype must be None"),
+        ({"accumulate": 0}, "accumulate must be an integer >= 1, got 0"),
+    ],
+)
+@pytest.mark.parametrize("soup", [MEHLSoup, LearnedSoup])
+def test_options_that_are_none(zoo: Zoo, soup, settings, match):
+    with pytest.raises(ValueError, match=match):
+        soup(**settings).fit(zoo.checkpoints, zoo.X, zoo.y)
+    with pytest.raises(ValueError, match="prefetch == -1, must be >= 0"):
+        MEHLSoup(prefetch=-1).fit(zoo.checkpoints, zoo.X, zoo.y)
+
+
+def test_held_out_rows_that_stay_on_the_host_give_the_same_bits(zoo: Zoo, monkeypatch):
+    resident = MEHLSoup(batch_size=16, random_state=0).fit(zoo.checkpoints, zoo.X, zoo.y)
+    monkeypatch.setattr("sksoup._base.fits", lambda rows, device: False)
+    streamed = MEHLSoup(batch_size=16, random_state=0).fit(zoo.checkpoints, zoo.X, zoo.y)
+    assert np.array_equal(streamed.coef_, resident.coef_)
+    assert not [t for t in threading.enumerate() if t.name.startswith("sksoup-batches")]

@@ -22,6 +22,7 @@ PACKAGE = ROOT / "sksoup"
 PLAN = [
     "exceptions",
     "_memory",
+    "_budget",
     "_formats",
     "_hub",
     "_sources",
@@ -31,6 +32,7 @@ PLAN = [
     "_mix",
     "_data",
     "_objective",
+    "_reader",
     "_model_batch",
     "_descent",
     "recipe",

@@ -1,0 +1,87 @@
+"""How many models the memory holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the memory has to hold: ``n_fixed`` whole models, and as many deltas as there is room.
+
+    ``limit`` is in bytes; None is half of what the device has free.
+    """
+
+    limit: int | None
+    model_bytes: int
+    delta_bytes: int
+    n_fixed: int
+    device: torch.device
+
+    def n_deltas(self) -> int:
+        """Deltas that fit beside the fixed models; less than 1 where not even one does."""
+        limit = free_bytes(self.device) // 2 if self.limit is None else self.limit
+        return (limit - self.n_fixed * self.model_bytes) // max(self.delta_bytes, 1)
+
+    def resolve(self, wanted: int | str | None, n_checkpoints: int) -> int:
+        """The model batch: as asked, None for all, "auto" for what fits; never beyond a limit."""
+        if wanted == "auto":
+            b = min(max(self.n_deltas(), 1), n_checkpoints)
+        else:
+            b = n_checkpoints if wanted is None else min(int(wanted), n_checkpoints)
+        if self.limit is not None and b > (fits := self.n_deltas()):
+            needed = self.n_fixed * self.model_bytes + b * self.delta_bytes
+            remedy = f"model_batch_size={fits} fits" if fits >= 1 else "not even 1 fits"
+            raise ValueError(
+                f"memory_limit={self.limit:,} bytes does not hold a model batch of {b}: it needs "
+                f"{needed:,} bytes for {b} deltas of {self.delta_bytes:,} and {self.n_fixed} "
+                f"models of {self.model_bytes:,}. Raise the limit; {remedy}."
+            )
+        return b
+
+
+def parse_bytes(limit: int | str) -> int:
+    """Read a memory limit: bytes, or a string such as "8GB"."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    if isinstance(limit, str):
+        number, unit = limit.strip()[:-2], limit.strip()[-2:].upper()
+        try:
+            value = int(float(number) * units[unit])
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"memory_limit={limit!r} is not a size: expected bytes or a number with KB, MB, "
+                f"GB or TB, such as '8GB'."
+            ) from error
+    else:
+        value = int(limit)
+    if value <= 0:
+        raise ValueError(f"memory_limit={limit!r} must be positive.")
+    return value
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory the device has free now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    try:
+        with open("/proc/meminfo") as file:
+            fields: Mapping[str, str] = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on any device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and (
+        "not enough memory" in said or "can't allocate memory" in said or "out of memory" in said
+    )
