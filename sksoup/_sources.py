@@ -29,15 +29,15 @@ class FileCheckpoint:
     def __init__(self, path: Path, key: str | None = None) -> None:
         self.path = path
         self.weights = open_weights(path, key)
-        self.prefix = ""
+        self.strip("")
 
     def __repr__(self) -> str:
         return repr(str(self.path))
 
-    @property
-    def header(self) -> dict[str, TensorInfo]:
-        skip = len(self.prefix)
-        return {name[skip:]: info for name, info in self.weights.header.items()}
+    def strip(self, prefix: str) -> None:
+        """Leave this prefix of the names in the file out."""
+        self.prefix = prefix
+        self.header = stripped(self.weights.header, prefix)
 
     def name(self, depth: int, suffix: bool) -> str:
         """Stem after ``depth`` - 1 folders; a file all such folders have goes by its folder."""
@@ -65,18 +65,16 @@ class MemoryCheckpoint:
             for name, value in check_state_dict(state, label).items()
         }
         self.label = label
-        self.prefix = ""
-        self.raw_header = {
-            name: TensorInfo(tuple(value.shape), value.dtype)
-            for name, value in self.tensors.items()
-        }
+        self.strip("")
 
     def __repr__(self) -> str:
         return self.label
 
-    @property
-    def header(self) -> dict[str, TensorInfo]:
-        return {name[len(self.prefix) :]: info for name, info in self.raw_header.items()}
+    def strip(self, prefix: str) -> None:
+        """Leave this prefix of the names out."""
+        self.prefix = prefix
+        header = {n: TensorInfo(tuple(v.shape), v.dtype) for n, v in self.tensors.items()}
+        self.header = stripped(header, prefix)
 
     @contextmanager
     def open(self) -> Iterator[Read]:
@@ -84,6 +82,10 @@ class MemoryCheckpoint:
 
     def sha256(self) -> str:
         return content_sha256(self)
+
+
+def stripped(header: dict[str, TensorInfo], prefix: str) -> dict[str, TensorInfo]:
+    return {name[len(prefix) :]: info for name, info in header.items()} if prefix else header
 
 
 Checkpoint: TypeAlias = FileCheckpoint | MemoryCheckpoint
@@ -147,7 +149,7 @@ def drop_prefixes(entries: Sequence[Checkpoint], module: ModuleSource | None) ->
         for entry, prefixes in zip(entries, choices, strict=True):
             names = list(entry.header)
             fits = (p for p in prefixes if {name[len(p) :] for name in names} <= wanted)
-            entry.prefix = next(fits, "")
+            entry.strip(next(fits, ""))
         return
     offers = [
         {frozenset(name[len(p) :] for name in entry.header): p for p in reversed(prefixes)}
@@ -156,7 +158,7 @@ def drop_prefixes(entries: Sequence[Checkpoint], module: ModuleSource | None) ->
     shared = next((names for names in reversed(offers[0]) if all(names in o for o in offers)), None)
     if shared is not None:
         for entry, offer in zip(entries, offers, strict=True):
-            entry.prefix = offer[shared]
+            entry.strip(offer[shared])
 
 
 def _prefixes(names: Sequence[str]) -> list[str]:

@@ -620,6 +620,8 @@ def _common_layout(entries: Mapping[str, Checkpoint]) -> dict[str, TensorInfo]:
         _check_same_keys(name, entry, first)
         for tensor, info in entry.header.items():
             expected = layout[tensor]
+            if info == expected:
+                continue
             if info.shape != expected.shape:
                 raise CheckpointError(
                     f"{entry!r} cannot join this collection: {tensor!r} has shape {info.shape}, "
@@ -638,10 +640,10 @@ def _common_layout(entries: Mapping[str, Checkpoint]) -> dict[str, TensorInfo]:
 
 
 def _check_same_keys(name: str, entry: Checkpoint, first: Checkpoint) -> None:
+    if entry.header.keys() == first.header.keys():
+        return
     lacking = [tensor for tensor in first.header if tensor not in entry.header]
     extra = [tensor for tensor in entry.header if tensor not in first.header]
-    if not lacking and not extra:
-        return
     differences = [
         f"it {verb} {', '.join(map(repr, keys[:5]))}"
         + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
