@@ -475,14 +475,3 @@ def test_devices(zoo: Zoo):
         zoo.checkpoints, zoo.X, zoo.y).module_.parameters()).device.type == "cpu"  # fmt: skip
     with pytest.raises(RuntimeError):
         UniformSoup(device="nowhere").fit(zoo.checkpoints, zoo.X, zoo.y)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_gives_the_soup_the_cpu_gives(zoo64: Zoo):
-    for soup in (GreedySoup(), LearnedSoup(random_state=0), MEHLSoup(random_state=0)):
-        cpu = clone(soup).set_params(device="cpu").fit(zoo64.checkpoints, zoo64.X, zoo64.y)
-        gpu = clone(soup).set_params(device="cuda").fit(zoo64.checkpoints, zoo64.X, zoo64.y)
-        np.testing.assert_allclose(gpu.coef_, cpu.coef_, atol=1e-6)
-        X = torch.as_tensor(zoo64.X).cuda()
-        assert (gpu.predict(X) == cpu.predict(zoo64.X)).all()

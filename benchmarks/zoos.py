@@ -1,0 +1,108 @@
+"""Checkpoints and rows for measuring cost: what they predict does not matter, their shapes do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+
+class SmallViT(nn.Module):
+    """A vision transformer on 8 x 8 digits, a token per pixel: a weight meets 65 positions."""
+
+    def __init__(self, width: int = 64, depth: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Linear(1, width)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.position = nn.Parameter(0.02 * torch.randn(1, 65, width))
+        layer = nn.TransformerEncoderLayer(
+            width, 4, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        tokens = self.embed(X.flatten(1)[:, :, None])  # (n, 64, width)
+        tokens = torch.cat([self.token.expand(len(X), -1, -1), tokens], dim=1) + self.position
+        return self.head(self.norm(self.blocks(tokens)[:, 0]))
+
+
+class MLP(nn.Module):
+    """Each weight meets one position per row: combining is as much work as a step."""
+
+    def __init__(self, width: int = 512) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
+            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10),
+        )  # fmt: skip
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        return self.layers(X)
+
+
+class ClipSized(nn.Module):
+    """CLIP's ViT-B/32 image tower (87M parameters, random weights) and a head for 1,000 classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        config = CLIPVisionConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+            num_attention_heads=12, image_size=224, patch_size=32,
+        )  # fmt: skip
+        self.tower = CLIPVisionModel(config)
+        self.head = nn.Linear(768, 1000)
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        return self.head(self.tower(pixel_values=X).pooler_output)
+
+
+@dataclass(frozen=True)
+class Kind:
+    module: type[nn.Module]
+    image: tuple[int, ...]
+    n_classes: int
+
+
+KINDS = {
+    "vit": Kind(SmallViT, (1, 8, 8), 10),
+    "mlp": Kind(MLP, (1, 8, 8), 10),
+    "clip": Kind(ClipSized, (3, 224, 224), 1000),
+}
+
+
+def make_checkpoints(folder: Path, kind: str, n: int) -> None:
+    """Write n checkpoints around one random start, as far from it as fine-tuning goes."""
+    torch.manual_seed(0)
+    start = KINDS[kind].module().state_dict()
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(n):
+        generator = torch.Generator().manual_seed(k + 1)
+        state = {
+            name: w + 0.02 * torch.randn(w.shape, generator=generator) / math.sqrt(w.shape[-1] or 1)
+            if w.is_floating_point() and w.ndim
+            else w
+            for name, w in start.items()
+        }
+        save_file(state, folder / f"ft{k:02d}.safetensors")
+
+
+def make_rows(kind: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the right shape: digits where they are 8 x 8, noise elsewhere."""
+    if KINDS[kind].image == (1, 8, 8):
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        rows = torch.arange(n) % len(digits.target)
+        images = torch.as_tensor(digits.images / 16, dtype=torch.float32)[rows, None]
+        return images, torch.as_tensor(digits.target)[rows]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn((n, *KINDS[kind].image), generator=generator)
+    return images, torch.randint(KINDS[kind].n_classes, (n,), generator=generator)
