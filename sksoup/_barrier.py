@@ -17,7 +17,8 @@ from ._base import BaseSoup
 from ._data import Task
 from ._layout import Layers
 from ._mix import mix
-from ._objective import Criterion, Found, Problem, load_weights
+from ._objective import Criterion, load_weights
+from ._problem import Found, Problem
 from .checkpoints import CheckpointCollection
 
 

@@ -42,24 +42,25 @@ from ._data import (
     resolve_device,
 )
 from ._describe import judge
+from ._evaluation import Evaluator, RowScore
 from ._formats import new_folder, write_text
 from ._hub import copy_companions, hub_folder
 from ._layout import Layers, group_layers
 from ._mix import cast, mix, stored_dtypes
 from ._objective import (
-    Found,
     Objective,
-    Problem,
     as_output,
     batched,
     load_weights,
     module_dtype,
     prepare_module,
 )
+from ._problem import Found, Problem
 from .checkpoints import CheckpointCollection
 from .exceptions import CheckpointError, SoupWarning
 from .recipe import Recipe
 
+DEFAULT_SCORING = {"classification": "accuracy", "multilabel": "accuracy", "regression": "r2"}
 PACKAGES = ("sksoup", "torch", "numpy", "scikit-learn", "safetensors")
 INTEGERS = [np.int64, np.int32, np.int16, np.int8, np.uint8, np.bool_]
 
@@ -161,7 +162,7 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
                 layers,
                 data,
                 objective,
-                self._scorer(objective, data, X, y, weight),
+                self._evaluator(objective, data, X, y, weight),
                 self._progress,
             )
         )
@@ -293,7 +294,7 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
         )
         if self.task != "classification":
             targets = targets.reshape(len(targets), *output.shape[1:])
-            self._target_ndim = y.ndim
+            self.target_ndim_ = y.ndim
         self.n_outputs_ = n_outputs
         weights = None if weight is None else torch.as_tensor(weight).to(device, dtype)
         is_streamed = not fits(rows, device)
@@ -302,29 +303,24 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
 
     # ------------------------------------------------------------------ scores
 
-    def _scorer(
+    def _evaluator(
         self, objective: Objective, data: HeldOut, X: Any, y: Any, weight: Any
-    ) -> Callable[[], float]:
-        """A function that gives the held-out score of the module's present weights."""
+    ) -> Evaluator:
+        """What scores the module's present weights on the held-out rows."""
         scoring = getattr(self, "scoring", None)
-        if scoring is None:
-
-            def score() -> float:
-                outputs = objective.outputs(data.X, self.batch_size)
-                return self._default_score(y, self._decode(outputs), weight)
-
-            return score
-        candidate = copy.copy(self)  # a fitted soup for scikit-learn's scorers to look at
-        candidate.module_ = objective.module
-        candidate.coef_ = None
-        scorer = check_scoring(candidate, scoring)
-        extra = {} if weight is None else {"sample_weight": weight}
-
-        def score_by_scorer() -> float:
-            objective.counts.rows_forward += len(data)
-            return float(scorer(candidate, X, y, **extra))
-
-        return score_by_scorer
+        # a fitted soup for scikit-learn's scorers to look at, without checkpoints and callbacks
+        soup = copy.copy(self)
+        for name in [name for name in vars(self) if "callback" in name]:
+            delattr(soup, name)
+        soup.checkpoints, soup.module_, soup.coef_ = None, objective.module, None
+        rows = None
+        if scoring in (None, DEFAULT_SCORING[self.task]):
+            scorer = None
+            targets = torch.as_tensor(y) if self.task == "regression" else data.y
+            rows = RowScore.of(self.task, targets, weight)
+        else:
+            scorer = check_scoring(soup, scoring)
+        return Evaluator(objective, data, self.batch_size, soup, scorer, X, y, weight, rows)
 
     def _default_score(self, y: Any, predicted: Any, weight: Any) -> float:
         metric = r2_score if self.task == "regression" else accuracy_score
@@ -418,7 +414,7 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
             return (values > 0).astype(np.int64)
         return (
             values.reshape(len(values))
-            if self._target_ndim == 1
+            if self.target_ndim_ == 1
             else values.reshape(len(values), -1)
         )
 

@@ -45,6 +45,12 @@ class HeldOut:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.X, self.y, self.weight) if t is not None)
 
+    def select(self, rows: torch.Tensor) -> HeldOut:
+        """Some of the rows, copied."""
+        X, there = self.X[rows.to(self.X.device)], rows.to(self.y.device)
+        weight = None if self.weight is None else self.weight[there]
+        return HeldOut(X, self.y[there], weight, self.is_streamed)
+
     def n_batches(self, batch_size: int | None, together: int = 1) -> int:
         """Steps of one walk over the rows, ``together`` minibatches each."""
         batches = 1 if batch_size is None else -(-len(self) // batch_size)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from ._data import Batch
 from ._model_batch import FlatModule, resolve_delta_dtype
-from ._objective import Objective, Problem
+from ._objective import Objective
+from ._problem import Problem
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch import nn
 
 from ._layout import FlatLayout, Segment, is_variance
 from ._mix import accumulate
-from ._objective import Problem, load_weights
+from ._objective import load_weights
+from ._problem import Problem
 from ._reader import Reader
 from .checkpoints import CheckpointCollection
 

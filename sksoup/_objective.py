@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from ._data import Batch, HeldOut, Task
-from ._layout import Layers
 from .checkpoints import CheckpointCollection
 from .exceptions import CheckpointError
 
@@ -35,6 +31,11 @@ class Counts:
     n_backward: int = 0
     rows_forward: int = 0
     rows_backward: int = 0
+
+    def add(self, other: Counts) -> None:
+        """Count what somebody else ran, too."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
 
 class Objective:
@@ -60,6 +61,13 @@ class Objective:
         criterion = DEFAULT_CRITERIA[task] if criterion is None else criterion
         self.criterion = criterion() if isinstance(criterion, type) else criterion
         self.counts = Counts()
+
+    def own(self) -> Objective:
+        """The same with a module and counts of its own, never compiled."""
+        other = copy.copy(self)
+        other._call = other.module = copy.deepcopy(self.module)
+        other.counts = Counts()
+        return other
 
     def loss(self, batch: Batch, scale: torch.Tensor | None = None) -> torch.Tensor:
         """Mean loss of a batch; ``scale`` multiplies the outputs (Learned-Soup's beta)."""
@@ -151,49 +159,12 @@ def _per_row(
     return criterion
 
 
-@dataclass(frozen=True)
-class Problem:
-    """All a search may use: the checkpoints, a private module to try weights in, held-out rows."""
-
-    checkpoints: CheckpointCollection
-    layers: Layers
-    data: HeldOut
-    objective: Objective
-    score: Callable[[], float]  # held-out score of the module's present weights
-    progress: Callable[[str, int], AbstractContextManager[Callable[[], None]]]
-
-    @property
-    def module(self) -> nn.Module:
-        return self.objective.module
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search found: coefficients of the searched rows, and what else it has to tell."""
-
-    coef: NDArray[np.float64]  # (n_searched, K)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    attributes: dict[str, Any] = field(default_factory=dict)  # fitted attributes of the recipe
-
-
 def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Copy weights into a module, in place: ties and unsaved buffers survive."""
     with torch.no_grad():
         for name, value in module.state_dict(keep_vars=True).items():
             if name in weights:
                 value.copy_(weights[name])
-
-
-def rank(problem: Problem, step: Callable[[], None]) -> dict[str, float]:
-    """Held-out score of every checkpoint, in collection order; known scores are taken as given."""
-    if problem.checkpoints.scores is not None:
-        return dict(problem.checkpoints.scores)
-    scores = {}
-    for name in problem.checkpoints:
-        load_weights(problem.module, problem.checkpoints[name])
-        scores[name] = problem.score()
-        step()
-    return scores
 
 
 def prepare_module(

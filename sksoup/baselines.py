@@ -13,7 +13,8 @@ from torch import nn
 from ._base import BaseSoup
 from ._data import Task, resolve_device
 from ._layout import Layers
-from ._objective import Found, Problem, load_weights, prepare_module, rank
+from ._objective import load_weights, prepare_module
+from ._problem import Found, Problem, rank
 from .checkpoints import CheckpointCollection
 
 __all__ = ["BestCheckpoint", "CheckpointEnsemble", "UniformSoup"]
@@ -116,6 +117,8 @@ class BestCheckpoint(BaseSoup):
         outputs, else 0, 1, ....
     batch_size : int or None, default=128
         Rows per forward pass; None for all at once.
+    n_jobs : int or None, default=None
+        Checkpoints evaluated side by side, by joblib; the scores are the same for any number.
     device : str or torch.device, default="auto"
         Where the module runs; "auto" is cuda, else mps, else cpu.
 
@@ -143,7 +146,7 @@ class BestCheckpoint(BaseSoup):
     Notes
     -----
     Cost: K evaluations of N rows, none when the collection knows its ``scores``. Memory: two
-    models.
+    models, the module and the checkpoint that is read ahead; with workers, as many for each.
 
     References
     ----------
@@ -169,6 +172,7 @@ class BestCheckpoint(BaseSoup):
         task: Task = "classification",
         classes: ArrayLike | None = None,
         batch_size: int | None = 128,
+        n_jobs: int | None = None,
         device: str | torch.device = "auto",
     ) -> None:
         self.checkpoints = checkpoints
@@ -176,13 +180,14 @@ class BestCheckpoint(BaseSoup):
         self.task = task
         self.classes = classes
         self.batch_size = batch_size
+        self.n_jobs = n_jobs
         self.device = device
 
     def _search(self, problem: Problem) -> Found:
         checkpoints = problem.checkpoints
         checkpoints.check()
         with problem.progress("evaluation", 0 if checkpoints.scores else len(checkpoints)) as step:
-            scores = rank(problem, step)
+            scores = rank(problem, step, n_jobs=self.n_jobs).scores
         best = max(checkpoints.names, key=scores.__getitem__)  # the first on ties
         coef = np.array([[float(name == best) for name in checkpoints]])
         return Found(coef, attributes={"individual_scores_": scores, "ingredients_": (best,)})

@@ -3,35 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from sklearn.model_selection import train_test_split
 from sklearn.utils import check_scalar
 
 from ._base import BaseSoup
 from ._data import Task
+from ._describe import judge
+from ._evaluation import Evaluation, Evaluator, RowScore
 from ._mix import mix
-from ._objective import Found, Problem, load_weights, rank
+from ._objective import load_weights
+from ._problem import Found, Problem, evaluate_named, rank
+from .checkpoints import CheckpointCollection
+from .exceptions import SoupWarning
 
 __all__ = ["GreedySoup"]
 
 
 def greedy(
-    order: list[int], score_of: Callable[[list[int]], float], min_improvement: float
-) -> tuple[list[int], list[dict[str, Any]]]:
-    """Recipe 1: try the candidates in order, keep one if the mean of the kept is not worse."""
+    order: list[int],
+    evaluate: Callable[[list[int], float, Evaluation | None], Evaluation],
+    min_improvement: float,
+) -> tuple[list[int], list[tuple[int, Evaluation, bool]]]:
+    """Recipe 1: try the candidates in order, keep one if the mean of the kept is not worse.
+
+    ``evaluate(ingredients, needed, soup)`` gives the score of their mean, or a bound for it that
+    is below what is needed; ``soup`` is the evaluation of the ingredients kept so far.
+    """
     ingredients = [order[0]]
-    best = score_of(ingredients)
-    path = [{"candidate": order[0], "score": best, "kept": True}]
+    soup = evaluate(ingredients, -math.inf, None)
+    path = [(order[0], soup, True)]
     for candidate in order[1:]:
-        score = score_of([*ingredients, candidate])
-        kept = score >= best + min_improvement
+        needed = soup.score + min_improvement
+        found = evaluate([*ingredients, candidate], needed, soup)
+        kept = not found.is_bound and found.score >= needed
+        path.append((candidate, found, kept))
         if kept:
-            ingredients, best = [*ingredients, candidate], score
-        path.append({"candidate": candidate, "score": score, "kept": kept})
+            ingredients, soup = [*ingredients, candidate], found
     return ingredients, path
 
 
@@ -57,6 +72,12 @@ class GreedySoup(BaseSoup):
         As scikit-learn understands it, greater is better; by default accuracy or R², by ``task``.
     min_improvement : float, default=0.0
         How much a checkpoint must raise the held-out score to be kept; 0 keeps ties, as Recipe 1.
+    early_rejection : bool, default=True
+        Whether to stop evaluating a candidate once it can't reach the score it needs, for accuracy
+        and R²; the soup is the same, rejected candidates have a bound for a score.
+    ranking_fraction : float or None, default=None
+        Part of the rows, drawn at random and stratified by label, that only rank the checkpoints;
+        the others only decide what is kept. None uses all rows for both, as Recipe 1.
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
@@ -64,8 +85,12 @@ class GreedySoup(BaseSoup):
         outputs, else 0, 1, ....
     batch_size : int or None, default=128
         Rows per forward pass; None for all at once.
+    n_jobs : int or None, default=None
+        Checkpoints ranked side by side, by joblib; the soup is the same for any number.
     device : str or torch.device, default="auto"
         Where the module runs; "auto" is cuda, else mps, else cpu.
+    random_state : int, RandomState or None, default=None
+        Draws the rows of ``ranking_fraction``; nothing else is random.
 
     Attributes
     ----------
@@ -76,7 +101,13 @@ class GreedySoup(BaseSoup):
     individual_scores_ : dict of str to float
         Held-out score of each checkpoint.
     path_ : list of dict
-        What was tried: ``candidate`` (name), ``score`` of the mean with it, ``kept``.
+        What was tried, in order: ``candidate`` (name), ``score`` of the mean with it, or what it is
+        at most (``is_bound``), ``kept``, ``n_rows`` evaluated, ``gain`` over the soup without it,
+        and for accuracy and R² the ``standard_error`` of the score and of the gain
+        (``gain_standard_error``): a gain of less than about two of them may be luck. None where
+        unknown.
+    n_rows_evaluated_ : int
+        Held-out rows evaluated while trying candidates, (K - 1) N without early rejection.
     module_ : nn.Module
         The soup, in eval mode, on the device.
     layers_ : dict of str to int
@@ -95,7 +126,14 @@ class GreedySoup(BaseSoup):
     Raises
     ------
     ValueError
-        ``min_improvement`` is not a finite number, at `fit`.
+        ``min_improvement`` is not a finite number, ``ranking_fraction`` is not between 0 and 1, at
+        `fit`.
+
+    Warns
+    -----
+    SoupWarning
+        No checkpoint but the best was kept; it says by how much the others lowered the score and
+        whether they look unrelated.
 
     See Also
     --------
@@ -103,9 +141,12 @@ class GreedySoup(BaseSoup):
 
     Notes
     -----
-    Cost: 2K - 1 evaluations of N rows, K when the collection knows its ``scores``. A candidate has
-    exactly the values that `mix` gives, so it is mixed anew from its n files: K n / 2 reads in
-    all at worst. Memory: two models.
+    Cost: K evaluations of N rows for the ranking, none when the collection knows its ``scores``
+    (but one for the best checkpoint), and K - 1 for the candidates. Of these most rows are spared,
+    exactly: the rows are evaluated hardest first, by their margin under the soup so far, in chunks
+    of N / 16 rows (at least 32), until even a perfect remainder would not reach the score needed.
+    A candidate has exactly the values that `mix` gives, so it is mixed anew from its n files:
+    K n / 2 reads in all at worst. Memory: two models.
 
     References
     ----------
@@ -129,46 +170,72 @@ class GreedySoup(BaseSoup):
         *,
         scoring: Any = None,
         min_improvement: float = 0.0,
+        early_rejection: bool = True,
+        ranking_fraction: float | None = None,
         task: Task = "classification",
         classes: ArrayLike | None = None,
         batch_size: int | None = 128,
+        n_jobs: int | None = None,
         device: str | torch.device = "auto",
+        random_state: Any = None,
     ) -> None:
         self.checkpoints = checkpoints
         self.scoring = scoring
         self.min_improvement = min_improvement
+        self.early_rejection = early_rejection
+        self.ranking_fraction = ranking_fraction
         self.task = task
         self.classes = classes
         self.batch_size = batch_size
+        self.n_jobs = n_jobs
         self.device = device
+        self.random_state = random_state
 
     def _check_params(self) -> None:
         super()._check_params()
         check_scalar(self.min_improvement, "min_improvement", (int, float))
         if not math.isfinite(self.min_improvement):
             raise ValueError(f"min_improvement must be finite, got {self.min_improvement!r}.")
+        if self.ranking_fraction is not None:
+            check_scalar(
+                self.ranking_fraction, "ranking_fraction", float,
+                min_val=0.0, max_val=1.0, include_boundaries="neither",
+            )  # fmt: skip
 
     def _search(self, problem: Problem) -> Found:
         checkpoints = problem.checkpoints
         names, n = checkpoints.names, len(checkpoints)
         checkpoints.check()
         n_ranked = 0 if checkpoints.scores is not None else n
+        to_rank, to_accept = self._split(problem.evaluate, is_known=not n_ranked)
         with problem.progress("evaluation", n_ranked + n) as step:
-            scores = rank(problem, step)
-
-            def score_of(ingredients: list[int]) -> float:
-                if len(ingredients) == 1 and n_ranked:
-                    score = scores[names[ingredients[0]]]
-                else:  # scores given by the user may stem from other rows or another metric
-                    load_weights(problem.module, mix(checkpoints, uniform_coef(ingredients, n)))
-                    score = problem.score()
-                step()
-                return score
-
+            ranking = rank(problem, step, n_jobs=self.n_jobs, evaluate=to_rank)
+            # scores given by the user may stem from other rows or another metric
+            best = ranking.best if to_rank is to_accept else None
+            scores = ranking.scores
             # stable: equal scores stay in collection order
             order = sorted(range(n), key=lambda k: -scores[names[k]])
-            ingredients, path = greedy(order, score_of, self.min_improvement)
-        path = [{**tried, "candidate": names[tried["candidate"]]} for tried in path]
+            following = dict(pairwise(order))
+
+            def evaluate(
+                ingredients: list[int], needed: float, soup: Evaluation | None
+            ) -> Evaluation:
+                candidate = ingredients[-1]
+                found = best if soup is None else None
+                if found is None:
+                    load_weights(problem.module, mix(checkpoints, uniform_coef(ingredients, n)))
+                    if candidate in following:
+                        checkpoints.warm(names[following[candidate]])
+                    found = evaluate_named(
+                        lambda: self._try(to_accept, needed, soup), names[candidate]
+                    )
+                step()
+                return found
+
+            ingredients, tried = greedy(order, evaluate, self.min_improvement)
+        path = describe_path(tried, names, to_accept.rows)
+        if len(ingredients) == 1 < n:
+            self._warn(checkpoints, path)
         return Found(
             uniform_coef(ingredients, n),
             history=path,
@@ -176,5 +243,74 @@ class GreedySoup(BaseSoup):
                 "individual_scores_": scores,
                 "ingredients_": tuple(names[k] for k in ingredients),
                 "path_": path,
+                "n_rows_evaluated_": sum(found.n_rows for _, found, _ in tried[1:]),
             },
         )
+
+    def _split(self, evaluate: Evaluator, is_known: bool) -> tuple[Evaluator, Evaluator]:
+        """What ranks and what accepts: the same, or each on rows of its own."""
+        if self.ranking_fraction is None or is_known:
+            return evaluate, evaluate
+        labels = evaluate.y if self.task == "classification" else None
+        if labels is not None and np.unique(labels, return_counts=True)[1].min() < 2:
+            labels = None
+        ranks, accepts = train_test_split(
+            np.arange(len(evaluate.y)), train_size=self.ranking_fraction, stratify=labels,
+            random_state=self.random_state,
+        )  # fmt: skip
+        return evaluate.on(np.sort(ranks)), evaluate.on(np.sort(accepts))
+
+    def _try(self, evaluate: Evaluator, needed: float, soup: Evaluation | None) -> Evaluation:
+        if not self.early_rejection or soup is None or soup.margins is None:
+            return evaluate()
+        order = soup.margins.argsort(stable=True)  # hardest first
+        return evaluate.until(needed, order, chunk_size(len(order), self.batch_size))
+
+    def _warn(self, checkpoints: CheckpointCollection, path: list[dict[str, Any]]) -> None:
+        """Say why nothing was mixed."""
+        best, *others = path
+        least = max(others, key=lambda tried: tried["gain"])
+        most = min(others, key=lambda tried: tried["gain"])
+        bounds = " (upper bounds)" if any(tried["is_bound"] for tried in others) else ""
+        warnings.warn(
+            f"Only {best['candidate']!r}, the best checkpoint, is in the soup: no other one raised "
+            f"its held-out score of {best['score']:.4f} by min_improvement="
+            f"{self.min_improvement:g}; they changed it by {least['gain']:+.4f} "
+            f"({least['candidate']!r}) to {most['gain']:+.4f} ({most['candidate']!r}){bounds}; "
+            f"path_ tells all. {judge(checkpoints.strangers(checkpoints.names), len(checkpoints))}",
+            SoupWarning,
+            stacklevel=6,  # the call of fit
+        )
+
+
+def chunk_size(n: int, batch_size: int | None) -> int:
+    """Rows evaluated before the next look at the bound."""
+    return min(max(32, -(-n // 16)), n, batch_size or n)
+
+
+def describe_path(
+    tried: list[tuple[int, Evaluation, bool]], names: Sequence[str], rows: RowScore | None
+) -> list[dict[str, Any]]:
+    """``path_``: what was tried, with the gain over the soup at that time and their errors."""
+    path: list[dict[str, Any]] = []
+    soup: Evaluation | None = None
+    for candidate, found, kept in tried:
+        record: dict[str, Any] = {
+            "candidate": names[candidate],
+            "score": found.score,
+            "is_bound": found.is_bound,
+            "kept": kept,
+            "n_rows": found.n_rows,
+            "gain": None if soup is None else found.score - soup.score,
+            "standard_error": None,
+            "gain_standard_error": None,
+        }
+        if rows is not None and found.penalties is not None:
+            record["standard_error"] = rows.standard_error(found.penalties)
+            if soup is not None and soup.penalties is not None:
+                difference = found.penalties - soup.penalties
+                record["gain_standard_error"] = rows.standard_error(difference)
+        path.append(record)
+        if kept:
+            soup = found
+    return path

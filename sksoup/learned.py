@@ -22,7 +22,8 @@ from ._descent import (
 )
 from ._layout import Layerwise
 from ._model_batch import Center, ModelBatch, StreamedModels, centered, resolve_delta_dtype
-from ._objective import Criterion, Found, Problem
+from ._objective import Criterion
+from ._problem import Found, Problem
 from .exceptions import DivergenceError, SoupWarning
 
 __all__ = ["LearnedSoup"]

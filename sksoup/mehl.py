@@ -25,7 +25,8 @@ from ._descent import (
 )
 from ._layout import Layerwise
 from ._model_batch import Center, ModelBatch, centered, resolve_delta_dtype
-from ._objective import Criterion, Found, Problem
+from ._objective import Criterion
+from ._problem import Found, Problem
 from ._reader import Reader
 from .checkpoints import CheckpointCollection
 from .exceptions import DivergenceError, SoupWarning

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from sksoup._base import BaseSoup
-from sksoup._objective import Found, Problem, rank
+from sksoup._problem import Found, Problem, rank
 
 
 class TopSoup(BaseSoup):
@@ -23,7 +23,7 @@ class TopSoup(BaseSoup):
 
     def _search(self, problem: Problem) -> Found:
         with problem.progress("evaluation", len(problem.checkpoints)) as step:
-            scores = rank(problem, step)
+            scores = rank(problem, step).scores
         best = sorted(scores, key=scores.get, reverse=True)[: self.n]
         coef = np.array([[(name in best) / self.n for name in problem.checkpoints]])
         return Found(coef, attributes={"ingredients_": tuple(best)})

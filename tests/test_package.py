@@ -32,6 +32,8 @@ PLAN = [
     "_mix",
     "_data",
     "_objective",
+    "_evaluation",
+    "_problem",
     "_reader",
     "_model_batch",
     "_descent",

@@ -1,0 +1,128 @@
+"""What a search is given and what it gives back; ranking, which several searches begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed, effective_n_jobs
+from numpy.typing import NDArray
+from torch import nn
+
+from ._data import HeldOut
+from ._evaluation import Evaluation, Evaluator
+from ._layout import Layers
+from ._objective import Counts, Objective, load_weights
+from .checkpoints import CheckpointCollection
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All a search may use: the checkpoints, a private module to try weights in, held-out rows."""
+
+    checkpoints: CheckpointCollection
+    layers: Layers
+    data: HeldOut
+    objective: Objective
+    evaluate: Evaluator  # held-out score of the module's present weights
+    progress: Callable[[str, int], AbstractContextManager[Callable[[], None]]]
+
+    @property
+    def module(self) -> nn.Module:
+        return self.objective.module
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found: coefficients of the searched rows, and what else it has to tell."""
+
+    coef: NDArray[np.float64]  # (n_searched, K)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    attributes: dict[str, Any] = field(default_factory=dict)  # fitted attributes of the recipe
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Held-out score of every checkpoint, in collection order."""
+
+    scores: dict[str, float]
+    best: Evaluation | None  # of the first with the highest score; None where scores were known
+
+
+def rank(
+    problem: Problem,
+    step: Callable[[], None],
+    *,
+    n_jobs: int | None = None,
+    evaluate: Evaluator | None = None,
+) -> Ranking:
+    """Score every checkpoint on the held-out rows; known scores are taken as given.
+
+    With workers each has a module of its own and runs with this process's number of threads, so
+    that the scores do not depend on how many there are.
+    """
+    checkpoints, evaluate = problem.checkpoints, evaluate or problem.evaluate
+    if checkpoints.scores is not None:
+        return Ranking(dict(checkpoints.scores), None)
+    n_workers = min(effective_n_jobs(n_jobs), len(checkpoints))
+    if n_workers == 1:
+        return rank_some(checkpoints, evaluate, step)
+    parts = np.array_split(np.array(checkpoints.names, dtype=object), n_workers)
+    rankings = []
+    threads = torch.get_num_threads()
+    tasks = (delayed(rank_in_worker)(checkpoints.select(part), evaluate, threads) for part in parts)
+    for ranking, counts in Parallel(n_jobs=n_workers)(tasks):
+        problem.objective.counts.add(counts)
+        rankings.append(ranking)
+        for _ in ranking.scores:
+            step()
+    scores = {name: score for ranking in rankings for name, score in ranking.scores.items()}
+    return Ranking(scores, max((r.best for r in rankings), key=lambda best: best.score))
+
+
+def rank_in_worker(
+    checkpoints: CheckpointCollection, evaluate: Evaluator, threads: int
+) -> tuple[Ranking, Counts]:
+    """Rank some of the checkpoints in a process or thread of its own."""
+    torch.set_num_threads(threads)
+    evaluate = evaluate.own()
+    ranking = rank_some(checkpoints, evaluate, lambda: None)
+    return ranking, evaluate.objective.counts
+
+
+def rank_some(
+    checkpoints: CheckpointCollection, evaluate: Evaluator, step: Callable[[], None]
+) -> Ranking:
+    """Score one checkpoint after the other; the next is read while this one is evaluated.
+
+    Memory: the module and the checkpoint that is read ahead.
+    """
+    names: Sequence[str] = checkpoints.names
+    scores: dict[str, float] = {}
+    best: Evaluation | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="sksoup-ranking") as pool:
+        ahead = pool.submit(checkpoints.__getitem__, names[0])
+        for following, name in zip((*names[1:], None), names, strict=True):
+            load_weights(evaluate.objective.module, ahead.result())
+            if following is not None:
+                ahead = pool.submit(checkpoints.__getitem__, following)
+            found = evaluate_named(evaluate, name)
+            scores[name] = found.score
+            if best is None or found.score > best.score:
+                best = found
+            step()
+    return Ranking(scores, best)
+
+
+def evaluate_named(evaluate: Callable[[], Evaluation], what: str) -> Evaluation:
+    """Evaluate; an error says what was being scored."""
+    try:
+        return evaluate()
+    except Exception as error:
+        error.add_note(f"This was raised while {what!r} was scored on the held-out rows.")
+        raise
