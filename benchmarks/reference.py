@@ -36,7 +36,7 @@ def accuracy(module: nn.Module, X: torch.Tensor, y: torch.Tensor, size: int) -> 
 
 def greedy(
     module: nn.Module, states: list[State], X: torch.Tensor, y: torch.Tensor, size: int
-) -> State:
+) -> tuple[State, list[int]]:
     """Recipe 1: rank, then keep what does not lower the held-out accuracy; 2K - 1 evaluations."""
 
     def score(state: State) -> float:
@@ -45,12 +45,13 @@ def greedy(
 
     scores = [score(state) for state in states]
     order = sorted(range(len(states)), key=lambda k: -scores[k])
-    soup, n, best = states[order[0]], 1, scores[order[0]]
+    soup, kept, best = states[order[0]], order[:1], scores[order[0]]
     for k in order[1:]:
+        n = len(kept)
         candidate = {name: (soup[name] * n + states[k][name]) / (n + 1) for name in soup}
         if (found := score(candidate)) >= best:
-            soup, n, best = candidate, n + 1, found
-    return soup
+            soup, kept, best = candidate, [*kept, k], found
+    return soup, kept
 
 
 def mix_by_sum(coef: torch.Tensor, states: list[State], names: list[str]) -> State:

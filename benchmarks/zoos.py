@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from sksoup import CheckpointCollection
+from sksoup._sources import preserved_random_state
+from sksoup.datasets import FineTuning, _digits, _draw, _train
+
 
 class SmallViT(nn.Module):
-    """A vision transformer on 8 x 8 digits, a token per pixel: a weight meets 65 positions."""
+    """A vision transformer on 8 x 8 digits.
 
-    def __init__(self, width: int = 64, depth: int = 3) -> None:
+    With a token per pixel a weight meets 65 positions; patches of 2 x 2 learn faster.
+    """
+
+    def __init__(self, width: int = 64, depth: int = 3, patch: int = 1) -> None:
         super().__init__()
-        self.embed = nn.Linear(1, width)
+        self.patch = patch
+        self.embed = nn.Linear(patch**2, width)
         self.token = nn.Parameter(torch.zeros(1, 1, width))
-        self.position = nn.Parameter(0.02 * torch.randn(1, 65, width))
+        self.position = nn.Parameter(0.02 * torch.randn(1, 64 // patch**2 + 1, width))
         layer = nn.TransformerEncoderLayer(
             width, 4, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
@@ -27,7 +36,8 @@ class SmallViT(nn.Module):
         self.head = nn.Linear(width, 10)
 
     def forward(self, X: torch.Tensor) -> torch.Tensor:
-        tokens = self.embed(X.flatten(1)[:, :, None])  # (n, 64, width)
+        pixels = nn.functional.unfold(X.reshape(-1, 1, 8, 8), self.patch, stride=self.patch)
+        tokens = self.embed(pixels.transpose(1, 2))  # (n, 64 / patch^2, width)
         tokens = torch.cat([self.token.expand(len(X), -1, -1), tokens], dim=1) + self.position
         return self.head(self.norm(self.blocks(tokens)[:, 0]))
 
@@ -92,6 +102,23 @@ def make_checkpoints(folder: Path, kind: str, n: int) -> None:
             for name, w in start.items()
         }
         save_file(state, folder / f"ft{k:02d}.safetensors")
+
+
+def fine_tune_vits(folder: Path, n: int, seed: int) -> CheckpointCollection:
+    """Pretrain a small vision transformer on digits and fine-tune it n times, as `DigitsZoo` is."""
+    data = _digits(seed)
+    with preserved_random_state():
+        torch.manual_seed(seed)
+        net = SmallViT(64, 3, patch=2)
+    start = _train(net, *data["pretrain"], FineTuning(3e-3, 1e-2, 0.0, 0.2, 60, seed))
+    start = {name: w.clone() for name, w in start.items()}
+    states = {}
+    for k in range(n):
+        how = _draw(seed, k)
+        net.load_state_dict(start)
+        state = _train(net, *data["finetune"], replace(how, lr=how.lr / 2))
+        states[f"ft{k:02d}"] = {name: w.clone() for name, w in state.items()}
+    return CheckpointCollection(states, module=partial(SmallViT, 64, 3, 2)).save(folder)
 
 
 def make_rows(kind: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import multiprocessing
 import os
 import platform
 import warnings
@@ -29,6 +30,7 @@ from sklearn.utils.validation import (
     check_is_fitted,
     validate_data,
 )
+from skorch import NeuralNetClassifier, NeuralNetRegressor
 from torch import nn
 
 from ._data import (
@@ -40,6 +42,7 @@ from ._data import (
     inputs_to_tensor,
     resolve_classes,
     resolve_device,
+    to_tensor,
 )
 from ._describe import judge
 from ._evaluation import Evaluator, RowScore
@@ -55,7 +58,7 @@ from ._objective import (
     module_dtype,
     prepare_module,
 )
-from ._problem import Found, Problem
+from ._problem import Found, Problem, Step, Weights
 from .checkpoints import CheckpointCollection
 from .exceptions import CheckpointError, SoupWarning
 from .recipe import Recipe
@@ -81,6 +84,24 @@ def two_forms(fit: Callable[..., Any]) -> Callable[..., Any]:
     seen = [p for name, p in signature.parameters.items() if name != "checkpoints"]
     wrapper.__signature__ = signature.replace(parameters=seen)  # type: ignore[attr-defined]
     return wrapper
+
+
+@contextmanager
+def threads_of_parent(checkpoints: Any) -> Iterator[None]:
+    """In a worker process, compute with the threads of the process that sent the collection.
+
+    joblib gives its workers fewer, which would change the last bits of sums. (Soups are cloned on
+    the way, collections are not.)
+    """
+    n, wanted = torch.get_num_threads(), getattr(checkpoints, "n_threads_of_parent", None)
+    if wanted is None or multiprocessing.parent_process() is None:
+        yield
+        return
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n)
 
 
 class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
@@ -117,8 +138,9 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
         Parameters
         ----------
         checkpoints : CheckpointCollection, callable or iterable
-            What to mix; a callable ``(X, y) -> CheckpointCollection`` makes it from the data. By
-            default the constructor's ``checkpoints``.
+            What to mix; a callable ``(X, y) -> CheckpointCollection`` makes it from the data, and
+            is given ``sample_weight`` too if it has a parameter of that name. By default the
+            constructor's ``checkpoints``.
         X : array-like or Tensor of shape (n_samples, ...)
             Held-out inputs. Floating ones are converted to the module's dtype.
         y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs)
@@ -140,33 +162,36 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
         DivergenceError
             The loss or the coefficients stopped being finite.
         """
-        self._check_params()
-        X, y = self._validate(X, y)
-        weight = _check_weight(sample_weight, len(X))
-        collection = self._collect(checkpoints, X, y)
-        collection.start_hashing()
-        device = resolve_device(self.device)
-        module = prepare_module(collection.build_module(), collection, device)
-        data = self._held_out(module, X, y, weight, device)
-        layers = group_layers(module, collection.layout, getattr(self, "layerwise", False))
-        objective = Objective(
-            module,
-            getattr(self, "criterion", None),
-            self.task,
-            getattr(self, "precision", "fp32"),
-            getattr(self, "compile", False),
-        )
-        found = self._search(
-            Problem(
-                collection,
-                layers,
-                data,
-                objective,
-                self._evaluator(objective, data, X, y, weight),
-                self._progress,
+        with threads_of_parent(checkpoints):
+            self._check_params()
+            X, y = self._validate(X, y)
+            weight = _check_weight(sample_weight, len(X))
+            collection = self._collect(checkpoints, X, y, weight)
+            collection.start_hashing()
+            device = resolve_device(self.device)
+            module = prepare_module(collection.build_module(), collection, device)
+            data = self._held_out(module, X, y, weight, device)
+            layers = group_layers(module, collection.layout, getattr(self, "layerwise", False))
+            objective = Objective(
+                module,
+                getattr(self, "criterion", None),
+                self.task,
+                getattr(self, "precision", "fp32"),
+                getattr(self, "compile", False),
             )
-        )
-        self._finish(collection, layers, objective, found)
+            metadata = {} if weight is None else {"sample_weight": weight}
+            shown = {"X": X, "y": y, "metadata": metadata}  # to callbacks
+            found = self._search(
+                Problem(
+                    collection,
+                    layers,
+                    data,
+                    objective,
+                    self._evaluator(objective, data, X, y, weight),
+                    functools.partial(self._progress, module, shown),
+                )
+            )
+            self._finish(collection, layers, objective, found)
         return self
 
     @abstractmethod
@@ -252,7 +277,7 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
             check_classification_targets(y)
         return X, y
 
-    def _collect(self, checkpoints: Any, X: Any, y: Any) -> CheckpointCollection:
+    def _collect(self, checkpoints: Any, X: Any, y: Any, weight: Any) -> CheckpointCollection:
         if checkpoints is None:
             raise ValueError(
                 f"{type(self).__name__} has no checkpoints: give them to the constructor, "
@@ -261,7 +286,8 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
         if isinstance(checkpoints, CheckpointCollection):
             return checkpoints
         if callable(checkpoints) and not isinstance(checkpoints, nn.Module):
-            made = checkpoints(X, y)
+            takes_weight = "sample_weight" in inspect.signature(checkpoints).parameters
+            made = checkpoints(X, y, **({"sample_weight": weight} if takes_weight else {}))
             if not isinstance(made, CheckpointCollection):
                 raise TypeError(
                     f"checkpoints={checkpoints!r} returned a {type(made).__name__}, expected a "
@@ -279,7 +305,7 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
         device: torch.device,
     ) -> HeldOut:
         """Put the data on the device; one row through the module tells the shape of its output."""
-        dtype, rows = module_dtype(module), torch.as_tensor(X)
+        dtype, rows = module_dtype(module), to_tensor(X)
         output = _probe(module, inputs_to_tensor(rows[:1], dtype, device))
         if output.ndim > 2 or (self.task == "classification" and output.ndim != 2):
             raise ValueError(
@@ -296,7 +322,7 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
             targets = targets.reshape(len(targets), *output.shape[1:])
             self.target_ndim_ = y.ndim
         self.n_outputs_ = n_outputs
-        weights = None if weight is None else torch.as_tensor(weight).to(device, dtype)
+        weights = None if weight is None else to_tensor(weight).to(device, dtype)
         is_streamed = not fits(rows, device)
         inputs = inputs_to_tensor(rows, dtype, torch.device("cpu") if is_streamed else device)
         return HeldOut(inputs, targets, weights, is_streamed)
@@ -316,7 +342,7 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
         rows = None
         if scoring in (None, DEFAULT_SCORING[self.task]):
             scorer = None
-            targets = torch.as_tensor(y) if self.task == "regression" else data.y
+            targets = to_tensor(y) if self.task == "regression" else data.y
             rows = RowScore.of(self.task, targets, weight)
         else:
             scorer = check_scoring(soup, scoring)
@@ -399,11 +425,12 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
 
     def _module_outputs(self, module: nn.Module, X: Any) -> torch.Tensor:
         device, dtype = next(module.parameters()).device, module_dtype(module)
-        return batched(
-            lambda rows: as_output(module(inputs_to_tensor(rows, dtype, device))),
-            torch.as_tensor(X),
-            self.batch_size,
-        )
+        with threads_of_parent(getattr(self, "checkpoints_", None)):
+            return batched(
+                lambda rows: as_output(module(inputs_to_tensor(rows, dtype, device))),
+                to_tensor(X),
+                self.batch_size,
+            )
 
     def _decode(self, outputs: torch.Tensor) -> NDArray[Any]:
         """Outputs -> labels or targets."""
@@ -487,21 +514,67 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
             self.recipe_.save_weights(temporary / "model.safetensors", self.state_dict())
             write_text(temporary / "README.md", self.recipe_.to_card())
 
+    def to_skorch(self, **kwargs: Any) -> Any:
+        """Give a skorch net with the soup's weights, initialised: to train on, or to hand over.
+
+        Parameters
+        ----------
+        **kwargs : dict
+            Parameters of the net; by default a criterion that fits ``task`` and the soup's device.
+
+        Returns
+        -------
+        net : skorch.NeuralNetClassifier, or skorch.NeuralNetRegressor for ``task="regression"``
+            Its module is a copy. ``net.partial_fit(X, y)`` trains from these weights; ``fit`` does
+            so with ``warm_start=True``.
+
+        Raises
+        ------
+        ValueError
+            ``task="multilabel"``, for which skorch has no net.
+
+        Notes
+        -----
+        skorch wants labels 0 to n_outputs - 1; its ``predict`` gives them, not ``classes_``.
+        """
+        check_is_fitted(self, "module_")
+        if self.task == "multilabel":
+            raise ValueError(
+                "skorch has no net for task='multilabel'; give module_ to a skorch.NeuralNet."
+            )
+        is_regression = self.task == "regression"
+        kind = NeuralNetRegressor if is_regression else NeuralNetClassifier
+        criterion = nn.MSELoss if is_regression else nn.CrossEntropyLoss
+        device = next(self.module_.parameters()).device.type
+        module = copy.deepcopy(self.module_).train()
+        return kind(module, **{"criterion": criterion, "device": device, **kwargs}).initialize()
+
     # -------------------------------------------------------------- scikit-learn
 
     @contextmanager
-    def _progress(self, name: str, n_steps: int) -> Iterator[Callable[[], None]]:
+    def _progress(
+        self, module: nn.Module, data: Mapping[str, Any], name: str, n_steps: int
+    ) -> Iterator[Step]:
         """Tell scikit-learn's callbacks of each step; the one place that knows their protocol."""
         root = self._init_callback_context(max_subtasks=n_steps)
         root.call_on_fit_task_begin(estimator=self)
         running: list[Any] = []
         remaining = n_steps
 
-        def step() -> None:
+        def step(weights: Weights | None = None) -> None:
             """End the running task, if any, and begin the next, if any is left."""
             nonlocal remaining
+
+            def as_if_fitted() -> dict[str, Any]:
+                found = None if weights is None else weights()
+                soup = copy.deepcopy(module)
+                load_weights(soup, found or {})
+                return {"module_": soup, "coef_": None}
+
             if running:
-                running.pop().call_on_fit_task_end(estimator=self)
+                running.pop().call_on_fit_task_end(
+                    estimator=self, reconstruction_attributes=as_if_fitted, **data
+                )
             if remaining:
                 remaining -= 1
                 task = root.subcontext(task_name=name)

@@ -100,11 +100,18 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def to_tensor(values: Any) -> torch.Tensor:
+    """View an array as a tensor; copy what may not be written to (torch knows no such tensors)."""
+    if isinstance(values, np.ndarray) and not values.flags.writeable:
+        values = values.copy()
+    return torch.as_tensor(values)
+
+
 def inputs_to_tensor(
     X: NDArray[Any] | torch.Tensor, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """Move inputs to the device: floating ones in the module's dtype, integers as they are."""
-    tensor = torch.as_tensor(X)
+    tensor = to_tensor(X)
     return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
 
@@ -152,7 +159,7 @@ def encode_targets(
             raise TypeError("classification needs classes")
         order = np.argsort(classes)
         return torch.as_tensor(order[np.searchsorted(classes, y, sorter=order)]).to(device)
-    targets = torch.as_tensor(np.asarray(y, dtype=np.float64)).reshape(len(y), -1)
+    targets = to_tensor(np.asarray(y, dtype=np.float64)).reshape(len(y), -1)
     if targets.shape[1] != n_outputs:
         raise ValueError(
             f"y has {targets.shape[1]} targets per row, expected {n_outputs}, one per output of "

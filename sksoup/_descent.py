@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ._data import Batch
 from ._model_batch import FlatModule, resolve_delta_dtype
 from ._objective import Objective
-from ._problem import Problem
+from ._problem import Problem, Step
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def descend(
     generator: torch.Generator,
     *,
     scale: torch.Tensor | None = None,
-    on_epoch: Callable[[], None],
+    on_epoch: Step,
 ) -> list[dict[str, Any]]:
     """Minimise the held-out loss of ``start + sum_k coef_k delta_k`` over ``leaves``.
 
@@ -103,7 +103,7 @@ def descend(
             step = epoch * per_epoch + min(int(bad) + 1, len(losses))
             raise NotFiniteError(step, before.cpu().double().numpy())
         records.append({"epoch": epoch, "loss": loss.tolist(), "grad_norm": norm.tolist()})
-        on_epoch()
+        on_epoch(lambda: models.combine(layers.expand_columns(coef().detach())))
     models.combine(layers.expand_columns(coef().detach()))
     return records
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ._data import HeldOut, Task
+from ._data import HeldOut, Task, to_tensor
 from ._objective import Objective
 
 SLACK = 1e-9  # far above what float64 sums of penalties are off by, far below what a row is worth
@@ -33,7 +34,7 @@ class RowScore:
     def of(cls, task: Task, y: torch.Tensor, weight: NDArray[np.float64] | None) -> RowScore | None:
         """The default score of a task; None where it is no such sum (R² of constant targets)."""
         y = y.detach().cpu()
-        share = torch.as_tensor(np.ones(len(y)) if weight is None else weight).double()
+        share = to_tensor(np.ones(len(y)) if weight is None else weight).double()
         share = share / share.sum()
         variance = torch.ones(1, dtype=torch.float64)
         if task == "regression":
@@ -42,6 +43,11 @@ class RowScore:
             if len(y) < 2 or bool((variance <= 1e-12 * (share @ y.square())).any()):
                 return None
         return cls(task, y, share, variance)
+
+    @property
+    def most(self) -> float:
+        """The largest penalty a row can have."""
+        return math.inf if self.task == "regression" else float(self.share.max())
 
     def penalties(self, outputs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """(n,): what these rows take away from a score of 1, for their outputs (n, ...)."""
@@ -122,36 +128,43 @@ class Evaluator:
         return self._evaluation(self.objective.outputs(self.data.X, self.batch_size))
 
     def _evaluation(self, outputs: torch.Tensor) -> Evaluation:
-        score = self.soup._default_score(self.y, self.soup._decode(outputs), self.weight)
-        n = len(outputs)
-        if self.rows is None:
+        n, rows = len(outputs), self.rows
+        if rows is None or rows.task == "regression":
+            score = self.soup._default_score(self.y, self.soup._decode(outputs), self.weight)
+        if rows is None:
             return Evaluation(score, n)
         outputs = outputs.cpu()
-        penalties = self.rows.penalties(outputs, torch.arange(n))
-        return Evaluation(score, n, penalties=penalties, margins=self.rows.margins(outputs))
+        penalties = rows.penalties(outputs, torch.arange(n))
+        if rows.task != "regression":  # what accuracy_score gives, without checking labels again
+            score = float(np.average(penalties.numpy() == 0, weights=self.weight))
+        return Evaluation(score, n, penalties=penalties, margins=rows.margins(outputs))
 
     @torch.no_grad()
     def until(self, needed: float, order: torch.Tensor, size: int) -> Evaluation:
         """Score the rows in this order until it is certain that less than ``needed`` comes out.
 
-        ``size`` at a time, the last chunk filled up to that. Nothing is decided by a bound that the
-        score of all rows would not have decided.
+        ``size`` at a time, the last chunk filled up to that; whole minibatches as long as a bound
+        can't decide anything yet. Nothing is decided by a bound that the score of all rows would
+        not have decided.
         """
         if self.rows is None:
             raise ValueError("this score has no bound")
-        n = len(order)
+        n, seen = len(order), 0
         outputs: torch.Tensor | None = None
         bound = 1.0
-        for start in range(0, n, size):
-            part = order[start : start + size]
-            padded = torch.cat([part, part[:1].expand(size - len(part))])
+        while seen < n:
+            many = self.batch_size or n
+            least = (bound - needed) / self.rows.most  # rows, all wrong, before the score is missed
+            step = many if size < many <= min(least, n - seen) else size
+            part = order[seen : seen + step]
+            padded = torch.cat([part, part[:1].expand(step - len(part))])
             chunk = self.objective.forward(self.data.X[padded.to(self.data.X.device)])
             chunk = chunk[: len(part)].cpu()
             if outputs is None:
                 outputs = chunk.new_empty((n, *chunk.shape[1:]))
             outputs[part] = chunk
             bound -= float(self.rows.penalties(chunk, part).sum())
-            seen = start + len(part)
+            seen += len(part)
             if bound < needed - SLACK and seen < n:
                 return Evaluation(bound, seen, is_bound=True)
         if outputs is None:

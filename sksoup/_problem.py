@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +20,15 @@ from ._layout import Layers
 from ._objective import Counts, Objective, load_weights
 from .checkpoints import CheckpointCollection
 
+# gives the weights of the soup as if the search stopped here; None: the module has them (now)
+Weights: TypeAlias = Callable[[], Mapping[str, torch.Tensor] | None]
+
+
+class Step(Protocol):
+    """Tells scikit-learn's callbacks that a step is done; they may ask for the soup so far."""
+
+    def __call__(self, weights: Weights | None = None) -> None: ...
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -30,7 +39,7 @@ class Problem:
     data: HeldOut
     objective: Objective
     evaluate: Evaluator  # held-out score of the module's present weights
-    progress: Callable[[str, int], AbstractContextManager[Callable[[], None]]]
+    progress: Callable[[str, int], AbstractContextManager[Step]]
 
     @property
     def module(self) -> nn.Module:
@@ -56,7 +65,7 @@ class Ranking:
 
 def rank(
     problem: Problem,
-    step: Callable[[], None],
+    step: Step,
     *,
     n_jobs: int | None = None,
     evaluate: Evaluator | None = None,
@@ -79,8 +88,8 @@ def rank(
     for ranking, counts in Parallel(n_jobs=n_workers)(tasks):
         problem.objective.counts.add(counts)
         rankings.append(ranking)
-        for _ in ranking.scores:
-            step()
+        for name in ranking.scores:
+            step(partial(checkpoints.__getitem__, name))
     scores = {name: score for ranking in rankings for name, score in ranking.scores.items()}
     return Ranking(scores, max((r.best for r in rankings), key=lambda best: best.score))
 
@@ -91,31 +100,26 @@ def rank_in_worker(
     """Rank some of the checkpoints in a process or thread of its own."""
     torch.set_num_threads(threads)
     evaluate = evaluate.own()
-    ranking = rank_some(checkpoints, evaluate, lambda: None)
+    ranking = rank_some(checkpoints, evaluate, lambda weights=None: None)
     return ranking, evaluate.objective.counts
 
 
-def rank_some(
-    checkpoints: CheckpointCollection, evaluate: Evaluator, step: Callable[[], None]
-) -> Ranking:
+def rank_some(checkpoints: CheckpointCollection, evaluate: Evaluator, step: Step) -> Ranking:
     """Score one checkpoint after the other; the next is read while this one is evaluated.
 
-    Memory: the module and the checkpoint that is read ahead.
+    The operating system reads it, into its cache: no thread competes for the processor.
     """
-    names: Sequence[str] = checkpoints.names
     scores: dict[str, float] = {}
-    best: Evaluation | None = None
-    with ThreadPoolExecutor(1, thread_name_prefix="sksoup-ranking") as pool:
-        ahead = pool.submit(checkpoints.__getitem__, names[0])
-        for following, name in zip((*names[1:], None), names, strict=True):
-            load_weights(evaluate.objective.module, ahead.result())
-            if following is not None:
-                ahead = pool.submit(checkpoints.__getitem__, following)
-            found = evaluate_named(evaluate, name)
-            scores[name] = found.score
-            if best is None or found.score > best.score:
-                best = found
-            step()
+    best, best_name = None, ""
+    for index, name in enumerate(checkpoints.names):
+        load_weights(evaluate.objective.module, checkpoints[name])
+        for following in checkpoints.names[index + 1 : index + 2]:
+            checkpoints.warm(following)
+        found = evaluate_named(evaluate, name)
+        scores[name] = found.score
+        if best is None or found.score > best.score:
+            best, best_name = found, name
+        step(partial(checkpoints.__getitem__, best_name))
     return Ranking(scores, best)
 
 

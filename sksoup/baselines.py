@@ -146,7 +146,7 @@ class BestCheckpoint(BaseSoup):
     Notes
     -----
     Cost: K evaluations of N rows, none when the collection knows its ``scores``. Memory: two
-    models, the module and the checkpoint that is read ahead; with workers, as many for each.
+    models; with workers, two for each.
 
     References
     ----------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import glob
+import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -208,6 +209,8 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         return self
 
     def __sklearn_clone__(self) -> CheckpointCollection:
+        if multiprocessing.parent_process() is None:  # searches clone before they send to workers
+            self.n_threads_of_parent = torch.get_num_threads()
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -31,6 +31,7 @@ def greedy(
     order: list[int],
     evaluate: Callable[[list[int], float, Evaluation | None], Evaluation],
     min_improvement: float,
+    on_step: Callable[[list[int]], None] = lambda ingredients: None,
 ) -> tuple[list[int], list[tuple[int, Evaluation, bool]]]:
     """Recipe 1: try the candidates in order, keep one if the mean of the kept is not worse.
 
@@ -40,6 +41,7 @@ def greedy(
     ingredients = [order[0]]
     soup = evaluate(ingredients, -math.inf, None)
     path = [(order[0], soup, True)]
+    on_step(ingredients)
     for candidate in order[1:]:
         needed = soup.score + min_improvement
         found = evaluate([*ingredients, candidate], needed, soup)
@@ -47,6 +49,7 @@ def greedy(
         path.append((candidate, found, kept))
         if kept:
             ingredients, soup = [*ingredients, candidate], found
+        on_step(ingredients)
     return ingredients, path
 
 
@@ -217,22 +220,27 @@ class GreedySoup(BaseSoup):
             order = sorted(range(n), key=lambda k: -scores[names[k]])
             following = dict(pairwise(order))
 
+            def mean(ingredients: list[int]) -> dict[str, torch.Tensor]:
+                return mix(checkpoints, uniform_coef(ingredients, n))
+
             def evaluate(
                 ingredients: list[int], needed: float, soup: Evaluation | None
             ) -> Evaluation:
                 candidate = ingredients[-1]
                 found = best if soup is None else None
                 if found is None:
-                    load_weights(problem.module, mix(checkpoints, uniform_coef(ingredients, n)))
+                    load_weights(problem.module, mean(ingredients))
                     if candidate in following:
                         checkpoints.warm(names[following[candidate]])
                     found = evaluate_named(
                         lambda: self._try(to_accept, needed, soup), names[candidate]
                     )
-                step()
                 return found
 
-            ingredients, tried = greedy(order, evaluate, self.min_improvement)
+            ingredients, tried = greedy(
+                order, evaluate, self.min_improvement,
+                on_step=lambda kept: step(lambda: mean(kept)),
+            )  # fmt: skip
         path = describe_path(tried, names, to_accept.rows)
         if len(ingredients) == 1 < n:
             self._warn(checkpoints, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,7 +26,7 @@ from ._descent import (
 from ._layout import Layerwise
 from ._model_batch import Center, ModelBatch, centered, resolve_delta_dtype
 from ._objective import Criterion
-from ._problem import Found, Problem
+from ._problem import Found, Problem, Step
 from ._reader import Reader
 from .checkpoints import CheckpointCollection
 from .exceptions import DivergenceError, SoupWarning
@@ -344,7 +344,7 @@ class MEHLSoup(BaseSoup):
         batch: ModelBatch,
         alpha: NDArray[np.float64],
         generator: torch.Generator,
-        step: Callable[[], None],
+        step: Step,
     ) -> tuple[NDArray[np.float64], list[dict[str, Any]]]:
         """Inner iterations on one model batch, from alpha (b, n_searched); returns how it moved."""
         dtype = coefficient_dtype(batch.center.device)

@@ -41,6 +41,7 @@ PLAN = [
     "_base",
     ("baselines", "greedy", "learned", "mehl"),
     "datasets",
+    "model_selection",
     "_barrier",
     "inspection",
     "__main__",
@@ -124,7 +125,9 @@ def test_public_names_are_documented(name):
     assert re.search(rf"^    {name}$", (ROOT / "docs" / "api.rst").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("module", ["checkpoints", "datasets", "inspection", "recipe"])
+@pytest.mark.parametrize(
+    "module", ["checkpoints", "datasets", "inspection", "model_selection", "recipe"]
+)
 def test_public_modules_are_documented(module):
     api = (ROOT / "docs" / "api.rst").read_text()
     for name in importlib.import_module(f"sksoup.{module}").__all__:

@@ -1,0 +1,111 @@
+"""Greedy-Soup against the plain script: rows evaluated, time, and whether the soup is the same.
+
+    python benchmarks/greedy.py [--seeds 0 1 2] [--zoos convnet transformer]
+
+Two zoos of real fine-tunings on digits: 24 convnets and 16 vision transformers. Ours and the
+reference (`reference.greedy`, 2K - 1 full evaluations, checkpoints in memory beforehand) take
+turns; the ratio is the median over the turns. "second stage" is the part of the candidates' rows
+that were evaluated, "least" what no exact method can do without: all rows of a candidate that is
+kept, and of a rejected one as many wrong rows as the soup has, and one more. "soup" tells whether
+full evaluation by sksoup, and the reference with its running mean, kept the same ingredients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import reference
+import torch
+import zoos
+
+from sksoup import CheckpointCollection, GreedySoup
+from sksoup._memory import LiveTensors
+from sksoup.datasets import make_digits_checkpoints
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def least_rows(path: list[dict[str, Any]], n: int) -> int:
+    """Rows that the candidates on a path need at least."""
+    rows, soup = 0, path[0]["score"]
+    for tried in path[1:]:
+        rows += n if tried["kept"] else round(n * (1 - soup)) + 1
+        soup = tried["score"] if tried["kept"] else soup
+    return rows
+
+
+def compare(checkpoints: CheckpointCollection, X: Any, y: Any, turns: int) -> dict[str, Any]:
+    names, states = checkpoints.names, list(checkpoints.values())
+    module = checkpoints.build_module().eval()
+    rows, labels = torch.as_tensor(X), torch.as_tensor(y)
+    soup = GreedySoup().fit(checkpoints, X, y)
+    full = GreedySoup(early_rejection=False).fit(checkpoints, X, y)
+    known = CheckpointCollection(
+        {name: checkpoints.path(name) for name in names},
+        module=checkpoints.build_module,
+        scores=soup.individual_scores_,
+    )
+    _, kept = reference.greedy(module, states, rows, labels, 128)
+    ratios, ratios_known = [], []
+    for _ in range(turns):
+        plain = seconds(lambda: reference.greedy(module, states, rows, labels, 128))
+        ratios.append(seconds(lambda: GreedySoup().fit(checkpoints, X, y)) / plain)
+        ratios_known.append(seconds(lambda: GreedySoup().fit(known, X, y)) / plain)
+    with LiveTensors() as live:
+        GreedySoup().fit(checkpoints, X, y)
+    return {
+        "held_out": soup.score(X, y),
+        "kept": len(soup.ingredients_),
+        "second_stage": soup.n_rows_evaluated_ / full.n_rows_evaluated_,
+        "least": least_rows(soup.path_, len(y)) / full.n_rows_evaluated_,
+        "ratio": statistics.median(ratios),
+        "ratio_known": statistics.median(ratios_known),
+        "same": soup.ingredients_ == full.ingredients_,
+        "same_as_reference": soup.ingredients_ == tuple(names[k] for k in kept),
+        "memory": (live.peak - rows.nbytes) / checkpoints.nbytes,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--zoos", nargs="+", default=["convnet", "transformer"])
+    parser.add_argument("--turns", type=int, default=5)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    print(
+        "zoo          seed  held-out  kept  second stage  least  x reference  known scores  "
+        "soup: full, reference  models"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for zoo in options.zoos:
+            for seed in options.seeds:
+                here = Path(folder) / f"{zoo}{seed}"
+                digits = make_digits_checkpoints(random_state=seed)
+                checkpoints = digits.checkpoints
+                if zoo == "transformer":
+                    checkpoints = zoos.fine_tune_vits(here, 16, seed)
+                r = compare(checkpoints, digits.X_val, digits.y_val, options.turns)
+                print(
+                    f"{zoo:12} {seed:4}  {r['held_out']:8.1%}  {r['kept']:4}  "
+                    f"{r['second_stage']:12.1%}  {r['least']:5.1%}  {r['ratio']:11.2f}  "
+                    f"{r['ratio_known']:12.2f}  "
+                    f"{'same' if r['same'] else 'DIFFERS':>10}, "
+                    f"{'same' if r['same_as_reference'] else 'differs':9} {r['memory']:7.1f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,651 @@
+"""Fine-tune, then soup: searches that keep every candidate's weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import random
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import joblib
+import numpy as np
+import torch
+from joblib import Parallel, delayed
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, MetaEstimatorMixin, clone, is_classifier, is_regressor
+from sklearn.exceptions import FitFailedWarning
+from sklearn.metrics import check_scoring
+from sklearn.model_selection import (
+    ParameterSampler,
+    ShuffleSplit,
+    StratifiedShuffleSplit,
+    check_cv,
+)
+from sklearn.utils import Tags, check_random_state, get_tags, indexable
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.validation import check_is_fitted
+from torch import nn
+
+from ._data import Task
+from ._formats import check_state_dict, read_metadata, write_safetensors, write_text
+from ._sources import preserved_random_state
+from .baselines import UniformSoup
+from .checkpoints import CheckpointCollection
+from .exceptions import CheckpointError, SoupWarning
+from .greedy import GreedySoup
+
+__all__ = ["CheckpointScorer", "SoupSearchCV"]
+
+MANIFEST = "search.json"
+RECORD = "sksoup.candidate"  # key of a candidate's record in its file's metadata
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What became of one fine-tuning: weights (in memory or in its file), or an error."""
+
+    score: float
+    fit_time: float
+    error: str | None = None
+    state: dict[str, torch.Tensor] | None = None
+
+
+class SoupSearchCV(MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
+    """Fine-tune a network many times with sampled hyper-parameters, then soup the results.
+
+    Every candidate starts from the same weights, is fine-tuned on the training part of the rows,
+    and is scored on the held-out part, which then chooses the soup. What a random search throws
+    away is what the soup is made of.
+
+    Parameters
+    ----------
+    estimator : skorch net
+        What to fine-tune, with its module as an *instance* that holds the pretrained weights. A
+        module class is drawn once and shared, with a warning: soups want a pretrained start. If
+        the net is fitted, its weights are the start. Any other estimator that has ``module_``
+        after ``fit`` is fitted as it is; candidates that turn out not to share a start are an
+        error. Classifiers give logits (``criterion=nn.CrossEntropyLoss``).
+    param_distributions : dict or list of dict
+        As for ``sklearn.model_selection.ParameterSampler``.
+    soup : estimator or None, default=None
+        How to mix, without checkpoints; None is `GreedySoup`.
+    n_iter : int, default=10
+        Candidates to sample.
+    scoring : str, callable or None, default=None
+        Scores candidates on the held-out part; None is the estimator's ``score``.
+    cv : int, splitter, iterable or None, default=None
+        Its first split says what is held out: a later one would hold out rows that other
+        candidates were trained on. None holds out 20 %, stratified for classifiers.
+    n_jobs : int or None, default=None
+        Candidates fine-tuned side by side, by joblib.
+    random_state : int, RandomState or None, default=None
+        Samples candidates, seeds their training, and splits the rows; the global state stays as it
+        is.
+    save_dir : str, path-like or None, default=None
+        Where each candidate is written as it finishes; the same search continues from what is
+        there. None keeps the weights in memory.
+
+    Attributes
+    ----------
+    soup_ : estimator
+        The fitted soup.
+    checkpoints_ : CheckpointCollection
+        The candidates that did not fail, ``candidate000``, ...
+    cv_results_ : dict of str to ndarray or list
+        As of ``RandomizedSearchCV``, one entry per candidate: ``params``, ``param_*``,
+        ``mean_test_score``, ``rank_test_score``, ``mean_fit_time`` (seconds), and ``error``, the
+        reason of a failure or None.
+    best_index_ : int
+        The candidate with the highest held-out score.
+    best_score_ : float
+        Its held-out score.
+    best_params_ : dict
+        Its hyper-parameters.
+    classes_ : ndarray of shape (n_outputs,)
+        Labels in output order (classification only).
+    n_features_in_ : int
+        Features seen by `fit`.
+
+    Raises
+    ------
+    ValueError
+        No candidate succeeded; the candidates do not share a start; a parameter is out of range.
+    CheckpointError
+        ``save_dir`` holds another search; nothing is written.
+
+    Warns
+    -----
+    FitFailedWarning
+        Some candidates failed and are left out.
+    SoupWarning
+        The module is a class, so that the start is random.
+
+    See Also
+    --------
+    CheckpointScorer : Keeps the candidates of scikit-learn's own searches.
+
+    Notes
+    -----
+    Cost: ``n_iter`` fine-tunings and a soup. Memory: one network per worker, and, without
+    ``save_dir``, all candidates. Interrupting skorch's training ends that fine-tuning early rather
+    than the search.
+
+    References
+    ----------
+    Wortsman et al., *Model soups*, ICML 2022, arXiv:2203.05482, Appendix J (the random search).
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from skorch import NeuralNetClassifier
+    >>> from sksoup.model_selection import SoupSearchCV
+    >>> rng = np.random.default_rng(0)
+    >>> X = rng.normal(size=(60, 4)).astype(np.float32)
+    >>> y = (X[:, 0] > 0).astype(int)
+    >>> start = torch.nn.Linear(4, 2)  # pretrained somewhere
+    >>> net = NeuralNetClassifier(start, criterion=torch.nn.CrossEntropyLoss, verbose=0,
+    ...                           train_split=None, max_epochs=5)
+    >>> search = SoupSearchCV(net, {"lr": [0.05, 0.1, 0.2]}, n_iter=3, random_state=0).fit(X, y)
+    >>> len(search.checkpoints_), search.predict(X).shape
+    (3, (60,))
+    """
+
+    def __init__(
+        self,
+        estimator: Any,
+        param_distributions: Any,
+        *,
+        soup: Any = None,
+        n_iter: int = 10,
+        scoring: Any = None,
+        cv: Any = None,
+        n_jobs: int | None = None,
+        random_state: Any = None,
+        save_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.estimator = estimator
+        self.param_distributions = param_distributions
+        self.soup = soup
+        self.n_iter = n_iter
+        self.scoring = scoring
+        self.cv = cv
+        self.n_jobs = n_jobs
+        self.random_state = random_state
+        self.save_dir = save_dir
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Fine-tune the candidates and mix them.
+
+        Parameters
+        ----------
+        X : array-like, Tensor or SliceDict of shape (n_samples, ...)
+            Inputs, as the estimator takes them.
+        y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs)
+            Labels or targets, as the estimator takes them.
+
+        Returns
+        -------
+        self : estimator
+            Fitted.
+        """
+        X, y = indexable(X, y)
+        soup, folder = self._soup(), None if self.save_dir is None else Path(self.save_dir)
+        scorer = check_scoring(self.estimator, self.scoring)
+        start = find_start(self.estimator)
+        seed = self._seed(folder)
+        rng = np.random.RandomState(seed)
+        params = list(ParameterSampler(self.param_distributions, self.n_iter, random_state=rng))
+        seeds = rng.randint(2**31 - 1, size=len(params))
+        train, held_out = self._split(X, y, rng)
+        parts = [_take(values, rows) for rows in (train, held_out) for values in (X, y)]
+        if start is not None:  # what the soup can't take is told before hours of training
+            one = CheckpointCollection([start], module=copy.deepcopy(start))
+            trial = UniformSoup(one, task=soup.task, classes=soup.classes, device=soup.device)
+            trial.fit(*parts[2:])
+        if folder is not None:
+            _claim(folder, self._manifest(seed, params, start, parts))
+        candidates = Parallel(n_jobs=self.n_jobs)(
+            delayed(fine_tune)(
+                self.estimator, p, int(s), start, parts, scorer, _path(folder, index)
+            )
+            for index, (p, s) in enumerate(zip(params, seeds, strict=True))
+        )
+        self._keep_results(params, candidates)
+        self.checkpoints_ = self._collect(candidates, folder, start, soup)
+        self.soup_ = soup.fit(self.checkpoints_, *parts[2:])
+        return self
+
+    # -------------------------------------------------------------- what fit consists of
+
+    def _soup(self) -> Any:
+        if not isinstance(self.n_iter, int) or self.n_iter < 1:
+            raise ValueError(f"n_iter must be an integer >= 1, got {self.n_iter!r}.")
+        task: Task = "regression" if is_regressor(self.estimator) else "classification"
+        soup = GreedySoup(task=task) if self.soup is None else clone(self.soup)
+        if soup.checkpoints is not None:
+            raise ValueError(
+                "soup already has checkpoints, but SoupSearchCV makes them: give the soup without."
+            )
+        criterion = getattr(self.estimator, "criterion", None)
+        is_log = criterion is nn.NLLLoss or isinstance(criterion, nn.NLLLoss)
+        if is_log and is_classifier(self.estimator):
+            raise ValueError(
+                "The estimator's criterion is NLLLoss, so its module gives probabilities; soups "
+                "want logits: leave out the module's softmax and give "
+                "criterion=torch.nn.CrossEntropyLoss."
+            )
+        return soup
+
+    def _seed(self, folder: Path | None) -> int:
+        """Give the seed of the search: that of an unfinished one, if none was asked for."""
+        if self.random_state is None and folder is not None and (folder / MANIFEST).exists():
+            return int(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["seed"])
+        if isinstance(self.random_state, (int, np.integer)):
+            return int(self.random_state)
+        if self.random_state is None:
+            return int(np.random.SeedSequence().generate_state(1)[0])
+        return int(check_random_state(self.random_state).randint(2**31 - 1))
+
+    def _split(
+        self, X: Any, y: Any, rng: np.random.RandomState
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        n, labels = len(y), y.numpy() if isinstance(y, torch.Tensor) else np.asarray(y)
+        if self.cv is None:
+            kind = StratifiedShuffleSplit if is_classifier(self.estimator) else ShuffleSplit
+            cv = kind(n_splits=1, test_size=0.2, random_state=rng.randint(2**31 - 1))
+        else:
+            cv = check_cv(self.cv, labels, classifier=is_classifier(self.estimator))
+        train, held_out = next(iter(cv.split(np.zeros((n, 1)), labels)))
+        return train, held_out
+
+    def _manifest(
+        self, seed: int, params: Sequence[Mapping[str, Any]], start: nn.Module | None, parts: Any
+    ) -> dict[str, Any]:
+        """What must be the same for a search to go on."""
+        plain = (bool, int, float, str, type, type(None))
+        fixed = self.estimator.get_params(deep=False)
+        return {
+            "version": 1,
+            "seed": seed,
+            "candidates": [repr(dict(sorted(p.items()))) for p in params],
+            "estimator": type(self.estimator).__name__,
+            "params": {k: repr(v) for k, v in sorted(fixed.items()) if isinstance(v, plain)},
+            "start": None if start is None else content_hash(_state_of(start)),
+            "data": content_hash(parts),
+        }
+
+    def _keep_results(
+        self, params: Sequence[Mapping[str, Any]], candidates: Sequence[Candidate]
+    ) -> None:
+        scores = np.array([c.score for c in candidates])
+        failed = [f"{p}: {c.error}" for p, c in zip(params, candidates, strict=True) if c.error]
+        if len(failed) == len(candidates):
+            raise ValueError(
+                f"All {len(failed)} candidates failed, so there is nothing to mix. The first: "
+                f"{failed[0]}"
+            )
+        if failed:
+            warnings.warn(
+                f"{len(failed)} of {len(candidates)} candidates failed and are left out; "
+                f"cv_results_['error'] has all reasons. The first: {failed[0]}",
+                FitFailedWarning,
+                stacklevel=3,  # the call of fit
+            )
+        names = sorted({name for p in params for name in p})
+        ranks = (-np.nan_to_num(scores, nan=-np.inf)).argsort(kind="stable").argsort() + 1
+        self.cv_results_: dict[str, Any] = {
+            "params": [dict(p) for p in params],
+            **{f"param_{name}": [p.get(name) for p in params] for name in names},
+            "mean_test_score": scores,
+            "rank_test_score": ranks.astype(np.int32),
+            "mean_fit_time": np.array([c.fit_time for c in candidates]),
+            "error": [c.error for c in candidates],
+        }
+        self.best_index_ = int(np.nanargmax(scores))
+        self.best_score_ = float(scores[self.best_index_])
+        self.best_params_ = dict(params[self.best_index_])
+
+    def _collect(
+        self,
+        candidates: Sequence[Candidate],
+        folder: Path | None,
+        start: nn.Module | None,
+        soup: Any,
+    ) -> CheckpointCollection:
+        found = {_name(k): c for k, c in enumerate(candidates) if c.error is None}
+        module = start if start is not None else _fitted_module(self.estimator, found)
+        # the same score on the same rows need not be computed twice
+        same_score = hasattr(soup, "scoring") and soup.scoring is None is self.scoring
+        same_score = same_score and getattr(soup, "ranking_fraction", None) is None
+        collection = CheckpointCollection(
+            {
+                name: c.state if folder is None else folder / f"{name}.safetensors"
+                for name, c in found.items()
+            },
+            module=module,
+            scores={name: c.score for name, c in found.items()} if same_score else None,
+        )
+        if start is None:
+            collection.check()
+            if strangers := collection.strangers(collection.names):
+                raise ValueError(
+                    f"The candidates do not share a start: {len(strangers)} of {len(found)} point "
+                    f"elsewhere than the others, so a soup of them would be noise. "
+                    f"{type(self.estimator).__name__} seems to initialise its module anew for "
+                    f"every clone; give it a module instance with pretrained weights."
+                )
+        return collection
+
+    # ------------------------------------------------------------------- predictions
+
+    @property
+    def classes_(self) -> NDArray[Any]:
+        """Labels in output order."""
+        check_is_fitted(self, "soup_")
+        labels: NDArray[Any] = self.soup_.classes_
+        return labels
+
+    @property
+    def n_features_in_(self) -> int:
+        """Features seen by `fit`."""
+        check_is_fitted(self, "soup_")
+        return int(self.soup_.n_features_in_)
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """Predict with the soup.
+
+        Parameters
+        ----------
+        X : array-like or Tensor of shape (n_samples, ...)
+            Inputs.
+
+        Returns
+        -------
+        y : ndarray of shape (n_samples,) or (n_samples, n_outputs)
+            Labels or targets.
+        """
+        check_is_fitted(self, "soup_")
+        predicted: NDArray[Any] = self.soup_.predict(X)
+        return predicted
+
+    @available_if(lambda self: not is_regressor(self.estimator))  # type: ignore[untyped-decorator]
+    def predict_proba(self, X: Any) -> NDArray[np.float32]:
+        """Predict probabilities with the soup.
+
+        Parameters
+        ----------
+        X : array-like or Tensor of shape (n_samples, ...)
+            Inputs.
+
+        Returns
+        -------
+        p : ndarray of shape (n_samples, n_outputs), float32
+            Columns in the order of ``classes_``.
+        """
+        check_is_fitted(self, "soup_")
+        probabilities: NDArray[np.float32] = self.soup_.predict_proba(X)
+        return probabilities
+
+    def score(self, X: Any, y: Any) -> float:
+        """Score the soup: accuracy or R².
+
+        Parameters
+        ----------
+        X : array-like or Tensor of shape (n_samples, ...)
+            Inputs.
+        y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs)
+            Labels or targets.
+
+        Returns
+        -------
+        score : float
+            Greater is better.
+        """
+        check_is_fitted(self, "soup_")
+        return float(self.soup_.score(X, y))
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        inner = get_tags(self.estimator)
+        tags.estimator_type = inner.estimator_type
+        tags.classifier_tags = inner.classifier_tags
+        tags.regressor_tags = inner.regressor_tags
+        tags.target_tags.required = True
+        return tags
+
+
+def find_start(estimator: Any) -> nn.Module | None:
+    """Copy the module all candidates start from; None where the estimator can't be given one."""
+    if not (hasattr(estimator, "initialize") and hasattr(estimator, "partial_fit")):
+        return None
+    fitted = getattr(estimator, "module_", None)
+    if isinstance(fitted, nn.Module):
+        return copy.deepcopy(fitted).cpu()
+    if not isinstance(estimator.module, nn.Module):
+        warnings.warn(
+            "The estimator's module is not an instance, so every clone would start from other "
+            "random weights, and their soup would be noise. One random start is drawn and shared "
+            "by all candidates. Give a module instance with pretrained weights, or a fitted net.",
+            SoupWarning,
+            stacklevel=3,  # the call of fit
+        )
+    with preserved_random_state():
+        module: nn.Module = clone(estimator).initialize().module_
+    return copy.deepcopy(module).cpu()
+
+
+def fine_tune(
+    estimator: Any,
+    params: Mapping[str, Any],
+    seed: int,
+    start: nn.Module | None,
+    parts: Sequence[Any],
+    scorer: Any,
+    path: Path | None,
+) -> Candidate:
+    """Fine-tune one candidate and score it; one that lies on disk is taken from there."""
+    if path is not None and path.exists():
+        record = json.loads(read_metadata(path)[RECORD])
+        return Candidate(record["score"], record["fit_time"])
+    X, y, X_held_out, y_held_out = parts
+    begin = time.perf_counter()
+    try:
+        with preserved_random_state():
+            torch.manual_seed(seed)
+            np.random.seed(seed)  # noqa: NPY002 - what training draws from; put back afterwards
+            random.seed(seed)
+            net = clone(estimator).set_params(**params)
+            if start is None:
+                net.fit(X, y)
+            else:
+                net.initialize()
+                _load_start(net.module_, start)
+                net.partial_fit(X, y)
+            spent = time.perf_counter() - begin
+            score = float(scorer(net, X_held_out, y_held_out))
+        state = _state_of(net.module_)
+        bad = [n for n, w in state.items() if w.is_floating_point() and not w.isfinite().all()]
+        if bad or not math.isfinite(score):
+            where = f"{bad[0]!r} holds NaN or infinity" if bad else f"its score is {score}"
+            raise ValueError(f"the fine-tuning diverged: {where}")
+    except Exception as error:
+        # a candidate that fails is reported and left out, whatever the reason
+        return Candidate(math.nan, math.nan, f"{type(error).__name__}: {error}")
+    if path is None:
+        return Candidate(score, spent, state=state)
+    record = {"score": score, "fit_time": spent, "params": repr(dict(params))}
+    write_safetensors(path, state, {RECORD: json.dumps(record)})
+    return Candidate(score, spent)
+
+
+def _load_start(module: nn.Module, start: nn.Module) -> None:
+    try:
+        module.load_state_dict(start.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"the sampled parameters change the architecture, so it has no common start: {error}"
+        ) from error
+
+
+def _state_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights, on the CPU, copied."""
+    return {name: w.detach().cpu().clone() for name, w in module.state_dict().items()}
+
+
+def _fitted_module(estimator: Any, found: Mapping[str, Candidate]) -> nn.Module:
+    """The architecture of an estimator whose start is out of reach."""
+    module = getattr(estimator, "module", None)
+    if isinstance(module, nn.Module):
+        return module
+    raise ValueError(
+        f"{type(estimator).__name__} has no module instance to tell the architecture: candidates "
+        f"can't be souped. Give an estimator with a parameter `module` that is an nn.Module, such "
+        f"as a skorch net."
+    )
+
+
+def content_hash(values: Any) -> str:
+    """Hash arrays, tensors and containers of them by their content, the same in any process."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            flat = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            return str(value.dtype), tuple(value.shape), flat
+        if isinstance(value, Mapping):
+            return {name: plain(item) for name, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return str(joblib.hash(plain(values)))
+
+
+def _name(index: int) -> str:
+    return f"candidate{index:03d}"
+
+
+def _path(folder: Path | None, index: int) -> Path | None:
+    return None if folder is None else folder / f"{_name(index)}.safetensors"
+
+
+def _take(values: Any, rows: NDArray[np.int64]) -> Any:
+    """Some rows of an array, a tensor, a frame or a SliceDict."""
+    return values.iloc[rows] if hasattr(values, "iloc") else values[rows]
+
+
+def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Mark the folder as this search's, or refuse it when it holds anything else."""
+    path = folder / MANIFEST
+    folder.mkdir(parents=True, exist_ok=True)
+    found: Any = None
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+    elif any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{str(folder)!r} holds checkpoints of unknown origin: give an empty folder."
+        )
+    if found is not None and found != json.loads(json.dumps(manifest)):
+        changed = [key for key in manifest if found.get(key) != manifest[key]]
+        raise CheckpointError(
+            f"{str(folder)!r} holds another search: {', '.join(changed)} differ. Give another "
+            f"folder, or the same search to continue it."
+        )
+    write_text(path, json.dumps(manifest, indent=1))
+
+
+class CheckpointScorer:
+    """Score a candidate, and keep its weights: for the searches of scikit-learn.
+
+    Given as ``scoring=`` to an unmodified ``RandomizedSearchCV`` over a skorch net, it writes the
+    weights of every candidate and split to a folder of its own making: one file for each set of
+    weights, called by its content.
+
+    Parameters
+    ----------
+    folder : str or path-like
+        Where the checkpoints go; created when missing.
+    scoring : str, callable or None, default=None
+        The score to return, as scikit-learn understands it.
+
+    See Also
+    --------
+    SoupSearchCV : Fine-tunes from one start and mixes, in one estimator.
+
+    Notes
+    -----
+    All candidates must share a start: give the net a module *instance*, since a clone of a net
+    with a module class is initialised anew. Candidates of several splits were trained on rows that
+    others hold out: choose the soup on rows the search has not seen.
+
+    Examples
+    --------
+    >>> from sksoup.model_selection import CheckpointScorer
+    >>> CheckpointScorer("runs/search", scoring="accuracy")
+    CheckpointScorer('runs/search', scoring='accuracy')
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], scoring: Any = None) -> None:
+        self.folder = Path(folder)
+        self.scoring = scoring
+
+    def __repr__(self) -> str:
+        return f"CheckpointScorer({str(self.folder)!r}, scoring={self.scoring!r})"
+
+    def __call__(self, estimator: Any, X: Any, y: Any = None, **kwargs: Any) -> float:
+        """Score a fitted estimator and write its weights.
+
+        Parameters
+        ----------
+        estimator : skorch net, pipeline that ends in one, or anything with ``module_``
+            Fitted.
+        X : array-like
+            Inputs.
+        y : array-like or None, default=None
+            Labels or targets.
+        **kwargs : dict
+            Passed to the scorer, such as ``sample_weight``.
+
+        Returns
+        -------
+        score : float
+            Greater is better.
+
+        Raises
+        ------
+        TypeError
+            The estimator has no ``module_``.
+        """
+        net = estimator[-1] if hasattr(estimator, "steps") else estimator
+        module = getattr(net, "module_", None)
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"{type(net).__name__} has no module_ to keep: CheckpointScorer scores fitted "
+                f"skorch nets, or pipelines that end in one."
+            )
+        score = float(check_scoring(estimator, self.scoring)(estimator, X, y, **kwargs))
+        state = check_state_dict(_state_of(module), type(net).__name__)
+        path = self.folder / f"{content_hash(state)}.safetensors"
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_safetensors(path, state, {RECORD: json.dumps({"score": score})})
+        return score
+
+    def checkpoints(self, module: Any = None) -> CheckpointCollection:
+        """Open what was kept.
+
+        Parameters
+        ----------
+        module : callable, nn.Module, skorch net or None, default=None
+            The architecture, as for `CheckpointCollection`.
+
+        Returns
+        -------
+        checkpoints : CheckpointCollection
+            In order of name, which is that of content; without scores.
+        """
+        return CheckpointCollection.from_path(self.folder, module=module)
