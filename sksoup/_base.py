@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import inspect
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 from typing import Any, Self, overload
 
@@ -104,7 +105,29 @@ def threads_of_parent(checkpoints: Any) -> Iterator[None]:
         torch.set_num_threads(n)
 
 
-class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
+class DocLinkMixin:
+    """Where scikit-learn's HTML display links to: the documentation the package's metadata names.
+
+    No link where it names none.
+    """
+
+    _doc_link_module = "sksoup"
+
+    @property
+    def _doc_link_template(self) -> str:
+        urls = dict(
+            entry.split(", ", 1) for entry in metadata("sksoup").get_all("Project-URL") or ()
+        )
+        base: str | None = urls.get("Documentation")
+        return "" if base is None else f"{base.rstrip('/')}/generated/{{name}}.html"
+
+    def _doc_link_url_param_generator(self) -> dict[str, str]:
+        name = type(self).__name__
+        is_short = name in vars(importlib.import_module("sksoup"))
+        return {"name": f"sksoup.{name}" if is_short else f"{type(self).__module__}.{name}"}
+
+
+class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
     """Base of all soups: everything but the search for coefficients.
 
     A recipe is a subclass with its parameters in ``__init__`` and one method, ``_search``, that
@@ -164,7 +187,7 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
         """
         with threads_of_parent(checkpoints):
             self._check_params()
-            X, y = self._validate(X, y)
+            X, y = validate_rows(self, X, y, self.task)
             weight = _check_weight(sample_weight, len(X))
             collection = self._collect(checkpoints, X, y, weight)
             collection.start_hashing()
@@ -256,26 +279,6 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}.")
         if self.batch_size is not None:
             check_scalar(self.batch_size, "batch_size", int, min_val=1)
-
-    def _validate(self, X: Any, y: Any) -> tuple[Any, NDArray[Any]]:
-        _refuse_checkpoints(X)
-        if isinstance(X, torch.Tensor) and X.device.type != "cpu":
-            y = _to_numpy(y)
-            check_consistent_length(X, y)
-            self.n_features_in_ = X.shape[1]
-        else:
-            X, y = validate_data(
-                self,
-                _to_numpy(X),
-                _to_numpy(y),
-                allow_nd=True,
-                dtype=[np.float64, np.float32, *INTEGERS],
-                multi_output=self.task != "classification",
-                y_numeric=self.task == "regression",
-            )
-        if self.task == "classification":
-            check_classification_targets(y)
-        return X, y
 
     def _collect(self, checkpoints: Any, X: Any, y: Any, weight: Any) -> CheckpointCollection:
         if checkpoints is None:
@@ -596,6 +599,28 @@ class BaseSoup(CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
             tags.estimator_type = "classifier"
             tags.classifier_tags = ClassifierTags(multi_label=self.task == "multilabel")
         return tags
+
+
+def validate_rows(estimator: Any, X: Any, y: Any, task: Task) -> tuple[Any, NDArray[Any]]:
+    """Check rows by scikit-learn's rules, note their features; what is on a device stays there."""
+    _refuse_checkpoints(X)
+    if isinstance(X, torch.Tensor) and X.device.type != "cpu":
+        y = _to_numpy(y)
+        check_consistent_length(X, y)
+        estimator.n_features_in_ = X.shape[1]
+    else:
+        X, y = validate_data(
+            estimator,
+            _to_numpy(X),
+            _to_numpy(y),
+            allow_nd=True,
+            dtype=[np.float64, np.float32, *INTEGERS],
+            multi_output=task != "classification",
+            y_numeric=task == "regression",
+        )
+    if task == "classification":
+        check_classification_targets(y)
+    return X, y
 
 
 def _probe(module: nn.Module, row: torch.Tensor) -> torch.Tensor:

@@ -31,10 +31,13 @@ from sklearn.model_selection import (
 from sklearn.utils import Tags, check_random_state, get_tags, indexable
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
+from skorch.helper import SliceDict
 from torch import nn
 
+from ._base import DocLinkMixin, validate_rows
 from ._data import Task
 from ._formats import check_state_dict, read_metadata, write_safetensors, write_text
+from ._objective import module_dtype
 from ._sources import preserved_random_state
 from .baselines import UniformSoup
 from .checkpoints import CheckpointCollection
@@ -55,9 +58,10 @@ class Candidate:
     fit_time: float
     error: str | None = None
     state: dict[str, torch.Tensor] | None = None
+    module: nn.Module | None = None  # where the start does not tell the architecture
 
 
-class SoupSearchCV(MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
+class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
     """Fine-tune a network many times with sampled hyper-parameters, then soup the results.
 
     Every candidate starts from the same weights, is fine-tuned on the training part of the rows,
@@ -195,10 +199,15 @@ class SoupSearchCV(MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
         self : estimator
             Fitted.
         """
-        X, y = indexable(X, y)
         soup, folder = self._soup(), None if self.save_dir is None else Path(self.save_dir)
+        if isinstance(X, SliceDict):
+            X, y = indexable(X, y)
+        else:
+            X, y = validate_rows(self, X, y, soup.task)
         scorer = check_scoring(self.estimator, self.scoring)
         start = find_start(self.estimator)
+        if start is not None and isinstance(X, np.ndarray) and X.dtype.kind == "f":
+            X = X.astype(torch.empty(0, dtype=module_dtype(start)).numpy().dtype, copy=False)
         seed = self._seed(folder)
         rng = np.random.RandomState(seed)
         params = list(ParameterSampler(self.param_distributions, self.n_iter, random_state=rng))
@@ -320,7 +329,15 @@ class SoupSearchCV(MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
         soup: Any,
     ) -> CheckpointCollection:
         found = {_name(k): c for k, c in enumerate(candidates) if c.error is None}
-        module = start if start is not None else _fitted_module(self.estimator, found)
+        module = start
+        if module is None:
+            module = next((c.module for c in found.values() if c.module is not None), None)
+        if module is None:
+            raise ValueError(
+                f"All candidates lay in save_dir, and {type(self.estimator).__name__} does not "
+                f"tell their architecture before it is fitted. Give it a parameter `module` that "
+                f"is an nn.Module, or delete one of the files to have it fitted again."
+            )
         # the same score on the same rows need not be computed twice
         same_score = hasattr(soup, "scoring") and soup.scoring is None is self.scoring
         same_score = same_score and getattr(soup, "ranking_fraction", None) is None
@@ -351,12 +368,6 @@ class SoupSearchCV(MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self, "soup_")
         labels: NDArray[Any] = self.soup_.classes_
         return labels
-
-    @property
-    def n_features_in_(self) -> int:
-        """Features seen by `fit`."""
-        check_is_fitted(self, "soup_")
-        return int(self.soup_.n_features_in_)
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Predict with the soup.
@@ -418,6 +429,7 @@ class SoupSearchCV(MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
         tags.classifier_tags = inner.classifier_tags
         tags.regressor_tags = inner.regressor_tags
         tags.target_tags.required = True
+        tags.target_tags.multi_output = is_regressor(self.estimator)
         return tags
 
 
@@ -478,11 +490,12 @@ def fine_tune(
     except Exception as error:
         # a candidate that fails is reported and left out, whatever the reason
         return Candidate(math.nan, math.nan, f"{type(error).__name__}: {error}")
+    module = copy.deepcopy(net.module_).cpu() if start is None else None
     if path is None:
-        return Candidate(score, spent, state=state)
+        return Candidate(score, spent, state=state, module=module)
     record = {"score": score, "fit_time": spent, "params": repr(dict(params))}
     write_safetensors(path, state, {RECORD: json.dumps(record)})
-    return Candidate(score, spent)
+    return Candidate(score, spent, module=module)
 
 
 def _load_start(module: nn.Module, start: nn.Module) -> None:
@@ -497,18 +510,6 @@ def _load_start(module: nn.Module, start: nn.Module) -> None:
 def _state_of(module: nn.Module) -> dict[str, torch.Tensor]:
     """The weights, on the CPU, copied."""
     return {name: w.detach().cpu().clone() for name, w in module.state_dict().items()}
-
-
-def _fitted_module(estimator: Any, found: Mapping[str, Candidate]) -> nn.Module:
-    """The architecture of an estimator whose start is out of reach."""
-    module = getattr(estimator, "module", None)
-    if isinstance(module, nn.Module):
-        return module
-    raise ValueError(
-        f"{type(estimator).__name__} has no module instance to tell the architecture: candidates "
-        f"can't be souped. Give an estimator with a parameter `module` that is an nn.Module, such "
-        f"as a skorch net."
-    )
 
 
 def content_hash(values: Any) -> str:

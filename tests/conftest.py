@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("SCIPY_ARRAY_API", "1")  # scikit-learn checks inputs of the array API, too
+
 import pytest
 import torch
 from hypothesis import settings

@@ -6,6 +6,7 @@ import copy
 
 import numpy as np
 import torch
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, is_classifier
 from sklearn.utils.estimator_checks import (
     check_sample_weight_equivalence_on_dense_data,
     parametrize_with_checks,
@@ -22,6 +23,7 @@ from sksoup import (
     MEHLSoup,
     UniformSoup,
 )
+from sksoup.model_selection import SoupSearchCV
 
 
 class TinyNet(nn.Module):
@@ -51,7 +53,7 @@ class TrainTinyNets:
     def __repr__(self):  # names the checks, the same in every process
         return f"TrainTinyNets({self.task!r})"
 
-    def __call__(self, X, y, sample_weight=None):
+    def __call__(self, X, y, sample_weight=None, n_steps=(20, 5, 10)):
         X = torch.tensor(np.asarray(X, dtype=np.float64))
         if self.task == "classification":
             labels, targets = np.unique(y, return_inverse=True)
@@ -66,8 +68,8 @@ class TrainTinyNets:
             start = TinyNet(X.shape[1], n_outputs)
         start.standardize(X, weight)
         nets = []
-        for n_steps in (20, 5, 10):  # each goes on where the last one stopped
-            self.train(start, X, targets, weight, n_steps)
+        for n in n_steps:  # each goes on where the last one stopped
+            self.train(start, X, targets, weight, n)
             nets.append(copy.deepcopy(start))
         return CheckpointCollection(nets)
 
@@ -84,6 +86,33 @@ class TrainTinyNets:
             optimizer.step()
 
 
+class TinyTrainer(BaseEstimator):
+    """Anything with ``module_``: three steps of training from one start."""
+
+    def __init__(self, n_steps=20):
+        self.n_steps = n_steps
+
+    def fit(self, X, y):
+        task = "classification" if is_classifier(self) else "regression"
+        nets = TrainTinyNets(task)
+        self.module_ = nets(X, y, n_steps=(self.n_steps,)).build_module()
+        self.classes_ = np.unique(y)
+        return self
+
+    def predict(self, X):
+        with torch.no_grad():
+            outputs = self.module_(torch.tensor(np.asarray(X))).numpy()
+        return self.classes_[outputs.argmax(1)] if is_classifier(self) else outputs
+
+
+class TinyClassifier(ClassifierMixin, TinyTrainer):
+    pass
+
+
+class TinyRegressor(RegressorMixin, TinyTrainer):
+    pass
+
+
 KINDS = (
     BestCheckpoint, CheckpointEnsemble, GreedySoup, LearnedSoup, MEHLSoup, UniformSoup,
 )  # fmt: skip
@@ -92,6 +121,13 @@ ESTIMATORS = [
     for kind in KINDS
     for task in ("classification", "regression")
 ]
+SEARCHES = [
+    SoupSearchCV(
+        trainer, {"n_steps": [20, 25, 30]}, n_iter=3, random_state=0,
+        soup=UniformSoup(task=task, device="cpu"),
+    )
+    for trainer, task in ((TinyClassifier(), "classification"), (TinyRegressor(), "regression"))
+]  # fmt: skip
 for estimator in ESTIMATORS:
     if hasattr(estimator, "lr"):
         estimator.set_params(random_state=0, max_epochs=2, batch_size=8)
@@ -111,7 +147,9 @@ def test_every_public_estimator_is_checked():
     )
 
 
-@parametrize_with_checks(ESTIMATORS, expected_failed_checks=expected_failures, xfail_strict=True)
+@parametrize_with_checks(
+    [*ESTIMATORS, *SEARCHES], expected_failed_checks=expected_failures, xfail_strict=True
+)
 def test_scikit_learn_checks(estimator, check):
     check(estimator)
 

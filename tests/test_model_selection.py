@@ -237,15 +237,16 @@ class ScratchNet(ClassifierMixin, BaseEstimator):
             return self.module_(torch.as_tensor(X)).argmax(1).numpy()
 
 
-def test_an_estimator_that_initialises_per_clone_is_refused():
+def test_an_estimator_that_initialises_per_clone_is_refused(tmp_path):
     X, y = np.random.default_rng(0).normal(size=(60, 40)).astype(np.float32), np.arange(60) % 10
     start = nn.Linear(40, 10)
     search = search_of(ScratchNet(start)).fit(X, y)
     assert len(search.checkpoints_) == 4
     with pytest.raises(ValueError, match=r"do not share a start.*ScratchNet"):
         search_of(ScratchNet(start, fresh=True)).fit(X, y)
-    with pytest.raises(ValueError, match="no module instance"):
-        search_of(ScratchNet(None, fresh=True)).fit(X, y)
+    search_of(ScratchNet(start), save_dir=tmp_path).fit(X, y)
+    with pytest.raises(ValueError, match="does not tell their architecture"):
+        search_of(ScratchNet(start), save_dir=tmp_path).fit(X, y)
 
 
 # --------------------------------------------------------------------------- on disk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from email.message import EmailMessage
 
 import joblib
 import numpy as np
@@ -28,6 +29,7 @@ from sklearn.model_selection import (
 )
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils import estimator_html_repr
 from torch import nn
 
 from sksoup import (
@@ -38,6 +40,7 @@ from sksoup import (
     MEHLSoup,
     UniformSoup,
 )
+from sksoup.model_selection import SoupSearchCV
 
 from .zoo import Net, Zoo, make_states, same_tensors
 
@@ -105,6 +108,33 @@ def test_frames_give_feature_names(files, zoo: Zoo):
     assert (soup.predict(frame) == soup.predict(frame)).all()
     with pytest.raises(ValueError, match="feature names"):
         soup.predict(frame[list("dcba")])
+
+
+# ----------------------------------------------------------------------------- displays
+
+
+@pytest.mark.parametrize("kind", [GreedySoup, LearnedSoup, MEHLSoup, UniformSoup, SoupSearchCV])
+def test_the_html_display_shows_what_parameters_mean(kind, monkeypatch):
+    estimator = kind(UniformSoup(), {}) if kind is SoupSearchCV else kind()
+    html = estimator_html_repr(estimator)
+    for name in estimator.get_params(deep=False):
+        assert name in html
+    assert "scikit-learn.org" not in html.split("<body>")[-1].split("sk-estimator-doc-link")[-1]
+    assert estimator._get_doc_link() == ""  # the package's metadata names no address yet
+
+    def metadata(name):
+        return EmailMessage() if name != "sksoup" else message
+
+    message = EmailMessage()
+    message["Project-URL"] = "Documentation, https://docs.example/sksoup/"
+    monkeypatch.setattr("sksoup._base.metadata", metadata)
+    module = "model_selection." if kind is SoupSearchCV else ""
+    expected = f"https://docs.example/sksoup/generated/sksoup.{module}{kind.__name__}.html"
+    assert estimator._get_doc_link() == expected
+    html = estimator_html_repr(estimator)
+    assert expected in html
+    meaning = "Candidates to sample" if kind is SoupSearchCV else "Where the module runs"
+    assert meaning in html  # descriptions are shown where there is a page to link to
 
 
 # ---------------------------------------------------------------------------- searches
