@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -42,6 +43,7 @@ from sksoup import (
     GreedySoup,
     LearnedSoup,
     MEHLSoup,
+    SoupWarning,
     UniformSoup,
 )
 from sksoup._memory import LiveTensors
@@ -279,6 +281,7 @@ def anonymous_bytes() -> int:
 def measure(options: argparse.Namespace, run: str, what: str, answer: Connection) -> None:
     """Measure one thing and send it; runs in a process of its own."""
     torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore", SoupWarning)  # a greedy soup of one
     options.run = run
     keep_freed_memory(what == "time")
     try:

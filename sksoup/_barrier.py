@@ -17,7 +17,7 @@ from ._base import BaseSoup
 from ._data import Task
 from ._layout import Layers
 from ._mix import mix
-from ._objective import Criterion, load_weights
+from ._objective import Criterion, Forward, load_weights
 from ._problem import Found, Problem
 from .checkpoints import CheckpointCollection
 
@@ -86,6 +86,7 @@ def loss_barrier(
     *,
     n_points: int = 11,
     n_pairs: int | None = 10,
+    forward: Forward | None = None,
     task: Task = "classification",
     criterion: Criterion | None = None,
     classes: ArrayLike | None = None,
@@ -108,6 +109,8 @@ def loss_barrier(
     n_pairs : int or None, default=10
         Pairs of checkpoints, drawn at random when there are more; None for all K(K − 1)/2. The K
         lines to the mean are always measured.
+    forward : callable or None, default=None
+        ``(module, X) -> outputs``, as for the soups.
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     criterion : class, nn.Module or callable ``(output, y) -> loss``, default=None
@@ -151,7 +154,7 @@ def loss_barrier(
         pairs = [pairs[i] for i in sorted(rng.choice(len(pairs), n_pairs, replace=False))]
     ends: list[tuple[str, str | None]] = [*pairs, *((name, None) for name in checkpoints)]
     alpha = np.linspace(0, 1, n_points)
-    walk = _Walk(ends, alpha, task, criterion, classes, batch_size, device)
+    walk = _Walk(ends, alpha, forward, task, criterion, classes, batch_size, device)
     walk.fit(checkpoints, X, y)
     lines = tuple((a, "mean" if b is None else b) for a, b in ends)
     return LossBarrier(lines, alpha, walk.losses_)
@@ -164,6 +167,7 @@ class _Walk(BaseSoup):
         self,
         lines: Sequence[tuple[str, str | None]] = (),
         alpha: ArrayLike = (0.0, 1.0),
+        forward: Forward | None = None,
         task: Task = "classification",
         criterion: Criterion | None = None,
         classes: ArrayLike | None = None,
@@ -173,6 +177,7 @@ class _Walk(BaseSoup):
         self.checkpoints = None
         self.lines = lines
         self.alpha = alpha
+        self.forward = forward
         self.task = task
         self.criterion = criterion
         self.classes = classes

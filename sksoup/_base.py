@@ -23,7 +23,14 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
 from sklearn.callback import CallbackSupportMixin, with_callbacks
 from sklearn.metrics import accuracy_score, check_scoring, r2_score
-from sklearn.utils import ClassifierTags, RegressorTags, Tags, check_scalar
+from sklearn.utils import (
+    ClassifierTags,
+    RegressorTags,
+    Tags,
+    check_array,
+    check_scalar,
+    check_X_y,
+)
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import (
@@ -40,9 +47,13 @@ from ._data import (
     Task,
     encode_targets,
     fits,
-    inputs_to_tensor,
+    is_multiple,
+    map_inputs,
+    n_rows,
+    parts_of,
     resolve_classes,
     resolve_device,
+    to_inputs,
     to_tensor,
 )
 from ._describe import judge
@@ -52,9 +63,10 @@ from ._hub import copy_companions, hub_folder
 from ._layout import Layers, group_layers
 from ._mix import cast, mix, stored_dtypes
 from ._objective import (
+    Forward,
     Objective,
-    as_output,
     batched,
+    feed,
     load_weights,
     module_dtype,
     prepare_module,
@@ -135,6 +147,7 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
     """
 
     checkpoints: Any
+    forward: Forward | None = None
     task: Task
     classes: ArrayLike | None
     batch_size: int | None
@@ -164,8 +177,9 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
             What to mix; a callable ``(X, y) -> CheckpointCollection`` makes it from the data, and
             is given ``sample_weight`` too if it has a parameter of that name. By default the
             constructor's ``checkpoints``.
-        X : array-like or Tensor of shape (n_samples, ...)
-            Held-out inputs. Floating ones are converted to the module's dtype.
+        X : array-like or Tensor of shape (n_samples, ...), or a dict or tuple of them
+            Held-out inputs; a dict is fed by name, a tuple by position. Floating ones are converted
+            to the module's dtype.
         y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs)
             Held-out labels or targets.
         sample_weight : array-like of shape (n_samples,) or None, default=None
@@ -188,7 +202,7 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         with threads_of_parent(checkpoints):
             self._check_params()
             X, y = validate_rows(self, X, y, self.task)
-            weight = _check_weight(sample_weight, len(X))
+            weight = _check_weight(sample_weight, len(y))
             collection = self._collect(checkpoints, X, y, weight)
             collection.start_hashing()
             device = resolve_device(self.device)
@@ -201,6 +215,8 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
                 self.task,
                 getattr(self, "precision", "fp32"),
                 getattr(self, "compile", False),
+                self.forward,
+                self.one_logit_,
             )
             metadata = {} if weight is None else {"sample_weight": weight}
             shown = {"X": X, "y": y, "metadata": metadata}  # to callbacks
@@ -279,6 +295,10 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
             raise ValueError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}.")
         if self.batch_size is not None:
             check_scalar(self.batch_size, "batch_size", int, min_val=1)
+        if self.forward is not None and not callable(self.forward):
+            raise TypeError(
+                f"forward must be a callable (module, X) or None, got {self.forward!r}."
+            )
 
     def _collect(self, checkpoints: Any, X: Any, y: Any, weight: Any) -> CheckpointCollection:
         if checkpoints is None:
@@ -308,8 +328,18 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         device: torch.device,
     ) -> HeldOut:
         """Put the data on the device; one row through the module tells the shape of its output."""
-        dtype, rows = module_dtype(module), to_tensor(X)
-        output = _probe(module, inputs_to_tensor(rows[:1], dtype, device))
+        dtype, cpu = module_dtype(module), torch.device("cpu")
+        row = to_inputs(map_inputs(lambda part: part[:1], X), dtype, device)
+        output = _probe(module, row, self.forward)
+        self.one_logit_ = self.task == "classification" and output.shape in ((1,), (1, 1))
+        if self.one_logit_:
+            if len(labels := np.unique(y)) > 2:
+                raise ValueError(
+                    f"The module's output has shape {tuple(output.shape)} for one row: one logit, "
+                    f"which tells two labels apart, but y has {len(labels)}. Expected "
+                    f"(1, n_outputs)."
+                )
+            output = output.new_zeros((1, 2))  # as which it is used
         if output.ndim > 2 or (self.task == "classification" and output.ndim != 2):
             raise ValueError(
                 f"The module's output has shape {tuple(output.shape)} for one row, expected "
@@ -326,8 +356,8 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
             self.target_ndim_ = y.ndim
         self.n_outputs_ = n_outputs
         weights = None if weight is None else to_tensor(weight).to(device, dtype)
-        is_streamed = not fits(rows, device)
-        inputs = inputs_to_tensor(rows, dtype, torch.device("cpu") if is_streamed else device)
+        is_streamed = not fits(map_inputs(to_tensor, X), device)
+        inputs = to_inputs(X, dtype, cpu if is_streamed else device)
         return HeldOut(inputs, targets, weights, is_streamed)
 
     # ------------------------------------------------------------------ scores
@@ -416,22 +446,19 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         return self._module_outputs(self.module_, self._validate_inputs(X))
 
     def _validate_inputs(self, X: Any) -> Any:
-        if isinstance(X, torch.Tensor) and X.device.type != "cpu":
-            return X
-        return validate_data(
-            self,
-            _to_numpy(X),
-            reset=False,
-            allow_nd=True,
-            dtype=[np.float64, np.float32, *INTEGERS],
-        )
+        return validate_inputs(self, X)
 
     def _module_outputs(self, module: nn.Module, X: Any) -> torch.Tensor:
         device, dtype = next(module.parameters()).device, module_dtype(module)
         with threads_of_parent(getattr(self, "checkpoints_", None)):
             return batched(
-                lambda rows: as_output(module(inputs_to_tensor(rows, dtype, device))),
-                to_tensor(X),
+                lambda rows: feed(
+                    module,
+                    to_inputs(rows, dtype, device),
+                    self.forward,
+                    self.one_logit_,
+                ),
+                map_inputs(to_tensor, X),
                 self.batch_size,
             )
 
@@ -601,43 +628,97 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         return tags
 
 
+FLOATS_AND_INTEGERS = [np.float64, np.float32, *INTEGERS]
+
+
 def validate_rows(estimator: Any, X: Any, y: Any, task: Task) -> tuple[Any, NDArray[Any]]:
     """Check rows by scikit-learn's rules, note their features; what is on a device stays there."""
-    _refuse_checkpoints(X)
-    if isinstance(X, torch.Tensor) and X.device.type != "cpu":
-        y = _to_numpy(y)
+    _refuse_checkpoints(X, y)
+    wants = {"multi_output": task != "classification", "y_numeric": task == "regression"}
+    y = _to_numpy(y)
+    estimator.input_names_ = input_names(X)
+    if is_multiple(X):
+        X = check_parts(X)
+        check_consistent_length(*parts_of(X), y)
+        _, y = check_X_y(np.zeros((n_rows(X), 1)), y, **wants)
+    elif isinstance(X, torch.Tensor) and X.device.type != "cpu":
         check_consistent_length(X, y)
         estimator.n_features_in_ = X.shape[1]
     else:
         X, y = validate_data(
-            estimator,
-            _to_numpy(X),
-            _to_numpy(y),
-            allow_nd=True,
-            dtype=[np.float64, np.float32, *INTEGERS],
-            multi_output=task != "classification",
-            y_numeric=task == "regression",
+            estimator, _to_numpy(X), y, allow_nd=True, dtype=FLOATS_AND_INTEGERS, **wants
         )
     if task == "classification":
         check_classification_targets(y)
     return X, y
 
 
-def _probe(module: nn.Module, row: torch.Tensor) -> torch.Tensor:
+def validate_inputs(estimator: Any, X: Any) -> Any:
+    """Check rows to predict for: the same inputs as in `fit`."""
+    if (got := input_names(X)) != (expected := estimator.input_names_):
+        raise ValueError(
+            f"X has other inputs than in fit: got {_named(got)}, expected {_named(expected)}."
+        )
+    if is_multiple(X):
+        return check_parts(X)
+    if isinstance(X, torch.Tensor) and X.device.type != "cpu":
+        return X
+    return validate_data(
+        estimator, _to_numpy(X), reset=False, allow_nd=True, dtype=FLOATS_AND_INTEGERS
+    )
+
+
+def input_names(X: Any) -> tuple[str, ...] | int | None:
+    """The names of several inputs, or their number; None for one input."""
+    if not is_multiple(X):
+        return None
+    return tuple(X) if isinstance(X, Mapping) else len(X)
+
+
+def _named(names: tuple[str, ...] | int | None) -> str:
+    if isinstance(names, tuple):
+        return f"a mapping with {', '.join(map(repr, names))}"
+    return "one array" if names is None else f"a tuple of {names} arrays"
+
+
+def check_parts(X: Any) -> Any:
+    """Check several inputs: as many rows in each, finite numbers."""
+
+    def check(part: Any) -> Any:
+        if isinstance(part, torch.Tensor) and part.device.type != "cpu":
+            return part
+        return check_array(
+            _to_numpy(part), ensure_2d=False, allow_nd=True, dtype=FLOATS_AND_INTEGERS
+        )
+
+    X = map_inputs(check, X)
+    check_consistent_length(*parts_of(X))
+    return X
+
+
+def _probe(module: nn.Module, row: Any, forward: Any) -> torch.Tensor:
     """Output for one row; says what was fed when the module can't take it."""
     try:
         with torch.no_grad():
-            return as_output(module(row))
-    except (RuntimeError, IndexError) as error:  # what torch raises on shapes and dtypes
+            return feed(module, row, forward)
+    except (RuntimeError, IndexError, TypeError) as error:  # what torch raises on what does not fit
+        if isinstance(error, TypeError) and "module returned" in str(error):
+            raise
+        fed = map_inputs(lambda part: f"shape {tuple(part.shape)} and dtype {part.dtype}", row)
+        fed = ", ".join(f"{k}: {v}" for k, v in fed.items()) if isinstance(fed, dict) else fed
         raise ValueError(
-            f"The module can't take X: fed one row of shape {tuple(row.shape)} and dtype "
-            f"{row.dtype}, it raised {type(error).__name__}: {error}. Floating inputs are fed as "
-            f"the module's dtype, integers as they are."
+            f"The module can't take X: fed one row of {fed}, it raised {type(error).__name__}: "
+            f"{error}. Floating inputs are fed as the module's dtype, integers as they are, a "
+            f"mapping by name and a tuple by position."
         ) from error
 
 
-def _refuse_checkpoints(X: Any) -> None:
+def _refuse_checkpoints(X: Any, y: Any) -> None:
     """Say what went wrong when checkpoints stand where X should."""
+    if is_multiple(X) and y is not None:
+        lengths = {len(part) if getattr(part, "ndim", 1) else 0 for part in parts_of(X)}
+        if lengths == {len(y)}:
+            return
     items = list(X[:1]) if isinstance(X, (list, tuple)) else [X]
     for item in items:
         is_state = isinstance(item, Mapping) and any(

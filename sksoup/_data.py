@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -17,39 +17,79 @@ Task: TypeAlias = Literal["classification", "regression", "multilabel"]
 TASKS = ("classification", "regression", "multilabel")
 
 
+# what a module is fed: f(X), f(**X) or f(*X)
+Inputs: TypeAlias = torch.Tensor | dict[str, torch.Tensor] | tuple[torch.Tensor, ...]
+
+
+def is_multiple(X: Any) -> bool:
+    """Whether X is several inputs, by name or by position, rather than one."""
+    if isinstance(X, Mapping):
+        return all(isinstance(name, str) for name in X)
+    return isinstance(X, tuple) and all(hasattr(part, "shape") for part in X)
+
+
+def map_inputs(function: Callable[[Any], Any], X: Any) -> Any:
+    """Apply a function to X, or to each of its inputs."""
+    if isinstance(X, Mapping):
+        return {name: function(part) for name, part in X.items()}
+    return tuple(map(function, X)) if isinstance(X, tuple) else function(X)
+
+
+def parts_of(X: Any) -> list[Any]:
+    """The inputs in X, one or several."""
+    if isinstance(X, Mapping):
+        return list(X.values())
+    return list(X) if isinstance(X, tuple) else [X]
+
+
+def n_rows(X: Any) -> int:
+    """How many rows."""
+    return len(parts_of(X)[0])
+
+
+def take_rows(X: Any, rows: torch.Tensor) -> Any:
+    """Some rows of every input, each where it is."""
+    return map_inputs(lambda part: part[rows.to(part.device)], X)
+
+
 @dataclass(frozen=True)
 class Batch:
     """A few rows: inputs (n, ...), targets (n, ...), weights (n,) or None."""
 
-    X: torch.Tensor
+    X: Inputs
     y: torch.Tensor
     weight: torch.Tensor | None
 
     def __len__(self) -> int:
-        return len(self.X)
+        return n_rows(self.X)
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """All held-out rows: on the device, or, where that is too small, inputs in host memory."""
 
-    X: torch.Tensor  # (N, ...)
+    X: Inputs  # (N, ...)
     y: torch.Tensor  # (N,) class indices, else (N, n_outputs); on the device
     weight: torch.Tensor | None  # (N,), on the device
     is_streamed: bool = False  # a thread moves the inputs of the next minibatch to the device
 
     def __len__(self) -> int:
-        return len(self.X)
+        return n_rows(self.X)
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.X, self.y, self.weight) if t is not None)
+        return sum(t.nbytes for t in (*parts_of(self.X), self.y, self.weight) if t is not None)
 
     def select(self, rows: torch.Tensor) -> HeldOut:
         """Some of the rows, copied."""
-        X, there = self.X[rows.to(self.X.device)], rows.to(self.y.device)
+        X, there = take_rows(self.X, rows), rows.to(self.y.device)
         weight = None if self.weight is None else self.weight[there]
         return HeldOut(X, self.y[there], weight, self.is_streamed)
+
+    def _move(self, part: torch.Tensor) -> torch.Tensor:
+        """To the device, through pinned memory where that is faster."""
+        part = part.pin_memory() if self.y.is_cuda else part
+        return part.to(self.y.device, non_blocking=True)
 
     def n_batches(self, batch_size: int | None, together: int = 1) -> int:
         """Steps of one walk over the rows, ``together`` minibatches each."""
@@ -68,9 +108,9 @@ class HeldOut:
 
         def batch(start: int) -> Batch:
             rows: Any = slice(start, start + size) if order is None else order[start : start + size]
-            X = self.X[rows]
+            X = map_inputs(lambda part: part[rows], self.X)
             if self.is_streamed:
-                X = (X.pin_memory() if self.y.is_cuda else X).to(self.y.device, non_blocking=True)
+                X = map_inputs(self._move, X)
                 rows = rows if order is None else rows.to(self.y.device)
             return Batch(X, self.y[rows], None if self.weight is None else self.weight[rows])
 
@@ -107,17 +147,21 @@ def to_tensor(values: Any) -> torch.Tensor:
     return torch.as_tensor(values)
 
 
-def inputs_to_tensor(
-    X: NDArray[Any] | torch.Tensor, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def to_inputs(X: Any, dtype: torch.dtype, device: torch.device) -> Inputs:
     """Move inputs to the device: floating ones in the module's dtype, integers as they are."""
-    tensor = to_tensor(X)
-    return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    def move(part: Any) -> torch.Tensor:
+        tensor = to_tensor(part)
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    inputs: Inputs = map_inputs(move, X)
+    return inputs
 
 
-def fits(tensor: torch.Tensor, device: torch.device) -> bool:
+def fits(X: Inputs, device: torch.device) -> bool:
     """Whether inputs may live on the device for a whole fit: at most a quarter of what is free."""
-    return device.type == "cpu" or 4 * tensor.nbytes <= free_bytes(device)
+    nbytes = sum(part.nbytes for part in parts_of(X))
+    return device.type == "cpu" or 4 * nbytes <= free_bytes(device)
 
 
 def resolve_classes(y: NDArray[Any], n_outputs: int, classes: ArrayLike | None) -> NDArray[Any]:

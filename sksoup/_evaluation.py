@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ._data import HeldOut, Task, to_tensor
+from ._data import HeldOut, Task, map_inputs, take_rows, to_tensor
 from ._objective import Objective
 
 SLACK = 1e-9  # far above what float64 sums of penalties are off by, far below what a row is worth
@@ -115,7 +115,8 @@ class Evaluator:
         bounded = None
         if self.rows is not None:
             bounded = RowScore.of(self.rows.task, self.rows.y[rows], weight)
-        return replace(self, data=data, X=self.X[rows], y=y, weight=weight, rows=bounded)
+        X = map_inputs(lambda part: part[rows], self.X)
+        return replace(self, data=data, X=X, y=y, weight=weight, rows=bounded)
 
     @torch.no_grad()
     def __call__(self) -> Evaluation:
@@ -158,7 +159,7 @@ class Evaluator:
             step = many if size < many <= min(least, n - seen) else size
             part = order[seen : seen + step]
             padded = torch.cat([part, part[:1].expand(step - len(part))])
-            chunk = self.objective.forward(self.data.X[padded.to(self.data.X.device)])
+            chunk = self.objective.forward(take_rows(self.data.X, padded))
             chunk = chunk[: len(part)].cpu()
             if outputs is None:
                 outputs = chunk.new_empty((n, *chunk.shape[1:]))

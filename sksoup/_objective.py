@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from ._data import Batch, HeldOut, Task
+from ._data import Batch, HeldOut, Inputs, Task, map_inputs, n_rows
 from .checkpoints import CheckpointCollection
 from .exceptions import CheckpointError
 
 Criterion: TypeAlias = type[nn.Module] | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+Forward: TypeAlias = Callable[[Any, Any], Any]  # (module, X) -> outputs
 
 DEFAULT_CRITERIA: dict[Task, type[nn.Module]] = {
     "classification": nn.CrossEntropyLoss,
@@ -53,13 +56,24 @@ class Objective:
         task: Task,
         precision: str = "fp32",
         compile: bool = False,
+        forward: Forward | None = None,
+        one_logit: bool = False,
     ) -> None:
         self.module = module.eval()
         self._call: Callable[..., Any] = torch.compile(self.module) if compile else self.module
         self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._autocast = precision == "bf16"
+        self._forward = forward
+        self._one_logit = one_logit
+        # the default takes two logits, a criterion of the user's takes what the module gives
+        self._wants_one_logit = one_logit and criterion is not None
         criterion = DEFAULT_CRITERIA[task] if criterion is None else criterion
-        self.criterion = criterion() if isinstance(criterion, type) else criterion
+        criterion = criterion() if isinstance(criterion, type) else criterion
+        if isinstance(
+            criterion, nn.Module
+        ):  # class weights go along; the user's stay where they are
+            criterion = copy.deepcopy(criterion).to(self._device)
+        self.criterion = criterion
         self.counts = Counts()
 
     def own(self) -> Objective:
@@ -71,12 +85,14 @@ class Objective:
 
     def loss(self, batch: Batch, scale: torch.Tensor | None = None) -> torch.Tensor:
         """Mean loss of a batch; ``scale`` multiplies the outputs (Learned-Soup's beta)."""
-        output = self.forward(batch.X)
+        output, y = self.forward(batch.X), batch.y
         if scale is not None:
             output = output * scale
+        if self._wants_one_logit:
+            output, y = output[:, 1] - output[:, 0], y.to(output.dtype)
         if batch.weight is None:
-            return self.criterion(output, batch.y).mean()
-        loss = _per_row(self.criterion)(output, batch.y)
+            return self.criterion(output, y).mean()
+        loss = _per_row(self.criterion)(output, y)
         if loss.ndim == 0:
             raise ValueError(
                 "sample_weight needs a loss per row: the criterion returned one number for "
@@ -108,43 +124,75 @@ class Objective:
         self.counts.rows_backward += len(batch)
         return loss.detach()
 
-    def forward(self, X: torch.Tensor) -> torch.Tensor:
+    def forward(self, X: Inputs) -> torch.Tensor:
         self.counts.n_forward += 1
-        self.counts.rows_forward += len(X)
-        X = X.to(self._device, non_blocking=True)
+        self.counts.rows_forward += n_rows(X)
+        X = map_inputs(lambda part: part.to(self._device, non_blocking=True), X)
         if not self._autocast:
-            return as_output(self._call(X))
-        with torch.autocast(X.device.type, dtype=torch.bfloat16):
-            return as_output(self._call(X)).float()
+            return self._output(X)
+        with torch.autocast(self._device.type, dtype=torch.bfloat16):
+            return self._output(X).float()
 
-    def outputs(self, X: torch.Tensor, batch_size: int | None) -> torch.Tensor:
+    def _output(self, X: Inputs) -> torch.Tensor:
+        return feed(self._call, X, self._forward, self._one_logit)
+
+    def outputs(self, X: Inputs, batch_size: int | None) -> torch.Tensor:
         """All outputs (N, ...), in row order."""
         return batched(self.forward, X, batch_size)
 
 
 @torch.no_grad()
 def batched(
-    forward: Callable[[torch.Tensor], torch.Tensor],
-    X: torch.Tensor,
+    forward: Callable[[Inputs], torch.Tensor],
+    X: Inputs,
     batch_size: int | None,
 ) -> torch.Tensor:
     """Apply ``forward`` to a few rows at a time and put the results together."""
-    size = len(X) if batch_size is None else batch_size
-    return torch.cat([forward(X[start : start + size]) for start in range(0, len(X), size)])
+    n = n_rows(X)
+    size = n if batch_size is None else batch_size
+    slices = (slice(start, start + size) for start in range(0, n, size))
+    return torch.cat([forward(map_inputs(itemgetter(rows), X)) for rows in slices])
+
+
+def feed(
+    module: Callable[..., Any],
+    X: Inputs,
+    forward: Forward | None = None,
+    one_logit: bool = False,
+) -> torch.Tensor:
+    """Outputs of a module for one input, inputs by name or by position, or as ``forward`` says.
+
+    One logit z becomes two, 0 and z: their softmax is its sigmoid.
+    """
+    if forward is not None:
+        found = forward(module, X)
+    elif isinstance(X, dict):
+        found = module(**X)
+    else:
+        found = module(*X) if isinstance(X, tuple) else module(X)
+    output = as_output(found)
+    if not one_logit:
+        return output
+    z = output.reshape(len(output))
+    return torch.stack([torch.zeros_like(z), z], dim=1)
 
 
 def as_output(output: Any) -> torch.Tensor:
-    """Find the output tensor: itself, the first of a tuple, or ``logits``."""
+    """Find the output tensor: itself, ``logits``, or the first of a tuple that has rows.
+
+    (Models of Hugging Face that are given labels put the loss, a number, before the logits.)
+    """
     if isinstance(output, Mapping) and "logits" in output:
         output = output["logits"]
     elif hasattr(output, "logits"):
         output = output.logits
-    elif isinstance(output, (tuple, list)) and output:
-        output = output[0]
+    elif isinstance(output, (tuple, list)):
+        tensors = (part for part in output if isinstance(part, torch.Tensor) and part.ndim)
+        output = next(tensors, output)
     if not isinstance(output, torch.Tensor):
         raise TypeError(
-            f"The module returned a {type(output).__name__}, expected a tensor, a tuple whose "
-            f"first item is one, or something with logits."
+            f"The module returned a {type(output).__name__}, expected a tensor, a tuple with one, "
+            f"or something with logits. Tell how to get the outputs: forward=lambda module, X: ..."
         )
     return output
 

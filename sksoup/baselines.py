@@ -13,7 +13,7 @@ from torch import nn
 from ._base import BaseSoup
 from ._data import Task, resolve_device
 from ._layout import Layers
-from ._objective import load_weights, prepare_module
+from ._objective import Forward, load_weights, prepare_module
 from ._problem import Found, Problem, rank
 from .checkpoints import CheckpointCollection
 
@@ -29,6 +29,9 @@ class UniformSoup(BaseSoup):
     ----------
     checkpoints : CheckpointCollection, callable, iterable or None, default=None
         What to mix; may be given to `fit` instead.
+    forward : callable or None, default=None
+        ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
+        (X a dict) or ``module(*X)`` (a tuple).
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
@@ -82,12 +85,14 @@ class UniformSoup(BaseSoup):
         self,
         checkpoints: Any = None,
         *,
+        forward: Forward | None = None,
         task: Task = "classification",
         classes: ArrayLike | None = None,
         batch_size: int | None = 128,
         device: str | torch.device = "auto",
     ) -> None:
         self.checkpoints = checkpoints
+        self.forward = forward
         self.task = task
         self.classes = classes
         self.batch_size = batch_size
@@ -110,6 +115,9 @@ class BestCheckpoint(BaseSoup):
         What to choose from; may be given to `fit` instead.
     scoring : str, callable or None, default=None
         As scikit-learn understands it, greater is better; by default accuracy or R², by ``task``.
+    forward : callable or None, default=None
+        ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
+        (X a dict) or ``module(*X)`` (a tuple).
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
@@ -169,6 +177,7 @@ class BestCheckpoint(BaseSoup):
         checkpoints: Any = None,
         *,
         scoring: Any = None,
+        forward: Forward | None = None,
         task: Task = "classification",
         classes: ArrayLike | None = None,
         batch_size: int | None = 128,
@@ -177,6 +186,7 @@ class BestCheckpoint(BaseSoup):
     ) -> None:
         self.checkpoints = checkpoints
         self.scoring = scoring
+        self.forward = forward
         self.task = task
         self.classes = classes
         self.batch_size = batch_size
@@ -203,6 +213,9 @@ class CheckpointEnsemble(BaseSoup):
     ----------
     checkpoints : CheckpointCollection, callable, iterable or None, default=None
         What to average; may be given to `fit` instead.
+    forward : callable or None, default=None
+        ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
+        (X a dict) or ``module(*X)`` (a tuple).
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
@@ -244,12 +257,14 @@ class CheckpointEnsemble(BaseSoup):
         self,
         checkpoints: Any = None,
         *,
+        forward: Forward | None = None,
         task: Task = "classification",
         classes: ArrayLike | None = None,
         batch_size: int | None = 128,
         device: str | torch.device = "auto",
     ) -> None:
         self.checkpoints = checkpoints
+        self.forward = forward
         self.task = task
         self.classes = classes
         self.batch_size = batch_size

@@ -19,7 +19,7 @@ from ._data import Task
 from ._describe import judge
 from ._evaluation import Evaluation, Evaluator, RowScore
 from ._mix import mix
-from ._objective import load_weights
+from ._objective import Forward, load_weights
 from ._problem import Found, Problem, evaluate_named, rank
 from .checkpoints import CheckpointCollection
 from .exceptions import SoupWarning
@@ -45,7 +45,7 @@ def greedy(
     for candidate in order[1:]:
         needed = soup.score + min_improvement
         found = evaluate([*ingredients, candidate], needed, soup)
-        kept = not found.is_bound and found.score >= needed
+        kept = found.score >= needed  # a bound is below
         path.append((candidate, found, kept))
         if kept:
             ingredients, soup = [*ingredients, candidate], found
@@ -81,6 +81,9 @@ class GreedySoup(BaseSoup):
     ranking_fraction : float or None, default=None
         Part of the rows, drawn at random and stratified by label, that only rank the checkpoints;
         the others only decide what is kept. None uses all rows for both, as Recipe 1.
+    forward : callable or None, default=None
+        ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
+        (X a dict) or ``module(*X)`` (a tuple).
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
@@ -175,6 +178,7 @@ class GreedySoup(BaseSoup):
         min_improvement: float = 0.0,
         early_rejection: bool = True,
         ranking_fraction: float | None = None,
+        forward: Forward | None = None,
         task: Task = "classification",
         classes: ArrayLike | None = None,
         batch_size: int | None = 128,
@@ -187,6 +191,7 @@ class GreedySoup(BaseSoup):
         self.min_improvement = min_improvement
         self.early_rejection = early_rejection
         self.ranking_fraction = ranking_fraction
+        self.forward = forward
         self.task = task
         self.classes = classes
         self.batch_size = batch_size

@@ -22,7 +22,7 @@ from ._descent import (
 )
 from ._layout import Layerwise
 from ._model_batch import Center, ModelBatch, StreamedModels, centered, resolve_delta_dtype
-from ._objective import Criterion
+from ._objective import Criterion, Forward
 from ._problem import Found, Problem
 from .exceptions import DivergenceError, SoupWarning
 
@@ -73,6 +73,9 @@ class LearnedSoup(BaseSoup):
     criterion : class, nn.Module, callable or None, default=None
         Loss ``(output, y) -> scalar or one per row``; by default cross-entropy, squared error or
         binary cross-entropy with logits, by ``task``.
+    forward : callable or None, default=None
+        ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
+        (X a dict) or ``module(*X)`` (a tuple).
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
@@ -162,6 +165,7 @@ class LearnedSoup(BaseSoup):
         clip_grad_norm: float | None = None,
         shuffle: bool = True,
         criterion: Criterion | None = None,
+        forward: Forward | None = None,
         task: Task = "classification",
         classes: ArrayLike | None = None,
         device: str | torch.device = "auto",
@@ -183,6 +187,7 @@ class LearnedSoup(BaseSoup):
         self.clip_grad_norm = clip_grad_norm
         self.shuffle = shuffle
         self.criterion = criterion
+        self.forward = forward
         self.task = task
         self.classes = classes
         self.device = device

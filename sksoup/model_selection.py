@@ -28,14 +28,13 @@ from sklearn.model_selection import (
     StratifiedShuffleSplit,
     check_cv,
 )
-from sklearn.utils import Tags, check_random_state, get_tags, indexable
+from sklearn.utils import Tags, check_random_state, get_tags
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
-from skorch.helper import SliceDict
 from torch import nn
 
 from ._base import DocLinkMixin, validate_rows
-from ._data import Task
+from ._data import Task, map_inputs
 from ._formats import check_state_dict, read_metadata, write_safetensors, write_text
 from ._objective import module_dtype
 from ._sources import preserved_random_state
@@ -189,7 +188,7 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
 
         Parameters
         ----------
-        X : array-like, Tensor or SliceDict of shape (n_samples, ...)
+        X : array-like or Tensor of shape (n_samples, ...), or a dict or tuple of them
             Inputs, as the estimator takes them.
         y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs)
             Labels or targets, as the estimator takes them.
@@ -200,14 +199,12 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
             Fitted.
         """
         soup, folder = self._soup(), None if self.save_dir is None else Path(self.save_dir)
-        if isinstance(X, SliceDict):
-            X, y = indexable(X, y)
-        else:
-            X, y = validate_rows(self, X, y, soup.task)
+        X, y = validate_rows(self, X, y, soup.task)
         scorer = check_scoring(self.estimator, self.scoring)
         start = find_start(self.estimator)
-        if start is not None and isinstance(X, np.ndarray) and X.dtype.kind == "f":
-            X = X.astype(torch.empty(0, dtype=module_dtype(start)).numpy().dtype, copy=False)
+        if start is not None:  # nets take floats of their own width
+            dtype = torch.empty(0, dtype=module_dtype(start)).numpy().dtype
+            X = map_inputs(lambda x: x.astype(dtype, copy=False) if x.dtype.kind == "f" else x, X)
         seed = self._seed(folder)
         rng = np.random.RandomState(seed)
         params = list(ParameterSampler(self.param_distributions, self.n_iter, random_state=rng))
@@ -535,8 +532,8 @@ def _path(folder: Path | None, index: int) -> Path | None:
 
 
 def _take(values: Any, rows: NDArray[np.int64]) -> Any:
-    """Some rows of an array, a tensor, a frame or a SliceDict."""
-    return values.iloc[rows] if hasattr(values, "iloc") else values[rows]
+    """Some rows of an array, or of several."""
+    return map_inputs(lambda part: part[rows], values)
 
 
 def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
