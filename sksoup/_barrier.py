@@ -11,11 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.utils import check_random_state, check_scalar
-from torch import nn
 
 from ._base import BaseSoup
 from ._data import Task
-from ._layout import Layers
 from ._mix import mix
 from ._objective import Criterion, Forward, load_weights
 from ._problem import Found, Problem
@@ -201,11 +199,5 @@ class _Walk(BaseSoup):
         load_weights(problem.module, mix(ends, [1 - t, t]))
         return problem.objective.mean_loss(problem.data, self.batch_size)
 
-    def _keep_soup(
-        self,
-        collection: CheckpointCollection,
-        coef: NDArray[np.float64],
-        layers: Layers,
-        module: nn.Module,
-    ) -> None:
+    def _keep_soup(self, problem: Problem, coef: NDArray[np.float64]) -> None:
         """Nothing to keep."""

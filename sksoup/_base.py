@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib
 import inspect
+import math
 import multiprocessing
 import os
 import platform
@@ -41,6 +42,12 @@ from sklearn.utils.validation import (
 from skorch import NeuralNetClassifier, NeuralNetRegressor
 from torch import nn
 
+from ._batch_norm import (
+    POLICIES,
+    BatchNormPolicy,
+    recalibrate,
+    statistics,
+)
 from ._data import (
     TASKS,
     HeldOut,
@@ -60,7 +67,7 @@ from ._describe import judge
 from ._evaluation import Evaluator, RowScore
 from ._formats import new_folder, write_text
 from ._hub import copy_companions, hub_folder
-from ._layout import Layers, group_layers
+from ._layout import group_layers
 from ._mix import cast, mix, stored_dtypes
 from ._objective import (
     Forward,
@@ -147,6 +154,7 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
     """
 
     checkpoints: Any
+    batch_norm: BatchNormPolicy = "average"
     forward: Forward | None = None
     task: Task
     classes: ArrayLike | None
@@ -220,50 +228,38 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
             )
             metadata = {} if weight is None else {"sample_weight": weight}
             shown = {"X": X, "y": y, "metadata": metadata}  # to callbacks
-            found = self._search(
-                Problem(
-                    collection,
-                    layers,
-                    data,
-                    objective,
-                    self._evaluator(objective, data, X, y, weight),
-                    functools.partial(self._progress, module, shown),
-                )
+            problem = Problem(
+                collection,
+                layers,
+                data,
+                objective,
+                self._evaluator(objective, data, X, y, weight),
+                functools.partial(self._progress, module, shown),
             )
-            self._finish(collection, layers, objective, found)
+            self._finish(problem, self._search(problem))
         return self
 
     @abstractmethod
     def _search(self, problem: Problem) -> Found:
         """Find the coefficients: the one method a recipe has to have."""
 
-    def _finish(
-        self,
-        collection: CheckpointCollection,
-        layers: Layers,
-        objective: Objective,
-        found: Found,
-    ) -> None:
+    def _finish(self, problem: Problem, found: Found) -> None:
         """Mix the soup from the coefficients alone and keep what was found."""
+        layers = problem.layers
         coef = layers.expand(found.coef)
         self.coef_ = coef if getattr(self, "layerwise", False) else coef[0]
         self.layers_ = dict(layers.rows)
         self.layer_names_ = layers.names
-        self.checkpoints_ = collection
+        self.checkpoints_ = problem.checkpoints
         self.history_ = found.history
-        self.counts_ = objective.counts
+        self.counts_ = problem.objective.counts
         for name, value in found.attributes.items():
             setattr(self, name, value)
-        self._keep_soup(collection, coef, layers, objective.module)
+        self._keep_soup(problem, coef)
 
-    def _keep_soup(
-        self,
-        collection: CheckpointCollection,
-        coef: NDArray[np.float64],
-        layers: Layers,
-        module: nn.Module,
-    ) -> None:
-        load_weights(module, mix(collection, coef, layers=layers.rows))
+    def _keep_soup(self, problem: Problem, coef: NDArray[np.float64]) -> None:
+        collection, module = problem.checkpoints, problem.module
+        load_weights(module, mix(collection, coef, layers=problem.layers.rows))
         mixed = [name for name, c in zip(collection, coef.T, strict=True) if c.any()]
         if strangers := collection.strangers(mixed):
             warnings.warn(
@@ -271,6 +267,7 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
                 SoupWarning,
                 stacklevel=6,  # the call of fit
             )
+        self.recalibrated_ = self._settle_batch_norm(problem) if len(mixed) > 1 else ()
         self._dtypes = stored_dtypes(collection, coef)
         self.module_ = module
         self.recipe_ = Recipe.record(
@@ -284,8 +281,23 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
             ),
             scores=_as_json(getattr(self, "individual_scores_", {})),
             temperature=float(getattr(self, "temperature_", 1.0)),
+            recalibrated=self.recalibrated_,
             versions=_versions(),
         )
+
+    def _settle_batch_norm(self, problem: Problem) -> tuple[str, ...]:
+        """Re-estimate BatchNorm's statistics as ``batch_norm`` says; tell which tensors were."""
+        module, names = problem.module, statistics(problem.module)
+        if self.batch_norm == "average" or not names:
+            return ()
+        state = module.state_dict()
+        averages = {name: state[name].clone() for name in names}
+        score = problem.evaluate().score if self.batch_norm == "auto" else -math.inf
+        recalibrate(problem.objective, problem.data, self.batch_size)
+        if self.batch_norm == "auto" and problem.evaluate().score <= score:
+            load_weights(module, averages)
+            return ()
+        return names
 
     # ------------------------------------------------------------- validation
 
@@ -295,6 +307,10 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
             raise ValueError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}.")
         if self.batch_size is not None:
             check_scalar(self.batch_size, "batch_size", int, min_val=1)
+        if self.batch_norm not in POLICIES:
+            raise ValueError(
+                f"batch_norm must be one of {', '.join(POLICIES)}, got {self.batch_norm!r}."
+            )
         if self.forward is not None and not callable(self.forward):
             raise TypeError(
                 f"forward must be a callable (module, X) or None, got {self.forward!r}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, TypeVar
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ._batch_norm import batch_statistics
 from ._data import Batch
 from ._model_batch import FlatModule, resolve_delta_dtype
 from ._objective import Objective
@@ -30,6 +32,7 @@ class Settings:
     clip_grad_norm: float | None
     shuffle: bool
     accumulate: int
+    normalize_by_batch: bool  # BatchNorm, during the search
 
 
 class Models(Protocol):
@@ -79,31 +82,30 @@ def descend(
     )
     limit = math.inf if settings.clip_grad_norm is None else settings.clip_grad_norm
     records = []
-    for epoch in range(settings.max_epochs):
-        before = coef().detach()
-        losses, norms = [], []
-        batches = data.batches(settings.batch_size, generator if settings.shuffle else None)
-        for together in batched(batches, settings.accumulate):
-            c = coef()  # (b, n_searched), a graph of a few numbers
-            models.combine(layers.expand_columns(c.detach()))
-            models.flat.grad.zero_()
-            optimizer.zero_grad()
-            losses.append(_loss_and_backward(problem.objective, together, scale))
-            c.backward(models.project(layers.n_searched).to(c))  # type: ignore[no-untyped-call]
-            norms.append(torch.nn.utils.clip_grad_norm_(leaves, limit))
-            optimizer.step()
-            scheduler.step()
-        loss, norm = (
-            torch.stack(losses),
-            torch.stack(norms),
-        )  # fetched from the device at once
-        finite = torch.isfinite(loss) & torch.isfinite(norm).to(loss.device)
-        if not bool(finite.all()) or not bool(torch.isfinite(coef()).all()):
-            bad = torch.cat([~finite, finite.new_ones(1)]).nonzero()[0]
-            step = epoch * per_epoch + min(int(bad) + 1, len(losses))
-            raise NotFiniteError(step, before.cpu().double().numpy())
-        records.append({"epoch": epoch, "loss": loss.tolist(), "grad_norm": norm.tolist()})
-        on_epoch(lambda: models.combine(layers.expand_columns(coef().detach())))
+    searching = batch_statistics(problem.module) if settings.normalize_by_batch else nullcontext()
+    with searching:
+        for epoch in range(settings.max_epochs):
+            before = coef().detach()
+            losses, norms = [], []
+            batches = data.batches(settings.batch_size, generator if settings.shuffle else None)
+            for together in batched(batches, settings.accumulate):
+                c = coef()  # (b, n_searched), a graph of a few numbers
+                models.combine(layers.expand_columns(c.detach()))
+                models.flat.grad.zero_()
+                optimizer.zero_grad()
+                losses.append(_loss_and_backward(problem.objective, together, scale))
+                c.backward(models.project(layers.n_searched).to(c))  # type: ignore[no-untyped-call]
+                norms.append(torch.nn.utils.clip_grad_norm_(leaves, limit))
+                optimizer.step()
+                scheduler.step()
+            loss, norm = torch.stack(losses), torch.stack(norms)  # fetched at once
+            finite = torch.isfinite(loss) & torch.isfinite(norm).to(loss.device)
+            if not bool(finite.all()) or not bool(torch.isfinite(coef()).all()):
+                bad = torch.cat([~finite, finite.new_ones(1)]).nonzero()[0]
+                step = epoch * per_epoch + min(int(bad) + 1, len(losses))
+                raise NotFiniteError(step, before.cpu().double().numpy())
+            records.append({"epoch": epoch, "loss": loss.tolist(), "grad_norm": norm.tolist()})
+            on_epoch(lambda: models.combine(layers.expand_columns(coef().detach())))
     models.combine(layers.expand_columns(coef().detach()))
     return records
 
@@ -188,6 +190,7 @@ def settings_of(soup: Any) -> Settings:
         soup.clip_grad_norm,
         soup.shuffle,
         soup.accumulate,
+        soup.batch_norm == "recalibrate",
     )
 
 

@@ -34,6 +34,7 @@ class Counts:
     n_backward: int = 0
     rows_forward: int = 0
     rows_backward: int = 0
+    rows_recalibrated: int = 0  # through BatchNorm's re-estimation, forward only
 
     def add(self, other: Counts) -> None:
         """Count what somebody else ran, too."""
@@ -127,6 +128,10 @@ class Objective:
     def forward(self, X: Inputs) -> torch.Tensor:
         self.counts.n_forward += 1
         self.counts.rows_forward += n_rows(X)
+        return self.run(X)
+
+    def run(self, X: Inputs) -> torch.Tensor:
+        """Outputs for these rows, not counted."""
         X = map_inputs(lambda part: part.to(self._device, non_blocking=True), X)
         if not self._autocast:
             return self._output(X)

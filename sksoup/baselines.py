@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.utils.validation import check_is_fitted
-from torch import nn
 
 from ._base import BaseSoup
+from ._batch_norm import BatchNormPolicy
 from ._data import Task, resolve_device
-from ._layout import Layers
 from ._objective import Forward, load_weights, prepare_module
 from ._problem import Found, Problem, rank
 from .checkpoints import CheckpointCollection
@@ -29,6 +28,9 @@ class UniformSoup(BaseSoup):
     ----------
     checkpoints : CheckpointCollection, callable, iterable or None, default=None
         What to mix; may be given to `fit` instead.
+    batch_norm : {"average", "recalibrate", "auto"}, default="average"
+        Running statistics of BatchNorm: mixed like the weights around them; or re-estimated from
+        the held-out rows (for the result); or whichever scores better on them, mixed on ties.
     forward : callable or None, default=None
         ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
         (X a dict) or ``module(*X)`` (a tuple).
@@ -85,6 +87,7 @@ class UniformSoup(BaseSoup):
         self,
         checkpoints: Any = None,
         *,
+        batch_norm: BatchNormPolicy = "average",
         forward: Forward | None = None,
         task: Task = "classification",
         classes: ArrayLike | None = None,
@@ -92,6 +95,7 @@ class UniformSoup(BaseSoup):
         device: str | torch.device = "auto",
     ) -> None:
         self.checkpoints = checkpoints
+        self.batch_norm = batch_norm
         self.forward = forward
         self.task = task
         self.classes = classes
@@ -276,13 +280,7 @@ class CheckpointEnsemble(BaseSoup):
             n = len(problem.checkpoints)
             return Found(np.full((1, n), 1 / n))
 
-    def _keep_soup(
-        self,
-        collection: CheckpointCollection,
-        coef: NDArray[np.float64],
-        layers: Layers,
-        module: nn.Module,
-    ) -> None:
+    def _keep_soup(self, problem: Problem, coef: NDArray[np.float64]) -> None:
         """Keep no weights and no recipe: a prediction reads the checkpoints."""
 
     def _outputs(self, X: Any) -> torch.Tensor:

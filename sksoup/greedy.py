@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.utils import check_scalar
 
 from ._base import BaseSoup
+from ._batch_norm import BatchNormPolicy, recalibrate, statistics
 from ._data import Task
 from ._describe import judge
 from ._evaluation import Evaluation, Evaluator, RowScore
@@ -81,6 +83,10 @@ class GreedySoup(BaseSoup):
     ranking_fraction : float or None, default=None
         Part of the rows, drawn at random and stratified by label, that only rank the checkpoints;
         the others only decide what is kept. None uses all rows for both, as Recipe 1.
+    batch_norm : {"average", "recalibrate", "auto"}, default="average"
+        Running statistics of BatchNorm: mixed like the weights around them; or re-estimated from
+        the held-out rows (for every candidate and the result); or whichever scores better on them,
+        mixed on ties.
     forward : callable or None, default=None
         ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
         (X a dict) or ``module(*X)`` (a tuple).
@@ -150,7 +156,8 @@ class GreedySoup(BaseSoup):
     Cost: K evaluations of N rows for the ranking, none when the collection knows its ``scores``
     (but one for the best checkpoint), and K - 1 for the candidates. Of these most rows are spared,
     exactly: the rows are evaluated hardest first, by their margin under the soup so far, in chunks
-    of N / 16 rows (at least 32), until even a perfect remainder would not reach the score needed.
+    of N / 16 rows (at least 32; whole minibatches as long as no bound can decide anything), until
+    even a perfect remainder would not reach the score needed.
     A candidate has exactly the values that `mix` gives, so it is mixed anew from its n files:
     K n / 2 reads in all at worst. Memory: two models.
 
@@ -178,6 +185,7 @@ class GreedySoup(BaseSoup):
         min_improvement: float = 0.0,
         early_rejection: bool = True,
         ranking_fraction: float | None = None,
+        batch_norm: BatchNormPolicy = "average",
         forward: Forward | None = None,
         task: Task = "classification",
         classes: ArrayLike | None = None,
@@ -191,6 +199,7 @@ class GreedySoup(BaseSoup):
         self.min_improvement = min_improvement
         self.early_rejection = early_rejection
         self.ranking_fraction = ranking_fraction
+        self.batch_norm = batch_norm
         self.forward = forward
         self.task = task
         self.classes = classes
@@ -238,7 +247,7 @@ class GreedySoup(BaseSoup):
                     if candidate in following:
                         checkpoints.warm(names[following[candidate]])
                     found = evaluate_named(
-                        lambda: self._try(to_accept, needed, soup), names[candidate]
+                        lambda: self._try(problem, to_accept, needed, soup), names[candidate]
                     )
                 return found
 
@@ -273,7 +282,25 @@ class GreedySoup(BaseSoup):
         )  # fmt: skip
         return evaluate.on(np.sort(ranks)), evaluate.on(np.sort(accepts))
 
-    def _try(self, evaluate: Evaluator, needed: float, soup: Evaluation | None) -> Evaluation:
+    def _try(
+        self, problem: Problem, evaluate: Evaluator, needed: float, soup: Evaluation | None
+    ) -> Evaluation:
+        """Evaluate a candidate; its BatchNorm statistics as mixed, re-estimated, or the better."""
+        if soup is None or self.batch_norm == "average" or not statistics(problem.module):
+            return self._evaluate(evaluate, needed, soup)
+        mixed: Evaluation | None = None
+        if self.batch_norm == "auto":
+            mixed = self._evaluate(evaluate, needed, soup)
+            if mixed.score >= needed:
+                return mixed
+        recalibrate(problem.objective, problem.data, self.batch_size)
+        found = self._evaluate(evaluate, needed, soup)
+        if mixed is None:
+            return found
+        better = found if found.score > mixed.score else mixed
+        return replace(better, n_rows=found.n_rows + mixed.n_rows)
+
+    def _evaluate(self, evaluate: Evaluator, needed: float, soup: Evaluation | None) -> Evaluation:
         if not self.early_rejection or soup is None or soup.margins is None:
             return evaluate()
         order = soup.margins.argsort(stable=True)  # hardest first

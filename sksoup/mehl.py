@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.utils import check_scalar
 
 from ._base import BaseSoup
+from ._batch_norm import BatchNormPolicy, check_rows
 from ._budget import Budget, is_out_of_memory, parse_bytes
 from ._data import Task
 from ._descent import (
@@ -113,6 +114,10 @@ class MEHLSoup(BaseSoup):
     criterion : class, nn.Module, callable or None, default=None
         Loss ``(output, y) -> scalar or one per row``; by default cross-entropy, squared error or
         binary cross-entropy with logits, by ``task``.
+    batch_norm : {"average", "recalibrate", "auto"}, default="average"
+        Running statistics of BatchNorm: mixed like the weights around them; or re-estimated from
+        the held-out rows (for the result; the search normalises by the minibatch); or whichever
+        scores better on them, mixed on ties.
     forward : callable or None, default=None
         ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
         (X a dict) or ``module(*X)`` (a tuple).
@@ -217,6 +222,7 @@ class MEHLSoup(BaseSoup):
         clip_grad_norm: float | None = None,
         shuffle: bool = True,
         criterion: Criterion | None = None,
+        batch_norm: BatchNormPolicy = "average",
         forward: Forward | None = None,
         task: Task = "classification",
         classes: ArrayLike | None = None,
@@ -242,6 +248,7 @@ class MEHLSoup(BaseSoup):
         self.clip_grad_norm = clip_grad_norm
         self.shuffle = shuffle
         self.criterion = criterion
+        self.batch_norm = batch_norm
         self.forward = forward
         self.task = task
         self.classes = classes
@@ -260,6 +267,8 @@ class MEHLSoup(BaseSoup):
             parse_bytes(self.memory_limit)
 
     def _search(self, problem: Problem) -> Found:
+        if self.batch_norm == "recalibrate":
+            check_rows(problem.module, len(problem.data), self.batch_size)
         n, n_rows = len(problem.checkpoints), problem.layers.n_searched
         generator = private_generator(self.random_state)
         seed = generator.get_state()

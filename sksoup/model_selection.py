@@ -211,16 +211,18 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         seeds = rng.randint(2**31 - 1, size=len(params))
         train, held_out = self._split(X, y, rng)
         parts = [_take(values, rows) for rows in (train, held_out) for values in (X, y)]
+        numbers = parts[1::2]  # of the labels, for nets, which know no names
         if start is not None:  # what the soup can't take is told before hours of training
             one = CheckpointCollection([start], module=copy.deepcopy(start))
             trial = UniformSoup(one, task=soup.task, classes=soup.classes, device=soup.device)
             trial.fit(*parts[2:])
+            if soup.task == "classification":
+                numbers = [_number(labels, trial.classes_) for labels in parts[1::2]]
         if folder is not None:
             _claim(folder, self._manifest(seed, params, start, parts))
+        rows = [parts[0], numbers[0], parts[2], numbers[1]]
         candidates = Parallel(n_jobs=self.n_jobs)(
-            delayed(fine_tune)(
-                self.estimator, p, int(s), start, parts, scorer, _path(folder, index)
-            )
+            delayed(fine_tune)(self.estimator, p, int(s), start, rows, scorer, _path(folder, index))
             for index, (p, s) in enumerate(zip(params, seeds, strict=True))
         )
         self._keep_results(params, candidates)
@@ -521,6 +523,19 @@ def content_hash(values: Any) -> str:
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     return str(joblib.hash(plain(values)))
+
+
+def _number(labels: NDArray[Any], classes: NDArray[Any]) -> NDArray[np.int64]:
+    """Labels as indices into the classes."""
+    unknown = np.setdiff1d(labels, classes)
+    if len(unknown):
+        raise ValueError(
+            f"The held-out part lacks labels that the training part has, such as {unknown[0]!r}. "
+            f"Give classes= to the soup, or a cv whose first split has all of them."
+        )
+    order = np.argsort(classes)
+    numbers: NDArray[np.int64] = order[np.searchsorted(classes, labels, sorter=order)]
+    return numbers
 
 
 def _name(index: int) -> str:

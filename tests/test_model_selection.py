@@ -119,6 +119,20 @@ def test_a_module_class_is_drawn_once_and_said(zoo: Zoo):
     assert unrelated(search.checkpoints_) == []
 
 
+def test_labels_may_be_names(zoo: Zoo):
+    names = np.array(["ant", "bee", "cat"])
+    search = search_of().fit(zoo.X, names[zoo.y])
+    plain = search_of().fit(zoo.X, zoo.y)
+    assert search.classes_.tolist() == names.tolist()
+    assert (search.predict(zoo.X) == names[plain.predict(zoo.X)]).all()
+    assert search.best_score_ == plain.best_score_
+    y = names[zoo.y]
+    y[:5] = "dog"
+    first = [(np.arange(60), np.arange(5, 60))]
+    with pytest.raises(ValueError, match=r"held-out part lacks labels.*dog"):
+        search_of(cv=first).fit(zoo.X, y)
+
+
 def test_a_fitted_net_is_the_start(zoo: Zoo):
     net = net_of(PlainNet, max_epochs=20).fit(zoo.X, zoo.y)
     start = {name: w.clone() for name, w in net.module_.state_dict().items()}

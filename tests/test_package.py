@@ -32,6 +32,7 @@ PLAN = [
     "_mix",
     "_data",
     "_objective",
+    "_batch_norm",
     "_evaluation",
     "_problem",
     "_reader",
