@@ -68,6 +68,7 @@ from ._evaluation import Evaluator, RowScore
 from ._formats import new_folder, write_text
 from ._hub import copy_companions, hub_folder
 from ._layout import group_layers
+from ._loaders import is_loader, read_loader
 from ._mix import cast, mix, stored_dtypes
 from ._objective import (
     Forward,
@@ -185,11 +186,14 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
             What to mix; a callable ``(X, y) -> CheckpointCollection`` makes it from the data, and
             is given ``sample_weight`` too if it has a parameter of that name. By default the
             constructor's ``checkpoints``.
-        X : array-like or Tensor of shape (n_samples, ...), or a dict or tuple of them
+        X : array-like or Tensor of shape (n_samples, ...), dict or tuple of them, Dataset or \
+                DataLoader
             Held-out inputs; a dict is fed by name, a tuple by position. Floating ones are converted
-            to the module's dtype.
-        y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs)
-            Held-out labels or targets.
+            to the module's dtype. A torch ``Dataset``, a ``DataLoader``, a ``datasets.Dataset`` or
+            an iterator of batches is walked once and kept in memory.
+        y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs), default=None
+            Held-out labels or targets. None where the batches hold them: the second of a pair, or
+            ``labels`` of a mapping; a string names another key.
         sample_weight : array-like of shape (n_samples,) or None, default=None
             Weights of the rows, in the loss and in the held-out score.
 
@@ -209,6 +213,8 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         """
         with threads_of_parent(checkpoints):
             self._check_params()
+            if sample_weight is not None and is_loader(X):  # one weight for each row, in order
+                X, y = read_loader(X, y, ordered=True)
             X, y = validate_rows(self, X, y, self.task)
             weight = _check_weight(sample_weight, len(y))
             collection = self._collect(checkpoints, X, y, weight)
@@ -401,15 +407,15 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         metric = r2_score if self.task == "regression" else accuracy_score
         return float(metric(y, predicted, sample_weight=weight))
 
-    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Score the predictions: accuracy, or R² for ``task="regression"``.
 
         Parameters
         ----------
-        X : array-like or Tensor of shape (n_samples, ...)
-            Inputs.
-        y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs)
-            Labels or targets.
+        X : array-like or Tensor of shape (n_samples, ...), dict, tuple, Dataset or DataLoader
+            Inputs, as in `fit`.
+        y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs), default=None
+            Labels or targets; None, or the name of a key, where they are in the batches.
         sample_weight : array-like of shape (n_samples,) or None, default=None
             Weights of the rows.
 
@@ -418,6 +424,10 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         score : float
             Greater is better; subset accuracy for ``task="multilabel"``.
         """
+        if is_loader(X):
+            X, y = read_loader(X, y, ordered=sample_weight is not None)
+        if y is None:
+            raise ValueError("score needs y, or batches that hold the targets.")
         return self._default_score(_to_numpy(y), self.predict(X), sample_weight)
 
     # --------------------------------------------------------------- predictions
@@ -649,6 +659,8 @@ FLOATS_AND_INTEGERS = [np.float64, np.float32, *INTEGERS]
 
 def validate_rows(estimator: Any, X: Any, y: Any, task: Task) -> tuple[Any, NDArray[Any]]:
     """Check rows by scikit-learn's rules, note their features; what is on a device stays there."""
+    if is_loader(X):
+        X, y = read_loader(X, y)
     _refuse_checkpoints(X, y)
     wants = {"multi_output": task != "classification", "y_numeric": task == "regression"}
     y = _to_numpy(y)
@@ -671,6 +683,9 @@ def validate_rows(estimator: Any, X: Any, y: Any, task: Task) -> tuple[Any, NDAr
 
 def validate_inputs(estimator: Any, X: Any) -> Any:
     """Check rows to predict for: the same inputs as in `fit`."""
+    if is_loader(X):
+        names = estimator.input_names_
+        X, _ = read_loader(X, ordered=True, n_inputs=names if isinstance(names, int) else None)
     if (got := input_names(X)) != (expected := estimator.input_names_):
         raise ValueError(
             f"X has other inputs than in fit: got {_named(got)}, expected {_named(expected)}."

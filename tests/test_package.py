@@ -31,6 +31,7 @@ PLAN = [
     "_layout",
     "_mix",
     "_data",
+    "_loaders",
     "_objective",
     "_batch_norm",
     "_evaluation",
