@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from sklearn.base import clone
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -157,3 +158,14 @@ def test_a_soup_can_be_exported(zoo: Zoo):
     X = torch.as_tensor(zoo.X)
     program = torch.export.export(soup.module_, (X,))
     torch.testing.assert_close(program.module()(X), soup.module_(X))
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch's own, while exporting
+def test_a_soup_goes_to_onnx(zoo: Zoo):
+    soup = UniformSoup().fit(CheckpointCollection(modules_of(Group)), zoo.X, zoo.y)
+    program = torch.onnx.export(soup.module_, (torch.as_tensor(zoo.X),), verbose=False)
+    model = program.model_proto
+    (got,) = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: zoo.X})
+    with torch.no_grad():
+        expected = soup.module_(torch.as_tensor(zoo.X)).numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-5)
