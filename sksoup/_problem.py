@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -88,9 +89,11 @@ def rank(
     for ranking, counts in Parallel(n_jobs=n_workers)(tasks):
         problem.objective.counts.add(counts)
         rankings.append(ranking)
-        for name in ranking.scores:
-            step(partial(checkpoints.__getitem__, name))
     scores = {name: score for ranking in rankings for name, score in ranking.scores.items()}
+    best_name = checkpoints.names[0]
+    for name in checkpoints:
+        best_name = max(best_name, name, key=scores.__getitem__)  # the first on ties
+        step(partial(checkpoints.__getitem__, best_name))
     return Ranking(scores, max((r.best for r in rankings), key=lambda best: best.score))
 
 
@@ -126,7 +129,13 @@ def rank_some(checkpoints: CheckpointCollection, evaluate: Evaluator, step: Step
 def evaluate_named(evaluate: Callable[[], Evaluation], what: str) -> Evaluation:
     """Evaluate; an error says what was being scored."""
     try:
-        return evaluate()
+        found = evaluate()
     except Exception as error:
         error.add_note(f"This was raised while {what!r} was scored on the held-out rows.")
         raise
+    if math.isnan(found.score):
+        raise ValueError(
+            f"The held-out score of {what!r} is not a number, so it can't be compared. Change "
+            f"scoring, or hold out rows it is defined on."
+        )
+    return found

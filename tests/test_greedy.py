@@ -261,6 +261,12 @@ def test_an_error_of_a_metric_names_the_checkpoint(zoo: Zoo):
     assert "'checkpoint2' was scored" in caught.value.__notes__[0]
 
 
+@pytest.mark.parametrize("kind", [GreedySoup, BestCheckpoint])
+def test_a_score_that_is_not_a_number(zoo: Zoo, kind):
+    with pytest.raises(ValueError, match="score of 'checkpoint0' is not a number"):
+        kind(scoring=lambda soup, X, y: float("nan")).fit(zoo.checkpoints, zoo.X, zoo.y)
+
+
 @pytest.mark.parametrize("backend", ["loky", "threading"])
 @pytest.mark.parametrize("scoring", [None, "neg_log_loss"])
 @pytest.mark.parametrize("kind", [GreedySoup, BestCheckpoint])
