@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,36 @@ class SmallViT(nn.Module):
         tokens = self.embed(pixels.transpose(1, 2))  # (n, 64 / patch^2, width)
         tokens = torch.cat([self.token.expand(len(X), -1, -1), tokens], dim=1) + self.position
         return self.head(self.norm(self.blocks(tokens)[:, 0]))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions with BatchNorm, and a shortcut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width),
+        )  # fmt: skip
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        return (X + self.body(X)).relu()
+
+
+class SmallResNet(nn.Module):
+    """A residual network with BatchNorm for 8 x 8 digits, rows of 64 pixels."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width))
+        self.blocks = nn.Sequential(
+            ResidualBlock(width), ResidualBlock(width), nn.MaxPool2d(2), ResidualBlock(width)
+        )
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        images = self.stem(X.reshape(-1, 1, 8, 8)).relu()
+        return self.head(self.blocks(images).mean(dim=(2, 3)))
 
 
 class MLP(nn.Module):
@@ -107,12 +138,22 @@ def make_checkpoints(folder: Path, kind: str, n: int) -> None:
 
 
 def fine_tune_vits(folder: Path, n: int, seed: int) -> CheckpointCollection:
-    """Pretrain a small vision transformer on digits and fine-tune it n times, as `DigitsZoo` is."""
+    """Pretrain a small vision transformer on digits and fine-tune it n times."""
+    return fine_tune(folder, n, seed, partial(SmallViT, 64, 3, 2), epochs=60)
+
+
+def fine_tune(
+    folder: Path, n: int, seed: int, build: Callable[[], nn.Module], epochs: int
+) -> CheckpointCollection:
+    """Pretrain a network on digits and fine-tune it n times, as the networks of `DigitsZoo` are.
+
+    With half of their learning rates, and more pretraining.
+    """
     data = _digits(seed)
     with preserved_random_state():
         torch.manual_seed(seed)
-        net = SmallViT(64, 3, patch=2)
-    start = _train(net, *data["pretrain"], FineTuning(3e-3, 1e-2, 0.0, 0.2, 60, seed))
+        net = build()
+    start = _train(net, *data["pretrain"], FineTuning(3e-3, 1e-2, 0.0, 0.2, epochs, seed))
     start = {name: w.clone() for name, w in start.items()}
     states = {}
     for k in range(n):
@@ -120,7 +161,7 @@ def fine_tune_vits(folder: Path, n: int, seed: int) -> CheckpointCollection:
         net.load_state_dict(start)
         state = _train(net, *data["finetune"], replace(how, lr=how.lr / 2))
         states[f"ft{k:02d}"] = {name: w.clone() for name, w in state.items()}
-    return CheckpointCollection(states, module=partial(SmallViT, 64, 3, 2)).save(folder)
+    return CheckpointCollection(states, module=build).save(folder)
 
 
 def make_rows(kind: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:

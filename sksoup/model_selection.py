@@ -100,7 +100,8 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
     soup_ : estimator
         The fitted soup.
     checkpoints_ : CheckpointCollection
-        The candidates that did not fail, ``candidate000``, ...
+        The candidates that did not fail, ``candidate000``, ...; with their scores on the held-out
+        part, where the soup ranks by the same score.
     cv_results_ : dict of str to ndarray or list
         As of ``RandomizedSearchCV``, one entry per candidate: ``params``, ``param_*``,
         ``mean_test_score``, ``rank_test_score``, ``mean_fit_time`` (seconds), and ``error``, the
