@@ -49,11 +49,13 @@ from ._batch_norm import (
     statistics,
 )
 from ._data import (
+    IGNORED,
     TASKS,
     HeldOut,
     Task,
     encode_targets,
     fits,
+    is_dense,
     is_multiple,
     map_inputs,
     n_rows,
@@ -192,7 +194,9 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
             to the module's dtype. A torch ``Dataset``, a ``DataLoader``, a ``datasets.Dataset`` or
             an iterator of batches is walked once and kept in memory.
         y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs), default=None
-            Held-out labels or targets. None where the batches hold them: the second of a pair, or
+            Held-out labels or targets; integer labels of shape (n_samples, ...) where the module
+            gives (n_samples, n_outputs, ...), of pixels or tokens, -100 at positions that are left
+            out. None where the batches hold them: the second of a pair, or
             ``labels`` of a mapping; a string names another key.
         sample_weight : array-like of shape (n_samples,) or None, default=None
             Weights of the rows, in the loss and in the held-out score.
@@ -353,7 +357,10 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         dtype, cpu = module_dtype(module), torch.device("cpu")
         row = to_inputs(map_inputs(lambda part: part[:1], X), dtype, device)
         output = _probe(module, row, self.forward)
-        self.one_logit_ = self.task == "classification" and output.shape in ((1,), (1, 1))
+        dense = self.task == "classification" and is_dense(y)
+        self.one_logit_ = (
+            self.task == "classification" and not dense and output.shape in ((1,), (1, 1))
+        )
         if self.one_logit_:
             if len(labels := np.unique(y)) > 2:
                 raise ValueError(
@@ -362,17 +369,27 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
                     f"(1, n_outputs)."
                 )
             output = output.new_zeros((1, 2))  # as which it is used
-        if output.ndim > 2 or (self.task == "classification" and output.ndim != 2):
+        if dense and (output.ndim < 3 or output.shape[2:] != y.shape[1:]):
+            raise ValueError(
+                f"The module's output has shape {tuple(output.shape)} for one row, and y has "
+                f"labels of shape {y.shape[1:]}: expected (1, n_outputs, "
+                f"{', '.join(map(str, y.shape[1:]))}). Move the axis of the outputs with "
+                f"forward=lambda module, X: module(X).movedim(-1, 1)."
+            )
+        if not dense and (output.ndim > 2 or (self.task == "classification" and output.ndim != 2)):
             raise ValueError(
                 f"The module's output has shape {tuple(output.shape)} for one row, expected "
                 f"(1, n_outputs) for task={self.task!r}."
             )
-        n_outputs = output.shape[1] if output.ndim == 2 else 1
+        n_outputs = output.shape[1] if output.ndim > 1 else 1
         if self.task == "classification":
-            self.classes_ = resolve_classes(y, n_outputs, self.classes)
+            self.classes_ = resolve_classes(
+                y[y != IGNORED] if dense else y, n_outputs, self.classes
+            )
         targets = encode_targets(
-            y, self.task, getattr(self, "classes_", None), n_outputs, dtype, device
-        )
+            y, self.task, getattr(self, "classes_", None), n_outputs, dtype, device,
+            getattr(getattr(self, "criterion", None), "ignore_index", IGNORED),
+        )  # fmt: skip
         if self.task != "classification":
             targets = targets.reshape(len(targets), *output.shape[1:])
             self.target_ndim_ = y.ndim
@@ -398,13 +415,19 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         if scoring in (None, DEFAULT_SCORING[self.task]):
             scorer = None
             targets = to_tensor(y) if self.task == "regression" else data.y
-            rows = RowScore.of(self.task, targets, weight)
+            if self.task != "classification" or not is_dense(y):
+                rows = RowScore.of(self.task, targets, weight)
         else:
             scorer = check_scoring(soup, scoring)
         return Evaluator(objective, data, self.batch_size, soup, scorer, X, y, weight, rows)
 
     def _default_score(self, y: Any, predicted: Any, weight: Any) -> float:
         metric = r2_score if self.task == "regression" else accuracy_score
+        if self.task == "classification" and is_dense(np.asarray(y)):
+            used = np.asarray(y) != IGNORED  # positions, each with the weight of its row
+            if weight is not None:
+                weight = np.repeat(np.asarray(weight), used.reshape(len(used), -1).sum(axis=1))
+            y, predicted = np.asarray(y)[used], predicted[used]
         return float(metric(y, predicted, sample_weight=weight))
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
@@ -665,6 +688,8 @@ def validate_rows(estimator: Any, X: Any, y: Any, task: Task) -> tuple[Any, NDAr
     wants = {"multi_output": task != "classification", "y_numeric": task == "regression"}
     y = _to_numpy(y)
     estimator.input_names_ = input_names(X)
+    if task == "classification" and y is not None and is_dense(np.asarray(y)):
+        return validate_dense(estimator, X, np.asarray(y))
     if is_multiple(X):
         X = check_parts(X)
         check_consistent_length(*parts_of(X), y)
@@ -678,6 +703,23 @@ def validate_rows(estimator: Any, X: Any, y: Any, task: Task) -> tuple[Any, NDAr
         )
     if task == "classification":
         check_classification_targets(y)
+    return X, y
+
+
+def validate_dense(estimator: Any, X: Any, y: NDArray[Any]) -> tuple[Any, NDArray[Any]]:
+    """Check rows with labels at several positions each; scikit-learn knows no such targets."""
+    if is_multiple(X):
+        X = check_parts(X)
+    elif not (isinstance(X, torch.Tensor) and X.device.type != "cpu"):
+        X = validate_data(estimator, _to_numpy(X), allow_nd=True, dtype=FLOATS_AND_INTEGERS)
+    check_consistent_length(*parts_of(X), y)
+    if y.dtype.kind not in "iu":
+        raise ValueError(
+            f"y has shape {y.shape} and dtype {y.dtype}: labels at several positions of a row must "
+            f"be integers, {IGNORED} where one is left out."
+        )
+    if (y == IGNORED).all():
+        raise ValueError(f"y holds nothing but {IGNORED}, which leaves out every position.")
     return X, y
 
 

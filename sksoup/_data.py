@@ -21,6 +21,14 @@ TASKS = ("classification", "regression", "multilabel")
 Inputs: TypeAlias = torch.Tensor | dict[str, torch.Tensor] | tuple[torch.Tensor, ...]
 
 
+IGNORED = -100  # a label that is left out, as in torch's criteria
+
+
+def is_dense(y: Any) -> bool:
+    """Whether there are labels at several positions of a row: of pixels, of tokens."""
+    return bool(y.ndim > 1 and y.shape[1:] != (1,))
+
+
 def is_multiple(X: Any) -> bool:
     """Whether X is several inputs, by name or by position, rather than one."""
     if isinstance(X, Mapping):
@@ -196,13 +204,21 @@ def encode_targets(
     n_outputs: int,
     dtype: torch.dtype,
     device: torch.device,
+    ignored: int = IGNORED,
 ) -> torch.Tensor:
-    """Targets as the criterion wants them: class indices (N,), else floats (N, n_outputs)."""
+    """Targets as the criterion wants them: class indices (N, ...), else floats (N, n_outputs).
+
+    Positions to leave out become ``ignored``, the criterion's number for them.
+    """
     if task == "classification":
         if classes is None:
             raise TypeError("classification needs classes")
         order = np.argsort(classes)
-        return torch.as_tensor(order[np.searchsorted(classes, y, sorter=order)]).to(device)
+        where = np.searchsorted(classes, y, sorter=order)
+        if is_dense(y):
+            where = np.where(y == IGNORED, 0, where)
+            return to_tensor(np.where(y == IGNORED, ignored, order[where])).to(device)
+        return torch.as_tensor(order[where]).to(device)
     targets = to_tensor(np.asarray(y, dtype=np.float64)).reshape(len(y), -1)
     if targets.shape[1] != n_outputs:
         raise ValueError(

@@ -135,7 +135,8 @@ def evaluate_named(evaluate: Callable[[], Evaluation], what: str) -> Evaluation:
         raise
     if math.isnan(found.score):
         raise ValueError(
-            f"The held-out score of {what!r} is not a number, so it can't be compared. Change "
-            f"scoring, or hold out rows it is defined on."
+            f"The held-out score of {what!r} is not a number on these rows (n_samples = "
+            f"{found.n_rows}), so it can't be compared. Change scoring, or hold out rows it is "
+            f"defined on."
         )
     return found

@@ -273,7 +273,7 @@ class GreedySoup(BaseSoup):
         """What ranks and what accepts: the same, or each on rows of its own."""
         if self.ranking_fraction is None or is_known:
             return evaluate, evaluate
-        labels = evaluate.y if self.task == "classification" else None
+        labels = evaluate.y if self.task == "classification" and evaluate.y.ndim == 1 else None
         if labels is not None and np.unique(labels, return_counts=True)[1].min() < 2:
             labels = None
         ranks, accepts = train_test_split(

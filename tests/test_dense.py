@@ -1,0 +1,149 @@
+"""Labels of pixels and tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from sksoup import (
+    CheckpointCollection,
+    CheckpointEnsemble,
+    GreedySoup,
+    LearnedSoup,
+    MEHLSoup,
+    UniformSoup,
+    mix,
+)
+from sksoup.greedy import uniform_coef
+
+from .references import greedy_reference
+from .zoo import around
+
+SOUPS = [
+    CheckpointEnsemble(),
+    GreedySoup(),
+    LearnedSoup(max_epochs=2, random_state=0),
+    MEHLSoup(layerwise=True, model_batch_size=2, max_epochs=2, random_state=0),
+]
+every_soup = pytest.mark.parametrize("soup", SOUPS, ids=lambda soup: type(soup).__name__)
+
+
+class Segmenter(nn.Module):
+    """(n, 1, 5, 4) images to (n, 3, 5, 4) logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 1))
+
+    def forward(self, X):
+        return self.layers(X)
+
+
+@pytest.fixture
+def pixels():
+    torch.manual_seed(0)
+    checkpoints = CheckpointCollection(around(Segmenter(), 4, 0.3), module=Segmenter)
+    X = torch.randn(30, 1, 5, 4)
+    with torch.no_grad():
+        y = checkpoints.build_module()(X).argmax(1)
+    y[torch.rand(y.shape) < 0.3] = 0
+    y[torch.rand(y.shape) < 0.2] = -100
+    return checkpoints, X.numpy(), y.numpy()
+
+
+def accuracy(checkpoints, subset, X, y):
+    module = checkpoints.build_module().eval()
+    module.load_state_dict(mix(checkpoints, uniform_coef(subset, len(checkpoints))))
+    with torch.no_grad():
+        predicted = module(torch.as_tensor(X)).argmax(1).numpy()
+    return (predicted == y)[y != -100].mean()
+
+
+@every_soup
+def test_labels_of_pixels(pixels, soup):
+    checkpoints, X, y = pixels
+    soup = clone(soup).fit(checkpoints, X, y)
+    assert soup.classes_.tolist() == [0, 1, 2]
+    predicted = soup.predict(X)
+    assert predicted.shape == y.shape
+    assert soup.predict_proba(X).shape == (30, 3, 5, 4)
+    np.testing.assert_allclose(soup.predict_proba(X).sum(axis=1), 1, atol=1e-6)
+    assert soup.score(X, y) == (predicted == y)[y != -100].mean()
+    data = TensorDataset(torch.as_tensor(X), torch.as_tensor(y))
+    assert np.array_equal(clone(soup).fit(checkpoints, data).coef_, soup.coef_)
+
+
+def test_greedy_is_the_obvious_one(pixels):
+    checkpoints, X, y = pixels
+    soup = GreedySoup().fit(checkpoints, X, y)
+    scores = [accuracy(checkpoints, [k], X, y) for k in range(4)]
+    assert list(soup.individual_scores_.values()) == scores
+    kept = greedy_reference(scores, lambda subset: accuracy(checkpoints, subset, X, y))
+    assert soup.ingredients_ == tuple(checkpoints.names[k] for k in kept)
+    split = GreedySoup(ranking_fraction=0.5, random_state=0).fit(checkpoints, X, y)
+    assert split.path_[0]["n_rows"] == 15
+
+
+def test_ignored_positions_are_out_of_loss_and_score(pixels):
+    checkpoints, X, y = pixels
+    soup = MEHLSoup(max_epochs=1, batch_size=None, shuffle=False).fit(checkpoints, X, y)
+    module = checkpoints.build_module()
+    module.load_state_dict(mix(checkpoints, np.full(4, 0.25)))
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(module(torch.as_tensor(X)), torch.as_tensor(y))
+    assert soup.history_[0]["loss"][0] == pytest.approx(float(loss), rel=1e-5)
+    criterion = nn.CrossEntropyLoss(ignore_index=255)  # the criterion may call them otherwise
+    again = clone(soup).set_params(criterion=criterion).fit(checkpoints, X, y)
+    assert np.array_equal(again.coef_, soup.coef_)
+
+
+def test_weights_of_rows(pixels):
+    checkpoints, X, y = pixels
+    weight = np.arange(30) % 2
+    soup = UniformSoup().fit(checkpoints, X, y)
+    rows = weight == 1
+    assert soup.score(X, y, weight) == pytest.approx(soup.score(X[rows], y[rows]))
+    greedy = GreedySoup().fit(checkpoints, X, y, sample_weight=weight)
+    half = GreedySoup().fit(checkpoints, X[rows], y[rows])
+    assert greedy.ingredients_ == half.ingredients_
+
+
+def test_labels_of_tokens_with_the_axis_moved(pixels):
+    class Tagger(nn.Module):
+        """(n, 7) tokens to (n, 7, 3) logits, as in transformers."""
+
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.Embedding(11, 6), nn.Linear(6, 3)
+
+        def forward(self, X):
+            return self.head(self.words(X).tanh())
+
+    torch.manual_seed(0)
+    checkpoints = CheckpointCollection(around(Tagger(), 3, 0.3))
+    X, y = torch.randint(0, 11, (40, 7)), torch.randint(0, 3, (40, 7))
+    soup = MEHLSoup(max_epochs=1, random_state=0)
+    with pytest.raises(ValueError, match=r"expected \(1, n_outputs, 7\).*movedim"):
+        soup.fit(checkpoints, X, y)
+    soup.set_params(forward=lambda module, X: module(X).movedim(-1, 1)).fit(checkpoints, X, y)
+    assert soup.predict(X).shape == (40, 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda y: y.astype(float), "must be integers, -100 where"),
+        (lambda y: np.full_like(y, -100), "nothing but -100"),
+        (lambda y: y[:-1], "inconsistent numbers of samples"),
+        (lambda y: y[:, :2], r"expected \(1, n_outputs, 2, 4\)"),
+        (lambda y: y + 50, "can't be matched to the module's outputs"),
+    ],
+)
+def test_labels_that_do_not_fit(pixels, change, message):
+    checkpoints, X, y = pixels
+    with pytest.raises(ValueError, match=message):
+        UniformSoup().fit(checkpoints, X, change(y))
