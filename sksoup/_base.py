@@ -69,7 +69,7 @@ from ._describe import judge
 from ._evaluation import Evaluator, RowScore
 from ._formats import new_folder, write_text
 from ._hub import copy_companions, hub_folder
-from ._layout import group_layers
+from ._layout import group_layers, is_variance
 from ._loaders import is_loader, read_loader
 from ._mix import cast, mix, stored_dtypes
 from ._objective import (
@@ -278,6 +278,7 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
                 stacklevel=6,  # the call of fit
             )
         self.recalibrated_ = self._settle_batch_norm(problem) if len(mixed) > 1 else ()
+        self._warn_of_variances(problem, coef)
         self._dtypes = stored_dtypes(collection, coef)
         self.module_ = module
         self.recipe_ = Recipe.record(
@@ -294,6 +295,26 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
             recalibrated=self.recalibrated_,
             versions=_versions(),
         )
+
+    def _warn_of_variances(self, problem: Problem, coef: NDArray[np.float64]) -> None:
+        """Say where extrapolation left a running variance at 0, which ruins the outputs."""
+        rows = problem.layers.rows
+        clamped = {
+            name: int((value <= 0).sum())
+            for name, value in problem.module.state_dict().items()
+            if is_variance(name) and name not in self.recalibrated_ and coef[rows[name]].min() < 0
+        }
+        clamped = {name: n for name, n in clamped.items() if n}
+        if clamped:
+            name, n = next(iter(clamped.items()))
+            more = f", and others in {len(clamped) - 1} more layers" if len(clamped) > 1 else ""
+            warnings.warn(
+                f"Under these coefficients {n} of BatchNorm's variances in {name!r} would be "
+                f"negative{more}; they are 0 in the soup, which can make its outputs huge. "
+                f"batch_norm='recalibrate' measures them anew.",
+                SoupWarning,
+                stacklevel=6,  # the call of fit
+            )
 
     def _settle_batch_norm(self, problem: Problem) -> tuple[str, ...]:
         """Re-estimate BatchNorm's statistics as ``batch_norm`` says; tell which tensors were."""

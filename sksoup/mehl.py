@@ -164,7 +164,8 @@ class MEHLSoup(BaseSoup):
     -----
     SoupWarning
         Memory ran out: the search starts again with half the model batch, and gives what it would
-        have given with that size from the beginning.
+        have given with that size from the beginning. Or extrapolation made a mixed variance of
+        BatchNorm negative, which is set to 0.
 
     See Also
     --------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from sksoup import (
     LearnedSoup,
     MEHLSoup,
     Recipe,
+    SoupWarning,
     UniformSoup,
     mix,
 )
@@ -136,6 +139,19 @@ def test_the_search_normalises_by_the_minibatch(zoo: Zoo):
     module.norm.train()
     loss = nn.functional.cross_entropy(module(torch.as_tensor(zoo.X)), torch.as_tensor(zoo.y))
     assert soup.history_[0]["loss"][0] == pytest.approx(float(loss.detach()), rel=1e-5)
+
+
+def test_variances_that_extrapolation_would_make_negative_are_told(zoo: Zoo):
+    soup = MEHLSoup(layerwise=True, lr=5.0, max_epochs=3, random_state=0)
+    with pytest.warns(SoupWarning, match=r"BatchNorm's variances in 'norm.running_var' would be"):
+        soup.fit(zoo.checkpoints, zoo.X, zoo.y)
+    variances = soup.module_.norm.running_var
+    assert (variances >= 0).all()
+    assert (variances == 0).any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # measured anew, they are what they should be
+        soup.set_params(batch_norm="recalibrate").fit(zoo.checkpoints, zoo.X, zoo.y)
+    assert (soup.module_.norm.running_var > 0).all()
 
 
 @pytest.mark.parametrize("kind", [MEHLSoup, LearnedSoup])
