@@ -145,18 +145,20 @@ class Evaluator:
         """Score the rows in this order until it is certain that less than ``needed`` comes out.
 
         ``size`` at a time, the last chunk filled up to that; whole minibatches as long as a bound
-        can't decide anything yet. Nothing is decided by a bound that the score of all rows would
-        not have decided.
+        can't decide anything, and once it has not three times. Nothing is decided by a bound that
+        the score of all rows would not have decided.
         """
         if self.rows is None:
             raise ValueError("this score has no bound")
-        n, seen = len(order), 0
+        n, seen, n_looks = len(order), 0, 0
         outputs: torch.Tensor | None = None
         bound = 1.0
         while seen < n:
             many = self.batch_size or n
             least = (bound - needed) / self.rows.most  # rows, all wrong, before the score is missed
-            step = many if size < many <= min(least, n - seen) else size
+            # after three looks it will most likely be kept: on with whole minibatches
+            undecided = least >= many or n_looks >= 3
+            step = many if undecided and size < many <= n - seen else size
             part = order[seen : seen + step]
             padded = torch.cat([part, part[:1].expand(step - len(part))])
             chunk = self.objective.forward(take_rows(self.data.X, padded))
@@ -166,6 +168,7 @@ class Evaluator:
             outputs[part] = chunk
             bound -= float(self.rows.penalties(chunk, part).sum())
             seen += len(part)
+            n_looks += step == size
             if bound < needed - SLACK and seen < n:
                 return Evaluation(bound, seen, is_bound=True)
         if outputs is None:

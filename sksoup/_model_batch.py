@@ -134,7 +134,10 @@ class ModelBatch:
         self._buffer = center.mean.new_empty((capacity, self.layout.size), dtype=delta_dtype)
         self.deltas = self._buffer[:0]
         is_narrow = delta_dtype != center.mean.dtype
-        step = BLOCK.get(center.mean.device.type, 1 << 18) if is_narrow else self.layout.size
+        step = self.layout.size
+        if is_narrow:  # a block of all deltas is at most a quarter of a model
+            most = BLOCK.get(center.mean.device.type, 1 << 18)
+            step = min(most, max(1024, self.layout.size // (4 * capacity)))
         self._blocks = [
             (row, low, min(low + step, stop))
             for row, start, stop in self.layout.row_slices

@@ -145,7 +145,7 @@ def test_estimator_equals_the_obvious_implementation(n, seed):
     assert full.ingredients_ == soup.ingredients_
     assert full.n_rows_evaluated_ == (n - 1) * len(zoo.X)
     for early, whole in zip(soup.path_, full.path_, strict=True):
-        assert early["score"] >= whole["score"]
+        assert early["score"] >= whole["score"] - 1e-12  # a sum of many
         assert early["is_bound"] or early == whole
 
 
