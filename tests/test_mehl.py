@@ -271,7 +271,6 @@ def test_history_tells_the_story(zoo: Zoo):
     assert soup.model_batch_size_ == 3
 
 
-@pytest.mark.filterwarnings("ignore:.*BatchNorm's variances:sksoup.SoupWarning")
 def test_extrapolates(zoo: Zoo):
     soup = MEHLSoup(layerwise=True, lr=0.5, max_epochs=20, random_state=0)
     soup.fit(zoo.checkpoints, zoo.X, zoo.y)

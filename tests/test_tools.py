@@ -144,7 +144,9 @@ def test_the_html_display_shows_what_parameters_mean(kind, monkeypatch):
     "search",
     [
         lambda soup: GridSearchCV(soup, {"layerwise": [False, True], "lr": [0.01, 0.1]}, cv=2),
-        lambda soup: RandomizedSearchCV(soup, {"lr": [0.01, 0.1, 1]}, n_iter=2, cv=2),
+        lambda soup: RandomizedSearchCV(
+            soup, {"lr": [0.01, 0.1, 1]}, n_iter=2, cv=2, random_state=0
+        ),
         lambda soup: HalvingGridSearchCV(soup, {"lr": [0.01, 0.1]}, cv=2, min_resources=20),
     ],
 )
