@@ -3,9 +3,9 @@
     python benchmarks/profile_step.py [--kind vit|mlp|clip] [--checkpoints 72] [--model-batch 18]
 
 Times the parts of a real fit of MEHL-Soup+ (on CUDA with a synchronisation around each, which
-costs a little). "positions" is how often a weight is used per row; where it is small, as in a plain
-MLP, a step is bound by the memory that combine and project read, and the last line compares them
-with a plain pass over as many bytes.
+costs a little). Where a weight is used once per row, as in a plain MLP, a step is bound by the
+memory that combine and project read; the last line compares them with a plain pass over as many
+bytes.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def main() -> None:
     for label in ("reading the model batches", "rest of the fit: mean, mix, scores"):
         print(f"  {label:36}{clock.spent[label]:9.3f} s  {clock.spent[label] / total:7.1%}")
     size = sum(p.numel() for p in kind.module().parameters())
-    width = 2 if options.delta_dtype in ("bfloat16", "bf16") else 4
+    width = 2 if options.delta_dtype == "bfloat16" else 4
     floor = bandwidth_seconds(2 * options.model_batch * size * width, device)
     ours = sum(clock.spent[label] for label in (steps[0], steps[3])) / n_steps
     print(

@@ -217,9 +217,8 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         """
         with threads_of_parent(checkpoints):
             self._check_params()
-            if sample_weight is not None and is_loader(X):  # one weight for each row, in order
-                X, y = read_loader(X, y, ordered=True)
-            X, y = validate_rows(self, X, y, self.task)
+            # weights belong to rows in order
+            X, y = validate_rows(self, X, y, self.task, ordered=sample_weight is not None)
             weight = _check_weight(sample_weight, len(y))
             collection = self._collect(checkpoints, X, y, weight)
             collection.start_hashing()
@@ -701,10 +700,12 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
 FLOATS_AND_INTEGERS = [np.float64, np.float32, *INTEGERS]
 
 
-def validate_rows(estimator: Any, X: Any, y: Any, task: Task) -> tuple[Any, NDArray[Any]]:
+def validate_rows(
+    estimator: Any, X: Any, y: Any, task: Task, ordered: bool = False
+) -> tuple[Any, NDArray[Any]]:
     """Check rows by scikit-learn's rules, note their features; what is on a device stays there."""
     if is_loader(X):
-        X, y = read_loader(X, y)
+        X, y = read_loader(X, y, ordered=ordered)
     _refuse_checkpoints(X, y)
     wants = {"multi_output": task != "classification", "y_numeric": task == "regression"}
     y = _to_numpy(y)

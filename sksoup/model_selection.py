@@ -210,12 +210,14 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         rng = np.random.RandomState(seed)
         params = list(ParameterSampler(self.param_distributions, self.n_iter, random_state=rng))
         seeds = rng.randint(2**31 - 1, size=len(params))
-        train, held_out = self._split(X, y, rng)
+        train, held_out = self._split(y, rng)
         parts = [_take(values, rows) for rows in (train, held_out) for values in (X, y)]
         numbers = parts[1::2]  # of the labels, for nets, which know no names
         if start is not None:  # what the soup can't take is told before hours of training
-            one = CheckpointCollection([start], module=copy.deepcopy(start))
-            trial = UniformSoup(one, task=soup.task, classes=soup.classes, device=soup.device)
+            one = CheckpointCollection([start], module=start)
+            trial = UniformSoup(
+                one, forward=soup.forward, task=soup.task, classes=soup.classes, device=soup.device
+            )
             trial.fit(*parts[2:])
             if soup.task == "classification":
                 numbers = [_number(labels, trial.classes_) for labels in parts[1::2]]
@@ -263,15 +265,14 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         return int(check_random_state(self.random_state).randint(2**31 - 1))
 
     def _split(
-        self, X: Any, y: Any, rng: np.random.RandomState
+        self, y: NDArray[Any], rng: np.random.RandomState
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        n, labels = len(y), y.numpy() if isinstance(y, torch.Tensor) else np.asarray(y)
         if self.cv is None:
             kind = StratifiedShuffleSplit if is_classifier(self.estimator) else ShuffleSplit
             cv = kind(n_splits=1, test_size=0.2, random_state=rng.randint(2**31 - 1))
         else:
-            cv = check_cv(self.cv, labels, classifier=is_classifier(self.estimator))
-        train, held_out = next(iter(cv.split(np.zeros((n, 1)), labels)))
+            cv = check_cv(self.cv, y, classifier=is_classifier(self.estimator))
+        train, held_out = next(iter(cv.split(np.zeros((len(y), 1)), y)))
         return train, held_out
 
     def _manifest(
@@ -335,8 +336,8 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         if module is None:
             raise ValueError(
                 f"All candidates lay in save_dir, and {type(self.estimator).__name__} does not "
-                f"tell their architecture before it is fitted. Give it a parameter `module` that "
-                f"is an nn.Module, or delete one of the files to have it fitted again."
+                f"tell their architecture before it is fitted. Delete one of the files to have it "
+                f"fitted again."
             )
         # the same score on the same rows need not be computed twice
         same_score = hasattr(soup, "scoring") and soup.scoring is None is self.scoring
@@ -450,7 +451,7 @@ def find_start(estimator: Any) -> nn.Module | None:
         )
     with preserved_random_state():
         module: nn.Module = clone(estimator).initialize().module_
-    return copy.deepcopy(module).cpu()
+    return module.cpu()
 
 
 def fine_tune(

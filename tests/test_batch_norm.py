@@ -35,7 +35,7 @@ every_soup = pytest.mark.parametrize("soup", SOUPS, ids=lambda soup: type(soup).
 STATISTICS = ("norm.running_mean", "norm.running_var")
 
 
-def expected_statistics(module, X, batch_size=None):
+def expected_statistics(module, X):
     """Of the layer before the norm, by hand: one batch of all rows."""
     with torch.no_grad():
         hidden = module.hidden(torch.as_tensor(X))

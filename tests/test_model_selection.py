@@ -119,6 +119,24 @@ def test_a_module_class_is_drawn_once_and_said(zoo: Zoo):
     assert unrelated(search.checkpoints_) == []
 
 
+def test_the_soup_may_call_the_module_its_own_way(zoo: Zoo):
+    """The trial before training does so, too."""
+
+    class Scaled(PlainNet):
+        def forward(self, x, scale=None):
+            return super().forward(x * (1 if scale is None else scale))
+
+    asked = []
+
+    def forward(module, X):
+        asked.append(len(X))
+        return module(X, scale=2.0)
+
+    soup = MEHLSoup(max_epochs=1, random_state=0, forward=forward)
+    search_of(net_of(Scaled()), soup=soup, n_iter=2).fit(zoo.X, zoo.y)
+    assert asked.count(1) == 2  # one row each, before training and before the search
+
+
 def test_labels_may_be_names(zoo: Zoo):
     names = np.array(["ant", "bee", "cat"])
     search = search_of().fit(zoo.X, names[zoo.y])

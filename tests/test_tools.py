@@ -105,7 +105,8 @@ def test_frames_give_feature_names(files, zoo: Zoo):
     frame = pd.DataFrame(zoo.X, columns=list("abcd"))
     soup = UniformSoup(files).fit(frame, zoo.y)
     assert soup.feature_names_in_.tolist() == list("abcd")
-    assert (soup.predict(frame) == soup.predict(frame)).all()
+    plain = UniformSoup(files).fit(zoo.X, zoo.y)
+    assert (soup.predict(frame) == plain.predict(zoo.X)).all()
     with pytest.raises(ValueError, match="feature names"):
         soup.predict(frame[list("dcba")])
 
@@ -119,7 +120,6 @@ def test_the_html_display_shows_what_parameters_mean(kind, monkeypatch):
     html = estimator_html_repr(estimator)
     for name in estimator.get_params(deep=False):
         assert name in html
-    assert "scikit-learn.org" not in html.split("<body>")[-1].split("sk-estimator-doc-link")[-1]
     assert estimator._get_doc_link() == ""  # the package's metadata names no address yet
 
     def metadata(name):
