@@ -292,7 +292,7 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
             scores=_as_json(getattr(self, "individual_scores_", {})),
             temperature=float(getattr(self, "temperature_", 1.0)),
             recalibrated=self.recalibrated_,
-            versions=_versions(),
+            versions=dict(_versions()),
         )
 
     def _warn_of_variances(self, problem: Problem, coef: NDArray[np.float64]) -> None:
@@ -844,7 +844,8 @@ def _check_weight(sample_weight: Any, n_samples: int) -> NDArray[np.float64] | N
     return weight
 
 
-def _versions() -> dict[str, str]:
+@functools.cache
+def _versions() -> Mapping[str, str]:
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):  # run from a folder that was never installed

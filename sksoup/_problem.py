@@ -62,6 +62,7 @@ class Ranking:
 
     scores: dict[str, float]
     best: Evaluation | None  # of the first with the highest score; None where scores were known
+    margins: dict[str, torch.Tensor] = field(default_factory=dict)  # (N,) each, where known
 
 
 def rank(
@@ -90,11 +91,12 @@ def rank(
         problem.objective.counts.add(counts)
         rankings.append(ranking)
     scores = {name: score for ranking in rankings for name, score in ranking.scores.items()}
+    margins = {name: value for ranking in rankings for name, value in ranking.margins.items()}
     best_name = checkpoints.names[0]
     for name in checkpoints:
         best_name = max(best_name, name, key=scores.__getitem__)  # the first on ties
         step(partial(checkpoints.__getitem__, best_name))
-    return Ranking(scores, max((r.best for r in rankings), key=lambda best: best.score))
+    return Ranking(scores, max((r.best for r in rankings), key=lambda best: best.score), margins)
 
 
 def rank_in_worker(
@@ -113,6 +115,7 @@ def rank_some(checkpoints: CheckpointCollection, evaluate: Evaluator, step: Step
     The operating system reads it, into its cache: no thread competes for the processor.
     """
     scores: dict[str, float] = {}
+    margins: dict[str, torch.Tensor] = {}
     best, best_name = None, ""
     for index, name in enumerate(checkpoints.names):
         load_weights(evaluate.objective.module, checkpoints[name])
@@ -120,10 +123,12 @@ def rank_some(checkpoints: CheckpointCollection, evaluate: Evaluator, step: Step
             checkpoints.warm(following)
         found = evaluate_named(evaluate, name)
         scores[name] = found.score
+        if found.margins is not None:
+            margins[name] = found.margins
         if best is None or found.score > best.score:
             best, best_name = found, name
         step(partial(checkpoints.__getitem__, best_name))
-    return Ranking(scores, best)
+    return Ranking(scores, best, margins)
 
 
 def evaluate_named(evaluate: Callable[[], Evaluation], what: str) -> Evaluation:

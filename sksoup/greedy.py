@@ -155,11 +155,12 @@ class GreedySoup(BaseSoup):
     -----
     Cost: K evaluations of N rows for the ranking, none when the collection knows its ``scores``
     (but one for the best checkpoint), and K - 1 for the candidates. Of these most rows are spared,
-    exactly: the rows are evaluated hardest first, by their margin under the soup so far, in chunks
-    of N / 16 rows (at least 32; whole minibatches as long as no bound can decide anything), until
-    even a perfect remainder would not reach the score needed.
+    exactly: the rows are evaluated hardest first, by the margin expected of the mean (to first
+    order it is the mean of the soup's and, once ranked, the candidate's own), in chunks of N / 16
+    rows (at least 32; whole minibatches as long as no bound can decide anything), until even a
+    perfect remainder would not reach the score needed.
     A candidate has exactly the values that `mix` gives, so it is mixed anew from its n files:
-    K n / 2 reads in all at worst. Memory: two models.
+    K n / 2 reads in all at worst. Memory: two models, and K N margins on the CPU.
 
     References
     ----------
@@ -229,10 +230,11 @@ class GreedySoup(BaseSoup):
             ranking = rank(problem, step, n_jobs=self.n_jobs, evaluate=to_rank)
             # scores given by the user may stem from other rows or another metric
             best = ranking.best if to_rank is to_accept else None
+            margins = ranking.margins if to_rank is to_accept else {}
             scores = ranking.scores
             # stable: equal scores stay in collection order
-            order = sorted(range(n), key=lambda k: -scores[names[k]])
-            following = dict(pairwise(order))
+            ranked = sorted(range(n), key=lambda k: -scores[names[k]])
+            following = dict(pairwise(ranked))
 
             def mean(ingredients: list[int]) -> dict[str, torch.Tensor]:
                 return mix(checkpoints, uniform_coef(ingredients, n))
@@ -246,13 +248,14 @@ class GreedySoup(BaseSoup):
                     load_weights(problem.module, mean(ingredients))
                     if candidate in following:
                         checkpoints.warm(names[following[candidate]])
+                    order = hardest_first(soup, margins.get(names[candidate]), len(ingredients))
                     found = evaluate_named(
-                        lambda: self._try(problem, to_accept, needed, soup), names[candidate]
+                        lambda: self._try(problem, to_accept, needed, order), names[candidate]
                     )
                 return found
 
             ingredients, tried = greedy(
-                order, evaluate, self.min_improvement,
+                ranked, evaluate, self.min_improvement,
                 on_step=lambda kept: step(lambda: mean(kept)),
             )  # fmt: skip
         path = describe_path(tried, names, to_accept.rows)
@@ -283,27 +286,28 @@ class GreedySoup(BaseSoup):
         return evaluate.on(np.sort(ranks)), evaluate.on(np.sort(accepts))
 
     def _try(
-        self, problem: Problem, evaluate: Evaluator, needed: float, soup: Evaluation | None
+        self, problem: Problem, evaluate: Evaluator, needed: float, order: torch.Tensor | None
     ) -> Evaluation:
         """Evaluate a candidate; its BatchNorm statistics as mixed, re-estimated, or the better."""
-        if soup is None or self.batch_norm == "average" or not statistics(problem.module):
-            return self._evaluate(evaluate, needed, soup)
+        if needed == -math.inf or self.batch_norm == "average" or not statistics(problem.module):
+            return self._evaluate(evaluate, needed, order)
         mixed: Evaluation | None = None
         if self.batch_norm == "auto":
-            mixed = self._evaluate(evaluate, needed, soup)
+            mixed = self._evaluate(evaluate, needed, order)
             if mixed.score >= needed:
                 return mixed
         recalibrate(problem.objective, problem.data, self.batch_size)
-        found = self._evaluate(evaluate, needed, soup)
+        found = self._evaluate(evaluate, needed, order)
         if mixed is None:
             return found
         better = found if found.score > mixed.score else mixed
         return replace(better, n_rows=found.n_rows + mixed.n_rows)
 
-    def _evaluate(self, evaluate: Evaluator, needed: float, soup: Evaluation | None) -> Evaluation:
-        if not self.early_rejection or soup is None or soup.margins is None:
+    def _evaluate(
+        self, evaluate: Evaluator, needed: float, order: torch.Tensor | None
+    ) -> Evaluation:
+        if not self.early_rejection or order is None:
             return evaluate()
-        order = soup.margins.argsort(stable=True)  # hardest first
         return evaluate.until(needed, order, chunk_size(len(order), self.batch_size))
 
     def _warn(self, checkpoints: CheckpointCollection, path: list[dict[str, Any]]) -> None:
@@ -321,6 +325,22 @@ class GreedySoup(BaseSoup):
             SoupWarning,
             stacklevel=6,  # the call of fit
         )
+
+
+def hardest_first(
+    soup: Evaluation | None, own: torch.Tensor | None, n_ingredients: int
+) -> torch.Tensor | None:
+    """Order the rows by the margins expected of a candidate; None where none are known.
+
+    To first order outputs are linear in the weights, so those of the mean with a candidate are
+    the mean of the soup's and the candidate's ``own``, which its ranking has told.
+    """
+    if soup is None or soup.margins is None:
+        return None
+    margins = soup.margins
+    if own is not None:
+        margins = margins + (own - margins) / n_ingredients
+    return margins.argsort(stable=True)
 
 
 def chunk_size(n: int, batch_size: int | None) -> int:

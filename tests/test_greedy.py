@@ -21,7 +21,7 @@ from sksoup._data import HeldOut
 from sksoup._evaluation import Evaluation, Evaluator, RowScore
 from sksoup._memory import LiveTensors
 from sksoup._objective import load_weights
-from sksoup.greedy import greedy, uniform_coef
+from sksoup.greedy import greedy, hardest_first, uniform_coef
 
 from .references import greedy_reference
 from .zoo import Net, Zoo, around, make_states, make_zoo
@@ -190,6 +190,23 @@ def test_most_rows_are_spared():
     rejected = [found for found in soup.path_ if not found["kept"]]
     assert rejected
     assert all(found["is_bound"] and found["n_rows"] % 125 == 0 for found in rejected)
+    # without a ranking only the soup's margins are known: the same soup, after more rows
+    known = CheckpointCollection(
+        {name: zoo.checkpoints[name] for name in zoo.checkpoints}, module=Net,
+        scores=soup.individual_scores_,
+    )  # fmt: skip
+    unranked = GreedySoup().fit(known, X, y)
+    assert unranked.ingredients_ == soup.ingredients_
+    assert unranked.n_rows_evaluated_ > soup.n_rows_evaluated_
+
+
+def test_expected_margins_are_those_of_the_mean_of_outputs():
+    soup = Evaluation(1.0, 3, margins=torch.tensor([3.0, 1.0, 2.0]))
+    assert hardest_first(None, torch.ones(3), 2) is None
+    assert hardest_first(Evaluation(1.0, 3), torch.ones(3), 2) is None
+    assert hardest_first(soup, None, 2).tolist() == [1, 2, 0]
+    own = torch.tensor([-9.0, 1.0, 2.0])  # (2 * 3 - 9) / 3 = -1
+    assert hardest_first(soup, own, 3).tolist() == [0, 1, 2]
 
 
 def test_r2_of_constant_targets_has_no_bound(zoo64: Zoo):
@@ -342,8 +359,8 @@ def test_known_scores_save_the_ranking(zoo: Zoo):
     known = CheckpointCollection(
         {name: zoo.checkpoints[name] for name in zoo.checkpoints}, module=Net, scores=ranked
     )
-    soup = GreedySoup().fit(known, zoo.X, zoo.y)
-    plain = GreedySoup().fit(zoo.checkpoints, zoo.X, zoo.y)
+    soup = GreedySoup(early_rejection=False).fit(known, zoo.X, zoo.y)
+    plain = GreedySoup(early_rejection=False).fit(zoo.checkpoints, zoo.X, zoo.y)
     assert soup.ingredients_ == plain.ingredients_
     ranked = len(zoo.checkpoints) * len(zoo.X)
     assert soup.counts_.rows_forward == plain.counts_.rows_forward - ranked + len(zoo.X)
