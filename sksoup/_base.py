@@ -70,7 +70,7 @@ from ._evaluation import Evaluator, RowScore
 from ._formats import new_folder, write_text
 from ._hub import copy_companions, hub_folder
 from ._layout import group_layers, is_variance
-from ._loaders import is_loader, read_loader
+from ._loaders import is_apart, is_loader, minibatches, read_loader, targets_of
 from ._mix import cast, mix, stored_dtypes
 from ._objective import (
     Forward,
@@ -217,8 +217,8 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         """
         with threads_of_parent(checkpoints):
             self._check_params()
-            # weights belong to rows in order
-            X, y = validate_rows(self, X, y, self.task, ordered=sample_weight is not None)
+            ordered = is_apart(y) or is_apart(sample_weight)
+            X, y = validate_rows(self, X, y, self.task, ordered)
             weight = _check_weight(sample_weight, len(y))
             collection = self._collect(checkpoints, X, y, weight)
             collection.start_hashing()
@@ -467,11 +467,11 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         score : float
             Greater is better; subset accuracy for ``task="multilabel"``.
         """
-        if is_loader(X):
-            X, y = read_loader(X, y, ordered=sample_weight is not None)
+        ordered = is_apart(y) or is_apart(sample_weight)
+        outputs, y = self._outputs_and_targets(X, y, ordered)
         if y is None:
             raise ValueError("score needs y, or batches that hold the targets.")
-        return self._default_score(_to_numpy(y), self.predict(X), sample_weight)
+        return self._default_score(_to_numpy(y), self._decode(outputs), sample_weight)
 
     # --------------------------------------------------------------- predictions
 
@@ -480,8 +480,8 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
 
         Parameters
         ----------
-        X : array-like or Tensor of shape (n_samples, ...)
-            Inputs.
+        X : array-like or Tensor of shape (n_samples, ...), dict, tuple, Dataset or DataLoader
+            Inputs, as in `fit`; a loader may be larger than memory, and must not shuffle.
 
         Returns
         -------
@@ -497,8 +497,8 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
 
         Parameters
         ----------
-        X : array-like or Tensor of shape (n_samples, ...)
-            Inputs.
+        X : array-like or Tensor of shape (n_samples, ...), dict, tuple, Dataset or DataLoader
+            Inputs, as in `predict`.
 
         Returns
         -------
@@ -511,11 +511,29 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
 
     def _outputs(self, X: Any) -> torch.Tensor:
         """(n_samples, n_outputs) raw outputs of the fitted soup, on the device."""
-        check_is_fitted(self, "coef_")
-        return self._module_outputs(self.module_, self._validate_inputs(X))
+        return self._outputs_and_targets(X, None, ordered=True)[0]
 
-    def _validate_inputs(self, X: Any) -> Any:
-        return validate_inputs(self, X)
+    def _outputs_and_targets(self, X: Any, y: Any, ordered: bool) -> tuple[torch.Tensor, Any]:
+        """Raw outputs and targets of rows; a loader is walked once and never held whole."""
+        check_is_fitted(self, "coef_")
+        if not is_loader(X):
+            return self._outputs_of(validate_inputs(self, X)), y
+        names = self.input_names_
+        n_inputs = names if isinstance(names, int) else None
+        outputs, targets = [], []
+        for rows, labels in minibatches(
+            X, y, self._rows_at_once(), ordered=ordered, n_inputs=n_inputs
+        ):
+            outputs.append(self._outputs_of(validate_inputs(self, rows)))
+            targets.append(labels)
+        return torch.cat(outputs), targets_of(targets, y)
+
+    def _rows_at_once(self) -> int | None:
+        """How many rows of a loader are in memory while it is walked; None for all."""
+        return self.batch_size
+
+    def _outputs_of(self, X: Any) -> torch.Tensor:
+        return self._module_outputs(self.module_, X)
 
     def _module_outputs(self, module: nn.Module, X: Any) -> torch.Tensor:
         device, dtype = next(module.parameters()).device, module_dtype(module)
@@ -747,9 +765,6 @@ def validate_dense(estimator: Any, X: Any, y: NDArray[Any]) -> tuple[Any, NDArra
 
 def validate_inputs(estimator: Any, X: Any) -> Any:
     """Check rows to predict for: the same inputs as in `fit`."""
-    if is_loader(X):
-        names = estimator.input_names_
-        X, _ = read_loader(X, ordered=True, n_inputs=names if isinstance(names, int) else None)
     if (got := input_names(X)) != (expected := estimator.input_names_):
         raise ValueError(
             f"X has other inputs than in fit: got {_named(got)}, expected {_named(expected)}."

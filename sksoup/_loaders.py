@@ -1,8 +1,9 @@
-"""Data sets and loaders of any kind -> inputs and targets in memory, walked once."""
+"""Data sets and loaders of any kind -> inputs and targets, walked once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,11 @@ def is_loader(X: Any) -> bool:
     return isinstance(X, (Dataset, DataLoader, Iterator)) or is_hub
 
 
+def is_apart(values: Any) -> bool:
+    """Whether targets or weights are given beside the rows, which must then come in order."""
+    return values is not None and not isinstance(values, str)
+
+
 def read_loader(
     X: Any, y: Any = None, *, ordered: bool = False, n_inputs: int | None = None
 ) -> tuple[Any, Any]:
@@ -40,36 +46,76 @@ def read_loader(
     has just the ``n_inputs`` that are known), or that key of a mapping. ``ordered`` refuses loaders
     whose rows do not come in order. Global random state is afterwards as it was before.
     """
-    loader = _as_loader(X)
-    if ordered:
-        _check_order(loader)
     inputs: list[Any] = []
     targets: list[Any] = []
     held = 0
     limit = free_bytes(torch.device("cpu")) // 2
+    for rows, labels in walk(X, y, ordered=ordered, n_inputs=n_inputs):
+        inputs.append(rows)
+        targets.append(labels)
+        held += sum(part.nbytes for part in parts_of(rows))
+        if held > limit:
+            raise ValueError(
+                f"The held-out rows do not fit into memory: {held:,} bytes after "
+                f"{sum(map(n_rows, inputs)):,} rows, half of what is free. Hold out fewer, or "
+                f"keep images as uint8 and convert them on the device: "
+                f"forward=lambda module, X: module(X / 255)."
+            )
+    return _concatenate(inputs), targets_of(targets, y)
+
+
+def minibatches(
+    X: Any, y: Any, size: int | None, *, ordered: bool, n_inputs: int | None
+) -> Iterator[tuple[Any, Any]]:
+    """Walk a loader once, in minibatches of ``size`` rows whatever its own; None is one batch.
+
+    So the module is fed what it would be fed from arrays. Holds two of the larger ones.
+    """
+    if size is None:
+        yield read_loader(X, y, ordered=ordered, n_inputs=n_inputs)
+        return
+    rows: Any = None
+    labels: list[Any] = []  # of the rows that were read and not given yet
+    for more, their in walk(X, y, ordered=ordered, n_inputs=n_inputs):
+        rows = more if rows is None else _concatenate([rows, more])
+        labels = [targets_of([*labels, their], None)]
+        while n_rows(rows) >= size:
+            yield _cut(rows, slice(size)), _cut(labels[0], slice(size))
+            rows, labels = _cut(rows, slice(size, None)), [_cut(labels[0], slice(size, None))]
+    if n_rows(rows):
+        yield rows, labels[0]
+
+
+def _cut(X: Any, rows: slice) -> Any:
+    return None if X is None else map_inputs(itemgetter(rows), X)
+
+
+def targets_of(targets: list[Any], y: Any) -> Any:
+    """The targets that came with the rows, unless they were given beside them as ``y``."""
+    if is_apart(y):
+        return y
+    found = [part for part in targets if part is not None]
+    return torch.cat(found) if found else None
+
+
+def walk(
+    X: Any, y: Any, *, ordered: bool, n_inputs: int | None
+) -> Iterator[tuple[Any, torch.Tensor | None]]:
+    """Inputs and targets batch by batch, as they come."""
+    loader = _as_loader(X)
+    if ordered:
+        _check_order(loader)
+    is_empty = True
     with preserved_random_state():
         for batch in loader:
             rows, labels = _split(batch, y, n_inputs)
-            inputs.append(rows)
-            if labels is not None:
-                targets.append(torch.as_tensor(labels))
-            held += sum(part.nbytes for part in parts_of(rows))
-            if held > limit:
-                raise ValueError(
-                    f"The held-out rows do not fit into memory: {held:,} bytes after "
-                    f"{sum(map(n_rows, inputs)):,} rows, half of what is free. Hold out fewer, or "
-                    f"keep images as uint8 and convert them on the device: "
-                    f"forward=lambda module, X: module(X / 255)."
-                )
-    if not inputs:
+            is_empty = is_empty and not n_rows(rows)
+            yield rows, None if labels is None else torch.as_tensor(labels)
+    if is_empty:
         raise ValueError(
             f"The {type(X).__name__} gave no rows: an iterator can be walked only once. Give a "
             f"DataLoader or a Dataset."
         )
-    together = _concatenate(inputs)
-    if isinstance(y, str) or y is None:
-        y = torch.cat(targets) if targets else None
-    return together, y
 
 
 def _as_loader(X: Any) -> Any:

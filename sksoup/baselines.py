@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from sklearn.utils.validation import check_is_fitted
 
 from ._base import BaseSoup
 from ._batch_norm import BatchNormPolicy
@@ -241,7 +240,8 @@ class CheckpointEnsemble(BaseSoup):
 
     Notes
     -----
-    Cost of a prediction: K reads and K forward passes. Memory: one model at a time.
+    Cost of a prediction: K reads and K forward passes. Memory: one model at a time; a loader is
+    kept in memory whole, since every checkpoint needs all rows.
 
     References
     ----------
@@ -283,9 +283,11 @@ class CheckpointEnsemble(BaseSoup):
     def _keep_soup(self, problem: Problem, coef: NDArray[np.float64]) -> None:
         """Keep no weights and no recipe: a prediction reads the checkpoints."""
 
-    def _outputs(self, X: Any) -> torch.Tensor:
-        check_is_fitted(self, "coef_")
-        X = self._validate_inputs(X)
+    def _rows_at_once(self) -> int | None:
+        """All: each checkpoint is read once for all rows."""
+        return None
+
+    def _outputs_of(self, X: Any) -> torch.Tensor:
         checkpoints: CheckpointCollection = self.checkpoints_
         module = prepare_module(
             checkpoints.build_module(), checkpoints, resolve_device(self.device)

@@ -36,6 +36,7 @@ from torch import nn
 from ._base import DocLinkMixin, validate_rows
 from ._data import Task, map_inputs
 from ._formats import check_state_dict, read_metadata, write_safetensors, write_text
+from ._loaders import is_apart
 from ._objective import module_dtype
 from ._sources import preserved_random_state
 from .baselines import UniformSoup
@@ -184,15 +185,15 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         self.random_state = random_state
         self.save_dir = save_dir
 
-    def fit(self, X: Any, y: Any) -> Self:
+    def fit(self, X: Any, y: Any = None) -> Self:
         """Fine-tune the candidates and mix them.
 
         Parameters
         ----------
-        X : array-like or Tensor of shape (n_samples, ...), or a dict or tuple of them
+        X : array-like or Tensor of shape (n_samples, ...), dict or tuple of them, or a Dataset
             Inputs, as the estimator takes them.
-        y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs)
-            Labels or targets, as the estimator takes them.
+        y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs), default=None
+            Labels or targets, as the estimator takes them; None where a Dataset holds them.
 
         Returns
         -------
@@ -200,7 +201,7 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
             Fitted.
         """
         soup, folder = self._soup(), None if self.save_dir is None else Path(self.save_dir)
-        X, y = validate_rows(self, X, y, soup.task)
+        X, y = validate_rows(self, X, y, soup.task, ordered=is_apart(y))
         scorer = check_scoring(self.estimator, self.scoring)
         start = find_start(self.estimator)
         if start is not None:  # nets take floats of their own width

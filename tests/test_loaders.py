@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import random
+import weakref
 
+import datasets
 import numpy as np
 import pytest
 import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.base import clone
 from skorch import NeuralNetClassifier
 from torch import nn
@@ -20,6 +25,7 @@ from torch.utils.data import (
 )
 
 from sksoup import CheckpointCollection, CheckpointEnsemble, GreedySoup, LearnedSoup, MEHLSoup
+from sksoup._loaders import minibatches
 from sksoup.model_selection import SoupSearchCV
 
 from .zoo import PlainNet, Zoo, around
@@ -266,4 +272,82 @@ def test_a_search_takes_a_data_set(zoo: Zoo):
         PlainNet(), criterion=nn.CrossEntropyLoss, max_epochs=1, verbose=0, train_split=None
     )
     search = SoupSearchCV(net, {"lr": [0.01, 0.1]}, n_iter=2, random_state=0)
-    assert search.fit(Rows(zoo.X, zoo.y), None).predict(zoo.X).shape == (60,)
+    assert search.fit(Rows(zoo.X, zoo.y)).predict(zoo.X).shape == (60,)
+
+
+def test_targets_given_apart_need_rows_in_order(zoo: Zoo):
+    loader = DataLoader(TensorDataset(torch.as_tensor(zoo.X)), batch_size=7, shuffle=True)
+    with pytest.raises(ValueError, match="shuffles"):
+        GreedySoup().fit(zoo.checkpoints, loader, zoo.y)
+    soup = GreedySoup().fit(zoo.checkpoints, zoo.X, zoo.y)
+    with pytest.raises(ValueError, match="shuffles"):
+        soup.score(loader, zoo.y)
+
+
+@pytest.mark.parametrize("soup", [GreedySoup(batch_size=25), CheckpointEnsemble(batch_size=25)])
+def test_to_predict_a_loader_is_walked_once_and_not_held(zoo: Zoo, soup):
+    """Whatever its batches, the module is fed minibatches of batch_size rows, a few in memory."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def batches():
+        nonlocal most
+        for start in range(0, 60, 4):
+            batch = torch.as_tensor(zoo.X[start : start + 4])
+            alive.append(weakref.ref(batch))
+            most = max(most, sum(ref() is not None for ref in alive))
+            yield batch, torch.as_tensor(zoo.y[start : start + 4])
+
+    soup.fit(zoo.checkpoints, zoo.X, zoo.y)
+    assert (soup.predict_proba(batches()) == soup.predict_proba(zoo.X)).all()
+    if isinstance(soup, GreedySoup):
+        assert most <= 3
+    alive.clear()
+    assert soup.score(batches()) == soup.score(zoo.X, zoo.y)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(1, 12))
+def test_minibatches_cut_anew(sizes, size):
+    """For any sizes of a loader's batches: all rows in order, all but the last of ``size`` rows."""
+    if not sum(sizes):
+        return
+    rows = torch.arange(sum(sizes))
+    given_ = ((part, -part) for part in rows.split(sizes))
+    got = list(minibatches(given_, None, size, ordered=True, n_inputs=None))
+    assert torch.equal(torch.cat([X for X, _ in got]), rows)
+    assert torch.equal(torch.cat([y for _, y in got]), -rows)
+    assert all(len(X) == len(y) == size for X, y in got[:-1])
+    assert 1 <= len(got[-1][0]) <= size
+
+
+def test_a_data_set_of_the_hub(tmp_path):
+    """A real `datasets.Dataset` of text, tokenised with ``map``, its other columns dropped."""
+    texts = ["a good soup", "a bad broth", "good bread", "bad wine", "very good", "so bad"] * 4
+    labels = [1, 0, 1, 0, 1, 0] * 4
+    words = {word: k for k, word in enumerate(sorted({w for t in texts for w in t.split()}), 1)}
+
+    def tokenise(row):
+        ids = [words[word] for word in row["text"].split()]
+        return {"input_ids": (ids + [0] * 3)[:3], "attention_mask": ([1] * len(ids) + [0] * 3)[:3]}
+
+    data = datasets.Dataset.from_dict({"text": texts, "label": labels})
+    tokens = data.map(tokenise, remove_columns="text")
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, num_labels=2,
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(config)
+    for name, tuned in zip("abc", around(model, 3, 0.005), strict=True):
+        tuned.save_pretrained(tmp_path / name)
+    checkpoints = CheckpointCollection.from_path(tmp_path)
+    arrays = {name: np.array(tokens[name]) for name in ("input_ids", "attention_mask")}
+    soup = MEHLSoup(max_epochs=2, random_state=0)
+    plain = clone(soup).fit(checkpoints, arrays, labels)
+    soup.fit(checkpoints, tokens)
+    assert np.array_equal(soup.coef_, plain.coef_)
+    assert (soup.predict_proba(tokens) == plain.predict_proba(arrays)).all()
+    assert soup.score(tokens) == plain.score(arrays, labels)
+    with pytest.raises(TypeError, match="Tokenise text and drop other columns"):
+        clone(soup).fit(checkpoints, data)
+    shuffled = clone(soup).fit(checkpoints, tokens.shuffle(seed=0))  # an order of its own: fine
+    assert shuffled.score(tokens.shuffle(seed=0)) == shuffled.score(tokens)
