@@ -24,15 +24,18 @@ class SmallViT(nn.Module):
     With a token per pixel a weight meets 65 positions; patches of 2 x 2 learn faster.
     """
 
-    def __init__(self, width: int = 64, depth: int = 3, patch: int = 1) -> None:
+    def __init__(
+        self, width: int = 64, depth: int = 3, patch: int = 1, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.patch = patch
         self.embed = nn.Linear(patch**2, width)
         self.token = nn.Parameter(torch.zeros(1, 1, width))
         self.position = nn.Parameter(0.02 * torch.randn(1, 64 // patch**2 + 1, width))
         layer = nn.TransformerEncoderLayer(
-            width, 4, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
+            width, 4, 4 * width, dropout=dropout, activation="gelu", batch_first=True,
+            norm_first=True,
+        )  # fmt: skip
         self.blocks = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 10)

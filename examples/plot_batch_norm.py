@@ -1,6 +1,8 @@
 """
-BatchNorm: mix its statistics, or measure them anew
-===================================================
+BatchNorm
+=========
+
+Mix its running statistics, or measure them anew?
 
 BatchNorm normalises by running means and variances that training left behind. They belong to the
 network they were measured in: those of a soup can be mixed like its weights, which needs no data

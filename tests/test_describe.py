@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from sksoup import CheckpointCollection, SoupWarning, UniformSoup
+from sksoup import BestCheckpoint, CheckpointCollection, GreedySoup, SoupWarning, UniformSoup
 
 from .zoo import Zoo, around
 
@@ -97,3 +98,42 @@ def test_fitting_warns_of_unrelated_ingredients(zoo: Zoo):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         UniformSoup().fit(related, zoo.X, zoo.y)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_regression_soup_of_strangers_is_called_noise(shared):
+    """Nets that are each good: from one start their mean is, too; from several it is noise."""
+
+    def build():
+        return nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 1))
+
+    torch.manual_seed(0)
+    X = torch.rand(400, 2) * 4 - 2
+    y = torch.sin(2 * X[:, 0]) + X[:, 1]
+
+    def train(net, steps, rows):
+        optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+        for _ in range(steps):
+            loss = (net(X[rows])[:, 0] - y[rows]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return net
+
+    start = train(build(), 400, slice(0, 200))
+    nets = []
+    for k in range(3):
+        net = copy.deepcopy(start) if shared else build()
+        nets.append(train(net, 20 if shared else 420, slice(50 * k, 200)))
+    checkpoints = CheckpointCollection(nets)
+    val = X[200:], y[200:]
+    best = BestCheckpoint(task="regression").fit(checkpoints, *val).score(*val)
+    assert best > 0.9
+    soup = UniformSoup(task="regression")
+    if shared:
+        assert soup.fit(checkpoints, *val).score(*val) > 0.9
+        return
+    with pytest.warns(SoupWarning, match="do not share a start: 3 of 3 .* will be noise"):
+        soup.fit(checkpoints, *val)
+    assert soup.score(*val) < 0.5
+    assert GreedySoup(task="regression").fit(checkpoints, *val).score(*val) >= best

