@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from ._mix import mix
 from .baselines import BestCheckpoint, CheckpointEnsemble, UniformSoup
 from .checkpoints import CheckpointCollection
-from .exceptions import CheckpointError, DivergenceError, RecipeError, SoupWarning
+from .exceptions import CheckpointError, DivergenceError, RankError, RecipeError, SoupWarning
 from .greedy import GreedySoup
 from .learned import LearnedSoup
 from .mehl import MEHLSoup
@@ -20,6 +20,7 @@ __all__ = [
     "GreedySoup",
     "LearnedSoup",
     "MEHLSoup",
+    "RankError",
     "Recipe",
     "RecipeError",
     "SoupWarning",

@@ -71,6 +71,7 @@ from ._formats import new_folder, write_text
 from ._hub import copy_companions, hub_folder
 from ._layout import group_layers, is_variance
 from ._loaders import is_apart, is_loader, minibatches, read_loader, targets_of
+from ._memo import Memo, encode_module, open_memory
 from ._mix import cast, mix, stored_dtypes
 from ._objective import (
     Forward,
@@ -87,6 +88,7 @@ from .exceptions import CheckpointError, SoupWarning
 from .recipe import Recipe
 
 DEFAULT_SCORING = {"classification": "accuracy", "multilabel": "accuracy", "regression": "r2"}
+NOT_IN_RECIPES = ("checkpoints", "memory")  # parameters that change no result
 PACKAGES = ("sksoup", "torch", "numpy", "scikit-learn", "safetensors")
 INTEGERS = [np.int64, np.int32, np.int16, np.int8, np.uint8, np.bool_]
 
@@ -107,6 +109,17 @@ def two_forms(fit: Callable[..., Any]) -> Callable[..., Any]:
     seen = [p for name, p in signature.parameters.items() if name != "checkpoints"]
     wrapper.__signature__ = signature.replace(parameters=seen)  # type: ignore[attr-defined]
     return wrapper
+
+
+@contextmanager
+def hashed_meanwhile(checkpoints: CheckpointCollection) -> Iterator[None]:
+    """Hash the files beside the search; not any longer when it fails."""
+    checkpoints.start_hashing()
+    try:
+        yield
+    except BaseException:
+        checkpoints.stop_hashing()
+        raise
 
 
 @contextmanager
@@ -215,13 +228,13 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         DivergenceError
             The loss or the coefficients stopped being finite.
         """
+        self._forget()
         with threads_of_parent(checkpoints):
             self._check_params()
             ordered = is_apart(y) or is_apart(sample_weight)
             X, y = validate_rows(self, X, y, self.task, ordered)
             weight = _check_weight(sample_weight, len(y))
             collection = self._collect(checkpoints, X, y, weight)
-            collection.start_hashing()
             device = resolve_device(self.device)
             module = prepare_module(collection.build_module(), collection, device)
             data = self._held_out(module, X, y, weight, device)
@@ -235,6 +248,9 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
                 self.forward,
                 self.one_logit_,
             )
+            memo = Memo(open_memory(getattr(self, "memory", None)))
+            if memo:
+                memo = memo.within(data.X, data.y, weight, y, *self._what_predicts(module))
             metadata = {} if weight is None else {"sample_weight": weight}
             shown = {"X": X, "y": y, "metadata": metadata}  # to callbacks
             problem = Problem(
@@ -242,11 +258,25 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
                 layers,
                 data,
                 objective,
-                self._evaluator(objective, data, X, y, weight),
+                self._evaluator(objective, data, X, y, weight, memo),
                 functools.partial(self._progress, module, shown),
+                memo,
             )
-            self._finish(problem, self._search(problem))
+            with hashed_meanwhile(collection):
+                self._finish(problem, self._search(problem))
         return self
+
+    def _forget(self) -> None:
+        """Be unfitted, so that a fit that fails leaves no mixture of two."""
+        for name in [name for name in vars(self) if name.endswith("_") and name[0] != "_"]:
+            delattr(self, name)
+
+    def _what_predicts(self, module: nn.Module) -> tuple[Any, ...]:
+        """All that outputs for the rows depend on, beside weights."""
+        return (
+            list(encode_module(module)), self.forward, self.task, self.one_logit_,
+            getattr(self, "classes_", None), self.batch_size,
+        )  # fmt: skip
 
     @abstractmethod
     def _search(self, problem: Problem) -> Found:
@@ -287,7 +317,7 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
             layers=self.layers_,
             layer_names=self.layer_names_,
             params=_as_json(
-                {k: v for k, v in self.get_params(False).items() if k != "checkpoints"}
+                {k: v for k, v in self.get_params(False).items() if k not in NOT_IN_RECIPES}
             ),
             scores=_as_json(getattr(self, "individual_scores_", {})),
             temperature=float(getattr(self, "temperature_", 1.0)),
@@ -322,12 +352,17 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
             return ()
         state = module.state_dict()
         averages = {name: state[name].clone() for name in names}
-        score = problem.evaluate().score if self.batch_norm == "auto" else -math.inf
-        recalibrate(problem.objective, problem.data, self.batch_size)
-        if self.batch_norm == "auto" and problem.evaluate().score <= score:
-            load_weights(module, averages)
-            return ()
-        return names
+
+        def settle() -> dict[str, torch.Tensor]:
+            score = problem.evaluate().score if self.batch_norm == "auto" else -math.inf
+            recalibrate(problem.objective, problem.data, self.batch_size)
+            is_worse = self.batch_norm == "auto" and problem.evaluate().score <= score
+            return {} if is_worse else {name: module.state_dict()[name].clone() for name in names}
+
+        memo = problem.evaluate.memo.within(self.batch_norm, dict(state))  # before it is changed
+        found = memo(("batch_norm",), settle)
+        load_weights(module, averages | found)
+        return names if found else ()
 
     # ------------------------------------------------------------- validation
 
@@ -345,6 +380,7 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
             raise TypeError(
                 f"forward must be a callable (module, X) or None, got {self.forward!r}."
             )
+        open_memory(getattr(self, "memory", None))
 
     def _collect(self, checkpoints: Any, X: Any, y: Any, weight: Any) -> CheckpointCollection:
         if checkpoints is None:
@@ -422,7 +458,7 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
     # ------------------------------------------------------------------ scores
 
     def _evaluator(
-        self, objective: Objective, data: HeldOut, X: Any, y: Any, weight: Any
+        self, objective: Objective, data: HeldOut, X: Any, y: Any, weight: Any, memo: Memo
     ) -> Evaluator:
         """What scores the module's present weights on the held-out rows."""
         scoring = getattr(self, "scoring", None)
@@ -439,7 +475,8 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
                 rows = RowScore.of(self.task, targets, weight)
         else:
             scorer = check_scoring(soup, scoring)
-        return Evaluator(objective, data, self.batch_size, soup, scorer, X, y, weight, rows)
+        memo = memo.within(None if scorer is None else scoring, rows is not None)
+        return Evaluator(objective, data, self.batch_size, soup, scorer, X, y, weight, rows, memo)
 
     def _default_score(self, y: Any, predicted: Any, weight: Any) -> float:
         metric = r2_score if self.task == "regression" else accuracy_score

@@ -62,14 +62,23 @@ def take_rows(X: Any, rows: torch.Tensor) -> Any:
 
 @dataclass(frozen=True)
 class Batch:
-    """A few rows: inputs (n, ...), targets (n, ...), weights (n,) or None."""
+    """A few rows: inputs (n, ...), targets (n, ...), weights (n,) or None.
+
+    In a distributed job they are this rank's part of a minibatch, and may be none.
+    """
 
     X: Inputs
     y: torch.Tensor
     weight: torch.Tensor | None
+    total: torch.Tensor | int  # weight of the whole minibatch, over all ranks
 
     def __len__(self) -> int:
         return n_rows(self.X)
+
+    @property
+    def amount(self) -> torch.Tensor | int:
+        """The weight of these rows, their number where they have none."""
+        return len(self) if self.weight is None else self.weight.sum()
 
 
 @dataclass(frozen=True)
@@ -105,9 +114,15 @@ class HeldOut:
         return -(-batches // together)
 
     def batches(
-        self, batch_size: int | None, generator: torch.Generator | None = None
+        self,
+        batch_size: int | None,
+        generator: torch.Generator | None = None,
+        part: Callable[[int], slice] = slice,
     ) -> Iterator[Batch]:
-        """Walk the rows once, shuffled when a generator is given; None is one full batch."""
+        """Walk the rows once, shuffled when a generator is given; None is one full batch.
+
+        ``part`` tells which of a minibatch's n rows are wanted: this rank's.
+        """
         n = len(self)
         size = n if batch_size is None else min(batch_size, n)
         order = None if generator is None else torch.randperm(n, generator=generator)
@@ -115,12 +130,20 @@ class HeldOut:
             order = order.to(self.y.device)
 
         def batch(start: int) -> Batch:
-            rows: Any = slice(start, start + size) if order is None else order[start : start + size]
+            stop = min(start + size, n)
+            first, last, _ = part(stop - start).indices(stop - start)
+            rows: Any = slice(start + first, start + last)
+            whole: Any = slice(start, stop)
+            if order is not None:
+                rows, whole = order[rows], order[whole]
             X = map_inputs(lambda part: part[rows], self.X)
             if self.is_streamed:
                 X = map_inputs(self._move, X)
-                rows = rows if order is None else rows.to(self.y.device)
-            return Batch(X, self.y[rows], None if self.weight is None else self.weight[rows])
+            if order is not None:
+                rows, whole = rows.to(self.y.device), whole.to(self.y.device)
+            if self.weight is None:
+                return Batch(X, self.y[rows], None, stop - start)
+            return Batch(X, self.y[rows], self.weight[rows], self.weight[whole].sum())
 
         starts = range(0, n, size)
         yield from one_ahead(batch, starts) if self.is_streamed else map(batch, starts)

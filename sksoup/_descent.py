@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ._batch_norm import batch_statistics
+from ._batch_norm import batch_statistics, check_rows, statistics
 from ._data import Batch
+from ._memo import Memo
 from ._model_batch import FlatModule, resolve_delta_dtype
-from ._objective import Objective
+from ._objective import Objective, module_dtype
 from ._problem import Problem, Step
+from ._ranks import n_ranks, share, sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,13 @@ class NotFiniteError(Exception):
 
 
 def descend(
-    models: Models,
+    models: Callable[[], Models],
     problem: Problem,
     coef: Callable[[], torch.Tensor],
     leaves: Sequence[torch.Tensor],
     settings: Settings,
     generator: torch.Generator,
+    memo: Memo,
     *,
     scale: torch.Tensor | None = None,
     on_epoch: Step,
@@ -72,56 +75,115 @@ def descend(
 
     ``coef()`` gives (b, n_searched) as a function of the leaves. A step is one forward/backward of
     one model on ``accumulate`` minibatches, a `combine` and a `project`. Returns one record per
-    epoch, with its loss and gradient norm at every step.
+    epoch, with its loss and gradient norm at every step. An epoch that ``memo`` knows is not run
+    again: what it left the leaves, the optimizer and the generator at is restored. ``models()`` is
+    asked for only when one has to be run.
     """
-    data, layers = problem.data, problem.layers
-    per_epoch = data.n_batches(settings.batch_size, settings.accumulate)
+    n_steps = problem.data.n_batches(settings.batch_size, settings.accumulate) * settings.max_epochs
     optimizer = _optimizer(leaves, settings)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, _schedule(settings.schedule, per_epoch * settings.max_epochs)
-    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(settings.schedule, n_steps))
+    state = _State(leaves, optimizer, scheduler, generator)
+    layers, records = problem.layers, []
+    for epoch in range(settings.max_epochs):
+        if (known := memo.find("epoch", epoch)) is not None:
+            state.restore(known["state"])
+            record = known["record"]
+        else:
+            record = {"epoch": epoch, **_epoch(models(), problem, coef, settings, state, scale)}
+            memo.keep({"record": record, "state": state.snapshot()}, "epoch", epoch)
+        records.append(record)
+        on_epoch(lambda: models().combine(layers.expand_columns(coef().detach())))
+    return records
+
+
+@dataclass(frozen=True)
+class _State:
+    """All that an epoch changes."""
+
+    leaves: Sequence[torch.Tensor]
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    generator: torch.Generator
+
+    def snapshot(self) -> dict[str, Any]:
+        scheduler = self.scheduler.state_dict()
+        return {
+            "leaves": [leaf.detach().clone() for leaf in self.leaves],
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {name: scheduler[name] for name in ("last_epoch", "_last_lr")},
+            "generator": self.generator.get_state(),
+        }
+
+    @torch.no_grad()
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        for leaf, value in zip(self.leaves, snapshot["leaves"], strict=True):
+            leaf.copy_(value)
+        self.optimizer.load_state_dict(snapshot["optimizer"])
+        self.scheduler.load_state_dict(self.scheduler.state_dict() | snapshot["scheduler"])
+        self.generator.set_state(snapshot["generator"])
+
+
+def _epoch(
+    models: Models,
+    problem: Problem,
+    coef: Callable[[], torch.Tensor],
+    settings: Settings,
+    state: _State,
+    scale: torch.Tensor | None,
+) -> dict[str, list[float]]:
+    """One walk over the held-out rows; the loss and the gradient's norm at every step."""
+    layers, leaves, counts = problem.layers, state.leaves, problem.objective.counts
     limit = math.inf if settings.clip_grad_norm is None else settings.clip_grad_norm
-    records = []
+    before = coef().detach()
+    losses, norms = [], []
+    shuffled = state.generator if settings.shuffle else None
+    batches = problem.data.batches(settings.batch_size, shuffled, share)
     searching = batch_statistics(problem.module) if settings.normalize_by_batch else nullcontext()
     with searching:
-        for epoch in range(settings.max_epochs):
-            before = coef().detach()
-            losses, norms = [], []
-            batches = data.batches(settings.batch_size, generator if settings.shuffle else None)
-            for together in batched(batches, settings.accumulate):
-                c = coef()  # (b, n_searched), a graph of a few numbers
-                models.combine(layers.expand_columns(c.detach()))
-                models.flat.grad.zero_()
-                optimizer.zero_grad()
-                losses.append(_loss_and_backward(problem.objective, together, scale))
-                c.backward(models.project(layers.n_searched).to(c))  # type: ignore[no-untyped-call]
-                norms.append(torch.nn.utils.clip_grad_norm_(leaves, limit))
-                optimizer.step()
-                scheduler.step()
-            loss, norm = torch.stack(losses), torch.stack(norms)  # fetched at once
-            finite = torch.isfinite(loss) & torch.isfinite(norm).to(loss.device)
-            if not bool(finite.all()) or not bool(torch.isfinite(coef()).all()):
-                bad = torch.cat([~finite, finite.new_ones(1)]).nonzero()[0]
-                step = epoch * per_epoch + min(int(bad) + 1, len(losses))
-                raise NotFiniteError(step, before.cpu().double().numpy())
-            records.append({"epoch": epoch, "loss": loss.tolist(), "grad_norm": norm.tolist()})
-            on_epoch(lambda: models.combine(layers.expand_columns(coef().detach())))
-    models.combine(layers.expand_columns(coef().detach()))
-    return records
+        for together in batched(batches, settings.accumulate):
+            c = coef()  # (b, n_searched), a graph of a few numbers
+            models.combine(layers.expand_columns(c.detach()))
+            models.flat.grad.zero_()
+            state.optimizer.zero_grad()
+            losses.append(_loss_and_backward(problem.objective, together, scale))
+            gradient = sum_over_ranks(models.project(layers.n_searched))  # (b, n_searched)
+            c.backward(gradient.to(c))  # type: ignore[no-untyped-call]
+            _reduce_scale(scale)
+            counts.n_reduced += (gradient.numel() + (scale is not None)) * (n_ranks() > 1)
+            norms.append(torch.nn.utils.clip_grad_norm_(leaves, limit))
+            state.optimizer.step()
+            state.scheduler.step()
+    loss, norm = sum_over_ranks(torch.stack(losses)), torch.stack(norms)  # fetched at once
+    finite = torch.isfinite(loss) & torch.isfinite(norm).to(loss.device)
+    if not bool(finite.all()) or not bool(torch.isfinite(coef()).all()):
+        bad = torch.cat([~finite, finite.new_ones(1)]).nonzero()[0]
+        done = state.scheduler.last_epoch - len(losses)
+        step = done + min(int(bad) + 1, len(losses))
+        raise NotFiniteError(step, before.cpu().double().numpy())
+    return {"loss": loss.tolist(), "grad_norm": norm.tolist()}
+
+
+def _reduce_scale(scale: torch.Tensor | None) -> None:
+    """Sum the ranks' gradients of the temperature, where it is learnt."""
+    if scale is not None and scale.requires_grad:
+        scale.grad = torch.zeros_like(scale) if scale.grad is None else scale.grad
+        sum_over_ranks(scale.grad)
 
 
 def _loss_and_backward(
     objective: Objective, together: Sequence[Batch], scale: torch.Tensor | None
 ) -> torch.Tensor:
-    """The loss and gradient of a few minibatches as if they were one."""
-    if len(together) == 1:
+    """The loss and gradient of a few minibatches, or of this rank's part, as if they were one."""
+    if len(together) == 1 and n_ranks() == 1:
         return objective.loss_and_backward(together[0], scale)
-    weights = [len(b) if b.weight is None else b.weight.sum() for b in together]
-    total = torch.as_tensor(sum(weights)).clamp_min(1e-12)
+    total = torch.as_tensor(sum(batch.total for batch in together)).clamp_min(1e-12)
     losses = [
-        objective.loss_and_backward(rows, scale, weight / total)
-        for rows, weight in zip(together, weights, strict=True)
+        objective.loss_and_backward(batch, scale, batch.amount / total)
+        for batch in together
+        if len(batch)
     ]
+    if not losses:  # fewer rows than ranks
+        return torch.zeros((), dtype=module_dtype(objective.module), device=together[0].y.device)
     return torch.stack(losses).sum()
 
 
@@ -177,6 +239,46 @@ def check_settings(soup: Any) -> None:
     clip = soup.clip_grad_norm
     if clip is not None and not (isinstance(clip, (int, float)) and clip > 0):
         raise ValueError(f"clip_grad_norm must be None or > 0, got {clip!r}.")
+
+
+def check_search(soup: Any, problem: Problem) -> None:
+    """Check what only the module and the rows tell about a search by descent."""
+    if soup.batch_norm != "recalibrate":
+        return
+    check_rows(problem.module, len(problem.data), soup.batch_size)
+    if n_ranks() > 1 and statistics(problem.module):
+        raise ValueError(
+            "batch_norm='recalibrate' normalises by each minibatch, which the ranks of a "
+            "distributed job share out. Search with batch_norm='auto' or 'average'."
+        )
+
+
+def what_descends(soup: Any, problem: Problem) -> tuple[Any, ...]:
+    """All that tells one search by descent from another, beside model batch and seed."""
+    return (
+        type(soup).__name__,
+        [problem.checkpoints.identity(name) for name in problem.checkpoints],
+        problem.layers.rows,
+        problem.objective.criterion,
+        vars(settings_of(soup)),
+        soup.precision,
+        soup.compile,
+        str(soup.delta_dtype),
+    )
+
+
+def halve(n_models: int, memo: Memo) -> int:
+    """Half as many models, which is remembered."""
+    half = -(-n_models // 2)
+    memo.keep(half, "halved", n_models)
+    return half
+
+
+def what_fitted(n_models: int, memo: Memo) -> int:
+    """As many models as were left after the halvings of an earlier fit."""
+    while (half := memo.find("halved", n_models)) is not None:
+        n_models = half
+    return n_models
 
 
 def settings_of(soup: Any) -> Settings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from ._data import HeldOut, Task, map_inputs, take_rows, to_tensor
+from ._memo import Memo
 from ._objective import Objective
 
 SLACK = 1e-9  # far above what float64 sums of penalties are off by, far below what a row is worth
@@ -101,6 +102,7 @@ class Evaluator:
     y: NDArray[Any]
     weight: NDArray[np.float64] | None
     rows: RowScore | None  # where the score is one
+    memo: Memo = field(default_factory=lambda: Memo(None))  # of scores on these rows
 
     def own(self) -> Self:
         """The same with a module of its own, for use beside others."""
@@ -116,7 +118,8 @@ class Evaluator:
         if self.rows is not None:
             bounded = RowScore.of(self.rows.task, self.rows.y[rows], weight)
         X = map_inputs(lambda part: part[rows], self.X)
-        return replace(self, data=data, X=X, y=y, weight=weight, rows=bounded)
+        memo = self.memo.within(rows)
+        return replace(self, data=data, X=X, y=y, weight=weight, rows=bounded, memo=memo)
 
     @torch.no_grad()
     def __call__(self) -> Evaluation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -257,6 +258,10 @@ class WeightsFile:
         self._check_identity()
         return digest
 
+    def identities(self) -> list[FileIdentity]:
+        """What the file was when it was opened."""
+        return [self.identity]
+
     def _check_identity(self) -> None:
         if FileIdentity.of(self.path) != self.identity:
             raise CheckpointError(
@@ -279,6 +284,10 @@ class ShardedWeights:
                     f"checkpoint again, or leave it out."
                 )
         self.header = {t: self.shards[name].header[t] for t, name in self.weight_map.items()}
+
+    def identities(self) -> list[FileIdentity]:
+        """What the shards were when they were opened."""
+        return [shard.identity for shard in self.shards.values()]
 
     def _shard_names(self) -> list[str]:
         return list(dict.fromkeys(self.weight_map.values()))
@@ -543,6 +552,21 @@ def _write_one_by_one(
             data: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
             file.write(data)
         os.fsync(file.fileno())
+
+
+def pack(value: Any) -> bytes:
+    """Tensors, numbers, strings, lists and dicts of them as bytes, with a checksum."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
+
+
+def unpack(payload: bytes) -> Any:
+    """Read what `pack` wrote, on the CPU; runs no code that is in it."""
+    digest, body = payload[:32], payload[32:]
+    if hashlib.sha256(body).digest() != digest:
+        raise ValueError("its checksum is wrong")
+    return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

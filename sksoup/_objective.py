@@ -35,6 +35,7 @@ class Counts:
     rows_forward: int = 0
     rows_backward: int = 0
     rows_recalibrated: int = 0  # through BatchNorm's re-estimation, forward only
+    n_reduced: int = 0  # gradient numbers that the ranks of a distributed job had to sum
 
     def add(self, other: Counts) -> None:
         """Count what somebody else ran, too."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +18,10 @@ from torch import nn
 from ._data import HeldOut
 from ._evaluation import Evaluation, Evaluator
 from ._layout import Layers
+from ._memo import Memo
 from ._objective import Counts, Objective, load_weights
+from ._ranks import gather, n_ranks
+from ._ranks import rank as rank_of
 from .checkpoints import CheckpointCollection
 
 # gives the weights of the soup as if the search stopped here; None: the module has them (now)
@@ -41,6 +44,7 @@ class Problem:
     objective: Objective
     evaluate: Evaluator  # held-out score of the module's present weights
     progress: Callable[[str, int], AbstractContextManager[Step]]
+    memo: Memo = field(default_factory=lambda: Memo(None))
 
     @property
     def module(self) -> nn.Module:
@@ -74,61 +78,85 @@ def rank(
 ) -> Ranking:
     """Score every checkpoint on the held-out rows; known scores are taken as given.
 
-    With workers each has a module of its own and runs with this process's number of threads, so
+    What the memory knows is not evaluated. Ranks of a distributed job share the others out, and so
+    do workers; each has a module of its own and runs with this process's number of threads, so
     that the scores do not depend on how many there are.
     """
     checkpoints, evaluate = problem.checkpoints, evaluate or problem.evaluate
     if checkpoints.scores is not None:
         return Ranking(dict(checkpoints.scores), None)
-    n_workers = min(effective_n_jobs(n_jobs), len(checkpoints))
-    if n_workers == 1:
-        return rank_some(checkpoints, evaluate, step)
-    parts = np.array_split(np.array(checkpoints.names, dtype=object), n_workers)
-    rankings = []
-    threads = torch.get_num_threads()
-    tasks = (delayed(rank_in_worker)(checkpoints.select(part), evaluate, threads) for part in parts)
-    for ranking, counts in Parallel(n_jobs=n_workers)(tasks):
-        problem.objective.counts.add(counts)
-        rankings.append(ranking)
-    scores = {name: score for ranking in rankings for name, score in ranking.scores.items()}
-    margins = {name: value for ranking in rankings for name, value in ranking.margins.items()}
-    best_name = checkpoints.names[0]
-    for name in checkpoints:
-        best_name = max(best_name, name, key=scores.__getitem__)  # the first on ties
+    keys = {name: ("score", checkpoints.identity(name)) for name in checkpoints if evaluate.memo}
+    known = {name: evaluate.memo.find(*key) for name, key in keys.items()}
+    found = {name: Evaluation(**parts) for name, parts in known.items() if parts is not None}
+    missing = [name for name in checkpoints.names if name not in found]
+    n_workers = min(effective_n_jobs(n_jobs), len(missing))
+    if missing and (n_ranks() > 1 or n_workers > 1):
+        found |= rank_together(problem, evaluate, missing, n_workers)
+    scores: dict[str, float] = {}
+    margins: dict[str, torch.Tensor] = {}
+    best, best_name = None, ""
+    for name, following in with_following(checkpoints.names):
+        if name not in found:
+            found[name] = evaluate_one(checkpoints, evaluate, name, following)
+        one = found.pop(name)
+        scores[name] = one.score
+        if one.margins is not None:
+            margins[name] = one.margins
+        if best is None or one.score > best.score:  # the first on ties
+            best, best_name = one, name
         step(partial(checkpoints.__getitem__, best_name))
-    return Ranking(scores, max((r.best for r in rankings), key=lambda best: best.score), margins)
+    return Ranking(scores, best, margins)
+
+
+def rank_together(
+    problem: Problem, evaluate: Evaluator, names: list[str], n_workers: int
+) -> dict[str, Evaluation]:
+    """Score checkpoints on all ranks, or in workers."""
+    checkpoints, counts = problem.checkpoints, problem.objective.counts
+    if n_ranks() > 1:
+        mine = names[rank_of() :: n_ranks()]
+        parts = gather({name: evaluate_one(checkpoints, evaluate, name, None) for name in mine})
+        return {name: found for part in parts for name, found in part.items()}
+    threads, found = torch.get_num_threads(), dict[str, Evaluation]()
+    tasks = (
+        delayed(rank_in_worker)(checkpoints.select(part), evaluate, threads)
+        for part in np.array_split(np.array(names, dtype=object), n_workers)
+    )
+    for part, counted in Parallel(n_jobs=n_workers)(tasks):
+        counts.add(counted)
+        found |= part
+    return found
 
 
 def rank_in_worker(
     checkpoints: CheckpointCollection, evaluate: Evaluator, threads: int
-) -> tuple[Ranking, Counts]:
+) -> tuple[dict[str, Evaluation], Counts]:
     """Rank some of the checkpoints in a process or thread of its own."""
     torch.set_num_threads(threads)
     evaluate = evaluate.own()
-    ranking = rank_some(checkpoints, evaluate, lambda weights=None: None)
-    return ranking, evaluate.objective.counts
+    found = {
+        name: evaluate_one(checkpoints, evaluate, name, following)
+        for name, following in with_following(checkpoints.names)
+    }
+    return found, evaluate.objective.counts
 
 
-def rank_some(checkpoints: CheckpointCollection, evaluate: Evaluator, step: Step) -> Ranking:
-    """Score one checkpoint after the other; the next is read while this one is evaluated.
+def with_following(names: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Each name and the one after it; None follows the last."""
+    return zip(names, [*names[1:], None], strict=True)
 
-    The operating system reads it, into its cache: no thread competes for the processor.
-    """
-    scores: dict[str, float] = {}
-    margins: dict[str, torch.Tensor] = {}
-    best, best_name = None, ""
-    for index, name in enumerate(checkpoints.names):
-        load_weights(evaluate.objective.module, checkpoints[name])
-        for following in checkpoints.names[index + 1 : index + 2]:
-            checkpoints.warm(following)
-        found = evaluate_named(evaluate, name)
-        scores[name] = found.score
-        if found.margins is not None:
-            margins[name] = found.margins
-        if best is None or found.score > best.score:
-            best, best_name = found, name
-        step(partial(checkpoints.__getitem__, best_name))
-    return Ranking(scores, best, margins)
+
+def evaluate_one(
+    checkpoints: CheckpointCollection, evaluate: Evaluator, name: str, following: str | None
+) -> Evaluation:
+    """Score a checkpoint; the operating system reads the following one into its cache meanwhile."""
+    load_weights(evaluate.objective.module, checkpoints[name])
+    if following is not None:
+        checkpoints.warm(following)
+    found = evaluate_named(evaluate, name)
+    if evaluate.memo:
+        evaluate.memo.keep(vars(found), "score", checkpoints.identity(name), everywhere=True)
+    return found
 
 
 def evaluate_named(evaluate: Callable[[], Evaluation], what: str) -> Evaluation:

@@ -28,6 +28,7 @@ class FileCheckpoint:
 
     def __init__(self, path: Path, key: str | None = None) -> None:
         self.path = path
+        self.key = key
         self.weights = open_weights(path, key)
         self.strip("")
 
@@ -54,6 +55,11 @@ class FileCheckpoint:
 
     def sha256(self) -> str:
         return self.weights.sha256()
+
+    def identity(self) -> tuple[Any, ...]:
+        """What tells this checkpoint from one that took its place, without reading it."""
+        files = [(i.size, i.mtime_ns, i.inode) for i in self.weights.identities()]
+        return (self.prefix, self.key, files)
 
 
 class MemoryCheckpoint:
@@ -82,6 +88,10 @@ class MemoryCheckpoint:
 
     def sha256(self) -> str:
         return content_sha256(self)
+
+    def identity(self) -> tuple[Any, ...]:
+        """What tells this checkpoint from others: its content."""
+        return (self.sha256(),)
 
 
 def stripped(header: dict[str, TensorInfo], prefix: str) -> dict[str, TensorInfo]:

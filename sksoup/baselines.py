@@ -132,6 +132,8 @@ class BestCheckpoint(BaseSoup):
         Checkpoints evaluated side by side, by joblib; the scores are the same for any number.
     device : str or torch.device, default="auto"
         Where the module runs; "auto" is cuda, else mps, else cpu.
+    memory : str, path-like, joblib.Memory or None, default=None
+        Where scores are kept, so that a fit that was killed goes on where it was.
 
     Attributes
     ----------
@@ -186,6 +188,7 @@ class BestCheckpoint(BaseSoup):
         batch_size: int | None = 128,
         n_jobs: int | None = None,
         device: str | torch.device = "auto",
+        memory: Any = None,
     ) -> None:
         self.checkpoints = checkpoints
         self.scoring = scoring
@@ -195,6 +198,7 @@ class BestCheckpoint(BaseSoup):
         self.batch_size = batch_size
         self.n_jobs = n_jobs
         self.device = device
+        self.memory = memory
 
     def _search(self, problem: Problem) -> Found:
         checkpoints = problem.checkpoints

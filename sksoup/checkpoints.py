@@ -7,8 +7,8 @@ import glob
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -482,6 +482,21 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             )
         return module.cpu()
 
+    def identity(self, name: str) -> tuple[Any, ...]:
+        """Return what tells a checkpoint from one that took its place.
+
+        Parameters
+        ----------
+        name : str
+            Name of the checkpoint.
+
+        Returns
+        -------
+        identity : tuple
+            Sizes, modification times and inodes of its files; the SHA-256 of one in memory.
+        """
+        return self._entries[name].identity()
+
     def start_hashing(self) -> None:
         """Begin to hash the files in one background thread, while the search reads them."""
         missing = [n for n in self.names if n not in self._hashes and n not in self._hashing]
@@ -489,6 +504,12 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             executor = ThreadPoolExecutor(1, thread_name_prefix="sksoup-sha256")
             self._hashing.update({n: executor.submit(self._entries[n].sha256) for n in missing})
             executor.shutdown(wait=False)
+
+    def stop_hashing(self) -> None:
+        """Hash no more files than the one that is being read; `sha256` does when asked."""
+        for name, pending in list(self._hashing.items()):
+            if pending.cancel():
+                self._hashing.pop(name, None)
 
     def sha256(self, name: str) -> str:
         """Return the SHA-256 of a checkpoint: of its file, else of its names and values.
@@ -505,7 +526,10 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         """
         if name not in self._hashes:
             pending = self._hashing.pop(name, None)
-            self._hashes[name] = pending.result() if pending else self._entries[name].sha256()
+            with suppress(CancelledError):
+                self._hashes[name] = pending.result() if pending else self._entries[name].sha256()
+        if name not in self._hashes:
+            self._hashes[name] = self._entries[name].sha256()
         return self._hashes[name]
 
     def content_sha256(self, name: str) -> str:

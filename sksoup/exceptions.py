@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CheckpointError", "DivergenceError", "RecipeError", "SoupWarning"]
+__all__ = ["CheckpointError", "DivergenceError", "RankError", "RecipeError", "SoupWarning"]
 
 
 class CheckpointError(ValueError):
@@ -38,6 +38,10 @@ class DivergenceError(ArithmeticError):
     def __init__(self, message: str, coef: NDArray[np.float64] | None = None) -> None:
         super().__init__(message)
         self.coef = coef
+
+
+class RankError(RuntimeError):
+    """Raised on the ranks of a distributed job that are left when another one stopped."""
 
 
 class SoupWarning(UserWarning):

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from joblib import Parallel, delayed, effective_n_jobs
 from numpy.typing import ArrayLike, NDArray
 from sklearn.model_selection import train_test_split
 from sklearn.utils import check_scalar
 
 from ._base import BaseSoup
 from ._batch_norm import BatchNormPolicy, recalibrate, statistics
-from ._data import Task
+from ._data import HeldOut, Task
 from ._describe import judge
 from ._evaluation import Evaluation, Evaluator, RowScore
 from ._mix import mix
-from ._objective import Forward, load_weights
+from ._objective import Counts, Forward, load_weights
 from ._problem import Found, Problem, evaluate_named, rank
+from ._ranks import gather, n_ranks
+from ._ranks import rank as rank_of
 from .checkpoints import CheckpointCollection
 from .exceptions import SoupWarning
 
@@ -103,6 +105,8 @@ class GreedySoup(BaseSoup):
         Where the module runs; "auto" is cuda, else mps, else cpu.
     random_state : int, RandomState or None, default=None
         Draws the rows of ``ranking_fraction``; nothing else is random.
+    memory : str, path-like, joblib.Memory or None, default=None
+        Where scores are kept, so that a fit that was killed goes on where it was.
 
     Attributes
     ----------
@@ -194,6 +198,7 @@ class GreedySoup(BaseSoup):
         n_jobs: int | None = None,
         device: str | torch.device = "auto",
         random_state: Any = None,
+        memory: Any = None,
     ) -> None:
         self.checkpoints = checkpoints
         self.scoring = scoring
@@ -208,6 +213,7 @@ class GreedySoup(BaseSoup):
         self.n_jobs = n_jobs
         self.device = device
         self.random_state = random_state
+        self.memory = memory
 
     def _check_params(self) -> None:
         super()._check_params()
@@ -234,29 +240,33 @@ class GreedySoup(BaseSoup):
             scores = ranking.scores
             # stable: equal scores stay in collection order
             ranked = sorted(range(n), key=lambda k: -scores[names[k]])
-            following = dict(pairwise(ranked))
-
-            def mean(ingredients: list[int]) -> dict[str, torch.Tensor]:
-                return mix(checkpoints, uniform_coef(ingredients, n))
+            trial = Trial(
+                checkpoints, to_accept, problem.data, margins, self.batch_norm, self.early_rejection
+            )
+            n_workers = min(effective_n_jobs(self.n_jobs), n)
+            ahead: dict[int, Evaluation] = {}  # of candidates for the soup so far
 
             def evaluate(
                 ingredients: list[int], needed: float, soup: Evaluation | None
             ) -> Evaluation:
-                candidate = ingredients[-1]
-                found = best if soup is None else None
-                if found is None:
-                    load_weights(problem.module, mean(ingredients))
-                    if candidate in following:
-                        checkpoints.warm(names[following[candidate]])
-                    order = hardest_first(soup, margins.get(names[candidate]), len(ingredients))
-                    found = evaluate_named(
-                        lambda: self._try(problem, to_accept, needed, order), names[candidate]
-                    )
+                *kept, candidate = ingredients
+                if soup is None:
+                    known = best or trial.known(ingredients, needed, soup)
+                    return known or trial(ingredients, needed, soup)
+                if candidate not in ahead:
+                    n_ahead = max(n_workers, n_ranks())
+                    following = ranked[ranked.index(candidate) :]
+                    for later in following[n_ahead : n_ahead + 1]:
+                        checkpoints.warm(names[later])
+                    ahead.update(trial.together(kept, following[:n_ahead], needed, soup))
+                found = ahead.pop(candidate)
+                if found.score >= needed:
+                    ahead.clear()  # they were for a soup without this one
                 return found
 
             ingredients, tried = greedy(
                 ranked, evaluate, self.min_improvement,
-                on_step=lambda kept: step(lambda: mean(kept)),
+                on_step=lambda kept: step(lambda: mean_of(checkpoints, kept)),
             )  # fmt: skip
         path = describe_path(tried, names, to_accept.rows)
         if len(ingredients) == 1 < n:
@@ -285,31 +295,6 @@ class GreedySoup(BaseSoup):
         )  # fmt: skip
         return evaluate.on(np.sort(ranks)), evaluate.on(np.sort(accepts))
 
-    def _try(
-        self, problem: Problem, evaluate: Evaluator, needed: float, order: torch.Tensor | None
-    ) -> Evaluation:
-        """Evaluate a candidate; its BatchNorm statistics as mixed, re-estimated, or the better."""
-        if needed == -math.inf or self.batch_norm == "average" or not statistics(problem.module):
-            return self._evaluate(evaluate, needed, order)
-        mixed: Evaluation | None = None
-        if self.batch_norm == "auto":
-            mixed = self._evaluate(evaluate, needed, order)
-            if mixed.score >= needed:
-                return mixed
-        recalibrate(problem.objective, problem.data, self.batch_size)
-        found = self._evaluate(evaluate, needed, order)
-        if mixed is None:
-            return found
-        better = found if found.score > mixed.score else mixed
-        return replace(better, n_rows=found.n_rows + mixed.n_rows)
-
-    def _evaluate(
-        self, evaluate: Evaluator, needed: float, order: torch.Tensor | None
-    ) -> Evaluation:
-        if not self.early_rejection or order is None:
-            return evaluate()
-        return evaluate.until(needed, order, chunk_size(len(order), self.batch_size))
-
     def _warn(self, checkpoints: CheckpointCollection, path: list[dict[str, Any]]) -> None:
         """Say why nothing was mixed."""
         best, *others = path
@@ -325,6 +310,112 @@ class GreedySoup(BaseSoup):
             SoupWarning,
             stacklevel=6,  # the call of fit
         )
+
+
+def mean_of(checkpoints: CheckpointCollection, ingredients: list[int]) -> dict[str, torch.Tensor]:
+    """The mean of these checkpoints, in the bits that `mix` gives."""
+    return mix(checkpoints, uniform_coef(ingredients, len(checkpoints)))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Scores means with a candidate; has all it needs, so that a worker can, too."""
+
+    checkpoints: CheckpointCollection
+    evaluate: Evaluator
+    data: HeldOut  # all rows, which re-estimate BatchNorm
+    margins: Mapping[str, torch.Tensor]  # of single checkpoints, where known
+    batch_norm: BatchNormPolicy
+    early_rejection: bool
+
+    def __call__(
+        self, ingredients: list[int], needed: float, soup: Evaluation | None
+    ) -> Evaluation:
+        """Score the mean of the ingredients, the last of which is the candidate."""
+        load_weights(self.evaluate.objective.module, mean_of(self.checkpoints, ingredients))
+        order = self._order(ingredients, soup)
+        candidate = self.checkpoints.names[ingredients[-1]]
+        found = evaluate_named(lambda: self._score(needed, order), candidate)
+        if self.evaluate.memo:
+            key = self._key(ingredients, needed, soup)
+            self.evaluate.memo.keep(vars(found), *key, everywhere=True)
+        return found
+
+    def known(
+        self, ingredients: list[int], needed: float, soup: Evaluation | None
+    ) -> Evaluation | None:
+        """What the memory knows of this mean."""
+        if not self.evaluate.memo:
+            return None
+        found = self.evaluate.memo.find(*self._key(ingredients, needed, soup))
+        return None if found is None else Evaluation(**found)
+
+    def together(
+        self, kept: list[int], candidates: list[int], needed: float, soup: Evaluation
+    ) -> dict[int, Evaluation]:
+        """Score several candidates for the same soup: on all ranks, or in workers."""
+        found = {k: self.known([*kept, k], needed, soup) for k in candidates}
+        missing = [k for k, one in found.items() if one is None]
+        if n_ranks() > 1:
+            mine = missing[rank_of() :: n_ranks()]
+            for part in gather({k: self([*kept, k], needed, soup) for k in mine}):
+                found |= part
+        elif len(missing) > 1:
+            threads = torch.get_num_threads()
+            tasks = (
+                delayed(try_in_worker)(self, [*kept, k], needed, soup, threads) for k in missing
+            )
+            for k, (one, counts) in zip(missing, Parallel(n_jobs=len(missing))(tasks), strict=True):
+                self.evaluate.objective.counts.add(counts)
+                found[k] = one
+        else:
+            found |= {k: self([*kept, k], needed, soup) for k in missing}
+        return {k: one for k, one in found.items() if one is not None}
+
+    def _key(
+        self, ingredients: list[int], needed: float, soup: Evaluation | None
+    ) -> tuple[Any, ...]:
+        names = self.checkpoints.names
+        identities = [self.checkpoints.identity(names[k]) for k in sorted(ingredients)]
+        order = self._order(ingredients, soup)
+        return "candidate", identities, needed, order, self.early_rejection, self.batch_norm
+
+    def _order(self, ingredients: list[int], soup: Evaluation | None) -> torch.Tensor | None:
+        own = self.margins.get(self.checkpoints.names[ingredients[-1]])
+        return hardest_first(soup, own, len(ingredients))
+
+    def _score(self, needed: float, order: torch.Tensor | None) -> Evaluation:
+        """Evaluate a candidate; its BatchNorm statistics as mixed, re-estimated, or the better."""
+        evaluate, is_first = self.evaluate, needed == -math.inf
+        objective = evaluate.objective
+        if is_first or self.batch_norm == "average" or not statistics(objective.module):
+            return self._evaluate(needed, order)
+        mixed: Evaluation | None = None
+        if self.batch_norm == "auto":
+            mixed = self._evaluate(needed, order)
+            if mixed.score >= needed:
+                return mixed
+        recalibrate(objective, self.data, evaluate.batch_size)
+        found = self._evaluate(needed, order)
+        if mixed is None:
+            return found
+        better = found if found.score > mixed.score else mixed
+        return replace(better, n_rows=found.n_rows + mixed.n_rows)
+
+    def _evaluate(self, needed: float, order: torch.Tensor | None) -> Evaluation:
+        if not self.early_rejection or order is None:
+            return self.evaluate()
+        size = chunk_size(len(order), self.evaluate.batch_size)
+        return self.evaluate.until(needed, order, size)
+
+
+def try_in_worker(
+    trial: Trial, ingredients: list[int], needed: float, soup: Evaluation, threads: int
+) -> tuple[Evaluation, Counts]:
+    """Score one candidate in a process or thread of its own."""
+    torch.set_num_threads(threads)
+    trial = replace(trial, evaluate=trial.evaluate.own())
+    return trial(ingredients, needed, soup), trial.evaluate.objective.counts
 
 
 def hardest_first(

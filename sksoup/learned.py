@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,21 +12,28 @@ import torch
 from numpy.typing import ArrayLike
 
 from ._base import BaseSoup
-from ._batch_norm import BatchNormPolicy, check_rows
+from ._batch_norm import BatchNormPolicy
 from ._budget import Budget, is_out_of_memory, parse_bytes
 from ._data import Task
 from ._descent import (
     NotFiniteError,
+    check_search,
     check_settings,
     coefficient_dtype,
     descend,
+    halve,
     private_generator,
     settings_of,
+    what_descends,
+    what_fitted,
 )
 from ._layout import Layerwise
+from ._memo import Memo
 from ._model_batch import Center, ModelBatch, StreamedModels, centered, resolve_delta_dtype
 from ._objective import Criterion, Forward
+from ._on_demand import OnDemand
 from ._problem import Found, Problem
+from ._ranks import least_over_ranks, n_ranks
 from .exceptions import DivergenceError, SoupWarning
 
 __all__ = ["LearnedSoup"]
@@ -90,6 +99,8 @@ class LearnedSoup(BaseSoup):
         Where the module runs; "auto" is cuda, else mps, else cpu.
     random_state : int, RandomState or None, default=None
         Seeds the order of the rows; never the global state.
+    memory : str, path-like, joblib.Memory or None, default=None
+        Where epochs are kept, so that a fit that was killed goes on where it was.
 
     Attributes
     ----------
@@ -176,6 +187,7 @@ class LearnedSoup(BaseSoup):
         classes: ArrayLike | None = None,
         device: str | torch.device = "auto",
         random_state: Any = None,
+        memory: Any = None,
     ) -> None:
         self.checkpoints = checkpoints
         self.layerwise = layerwise
@@ -199,6 +211,7 @@ class LearnedSoup(BaseSoup):
         self.classes = classes
         self.device = device
         self.random_state = random_state
+        self.memory = memory
 
     def _check_params(self) -> None:
         super()._check_params()
@@ -207,56 +220,85 @@ class LearnedSoup(BaseSoup):
             parse_bytes(self.memory_limit)
 
     def _search(self, problem: Problem) -> Found:
-        if self.batch_norm == "recalibrate":
-            check_rows(problem.module, len(problem.data), self.batch_size)
-        n, n_rows = len(problem.checkpoints), problem.layers.n_searched
+        check_search(self, problem)
+        memo = problem.memo.within(*what_descends(self, problem), self.temperature)
         generator = private_generator(self.random_state)
+        if self.random_state is None:  # go on with the seed it began with
+            generator.set_state(memo(("seed",), generator.get_state))
         seed = generator.get_state()
-        with centered(problem) as center:
-            if center is None:  # all checkpoints are equal
-                return Found(np.full((n_rows, n), 1 / n), attributes={"temperature_": 1.0})
-            mean, dtype = center.mean, resolve_delta_dtype(self.delta_dtype, center.mean.dtype)
-            limit = None if self.memory_limit is None else parse_bytes(self.memory_limit)
-            budget = Budget(limit, mean.nbytes, len(mean) * dtype.itemsize, 2, mean.device)
-            capacity = budget.resolve("auto", n)
-            found = None
-            while found is None:
-                if capacity < n:
-                    warnings.warn(
-                        f"The memory holds {capacity} of {n} models: each step reads all files "
-                        f"twice, which is slow. Raise memory_limit, halve the deltas with "
-                        f"delta_dtype='bfloat16', or take MEHLSoup, which needs few at a time.",
-                        SoupWarning,
-                        stacklevel=5,  # the call of fit
-                    )
-                found = self._descend(problem, center, capacity, generator.set_state(seed))
-                capacity = -(-capacity // 2)
-        return found
+        memo = memo.within(seed)
+        n, n_rows = len(problem.checkpoints), problem.layers.n_searched
+        with OnDemand(lambda: centered(problem)) as center:
+            capacity = memo(("capacity", self.memory_limit), lambda: self._capacity(n, center()))
+            capacity = what_fitted(capacity, memo)
+            while capacity:
+                found = self._descend(problem, center, capacity, generator.set_state(seed), memo)
+                if found is not None:
+                    return found
+                capacity = halve(capacity, memo)
+        # all checkpoints are equal
+        return Found(np.full((n_rows, n), 1 / n), attributes={"temperature_": 1.0})
+
+    def _capacity(self, n: int, center: Center | None) -> int:
+        """How many deltas the memory holds beside the mean and the soup; 0 if all are equal."""
+        if center is None:
+            return 0
+        mean, dtype = center.mean, resolve_delta_dtype(self.delta_dtype, center.mean.dtype)
+        limit = None if self.memory_limit is None else parse_bytes(self.memory_limit)
+        budget = Budget(limit, mean.nbytes, len(mean) * dtype.itemsize, 2, mean.device)
+        return least_over_ranks(budget.resolve("auto", n))
+
+    @contextmanager
+    def _models(
+        self, problem: Problem, center: Center | None, capacity: int
+    ) -> Iterator[ModelBatch | StreamedModels]:
+        """All deltas in memory, or as many as it holds, read again at every step."""
+        if center is None:  # pragma: no cover - then there is nothing to descend on
+            raise RuntimeError("no center")
+        checkpoints = problem.checkpoints
+        delta_dtype = resolve_delta_dtype(self.delta_dtype, center.mean.dtype)
+        with ModelBatch(center, capacity, delta_dtype) as batch:
+            if capacity == len(checkpoints):
+                batch.load(checkpoints, checkpoints.names)
+                yield batch
+                return
+            warnings.warn(
+                f"The memory holds {capacity} of {len(checkpoints)} models: each step reads all "
+                f"files twice, which is slow. Raise memory_limit, halve the deltas with "
+                f"delta_dtype='bfloat16', or take MEHLSoup, which needs few at a time.",
+                SoupWarning,
+                stacklevel=5,  # the call of fit
+            )
+            yield StreamedModels(batch, checkpoints)
 
     def _descend(
-        self, problem: Problem, center: Center, capacity: int, generator: torch.Generator
+        self,
+        problem: Problem,
+        center: OnDemand[Center | None],
+        capacity: int,
+        generator: torch.Generator,
+        memo: Memo,
     ) -> Found | None:
         """Descend with ``capacity`` deltas in memory; None when the memory does not hold them."""
-        checkpoints, n_rows = problem.checkpoints, problem.layers.n_searched
-        n = len(checkpoints)
-        dtype = coefficient_dtype(center.mean.device)
-        a = center.mean.new_zeros((n, n_rows), dtype=dtype).requires_grad_()
-        beta = center.mean.new_ones((), dtype=dtype).requires_grad_(self.temperature)
-        delta_dtype = resolve_delta_dtype(self.delta_dtype, center.mean.dtype)
+        n, n_rows, device = (
+            len(problem.checkpoints), problem.layers.n_searched, problem.data.y.device
+        )  # fmt: skip
+        dtype = coefficient_dtype(device)
+        a = torch.zeros((n, n_rows), dtype=dtype, device=device).requires_grad_()
+        beta = torch.ones((), dtype=dtype, device=device).requires_grad_(self.temperature)
         try:
             with (
-                ModelBatch(center, capacity, delta_dtype) as batch,
+                OnDemand(lambda: self._models(problem, center(), capacity)) as models,
                 problem.progress("epoch", self.max_epochs) as step,
             ):
-                if capacity == n:
-                    batch.load(checkpoints, checkpoints.names)
                 history = descend(
-                    batch if capacity == n else StreamedModels(batch, checkpoints),
+                    models,
                     problem,
                     coef=lambda: a.softmax(dim=0),
                     leaves=[a, beta] if self.temperature else [a],
                     settings=settings_of(self),
                     generator=generator,
+                    memo=memo.within(capacity),
                     scale=beta if self.temperature else None,
                     on_epoch=step,
                 )
@@ -267,7 +309,7 @@ class LearnedSoup(BaseSoup):
                 problem.layers.expand(error.coef.T),
             ) from error
         except (MemoryError, RuntimeError) as error:
-            if capacity == 1 or not is_out_of_memory(error):
+            if capacity == 1 or n_ranks() > 1 or not is_out_of_memory(error):
                 raise
             return None
         coef = a.detach().softmax(dim=0).T.cpu().double().numpy()  # (n_searched, K)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -13,21 +14,28 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.utils import check_scalar
 
 from ._base import BaseSoup
-from ._batch_norm import BatchNormPolicy, check_rows
+from ._batch_norm import BatchNormPolicy
 from ._budget import Budget, is_out_of_memory, parse_bytes
 from ._data import Task
 from ._descent import (
     NotFiniteError,
+    check_search,
     check_settings,
     coefficient_dtype,
     descend,
+    halve,
     private_generator,
     settings_of,
+    what_descends,
+    what_fitted,
 )
-from ._layout import Layerwise
+from ._layout import Layers, Layerwise
+from ._memo import Memo
 from ._model_batch import Center, ModelBatch, centered, resolve_delta_dtype
 from ._objective import Criterion, Forward
+from ._on_demand import OnDemand
 from ._problem import Found, Problem, Step
+from ._ranks import least_over_ranks, n_ranks
 from ._reader import Reader
 from .checkpoints import CheckpointCollection
 from .exceptions import DivergenceError, SoupWarning
@@ -130,6 +138,8 @@ class MEHLSoup(BaseSoup):
         Where the module runs; "auto" is cuda, else mps, else cpu.
     random_state : int, RandomState or None, default=None
         Seeds the order of checkpoints and rows; never the global state.
+    memory : str, path-like, joblib.Memory or None, default=None
+        Where epochs are kept, so that a fit that was killed goes on where it was.
 
     Attributes
     ----------
@@ -229,6 +239,7 @@ class MEHLSoup(BaseSoup):
         classes: ArrayLike | None = None,
         device: str | torch.device = "auto",
         random_state: Any = None,
+        memory: Any = None,
     ) -> None:
         self.checkpoints = checkpoints
         self.layerwise = layerwise
@@ -255,6 +266,7 @@ class MEHLSoup(BaseSoup):
         self.classes = classes
         self.device = device
         self.random_state = random_state
+        self.memory = memory
 
     def _check_params(self) -> None:
         super()._check_params()
@@ -268,39 +280,65 @@ class MEHLSoup(BaseSoup):
             parse_bytes(self.memory_limit)
 
     def _search(self, problem: Problem) -> Found:
-        if self.batch_norm == "recalibrate":
-            check_rows(problem.module, len(problem.data), self.batch_size)
-        n, n_rows = len(problem.checkpoints), problem.layers.n_searched
+        check_search(self, problem)
+        memo = problem.memo.within(*what_descends(self, problem), self.normalize, self.model_epochs)
         generator = private_generator(self.random_state)
+        if self.random_state is None:  # go on with the seed it began with
+            generator.set_state(memo(("seed",), generator.get_state))
         seed = generator.get_state()
-        with centered(problem) as center:
-            if center is None:  # all checkpoints are equal
-                nothing = affine_coef(np.zeros((n_rows, n)))
-                return Found(nothing, attributes={"model_batch_size_": n})
-            b = self._budget(problem.checkpoints, center).resolve(self.model_batch_size, n)
-            while (found := self._descend(problem, center, b, generator.set_state(seed))) is None:
-                b = -(-b // 2)
-                warnings.warn(
-                    f"Memory ran out: starting again with model_batch_size={b}. Give that, or a "
-                    f"memory_limit, to save the attempt; delta_dtype='bfloat16' halves the deltas.",
-                    SoupWarning,
-                    stacklevel=5,  # the call of fit
-                )
-                if center.mean.is_cuda:
-                    torch.cuda.empty_cache()
-        return found
+        memo = memo.within(seed)
+        with OnDemand(lambda: centered(problem)) as center:
+            b = self._resolve(problem, center, memo)
+            while b:
+                found = self._descend(problem, center, b, generator.set_state(seed), memo)
+                if found is not None:
+                    return found
+                b = self._halve(b, memo)
+        n = len(problem.checkpoints)  # all checkpoints are equal
+        nothing = affine_coef(np.zeros((problem.layers.n_searched, n)))
+        return Found(nothing, attributes={"model_batch_size_": n})
 
-    def _budget(self, checkpoints: CheckpointCollection, center: Center) -> Budget:
-        """B deltas beside the mean, the soup, and what is read ahead (into the host's memory)."""
-        mean = center.mean
-        dtype = resolve_delta_dtype(self.delta_dtype, mean.dtype)
-        is_host = mean.device.type == "cpu" and has_files(checkpoints)
-        limit = None if self.memory_limit is None else parse_bytes(self.memory_limit)
-        n_fixed = 2 + self.prefetch * is_host
-        return Budget(limit, mean.nbytes, len(mean) * dtype.itemsize, n_fixed, mean.device)
+    def _resolve(self, problem: Problem, center: OnDemand[Center | None], memo: Memo) -> int:
+        """The model batch; the one that was found to fit, if the fit goes on; 0 if all are equal.
+
+        B deltas beside the mean, the soup, and what is read ahead (into the host's memory).
+        """
+
+        def resolve() -> int:
+            if (found := center()) is None:
+                return 0
+            mean = found.mean
+            dtype = resolve_delta_dtype(self.delta_dtype, mean.dtype)
+            is_host = mean.device.type == "cpu" and has_files(problem.checkpoints)
+            limit = None if self.memory_limit is None else parse_bytes(self.memory_limit)
+            n_fixed = 2 + self.prefetch * is_host
+            budget = Budget(limit, mean.nbytes, len(mean) * dtype.itemsize, n_fixed, mean.device)
+            wanted = self.model_batch_size
+            return least_over_ranks(budget.resolve(wanted, len(problem.checkpoints)))
+
+        key = ("model batch", self.model_batch_size, self.memory_limit, self.prefetch)
+        return what_fitted(memo(key, resolve), memo)
+
+    def _halve(self, b: int, memo: Memo) -> int:
+        """Go on with half, and remember it."""
+        half = halve(b, memo)
+        warnings.warn(
+            f"Memory ran out: starting again with model_batch_size={half}. Give that, or a "
+            f"memory_limit, to save the attempt; delta_dtype='bfloat16' halves the deltas.",
+            SoupWarning,
+            stacklevel=6,  # the call of fit
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return half
 
     def _descend(
-        self, problem: Problem, center: Center, b: int, generator: torch.Generator
+        self,
+        problem: Problem,
+        center: OnDemand[Center | None],
+        b: int,
+        generator: torch.Generator,
+        memo: Memo,
     ) -> Found | None:
         """Algorithm 1: alpha persists; each outer iteration moves the alphas of b checkpoints.
 
@@ -309,22 +347,20 @@ class MEHLSoup(BaseSoup):
         checkpoints, layers = problem.checkpoints, problem.layers
         n = len(checkpoints)
         alpha = np.zeros((n, layers.n_searched))  # (K, n_searched)
+        moves: list[Move] = []
         history: list[dict[str, Any]] = []
         outers = list(draw_model_batches(n, b, self.model_epochs, generator))
         try:
             with (
-                ModelBatch(
-                    center, b, resolve_delta_dtype(self.delta_dtype, center.mean.dtype)
-                ) as batch,
-                self._reader(checkpoints, center, outers) as reader,
+                OnDemand(lambda: self._soup(problem, center(), outers)) as soup,
                 problem.progress("epoch", len(outers) * self.max_epochs) as step,
             ):
                 for outer, members in enumerate(outers):
                     names = tuple(checkpoints.names[k] for k in members)
-                    batch.load(checkpoints, names, reader)
+                    models = cache(lambda names=names: soup().load(names, moves))
                     try:
                         moved, records = self._inner(
-                            problem, batch, alpha[members], generator, step
+                            problem, models, alpha[members], generator, memo.within(b, outer), step
                         )
                     except NotFiniteError as error:
                         alpha[members] += error.coef
@@ -335,42 +371,89 @@ class MEHLSoup(BaseSoup):
                             layers.expand(affine_coef(alpha.T)),
                         ) from error
                     alpha[members] += moved
-                    batch.commit()  # w <- w + sum_k in batch of moved_k (w_k - w-bar)
+                    moves.append((names, moved))
+                    if models.cache_info().currsize:  # else it is known from an earlier fit
+                        soup().commit(moved)
                     history += [{"outer": outer, "models": names, **record} for record in records]
         except (MemoryError, RuntimeError) as error:
-            if b == 1 or not is_out_of_memory(error):
+            if b == 1 or n_ranks() > 1 or not is_out_of_memory(error):
                 raise
             return None
         return Found(affine_coef(alpha.T), history, {"model_batch_size_": b})
 
-    def _reader(
-        self, checkpoints: CheckpointCollection, center: Center, outers: list[list[int]]
-    ) -> AbstractContextManager[Reader | None]:
-        """The background reader, where there are files and it is wanted."""
-        if self.prefetch == 0 or not has_files(checkpoints):
-            return nullcontext()
+    @contextmanager
+    def _soup(
+        self, problem: Problem, center: Center | None, outers: list[list[int]]
+    ) -> Iterator[Soup]:
+        """The soup at the center, with room for a model batch, and what reads ahead."""
+        if center is None:  # pragma: no cover - then there is no model batch
+            raise RuntimeError("no center")
+        dtype = resolve_delta_dtype(self.delta_dtype, center.mean.dtype)
+        checkpoints, b = problem.checkpoints, len(outers[0])
         order = [checkpoints.names[k] for members in outers for k in members]
-        ahead = min(self.prefetch, len(order))
-        return Reader(checkpoints, center.layout, order, center.mean, ahead, len(outers[0]))
+        reader: AbstractContextManager[Reader | None] = nullcontext()
+        if self.prefetch and has_files(checkpoints):
+            ahead = min(self.prefetch, len(order))
+            reader = Reader(checkpoints, center.layout, order, center.mean, ahead, b)
+        with ModelBatch(center, b, dtype) as batch, reader as opened:
+            yield Soup(batch, opened, checkpoints, problem.layers)
 
     def _inner(
         self,
         problem: Problem,
-        batch: ModelBatch,
+        models: Callable[[], ModelBatch],
         alpha: NDArray[np.float64],
         generator: torch.Generator,
+        memo: Memo,
         step: Step,
     ) -> tuple[NDArray[np.float64], list[dict[str, Any]]]:
         """Inner iterations on one model batch, from alpha (b, n_searched); returns how it moved."""
-        dtype = coefficient_dtype(batch.center.device)
-        start = torch.as_tensor(alpha, dtype=dtype, device=batch.center.device)
-        unit = (
-            batch.norms(problem.layers.n_searched).to(dtype).reciprocal() if self.normalize else 1
-        )
+        device, n_rows = problem.data.y.device, problem.layers.n_searched
+        dtype = coefficient_dtype(device)
+        start = torch.as_tensor(alpha, dtype=dtype, device=device)
+        unit = torch.ones((), dtype=dtype, device=device)
+        if self.normalize:
+            unit = memo(("norms",), lambda: models().norms(n_rows)).to(start).reciprocal()
         v = (start / unit).requires_grad_()  # alpha = unit * v
 
         def moved() -> torch.Tensor:
             return v * unit - start
 
-        records = descend(batch, problem, moved, [v], settings_of(self), generator, on_epoch=step)
+        records = descend(
+            models, problem, moved, [v], settings_of(self), generator, memo, on_epoch=step
+        )
         return moved().detach().cpu().double().numpy(), records
+
+
+Move: TypeAlias = tuple[tuple[str, ...], NDArray[np.float64]]  # names, how far (b, n_searched)
+
+
+class Soup:
+    """The soup that outer iterations have moved; what an earlier fit moved is only read again."""
+
+    def __init__(
+        self,
+        batch: ModelBatch,
+        reader: Reader | None,
+        checkpoints: CheckpointCollection,
+        layers: Layers,
+    ) -> None:
+        self._batch, self._reader = batch, reader
+        self._checkpoints, self._layers = checkpoints, layers
+        self._n_made = 0
+
+    def load(self, names: tuple[str, ...], moves: Sequence[Move]) -> ModelBatch:
+        """The model batch of these names, over the soup that all moves so far lead to."""
+        for past, moved in moves[self._n_made :]:
+            self._batch.load(self._checkpoints, past, self._reader)
+            self.commit(moved)
+        self._batch.load(self._checkpoints, names, self._reader)
+        return self._batch
+
+    def commit(self, moved: NDArray[np.float64]) -> None:
+        """W <- w + sum_k in batch of moved_k (w_k - w-bar)."""
+        device = self._batch.center.device
+        coef = torch.as_tensor(moved, dtype=coefficient_dtype(device), device=device)
+        self._batch.combine(self._layers.expand_columns(coef))
+        self._batch.commit()
+        self._n_made += 1

@@ -21,9 +21,12 @@ PACKAGE = ROOT / "sksoup"
 # imports run from later entries to earlier ones only; a tuple sits side by side
 PLAN = [
     "exceptions",
+    "_on_demand",
+    "_ranks",
     "_memory",
     "_budget",
     "_formats",
+    "_memo",
     "_hub",
     "_sources",
     "_describe",
