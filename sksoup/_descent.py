@@ -176,7 +176,8 @@ def _loss_and_backward(
     """The loss and gradient of a few minibatches, or of this rank's part, as if they were one."""
     if len(together) == 1 and n_ranks() == 1:
         return objective.loss_and_backward(together[0], scale)
-    total = torch.as_tensor(sum(batch.total for batch in together)).clamp_min(1e-12)
+    total = sum(batch.total for batch in together)
+    total = total.clamp_min(1e-12) if isinstance(total, torch.Tensor) else total
     losses = [
         objective.loss_and_backward(batch, scale, batch.amount / total)
         for batch in together
