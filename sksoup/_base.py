@@ -83,6 +83,7 @@ from ._objective import (
     prepare_module,
 )
 from ._problem import Found, Problem, Step, Weights
+from ._ranks import rank
 from .checkpoints import CheckpointCollection
 from .exceptions import CheckpointError, SoupWarning
 from .recipe import Recipe
@@ -624,7 +625,8 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         ----------
         path : str or path-like
             Ends in ``.safetensors``; an existing file is replaced, by the whole new one or not at
-            all. ``Recipe.load(path).cook(checkpoints)`` rebuilds the weights.
+            all. ``Recipe.load(path).cook(checkpoints)`` rebuilds the weights. In a distributed job
+            rank 0 writes, and the others do not wait.
         card : bool, default=False
             Whether to write a model card beside it, with the suffix ``.md``.
 
@@ -634,6 +636,8 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
             Another suffix.
         """
         check_is_fitted(self, "coef_")
+        if rank():
+            return
         self.recipe_.save_weights(Path(path), self.state_dict())
         if card:
             write_text(Path(path).with_suffix(".md"), self.recipe_.to_card())
@@ -655,6 +659,8 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
             The folder is there and not empty.
         """
         check_is_fitted(self, "coef_")
+        if rank():
+            return
         paths = [self.checkpoints_.path(name) for name in self.checkpoints_]
         sources = [hub_folder(path) for path in paths if path is not None]
         source = next((source for source in sources if source is not None), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from ._budget import free_bytes
+from ._ranks import n_ranks
 
 Task: TypeAlias = Literal["classification", "regression", "multilabel"]
 TASKS = ("classification", "regression", "multilabel")
@@ -163,11 +165,12 @@ def one_ahead(make: Callable[[int], Batch], starts: Iterable[int]) -> Iterator[B
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Turn "auto" into cuda, else mps, else cpu."""
+    """Turn "auto" into cuda, else mps, else cpu; the ranks on one machine take one GPU each."""
     if device != "auto":
         return torch.device(device)
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        local = int(os.environ.get("LOCAL_RANK", 0)) if n_ranks() > 1 else None
+        return torch.device("cuda" if local is None else f"cuda:{local}")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 

@@ -15,6 +15,7 @@ from ._layout import FlatLayout, Segment, is_variance
 from ._mix import accumulate
 from ._objective import load_weights
 from ._problem import Problem
+from ._ranks import n_ranks, rank, share, sum_over_ranks
 from ._reader import Reader
 from .checkpoints import CheckpointCollection
 
@@ -219,6 +220,56 @@ class ModelBatch:
     def commit(self) -> None:
         """Take the present weights as the start of the next outer iteration."""
         self.start.copy_(self.flat.weights)
+
+
+class ShardedBatch(ModelBatch):
+    """A model batch whose deltas the ranks of a distributed job share out, b / n_ranks each.
+
+    A step sends the weights and the gradient, 2 D numbers, which a whole batch on every rank does
+    not need to.
+    """
+
+    def __init__(self, center: Center, capacity: int, delta_dtype: torch.dtype) -> None:
+        super().__init__(center, -(-capacity // n_ranks()), delta_dtype)
+        self._mine = slice(0)
+        self._n_models = 0
+
+    def load(
+        self,
+        checkpoints: CheckpointCollection,
+        names: Sequence[str],
+        reader: Reader | None = None,
+    ) -> None:
+        """Read this rank's part of the deltas."""
+        self._mine, self._n_models = share(len(names)), len(names)
+        super().load(checkpoints, names[self._mine], reader)
+
+    def norms(self, n_rows: int) -> torch.Tensor:
+        """As `ModelBatch.norms`, of all deltas."""
+        return sum_over_ranks(self._placed(super().norms(n_rows)))
+
+    @torch.no_grad()
+    def combine(self, coef: torch.Tensor) -> None:
+        """As `ModelBatch.combine`: each rank adds its deltas, and the sum is taken."""
+        if rank():
+            self.flat.weights.zero_()
+        else:
+            self.flat.weights.copy_(self.start)
+        self.add(self.flat.weights, coef[self._mine])
+        sum_over_ranks(self.flat.weights)
+        self.flat.clamp_variances()
+
+    @torch.no_grad()
+    def project(self, n_rows: int) -> torch.Tensor:
+        """(b, n_rows): rows of this rank's deltas; the sum over the ranks is the projection."""
+        sum_over_ranks(self.flat.grad)
+        return self._placed(super().project(n_rows))
+
+    def _placed(self, mine: torch.Tensor) -> torch.Tensor:
+        """(b, ...) with this rank's rows in their place and zeros elsewhere."""
+        everyone = mine.new_zeros((self._n_models, *mine.shape[1:]))
+        everyone[self._mine] = mine
+        return everyone
 
 
 class StreamedModels:

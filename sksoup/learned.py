@@ -29,7 +29,14 @@ from ._descent import (
 )
 from ._layout import Layerwise
 from ._memo import Memo
-from ._model_batch import Center, ModelBatch, StreamedModels, centered, resolve_delta_dtype
+from ._model_batch import (
+    Center,
+    ModelBatch,
+    ShardedBatch,
+    StreamedModels,
+    centered,
+    resolve_delta_dtype,
+)
 from ._objective import Criterion, Forward
 from ._on_demand import OnDemand
 from ._problem import Found, Problem
@@ -60,6 +67,9 @@ class LearnedSoup(BaseSoup):
     delta_dtype : {"float32", "bfloat16"}, torch.dtype or None, default=None
         What the K deltas are held in; None is the dtype of the module. bfloat16 halves their
         memory.
+    shard_deltas : bool, default=False
+        Whether the ranks of a distributed job share the deltas out, for model batches that one
+        device does not hold. A step then sends 2 D numbers more.
     lr : float, default=0.05
         Learning rate for :math:`a` and :math:`\beta`.
     max_epochs : int, default=5
@@ -170,6 +180,7 @@ class LearnedSoup(BaseSoup):
         temperature: bool = True,
         memory_limit: int | str | None = None,
         delta_dtype: str | torch.dtype | None = None,
+        shard_deltas: bool = False,
         lr: float = 0.05,
         max_epochs: int = 5,
         batch_size: int | None = 128,
@@ -194,6 +205,7 @@ class LearnedSoup(BaseSoup):
         self.temperature = temperature
         self.memory_limit = memory_limit
         self.delta_dtype = delta_dtype
+        self.shard_deltas = shard_deltas
         self.lr = lr
         self.max_epochs = max_epochs
         self.batch_size = batch_size
@@ -245,7 +257,9 @@ class LearnedSoup(BaseSoup):
             return 0
         mean, dtype = center.mean, resolve_delta_dtype(self.delta_dtype, center.mean.dtype)
         limit = None if self.memory_limit is None else parse_bytes(self.memory_limit)
-        budget = Budget(limit, mean.nbytes, len(mean) * dtype.itemsize, 2, mean.device)
+        n_shards = n_ranks() if self.shard_deltas else 1
+        delta_bytes = len(mean) * dtype.itemsize // n_shards
+        budget = Budget(limit, mean.nbytes, delta_bytes, 2, mean.device)
         return least_over_ranks(budget.resolve("auto", n))
 
     @contextmanager
@@ -257,8 +271,12 @@ class LearnedSoup(BaseSoup):
             raise RuntimeError("no center")
         checkpoints = problem.checkpoints
         delta_dtype = resolve_delta_dtype(self.delta_dtype, center.mean.dtype)
-        with ModelBatch(center, capacity, delta_dtype) as batch:
-            if capacity == len(checkpoints):
+        is_whole = capacity == len(checkpoints)
+        if not is_whole and self.shard_deltas:
+            capacity = max(1, capacity // n_ranks())  # each rank streams all of them
+        kind = ShardedBatch if is_whole and self.shard_deltas and n_ranks() > 1 else ModelBatch
+        with kind(center, capacity, delta_dtype) as batch:
+            if is_whole:
                 batch.load(checkpoints, checkpoints.names)
                 yield batch
                 return

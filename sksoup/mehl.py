@@ -31,11 +31,11 @@ from ._descent import (
 )
 from ._layout import Layers, Layerwise
 from ._memo import Memo
-from ._model_batch import Center, ModelBatch, centered, resolve_delta_dtype
+from ._model_batch import Center, ModelBatch, ShardedBatch, centered, resolve_delta_dtype
 from ._objective import Criterion, Forward
 from ._on_demand import OnDemand
 from ._problem import Found, Problem, Step
-from ._ranks import least_over_ranks, n_ranks
+from ._ranks import least_over_ranks, n_ranks, share
 from ._reader import Reader
 from .checkpoints import CheckpointCollection
 from .exceptions import DivergenceError, SoupWarning
@@ -90,6 +90,9 @@ class MEHLSoup(BaseSoup):
     delta_dtype : {"float32", "bfloat16"}, torch.dtype or None, default=None
         What the b deltas are held in; None is the dtype of the module. bfloat16 halves their
         memory; sums are formed in the module's dtype.
+    shard_deltas : bool, default=False
+        Whether the ranks of a distributed job share the deltas out, for model batches that one
+        device does not hold. A step then sends 2 D numbers more.
     prefetch : int, default=1
         Models that a background thread reads ahead of their use, each in memory of its own (pinned
         host memory for CUDA); while it waits, the operating system reads the files of the next
@@ -219,6 +222,7 @@ class MEHLSoup(BaseSoup):
         model_batch_size: int | str | None = "auto",
         memory_limit: int | str | None = None,
         delta_dtype: str | torch.dtype | None = None,
+        shard_deltas: bool = False,
         prefetch: int = 1,
         lr: float = 0.05,
         max_epochs: int = 5,
@@ -246,6 +250,7 @@ class MEHLSoup(BaseSoup):
         self.model_batch_size = model_batch_size
         self.memory_limit = memory_limit
         self.delta_dtype = delta_dtype
+        self.shard_deltas = shard_deltas
         self.prefetch = prefetch
         self.lr = lr
         self.max_epochs = max_epochs
@@ -312,12 +317,17 @@ class MEHLSoup(BaseSoup):
             is_host = mean.device.type == "cpu" and has_files(problem.checkpoints)
             limit = None if self.memory_limit is None else parse_bytes(self.memory_limit)
             n_fixed = 2 + self.prefetch * is_host
-            budget = Budget(limit, mean.nbytes, len(mean) * dtype.itemsize, n_fixed, mean.device)
+            delta_bytes = len(mean) * dtype.itemsize // self._n_shards()
+            budget = Budget(limit, mean.nbytes, delta_bytes, n_fixed, mean.device)
             wanted = self.model_batch_size
             return least_over_ranks(budget.resolve(wanted, len(problem.checkpoints)))
 
         key = ("model batch", self.model_batch_size, self.memory_limit, self.prefetch)
         return what_fitted(memo(key, resolve), memo)
+
+    def _n_shards(self) -> int:
+        """Over how many ranks the deltas are spread."""
+        return n_ranks() if self.shard_deltas else 1
 
     def _halve(self, b: int, memo: Memo) -> int:
         """Go on with half, and remember it."""
@@ -390,12 +400,13 @@ class MEHLSoup(BaseSoup):
             raise RuntimeError("no center")
         dtype = resolve_delta_dtype(self.delta_dtype, center.mean.dtype)
         checkpoints, b = problem.checkpoints, len(outers[0])
-        order = [checkpoints.names[k] for members in outers for k in members]
+        kind, part = (ShardedBatch, share) if self._n_shards() > 1 else (ModelBatch, slice)
+        order = [checkpoints.names[k] for members in outers for k in members[part(len(members))]]
         reader: AbstractContextManager[Reader | None] = nullcontext()
         if self.prefetch and has_files(checkpoints):
             ahead = min(self.prefetch, len(order))
             reader = Reader(checkpoints, center.layout, order, center.mean, ahead, b)
-        with ModelBatch(center, b, dtype) as batch, reader as opened:
+        with kind(center, b, dtype) as batch, reader as opened:
             yield Soup(batch, opened, checkpoints, problem.layers)
 
     def _inner(

@@ -23,6 +23,7 @@ from sksoup import (
     MEHLSoup,
     mix,
 )
+from sksoup._data import resolve_device
 from sksoup._ranks import share
 
 from .zoo import Net, Net64, PlainNet, make_states, make_zoo
@@ -41,6 +42,13 @@ SOUPS = {
     "MEHL+ weighted 64": MEHLSoup(
         layerwise=True, model_batch_size=2, max_epochs=1, batch_size=20, random_state=0,
         accumulate=2,
+    ),
+    "MEHL+ sharded 64": MEHLSoup(
+        layerwise=True, model_batch_size=3, max_epochs=2, batch_size=20, random_state=0,
+        shard_deltas=True, normalize=True,
+    ),
+    "learned sharded 64": LearnedSoup(
+        max_epochs=2, batch_size=25, random_state=0, shard_deltas=True
     ),
     "MEHL+ 32": MEHLSoup(
         layerwise=True, model_batch_size=2, max_epochs=2, batch_size=20, random_state=0
@@ -191,3 +199,24 @@ def test_batch_statistics_are_not_shared_out(monkeypatch):
     assert isinstance(zoo.checkpoints.build_module(), Net)
     with pytest.raises(ValueError, match=r"share out\. Search with batch_norm='auto'"):
         MEHLSoup(batch_norm="recalibrate").fit(zoo.checkpoints, zoo.X, zoo.y)
+
+
+def test_rank_0_writes(monkeypatch, tmp_path):
+    zoo = make_zoo(3, seed=0)
+    soup = GreedySoup().fit(zoo.checkpoints, zoo.X, zoo.y)
+    monkeypatch.setattr("sksoup._base.rank", lambda: 1)
+    soup.save(tmp_path / "soup.safetensors", card=True)
+    soup.save_pretrained(tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("sksoup._base.rank", lambda: 0)
+    soup.save(tmp_path / "soup.safetensors")
+    assert (tmp_path / "soup.safetensors").exists()
+
+
+def test_ranks_of_a_machine_take_a_gpu_each(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert resolve_device("auto") == torch.device("cuda")
+    monkeypatch.setattr("sksoup._data.n_ranks", lambda: 4)
+    assert resolve_device("auto") == torch.device("cuda:3")
+    assert resolve_device("cpu") == torch.device("cpu")
