@@ -19,7 +19,7 @@ from ._memo import Memo
 from ._model_batch import FlatModule, resolve_delta_dtype
 from ._objective import Objective, module_dtype
 from ._problem import Problem, Step
-from ._ranks import n_ranks, share, sum_over_ranks
+from ._ranks import from_first, n_ranks, share, sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -311,6 +311,15 @@ def private_generator(random_state: Any) -> torch.Generator:
             f"random_state must be None, an int or a numpy RandomState, got {random_state!r}."
         )
     return generator
+
+
+def remembered_generator(random_state: Any, memo: Memo) -> torch.Generator:
+    """Make the generator of a search: without a seed the one it began with; one for all ranks."""
+    generator = private_generator(random_state)
+    seed = generator.get_state()
+    if random_state is None:
+        seed = memo(("seed",), lambda: seed)
+    return generator.set_state(from_first(seed))
 
 
 def coefficient_dtype(device: torch.device) -> torch.dtype:

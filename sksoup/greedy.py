@@ -23,7 +23,7 @@ from ._evaluation import Evaluation, Evaluator, RowScore
 from ._mix import mix
 from ._objective import Counts, Forward, load_weights
 from ._problem import Found, Problem, evaluate_named, rank
-from ._ranks import gather, n_ranks
+from ._ranks import from_first, gather, n_ranks
 from ._ranks import rank as rank_of
 from .checkpoints import CheckpointCollection
 from .exceptions import SoupWarning
@@ -231,7 +231,7 @@ class GreedySoup(BaseSoup):
         names, n = checkpoints.names, len(checkpoints)
         checkpoints.check()
         n_ranked = 0 if checkpoints.scores is not None else n
-        to_rank, to_accept = self._split(problem.evaluate, is_known=not n_ranked)
+        to_rank, to_accept = self._split(problem, is_known=not n_ranked)
         with problem.progress("evaluation", n_ranked + n) as step:
             ranking = rank(problem, step, n_jobs=self.n_jobs, evaluate=to_rank)
             # scores given by the user may stem from other rows or another metric
@@ -282,18 +282,28 @@ class GreedySoup(BaseSoup):
             },
         )
 
-    def _split(self, evaluate: Evaluator, is_known: bool) -> tuple[Evaluator, Evaluator]:
+    def _split(self, problem: Problem, is_known: bool) -> tuple[Evaluator, Evaluator]:
         """What ranks and what accepts: the same, or each on rows of its own."""
+        evaluate = problem.evaluate
         if self.ranking_fraction is None or is_known:
             return evaluate, evaluate
         labels = evaluate.y if self.task == "classification" and evaluate.y.ndim == 1 else None
         if labels is not None and np.unique(labels, return_counts=True)[1].min() < 2:
             labels = None
-        ranks, accepts = train_test_split(
-            np.arange(len(evaluate.y)), train_size=self.ranking_fraction, stratify=labels,
-            random_state=self.random_state,
-        )  # fmt: skip
-        return evaluate.on(np.sort(ranks)), evaluate.on(np.sort(accepts))
+
+        def split() -> list[torch.Tensor]:
+            parts = train_test_split(
+                np.arange(len(evaluate.y)), train_size=self.ranking_fraction, stratify=labels,
+                random_state=self.random_state,
+            )  # fmt: skip
+            return [torch.as_tensor(np.sort(part)) for part in parts]
+
+        if self.random_state is None:  # the rows it began with
+            parts = problem.memo(("split", self.ranking_fraction), split)
+        else:
+            parts = split()
+        ranks, accepts = (part.numpy() for part in from_first(parts))
+        return evaluate.on(ranks), evaluate.on(accepts)
 
     def _warn(self, checkpoints: CheckpointCollection, path: list[dict[str, Any]]) -> None:
         """Say why nothing was mixed."""

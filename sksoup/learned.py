@@ -22,7 +22,7 @@ from ._descent import (
     coefficient_dtype,
     descend,
     halve,
-    private_generator,
+    remembered_generator,
     settings_of,
     what_descends,
     what_fitted,
@@ -234,9 +234,7 @@ class LearnedSoup(BaseSoup):
     def _search(self, problem: Problem) -> Found:
         check_search(self, problem)
         memo = problem.memo.within(*what_descends(self, problem), self.temperature)
-        generator = private_generator(self.random_state)
-        if self.random_state is None:  # go on with the seed it began with
-            generator.set_state(memo(("seed",), generator.get_state))
+        generator = remembered_generator(self.random_state, memo)
         seed = generator.get_state()
         memo = memo.within(seed)
         n, n_rows = len(problem.checkpoints), problem.layers.n_searched

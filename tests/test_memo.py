@@ -174,6 +174,10 @@ def test_no_seed_goes_on_with_the_one_it_began_with(tmp_path, zoo: Zoo):
     soup = MEHLSoup(model_batch_size=3, max_epochs=1, batch_size=20, memory=tmp_path)
     first = soup.fit(zoo.checkpoints, zoo.X, zoo.y).coef_
     assert np.array_equal(clone(soup).fit(zoo.checkpoints, zoo.X, zoo.y).coef_, first)
+    greedy = GreedySoup(ranking_fraction=0.5, memory=tmp_path)
+    path = greedy.fit(zoo.checkpoints, zoo.X, zoo.y).path_
+    assert clone(greedy).fit(zoo.checkpoints, zoo.X, zoo.y).path_ == path
+    assert clone(greedy).fit(zoo.checkpoints, zoo.X, zoo.y).counts_.rows_forward == 0
     other = clone(soup).set_params(memory=tmp_path / "other").fit(zoo.checkpoints, zoo.X, zoo.y)
     assert not np.array_equal(other.coef_, first)
 
