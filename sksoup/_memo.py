@@ -83,7 +83,10 @@ class Memo:
         digest = fingerprint(self._context, *key)
         if self._entry is None or not self._entry.check_call_in_cache(digest, absent):
             return None
-        shelved = self._entry.call_and_shelve(digest, absent)
+        try:
+            shelved = self._entry.call_and_shelve(digest, absent)
+        except LookupError:  # another process has just removed it
+            return None
         try:
             return unpack(shelved.get())
         except Exception as error:  # unpickling raises anything on damaged files

@@ -205,8 +205,8 @@ def test_expected_margins_are_those_of_the_mean_of_outputs():
     assert hardest_first(None, torch.ones(3), 2) is None
     assert hardest_first(Evaluation(1.0, 3), torch.ones(3), 2) is None
     assert hardest_first(soup, None, 2).tolist() == [1, 2, 0]
-    own = torch.tensor([-9.0, 1.0, 2.0])  # (2 * 3 - 9) / 3 = -1
-    assert hardest_first(soup, own, 3).tolist() == [0, 1, 2]
+    own = torch.tensor([-1.0, 4.0, 0.9])  # the mean has (2 * soup + own) / 3 = 1.67, 2, 1.63
+    assert hardest_first(soup, own, 3).tolist() == [2, 0, 1]
 
 
 def test_r2_of_constant_targets_has_no_bound(zoo64: Zoo):

@@ -407,6 +407,46 @@ def test_a_checkpoint_lost_in_the_middle(tmp_path, files, zoo: Zoo, fault):
     assert sum(vars(again.counts_).values()) < sum(vars(plain.counts_).values())
 
 
+def test_a_fit_that_fails_leaves_nothing_of_the_one_before(files, zoo: Zoo):
+    soup = GreedySoup().fit(files, zoo.X, zoo.y)
+    hashed = []
+    original = CheckpointCollection.stop_hashing
+    with (
+        patch.object(GreedySoup, "_search", side_effect=KeyboardInterrupt),
+        patch.object(
+            CheckpointCollection, "stop_hashing", lambda self: hashed.append(original(self))
+        ),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        soup.fit(files, zoo.X, zoo.y)
+    with pytest.raises(NotFittedError):
+        soup.predict(zoo.X)
+    assert not [name for name in vars(soup) if name in ("coef_", "path_", "module_", "recipe_")]
+    assert len(hashed) == 1
+    soup.fit(files, zoo.X, zoo.y)  # and hashes what was not
+
+
+def test_hashing_stops_and_goes_on_when_asked(files):
+    started, go = threading.Event(), threading.Event()
+    first = files._entries["checkpoint0"]
+    original = type(first).sha256
+
+    def slow(self):
+        if self is first:
+            started.set()
+            assert go.wait(20)
+        return original(self)
+
+    with patch.object(type(first), "sha256", slow):
+        files.start_hashing()
+        assert started.wait(20)
+        files.stop_hashing()
+        assert list(files._hashing) == ["checkpoint0"]  # the one that is being read
+        go.set()
+        plain = {name: original(files._entries[name]) for name in files}
+        assert {name: files.sha256(name) for name in files} == plain
+
+
 SCRIPT = """
 import os, signal, sys
 import numpy as np, torch
