@@ -13,6 +13,13 @@ from sklearn.base import clone
 from ._barrier import LossBarrier, loss_barrier
 from ._base import BaseSoup
 from ._data import Task
+from ._displays import (
+    CoefficientsDisplay,
+    ComparisonDisplay,
+    GreedyPathDisplay,
+    LearningCurveDisplay,
+    LossBarrierDisplay,
+)
 from ._memory import LiveTensors
 from .baselines import BestCheckpoint, CheckpointEnsemble, UniformSoup
 from .checkpoints import CheckpointCollection
@@ -21,7 +28,12 @@ from .learned import LearnedSoup
 from .mehl import MEHLSoup
 
 __all__ = [
+    "CoefficientsDisplay",
+    "ComparisonDisplay",
+    "GreedyPathDisplay",
+    "LearningCurveDisplay",
     "LossBarrier",
+    "LossBarrierDisplay",
     "SoupComparison",
     "SoupResult",
     "compare_soups",

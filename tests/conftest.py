@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+os.environ.setdefault("MPLBACKEND", "Agg")  # figures without a screen
 os.environ.setdefault("SCIPY_ARRAY_API", "1")  # scikit-learn checks inputs of the array API, too
 
 import pytest

@@ -48,6 +48,7 @@ PLAN = [
     "datasets",
     "model_selection",
     "_barrier",
+    "_displays",
     "inspection",
     "__main__",
 ]
