@@ -54,7 +54,7 @@ def fit_all(folder: Path) -> dict[str, object]:
 
 
 def fit_with_a_fault(folder: Path, case: str) -> dict[str, object]:
-    """Rank 1 stops in the middle: killed, or with an error; or nobody does."""
+    """Rank 1 is killed in the middle, or hangs; or nothing happens."""
     from .test_ranks import SOUPS
 
     data = np.load(folder / "rows.npz")
@@ -67,8 +67,6 @@ def fit_with_a_fault(folder: Path, case: str) -> dict[str, object]:
         if n[0] == 4 and distributed.get_rank() == 1:
             if case == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if case == "error":
-                raise OSError("the disk of rank 1 is gone")
             if case == "hangs":
                 signal.pause()
         return original(self, *key)

@@ -27,7 +27,7 @@ def cluster(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dask")
     with (
         LocalCluster(
-            n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=str(folder)
+            n_workers=2, threads_per_worker=1, dashboard_address=":0", local_directory=str(folder)
         ) as workers,
         Client(workers) as client,
     ):
