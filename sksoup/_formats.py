@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .exceptions import CheckpointError
@@ -455,12 +455,26 @@ def _replacing(path: Path) -> Iterator[Path]:
         raise IsADirectoryError(f"{str(path)!r} can't be written: it is a folder, expected a file.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with _unwritten(path):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _unwritten(path: Path) -> Iterator[None]:
+    """Say, where a disk is full or a folder read-only, what is there and what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        error.add_note(
+            f"{str(path)!r} was not written; what was there before is as it was. Make room, or "
+            f"write to a folder that can be written to."
+        )
+        raise
 
 
 def write_safetensors(
@@ -596,9 +610,10 @@ def new_folder(path: Path) -> Iterator[Path]:
             f"exist. Create it first."
         )
     temporary = path.absolute().with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
     try:
-        yield temporary
-        temporary.replace(path)
+        with _unwritten(path):
+            temporary.mkdir()
+            yield temporary
+            temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sksoup import CheckpointError
@@ -30,8 +31,10 @@ def test_write_replaces_a_file_or_leaves_it_whole(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(formats, "save_file", disk_full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         formats.write_safetensors(path, {"w": torch.zeros(2)})
+    assert "soup.safetensors' was not written" in caught.value.__notes__[0]
+    assert "Make room" in caught.value.__notes__[0]
     assert torch.equal(load_file(path)["w"], torch.ones(2))
     assert formats.read_metadata(path) == {"note": "old"}
     assert [p.name for p in tmp_path.iterdir()] == ["soup.safetensors"]
@@ -308,8 +311,9 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     infos = {n: formats.TensorInfo(tuple(t.shape), t.dtype) for n, t in STATE.items()}
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         formats.write_shards(tmp_path / "model", infos, fails)
+    assert "model' was not written" in caught.value.__notes__[0]
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "precious").touch()
@@ -361,3 +365,29 @@ def test_a_kill_while_saving_leaves_a_whole_file(tmp_path):
         check=False,
     )
     assert killed.stdout == "whole\n", killed.stderr
+
+
+def test_a_folder_that_can_not_be_written_to(tmp_path, monkeypatch):
+    """As root nothing is read-only, so the system's refusal is put in."""
+
+    def refuse(tensors, filename, metadata):
+        raise SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)")
+
+    monkeypatch.setattr(formats, "save_file", refuse)
+    with pytest.raises(SafetensorError, match="Permission denied") as caught:
+        formats.write_safetensors(tmp_path / "soup.safetensors", {"w": torch.zeros(2)})
+    assert "folder that can be written to" in caught.value.__notes__[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_that_fails(tmp_path, monkeypatch):
+    path = tmp_path / "ft0.safetensors"
+    save_file({"w": torch.ones(2)}, path)
+    file = formats.open_weights(path)
+
+    def broken(*args, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(formats, "safe_open", broken)
+    with pytest.raises(CheckpointError, match=r"ft0.*Input/output error"), file.open() as read:
+        read("w")
