@@ -30,7 +30,7 @@ def main() -> None:
                 zoo.y_val,
                 zoo.X_test,
                 zoo.y_test,
-                systems=paper_systems(options.n_checkpoints, random_state=seed),
+                recipes=paper_systems(options.n_checkpoints, random_state=seed),
             )
         print(f"seed {seed}\n{comparison}\n", flush=True)
         for result in comparison.results:

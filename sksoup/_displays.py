@@ -433,6 +433,8 @@ class ComparisonDisplay:
         Scores on the rows that chose the coefficients.
     test : array-like of the same shape, or None, default=None
         Scores on rows that no system saw.
+    held_out_std, test_std : array-like of shape (n_systems,) or None, default=None
+        Standard deviations; by default those of the repeats.
 
     Attributes
     ----------
@@ -450,11 +452,19 @@ class ComparisonDisplay:
     """
 
     def __init__(
-        self, systems: Sequence[str], held_out: ArrayLike, test: ArrayLike | None = None
+        self,
+        systems: Sequence[str],
+        held_out: ArrayLike,
+        test: ArrayLike | None = None,
+        *,
+        held_out_std: ArrayLike | None = None,
+        test_std: ArrayLike | None = None,
     ) -> None:
         self.systems = tuple(systems)
         self.held_out = self._scores("held_out", held_out)
         self.test = None if test is None else self._scores("test", test)
+        self.held_out_std = self._spread("held_out_std", held_out_std, self.held_out)
+        self.test_std = None if self.test is None else self._spread("test_std", test_std, self.test)
 
     def _scores(self, name: str, values: ArrayLike) -> NDArray[np.float64]:
         scores = np.asarray(values, dtype=np.float64)
@@ -465,6 +475,13 @@ class ComparisonDisplay:
                 f"{len(self.systems)} systems."
             )
         return scores
+
+    def _spread(
+        self, name: str, values: ArrayLike | None, scores: NDArray[np.float64]
+    ) -> NDArray[np.float64] | None:
+        if values is not None:
+            return self._scores(name, values)[:, 0]
+        return scores.std(axis=1, ddof=1) if scores.shape[1] > 1 else None
 
     @classmethod
     def from_comparison(cls, comparison: Any, *, ax: Any = None) -> Self:
@@ -484,10 +501,13 @@ class ComparisonDisplay:
         """
         results = comparison.results
         test = [result.test for result in results]
+        repeated = any(result.n_repeats > 1 for result in results)
         return cls(
             [result.system for result in results],
             [result.held_out for result in results],
             None if None in test else test,
+            held_out_std=[result.held_out_std for result in results] if repeated else None,
+            test_std=[result.test_std for result in results] if repeated else None,
         ).plot(ax=ax)
 
     def plot(self, ax: Any = None) -> Self:
@@ -506,11 +526,11 @@ class ComparisonDisplay:
         n = len(self.systems)
         self.figure_, self.ax_ = _axes(ax, 6.5, min(max(0.34 * n + 1.2, 2.6), 12.0))
         y = np.arange(n)
-        drawn = [(self.held_out, "held-out rows, which chose", "o", GREY, -0.12)]
+        chose = "held-out rows, which chose"
+        drawn = [(self.held_out, self.held_out_std, chose, "o", GREY, -0.12)]
         if self.test is not None:
-            drawn.append((self.test, "test rows, which report", "D", BLUE, 0.12))
-        for scores, label, marker, color, offset in drawn:
-            spread = scores.std(axis=1, ddof=1) if scores.shape[1] > 1 else None
+            drawn.append((self.test, self.test_std, "test rows, which report", "D", BLUE, 0.12))
+        for scores, spread, label, marker, color, offset in drawn:
             self.ax_.errorbar(
                 scores.mean(axis=1), y + offset, xerr=spread, fmt=marker, color=color, label=label,
                 markersize=5, capsize=3,

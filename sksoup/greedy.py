@@ -373,7 +373,8 @@ class Trial:
         elif len(missing) > 1:
             threads = torch.get_num_threads()
             tasks = (
-                delayed(try_in_worker)(self, [*kept, k], needed, soup, threads) for k in missing
+                delayed(try_in_worker)(self.only(k), [*kept, k], needed, soup, threads)
+                for k in missing
             )
             for k, (one, counts) in zip(missing, Parallel(n_jobs=len(missing))(tasks), strict=True):
                 self.evaluate.objective.counts.add(counts)
@@ -381,6 +382,11 @@ class Trial:
         else:
             found |= {k: self([*kept, k], needed, soup) for k in missing}
         return {k: one for k, one in found.items() if one is not None}
+
+    def only(self, candidate: int) -> Trial:
+        """The same with no more than one candidate needs: less to send."""
+        name = self.checkpoints.names[candidate]
+        return replace(self, margins={n: m for n, m in self.margins.items() if n == name})
 
     def _key(
         self, ingredients: list[int], needed: float, soup: Evaluation | None

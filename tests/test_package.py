@@ -49,6 +49,7 @@ PLAN = [
     "model_selection",
     "_barrier",
     "_displays",
+    "_comparison",
     "inspection",
     "__main__",
 ]
