@@ -84,6 +84,7 @@ from ._objective import (
 )
 from ._problem import Found, Problem, Step, Weights
 from ._ranks import rank
+from ._report import render
 from .checkpoints import CheckpointCollection
 from .exceptions import CheckpointError, SoupWarning
 from .recipe import Recipe
@@ -641,6 +642,32 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         self.recipe_.save_weights(Path(path), self.state_dict())
         if card:
             write_text(Path(path).with_suffix(".md"), self.recipe_.to_card())
+
+    def report(self, path: str | os.PathLike[str], comparison: Any = None) -> None:
+        """Write one HTML file about the soup, to read in any browser, without a network.
+
+        What was mixed, how well it does, the coefficients, how they were found, what to look at
+        and what to do about it.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Ends in ``.html``; an existing file is replaced.
+        comparison : SoupComparison or None, default=None
+            What `sksoup.inspection.compare_soups` measured, to show the soup beside the others.
+
+        Raises
+        ------
+        ValueError
+            Another suffix.
+        ImportError
+            matplotlib is not installed.
+        """
+        check_is_fitted(self, "module_")
+        if Path(path).suffix != ".html":
+            raise ValueError(f"{os.fspath(path)!r} must end in .html: the report is a web page.")
+        if not rank():
+            write_text(Path(path), render(self, comparison))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a Hugging Face folder: weights, recipe, card, and the ingredients' configuration.

@@ -117,7 +117,20 @@ class SoupComparison:
             return f"{chose} No test rows were given."
         return f"{chose} {self.n_test:,} test rows, which no system saw, report."
 
-    def _cells(self, plus_minus: str = "±") -> list[tuple[str, ...]]:
+    def cells(self, plus_minus: str = "±") -> list[tuple[str, ...]]:
+        """Return the rows of the table as text.
+
+        Parameters
+        ----------
+        plus_minus : str, default="±"
+            What stands between a mean and its standard deviation.
+
+        Returns
+        -------
+        cells : list of tuple of str
+            A tuple per system, in the order of ``HEADER``.
+        """
+
         def percent(score: float | None, spread: float, n: int) -> str:
             if score is None:
                 return "-"
@@ -138,7 +151,7 @@ class SoupComparison:
         ]
 
     def __str__(self) -> str:
-        rows = [self.HEADER, *self._cells()]
+        rows = [self.HEADER, *self.cells()]
         widths = [max(len(row[column]) for row in rows) for column in range(len(self.HEADER))]
         lines = [
             "  ".join(
@@ -160,7 +173,7 @@ class SoupComparison:
             passes of one model over the held-out rows; memory in sizes of one model.
         """
         align = ["---", *["---:"] * (len(self.HEADER) - 1)]
-        cells = [[cell.replace("|", "\\|") for cell in row] for row in self._cells()]
+        cells = [[cell.replace("|", "\\|") for cell in row] for row in self.cells()]
         return "\n".join("| " + " | ".join(row) + " |" for row in [self.HEADER, align, *cells])
 
     def to_latex(self) -> str:
@@ -173,7 +186,7 @@ class SoupComparison:
         """
         rows = [[_escaped(cell) for cell in self.HEADER]]
         rows += [[_escaped(cell).replace("+-", "$\\pm$") for cell in row]
-                 for row in self._cells("+-")]  # fmt: skip
+                 for row in self.cells("+-")]  # fmt: skip
         lines = [" & ".join(row) + r" \\" for row in rows]
         columns = "l" + "r" * (len(self.HEADER) - 1)
         return "\n".join(

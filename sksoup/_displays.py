@@ -11,8 +11,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.utils.validation import check_is_fitted
 
-from ._barrier import LossBarrier
-
 # Okabe and Ito's colours, which colour-blind people can tell apart
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"
 SEPARATED = re.compile(r".*[/._-]")  # up to the last separator
@@ -116,7 +114,7 @@ class CoefficientsDisplay:
         tall = min(max(0.19 * n_layers, 1.5), 10.0) if is_map else 2.8
         tall += 0.7 if kind == "histogram" else 0.5 + _room_for(self.checkpoint_names)
         wide = 6.0 if kind == "histogram" else min(max(0.22 * n + 3.5, 5.5), 15.0)
-        self.figure_, self.ax_ = _axes(ax, wide, tall)
+        self.figure_, self.ax_ = new_axes(ax, wide, tall)
         if kind == "histogram":
             self._histogram()
         elif is_map:
@@ -223,7 +221,7 @@ class GreedyPathDisplay:
         n = len(self.path)
         names = [tried["candidate"] for tried in self.path]
         wide, tall = min(max(0.22 * n + 3.5, 5.5), 15.0), 3.6 + _room_for(names)
-        self.figure_, self.ax_ = _axes(ax, wide, tall)
+        self.figure_, self.ax_ = new_axes(ax, wide, tall)
         scores = np.array([tried["score"] for tried in self.path])
         kept = np.array([tried["kept"] for tried in self.path])
         bound = np.array([tried["is_bound"] for tried in self.path])
@@ -311,7 +309,7 @@ class LearningCurveDisplay:
         display : LearningCurveDisplay
             This one, with ``ax_`` and ``figure_``.
         """
-        self.figure_, self.ax_ = _axes(ax, 7.0, 3.8)
+        self.figure_, self.ax_ = new_axes(ax, 7.0, 3.8)
         losses = [np.asarray(record["loss"]) for record in self.history]
         ends = np.cumsum([len(loss) for loss in losses])
         starts = ends - [len(loss) for loss in losses]
@@ -326,98 +324,6 @@ class LearningCurveDisplay:
                 label="next model batch" if k == 0 else None,
             )  # fmt: skip
         self.ax_.set(xlabel="step", ylabel="held-out loss")
-        self.ax_.legend(frameon=False)
-        return self
-
-
-class LossBarrierDisplay:
-    """Show the loss along straight lines between checkpoints.
-
-    Parameters
-    ----------
-    barrier : LossBarrier
-        What `sksoup.inspection.loss_barrier` measured.
-
-    Attributes
-    ----------
-    ax_ : matplotlib Axes
-        What was drawn on.
-    figure_ : matplotlib Figure
-        The figure it is in.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from sksoup.inspection import LossBarrier, LossBarrierDisplay
-    >>> hill = LossBarrier((("a", "b"),), np.array([0, 0.5, 1]), np.array([[1.0, 4.0, 2.0]]))
-    >>> LossBarrierDisplay(hill).plot().ax_.get_ylabel()
-    'loss'
-    """
-
-    def __init__(self, barrier: LossBarrier) -> None:
-        self.barrier = barrier
-
-    @classmethod
-    def from_estimator(
-        cls, estimator: Any, X: Any, y: Any, *, ax: Any = None, **kwargs: Any
-    ) -> Self:
-        """Measure and show the lines between the ingredients of a fitted soup.
-
-        Parameters
-        ----------
-        estimator : estimator
-            A fitted soup.
-        X, y : array-like or Tensor of n_samples rows
-            Rows to measure the loss on.
-        ax : matplotlib Axes or None, default=None
-            Where to draw; by default a new figure.
-        **kwargs : dict
-            As `sksoup.inspection.loss_barrier` takes them.
-
-        Returns
-        -------
-        display : LossBarrierDisplay
-            Drawn.
-        """
-        from ._barrier import loss_barrier
-
-        check_is_fitted(estimator, "coef_")
-        coef = np.atleast_2d(estimator.coef_)
-        names = [n for n, c in zip(estimator.checkpoints_, coef.T, strict=True) if c.any()]
-        given = {"task": estimator.task, "forward": estimator.forward, **kwargs}
-        measured = loss_barrier(estimator.checkpoints_.select(names), X, y, **given)
-        return cls(measured).plot(ax=ax)
-
-    def plot(self, ax: Any = None) -> Self:
-        """Draw a curve per line, those to the mean of all apart from those between two.
-
-        Parameters
-        ----------
-        ax : matplotlib Axes or None, default=None
-            Where to draw; by default a new figure.
-
-        Returns
-        -------
-        display : LossBarrierDisplay
-            This one, with ``ax_`` and ``figure_``.
-        """
-        self.figure_, self.ax_ = _axes(ax, 6.0, 3.8)
-        shown: set[str] = set()
-        lines = zip(self.barrier.lines, self.barrier.losses, strict=True)
-        for ends, losses in lines:
-            kind = "to the mean of all" if "mean" in ends else "between two checkpoints"
-            self.ax_.plot(
-                self.barrier.alpha, losses, linewidth=1.0, alpha=0.7,
-                color=ORANGE if "mean" in ends else BLUE,
-                linestyle="--" if "mean" in ends else "-",
-                label=None if kind in shown else kind,
-            )  # fmt: skip
-            shown.add(kind)
-        highest = float(self.barrier.barriers.max())
-        self.ax_.set(
-            xlabel="place on the line, from one end to the other", ylabel="loss",
-            title=f"highest barrier {highest:.3f}",
-        )  # fmt: skip
         self.ax_.legend(frameon=False)
         return self
 
@@ -524,7 +430,7 @@ class ComparisonDisplay:
             This one, with ``ax_`` and ``figure_``.
         """
         n = len(self.systems)
-        self.figure_, self.ax_ = _axes(ax, 6.5, min(max(0.34 * n + 1.2, 2.6), 12.0))
+        self.figure_, self.ax_ = new_axes(ax, 6.5, min(max(0.34 * n + 1.2, 2.6), 12.0))
         y = np.arange(n)
         chose = "held-out rows, which chose"
         drawn = [(self.held_out, self.held_out_std, chose, "o", GREY, -0.12)]
@@ -543,7 +449,7 @@ class ComparisonDisplay:
         return self
 
 
-def _axes(ax: Any, wide: float, tall: float) -> tuple[Any, Any]:
+def new_axes(ax: Any, wide: float, tall: float) -> tuple[Any, Any]:
     """The figure and axes to draw on; new ones where none are given."""
     try:
         import matplotlib.pyplot as plt

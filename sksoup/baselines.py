@@ -313,4 +313,4 @@ class CheckpointEnsemble(BaseSoup):
             "as one model. Fit a UniformSoup for the mean of the weights."
         )
 
-    save = save_pretrained = state_dict
+    save = save_pretrained = report = state_dict

@@ -1,13 +1,12 @@
 """Look at soups: pictures, all systems side by side on the same data, the loss in between."""
 
-from ._barrier import LossBarrier, loss_barrier
+from ._barrier import LossBarrier, LossBarrierDisplay, loss_barrier
 from ._comparison import SoupComparison, SoupResult, compare_soups, paper_systems
 from ._displays import (
     CoefficientsDisplay,
     ComparisonDisplay,
     GreedyPathDisplay,
     LearningCurveDisplay,
-    LossBarrierDisplay,
 )
 
 __all__ = [

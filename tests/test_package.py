@@ -43,12 +43,13 @@ PLAN = [
     "_model_batch",
     "_descent",
     "recipe",
+    "_displays",
+    "_report",
     "_base",
     ("baselines", "greedy", "learned", "mehl"),
     "datasets",
     "model_selection",
     "_barrier",
-    "_displays",
     "_comparison",
     "inspection",
     "__main__",
@@ -60,7 +61,7 @@ LEVEL = {
 }
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 FOLDERS = [path.parent.name for path in PACKAGE.glob("*/**/*.py")]
-CORE = set(list(LEVEL)[: list(LEVEL).index("_base")])
+CORE = set(list(LEVEL)[: list(LEVEL).index("_displays")])
 
 
 def imports_of(source: str) -> list[tuple[str, int]]:
