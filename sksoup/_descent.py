@@ -254,9 +254,11 @@ def check_search(soup: Any, problem: Problem) -> None:
         )
 
 
-def what_descends(soup: Any, problem: Problem) -> tuple[Any, ...]:
-    """All that tells one search by descent from another, beside model batch and seed."""
-    return (
+def memo_of(soup: Any, problem: Problem, *settings: Any) -> Memo:
+    """The memory for all that tells one search by descent from another, beside batch and seed."""
+    if not problem.memo:  # checkpoints in memory would be hashed for nothing
+        return problem.memo
+    return problem.memo.within(
         type(soup).__name__,
         [problem.checkpoints.identity(name) for name in problem.checkpoints],
         problem.layers.rows,
@@ -265,6 +267,7 @@ def what_descends(soup: Any, problem: Problem) -> tuple[Any, ...]:
         soup.precision,
         soup.compile,
         str(soup.delta_dtype),
+        *settings,
     )
 
 

@@ -89,10 +89,6 @@ class MemoryCheckpoint:
     def sha256(self) -> str:
         return content_sha256(self)
 
-    def identity(self) -> tuple[Any, ...]:
-        """What tells this checkpoint from others: its content."""
-        return (self.sha256(),)
-
 
 def stripped(header: dict[str, TensorInfo], prefix: str) -> dict[str, TensorInfo]:
     return {name[len(prefix) :]: info for name, info in header.items()} if prefix else header

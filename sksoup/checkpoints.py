@@ -495,7 +495,8 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         identity : tuple
             Sizes, modification times and inodes of its files; the SHA-256 of one in memory.
         """
-        return self._entries[name].identity()
+        entry = self._entries[name]
+        return entry.identity() if isinstance(entry, FileCheckpoint) else (self.sha256(name),)
 
     def start_hashing(self) -> None:
         """Begin to hash the files in one background thread, while the search reads them."""

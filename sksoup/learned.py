@@ -22,9 +22,9 @@ from ._descent import (
     coefficient_dtype,
     descend,
     halve,
+    memo_of,
     remembered_generator,
     settings_of,
-    what_descends,
     what_fitted,
 )
 from ._layout import Layerwise
@@ -233,7 +233,7 @@ class LearnedSoup(BaseSoup):
 
     def _search(self, problem: Problem) -> Found:
         check_search(self, problem)
-        memo = problem.memo.within(*what_descends(self, problem), self.temperature)
+        memo = memo_of(self, problem, self.temperature)
         generator = remembered_generator(self.random_state, memo)
         seed = generator.get_state()
         memo = memo.within(seed)

@@ -24,9 +24,9 @@ from ._descent import (
     coefficient_dtype,
     descend,
     halve,
+    memo_of,
     remembered_generator,
     settings_of,
-    what_descends,
     what_fitted,
 )
 from ._layout import Layers, Layerwise
@@ -286,7 +286,7 @@ class MEHLSoup(BaseSoup):
 
     def _search(self, problem: Problem) -> Found:
         check_search(self, problem)
-        memo = problem.memo.within(*what_descends(self, problem), self.normalize, self.model_epochs)
+        memo = memo_of(self, problem, self.normalize, self.model_epochs)
         generator = remembered_generator(self.random_state, memo)
         seed = generator.get_state()
         memo = memo.within(seed)

@@ -447,6 +447,25 @@ def test_hashing_stops_and_goes_on_when_asked(files):
         assert {name: files.sha256(name) for name in files} == plain
 
 
+@pytest.mark.parametrize("name", ["greedy", "learned", "MEHL"])
+def test_checkpoints_in_memory_are_hashed_once_and_only_when_needed(tmp_path, zoo: Zoo, name):
+    """Without a memory only the recipe hashes them, beside the search."""
+    checkpoints = CheckpointCollection(make_states(7, seed=0), module=Net)
+    entries = type(checkpoints._entries["checkpoint0"])
+    original, hashed = entries.sha256, [0]
+
+    def counting(self):
+        hashed[0] += 1
+        return original(self)
+
+    soup = recipe(name, None, checkpoints)
+    with patch.object(entries, "sha256", counting), quiet():
+        with patch.object(CheckpointCollection, "identity", side_effect=AssertionError):
+            soup.fit(checkpoints, zoo.X, zoo.y)
+        soup.set_params(memory=tmp_path).fit(checkpoints, zoo.X, zoo.y)
+    assert hashed[0] <= 7
+
+
 SCRIPT = """
 import os, signal, sys
 import numpy as np, torch
