@@ -1,13 +1,13 @@
 """Plain readings of the papers' methods, as a script would write them: what sksoup is compared to.
 
-Each takes state dicts in memory, a module, and rows on the module's device, and returns weights.
+Each takes state dicts, a module, and rows on the module's device, and returns weights.
 Written from Wortsman et al. (arXiv:2203.05482, Recipe 1 and Appendix I) and Li et al.
 (arXiv:2407.03641, Algorithm 1); they check nothing and read nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ def accuracy(module: nn.Module, X: torch.Tensor, y: torch.Tensor, size: int) -> 
 
 
 def greedy(
-    module: nn.Module, states: list[State], X: torch.Tensor, y: torch.Tensor, size: int
+    module: nn.Module, states: Sequence[State], X: torch.Tensor, y: torch.Tensor, size: int
 ) -> tuple[State, list[int]]:
     """Recipe 1: rank, then keep what does not lower the held-out accuracy; 2K - 1 evaluations."""
 
@@ -47,8 +47,8 @@ def greedy(
     order = sorted(range(len(states)), key=lambda k: -scores[k])
     soup, kept, best = states[order[0]], order[:1], scores[order[0]]
     for k in order[1:]:
-        n = len(kept)
-        candidate = {name: (soup[name] * n + states[k][name]) / (n + 1) for name in soup}
+        n, ingredient = len(kept), states[k]
+        candidate = {name: (soup[name] * n + ingredient[name]) / (n + 1) for name in soup}
         if (found := score(candidate)) >= best:
             soup, kept, best = candidate, [*kept, k], found
     return soup, kept

@@ -106,31 +106,41 @@ class FileIdentity:
         return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
+class _naming:
     """Turn whatever a reader raises on a damaged file into a CheckpointError that names it."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:  # readers raise anything on damaged files
-        text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
-        if "Weights only load failed" in str(error) and re.search("GLOBAL|allowlisted", text):
-            named = re.search(r"GLOBAL ([\w.]+)", text)
-            raise CheckpointError(
-                f"{str(path)!r} can't be read: it holds more than tensors"
-                f"{f' ({named[1]})' if named else ''}, and reading it could run code. sksoup never "
-                f"unpickles code; save the state dict alone: torch.save(module.state_dict(), path)."
-            ) from error
-        reason = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}".rstrip(": .")
-        short = isinstance(error, MemoryError) or "allocate memory" in text
-        remedy = (
-            "There is too little memory, or its header is damaged"
-            if short
-            else "The file is damaged, incomplete or of another format: copy or write it again, or "
-            "leave it out"
+
+    __slots__ = ("path",)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, CheckpointError):
+            raise _unreadable(self.path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    """What to say of a file on which a reader, which raises anything, has failed."""
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    if "Weights only load failed" in str(error) and re.search("GLOBAL|allowlisted", text):
+        named = re.search(r"GLOBAL ([\w.]+)", text)
+        return CheckpointError(
+            f"{str(path)!r} can't be read: it holds more than tensors"
+            f"{f' ({named[1]})' if named else ''}, and reading it could run code. sksoup never "
+            f"unpickles code; save the state dict alone: torch.save(module.state_dict(), path)."
         )
-        raise CheckpointError(f"{str(path)!r} can't be read: {reason}. {remedy}.") from error
+    reason = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}".rstrip(": .")
+    short = isinstance(error, MemoryError) or "allocate memory" in text
+    remedy = (
+        "There is too little memory, or its header is damaged"
+        if short
+        else "The file is damaged, incomplete or of another format: copy or write it again, or "
+        "leave it out"
+    )
+    return CheckpointError(f"{str(path)!r} can't be read: {reason}. {remedy}.")
 
 
 def find_weights(folder: Path) -> Path | None:
