@@ -74,7 +74,7 @@ def docstrings(package: str) -> Iterator[str]:
                     yield re.sub(package, "it", text, flags=re.IGNORECASE)
 
 
-def load_texts(seed: int, n_finetune: int, n_val: int, n_test: int) -> Texts:
+def load_texts(seed: int, n_finetune: int, n_val: int, n_test: int, length: int = LENGTH) -> Texts:
     """Draw rows of every package, tokenise them, split them by label."""
     rng = np.random.default_rng(seed)
     each = -(-(n_finetune + n_val + n_test) // len(PACKAGES))
@@ -85,7 +85,7 @@ def load_texts(seed: int, n_finetune: int, n_val: int, n_test: int) -> Texts:
     labels = np.repeat(np.arange(len(PACKAGES)), each)
     tokenizer = transformers.AutoTokenizer.from_pretrained(encoder_folder(), local_files_only=True)
     tokens = tokenizer(
-        texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+        texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
     )
 
     def part(rows: Any) -> tuple[Tokens, torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from ._batch_norm import batch_statistics, check_rows, statistics
-from ._data import Batch
+from ._data import Batch, HeldOut
 from ._memo import Memo
 from ._model_batch import FlatModule, resolve_delta_dtype
 from ._objective import Objective, module_dtype
@@ -35,6 +35,8 @@ class Settings:
     shuffle: bool
     accumulate: int
     normalize_by_batch: bool  # BatchNorm, during the search
+    weight_decay: float = 0.0
+    average: bool = False  # over the second half of the steps
 
 
 class Models(Protocol):
@@ -69,46 +71,97 @@ def descend(
     memo: Memo,
     *,
     scale: torch.Tensor | None = None,
+    choose: HeldOut | None = None,
     on_epoch: Step,
 ) -> list[dict[str, Any]]:
     """Minimise the held-out loss of ``start + sum_k coef_k delta_k`` over ``leaves``.
 
     ``coef()`` gives (b, n_searched) as a function of the leaves. A step is one forward/backward of
     one model on ``accumulate`` minibatches, a `combine` and a `project`. Returns one record per
-    epoch, with its loss and gradient norm at every step. An epoch that ``memo`` knows is not run
-    again: what it left the leaves, the optimizer and the generator at is restored. ``models()`` is
-    asked for only when one has to be run.
+    epoch, with its loss and gradient norm at every step. The leaves are left at the last iterate,
+    at the mean of the second half (``settings.average``), or at the epoch's end, or the start,
+    where the loss on the rows ``choose`` was least. An epoch that ``memo`` knows is not run again:
+    what it left the leaves, the optimizer and the generator at is restored. ``models()`` is asked
+    for only when one has to be run.
     """
     n_steps = problem.data.n_batches(settings.batch_size, settings.accumulate) * settings.max_epochs
     optimizer = _optimizer(leaves, settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(settings.schedule, n_steps))
-    state = _State(leaves, optimizer, scheduler, generator)
+    state = _State(leaves, optimizer, scheduler, generator, n_steps)
     layers, records = problem.layers, []
+
+    def combined() -> None:
+        models().combine(layers.expand_columns(coef().detach()))
+
+    def loss_to_choose_by() -> float:
+        combined()
+        rows = problem.data if choose is None else choose
+        return problem.objective.mean_loss(rows, settings.batch_size)
+
+    best: tuple[float, list[torch.Tensor]] | None = None
+    if choose is not None:
+        best = memo(("loss at the start",), loss_to_choose_by), state.copy()
     for epoch in range(settings.max_epochs):
         if (known := memo.find("epoch", epoch)) is not None:
             state.restore(known["state"])
             record = known["record"]
         else:
             record = {"epoch": epoch, **_epoch(models(), problem, coef, settings, state, scale)}
+            if best is not None:
+                record["validation_loss"] = loss_to_choose_by()
             memo.keep({"record": record, "state": state.snapshot()}, "epoch", epoch)
         records.append(record)
-        on_epoch(lambda: models().combine(layers.expand_columns(coef().detach())))
+        if best is not None and record["validation_loss"] < best[0]:
+            best = record["validation_loss"], state.copy()
+        on_epoch(combined)
+    if best is not None:
+        state.put(best[1])
+    elif settings.average:
+        state.put(state.means)
     return records
 
 
-@dataclass(frozen=True)
 class _State:
     """All that an epoch changes."""
 
-    leaves: Sequence[torch.Tensor]
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LambdaLR
-    generator: torch.Generator
+    def __init__(
+        self,
+        leaves: Sequence[torch.Tensor],
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LambdaLR,
+        generator: torch.Generator,
+        n_steps: int,
+    ) -> None:
+        self.leaves = leaves
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.generator = generator
+        self.n_steps = n_steps
+        self.means = self.copy()  # of the leaves, over the second half of the steps
+
+    def copy(self) -> list[torch.Tensor]:
+        return [leaf.detach().clone() for leaf in self.leaves]
+
+    @torch.no_grad()
+    def put(self, values: Sequence[torch.Tensor]) -> None:
+        for leaf, value in zip(self.leaves, values, strict=True):
+            leaf.copy_(value)
+
+    @torch.no_grad()
+    def step(self, average: bool) -> None:
+        """Take a step of the optimizer and the schedule."""
+        self.optimizer.step()
+        self.scheduler.step()
+        n = self.scheduler.last_epoch - self.n_steps // 2  # steps the mean is over
+        if average and n > 0:
+            for mean, leaf in zip(self.means, self.leaves, strict=True):
+                mean.lerp_(leaf, 1 / n)
 
     def snapshot(self) -> dict[str, Any]:
         scheduler = self.scheduler.state_dict()
         return {
-            "leaves": [leaf.detach().clone() for leaf in self.leaves],
+            "leaves": self.copy(),
+            "means": [mean.clone() for mean in self.means],
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {name: scheduler[name] for name in ("last_epoch", "_last_lr")},
             "generator": self.generator.get_state(),
@@ -116,8 +169,10 @@ class _State:
 
     @torch.no_grad()
     def restore(self, snapshot: dict[str, Any]) -> None:
-        for leaf, value in zip(self.leaves, snapshot["leaves"], strict=True):
-            leaf.copy_(value)
+        self.put(snapshot["leaves"])
+        self.means = [
+            mean.to(leaf) for mean, leaf in zip(snapshot["means"], self.leaves, strict=True)
+        ]
         self.optimizer.load_state_dict(snapshot["optimizer"])
         self.scheduler.load_state_dict(self.scheduler.state_dict() | snapshot["scheduler"])
         self.generator.set_state(snapshot["generator"])
@@ -131,11 +186,11 @@ def _epoch(
     state: _State,
     scale: torch.Tensor | None,
 ) -> dict[str, list[float]]:
-    """One walk over the held-out rows; the loss and the gradient's norm at every step."""
+    """One walk over the rows: loss, gradient norm and, but for a regression, score of each step."""
     layers, leaves, counts = problem.layers, state.leaves, problem.objective.counts
     limit = math.inf if settings.clip_grad_norm is None else settings.clip_grad_norm
     before = coef().detach()
-    losses, norms = [], []
+    told, norms = [], []
     shuffled = state.generator if settings.shuffle else None
     batches = problem.data.batches(settings.batch_size, shuffled, share)
     searching = batch_statistics(problem.module) if settings.normalize_by_batch else nullcontext()
@@ -145,22 +200,23 @@ def _epoch(
             models.combine(layers.expand_columns(c.detach()))
             models.flat.grad.zero_()
             state.optimizer.zero_grad()
-            losses.append(_loss_and_backward(problem.objective, together, scale))
+            told.append(_loss_and_backward(problem.objective, together, scale))
             gradient = sum_over_ranks(models.project(layers.n_searched))  # (b, n_searched)
             c.backward(gradient.to(c))  # type: ignore[no-untyped-call]
             _reduce_scale(scale)
             counts.n_reduced += (gradient.numel() + (scale is not None)) * (n_ranks() > 1)
             norms.append(torch.nn.utils.clip_grad_norm_(leaves, limit))
-            state.optimizer.step()
-            state.scheduler.step()
-    loss, norm = sum_over_ranks(torch.stack(losses)), torch.stack(norms)  # fetched at once
+            state.step(settings.average)
+    steps, norm = sum_over_ranks(torch.stack(told)), torch.stack(norms)  # fetched at once
+    loss, score = steps[:, 0], steps[:, 1:]  # (n_steps,), (n_steps, 1 or 0)
     finite = torch.isfinite(loss) & torch.isfinite(norm).to(loss.device)
     if not bool(finite.all()) or not bool(torch.isfinite(coef()).all()):
         bad = torch.cat([~finite, finite.new_ones(1)]).nonzero()[0]
-        done = state.scheduler.last_epoch - len(losses)
-        step = done + min(int(bad) + 1, len(losses))
+        done = state.scheduler.last_epoch - len(told)
+        step = done + min(int(bad) + 1, len(told))
         raise NotFiniteError(step, before.cpu().double().numpy())
-    return {"loss": loss.tolist(), "grad_norm": norm.tolist()}
+    scores = {"score": score[:, 0].tolist()} if score.numel() else {}
+    return {"loss": loss.tolist(), "grad_norm": norm.tolist(), **scores}
 
 
 def _reduce_scale(scale: torch.Tensor | None) -> None:
@@ -173,7 +229,7 @@ def _reduce_scale(scale: torch.Tensor | None) -> None:
 def _loss_and_backward(
     objective: Objective, together: Sequence[Batch], scale: torch.Tensor | None
 ) -> torch.Tensor:
-    """The loss and gradient of a few minibatches, or of this rank's part, as if they were one."""
+    """`Objective.loss_and_backward` of a few minibatches, or this rank's part, as if one."""
     if len(together) == 1 and n_ranks() == 1:
         return objective.loss_and_backward(together[0], scale)
     total = sum(batch.total for batch in together)
@@ -184,8 +240,9 @@ def _loss_and_backward(
         if len(batch)
     ]
     if not losses:  # fewer rows than ranks
-        return torch.zeros((), dtype=module_dtype(objective.module), device=together[0].y.device)
-    return torch.stack(losses).sum()
+        n = 1 + objective.has_score
+        return torch.zeros(n, dtype=module_dtype(objective.module), device=together[0].y.device)
+    return torch.stack(losses).sum(dim=0)
 
 
 T = TypeVar("T")
@@ -199,8 +256,8 @@ def batched(items: Iterator[T], n: int) -> Iterator[tuple[T, ...]]:
 
 def _optimizer(leaves: Sequence[torch.Tensor], settings: Settings) -> torch.optim.Optimizer:
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(leaves, lr=settings.lr)
-    return torch.optim.AdamW(leaves, lr=settings.lr, weight_decay=0.0)
+        return torch.optim.SGD(leaves, lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(leaves, lr=settings.lr, weight_decay=settings.weight_decay)
 
 
 def _schedule(name: str, n_steps: int) -> Callable[[int], float]:
@@ -297,6 +354,8 @@ def settings_of(soup: Any) -> Settings:
         soup.shuffle,
         soup.accumulate,
         soup.batch_norm == "recalibrate",
+        float(getattr(soup, "weight_decay", 0.0)),
+        getattr(soup, "average", False),
     )
 
 

@@ -248,7 +248,7 @@ class GreedyPathDisplay:
 
 
 class LearningCurveDisplay:
-    """Show the held-out loss over the steps of a search by gradient descent.
+    """Show the held-out loss and score over the steps of a search by gradient descent.
 
     Parameters
     ----------
@@ -259,6 +259,8 @@ class LearningCurveDisplay:
     ----------
     ax_ : matplotlib Axes
         What was drawn on.
+    score_ax_ : matplotlib Axes or None
+        Its twin for the scores; None for a regression.
     figure_ : matplotlib Figure
         The figure it is in.
 
@@ -297,7 +299,7 @@ class LearningCurveDisplay:
         return cls(estimator.history_).plot(ax=ax)
 
     def plot(self, ax: Any = None) -> Self:
-        """Draw the loss of every minibatch, its mean per epoch, and where model batches change.
+        """Draw loss and score of every minibatch, their means, and where model batches change.
 
         Parameters
         ----------
@@ -310,12 +312,21 @@ class LearningCurveDisplay:
             This one, with ``ax_`` and ``figure_``.
         """
         self.figure_, self.ax_ = new_axes(ax, 7.0, 3.8)
-        losses = [np.asarray(record["loss"]) for record in self.history]
-        ends = np.cumsum([len(loss) for loss in losses])
-        starts = ends - [len(loss) for loss in losses]
-        self.ax_.plot(np.concatenate(losses), color=GREY, linewidth=0.7, label="minibatch")
-        means = [loss.mean() for loss in losses]
-        self.ax_.plot((starts + ends - 1) / 2, means, "o-", color=BLUE, markersize=3, label="epoch")
+        ends = np.cumsum([len(record["loss"]) for record in self.history])
+        starts = ends - [len(record["loss"]) for record in self.history]
+        self._curve(self.ax_, "loss", BLUE, "o-", (starts + ends - 1) / 2)
+        chosen = [record.get("validation_loss", np.nan) for record in self.history]
+        if not np.isnan(chosen).all():
+            self.ax_.plot(
+                ends - 1, chosen, "x", color=RED, markersize=5, label="loss on rows set aside"
+            )
+        self.score_ax_ = None
+        if all("score" in record for record in self.history):
+            self.score_ax_ = self.ax_.twinx()
+            self.score_ax_.spines[["top", "left"]].set_visible(False)
+            self._curve(self.score_ax_, "score", GREEN, "^-", (starts + ends - 1) / 2)
+            self.ax_.plot([], "^-", color=GREEN, markersize=3, label="score, mean of an epoch")
+            self.score_ax_.set_ylabel("held-out score")
         outers = [record.get("outer", 0) for record in self.history]
         changes = [starts[k] for k in range(1, len(outers)) if outers[k] != outers[k - 1]]
         for k, change in enumerate(changes):
@@ -324,8 +335,21 @@ class LearningCurveDisplay:
                 label="next model batch" if k == 0 else None,
             )  # fmt: skip
         self.ax_.set(xlabel="step", ylabel="held-out loss")
-        self.ax_.legend(frameon=False)
+        self.ax_.legend(
+            frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), fontsize="small"
+        )
         return self
+
+    def _curve(
+        self, ax: Any, what: str, color: str, marker: str, centers: NDArray[np.float64]
+    ) -> None:
+        """Every minibatch, thin, and the mean of each epoch."""
+        steps = [np.asarray(record[what]) for record in self.history]
+        ax.plot(np.concatenate(steps), color=color, linewidth=0.7, alpha=0.4)
+        means = [part.mean() for part in steps]
+        ax.plot(
+            centers, means, marker, color=color, markersize=3, label=f"{what}, mean of an epoch"
+        )
 
 
 class ComparisonDisplay:

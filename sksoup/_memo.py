@@ -20,7 +20,7 @@ from ._formats import pack, unpack
 from ._ranks import from_first, rank
 from .exceptions import SoupWarning
 
-ALGORITHM = 1  # counted up whenever the same inputs give other results than before
+ALGORITHM = 2  # counted up whenever the same inputs give other results than before
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from ._data import Batch, HeldOut, Inputs, Task, map_inputs, n_rows
+from ._data import IGNORED, Batch, HeldOut, Inputs, Task, map_inputs, n_rows
 from .checkpoints import CheckpointCollection
 from .exceptions import CheckpointError
 
@@ -67,6 +67,7 @@ class Objective:
         self._autocast = precision == "bf16"
         self._forward = forward
         self._one_logit = one_logit
+        self._task = task
         # the default takes two logits, a criterion of the user's takes what the module gives
         self._wants_one_logit = one_logit and criterion is not None
         criterion = DEFAULT_CRITERIA[task] if criterion is None else criterion
@@ -87,7 +88,10 @@ class Objective:
 
     def loss(self, batch: Batch, scale: torch.Tensor | None = None) -> torch.Tensor:
         """Mean loss of a batch; ``scale`` multiplies the outputs (Learned-Soup's beta)."""
-        output, y = self.forward(batch.X), batch.y
+        return self._loss(self.forward(batch.X), batch, scale)
+
+    def _loss(self, output: torch.Tensor, batch: Batch, scale: torch.Tensor | None) -> torch.Tensor:
+        y = batch.y
         if scale is not None:
             output = output * scale
         if self._wants_one_logit:
@@ -118,13 +122,34 @@ class Objective:
     ) -> torch.Tensor:
         """Accumulate ``share`` times the gradient into the parameters (and ``scale``).
 
-        Returns that share of the loss.
+        Returns that share of the loss and, but for a regression, of the rows that are right.
         """
-        loss = self.loss(batch, scale) * share
+        output = self.forward(batch.X)
+        loss = self._loss(output, batch, scale) * share
         loss.backward()  # type: ignore[no-untyped-call]
         self.counts.n_backward += 1
         self.counts.rows_backward += len(batch)
-        return loss.detach()
+        told = [loss.detach()]
+        if self.has_score:
+            told.append(self._right(output.detach(), batch).to(loss) * share)
+        return torch.stack(told)
+
+    @property
+    def has_score(self) -> bool:
+        """Whether rows are right or wrong."""
+        return self._task != "regression"
+
+    def _right(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Weighted share of rows, or of pixels and tokens, whose prediction is right."""
+        if self._task == "classification":
+            right, counted = output.argmax(dim=1) == batch.y, batch.y != IGNORED
+        else:
+            right = ((output > 0) == (batch.y > 0)).reshape(len(batch), -1).all(dim=1)
+            counted = torch.ones_like(right)
+        weight = counted.to(output.dtype)
+        if batch.weight is not None:
+            weight = weight * batch.weight.reshape(-1, *[1] * (weight.ndim - 1))
+        return (weight * right).sum() / weight.sum().clamp_min(1e-12)
 
     def forward(self, X: Inputs) -> torch.Tensor:
         self.counts.n_forward += 1

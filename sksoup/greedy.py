@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from joblib import Parallel, delayed, effective_n_jobs
 from numpy.typing import ArrayLike, NDArray
-from sklearn.model_selection import train_test_split
 from sklearn.utils import check_scalar
 
 from ._base import BaseSoup
@@ -22,7 +21,7 @@ from ._describe import judge
 from ._evaluation import Evaluation, Evaluator, RowScore
 from ._mix import mix
 from ._objective import Counts, Forward, load_weights
-from ._problem import Found, Problem, evaluate_named, rank
+from ._problem import Found, Problem, check_fraction, evaluate_named, rank, split_rows
 from ._ranks import from_first, gather, n_ranks
 from ._ranks import rank as rank_of
 from .checkpoints import CheckpointCollection
@@ -220,13 +219,15 @@ class GreedySoup(BaseSoup):
         check_scalar(self.min_improvement, "min_improvement", (int, float))
         if not math.isfinite(self.min_improvement):
             raise ValueError(f"min_improvement must be finite, got {self.min_improvement!r}.")
-        if self.ranking_fraction is not None:
-            check_scalar(
-                self.ranking_fraction, "ranking_fraction", float,
-                min_val=0.0, max_val=1.0, include_boundaries="neither",
-            )  # fmt: skip
+        check_fraction(self.ranking_fraction, "ranking_fraction")
 
     def _search(self, problem: Problem) -> Found:
+        found = self._find(problem)
+        if len(found.attributes["ingredients_"]) == 1 < len(problem.checkpoints):
+            self._warn(problem.checkpoints, found.history)
+        return found
+
+    def _find(self, problem: Problem) -> Found:
         checkpoints = problem.checkpoints
         names, n = checkpoints.names, len(checkpoints)
         checkpoints.check()
@@ -269,8 +270,6 @@ class GreedySoup(BaseSoup):
                 on_step=lambda kept: step(lambda: mean_of(checkpoints, kept)),
             )  # fmt: skip
         path = describe_path(tried, names, to_accept.rows)
-        if len(ingredients) == 1 < n:
-            self._warn(checkpoints, path)
         return Found(
             uniform_coef(ingredients, n),
             history=path,
@@ -287,21 +286,13 @@ class GreedySoup(BaseSoup):
         evaluate = problem.evaluate
         if self.ranking_fraction is None or is_known:
             return evaluate, evaluate
-        labels = evaluate.y if self.task == "classification" and evaluate.y.ndim == 1 else None
-        if labels is not None and np.unique(labels, return_counts=True)[1].min() < 2:
-            labels = None
+        fraction = self.ranking_fraction
 
         def split() -> list[torch.Tensor]:
-            parts = train_test_split(
-                np.arange(len(evaluate.y)), train_size=self.ranking_fraction, stratify=labels,
-                random_state=self.random_state,
-            )  # fmt: skip
-            return [torch.as_tensor(np.sort(part)) for part in parts]
+            return split_rows(evaluate.y, self.task, fraction, self.random_state)
 
-        if self.random_state is None:  # the rows it began with
-            parts = problem.memo(("split", self.ranking_fraction), split)
-        else:
-            parts = split()
+        is_free = self.random_state is None  # then the memory has the rows it began with
+        parts = problem.memo(("split", fraction), split) if is_free else split()
         ranks, accepts = (part.numpy() for part in from_first(parts))
         return evaluate.on(ranks), evaluate.on(accepts)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -16,7 +17,7 @@ from sklearn.utils import check_scalar
 from ._base import BaseSoup
 from ._batch_norm import BatchNormPolicy
 from ._budget import Budget, is_out_of_memory, parse_bytes
-from ._data import Task
+from ._data import HeldOut, Task
 from ._descent import (
     NotFiniteError,
     check_search,
@@ -34,13 +35,16 @@ from ._memo import Memo
 from ._model_batch import Center, ModelBatch, ShardedBatch, centered, resolve_delta_dtype
 from ._objective import Criterion, Forward
 from ._on_demand import OnDemand
-from ._problem import Found, Problem, Step
+from ._problem import Found, Problem, Step, check_fraction, rank, split_rows
 from ._ranks import least_over_ranks, n_ranks, share
 from ._reader import Reader
 from .checkpoints import CheckpointCollection
 from .exceptions import DivergenceError, SoupWarning
+from .greedy import GreedySoup
 
 __all__ = ["MEHLSoup"]
+
+STARTS = ("mean", "greedy", "best")
 
 
 def affine_coef(alpha: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -56,6 +60,10 @@ def draw_model_batches(
     for _ in range(model_epochs):
         order = torch.randperm(n, generator=generator).tolist()
         yield from (order[start : start + b] for start in range(0, n, b))
+
+
+def no_step(weights: Any = None) -> None:
+    """Tell nobody: the steps that are shown are those of the descent."""
 
 
 def has_files(checkpoints: CheckpointCollection) -> bool:
@@ -83,6 +91,10 @@ class MEHLSoup(BaseSoup):
     model_batch_size : int, None or "auto", default="auto"
         Checkpoints in memory at a time, b; None for all; "auto" for as many as ``memory_limit``
         holds.
+    start : {"mean", "greedy", "best"}, default="mean"
+        Where :math:`\alpha` begins: at 0, the mean of all checkpoints, as in the paper; at the
+        `GreedySoup`; or at the best checkpoint. The latter two cost a ranking (none when the
+        collection has ``scores``) and keep checkpoints that failed out of the start.
     memory_limit : int, str or None, default=None
         Bytes, or a string such as "8GB", for b + 2 models and those read ahead: it decides
         ``model_batch_size="auto"``, and a given model batch that it does not hold is an error. None
@@ -112,12 +124,19 @@ class MEHLSoup(BaseSoup):
     compile : bool, default=False
         Whether to run the search through ``torch.compile``.
     optimizer : {"adamw", "sgd"}, default="adamw"
-        Without weight decay; starts afresh with each model batch.
+        Starts afresh with each model batch.
+    weight_decay : float, default=0.0
+        Of the optimizer, on :math:`\alpha`: towards the mean of all checkpoints.
     schedule : {"cosine", "constant"}, default="cosine"
         Per model batch; cosine warms up over the first fifth of its steps.
     normalize : bool, default=False
         Scale every delta to unit length per layer during the search, as the authors' code does
         (with lr 0.01); the coefficients found are those of the deltas as they are.
+    average : bool, default=False
+        Whether a model batch ends at the mean of the iterates of the second half of its steps.
+    validation_fraction : float or None, default=None
+        Part of the rows, drawn at random and stratified by label, that takes no part in the
+        gradients and chooses, for each model batch, the epoch (or the start) with the least loss.
     clip_grad_norm : float or None, default=None
         Upper bound for the norm of the coefficients' gradient.
     shuffle : bool, default=True
@@ -161,8 +180,9 @@ class MEHLSoup(BaseSoup):
     checkpoints_ : CheckpointCollection
         What was mixed.
     history_ : list of dict
-        One per inner epoch: ``outer``, ``models`` (names), ``epoch``, and ``loss`` and
-        ``grad_norm`` of every step.
+        One per inner epoch: ``outer``, ``models`` (names), ``epoch``; ``loss``, ``grad_norm`` and,
+        but for regressions, ``score`` (of the minibatch) at every step; ``validation_loss`` at its
+        end, with ``validation_fraction``.
     recipe_ : Recipe
         The record that `save` writes.
 
@@ -232,8 +252,12 @@ class MEHLSoup(BaseSoup):
         precision: str = "fp32",
         compile: bool = False,
         optimizer: str = "adamw",
+        weight_decay: float = 0.0,
         schedule: str = "cosine",
+        start: str = "mean",
         normalize: bool = False,
+        average: bool = False,
+        validation_fraction: float | None = None,
         clip_grad_norm: float | None = None,
         shuffle: bool = True,
         criterion: Criterion | None = None,
@@ -260,8 +284,12 @@ class MEHLSoup(BaseSoup):
         self.precision = precision
         self.compile = compile
         self.optimizer = optimizer
+        self.weight_decay = weight_decay
         self.schedule = schedule
+        self.start = start
         self.normalize = normalize
+        self.average = average
+        self.validation_fraction = validation_fraction
         self.clip_grad_norm = clip_grad_norm
         self.shuffle = shuffle
         self.criterion = criterion
@@ -281,25 +309,64 @@ class MEHLSoup(BaseSoup):
         if not (b is None or b == "auto" or is_count):
             raise ValueError(f"model_batch_size must be an int >= 1, None or 'auto', got {b!r}.")
         check_scalar(self.prefetch, "prefetch", int, min_val=0)
+        check_scalar(self.weight_decay, "weight_decay", (int, float), min_val=0)
+        if self.start not in STARTS:
+            raise ValueError(
+                f"start must be one of {', '.join(map(repr, STARTS))}, got {self.start!r}."
+            )
+        check_fraction(self.validation_fraction, "validation_fraction")
+        if self.average and self.validation_fraction is not None:
+            raise ValueError(
+                "average=True and validation_fraction both say which iterate is kept: give one."
+            )
         if self.memory_limit is not None:
             parse_bytes(self.memory_limit)
 
     def _search(self, problem: Problem) -> Found:
         check_search(self, problem)
-        memo = memo_of(self, problem, self.normalize, self.model_epochs)
+        rows = self.validation_fraction
+        memo = memo_of(self, problem, self.normalize, self.model_epochs, self.start, rows)
         generator = remembered_generator(self.random_state, memo)
         seed = generator.get_state()
         memo = memo.within(seed)
+        alpha = self._start(problem)
+        problem, choose = self._hold_back(problem, generator)
         with OnDemand(lambda: centered(problem)) as center:
             b = self._resolve(problem, center, memo)
             while b:
-                found = self._descend(problem, center, b, generator.set_state(seed), memo)
+                generator.set_state(seed)
+                found = self._descend(problem, choose, center, alpha.copy(), b, generator, memo)
                 if found is not None:
                     return found
                 b = self._halve(b, memo)
         n = len(problem.checkpoints)  # all checkpoints are equal
-        nothing = affine_coef(np.zeros((problem.layers.n_searched, n)))
-        return Found(nothing, attributes={"model_batch_size_": n})
+        return Found(affine_coef(alpha.T), attributes={"model_batch_size_": n})
+
+    def _start(self, problem: Problem) -> NDArray[np.float64]:
+        """(K, n_searched): the alphas it begins with."""
+        alpha = np.zeros((len(problem.checkpoints), problem.layers.n_searched))
+        if self.start == "mean":
+            return alpha
+        if self.start == "best":
+            scores = rank(problem, no_step).scores
+            alpha[list(scores).index(max(scores, key=scores.__getitem__))] = 1
+            return alpha
+        problem = replace(problem, progress=lambda name, n: nullcontext(no_step))
+        greedy = GreedySoup(task=self.task, batch_norm=self.batch_norm, batch_size=self.batch_size)
+        alpha += greedy._find(problem).coef.T  # sums to 1, as alphas of the mean of a subset do
+        return alpha
+
+    def _hold_back(
+        self, problem: Problem, generator: torch.Generator
+    ) -> tuple[Problem, HeldOut | None]:
+        """Set rows aside to choose the iterate by."""
+        if self.validation_fraction is None:
+            return problem, None
+        seed = int(torch.randint(2**31, (), generator=generator))
+        y, fraction = problem.evaluate.y, self.validation_fraction
+        chooses, fits = split_rows(y, self.task, fraction, seed)
+        data = problem.data
+        return replace(problem, data=data.select(fits)), data.select(chooses)
 
     def _resolve(self, problem: Problem, center: OnDemand[Center | None], memo: Memo) -> int:
         """The model batch; the one that was found to fit, if the fit goes on; 0 if all are equal.
@@ -343,24 +410,31 @@ class MEHLSoup(BaseSoup):
     def _descend(
         self,
         problem: Problem,
+        choose: HeldOut | None,
         center: OnDemand[Center | None],
+        alpha: NDArray[np.float64],
         b: int,
         generator: torch.Generator,
         memo: Memo,
     ) -> Found | None:
-        """Algorithm 1: alpha persists; each outer iteration moves the alphas of b checkpoints.
+        """Algorithm 1: alpha (K, n_searched) persists; each outer iteration moves b checkpoints'.
 
         Gives None when the memory does not hold them.
         """
         checkpoints, layers = problem.checkpoints, problem.layers
         n = len(checkpoints)
-        alpha = np.zeros((n, layers.n_searched))  # (K, n_searched)
-        moves: list[Move] = []
         history: list[dict[str, Any]] = []
+        begun = [
+            int(k) for k in np.flatnonzero(alpha.any(axis=1))
+        ]  # moves from the mean to the start
+        starts = [begun[i : i + b] for i in range(0, len(begun), b)]
+        moves: list[Move] = [
+            (tuple(checkpoints.names[k] for k in members), alpha[members]) for members in starts
+        ]
         outers = list(draw_model_batches(n, b, self.model_epochs, generator))
         try:
             with (
-                OnDemand(lambda: self._soup(problem, center(), outers)) as soup,
+                OnDemand(lambda: self._soup(problem, center(), b, starts + outers)) as soup,
                 problem.progress("epoch", len(outers) * self.max_epochs) as step,
             ):
                 for outer, members in enumerate(outers):
@@ -368,8 +442,9 @@ class MEHLSoup(BaseSoup):
                     models = cache(lambda names=names: soup().load(names, moves))
                     try:
                         moved, records = self._inner(
-                            problem, models, alpha[members], generator, memo.within(b, outer), step
-                        )
+                            problem, choose, models, alpha[members], generator,
+                            memo.within(b, outer), step,
+                        )  # fmt: skip
                     except NotFiniteError as error:
                         alpha[members] += error.coef
                         raise DivergenceError(
@@ -391,13 +466,13 @@ class MEHLSoup(BaseSoup):
 
     @contextmanager
     def _soup(
-        self, problem: Problem, center: Center | None, outers: list[list[int]]
+        self, problem: Problem, center: Center | None, b: int, outers: list[list[int]]
     ) -> Iterator[Soup]:
         """The soup at the center, with room for a model batch, and what reads ahead."""
         if center is None:  # pragma: no cover - then there is no model batch
             raise RuntimeError("no center")
         dtype = resolve_delta_dtype(self.delta_dtype, center.mean.dtype)
-        checkpoints, b = problem.checkpoints, len(outers[0])
+        checkpoints = problem.checkpoints
         kind, part = (ShardedBatch, share) if self._n_shards() > 1 else (ModelBatch, slice)
         order = [checkpoints.names[k] for members in outers for k in members[part(len(members))]]
         reader: AbstractContextManager[Reader | None] = nullcontext()
@@ -410,6 +485,7 @@ class MEHLSoup(BaseSoup):
     def _inner(
         self,
         problem: Problem,
+        choose: HeldOut | None,
         models: Callable[[], ModelBatch],
         alpha: NDArray[np.float64],
         generator: torch.Generator,
@@ -429,8 +505,9 @@ class MEHLSoup(BaseSoup):
             return v * unit - start
 
         records = descend(
-            models, problem, moved, [v], settings_of(self), generator, memo, on_epoch=step
-        )
+            models, problem, moved, [v], settings_of(self), generator, memo, choose=choose,
+            on_epoch=step,
+        )  # fmt: skip
         return moved().detach().cpu().double().numpy(), records
 
 

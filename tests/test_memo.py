@@ -50,6 +50,14 @@ SOUPS = {
         layerwise=True, model_batch_size=3, model_epochs=2, max_epochs=2, batch_size=20,
         normalize=True, batch_norm="auto", random_state=0, accumulate=2,
     ),
+    "MEHL from greedy": MEHLSoup(
+        start="greedy", model_batch_size=3, max_epochs=2, batch_size=20, average=True,
+        random_state=0,
+    ),
+    "MEHL chosen": MEHLSoup(
+        start="best", model_batch_size=3, max_epochs=3, batch_size=20, validation_fraction=0.3,
+        random_state=0,
+    ),
     "MEHL sgd": MEHLSoup(
         model_batch_size=2, max_epochs=2, optimizer="sgd", delta_dtype="bfloat16",
         batch_norm="recalibrate", batch_size=20, random_state=0,

@@ -1,0 +1,83 @@
+"""What the experiments share: their arguments, one process per zoo and seed, results as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zoo
+from joblib import Parallel, delayed
+from scipy.stats import t as student
+
+from sksoup import SoupWarning
+
+RESULTS = Path(__file__).parent / "results"
+Measure = Callable[[zoo.Zoo, int], dict[str, Any]]
+
+
+def arguments(doc: str | None, kinds: Sequence[str], seeds: Sequence[int]) -> argparse.Namespace:
+    """What every experiment can be told."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("zoos"), help="keeps the zoos")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="keeps the results")
+    parser.add_argument("--kinds", nargs="+", default=list(kinds), choices=list(zoo.KINDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    parser.add_argument("--jobs", type=int, default=2, help="processes, with a thread each")
+    return parser.parse_args()
+
+
+def run(measure: Measure, options: argparse.Namespace, **about: Any) -> None:
+    """Measure every zoo and seed; write ``results/<script>.json``.
+
+    The results of a kind are a list, a dict per seed in the order of the seeds.
+    """
+    begin = time.perf_counter()
+    # the text encoder first: it takes longest
+    pairs = [(kind, seed) for kind in reversed(options.kinds) for seed in options.seeds]
+    tasks = (delayed(_measure)(measure, kind, seed, options.folder) for kind, seed in pairs)
+    found = dict(zip(pairs, Parallel(n_jobs=options.jobs)(tasks), strict=True))
+    script = Path(sys.argv[0])
+    result = {
+        "command": f"python benchmarks/paper/{script.name}",
+        "seeds": options.seeds,
+        "minutes": round((time.perf_counter() - begin) / 60, 1),
+        "versions": {name: version(name) for name in ("sksoup", "torch", "scikit-learn")},
+        **about,
+        "results": {kind: [found[kind, seed] for seed in options.seeds] for kind in options.kinds},
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{script.stem}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"{path}: {result['minutes']} minutes")
+
+
+def _measure(measure: Measure, kind: str, seed: int, folder: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SoupWarning)
+        return measure(zoo.load(kind, seed, folder), seed)
+
+
+def percent(soup: Any, rows: tuple[Any, Any]) -> float:
+    return round(100 * float(soup.score(*rows)), 4)
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half of its 95 % confidence interval by Student's t."""
+    n = len(values)
+    if n < 2:
+        return statistics.mean(values), float("nan")
+    half = float(student.ppf(0.975, n - 1)) * statistics.stdev(values) / np.sqrt(n)
+    return statistics.mean(values), float(half)

@@ -1,0 +1,135 @@
+"""The zoos of all tables: real fine-tunings, kept in a folder between runs.
+
+Published tables use `SEEDS`, defaults were chosen on `DEVELOPMENT_SEEDS` of the convnet and the
+transformer alone: the ResNet and the text encoder were never looked at for that.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from sklearn.model_selection import train_test_split
+from torch import nn
+
+from sksoup import CheckpointCollection
+from sksoup._formats import write_safetensors
+from sksoup._sources import preserved_random_state
+from sksoup.datasets import FineTuning, _digits, _draw, _train, make_digits_checkpoints
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import text
+from zoos import SmallResNet, SmallViT
+
+SEEDS = (10, 11, 12, 13, 14)
+DEVELOPMENT_SEEDS = (100, 101, 102)
+TEXT_SEED = 10  # of the one set of text fine-tunings
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """Fine-tunings from one start, rows that choose and rows that report."""
+
+    checkpoints: CheckpointCollection
+    val: tuple[Any, Any]
+    test: tuple[Any, Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a zoo is made: ``make(folder, n, seed)`` gives it."""
+
+    title: str
+    n: int
+    make: Callable[[Path, int, int], Zoo]
+
+
+def convnets(folder: Path, n: int, seed: int) -> Zoo:
+    digits = make_digits_checkpoints(folder / f"convnet-{seed}", n, random_state=seed)
+    return Zoo(
+        digits.checkpoints, (digits.X_val, digits.y_val), (digits.X_test, digits.y_test)
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Digits:
+    """A network pretrained on digits and fine-tuned on harder ones, file by file."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    epochs: int  # of pretraining
+    lr: float = 0.5  # of those drawn
+
+    def __call__(self, folder: Path, n: int, seed: int) -> Zoo:
+        root, data = folder / f"{self.name}-{seed}", _digits(seed)
+        tunings = [_draw(seed, k) for k in range(n)]
+        paths = self.train(root, seed, {f"ft{k:02d}": how for k, how in enumerate(tunings)})
+        return Zoo(CheckpointCollection(paths, module=self.build), data["val"], data["test"])
+
+    def train(self, root: Path, seed: int, tunings: dict[str, FineTuning]) -> dict[str, Path]:
+        """Fine-tune what is not in the folder yet."""
+        data, paths = _digits(seed), {name: root / f"{name}.safetensors" for name in tunings}
+        missing = [name for name, path in paths.items() if not path.exists()]
+        if not missing:
+            return paths
+        root.mkdir(parents=True, exist_ok=True)
+        with preserved_random_state():
+            torch.manual_seed(seed)
+            net = self.build()
+        start = root / "start.safetensors"
+        if not start.exists():
+            how = FineTuning(3e-3, 1e-2, 0.0, 0.2, self.epochs, seed)
+            write_safetensors(start, _train(net, *data["pretrain"], how))
+        for name in missing:
+            net.load_state_dict(CheckpointCollection([start])["start"])
+            how = replace(tunings[name], lr=tunings[name].lr * self.lr)
+            write_safetensors(paths[name], _train(net, *data["finetune"], how))
+        return paths
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """Docstrings of twelve packages: one part fine-tunes, the rest is cut anew by every seed."""
+
+    n_finetune: int = 960
+    n_val: int = 384
+    n_test: int = 720
+    length: int = 16  # tokens
+
+    @cached_property
+    def parts(self) -> text.Texts:
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        counts = self.n_finetune, self.n_val, self.n_test
+        return text.load_texts(TEXT_SEED, *counts, length=self.length)
+
+    def __call__(self, folder: Path, n: int, seed: int) -> Zoo:
+        parts = self.parts
+        checkpoints = text.fine_tune_texts(folder / "text", n, TEXT_SEED, parts)
+        X = {name: torch.cat([parts.val[0][name], parts.test[0][name]]) for name in parts.val[0]}
+        y = torch.cat([parts.val[1], parts.test[1]])
+        val, test = train_test_split(
+            torch.arange(len(y)), train_size=self.n_val, stratify=y, random_state=seed
+        )
+        return Zoo(checkpoints, *(({k: v[rows] for k, v in X.items()}, y[rows])
+                                  for rows in (val, test)))  # fmt: skip
+
+
+KINDS = {
+    "convnet": Kind("convolutional network", 48, convnets),
+    "vit": Kind("vision transformer", 24, Digits("vit", partial(SmallViT, 64, 3, 2), 60)),
+    "resnet": Kind("ResNet with BatchNorm", 24, Digits("resnet", SmallResNet, 15)),
+    "text": Kind("text encoder", 16, TextRows()),
+}
+
+
+def load(kind: str, seed: int, folder: Path) -> Zoo:
+    """The zoo of this kind and seed, made if it is not in the folder."""
+    return KINDS[kind].make(folder, KINDS[kind].n, seed)
