@@ -148,7 +148,7 @@ def test_the_learning_curve(zoo: Zoo, soup):
         assert np.allclose(drawn[f"{what}, mean of an epoch"].get_ydata(), means)
     chosen = [line for line in display.ax_.lines if "set aside" in line.get_label()]
     wanted = [r["validation_loss"] for r in soup.history_ if "validation_loss" in r]
-    assert [line.get_ydata() for line in chosen] == ([wanted] if wanted else [])
+    assert [list(line.get_ydata()) for line in chosen] == ([wanted] if wanted else [])
     marks = [line for line in display.ax_.lines if line.get_linestyle() == "--"]
     n_outer = len({record.get("outer") for record in soup.history_})
     n_steps = sum(len(r["loss"]) for r in soup.history_ if r.get("outer", 0) == 0)
