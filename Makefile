@@ -4,13 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+ZOOS ?= zoos
+
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs examples wheel clean
+.PHONY: help demo test lint types docs examples paper paper-defaults wheel clean
 
 help:  ## List the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +38,15 @@ docs: $(STAMP)  ## Documentation and gallery, warnings are errors, no network
 
 examples: $(STAMP)  ## Run every example
 	set -e; for example in examples/plot_*.py; do $(BIN)/python $$example; done
+
+paper: $(STAMP)  ## The papers' tables, in kind, and their page; ZOOS is where zoos are kept
+	set -e; for name in tables_1_2 table_3 ablations appendix_c diverged; do \
+		OMP_NUM_THREADS=1 $(BIN)/python benchmarks/paper/$$name.py --folder $(ZOOS); done
+	$(BIN)/python benchmarks/paper/page.py
+
+paper-defaults: $(STAMP)  ## The experiments the defaults were chosen by, on development zoos
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/paper/defaults.py --folder $(ZOOS)
+	$(BIN)/python benchmarks/paper/page.py
 
 wheel: $(STAMP)  ## Source distribution and wheel in dist/
 	$(BIN)/python -m build --no-isolation

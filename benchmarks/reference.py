@@ -118,8 +118,12 @@ def mehl(
     layerwise: bool,
     lr: float,
     max_epochs: int,
+    differences: bool = True,
 ) -> State:
-    """Algorithm 1 with loops over parameters and models; ``load`` gives a checkpoint's state."""
+    """Algorithm 1 with loops over parameters and models; ``load`` gives a checkpoint's state.
+
+    Without ``differences`` the coefficients are those of the weights themselves.
+    """
     mean = load(0)
     for k in range(1, K):
         for name, w in load(k).items():
@@ -133,7 +137,8 @@ def mehl(
         deltas = []
         for k in order[start : start + b]:
             state = load(k)
-            deltas.append({name: state[name] - mean[name] for name in parameters})
+            center = mean if differences else dict.fromkeys(parameters, 0.0)
+            deltas.append({name: state[name] - center[name] for name in parameters})
         alpha = torch.zeros(len(deltas), max(rows_of.values()) + 1, device=X.device)
         alpha.requires_grad_()
         optimizer = torch.optim.AdamW([alpha], lr=lr, weight_decay=0.0)

@@ -12,10 +12,11 @@ import os
 import platform
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
+from types import FrameType
 from typing import Any, Self, overload
 
 import numpy as np
@@ -90,6 +91,7 @@ from .exceptions import CheckpointError, SoupWarning
 from .recipe import Recipe
 
 DEFAULT_SCORING = {"classification": "accuracy", "multilabel": "accuracy", "regression": "r2"}
+INSIDE = {"sksoup", "sklearn", "joblib", "contextlib", "torch"}  # not who called fit
 NOT_IN_RECIPES = ("checkpoints", "memory")  # parameters that change no result
 PACKAGES = ("sksoup", "torch", "numpy", "scikit-learn", "safetensors")
 INTEGERS = [np.int64, np.int32, np.int16, np.int8, np.uint8, np.bool_]
@@ -140,6 +142,11 @@ def threads_of_parent(checkpoints: Any) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(n)
+
+
+def _package(frame: FrameType) -> str:
+    """The top package of the code that runs in a frame."""
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 class DocLinkMixin:
@@ -231,6 +238,7 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
             The loss or the coefficients stopped being finite.
         """
         self._forget()
+        self.warnings_: tuple[str, ...] = ()
         with threads_of_parent(checkpoints):
             self._check_params()
             ordered = is_apart(y) or is_apart(sample_weight)
@@ -302,12 +310,7 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         collection, module = problem.checkpoints, problem.module
         load_weights(module, mix(collection, coef, layers=problem.layers.rows))
         mixed = [name for name, c in zip(collection, coef.T, strict=True) if c.any()]
-        if strangers := collection.strangers(mixed):
-            warnings.warn(
-                f"{judge(strangers, len(mixed))} collection.describe() tells more.",
-                SoupWarning,
-                stacklevel=6,  # the call of fit
-            )
+        self._warn_of_strangers(collection, mixed)
         self.recalibrated_ = self._settle_batch_norm(problem) if len(mixed) > 1 else ()
         self._warn_of_variances(problem, coef)
         self._dtypes = stored_dtypes(collection, coef)
@@ -327,6 +330,21 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
             versions=dict(_versions()),
         )
 
+    def _warn(self, message: str) -> None:
+        """Warn whoever called from outside, and keep what was said in ``warnings_``."""
+        self.warnings_ = (*getattr(self, "warnings_", ()), message)
+        frame, level = inspect.currentframe(), 1
+        while frame and frame.f_back and _package(frame) in INSIDE:
+            frame, level = frame.f_back, level + 1
+        warnings.warn(message, SoupWarning, stacklevel=level)
+
+    def _warn_of_strangers(self, collection: CheckpointCollection, names: Sequence[str]) -> None:
+        """Say which of these do not belong, of those that were read; once in a fit."""
+        strangers = collection.strangers(names)
+        if strangers and not any("share a start" in said for said in self.warnings_):
+            said = judge(strangers, len(names))
+            self._warn(f"{said} collection.describe() tells more.")
+
     def _warn_of_variances(self, problem: Problem, coef: NDArray[np.float64]) -> None:
         """Say where extrapolation left a running variance at 0, which ruins the outputs."""
         rows = problem.layers.rows
@@ -339,12 +357,10 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         if clamped:
             name, n = next(iter(clamped.items()))
             more = f", and others in {len(clamped) - 1} more layers" if len(clamped) > 1 else ""
-            warnings.warn(
+            self._warn(
                 f"Under these coefficients {n} of BatchNorm's variances in {name!r} would be "
                 f"negative{more}; they are 0 in the soup, which can make its outputs huge. "
-                f"batch_norm='recalibrate' measures them anew.",
-                SoupWarning,
-                stacklevel=6,  # the call of fit
+                f"batch_norm='recalibrate' measures them anew."
             )
 
     def _settle_batch_norm(self, problem: Problem) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ class SoupResult:
         Forward passes of one model over the held-out rows during `fit`, its ranking included.
     backward_passes : float
         Backward passes, in the same unit.
-    extra_memory : float
+    extra_memory : float or None
         Peak of live tensors during `fit`, in sizes of one model: without the module itself, the
         held-out data and activations, with its gradient.
     n_ingredients : int
@@ -63,7 +63,7 @@ class SoupResult:
     seconds: float
     forward_passes: float
     backward_passes: float
-    extra_memory: float
+    extra_memory: float | None
     n_ingredients: int
     held_out_std: float = 0.0
     test_std: float = 0.0
@@ -144,7 +144,7 @@ class SoupComparison:
                 f"{r.seconds:.2f}",
                 f"{r.forward_passes:.1f}",
                 f"{r.backward_passes:.1f}",
-                f"{r.extra_memory:.1f}",
+                "-" if r.extra_memory is None else f"{r.extra_memory:.1f}",
                 str(r.n_ingredients),
             )
             for r in self.results
@@ -278,6 +278,7 @@ def compare_soups(
     *,
     recipes: Mapping[str, BaseSoup] | None = None,
     n_repeats: int = 1,
+    measure_memory: bool = True,
     on_result: Callable[[SoupResult], None] | None = None,
 ) -> SoupComparison:
     """Fit several systems on the same checkpoints and held-out rows, and measure them.
@@ -295,6 +296,8 @@ def compare_soups(
     n_repeats : int, default=1
         Fits of each recipe that draws at random, with the seeds ``random_state``,
         ``random_state + 1``, ... (from 0 where it has no number).
+    measure_memory : bool, default=True
+        Whether to count memory, in a second, short fit of each recipe.
     on_result : callable or None, default=None
         Called with each `SoupResult` as soon as it is known.
 
@@ -345,6 +348,9 @@ def compare_soups(
             soup, result = _measure(
                 name, ranked, cost, n_repeats, checkpoints, (X_val, y_val), test
             )
+            if measure_memory:
+                memory_used = _extra_memory(ranked, checkpoints, X_val, y_val)
+                result = replace(result, extra_memory=memory_used)
             results.append(result)
             soups[name] = soup
             if on_result is not None:
@@ -409,7 +415,7 @@ def _measure(
         seconds=statistics.mean(times),
         forward_passes=(first.counts_.rows_forward + ranking[1]) / n,
         backward_passes=first.counts_.rows_backward / n,
-        extra_memory=_extra_memory(recipe, checkpoints, *val),
+        extra_memory=None,
         n_ingredients=int(np.count_nonzero(np.atleast_2d(first.coef_).any(axis=0))),
         held_out_std=statistics.stdev(held_out) if len(fits) > 1 else 0.0,
         test_std=statistics.stdev(tested) if test is not None and len(fits) > 1 else 0.0,

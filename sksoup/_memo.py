@@ -148,7 +148,7 @@ def encode(value: Any) -> Iterator[Any]:
     yield f"{type(value).__qualname__}(".encode()
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
         yield repr(value).encode()
-    elif isinstance(value, bytes):
+    elif isinstance(value, (bytes, memoryview)):
         yield value
     elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
         yield f"{value.dtype}{value.shape}".encode()

@@ -47,6 +47,7 @@ def render(soup: Any, comparison: Any = None) -> str:
         "<p>One network, mixed from fine-tuned ones: its weights are their sum with the "
         "coefficients below. It costs no more to run than any one of them.</p>",
         _section("How well it does", _scores(soup, comparison)),
+        *([_section("Warnings", _list(soup.warnings_))] if soup.warnings_ else []),
         _section("What to look at", _list(advice(soup, comparison))),
         _section("Coefficients", _coefficients(soup)),
         _section("How they were found", _search(soup)),
@@ -67,7 +68,8 @@ def advice(soup: Any, comparison: Any = None) -> list[str]:
     """What deserves attention, and what to do about it."""
     recipe, collection = soup.recipe_, soup.checkpoints_
     used = [i.name for i, u in zip(recipe.ingredients, recipe.is_used(), strict=True) if u]
-    said = [judge(collection.strangers(used), len(used))] if len(used) > 1 else []
+    is_judged = any("share a start" in warning for warning in soup.warnings_)
+    said = [] if is_judged or len(used) < 2 else [judge(collection.strangers(used), len(used))]
     outside = CoefficientsDisplay(recipe.coef, collection.names, recipe.layer_names).outside
     if outside:
         said.append(

@@ -59,6 +59,8 @@ class UniformSoup(BaseSoup):
         What was mixed.
     recipe_ : Recipe
         The record that `save` writes.
+    warnings_ : tuple of str
+        What fitting warned of.
 
     See Also
     --------
@@ -155,6 +157,8 @@ class BestCheckpoint(BaseSoup):
         What was chosen from.
     recipe_ : Recipe
         The record that `save` writes.
+    warnings_ : tuple of str
+        What fitting warned of.
 
     Notes
     -----

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +24,6 @@ from ._problem import Found, Problem, check_fraction, evaluate_named, rank, spli
 from ._ranks import from_first, gather, n_ranks
 from ._ranks import rank as rank_of
 from .checkpoints import CheckpointCollection
-from .exceptions import SoupWarning
 
 __all__ = ["GreedySoup"]
 
@@ -137,6 +135,8 @@ class GreedySoup(BaseSoup):
         As ``path_``.
     recipe_ : Recipe
         The record that `save` writes.
+    warnings_ : tuple of str
+        What fitting warned of.
 
     Raises
     ------
@@ -224,7 +224,7 @@ class GreedySoup(BaseSoup):
     def _search(self, problem: Problem) -> Found:
         found = self._find(problem)
         if len(found.attributes["ingredients_"]) == 1 < len(problem.checkpoints):
-            self._warn(problem.checkpoints, found.history)
+            self._warn_of_one(problem.checkpoints, found.history)
         return found
 
     def _find(self, problem: Problem) -> Found:
@@ -296,20 +296,18 @@ class GreedySoup(BaseSoup):
         ranks, accepts = (part.numpy() for part in from_first(parts))
         return evaluate.on(ranks), evaluate.on(accepts)
 
-    def _warn(self, checkpoints: CheckpointCollection, path: list[dict[str, Any]]) -> None:
+    def _warn_of_one(self, checkpoints: CheckpointCollection, path: list[dict[str, Any]]) -> None:
         """Say why nothing was mixed."""
         best, *others = path
         least = max(others, key=lambda tried: tried["gain"])
         most = min(others, key=lambda tried: tried["gain"])
         bounds = " (upper bounds)" if any(tried["is_bound"] for tried in others) else ""
-        warnings.warn(
+        self._warn(
             f"Only {best['candidate']!r}, the best checkpoint, is in the soup: no other one raised "
             f"its held-out score of {best['score']:.4f} by min_improvement="
             f"{self.min_improvement:g}; they changed it by {least['gain']:+.4f} "
             f"({least['candidate']!r}) to {most['gain']:+.4f} ({most['candidate']!r}){bounds}; "
-            f"path_ tells all. {judge(checkpoints.strangers(checkpoints.names), len(checkpoints))}",
-            SoupWarning,
-            stacklevel=6,  # the call of fit
+            f"path_ tells all. {judge(checkpoints.strangers(checkpoints.names), len(checkpoints))}"
         )
 
 

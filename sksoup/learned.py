@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,7 +40,7 @@ from ._objective import Criterion, Forward
 from ._on_demand import OnDemand
 from ._problem import Found, Problem
 from ._ranks import least_over_ranks, n_ranks
-from .exceptions import DivergenceError, SoupWarning
+from .exceptions import DivergenceError
 
 __all__ = ["LearnedSoup"]
 
@@ -132,6 +131,8 @@ class LearnedSoup(BaseSoup):
         One per epoch: ``epoch``, and ``loss`` and ``grad_norm`` of every step.
     recipe_ : Recipe
         The record that `save` writes.
+    warnings_ : tuple of str
+        What fitting warned of.
 
     Raises
     ------
@@ -241,6 +242,7 @@ class LearnedSoup(BaseSoup):
         with OnDemand(lambda: centered(problem)) as center:
             capacity = memo(("capacity", self.memory_limit), lambda: self._capacity(n, center()))
             capacity = what_fitted(capacity, memo)
+            self._warn_of_strangers(problem.checkpoints, problem.checkpoints.names)
             while capacity:
                 found = self._descend(problem, center, capacity, generator.set_state(seed), memo)
                 if found is not None:
@@ -278,12 +280,10 @@ class LearnedSoup(BaseSoup):
                 batch.load(checkpoints, checkpoints.names)
                 yield batch
                 return
-            warnings.warn(
+            self._warn(
                 f"The memory holds {capacity} of {len(checkpoints)} models: each step reads all "
                 f"files twice, which is slow. Raise memory_limit, halve the deltas with "
-                f"delta_dtype='bfloat16', or take MEHLSoup, which needs few at a time.",
-                SoupWarning,
-                stacklevel=5,  # the call of fit
+                f"delta_dtype='bfloat16', or take MEHLSoup, which needs few at a time."
             )
             yield StreamedModels(batch, checkpoints)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -39,7 +38,7 @@ from ._problem import Found, Problem, Step, check_fraction, rank, split_rows
 from ._ranks import least_over_ranks, n_ranks, share
 from ._reader import Reader
 from .checkpoints import CheckpointCollection
-from .exceptions import DivergenceError, SoupWarning
+from .exceptions import DivergenceError
 from .greedy import GreedySoup
 
 __all__ = ["MEHLSoup"]
@@ -185,6 +184,8 @@ class MEHLSoup(BaseSoup):
         end, with ``validation_fraction``.
     recipe_ : Recipe
         The record that `save` writes.
+    warnings_ : tuple of str
+        What fitting warned of.
 
     Raises
     ------
@@ -333,6 +334,7 @@ class MEHLSoup(BaseSoup):
         problem, choose = self._hold_back(problem, generator)
         with OnDemand(lambda: centered(problem)) as center:
             b = self._resolve(problem, center, memo)
+            self._warn_of_strangers(problem.checkpoints, problem.checkpoints.names)
             while b:
                 generator.set_state(seed)
                 found = self._descend(problem, choose, center, alpha.copy(), b, generator, memo)
@@ -397,11 +399,9 @@ class MEHLSoup(BaseSoup):
     def _halve(self, b: int, memo: Memo) -> int:
         """Go on with half, and remember it."""
         half = halve(b, memo)
-        warnings.warn(
+        self._warn(
             f"Memory ran out: starting again with model_batch_size={half}. Give that, or a "
-            f"memory_limit, to save the attempt; delta_dtype='bfloat16' halves the deltas.",
-            SoupWarning,
-            stacklevel=6,  # the call of fit
+            f"memory_limit, to save the attempt; delta_dtype='bfloat16' halves the deltas."
         )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

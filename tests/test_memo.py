@@ -623,3 +623,28 @@ def test_fingerprints_of_what_a_soup_is_given():
     assert fingerprint(weighted) != fingerprint(nn.CrossEntropyLoss(weight=torch.ones(2)))
     assert fingerprint(Net) != fingerprint(nn.Linear)
     assert fingerprint(nn.CrossEntropyLoss().forward) != fingerprint(other.forward)
+
+
+def test_modules_with_unsaved_buffers_are_remembered(tmp_path):
+    """As Hugging Face's have: their position_ids are not in the state dict."""
+
+    class Shifted(torch.nn.Linear):
+        def __init__(self, shift: float = 1.0) -> None:
+            super().__init__(3, 2)
+            self.register_buffer("shift", torch.full((3,), shift), persistent=False)
+
+        def forward(self, X: torch.Tensor) -> torch.Tensor:
+            return super().forward(X + self.shift)
+
+    torch.manual_seed(0)
+    states = [Shifted().state_dict() for _ in range(3)]
+    X, y = torch.randn(20, 3), torch.arange(20) % 2
+
+    def fit(module) -> BestCheckpoint:
+        nets = CheckpointCollection(states, module=module)
+        return BestCheckpoint(memory=tmp_path).fit(nets, X, y)
+
+    first, again, other = fit(Shifted), fit(Shifted), fit(functools.partial(Shifted, 2.0))
+    assert first.counts_.rows_forward == 60 == other.counts_.rows_forward
+    assert again.counts_.rows_forward == 0
+    assert again.individual_scores_ == first.individual_scores_

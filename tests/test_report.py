@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from html.parser import HTMLParser
 
 import pytest
+import torch
+from torch import nn
 
-from sksoup import CheckpointCollection, CheckpointEnsemble, GreedySoup, MEHLSoup, UniformSoup
+from sksoup import (
+    CheckpointCollection,
+    CheckpointEnsemble,
+    GreedySoup,
+    MEHLSoup,
+    SoupWarning,
+    UniformSoup,
+)
 from sksoup._report import advice
 from sksoup.inspection import compare_soups
 
@@ -109,3 +119,25 @@ def test_what_can_not_be_reported(zoo: Zoo, tmp_path):
     with pytest.raises(AttributeError, match="averages logits"):
         ensemble.report(tmp_path / "report.html")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_fitting_warned_of(tmp_path):
+    torch.manual_seed(0)
+    start, stranger = nn.Linear(30, 3), nn.Linear(30, 3)
+    nets = [copy.deepcopy(start) for _ in range(5)]
+    for net in nets:
+        net.weight.data += 0.01 * torch.randn_like(net.weight)
+    X, y = torch.randn(40, 30), torch.arange(40) % 3
+    soup = MEHLSoup([*nets, stranger], max_epochs=1, random_state=0)
+    with pytest.warns(SoupWarning, match="share a start") as caught:
+        soup.fit(X, y)
+    assert caught[0].filename == __file__  # who called fit, however deep the warning is
+    assert soup.warnings_ == tuple(str(warning.message) for warning in caught)
+    soup.report(tmp_path / "soup.html")
+    page = Page((tmp_path / "soup.html").read_text())
+    assert "Warnings" in page.texts
+    assert sum("share a start" in part for part in page.texts) == 1
+    good = MEHLSoup(nets, max_epochs=1, random_state=0).fit(X, y)
+    assert good.warnings_ == ()
+    good.report(tmp_path / "good.html")
+    assert "Warnings" not in Page((tmp_path / "good.html").read_text()).texts

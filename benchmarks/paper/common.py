@@ -45,7 +45,8 @@ def run(measure: Measure, options: argparse.Namespace, **about: Any) -> None:
     begin = time.perf_counter()
     # the text encoder first: it takes longest
     pairs = [(kind, seed) for kind in reversed(options.kinds) for seed in options.seeds]
-    tasks = (delayed(_measure)(measure, kind, seed, options.folder) for kind, seed in pairs)
+    tasks = (delayed(_measure)(measure, zoo.KINDS[kind], seed, options.folder)
+             for kind, seed in pairs)  # fmt: skip
     found = dict(zip(pairs, Parallel(n_jobs=options.jobs)(tasks), strict=True))
     script = Path(sys.argv[0])
     result = {
@@ -62,12 +63,12 @@ def run(measure: Measure, options: argparse.Namespace, **about: Any) -> None:
     print(f"{path}: {result['minutes']} minutes")
 
 
-def _measure(measure: Measure, kind: str, seed: int, folder: Path) -> dict[str, Any]:
+def _measure(measure: Measure, kind: zoo.Kind, seed: int, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SoupWarning)
-        return measure(zoo.load(kind, seed, folder), seed)
+        return measure(kind.make(folder, kind.n, seed), seed)
 
 
 def percent(soup: Any, rows: tuple[Any, Any]) -> float:

@@ -128,8 +128,3 @@ KINDS = {
     "resnet": Kind("ResNet with BatchNorm", 24, Digits("resnet", SmallResNet, 15)),
     "text": Kind("text encoder", 16, TextRows()),
 }
-
-
-def load(kind: str, seed: int, folder: Path) -> Zoo:
-    """The zoo of this kind and seed, made if it is not in the folder."""
-    return KINDS[kind].make(folder, KINDS[kind].n, seed)

@@ -1,0 +1,59 @@
+"""The paper's ablations in kind: model batch, iterations, differences against plain weights.
+
+    python benchmarks/paper/ablations.py [--folder zoos] [--kinds convnet vit] [--seeds ...]
+
+Test accuracy of MEHL-Soup+. Differences are compared on the plain script (`reference.mehl`, a
+constant learning rate), which can do without them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import common
+import reference
+import torch
+import zoo
+
+from sksoup import MEHLSoup
+
+LRS = (0.05, 0.01)  # of the script; plain weights are longer than differences
+
+
+def measure(zoo: zoo.Zoo, seed: int) -> dict[str, Any]:
+    K = len(zoo.checkpoints)
+    variants: dict[str, dict[str, Any]] = {"as it is": {}}
+    variants |= {f"b = K / {n}": {"model_batch_size": -(-K // n)} for n in (8, 2, 1)}
+    variants |= {"2 passes over the models": {"model_epochs": 2}}
+    variants |= {f"{n} inner epochs": {"max_epochs": n} for n in (2, 10)}
+    found = {}
+    for name, change in variants.items():
+        params = {"model_batch_size": -(-K // 4), **change}
+        soup = MEHLSoup(layerwise=True, random_state=seed, **params).fit(zoo.checkpoints, *zoo.val)
+        found[name] = common.percent(soup, zoo.test)
+    for lr in LRS:
+        for differences in (True, False):
+            name = f"script, {'differences' if differences else 'plain weights'}, lr={lr}"
+            found[name] = script(zoo, seed, lr, differences)
+    return found
+
+
+def script(zoo: zoo.Zoo, seed: int, lr: float, differences: bool) -> float:
+    """Test accuracy of Algorithm 1 as a script."""
+    states = list(zoo.checkpoints.values())
+    module = zoo.checkpoints.build_module().eval()
+    (X, y), (X_test, y_test) = (
+        (torch.as_tensor(X), torch.as_tensor(y)) for X, y in (zoo.val, zoo.test)
+    )
+    torch.manual_seed(seed)
+    K = len(states)
+    soup = reference.mehl(
+        module, lambda k: dict(states[k]), K, X, y, 128, b=-(-K // 4), layerwise=True, lr=lr,
+        max_epochs=5, differences=differences,
+    )  # fmt: skip
+    module.load_state_dict(soup, strict=False)
+    return round(100 * reference.accuracy(module, X_test, y_test, 128), 4)
+
+
+if __name__ == "__main__":
+    common.run(measure, common.arguments(__doc__, ["convnet", "vit"], zoo.SEEDS))

@@ -1,0 +1,57 @@
+"""Table 3 of the paper in kind: the best ingredients removed; and fewer ingredients at all.
+
+    python benchmarks/paper/table_3.py [--folder zoos] [--kinds convnet vit resnet] [--seeds ...]
+
+Test accuracy of the best checkpoint, Greedy-Soup and MEHL-Soup+ without the n that score best on
+the held-out rows; and with the first n of the zoo, the curve of fine-tuning cost.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import common
+import zoo
+
+from sksoup import BestCheckpoint, CheckpointCollection, GreedySoup, MEHLSoup
+
+REMOVED = (0.0, 1 / 8, 1 / 4, 1 / 2)  # parts of the zoo
+KEPT = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
+
+
+def measure(zoo: zoo.Zoo, seed: int) -> dict[str, Any]:
+    checkpoints, names = zoo.checkpoints, zoo.checkpoints.names
+    K = len(names)
+    with tempfile.TemporaryDirectory() as memory:
+        best = BestCheckpoint(memory=memory).fit(checkpoints, *zoo.val)
+        scores = best.individual_scores_
+        ranked = sorted(names, key=lambda name: -scores[name])
+
+        def soups(some: CheckpointCollection) -> dict[str, float]:
+            b = -(-len(some) // 4)
+            systems = {
+                "Best checkpoint": BestCheckpoint(memory=memory),
+                "Greedy-Soup": GreedySoup(memory=memory),
+                "MEHL-Soup+": MEHLSoup(layerwise=True, model_batch_size=b, random_state=seed),
+            }
+            return {
+                name: common.percent(soup.fit(some, *zoo.val), zoo.test)
+                for name, soup in systems.items()
+            }
+
+        removed = {}
+        for part in REMOVED:
+            n = round(part * K)
+            removed[str(n)] = soups(checkpoints.drop(ranked[:n]) if n else checkpoints)
+        kept = {}
+        for part in KEPT:
+            n = round(part * K)
+            kept[str(n)] = removed["0"] if n == K else soups(checkpoints.select(names[:n]))
+    return {"removed": removed, "kept": kept, "scores": list(scores.values())}
+
+
+if __name__ == "__main__":
+    common.run(
+        measure, common.arguments(__doc__, ["convnet", "vit", "resnet"], zoo.SEEDS)
+    )  # fmt: skip

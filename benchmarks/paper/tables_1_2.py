@@ -1,0 +1,52 @@
+"""Tables 1 and 2 of the paper in kind: all ten systems, what they reach and what they cost.
+
+    python benchmarks/paper/tables_1_2.py [--folder zoos] [--kinds ...] [--seeds 10 11 12 13 14]
+
+Held-out and test accuracy, seconds of construction (a thread each, the machine is shared), passes
+over the held-out rows, and the peak of live tensors beyond the module, in models. Also Figure 1:
+the share of the learned coefficients outside [0, 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import common
+import numpy as np
+import zoo
+
+from sksoup.inspection import compare_soups, paper_systems
+
+LEARNED = ("Learned-Soup", "Learned-Soup+", "HL-Soup", "HL-Soup+", "MEHL-Soup", "MEHL-Soup+")
+EDGES = np.linspace(-1.0, 1.0, 41)  # of the histogram; the rest goes to the outer bins
+
+
+def measure(zoo: zoo.Zoo, seed: int) -> dict[str, Any]:
+    recipes = paper_systems(len(zoo.checkpoints), random_state=seed)
+    is_small = zoo.checkpoints.nbytes < 10_000_000  # else a second fit takes too long
+    found = compare_soups(
+        zoo.checkpoints, *zoo.val, *zoo.test, recipes=recipes, measure_memory=is_small
+    )  # fmt: skip
+    systems = {}
+    for result in found.results:
+        soup = found.soups[result.system]
+        epochs = len({(r.get("outer", 0), r["epoch"]) for r in soup.history_ if "epoch" in r})
+        systems[result.system] = {**asdict(result), "epochs": epochs}
+    coefficients = {}
+    for name in LEARNED:
+        coef = np.atleast_2d(found.soups[name].coef_)
+        counts, _ = np.histogram(np.clip(coef, EDGES[0], EDGES[-1]), EDGES)
+        coefficients[name] = {
+            "outside": float(((coef < 0) | (coef > 1)).mean()),
+            "least": float(coef.min()),
+            "most": float(coef.max()),
+            "histogram": counts.tolist(),
+        }
+    return {"systems": systems, "coefficients": coefficients}
+
+
+if __name__ == "__main__":
+    common.run(
+        measure, common.arguments(__doc__, list(zoo.KINDS), zoo.SEEDS), edges=EDGES.tolist()
+    )  # fmt: skip
