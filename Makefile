@@ -35,6 +35,7 @@ types: $(STAMP)  ## mypy --strict
 
 docs: $(STAMP)  ## Documentation and gallery, warnings are errors, no network
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	$(BIN)/python docs/check_links.py docs/_build/html
 
 examples: $(STAMP)  ## Run every example
 	set -e; for example in examples/plot_*.py; do $(BIN)/python $$example; done
