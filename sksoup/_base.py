@@ -71,7 +71,15 @@ from ._evaluation import Evaluator, RowScore
 from ._formats import new_folder, write_text
 from ._hub import copy_companions, hub_folder
 from ._layout import group_layers, is_variance
-from ._loaders import is_apart, is_loader, minibatches, read_loader, targets_of
+from ._loaders import (
+    as_batches,
+    from_lists,
+    is_apart,
+    is_loader,
+    minibatches,
+    read_loader,
+    targets_of,
+)
 from ._memo import Memo, encode_module, open_memory
 from ._mix import cast, mix, stored_dtypes
 from ._objective import (
@@ -571,6 +579,8 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
     def _outputs_and_targets(self, X: Any, y: Any, ordered: bool) -> tuple[torch.Tensor, Any]:
         """Raw outputs and targets of rows; a loader is walked once and never held whole."""
         check_is_fitted(self, "coef_")
+        if input_names(X) != self.input_names_:
+            X = as_batches(X, y)
         if not is_loader(X):
             return self._outputs_of(validate_inputs(self, X)), y
         names = self.input_names_
@@ -808,7 +818,7 @@ def validate_rows(
     estimator: Any, X: Any, y: Any, task: Task, ordered: bool = False
 ) -> tuple[Any, NDArray[Any]]:
     """Check rows by scikit-learn's rules, note their features; what is on a device stays there."""
-    if is_loader(X):
+    if is_loader(X := as_batches(X, y)):
         X, y = read_loader(X, y, ordered=ordered)
     _refuse_checkpoints(X, y)
     wants = {"multi_output": task != "classification", "y_numeric": task == "regression"}
@@ -883,9 +893,8 @@ def check_parts(X: Any) -> Any:
     def check(part: Any) -> Any:
         if isinstance(part, torch.Tensor) and part.device.type != "cpu":
             return part
-        return check_array(
-            _to_numpy(part), ensure_2d=False, allow_nd=True, dtype=FLOATS_AND_INTEGERS
-        )
+        part = from_lists(part) if isinstance(part, (list, tuple)) else _to_numpy(part)
+        return check_array(part, ensure_2d=False, allow_nd=True, dtype=FLOATS_AND_INTEGERS)
 
     X = map_inputs(check, X)
     check_consistent_length(*parts_of(X))
@@ -909,6 +918,10 @@ def _probe(module: nn.Module, row: Any, forward: Any) -> torch.Tensor:
         ) from error
 
 
+def _or_texts(item: Any) -> str:
+    return ", or texts, which have to be tokenised first" if isinstance(item, str) else ""
+
+
 def _refuse_checkpoints(X: Any, y: Any) -> None:
     """Say what went wrong when checkpoints stand where X should."""
     if is_multiple(X) and y is not None:
@@ -923,7 +936,8 @@ def _refuse_checkpoints(X: Any, y: Any) -> None:
         if isinstance(item, (str, os.PathLike, nn.Module)) or is_state:
             raise TypeError(
                 f"X holds {'a state dict' if is_state else type(item).__name__} where rows of "
-                f"data were expected: these look like checkpoints. Call fit(checkpoints, X, y), or "
+                f"data were expected: these look like checkpoints{_or_texts(item)}. Call "
+                f"fit(checkpoints, X, y), or "
                 f"wrap them: fit(CheckpointCollection(checkpoints, module=...), X)."
             )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from ._data import Task
 from ._memory import LiveTensors
 from .baselines import BestCheckpoint, CheckpointEnsemble, UniformSoup
 from .checkpoints import CheckpointCollection
+from .exceptions import SoupWarning
 from .greedy import GreedySoup
 from .learned import LearnedSoup
 from .mehl import MEHLSoup
@@ -430,7 +432,8 @@ def _extra_memory(system: BaseSoup, checkpoints: CheckpointCollection, X: Any, y
         soup.set_params(memory=None)
     if "max_epochs" in soup.get_params(deep=False):
         soup.set_params(max_epochs=1)
-    with LiveTensors(ignored=checkpoints.held_tensors()) as live:
+    with LiveTensors(ignored=checkpoints.held_tensors()) as live, warnings.catch_warnings():
+        warnings.simplefilter("ignore", SoupWarning)  # the first fit has said it
         soup.fit(checkpoints, X, y)
     module = sum(p.nbytes for p in checkpoints.build_module().parameters())
     data = np.asarray(X).nbytes + np.asarray(y).nbytes

@@ -117,16 +117,18 @@ class CollectionSummary:
         ]
         for row in self.checkpoints:
             score = "-" if row.score is None else f"{row.score:.4f}"
+            cosine = "-" if math.isnan(row.cosine) else f"{row.cosine:.4f}"
             note = f"  same as {row.same_as}" if row.same_as else ""
             lines.append(
                 f"{row.name:{width}s}  {row.norm:10.4g}  {row.distance:10.4g}  "
-                f"{row.cosine:7.4f}  {score:>8s}{note}"
+                f"{cosine:>7s}  {score:>8s}{note}"
             )
         kinds = ", ".join(f"{n} {dtype}" for dtype, n in self.dtypes.items())
         lines.append(
             f"{self.n_parameters:,} floating numbers each; tensors: {kinds}; "
             f"{len(self.identical)} identical everywhere"
         )
+        lines.append("distance: to the mean of all; cosine: to the mean of the others")
         return "\n".join([*lines, *self.verdict])
 
 

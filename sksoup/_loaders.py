@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -30,6 +31,28 @@ def is_loader(X: Any) -> bool:
     """Whether rows have to be asked for: a Dataset, a DataLoader, an iterator of batches."""
     is_hub = hasattr(X, "with_format") and hasattr(X, "column_names")  # datasets.Dataset
     return isinstance(X, (Dataset, DataLoader, Iterator)) or is_hub
+
+
+def as_batches(X: Any, y: Any) -> Any:
+    """A mapping that holds its targets as what it is: one batch; all else as it is."""
+    holds_targets = isinstance(X, Mapping) and (
+        isinstance(y, str) or (y is None and any(name in X for name in LABELS))
+    )
+    if not holds_targets:
+        return X
+    is_list = {name: isinstance(part, (list, tuple)) for name, part in X.items()}
+    return iter([{n: from_lists(part) if is_list[n] else part for n, part in X.items()}])
+
+
+def from_lists(part: Sequence[Any]) -> NDArray[Any]:
+    """Lists of numbers as an array: integers stay integers."""
+    try:
+        return np.asarray(part)
+    except ValueError as error:
+        raise ValueError(
+            "An input in X holds lists of different lengths, expected one length. Pad them: "
+            "tokenizer(texts, padding=True, truncation=True, return_tensors='pt')."
+        ) from error
 
 
 def is_apart(values: Any) -> bool:

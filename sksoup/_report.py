@@ -119,7 +119,13 @@ def _scores(soup: Any, comparison: Any) -> str:
         display = ComparisonDisplay.from_comparison(comparison)
         picture = _picture(display, "Scores of all systems")
         table = _table(comparison.HEADER, comparison.cells())
-        return f"<p>{escape(comparison.statement)}</p>{table}{picture}"
+        mine = next((name for name, one in comparison.soups.items() if one is soup), None)
+        which = (
+            "This soup is none of these, which were fitted beside it."
+            if mine is None
+            else f"This soup is the {mine} of the table."
+        )
+        return f"<p>{escape(comparison.statement)} {escape(which)}</p>{table}{picture}"
     scores = soup.recipe_.scores
     if not scores:
         return "<p>No score was recorded with this soup.</p>"

@@ -147,10 +147,13 @@ def find_architecture(given: Sequence[Any], module: Any) -> ModuleSource | None:
 
 def drop_prefixes(entries: Sequence[Checkpoint], module: ModuleSource | None) -> None:
     """Drop DDP's, compile's and Lightning's prefixes where that is what makes the names fit."""
+    if any(len(_prefixes(list(entry.header))) > 1 for entry in entries):
+        fit_names(entries, _module_names(module))
+
+
+def fit_names(entries: Sequence[Checkpoint], wanted: set[str] | None) -> None:
+    """Drop the prefixes that make the names those wanted, or else each other's."""
     choices = [_prefixes(list(entry.header)) for entry in entries]
-    if all(len(prefixes) == 1 for prefixes in choices):
-        return
-    wanted = _module_names(module)
     if wanted is not None:
         for entry, prefixes in zip(entries, choices, strict=True):
             names = list(entry.header)

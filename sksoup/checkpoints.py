@@ -34,6 +34,7 @@ from ._sources import (
     default_names,
     drop_prefixes,
     find_architecture,
+    fit_names,
     natural_key,
     open_source,
     preserved_random_state,
@@ -389,9 +390,24 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
                 f"{', ...' if len(self) > 5 else ''}."
             )
         _check_names(tuple(chosen), len(chosen))
-        part = copy.copy(self)
-        part.names = tuple(chosen)
-        part._entries = {name: self._entries[name] for name in chosen}
+        return self._with({name: self._entries[name] for name in chosen})
+
+    def _named_as(self, tensors: Iterable[str]) -> Self:
+        """The same, with the prefixes dropped that make the names of the tensors these."""
+        wanted = set(tensors)
+        if self.layout.keys() == wanted:
+            return self
+        entries = {name: copy.copy(entry) for name, entry in self._entries.items()}
+        for entry in entries.values():
+            entry.strip("")
+        fit_names(list(entries.values()), wanted)
+        return self._with(entries)
+
+    def _with(self, entries: dict[str, Checkpoint]) -> Self:
+        """Some of the checkpoints, or the same under other names of their tensors."""
+        part, chosen = copy.copy(self), tuple(entries)
+        part.names = chosen
+        part._entries = entries
         part.layout = _common_layout(part._entries)
         part.scores = None if self.scores is None else {n: self.scores[n] for n in chosen}
         part._finite = {tensor: set() for tensor in part.layout}

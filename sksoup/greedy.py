@@ -301,13 +301,14 @@ class GreedySoup(BaseSoup):
         best, *others = path
         least = max(others, key=lambda tried: tried["gain"])
         most = min(others, key=lambda tried: tried["gain"])
-        bounds = " (upper bounds)" if any(tried["is_bound"] for tried in others) else ""
+        related = judge(checkpoints.strangers(checkpoints.names), len(checkpoints))
+        bounds = " at most" if any(tried["is_bound"] for tried in others) else ""
         self._warn(
-            f"Only {best['candidate']!r}, the best checkpoint, is in the soup: no other one raised "
-            f"its held-out score of {best['score']:.4f} by min_improvement="
-            f"{self.min_improvement:g}; they changed it by {least['gain']:+.4f} "
-            f"({least['candidate']!r}) to {most['gain']:+.4f} ({most['candidate']!r}){bounds}; "
-            f"path_ tells all. {judge(checkpoints.strangers(checkpoints.names), len(checkpoints))}"
+            f"Only {best['candidate']!r}, the best checkpoint, is in the greedy soup: each of the "
+            f"others, added to it, changed its held-out score of {best['score']:.4f} by "
+            f"{least['gain']:+.4f} ({least['candidate']!r}) to {most['gain']:+.4f} "
+            f"({most['candidate']!r}){bounds}, where {self.min_improvement:+g} was asked for. "
+            f"path_ has all of them; MEHLSoup weighs them instead. {related}"
         )
 
 

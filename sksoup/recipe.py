@@ -550,7 +550,15 @@ class Recipe:
             checkpoints = CheckpointCollection(checkpoints)
         used = np.flatnonzero(self.is_used())
         names = [self._find(self.ingredients[k], checkpoints) for k in used]
-        return checkpoints.select(names), self.coef[:, used]
+        chosen = checkpoints.select(names)._named_as(self.layers)
+        if unlike := sorted(chosen.layout.keys() ^ self.layers.keys()):
+            raise RecipeError(
+                f"The checkpoints hold other tensors than the recipe: {unlike[0]!r} is in one of "
+                f"them only, and so are {len(unlike) - 1} more of {len(self.layers)}. Open them "
+                f"with the module that the soup was fitted with: "
+                f"CheckpointCollection(..., module=build_model)."
+            )
+        return chosen, self.coef[:, used]
 
     def _find(self, ingredient: Ingredient, checkpoints: CheckpointCollection) -> str:
         # an ingredient that lived in memory is known by its values, whatever holds them now

@@ -40,35 +40,51 @@ def arguments(doc: str | None, kinds: Sequence[str], seeds: Sequence[int]) -> ar
 def run(measure: Measure, options: argparse.Namespace, **about: Any) -> None:
     """Measure every zoo and seed; write ``results/<script>.json``.
 
-    The results of a kind are a list, a dict per seed in the order of the seeds.
+    The results of a kind are a list, a dict per seed in the order of the seeds. What was measured
+    is kept beside the zoos, so that a run that was cut off goes on where it was.
     """
-    begin = time.perf_counter()
-    # the text encoder first: it takes longest
-    pairs = [(kind, seed) for kind in reversed(options.kinds) for seed in options.seeds]
-    tasks = (delayed(_measure)(measure, zoo.KINDS[kind], seed, options.folder)
-             for kind, seed in pairs)  # fmt: skip
-    found = dict(zip(pairs, Parallel(n_jobs=options.jobs)(tasks), strict=True))
     script = Path(sys.argv[0])
+    kept = {
+        (kind, seed): options.folder / "measured" / script.stem / f"{kind}-{seed}.json"
+        for kind in options.kinds
+        for seed in options.seeds
+    }
+    Parallel(n_jobs=options.jobs)(
+        delayed(_measure)(measure, zoo.KINDS[kind], seed, options.folder, path)
+        for (kind, seed), path in kept.items()
+        if not path.exists()
+    )
+    found = {pair: json.loads(path.read_text()) for pair, path in kept.items()}
     result = {
         "command": f"python benchmarks/paper/{script.name}",
         "seeds": options.seeds,
-        "minutes": round((time.perf_counter() - begin) / 60, 1),
+        "minutes": round(sum(one["seconds"] for one in found.values()) / 60, 1),
         "versions": {name: version(name) for name in ("sksoup", "torch", "scikit-learn")},
         **about,
-        "results": {kind: [found[kind, seed] for seed in options.seeds] for kind in options.kinds},
+        "results": {
+            kind: [found[kind, seed]["measured"] for seed in options.seeds]
+            for kind in options.kinds
+        },
     }
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{script.stem}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{path}: {result['minutes']} minutes")
+    print(f"{path}: {result['minutes']} minutes of processor time")
 
 
-def _measure(measure: Measure, kind: zoo.Kind, seed: int, folder: Path) -> dict[str, Any]:
+def _measure(measure: Measure, kind: zoo.Kind, seed: int, folder: Path, path: Path) -> None:
+    """Measure one zoo; keep what was found, and the processor time it took, the zoo's included."""
+    begin = time.process_time()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SoupWarning)
-        return measure(kind.make(folder, kind.n, seed), seed)
+        measured = measure(kind.make(folder, kind.n, seed), seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    seconds = time.process_time() - begin
+    part.write_text(json.dumps({"seconds": seconds, "measured": measured}))
+    part.replace(path)
 
 
 def percent(soup: Any, rows: tuple[Any, Any]) -> float:

@@ -1,0 +1,82 @@
+"""The program on the documentation's page about Hugging Face runs as it stands."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+transformers = pytest.importorskip("transformers")
+pd = pytest.importorskip("pandas")
+
+PROGRAM = """
+# [page]
+import pandas as pd
+from sklearn.model_selection import train_test_split
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from sksoup import BestCheckpoint, CheckpointCollection, MEHLSoup
+
+ckpts = CheckpointCollection.from_path("runs")
+tokenizer = AutoTokenizer.from_pretrained("tokenizer")
+
+table = pd.read_csv("heldout.csv")  # columns text and label
+val, test = train_test_split(table, test_size=0.5, stratify=table.label, random_state=0)
+
+
+def tokenised(part):
+    return dict(tokenizer(list(part.text), padding=True, truncation=True, max_length=64,
+                          return_tensors="pt"))
+
+
+X_val, X_test = tokenised(val), tokenised(test)
+best = BestCheckpoint().fit(ckpts, X_val, val.label)
+soup = MEHLSoup(random_state=0).fit(ckpts, X_val, val.label)
+print(best.score(X_test, test.label), soup.score(X_test, test.label))
+
+soup.save_pretrained("soup")  # a new folder, with a model card
+tokenizer.save_pretrained("soup")
+model = AutoModelForSequenceClassification.from_pretrained("soup")
+# [end]
+"""  # the page shows this string's lines
+
+
+def test_the_page(tmp_path, monkeypatch):
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    words = ["good", "bad", "fine", "poor", "tea", "soup"]
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    BertTokenizerFast(str(vocabulary)).save_pretrained(tmp_path / "tokenizer")
+    config = BertConfig(
+        vocab_size=11, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=64, num_labels=2,
+    )  # fmt: skip
+    start = BertForSequenceClassification(config)
+    for k in range(3):
+        for p in start.parameters():
+            p.data += 0.01
+        start.save_pretrained(tmp_path / "runs" / f"seed{k}")
+    rng = np.random.default_rng(0)
+    labels = np.arange(40) % 2
+    texts = [f"{rng.choice(['bad', 'poor'] if y else ['good', 'fine'])} soup" for y in labels]
+    pd.DataFrame({"text": texts, "label": labels}).to_csv(tmp_path / "heldout.csv", index=False)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, object] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        exec(compile(PROGRAM, "page", "exec"), found)
+    predicted = found["model"](**found["X_test"]).logits.argmax(1).numpy()
+    right = (predicted == found["test"].label.to_numpy()).mean()
+    assert right == pytest.approx(found["soup"].score(found["X_test"], found["test"].label))
+    assert (Path("soup") / "tokenizer_config.json").exists()
+
+
+def test_what_is_shown_is_what_runs():
+    shown = re.search(r"# \[page\]\n(.*?)# \[end\]", PROGRAM, re.DOTALL)
+    source = Path(__file__).read_text("utf-8")
+    assert shown
+    assert shown[1] in source
