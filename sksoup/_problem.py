@@ -13,11 +13,9 @@ import numpy as np
 import torch
 from joblib import Parallel, delayed, effective_n_jobs
 from numpy.typing import NDArray
-from sklearn.model_selection import train_test_split
-from sklearn.utils import check_scalar
 from torch import nn
 
-from ._data import HeldOut, Task
+from ._data import HeldOut
 from ._evaluation import Evaluation, Evaluator
 from ._layout import Layers
 from ._memo import Memo
@@ -69,27 +67,6 @@ class Ranking:
     scores: dict[str, float]
     best: Evaluation | None  # of the first with the highest score; None where scores were known
     margins: dict[str, torch.Tensor] = field(default_factory=dict)  # (N,) each, where known
-
-
-def check_fraction(fraction: float | None, name: str) -> None:
-    """Check the part of the rows that is set aside for a purpose, if any is."""
-    if fraction is not None:
-        check_scalar(
-            fraction, name, float, min_val=0.0, max_val=1.0, include_boundaries="neither"
-        )  # fmt: skip
-
-
-def split_rows(
-    y: NDArray[Any], task: Task, fraction: float, random_state: Any
-) -> list[torch.Tensor]:
-    """Draw a fraction of the rows, stratified by label where that is possible; and the others."""
-    labels = y if task == "classification" and y.ndim == 1 else None
-    if labels is not None and np.unique(labels, return_counts=True)[1].min() < 2:
-        labels = None
-    parts = train_test_split(
-        np.arange(len(y)), train_size=fraction, stratify=labels, random_state=random_state
-    )
-    return [torch.as_tensor(np.sort(part)) for part in parts]
 
 
 def rank(

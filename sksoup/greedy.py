@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from joblib import Parallel, delayed, effective_n_jobs
 from numpy.typing import ArrayLike, NDArray
+from sklearn.model_selection import train_test_split
 from sklearn.utils import check_scalar
 
 from ._base import BaseSoup
@@ -20,7 +21,7 @@ from ._describe import judge
 from ._evaluation import Evaluation, Evaluator, RowScore
 from ._mix import mix
 from ._objective import Counts, Forward, load_weights
-from ._problem import Found, Problem, check_fraction, evaluate_named, rank, split_rows
+from ._problem import Found, Problem, evaluate_named, rank
 from ._ranks import from_first, gather, n_ranks
 from ._ranks import rank as rank_of
 from .checkpoints import CheckpointCollection
@@ -310,6 +311,27 @@ class GreedySoup(BaseSoup):
             f"({most['candidate']!r}){bounds}, where {self.min_improvement:+g} was asked for. "
             f"path_ has all of them; MEHLSoup weighs them instead. {related}"
         )
+
+
+def check_fraction(fraction: float | None, name: str) -> None:
+    """Check the part of the rows that is set aside for a purpose, if any is."""
+    if fraction is not None:
+        check_scalar(
+            fraction, name, float, min_val=0.0, max_val=1.0, include_boundaries="neither"
+        )  # fmt: skip
+
+
+def split_rows(
+    y: NDArray[Any], task: Task, fraction: float, random_state: Any
+) -> list[torch.Tensor]:
+    """Draw a fraction of the rows, stratified by label where that is possible; and the others."""
+    labels = y if task == "classification" and y.ndim == 1 else None
+    if labels is not None and np.unique(labels, return_counts=True)[1].min() < 2:
+        labels = None
+    parts = train_test_split(
+        np.arange(len(y)), train_size=fraction, stratify=labels, random_state=random_state
+    )
+    return [torch.as_tensor(np.sort(part)) for part in parts]
 
 
 def mean_of(checkpoints: CheckpointCollection, ingredients: list[int]) -> dict[str, torch.Tensor]:

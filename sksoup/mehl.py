@@ -34,12 +34,12 @@ from ._memo import Memo
 from ._model_batch import Center, ModelBatch, ShardedBatch, centered, resolve_delta_dtype
 from ._objective import Criterion, Forward
 from ._on_demand import OnDemand
-from ._problem import Found, Problem, Step, check_fraction, rank, split_rows
+from ._problem import Found, Problem, Step, rank
 from ._ranks import least_over_ranks, n_ranks, share
 from ._reader import Reader
 from .checkpoints import CheckpointCollection
 from .exceptions import DivergenceError
-from .greedy import GreedySoup
+from .greedy import GreedySoup, check_fraction, split_rows
 
 __all__ = ["MEHLSoup"]
 

@@ -241,7 +241,7 @@ def test_path_tells_gains_and_their_noise(zoo: Zoo):
 
 
 def test_keeping_only_the_best_says_why(zoo: Zoo):
-    with pytest.warns(SoupWarning, match=r"Only 'checkpoint\d'.*path_ tells all") as caught:
+    with pytest.warns(SoupWarning, match=r"Only 'checkpoint\d'.*path_ has all") as caught:
         GreedySoup(min_improvement=2.0).fit(zoo.checkpoints, zoo.X, zoo.y)
     assert caught[0].filename == __file__
     strangers = CheckpointCollection([torch.nn.Linear(99, 9) for _ in range(4)])

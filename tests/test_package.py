@@ -46,7 +46,8 @@ PLAN = [
     "_displays",
     "_report",
     "_base",
-    ("baselines", "greedy", "learned", "mehl"),
+    ("baselines", "greedy"),
+    ("learned", "mehl"),  # MEHL-Soup may start at the greedy soup
     "datasets",
     "model_selection",
     "_barrier",
