@@ -16,7 +16,7 @@ from sklearn.model_selection import train_test_split
 from sksoup import GreedySoup, MEHLSoup
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "as published here": {},
+    "the defaults": {},
     "lr=0.01": {"lr": 0.01},
     "lr=0.02": {"lr": 0.02},
     "lr=0.1": {"lr": 0.1},

@@ -204,7 +204,20 @@ class Page:
         ]  # fmt: skip
         header = ["variant", *(cell for kind in found for cell in (TITLES[kind], "difference")),
                   "mean"]  # fmt: skip
-        parts = [table(header, rows)]
+
+        def is_clearly_better(name: str) -> bool:
+            for seeds in found.values():
+                gains = [s["variants"][name][1] - s["variants"][base][1] for s in seeds]
+                mean, half = common.mean_and_interval(gains)
+                if mean > half:
+                    return True
+            return False
+
+        better = [f"*{name}*" for name in first["variants"] if is_clearly_better(name)]
+        said = (
+            f"Better than it on a zoo by more than the interval: {', '.join(better) or 'none'}.\n"
+        )
+        parts = [table(header, rows), said]
         systems = list(next(iter(first["rows"].values())))
         rows = [
             [n, *(f"{statistics.mean(s['rows'][n][system] for s in seeds):.2f}"
@@ -284,7 +297,16 @@ class Page:
         claim(f"{PLUS} keeps within 0.6 points without the better half", lost, -0.6)
         claim(f"without the better half {PLUS} beats Greedy-Soup by a point", beats, 1.0)
         header = ["claim", *(TITLES[kind] for kind in kinds), "mean of the zoos"]
-        return table(header, rows)
+        lines = [table(header, rows)]
+        for column, name in enumerate(header[1:], start=1):
+            cells = [row[column] for row in rows if row[column] not in ("", "–")]
+            sure = [cell for cell in cells if "within" not in cell]
+            n_yes = sum(cell.startswith("yes") for cell in sure)
+            lines.append(
+                f"* {name}: of {len(cells)} claims {n_yes} hold and {len(sure) - n_yes} do not; "
+                f"{len(cells) - len(sure)} can't be told from their threshold."
+            )
+        return "\n".join(lines)
 
     # ------------------------------------------------------------- pictures
 
@@ -325,9 +347,15 @@ class Page:
         template = (Path(__file__).parent / "page.rst.in").read_text(encoding="utf-8")
         commands = table(
             ["command", "seeds", "processor minutes"],
-            [[f"``{run['command']}``", ", ".join(map(str, run["seeds"])), str(run["minutes"])]
-             for _, run in sorted(self.found.items())],
-        )  # fmt: skip
+            [
+                [
+                    f"``{run['command']}``",
+                    ", ".join(map(str, run["seeds"])),
+                    f"{run['minutes'] or '–'}",
+                ]
+                for _, run in sorted(self.found.items())
+            ],
+        )
         sections = {
             name: getattr(self, name)()
             for name in ("accuracy", "cost", "removed", "curve", "outside", "ablations",
