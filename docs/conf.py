@@ -19,6 +19,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # equations are set without a network, too
     "numpydoc",
     "sphinx_gallery.gen_gallery",
 ]
@@ -32,7 +33,14 @@ autodoc_typehints = "none"  # the parameters say more
 html_theme = "pydata_sphinx_theme"
 html_title = "sksoup"
 html_show_sourcelink = False
-html_theme_options = {"navigation_with_keys": False, "show_prev_next": False}
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_sidebars = {"**": ["globaltoc.html"]}  # all pages, under their captions
+html_theme_options = {
+    "navigation_with_keys": False,
+    "show_prev_next": False,
+    "navbar_center": [],
+}
 
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
