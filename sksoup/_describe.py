@@ -284,9 +284,11 @@ def strangers_among(samples: Mapping[str, Iterable[NDArray[np.float64]]]) -> lis
     Numbers that are the same everywhere say nothing; with too few others nothing is said.
     """
     names = list(samples)
+    if len(names) < 2:
+        return []
     S = np.stack([np.concatenate([*samples[name], np.empty(0)]) for name in names])  # (K, n)
     S = S[:, (S[0] != S).any(axis=0)]
-    if len(names) < 2 or S.shape[1] < SAMPLE:
+    if S.shape[1] < SAMPLE:
         return []
     others = (S.sum(axis=0) - S) / (len(names) - 1)
     lengths = np.linalg.norm(S, axis=1) * np.linalg.norm(others, axis=1)

@@ -648,3 +648,13 @@ def test_modules_with_unsaved_buffers_are_remembered(tmp_path):
     assert first.counts_.rows_forward == 60 == other.counts_.rows_forward
     assert again.counts_.rows_forward == 0
     assert again.individual_scores_ == first.individual_scores_
+
+
+@every_soup
+def test_a_fit_is_replayed_by_another_process(tmp_path, files, zoo: Zoo, name):
+    """Whose collection has read nothing yet: nothing can be said of what was not read."""
+    with quiet():
+        first = recipe(name, tmp_path / "memory", files).fit(files, zoo.X, zoo.y)
+        anew = CheckpointCollection([files.path(n) for n in files], module=files.build_module)
+        again = recipe(name, tmp_path / "memory", anew).fit(anew, zoo.X, zoo.y)
+    assert_same(first, again)
