@@ -33,6 +33,7 @@ def arguments(doc: str | None, kinds: Sequence[str], seeds: Sequence[int]) -> ar
     parser.add_argument("--out", type=Path, default=RESULTS, help="keeps the results")
     parser.add_argument("--kinds", nargs="+", default=list(kinds), choices=list(zoo.KINDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    parser.add_argument("--name", default=Path(sys.argv[0]).stem, help="of the results")
     parser.add_argument("--jobs", type=int, default=2, help="processes, with a thread each")
     return parser.parse_args()
 
@@ -67,7 +68,7 @@ def run(measure: Measure, options: argparse.Namespace, **about: Any) -> None:
         },
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{script.stem}.json"
+    path = options.out / f"{options.name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{path}: {result['minutes']} minutes of processor time")
 

@@ -67,8 +67,13 @@ class Page:
 
     def __init__(self, results: Path) -> None:
         self.found = {path.stem: json.loads(path.read_text()) for path in results.glob("*.json")}
-        self.ten = self.found["tables_1_2"]["results"]
+        # the text encoder takes longest, and may have fewer seeds
+        self.ten = {**self.found["tables_1_2"]["results"],
+                    **self.found.get("tables_1_2_text", {"results": {}})["results"]}  # fmt: skip
         self.kinds = [kind for kind in TITLES if kind in self.ten]
+        n_seeds = max(map(len, self.ten.values()))
+        self.shared = [kind for kind in self.kinds if len(self.ten[kind]) == n_seeds]
+        self.mean_of = "mean of " + ", ".join(TITLES[kind] for kind in self.shared)
 
     def test(self, kind: str, system: str) -> list[float]:
         return [100 * seed["systems"][system]["test"] for seed in self.ten[kind]]
@@ -78,9 +83,9 @@ class Page:
         return [a - b for a, b in zip(self.test(kind, PLUS), self.test(kind, rival), strict=True)]
 
     def all_gains(self, rival: str) -> list[float]:
-        """The mean over zoos of each seed: seeds are what varies."""
+        """The mean over the zoos that have all seeds, of each seed: seeds are what varies."""
         return [statistics.mean(gains) for gains in
-                zip(*(self.gain(kind, rival) for kind in self.kinds), strict=True)]  # fmt: skip
+                zip(*(self.gain(kind, rival) for kind in self.shared), strict=True)]  # fmt: skip
 
     # ------------------------------------------------------------ sections
 
@@ -99,7 +104,7 @@ class Page:
         return "\n".join([
             table(header, rows),
             f"What {PLUS} gains, in points, paired by seed:\n",
-            table(["", *header[1:-1], "mean of the zoos", "paper"], gains),
+            table(["", *header[1:-1], self.mean_of, "paper"], gains),
         ])  # fmt: skip
 
     def cost(self) -> str:
@@ -260,7 +265,7 @@ class Page:
             for kind in kinds:
                 found = values(kind)
                 cells.append("–" if found is None else verdict(found, least))
-                if found is not None:
+                if found is not None and kind in self.shared:
                     all_values.append(found)
             per_seed = [statistics.mean(v) for v in zip(*all_values, strict=True)]
             rows.append([text, *cells, verdict(per_seed, least) if overall else ""])
@@ -296,7 +301,7 @@ class Page:
 
         claim(f"{PLUS} keeps within 0.6 points without the better half", lost, -0.6)
         claim(f"without the better half {PLUS} beats Greedy-Soup by a point", beats, 1.0)
-        header = ["claim", *(TITLES[kind] for kind in kinds), "mean of the zoos"]
+        header = ["claim", *(TITLES[kind] for kind in kinds), self.mean_of]
         lines = [table(header, rows)]
         for column, name in enumerate(header[1:], start=1):
             cells = [row[column] for row in rows if row[column] not in ("", "–")]
@@ -322,19 +327,24 @@ class Page:
             ax.axvspan(0, 1, color=GREY, alpha=0.12, zorder=0)
             ax.set(title=TITLES[kind], xlabel="coefficient", yscale="log")
         axes[0].set_ylabel("share of coefficients")
-        axes[0].legend(frameon=False)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
         self._save(figure, folder / "paper_figure_1.svg")
         found = self.found["table_3"]["results"]
         figure, axes = plt.subplots(1, len(found), figsize=(10, 3), layout="constrained")
         for ax, (kind, seeds) in zip(axes, found.items(), strict=True):
             sizes = [int(n) for n in seeds[0]["kept"]]
-            for name, color, marker in STYLES:
-                stats = [common.mean_and_interval([s["kept"][str(n)][name] for s in seeds])
-                         for n in sizes]  # fmt: skip
+            for shift, (name, color, marker) in zip((-0.01, 0, 0.01), STYLES, strict=True):
+                stats = [
+                    common.mean_and_interval([s["kept"][str(n)][name] for s in seeds])
+                    for n in sizes
+                ]
                 means, halves = zip(*stats, strict=True)
-                ax.errorbar(sizes, means, halves, color=color, marker=marker, capsize=2, label=name)
+                x = np.asarray(sizes) + shift * max(sizes)  # so that the bars stand apart
+                ax.errorbar(x, means, halves, color=color, marker=marker, capsize=2, label=name)
             ax.set(title=TITLES[kind], xlabel="ingredients", ylabel="test accuracy, %")
-        axes[0].legend(frameon=False)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
         self._save(figure, folder / "paper_cost_curve.svg")
 
     @staticmethod
