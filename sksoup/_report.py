@@ -125,7 +125,8 @@ def _scores(soup: Any, comparison: Any) -> str:
             if mine is None
             else f"This soup is the {mine} of the table."
         )
-        return f"<p>{escape(comparison.statement)} {escape(which)}</p>{table}{picture}"
+        said = f"<p>{escape(comparison.statement)}</p><p>{escape(which)}</p>"
+        return f"{said}{table}{picture}"
     scores = soup.recipe_.scores
     if not scores:
         return "<p>No score was recorded with this soup.</p>"
