@@ -1,7 +1,7 @@
 """Tables 1 and 2 of the paper in kind: all ten systems, what they reach and what they cost.
 
     python benchmarks/paper/tables_1_2.py [--folder zoos] [--kinds ...] [--seeds 10 11 12 13 14]
-    python benchmarks/paper/tables_1_2.py --kinds text --seeds 10 11 --name tables_1_2_text
+    python benchmarks/paper/tables_1_2.py --kinds text --seeds 10 11 12 13 --name tables_1_2_text
 
 Held-out and test accuracy, seconds of construction (a thread each, the machine is shared), passes
 over the held-out rows, and the peak of live tensors beyond the module, in models. Also Figure 1:
