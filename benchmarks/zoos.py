@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from sksoup import CheckpointCollection
+from sksoup._formats import write_safetensors
 from sksoup._sources import preserved_random_state
 from sksoup.datasets import FineTuning, _digits, _draw, _train
 
@@ -152,19 +153,34 @@ def fine_tune(
 
     With half of their learning rates, and more pretraining.
     """
-    data = _digits(seed)
-    with preserved_random_state():
-        torch.manual_seed(seed)
-        net = build()
-    start = _train(net, *data["pretrain"], FineTuning(3e-3, 1e-2, 0.0, 0.2, epochs, seed))
-    start = {name: w.clone() for name, w in start.items()}
-    states = {}
-    for k in range(n):
-        how = _draw(seed, k)
-        net.load_state_dict(start)
-        state = _train(net, *data["finetune"], replace(how, lr=how.lr / 2))
-        states[f"ft{k:02d}"] = {name: w.clone() for name, w in state.items()}
-    return CheckpointCollection(states, module=build).save(folder)
+    drawn = [_draw(seed, k) for k in range(n)]
+    tunings = {f"ft{k:02d}": replace(how, lr=how.lr / 2) for k, how in enumerate(drawn)}
+    return fine_tune_each(folder, tunings, seed, build, epochs)
+
+
+def fine_tune_each(
+    folder: Path,
+    tunings: Mapping[str, FineTuning],
+    seed: int,
+    build: Callable[[], nn.Module],
+    epochs: int,
+) -> CheckpointCollection:
+    """Fine-tune one pretrained start in each of these ways; what is in the folder is kept."""
+    paths = {name: folder / f"{name}.safetensors" for name in tunings}
+    missing = [name for name, path in paths.items() if not path.exists()]
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        data, start = _digits(seed), folder / "start.safetensors"
+        with preserved_random_state():
+            torch.manual_seed(seed)
+            net = build()
+        if not start.exists():
+            how = FineTuning(3e-3, 1e-2, 0.0, 0.2, epochs, seed)
+            write_safetensors(start, _train(net, *data["pretrain"], how))
+        for name in missing:
+            net.load_state_dict(CheckpointCollection([start])["start"])
+            write_safetensors(paths[name], _train(net, *data["finetune"], tunings[name]))
+    return CheckpointCollection(paths, module=build)
 
 
 def make_rows(kind: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:

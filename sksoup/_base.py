@@ -340,7 +340,7 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
 
     def _warn(self, message: str) -> None:
         """Warn whoever called from outside, and keep what was said in ``warnings_``."""
-        self.warnings_ = (*getattr(self, "warnings_", ()), message)
+        self.warnings_ = (*self.warnings_, message)
         frame, level = inspect.currentframe(), 1
         while frame and frame.f_back and _package(frame) in INSIDE:
             frame, level = frame.f_back, level + 1

@@ -229,6 +229,7 @@ class GreedySoup(BaseSoup):
         return found
 
     def _find(self, problem: Problem) -> Found:
+        """The search, without a warning: MEHL-Soup may start at what it finds."""
         checkpoints = problem.checkpoints
         names, n = checkpoints.names, len(checkpoints)
         checkpoints.check()

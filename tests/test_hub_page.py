@@ -76,7 +76,11 @@ def test_the_page(tmp_path, monkeypatch):
 
 
 def test_what_is_shown_is_what_runs():
-    shown = re.search(r"# \[page\]\n(.*?)# \[end\]", PROGRAM, re.DOTALL)
-    source = Path(__file__).read_text("utf-8")
-    assert shown
-    assert shown[1] in source
+    """The page includes this file's lines between the first markers: those of the program."""
+    page = Path(__file__).parents[1] / "docs" / "huggingface.rst"
+    text = page.read_text("utf-8")
+    assert "literalinclude:: ../tests/test_hub_page.py" in text
+    markers = [re.search(rf":{name}: (.*)", text)[1] for name in ("start-after", "end-before")]
+    lines = Path(__file__).read_text("utf-8").splitlines()
+    first, last = (next(i for i, line in enumerate(lines) if mark in line) for mark in markers)
+    assert lines[first : last + 1] == PROGRAM.strip().splitlines()

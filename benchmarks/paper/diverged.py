@@ -15,20 +15,21 @@ from typing import Any
 
 import common
 import zoo
+from zoos import fine_tune_each
 
-from sksoup import BestCheckpoint, CheckpointCollection, GreedySoup, MEHLSoup, UniformSoup
+from sksoup import BestCheckpoint, GreedySoup, MEHLSoup, UniformSoup
 from sksoup.datasets import DigitsConvNet, _digits, _draw
 
 K, FAILED = 20, ("ft03", "ft08", "ft13", "ft18")
 
 
 def failing(folder: Path, n: int, seed: int) -> zoo.Zoo:
-    maker = zoo.Digits("diverged", DigitsConvNet, 8, lr=1.0)
     tunings = {f"ft{k:02d}": _draw(seed, k) for k in range(n)}
     for name in FAILED:
         tunings[name] = replace(tunings[name], lr=100 * tunings[name].lr)
-    paths, data = maker.train(folder / f"diverged-{seed}", seed, tunings), _digits(seed)
-    return zoo.Zoo(CheckpointCollection(paths, module=DigitsConvNet), data["val"], data["test"])
+    here, data = folder / f"diverged-{seed}", _digits(seed)
+    checkpoints = fine_tune_each(here, tunings, seed, DigitsConvNet, 8)
+    return zoo.Zoo(checkpoints, data["val"], data["test"])
 
 
 def measure(found: zoo.Zoo, seed: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,12 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 from sksoup import CheckpointCollection
-from sksoup._formats import write_safetensors
-from sksoup._sources import preserved_random_state
-from sksoup.datasets import FineTuning, _digits, _draw, _train, make_digits_checkpoints
+from sksoup.datasets import _digits, make_digits_checkpoints
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import text
-from zoos import SmallResNet, SmallViT
+from zoos import SmallResNet, SmallViT, fine_tune
 
 SEEDS = (10, 11, 12, 13, 14)
 DEVELOPMENT_SEEDS = (100, 101, 102)
@@ -60,38 +58,17 @@ def convnets(folder: Path, n: int, seed: int) -> Zoo:
 
 @dataclass(frozen=True)
 class Digits:
-    """A network pretrained on digits and fine-tuned on harder ones, file by file."""
+    """A network pretrained on digits and fine-tuned on harder ones."""
 
     name: str
     build: Callable[[], nn.Module]
     epochs: int  # of pretraining
-    lr: float = 0.5  # of those drawn
 
     def __call__(self, folder: Path, n: int, seed: int) -> Zoo:
-        root, data = folder / f"{self.name}-{seed}", _digits(seed)
-        tunings = [_draw(seed, k) for k in range(n)]
-        paths = self.train(root, seed, {f"ft{k:02d}": how for k, how in enumerate(tunings)})
-        return Zoo(CheckpointCollection(paths, module=self.build), data["val"], data["test"])
-
-    def train(self, root: Path, seed: int, tunings: dict[str, FineTuning]) -> dict[str, Path]:
-        """Fine-tune what is not in the folder yet."""
-        data, paths = _digits(seed), {name: root / f"{name}.safetensors" for name in tunings}
-        missing = [name for name, path in paths.items() if not path.exists()]
-        if not missing:
-            return paths
-        root.mkdir(parents=True, exist_ok=True)
-        with preserved_random_state():
-            torch.manual_seed(seed)
-            net = self.build()
-        start = root / "start.safetensors"
-        if not start.exists():
-            how = FineTuning(3e-3, 1e-2, 0.0, 0.2, self.epochs, seed)
-            write_safetensors(start, _train(net, *data["pretrain"], how))
-        for name in missing:
-            net.load_state_dict(CheckpointCollection([start])["start"])
-            how = replace(tunings[name], lr=tunings[name].lr * self.lr)
-            write_safetensors(paths[name], _train(net, *data["finetune"], how))
-        return paths
+        here, data = folder / f"{self.name}-{seed}", _digits(seed)
+        return Zoo(
+            fine_tune(here, n, seed, self.build, self.epochs), data["val"], data["test"]
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
