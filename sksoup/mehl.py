@@ -424,9 +424,8 @@ class MEHLSoup(BaseSoup):
         checkpoints, layers = problem.checkpoints, problem.layers
         n = len(checkpoints)
         history: list[dict[str, Any]] = []
-        begun = [
-            int(k) for k in np.flatnonzero(alpha.any(axis=1))
-        ]  # moves from the mean to the start
+        # from the mean to the start
+        begun = [int(k) for k in np.flatnonzero(alpha.any(axis=1))]
         starts = [begun[i : i + b] for i in range(0, len(begun), b)]
         moves: list[Move] = [
             (tuple(checkpoints.names[k] for k in members), alpha[members]) for members in starts
