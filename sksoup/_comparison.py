@@ -14,7 +14,7 @@ import numpy as np
 from sklearn.base import clone
 
 from ._base import BaseSoup
-from ._data import Task
+from ._data import Task, parts_of
 from ._memory import LiveTensors
 from .baselines import BestCheckpoint, CheckpointEnsemble, UniformSoup
 from .checkpoints import CheckpointCollection
@@ -436,5 +436,5 @@ def _extra_memory(system: BaseSoup, checkpoints: CheckpointCollection, X: Any, y
         warnings.simplefilter("ignore", SoupWarning)  # the first fit has said it
         soup.fit(checkpoints, X, y)
     module = sum(p.nbytes for p in checkpoints.build_module().parameters())
-    data = np.asarray(X).nbytes + np.asarray(y).nbytes
+    data = sum(np.asarray(part).nbytes for part in (*parts_of(X), y))
     return max(0.0, (live.peak - data - module) / checkpoints.nbytes)

@@ -136,6 +136,15 @@ def test_memory_does_not_depend_on_where_the_checkpoints_live(zoo: Zoo, tmp_path
     assert memory == pytest.approx(disk, abs=2)  # tiny nets: a few hundred bytes are a model
 
 
+def test_memory_leaves_out_the_rows_however_they_are_given(zoo: Zoo):
+    systems = {"mehl": MEHLSoup(model_batch_size=2, random_state=0)}
+    array, named = (
+        compare_soups(zoo.checkpoints, X, zoo.y, recipes=systems).results[0].extra_memory
+        for X in (zoo.X, {"x": zoo.X})
+    )
+    assert named == pytest.approx(array, abs=0.5)
+
+
 def test_bad_arguments(zoo: Zoo):
     with pytest.raises(TypeError, match="expected a CheckpointCollection"):
         compare_soups([], zoo.X, zoo.y)
