@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from . import __version__
 from ._describe import UNRELATED
-from ._formats import Read
+from ._formats import SUFFIXES, Read
+from ._sources import PREFIXES, find_checkpoints
 from .checkpoints import CheckpointCollection
 from .exceptions import CheckpointError, RecipeError
 from .recipe import Recipe
@@ -34,11 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "output" in options:
             _check_output(Path(options.output), options.force)
         status, document, text = options.run(options)
-    except (CheckpointError, RecipeError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:  # ours are ValueErrors
+        said = "\n".join([str(error), *getattr(error, "__notes__", ())])
         if options.json:
-            print(json.dumps({"error": str(error)}))
+            print(json.dumps({"error": said}))
         else:
-            print(f"sksoup: {error}", file=sys.stderr)
+            print(f"sksoup: {said}", file=sys.stderr)
         return 2
     print(json.dumps(document, indent=1, allow_nan=False) if options.json else text)
     return int(status)
@@ -65,8 +68,13 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if first is not None:
             command.add_argument("recipe", metavar=first, help="where the recipe is")
-        command.add_argument("source", metavar="DIR", help="a folder, quoted pattern, or file")
+        command.add_argument(
+            "sources", metavar="PATH", nargs="+", help="a folder, quoted pattern, or file"
+        )
         command.add_argument("--key", help="which state dict of containers that hold several")
+        command.add_argument(
+            "--prefix", help="take only names that begin with this, and leave it out"
+        )
         command.add_argument("--json", action="store_true", help="print JSON, errors too")
         if run in (_average, _cook):
             command.add_argument(
@@ -92,6 +100,12 @@ def _inspect(options: argparse.Namespace) -> tuple[bool, dict[str, Any], str]:
 
 def _average(options: argparse.Namespace) -> tuple[bool, dict[str, Any], str]:
     with _opened(options) as collection:
+        sources = [path.resolve() for path in map(collection.path, collection) if path]
+        if Path(options.output).resolve() in sources:  # --force, a second time
+            raise FileExistsError(
+                f"{options.output!r} is one of the checkpoints to be mixed. Give another name, or "
+                f"move it away first."
+            )
         n = len(collection)
         recipe = Recipe.record(
             "average",
@@ -105,8 +119,8 @@ def _average(options: argparse.Namespace) -> tuple[bool, dict[str, Any], str]:
 
 
 def _cook(options: argparse.Namespace) -> tuple[bool, dict[str, Any], str]:
-    recipe = Recipe.load(options.recipe)
-    with _opened(options) as collection:
+    recipe = _recipe(options)
+    with _opened(options, recipe=recipe) as collection:
         return _write(options, recipe, collection)
 
 
@@ -119,7 +133,9 @@ def _write(
     else:
         recipe.cook(collection, out=output)
     done = {"output": str(output), "ingredients": n, "recalibrated": list(recipe.recalibrated)}
-    text = f"{output}: {n} checkpoints mixed"
+    text = f"{output}: {n} checkpoint{'s' * (n > 1)} mixed"
+    if kept := [p for p in PREFIXES if all(name.startswith(p) for name in collection.layout)]:
+        text += f"; all names begin with {kept[0]!r}, as in the files: --prefix {kept[0]} drops it"
     if recipe.recalibrated:
         text += (
             f"; {len(recipe.recalibrated)} tensors were re-estimated from data in the original and "
@@ -129,8 +145,8 @@ def _write(
 
 
 def _verify(options: argparse.Namespace) -> tuple[bool, dict[str, Any], str]:
-    recipe = Recipe.load(options.recipe)
-    with _opened(options) as collection:
+    recipe = _recipe(options)
+    with _opened(options, recipe=recipe) as collection:
         findings = recipe.verify(options.recipe, collection)
     return not findings.ok, findings.to_dict(), str(findings)
 
@@ -143,7 +159,7 @@ def _check_output(output: Path, force: bool) -> None:
     if output.suffix == ".safetensors":
         if output.exists() and not force:
             raise FileExistsError(f"{str(output)!r} exists. Give another name, or --force.")
-    elif output.suffix:
+    elif output.suffix in (*SUFFIXES, ".json"):  # other dots are those of a folder's name
         raise CheckpointError(
             f"{str(output)!r} can't be written: got the suffix {output.suffix!r}, expected "
             f".safetensors, or a folder."
@@ -157,6 +173,13 @@ def _check_output(output: Path, force: bool) -> None:
         raise FileNotFoundError(
             f"{str(output)!r} can't be written: the folder {str(output.parent)!r} does not exist."
         )
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    try:
+        return Recipe.load(options.recipe)
+    except (CheckpointError, RecipeError) as error:
+        raise RecipeError(f"{error} The recipe is the first argument.") from error
 
 
 class _Watched(CheckpointCollection):
@@ -177,9 +200,14 @@ class _Watched(CheckpointCollection):
 
 
 @contextmanager
-def _opened(options: argparse.Namespace, passes: int = 1) -> Iterator[CheckpointCollection]:
+def _opened(
+    options: argparse.Namespace, passes: int = 1, recipe: Recipe | None = None
+) -> Iterator[CheckpointCollection]:
     """Open the checkpoints, with a progress bar on a terminal (and nothing elsewhere)."""
-    collection = _Watched.from_path(options.source, key=options.key)
+    paths = [path for source in options.sources for path in find_checkpoints(source)]
+    keys = set() if recipe is None else {one.key for one in recipe.ingredients}
+    key = keys.pop() if options.key is None and len(keys) == 1 else options.key
+    collection = _Watched(paths, key=key, prefix=options.prefix)
     total = passes * len(collection) * collection.nbytes
     with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         collection.tell = bar.update

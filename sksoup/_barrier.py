@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
@@ -146,10 +147,10 @@ def loss_barrier(
     >>> loss_barrier(nets, torch.eye(2), torch.tensor([0, 1])).losses.shape
     (6, 11)
     """
-    check_scalar(n_points, "n_points", int, min_val=2)
+    check_scalar(n_points, "n_points", Integral, min_val=2)
     pairs = list(combinations(checkpoints, 2))
     if n_pairs is not None and n_pairs < len(pairs):
-        check_scalar(n_pairs, "n_pairs", int, min_val=0)
+        check_scalar(n_pairs, "n_pairs", Integral, min_val=0)
         rng = check_random_state(random_state)
         pairs = [pairs[i] for i in sorted(rng.choice(len(pairs), n_pairs, replace=False))]
     ends: list[tuple[str, str | None]] = [*pairs, *((name, None) for name in checkpoints)]
@@ -162,6 +163,8 @@ def loss_barrier(
 
 class _Walk(BaseSoup):
     """Not a soup: evaluates mixes of two checkpoints (None: the mean) with all `fit` sets up."""
+
+    _has_recipe = False
 
     def __init__(
         self,
@@ -247,7 +250,7 @@ class LossBarrierDisplay:
         ax : matplotlib Axes or None, default=None
             Where to draw; by default a new figure.
         **kwargs : dict
-            As `sksoup.inspection.loss_barrier` takes them.
+            As `sksoup.inspection.loss_barrier` takes them; by default the soup's.
 
         Returns
         -------
@@ -257,7 +260,9 @@ class LossBarrierDisplay:
         check_is_fitted(estimator, "coef_")
         coef = np.atleast_2d(estimator.coef_)
         names = [n for n, c in zip(estimator.checkpoints_, coef.T, strict=True) if c.any()]
-        given = {"task": estimator.task, "forward": estimator.forward, **kwargs}
+        params = ("task", "forward", "criterion", "batch_size", "device")
+        given = {name: getattr(estimator, name) for name in params if hasattr(estimator, name)}
+        given |= {"classes": getattr(estimator, "classes_", None), **kwargs}
         measured = loss_barrier(estimator.checkpoints_.select(names), X, y, **given)
         return cls(measured).plot(ax=ax)
 

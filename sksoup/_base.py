@@ -13,8 +13,9 @@ import platform
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, metadata, version
+from numbers import Integral
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self, overload
@@ -46,6 +47,7 @@ from torch import nn
 from ._batch_norm import (
     POLICIES,
     BatchNormPolicy,
+    can_recalibrate,
     recalibrate,
     statistics,
 )
@@ -63,6 +65,7 @@ from ._data import (
     parts_of,
     resolve_classes,
     resolve_device,
+    take,
     to_inputs,
     to_tensor,
 )
@@ -87,6 +90,7 @@ from ._objective import (
     Objective,
     batched,
     feed,
+    ignored_label,
     load_weights,
     module_dtype,
     prepare_module,
@@ -188,6 +192,7 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
 
     checkpoints: Any
     batch_norm: BatchNormPolicy = "average"
+    _has_recipe = True  # an ensemble mixes nothing
     forward: Forward | None = None
     task: Task
     classes: ArrayLike | None
@@ -246,43 +251,51 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
             The loss or the coefficients stopped being finite.
         """
         self._forget()
-        self.warnings_: tuple[str, ...] = ()
-        with threads_of_parent(checkpoints):
-            self._check_params()
-            ordered = is_apart(y) or is_apart(sample_weight)
-            X, y = validate_rows(self, X, y, self.task, ordered)
-            weight = _check_weight(sample_weight, len(y))
-            collection = self._collect(checkpoints, X, y, weight)
-            device = resolve_device(self.device)
-            module = prepare_module(collection.build_module(), collection, device)
-            data = self._held_out(module, X, y, weight, device)
-            layers = group_layers(module, collection.layout, getattr(self, "layerwise", False))
-            objective = Objective(
-                module,
-                getattr(self, "criterion", None),
-                self.task,
-                getattr(self, "precision", "fp32"),
-                getattr(self, "compile", False),
-                self.forward,
-                self.one_logit_,
-            )
-            memo = Memo(open_memory(getattr(self, "memory", None)))
-            if memo:
-                memo = memo.within(data.X, data.y, weight, y, *self._what_predicts(module))
-            metadata = {} if weight is None else {"sample_weight": weight}
-            shown = {"X": X, "y": y, "metadata": metadata}  # to callbacks
-            problem = Problem(
-                collection,
-                layers,
-                data,
-                objective,
-                self._evaluator(objective, data, X, y, weight, memo),
-                functools.partial(self._progress, module, shown),
-                memo,
-            )
-            with hashed_meanwhile(collection):
-                self._finish(problem, self._search(problem))
+        try:
+            with threads_of_parent(checkpoints):
+                self._fit(checkpoints, X, y, sample_weight)
+        except BaseException:
+            self._forget()
+            raise
         return self
+
+    def _fit(self, checkpoints: Any, X: Any, y: Any, sample_weight: Any) -> None:
+        self.warnings_: tuple[str, ...] = ()
+        self._check_params()
+        ordered = is_apart(y) or is_apart(sample_weight)
+        X, y = validate_rows(self, X, y, self.task, ordered)
+        weight = _check_weight(sample_weight, len(y))
+        collection = self._collect(checkpoints, X, y, weight)
+        device = resolve_device(self.device)
+        module = prepare_module(collection.build_module(), collection, device)
+        data = self._held_out(module, X, y, weight, device)
+        self._check_batch_norm(module, data)
+        layers = group_layers(module, collection.layout, getattr(self, "layerwise", False))
+        objective = Objective(
+            module,
+            getattr(self, "criterion", None),
+            self.task,
+            getattr(self, "precision", "fp32"),
+            getattr(self, "compile", False),
+            self.forward,
+            self.one_logit_,
+        )
+        memo = Memo(open_memory(getattr(self, "memory", None)))
+        if memo:
+            memo = memo.within(data.X, data.y, weight, y, *self._what_predicts(module))
+        metadata = {} if weight is None else {"sample_weight": weight}
+        shown = {"X": X, "y": y, "metadata": metadata}  # to callbacks
+        problem = Problem(
+            collection,
+            layers,
+            data,
+            objective,
+            self._evaluator(objective, data, X, y, weight, memo),
+            functools.partial(self._progress, module, shown),
+            memo,
+        )
+        with hashed_meanwhile(collection) if self._has_recipe else nullcontext():
+            self._finish(problem, self._search(problem))
 
     def _forget(self) -> None:
         """Be unfitted, so that a fit that fails leaves no mixture of two."""
@@ -293,7 +306,7 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         """All that outputs for the rows depend on, beside weights."""
         return (
             list(encode_module(module)), self.forward, self.task, self.one_logit_,
-            getattr(self, "classes_", None), self.batch_size,
+            getattr(self, "classes_", None), self.batch_size, getattr(self, "precision", "fp32"),
         )  # fmt: skip
 
     @abstractmethod
@@ -306,6 +319,7 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         coef = layers.expand(found.coef)
         self.coef_ = coef if getattr(self, "layerwise", False) else coef[0]
         self.layers_ = dict(layers.rows)
+        self.ingredients_ = _mixed(problem.checkpoints, coef)
         self.layer_names_ = layers.names
         self.checkpoints_ = problem.checkpoints
         self.history_ = found.history
@@ -317,7 +331,7 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
     def _keep_soup(self, problem: Problem, coef: NDArray[np.float64]) -> None:
         collection, module = problem.checkpoints, problem.module
         load_weights(module, mix(collection, coef, layers=problem.layers.rows))
-        mixed = [name for name, c in zip(collection, coef.T, strict=True) if c.any()]
+        mixed = _mixed(collection, coef)
         self._warn_of_strangers(collection, mixed)
         self.recalibrated_ = self._settle_batch_norm(problem) if len(mixed) > 1 else ()
         self._warn_of_variances(problem, coef)
@@ -336,6 +350,7 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
             temperature=float(getattr(self, "temperature_", 1.0)),
             recalibrated=self.recalibrated_,
             versions=dict(_versions()),
+            classes=_labels(getattr(self, "classes_", ())),
         )
 
     def _warn(self, message: str) -> None:
@@ -371,11 +386,23 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
                 f"batch_norm='recalibrate' measures them anew."
             )
 
+    def _check_batch_norm(self, module: nn.Module, data: HeldOut) -> None:
+        if self.batch_norm != "recalibrate" or not statistics(module):
+            return
+        if not can_recalibrate(len(data), self.batch_size):
+            raise ValueError(
+                f"batch_norm='recalibrate' measures the variance of minibatches, and those of "
+                f"{len(data)} rows with batch_size={self.batch_size} have one row each. Give more "
+                f"rows, a larger batch_size, or batch_norm='average'."
+            )
+
     def _settle_batch_norm(self, problem: Problem) -> tuple[str, ...]:
         """Re-estimate BatchNorm's statistics as ``batch_norm`` says; tell which tensors were."""
         module, names = problem.module, statistics(problem.module)
         if self.batch_norm == "average" or not names:
             return ()
+        if not can_recalibrate(len(problem.data), self.batch_size):
+            return ()  # "auto": for "recalibrate" it was refused
         state = module.state_dict()
         averages = {name: state[name].clone() for name in names}
 
@@ -397,7 +424,7 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         if self.task not in TASKS:
             raise ValueError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}.")
         if self.batch_size is not None:
-            check_scalar(self.batch_size, "batch_size", int, min_val=1)
+            check_scalar(self.batch_size, "batch_size", Integral, min_val=1)
         if self.batch_norm not in POLICIES:
             raise ValueError(
                 f"batch_norm must be one of {', '.join(POLICIES)}, got {self.batch_norm!r}."
@@ -437,7 +464,7 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
     ) -> HeldOut:
         """Put the data on the device; one row through the module tells the shape of its output."""
         dtype, cpu = module_dtype(module), torch.device("cpu")
-        row = to_inputs(map_inputs(lambda part: part[:1], X), dtype, device)
+        row = to_inputs(take(map_inputs(to_tensor, X), slice(1)), dtype, device)
         output = _probe(module, row, self.forward)
         dense = self.task == "classification" and is_dense(y)
         self.one_logit_ = (
@@ -468,10 +495,11 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
             self.classes_ = resolve_classes(
                 y[y != IGNORED] if dense else y, n_outputs, self.classes
             )
+        ignored = ignored_label(getattr(self, "criterion", None))
         targets = encode_targets(
-            y, self.task, getattr(self, "classes_", None), n_outputs, dtype, device,
-            getattr(getattr(self, "criterion", None), "ignore_index", IGNORED),
-        )  # fmt: skip
+            y, self.task, getattr(self, "classes_", None), n_outputs, dtype, device, ignored
+        )
+        counted = (targets != ignored).flatten(1).sum(dim=1) if dense else None
         if self.task != "classification":
             targets = targets.reshape(len(targets), *output.shape[1:])
             self.target_ndim_ = y.ndim
@@ -479,7 +507,7 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         weights = None if weight is None else to_tensor(weight).to(device, dtype)
         is_streamed = not fits(map_inputs(to_tensor, X), device)
         inputs = to_inputs(X, dtype, cpu if is_streamed else device)
-        return HeldOut(inputs, targets, weights, is_streamed)
+        return HeldOut(inputs, targets, weights, is_streamed, counted)
 
     # ------------------------------------------------------------------ scores
 
@@ -534,7 +562,7 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         outputs, y = self._outputs_and_targets(X, y, ordered)
         if y is None:
             raise ValueError("score needs y, or batches that hold the targets.")
-        return self._default_score(_to_numpy(y), self._decode(outputs), sample_weight)
+        return self._default_score(to_numpy(y), self._decode(outputs), sample_weight)
 
     # --------------------------------------------------------------- predictions
 
@@ -822,7 +850,7 @@ def validate_rows(
         X, y = read_loader(X, y, ordered=ordered)
     _refuse_checkpoints(X, y)
     wants = {"multi_output": task != "classification", "y_numeric": task == "regression"}
-    y = _to_numpy(y)
+    y = to_numpy(y)
     estimator.input_names_ = input_names(X)
     if task == "classification" and y is not None and is_dense(np.asarray(y)):
         return validate_dense(estimator, X, np.asarray(y))
@@ -835,7 +863,7 @@ def validate_rows(
         estimator.n_features_in_ = X.shape[1]
     else:
         X, y = validate_data(
-            estimator, _to_numpy(X), y, allow_nd=True, dtype=FLOATS_AND_INTEGERS, **wants
+            estimator, to_numpy(X), y, allow_nd=True, dtype=FLOATS_AND_INTEGERS, **wants
         )
     if task == "classification":
         check_classification_targets(y)
@@ -847,7 +875,7 @@ def validate_dense(estimator: Any, X: Any, y: NDArray[Any]) -> tuple[Any, NDArra
     if is_multiple(X):
         X = check_parts(X)
     elif not (isinstance(X, torch.Tensor) and X.device.type != "cpu"):
-        X = validate_data(estimator, _to_numpy(X), allow_nd=True, dtype=FLOATS_AND_INTEGERS)
+        X = validate_data(estimator, to_numpy(X), allow_nd=True, dtype=FLOATS_AND_INTEGERS)
     check_consistent_length(*parts_of(X), y)
     if y.dtype.kind not in "iu":
         raise ValueError(
@@ -870,7 +898,7 @@ def validate_inputs(estimator: Any, X: Any) -> Any:
     if isinstance(X, torch.Tensor) and X.device.type != "cpu":
         return X
     return validate_data(
-        estimator, _to_numpy(X), reset=False, allow_nd=True, dtype=FLOATS_AND_INTEGERS
+        estimator, to_numpy(X), reset=False, allow_nd=True, dtype=FLOATS_AND_INTEGERS
     )
 
 
@@ -893,7 +921,7 @@ def check_parts(X: Any) -> Any:
     def check(part: Any) -> Any:
         if isinstance(part, torch.Tensor) and part.device.type != "cpu":
             return part
-        part = from_lists(part) if isinstance(part, (list, tuple)) else _to_numpy(part)
+        part = from_lists(part) if isinstance(part, (list, tuple)) else to_numpy(part)
         return check_array(part, ensure_2d=False, allow_nd=True, dtype=FLOATS_AND_INTEGERS)
 
     X = map_inputs(check, X)
@@ -942,14 +970,17 @@ def _refuse_checkpoints(X: Any, y: Any) -> None:
             )
 
 
-def _to_numpy(values: Any) -> Any:
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
+def to_numpy(values: Any) -> Any:
+    if not isinstance(values, torch.Tensor):
+        return values
+    values = values.float() if values.dtype == torch.bfloat16 else values  # which numpy lacks
+    return values.detach().cpu().numpy()
 
 
 def _check_weight(sample_weight: Any, n_samples: int) -> NDArray[np.float64] | None:
     if sample_weight is None:
         return None
-    weight = np.asarray(_to_numpy(sample_weight), dtype=np.float64)
+    weight = np.asarray(to_numpy(sample_weight), dtype=np.float64)
     if weight.shape != (n_samples,):
         raise ValueError(
             f"sample_weight has shape {weight.shape}, expected ({n_samples},), one per row of X."
@@ -966,6 +997,17 @@ def _versions() -> Mapping[str, str]:
         with suppress(PackageNotFoundError):  # run from a folder that was never installed
             versions[package] = version(package)
     return versions
+
+
+def _mixed(collection: CheckpointCollection, coef: NDArray[np.float64]) -> tuple[str, ...]:
+    """Checkpoints with a coefficient other than 0 in any layer."""
+    return tuple(name for name, c in zip(collection, coef.T, strict=True) if c.any())
+
+
+def _labels(classes: Any) -> tuple[Any, ...]:
+    """Labels of the outputs, where JSON can hold them."""
+    labels = np.asarray(classes).tolist()
+    return tuple(labels) if all(isinstance(c, (bool, int, float, str)) for c in labels) else ()
 
 
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,6 +75,11 @@ def _training(layers: dict[str, Any], momentum: float | None) -> Iterator[None]:
             layer.eval()
 
 
+def can_recalibrate(n_rows: int, batch_size: int | None) -> bool:
+    """Whether any minibatch has two rows: one has no variance."""
+    return min(n_rows, n_rows if batch_size is None else batch_size) > 1
+
+
 def check_rows(module: nn.Module, n_rows: int, batch_size: int | None) -> None:
     """Say before the search that a minibatch of one row can't be normalised."""
     size = n_rows if batch_size is None else min(batch_size, n_rows)

@@ -8,10 +8,13 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.base import clone
+from sklearn.metrics import check_scoring
 
 from ._base import BaseSoup
 from ._data import Task, parts_of
@@ -84,6 +87,8 @@ class SoupComparison:
         The fitted systems by name, of the first repeat.
     n_held_out, n_test : int or None, default=None
         How many rows chose, and how many reported.
+    scoring : str or None, default=None
+        Name of the metric; None for accuracy or R², in percent.
 
     Examples
     --------
@@ -97,17 +102,14 @@ class SoupComparison:
     soups: dict[str, BaseSoup]
     n_held_out: int | None = None
     n_test: int | None = None
+    scoring: str | None = None
 
-    HEADER = (
-        "system",
-        "held-out %",
-        "test %",
-        "seconds",
-        "forward",
-        "backward",
-        "extra memory",
-        "ingredients",
-    )
+    @property
+    def header(self) -> tuple[str, ...]:
+        """Titles of the columns: scores are in percent unless ``scoring`` was given."""
+        unit = " %" if self.scoring is None else ""
+        counts = ("seconds", "forward", "backward", "extra memory", "ingredients")
+        return ("system", f"held-out{unit}", f"test{unit}", *counts)
 
     @property
     def statement(self) -> str:
@@ -115,6 +117,8 @@ class SoupComparison:
         if self.n_held_out is None:
             return ""
         chose = f"{self.n_held_out:,} held-out rows chose the coefficients: scores on them flatter."
+        if self.scoring is not None:
+            chose = f"Scores are {self.scoring}. {chose}"
         if self.n_test is None:
             return f"{chose} No test rows were given."
         return f"{chose} {self.n_test:,} test rows, which no system saw, report."
@@ -130,19 +134,21 @@ class SoupComparison:
         Returns
         -------
         cells : list of tuple of str
-            A tuple per system, in the order of ``HEADER``.
+            A tuple per system, in the order of ``header``.
         """
+        factor, digits = (100, 2) if self.scoring is None else (1, 4)
 
-        def percent(score: float | None, spread: float, n: int) -> str:
+        def shown(score: float | None, spread: float, n: int) -> str:
             if score is None:
                 return "-"
-            return f"{100 * score:.2f}" + (f" {plus_minus} {100 * spread:.2f}" if n > 1 else "")
+            text = f"{factor * score:.{digits}f}"
+            return f"{text} {plus_minus} {factor * spread:.{digits}f}" if n > 1 else text
 
         return [
             (
                 r.system,
-                percent(r.held_out, r.held_out_std, r.n_repeats),
-                percent(r.test, r.test_std, r.n_repeats),
+                shown(r.held_out, r.held_out_std, r.n_repeats),
+                shown(r.test, r.test_std, r.n_repeats),
                 f"{r.seconds:.2f}",
                 f"{r.forward_passes:.1f}",
                 f"{r.backward_passes:.1f}",
@@ -153,8 +159,8 @@ class SoupComparison:
         ]
 
     def __str__(self) -> str:
-        rows = [self.HEADER, *self.cells()]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(self.HEADER))]
+        rows = [self.header, *self.cells()]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(self.header))]
         lines = [
             "  ".join(
                 cell.rjust(width) if column else cell.ljust(width)
@@ -171,12 +177,12 @@ class SoupComparison:
         Returns
         -------
         table : str
-            Scores in percent, with their standard deviation where there are repeats; passes in
+            Scores with their standard deviation where there are repeats; passes in
             passes of one model over the held-out rows; memory in sizes of one model.
         """
-        align = ["---", *["---:"] * (len(self.HEADER) - 1)]
+        align = ["---", *["---:"] * (len(self.header) - 1)]
         cells = [[cell.replace("|", "\\|") for cell in row] for row in self.cells()]
-        return "\n".join("| " + " | ".join(row) + " |" for row in [self.HEADER, align, *cells])
+        return "\n".join("| " + " | ".join(row) + " |" for row in [self.header, align, *cells])
 
     def to_latex(self) -> str:
         """Return the table in LaTeX, for the package booktabs.
@@ -186,11 +192,11 @@ class SoupComparison:
         table : str
             A ``tabular`` with what `to_markdown` gives.
         """
-        rows = [[_escaped(cell) for cell in self.HEADER]]
+        rows = [[_escaped(cell) for cell in self.header]]
         rows += [[_escaped(cell).replace("+-", "$\\pm$") for cell in row]
                  for row in self.cells("+-")]  # fmt: skip
         lines = [" & ".join(row) + r" \\" for row in rows]
-        columns = "l" + "r" * (len(self.HEADER) - 1)
+        columns = "l" + "r" * (len(self.header) - 1)
         return "\n".join(
             [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:],
              r"\bottomrule", r"\end{tabular}"]
@@ -279,6 +285,7 @@ def compare_soups(
     y_test: Any = None,
     *,
     recipes: Mapping[str, BaseSoup] | None = None,
+    scoring: str | Callable[..., float] | None = None,
     n_repeats: int = 1,
     measure_memory: bool = True,
     on_result: Callable[[SoupResult], None] | None = None,
@@ -295,6 +302,10 @@ def compare_soups(
         Rows that no system sees while fitting: they only report.
     recipes : mapping of str to estimator or None, default=None
         Unfitted soups by name; they are cloned. By default the ten of `paper_systems`.
+    scoring : str, callable or None, default=None
+        What the results report, as scikit-learn understands it; by default accuracy or R². What a
+        recipe searches by is its own affair: ``GreedySoup(scoring=...)``, and a loss for the
+        learned ones.
     n_repeats : int, default=1
         Fits of each recipe that draws at random, with the seeds ``random_state``,
         ``random_state + 1``, ... (from 0 where it has no number).
@@ -311,7 +322,7 @@ def compare_soups(
     Raises
     ------
     TypeError
-        ``checkpoints`` is not a collection.
+        ``checkpoints`` is not a collection, or ``recipes`` no mapping.
     ValueError
         Only one of ``X_test`` and ``y_test`` is given; ``n_repeats`` is less than 1; or as `fit`.
 
@@ -339,7 +350,12 @@ def compare_soups(
         )
     if (X_test is None) != (y_test is None):
         raise ValueError("Give both X_test and y_test, or neither.")
-    if not isinstance(n_repeats, int) or n_repeats < 1:
+    if recipes is not None and not isinstance(recipes, Mapping):
+        raise TypeError(
+            f"recipes is a {type(recipes).__name__}, expected a mapping of names to unfitted "
+            f"soups: {{'greedy': GreedySoup()}}."
+        )
+    if not isinstance(n_repeats, Integral) or n_repeats < 1:
         raise ValueError(f"n_repeats must be an int >= 1, got {n_repeats!r}.")
     results, soups = [], {}
     test = None if X_test is None else (X_test, y_test)
@@ -348,17 +364,20 @@ def compare_soups(
         for name, recipe in (recipes or paper_systems(len(checkpoints))).items():
             ranked, cost = _ranked(recipe, checkpoints, X_val, y_val, memory, rankings)
             soup, result = _measure(
-                name, ranked, cost, n_repeats, checkpoints, (X_val, y_val), test
+                name, ranked, cost, n_repeats, checkpoints, (X_val, y_val), test, scoring
             )
             if measure_memory:
                 memory_used = _extra_memory(ranked, checkpoints, X_val, y_val)
                 result = replace(result, extra_memory=memory_used)
+            if "memory" in (params := recipe.get_params(deep=False)):
+                soup.set_params(memory=params["memory"])  # the shared one ends here
             results.append(result)
             soups[name] = soup
             if on_result is not None:
                 on_result(result)
     n_test = None if test is None else len(y_test)
-    return SoupComparison(tuple(results), soups, len(y_val), n_test)
+    metric = None if scoring is None else getattr(scoring, "__name__", str(scoring))
+    return SoupComparison(tuple(results), soups, len(y_val), n_test, metric)
 
 
 def _ranked(
@@ -394,19 +413,23 @@ def _measure(
     checkpoints: CheckpointCollection,
     val: tuple[Any, Any],
     test: tuple[Any, Any] | None,
+    scoring: Any,
 ) -> tuple[BaseSoup, SoupResult]:
     """Fit a recipe as often as asked; the first soup, and the means."""
-    seed = recipe.get_params(deep=False).get("random_state", "none is drawn")
-    is_random = seed != "none is drawn" and not isinstance(recipe, GreedySoup)
+    params = recipe.get_params(deep=False)
+    seed = params.get("random_state", "none is drawn")
+    ranks_all = isinstance(recipe, GreedySoup) and recipe.ranking_fraction is None
+    is_random = seed != "none is drawn" and not ranks_all
     fits = []
     for repeat in range(n_repeats if is_random else 1):
         soup = clone(recipe)
         if is_random and n_repeats > 1:
-            soup.set_params(random_state=(seed if isinstance(seed, int) else 0) + repeat)
+            soup.set_params(random_state=(int(seed) if isinstance(seed, Integral) else 0) + repeat)
         begin = time.perf_counter()
         soup.fit(checkpoints, *val)
         seconds = time.perf_counter() - begin + ranking[0]
-        scores = soup.score(*val), None if test is None else soup.score(*test)
+        score = check_scoring(soup, scoring)
+        scores = score(soup, *val), None if test is None else score(soup, *test)
         fits.append((soup, seconds, *scores))
     soups, times, held_out, tested = zip(*fits, strict=True)
     first, n = soups[0], len(val[1])
@@ -436,5 +459,6 @@ def _extra_memory(system: BaseSoup, checkpoints: CheckpointCollection, X: Any, y
         warnings.simplefilter("ignore", SoupWarning)  # the first fit has said it
         soup.fit(checkpoints, X, y)
     module = sum(p.nbytes for p in checkpoints.build_module().parameters())
-    data = sum(np.asarray(part).nbytes for part in (*parts_of(X), y))
+    rows = [p if isinstance(p, torch.Tensor) else np.asarray(p) for p in (*parts_of(X), y)]
+    data = sum(part.nbytes for part in rows)
     return max(0.0, (live.peak - data - module) / checkpoints.nbytes)

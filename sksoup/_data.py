@@ -62,25 +62,34 @@ def take_rows(X: Any, rows: torch.Tensor) -> Any:
     return map_inputs(lambda part: part[rows.to(part.device)], X)
 
 
+def take(X: Inputs, rows: slice | torch.Tensor) -> Inputs:
+    """Some rows of tensors, copied: a module may write into what it is fed."""
+    is_view = isinstance(rows, slice)
+    copied: Inputs = map_inputs(lambda part: part[rows].clone() if is_view else part[rows], X)
+    return copied
+
+
 @dataclass(frozen=True)
 class Batch:
     """A few rows: inputs (n, ...), targets (n, ...), weights (n,) or None.
 
-    In a distributed job they are this rank's part of a minibatch, and may be none.
+    In a distributed job they are this rank's part of a minibatch, and may be none. The inputs are
+    its own, for modules that write into them.
     """
 
     X: Inputs
     y: torch.Tensor
     weight: torch.Tensor | None
-    total: torch.Tensor | int  # weight of the whole minibatch, over all ranks
+    amounts: torch.Tensor | None  # (n,), see `HeldOut.amounts`
+    total: torch.Tensor | int  # amount of the whole minibatch, over all ranks
 
     def __len__(self) -> int:
         return n_rows(self.X)
 
     @property
     def amount(self) -> torch.Tensor | int:
-        """The weight of these rows, their number where they have none."""
-        return len(self) if self.weight is None else self.weight.sum()
+        """How much these rows count: their number, where nothing else is known."""
+        return len(self) if self.amounts is None else self.amounts.sum()
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,14 @@ class HeldOut:
     y: torch.Tensor  # (N,) class indices, else (N, n_outputs); on the device
     weight: torch.Tensor | None  # (N,), on the device
     is_streamed: bool = False  # a thread moves the inputs of the next minibatch to the device
+    counted: torch.Tensor | None = None  # (N,), positions with a label, where there are several
+
+    @property
+    def amounts(self) -> torch.Tensor | None:
+        """(N,): how much a row counts, its weight times its positions; None where all are equal."""
+        if self.weight is None or self.counted is None:
+            return self.counted if self.weight is None else self.weight
+        return self.weight * self.counted
 
     def __len__(self) -> int:
         return n_rows(self.X)
@@ -103,7 +120,8 @@ class HeldOut:
         """Some of the rows, copied."""
         X, there = take_rows(self.X, rows), rows.to(self.y.device)
         weight = None if self.weight is None else self.weight[there]
-        return HeldOut(X, self.y[there], weight, self.is_streamed)
+        counted = None if self.counted is None else self.counted[there]
+        return HeldOut(X, self.y[there], weight, self.is_streamed, counted)
 
     def _move(self, part: torch.Tensor) -> torch.Tensor:
         """To the device, through pinned memory where that is faster."""
@@ -125,7 +143,7 @@ class HeldOut:
 
         ``part`` tells which of a minibatch's n rows are wanted: this rank's.
         """
-        n = len(self)
+        n, amounts = len(self), self.amounts
         size = n if batch_size is None else min(batch_size, n)
         order = None if generator is None else torch.randperm(n, generator=generator)
         if order is not None and not self.is_streamed:
@@ -138,14 +156,15 @@ class HeldOut:
             whole: Any = slice(start, stop)
             if order is not None:
                 rows, whole = order[rows], order[whole]
-            X = map_inputs(lambda part: part[rows], self.X)
+            X = take(self.X, rows)
             if self.is_streamed:
                 X = map_inputs(self._move, X)
             if order is not None:
                 rows, whole = rows.to(self.y.device), whole.to(self.y.device)
-            if self.weight is None:
-                return Batch(X, self.y[rows], None, stop - start)
-            return Batch(X, self.y[rows], self.weight[rows], self.weight[whole].sum())
+            if amounts is None:
+                return Batch(X, self.y[rows], None, None, stop - start)
+            weight = None if self.weight is None else self.weight[rows]
+            return Batch(X, self.y[rows], weight, amounts[rows], amounts[whole].sum())
 
         starts = range(0, n, size)
         yield from one_ahead(batch, starts) if self.is_streamed else map(batch, starts)

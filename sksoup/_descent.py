@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from numbers import Integral, Real
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from ._batch_norm import batch_statistics, check_rows, statistics
 from ._data import Batch, HeldOut
@@ -96,7 +98,8 @@ def descend(
     def loss_to_choose_by() -> float:
         combined()
         rows = problem.data if choose is None else choose
-        return problem.objective.mean_loss(rows, settings.batch_size)
+        with normalizing(problem.module, settings):
+            return problem.objective.mean_loss(rows, settings.batch_size)
 
     best: tuple[float, list[torch.Tensor]] | None = None
     if choose is not None:
@@ -193,8 +196,7 @@ def _epoch(
     told, norms = [], []
     shuffled = state.generator if settings.shuffle else None
     batches = problem.data.batches(settings.batch_size, shuffled, share)
-    searching = batch_statistics(problem.module) if settings.normalize_by_batch else nullcontext()
-    with searching:
+    with normalizing(problem.module, settings):
         for together in batched(batches, settings.accumulate):
             c = coef()  # (b, n_searched), a graph of a few numbers
             models.combine(layers.expand_columns(c.detach()))
@@ -217,6 +219,11 @@ def _epoch(
         raise NotFiniteError(step, before.cpu().double().numpy())
     scores = {"score": score[:, 0].tolist()} if score.numel() else {}
     return {"loss": loss.tolist(), "grad_norm": norm.tolist(), **scores}
+
+
+def normalizing(module: nn.Module, settings: Settings) -> AbstractContextManager[None]:
+    """Have BatchNorm use the minibatch's statistics, where those of the soup will be measured."""
+    return batch_statistics(module) if settings.normalize_by_batch else nullcontext()
 
 
 def _reduce_scale(scale: torch.Tensor | None) -> None:
@@ -285,25 +292,26 @@ def check_settings(soup: Any) -> None:
                 f"{name} must be one of {', '.join(map(repr, choices))}, got "
                 f"{getattr(soup, name)!r}."
             )
-    if not (isinstance(soup.lr, (int, float)) and math.isfinite(soup.lr) and soup.lr > 0):
+    if not (isinstance(soup.lr, Real) and math.isfinite(soup.lr) and float(soup.lr) > 0):
         raise ValueError(f"lr must be a finite number > 0, got {soup.lr!r}.")
     if soup.precision not in ("fp32", "bf16"):
         raise ValueError(f"precision must be 'fp32' or 'bf16', got {soup.precision!r}.")
     resolve_delta_dtype(soup.delta_dtype, torch.float32)
     for name in ("max_epochs", "model_epochs", "accumulate"):
         value = getattr(soup, name, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
     clip = soup.clip_grad_norm
-    if clip is not None and not (isinstance(clip, (int, float)) and clip > 0):
+    if clip is not None and not (isinstance(clip, Real) and float(clip) > 0):
         raise ValueError(f"clip_grad_norm must be None or > 0, got {clip!r}.")
 
 
-def check_search(soup: Any, problem: Problem) -> None:
+def check_search(soup: Any, problem: Problem, *parts: HeldOut) -> None:
     """Check what only the module and the rows tell about a search by descent."""
     if soup.batch_norm != "recalibrate":
         return
-    check_rows(problem.module, len(problem.data), soup.batch_size)
+    for rows in parts:
+        check_rows(problem.module, len(rows), soup.batch_size)
     if n_ranks() > 1 and statistics(problem.module):
         raise ValueError(
             "batch_norm='recalibrate' normalises by each minibatch, which the ranks of a "
@@ -366,8 +374,8 @@ def private_generator(random_state: Any) -> torch.Generator:
         generator.seed()
     elif hasattr(random_state, "randint"):
         generator.manual_seed(int(random_state.randint(2**31)))
-    elif isinstance(random_state, int):
-        generator.manual_seed(random_state)
+    elif isinstance(random_state, Integral):
+        generator.manual_seed(int(random_state))
     else:
         raise TypeError(
             f"random_state must be None, an int or a numpy RandomState, got {random_state!r}."

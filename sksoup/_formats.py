@@ -8,8 +8,9 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
-import warnings
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -131,6 +132,12 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
             f"{str(path)!r} can't be read: it holds more than tensors"
             f"{f' ({named[1]})' if named else ''}, and reading it could run code. sksoup never "
             f"unpickles code; save the state dict alone: torch.save(module.state_dict(), path)."
+        )
+    if re.search("Can only |Unsupported operand", text):
+        return CheckpointError(
+            f"{str(path)!r} can't be read: it holds objects beside tensors that can't be read "
+            f"without running code ({text.splitlines()[0]}). Save the state dict alone: "
+            f"torch.save(module.state_dict(), path)."
         )
     reason = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}".rstrip(": .")
     short = isinstance(error, MemoryError) or "allocate memory" in text
@@ -367,14 +374,20 @@ def _safetensors_header(path: Path) -> dict[str, TensorInfo]:
     return header
 
 
+_ONE_AT_A_TIME = threading.Lock()  # what torch holds for safe is the same for all threads
+
+
 def _load_torch(path: Path, device: str, key: str | None) -> dict[str, torch.Tensor]:
-    """Load with ``weights_only``; harmless foreign classes become inert placeholders."""
+    """Load with ``weights_only``; harmless foreign classes become inert placeholders.
+
+    Only files in zip format, torch's since 1.6, tell which classes they hold.
+    """
     is_zip = zipfile.is_zipfile(path)
-    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
-    inert: list[Any] = [(_placeholder(name), name) for name in foreign if _is_harmless(name)]
-    with torch.serialization.safe_globals(inert), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pickle protocols
-        state = torch.load(path, map_location=device, mmap=is_zip or None, weights_only=True)
+    with _ONE_AT_A_TIME:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
+        inert: list[Any] = [(_placeholder(name), name) for name in foreign if _is_harmless(name)]
+        with torch.serialization.safe_globals(inert):
+            state = torch.load(path, map_location=device, mmap=is_zip or None, weights_only=True)
     return check_state_dict(_unwrap(state, key, repr(str(path))), repr(str(path)))
 
 
@@ -404,8 +417,10 @@ def _is_state_dict(value: Any) -> bool:
 
 def _unwrap(state: Any, key: str | None, where: str) -> Any:
     """Take the state dict out of a training container, where it is plain which one it is."""
-    if not isinstance(state, Mapping) or (key is None and _is_state_dict(state)):
+    if not isinstance(state, Mapping):
         return state
+    if key is None and any(isinstance(value, torch.Tensor) for value in state.values()):
+        return state  # a state dict, if perhaps not a plain one
     candidates = [name for name, value in state.items() if _is_state_dict(value)]
     listed = ", ".join(f"{name!r} ({len(state[name])} tensors)" for name in candidates)
     if key is not None:
@@ -615,20 +630,22 @@ def write_text(path: Path, text: str) -> None:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside ``path`` that becomes it once all is written."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    path = path.resolve()  # a link stays, and what it points to becomes the folder
+    if path.exists() and (not path.is_dir() or path.is_mount() or any(path.iterdir())):
         raise FileExistsError(
             f"{str(path)!r} exists and is not an empty folder. Give another name, or move it away."
         )
-    if not path.absolute().parent.is_dir():
+    if not path.parent.is_dir():
         raise FileNotFoundError(
-            f"{str(path)!r} can't be written: the folder {str(path.absolute().parent)!r} does not "
-            f"exist. Create it first."
+            f"{str(path)!r} can't be written: the folder {str(path.parent)!r} does not exist. "
+            f"Create it first."
         )
-    temporary = path.absolute().with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with _unwritten(path):
-            temporary.mkdir()
+    # another host, or a container, may have the same process number
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    with _unwritten(path):
+        temporary.mkdir()
+        try:
             yield temporary
             temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -20,7 +20,7 @@ from ._formats import pack, unpack
 from ._ranks import from_first, rank
 from .exceptions import SoupWarning
 
-ALGORITHM = 2  # counted up whenever the same inputs give other results than before
+ALGORITHM = 3  # counted up whenever the same inputs give other results than before
 
 T = TypeVar("T")
 
@@ -145,6 +145,7 @@ def fingerprint(*values: Any) -> str:
 
 def encode(value: Any) -> Iterator[Any]:
     """Bytes that tell a value from others; bytes-like pieces, so that arrays are not copied."""
+    value = value.item() if isinstance(value, np.generic) else value
     yield f"{type(value).__qualname__}(".encode()
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
         yield repr(value).encode()
@@ -226,3 +227,6 @@ def encode_other(value: Any) -> Iterator[Any]:
             f"memory= can't tell whether {value!r} has changed, since it can't be pickled "
             f"({error}). Give something that can, or memory=None."
         ) from error
+    for part in getattr(value, "__dict__", {}).values():
+        if isinstance(part, types.FunctionType):  # a pickle holds its name alone
+            yield from encode_function(part)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from ._data import IGNORED, Batch, HeldOut, Inputs, Task, map_inputs, n_rows
+from ._data import IGNORED, Batch, HeldOut, Inputs, Task, is_dense, map_inputs, n_rows, take
 from .checkpoints import CheckpointCollection
 from .exceptions import CheckpointError
 
@@ -77,6 +76,7 @@ class Objective:
         ):  # class weights go along; the user's stay where they are
             criterion = copy.deepcopy(criterion).to(self._device)
         self.criterion = criterion
+        self._ignored = ignored_label(criterion)
         self.counts = Counts()
 
     def own(self) -> Objective:
@@ -96,6 +96,9 @@ class Objective:
             output = output * scale
         if self._wants_one_logit:
             output, y = output[:, 1] - output[:, 0], y.to(output.dtype)
+        dense = self._task == "classification" and is_dense(batch.y)
+        if dense and not bool((batch.y != self._ignored).any()):
+            return output.sum() * 0.0  # no position counts
         if batch.weight is None:
             return self.criterion(output, y).mean()
         loss = _per_row(self.criterion)(output, y)
@@ -104,18 +107,18 @@ class Objective:
                 "sample_weight needs a loss per row: the criterion returned one number for "
                 f"{len(batch)} rows. Give one with reduction='none', or drop sample_weight."
             )
-        rows = loss.reshape(len(batch), -1).mean(dim=1)  # (n,)
-        return (rows * batch.weight).sum() / batch.weight.sum().clamp_min(1e-12)
+        rows = loss.reshape(len(batch), -1)  # 0 at positions that are left out
+        rows = rows.sum(dim=1) if dense else rows.mean(dim=1)  # (n,)
+        return (rows * batch.weight).sum() / torch.as_tensor(batch.amount).clamp_min(1e-12)
 
     @torch.no_grad()
     def mean_loss(self, data: HeldOut, batch_size: int | None) -> float:
         """Loss over all rows: the mean of the batches', weighted by what is in them."""
-        total = weight = 0.0
+        total = amount = 0.0
         for batch in data.batches(batch_size):
-            share = float(len(batch) if batch.weight is None else batch.weight.sum())
-            total += share * float(self.loss(batch))
-            weight += share
-        return total / weight
+            total += float(batch.amount) * float(self.loss(batch))
+            amount += float(batch.amount)
+        return total / amount
 
     def loss_and_backward(
         self, batch: Batch, scale: torch.Tensor | None = None, share: float | torch.Tensor = 1.0
@@ -142,7 +145,7 @@ class Objective:
     def _right(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Weighted share of rows, or of pixels and tokens, whose prediction is right."""
         if self._task == "classification":
-            right, counted = output.argmax(dim=1) == batch.y, batch.y != IGNORED
+            right, counted = output.argmax(dim=1) == batch.y, batch.y != self._ignored
         else:
             right = ((output > 0) == (batch.y > 0)).reshape(len(batch), -1).all(dim=1)
             counted = torch.ones_like(right)
@@ -182,7 +185,7 @@ def batched(
     n = n_rows(X)
     size = n if batch_size is None else batch_size
     slices = (slice(start, start + size) for start in range(0, n, size))
-    return torch.cat([forward(map_inputs(itemgetter(rows), X)) for rows in slices])
+    return torch.cat([forward(take(X, rows)) for rows in slices])
 
 
 def feed(
@@ -228,6 +231,11 @@ def as_output(output: Any) -> torch.Tensor:
     return output
 
 
+def ignored_label(criterion: Any) -> int:
+    """The criterion's number for a position that is left out."""
+    return int(getattr(criterion, "ignore_index", IGNORED))
+
+
 def _per_row(
     criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -263,7 +271,7 @@ def prepare_module(
                 for verb, names in (("has", missing), ("lacks", unexpected))
                 if names
             )
-            + ". Give the architecture they were saved from: module=build_model."
+            + f". {_remedy(list(state), list(checkpoints.layout))}"
         )
     for name, info in checkpoints.layout.items():
         if tuple(state[name].shape) != info.shape:
@@ -280,6 +288,18 @@ def prepare_module(
     wide = wide or any(value.dtype == torch.float64 for value in state.values())
     module = module.to(device, torch.float64 if wide else torch.float32).eval()
     return module
+
+
+def _remedy(wanted: list[str], found: list[str]) -> str:
+    """What to do where the module's names are not those of the checkpoints."""
+    for name in found:
+        prefix = name.removesuffix(wanted[0]) if wanted and name.endswith(wanted[0]) else ""
+        if prefix and {prefix + name for name in wanted} <= set(found):
+            return (
+                f"All of the module's names are there, behind {prefix!r}: open the checkpoints "
+                f"with CheckpointCollection(..., prefix={prefix!r}), which leaves the rest out."
+            )
+    return "Give the architecture they were saved from: module=build_model."
 
 
 def module_dtype(module: nn.Module) -> torch.dtype:

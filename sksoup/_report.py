@@ -118,7 +118,7 @@ def _scores(soup: Any, comparison: Any) -> str:
     if comparison is not None:
         display = ComparisonDisplay.from_comparison(comparison)
         picture = _picture(display, "Scores of all systems")
-        table = _table(comparison.HEADER, comparison.cells())
+        table = _table(comparison.header, comparison.cells())
         mine = next((name for name, one in comparison.soups.items() if one is soup), None)
         which = (
             "This soup is none of these, which were fitted beside it."

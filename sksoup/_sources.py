@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import glob
 import os
 import random
 import re
@@ -16,8 +17,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from ._formats import FOLDER_WEIGHTS, Read, TensorInfo, check_state_dict, open_weights
+from ._formats import (
+    FOLDER_WEIGHTS,
+    SUFFIXES,
+    Read,
+    TensorInfo,
+    check_state_dict,
+    list_weights,
+    open_weights,
+)
 from ._hub import HubModule, hub_folder
+from .exceptions import CheckpointError
 
 PREFIXES = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, Lightning
 ModuleSource: TypeAlias = nn.Module | Callable[[], nn.Module]
@@ -36,7 +46,7 @@ class FileCheckpoint:
         return repr(str(self.path))
 
     def strip(self, prefix: str) -> None:
-        """Leave this prefix of the names in the file out."""
+        """Take the tensors whose names in the file begin with this, and leave it out."""
         self.prefix = prefix
         self.header = stripped(self.weights.header, prefix)
 
@@ -77,7 +87,7 @@ class MemoryCheckpoint:
         return self.label
 
     def strip(self, prefix: str) -> None:
-        """Leave this prefix of the names out."""
+        """Take the tensors whose names begin with this, and leave it out."""
         self.prefix = prefix
         header = {n: TensorInfo(tuple(v.shape), v.dtype) for n, v in self.tensors.items()}
         self.header = stripped(header, prefix)
@@ -91,13 +101,15 @@ class MemoryCheckpoint:
 
 
 def stripped(header: dict[str, TensorInfo], prefix: str) -> dict[str, TensorInfo]:
-    return {name[len(prefix) :]: info for name, info in header.items()} if prefix else header
+    return {n[len(prefix) :]: info for n, info in header.items() if n.startswith(prefix)}
 
 
 Checkpoint: TypeAlias = FileCheckpoint | MemoryCheckpoint
 
 
 def open_source(item: Any, index: int, key: str | None) -> Checkpoint:
+    if isinstance(item, (FileCheckpoint, MemoryCheckpoint)):  # of another collection
+        return copy.copy(item)
     if isinstance(item, (str, os.PathLike)):
         return FileCheckpoint(Path(item).absolute(), key)
     if isinstance(trained := getattr(item, "module_", None), nn.Module):  # a fitted skorch net
@@ -143,6 +155,36 @@ def find_architecture(given: Sequence[Any], module: Any) -> ModuleSource | None:
                 f"{type(item).__name__}."
             )
     return None
+
+
+def find_checkpoints(path: str | os.PathLike[str]) -> list[Path]:
+    """The checkpoints of a folder or a pattern, or a file, in natural order."""
+    root = Path(path)
+    if root.is_dir():
+        found = list_weights(root)
+    elif root.is_file():
+        found = [root]
+    else:
+        found = [Path(p) for p in glob.glob(os.fspath(path), recursive=True)]
+    if not found:
+        raise CheckpointError(
+            f"No checkpoints found at {os.fspath(path)!r}: expected a folder with "
+            f"{', '.join(SUFFIXES)} files, a pattern that matches some, or a file."
+        )
+    return sorted(found, key=natural_key)
+
+
+def take_prefix(entries: Sequence[Checkpoint], prefix: str) -> None:
+    """Take the tensors whose names begin with this; it is an error where none does."""
+    for entry in entries:
+        entry.strip("")
+        names = list(entry.header)
+        entry.strip(prefix)
+        if not entry.header:
+            raise CheckpointError(
+                f"{entry!r} can't be opened with prefix={prefix!r}: no name in it begins so. Its "
+                f"names are {', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''}."
+            )
 
 
 def drop_prefixes(entries: Sequence[Checkpoint], module: ModuleSource | None) -> None:

@@ -51,6 +51,8 @@ class UniformSoup(BaseSoup):
         The soup, in eval mode, on the device.
     layers_ : dict of str to int
         Row of ``coef_`` for every tensor.
+    ingredients_ : tuple of str
+        All names.
     layer_names_ : tuple of str
         Names of the rows.
     classes_ : ndarray of shape (n_outputs,)
@@ -265,6 +267,8 @@ class CheckpointEnsemble(BaseSoup):
     (2, 2)
     """
 
+    _has_recipe = False
+
     def __init__(
         self,
         checkpoints: Any = None,
@@ -317,4 +321,4 @@ class CheckpointEnsemble(BaseSoup):
             "as one model. Fit a UniformSoup for the mean of the weights."
         )
 
-    save = save_pretrained = report = state_dict
+    save = save_pretrained = report = to_skorch = state_dict

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import glob
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,10 +18,8 @@ from torch import nn
 
 from ._describe import CheckpointSummary, CollectionSummary, describe, sample, strangers_among
 from ._formats import (
-    SUFFIXES,
     Read,
     TensorInfo,
-    list_weights,
     write_safetensors,
 )
 from ._sources import (
@@ -34,10 +31,11 @@ from ._sources import (
     default_names,
     drop_prefixes,
     find_architecture,
+    find_checkpoints,
     fit_names,
-    natural_key,
     open_source,
     preserved_random_state,
+    take_prefix,
 )
 from .exceptions import CheckpointError
 
@@ -55,7 +53,8 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     checkpoints : iterable or mapping
         Paths of files (``.safetensors``, ``.pt``, ``.pth``, ``.bin``, ``.ckpt``, an
         ``.index.json`` of shards) or of Hugging Face and skorch ``Checkpoint`` folders; modules,
-        fitted skorch nets, or state dicts. A mapping gives them names. What is in memory is copied
+        fitted skorch nets, or state dicts; or a collection, opened again without a read, to give it
+        a module or scores. A mapping gives them names. What is in memory is copied
         to the CPU, so training it further changes nothing here.
     module : callable, nn.Module, skorch net or None, default=None
         The architecture: a factory without arguments, a module (copied before use) or a skorch
@@ -71,6 +70,11 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     key : str or None, default=None
         Which state dict to take out of training containers that hold several, such as ``"ema"``.
         A container with one needs no key.
+    prefix : str or None, default=None
+        Take only the tensors whose names begin with this, such as ``"model."`` of a Lightning file
+        that holds a loss's or a metric's tensors beside the network's, and leave it out of their
+        names. By default ``module.``, ``_orig_mod.`` and ``model.`` are dropped where that makes
+        all names fit the module, or each other.
 
     Attributes
     ----------
@@ -94,9 +98,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     Notes
     -----
     Nothing is ever unpickled unsafely and no option allows it; harmless classes that a container
-    holds beside its weights become inert placeholders. The prefixes ``module.``, ``_orig_mod.``
-    and ``model.`` are dropped where that makes the names fit the module, or each other. Pickling a
-    collection carries the
+    holds beside its weights become inert placeholders. Pickling a collection carries the
     paths of files (not their contents) and the tensors of in-memory checkpoints. Two collections
     are equal only if they are the same object, and ``sklearn.base.clone`` returns the same
     object. An infinite value is accepted only where it is the same in every checkpoint, as in a
@@ -114,6 +116,9 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     ('checkpoint0', 'checkpoint1', 'checkpoint2', 'checkpoint3')
     """
 
+    module: ModuleSource | None
+    scores: dict[str, float] | None
+
     def __init__(
         self,
         checkpoints: Iterable[Any] | Mapping[str, Any],
@@ -122,11 +127,19 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         names: Sequence[str] | None = None,
         scores: Mapping[str, float] | None = None,
         key: str | None = None,
+        prefix: str | None = None,
     ) -> None:
+        if isinstance(checkpoints, CheckpointCollection):
+            module = checkpoints.module if module is None else module
+            scores = checkpoints.scores if scores is None and names is None else scores
+            checkpoints = checkpoints._entries
         given, names = _named(checkpoints, names)
         self.module = find_architecture(given, module)
         entries = [open_source(item, index, key) for index, item in enumerate(given)]
-        drop_prefixes(entries, self.module)
+        if prefix is not None:
+            take_prefix(entries, prefix)
+        elif not any(entry.prefix for entry in entries):
+            drop_prefixes(entries, self.module)
         self.names: tuple[str, ...] = tuple(names) if names is not None else default_names(entries)
         _check_names(self.names, len(entries))
         self._entries: dict[str, Checkpoint] = dict(zip(self.names, entries, strict=True))
@@ -147,6 +160,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         module: ModuleSource | None = None,
         scores: Mapping[str, float] | None = None,
         key: str | None = None,
+        prefix: str | None = None,
     ) -> Self:
         """Open the checkpoints of a folder or a glob pattern, in natural order.
 
@@ -156,7 +170,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             A folder (all checkpoints in it: files, sharded ones once, Hugging Face and skorch
             folders), a glob pattern (``"runs/**/*.safetensors"``, ``"runs/checkpoint-*"``), or
             one file or Hugging Face folder.
-        module, scores, key
+        module, scores, key, prefix
             As in the constructor.
 
         Returns
@@ -176,19 +190,8 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         ...
         sksoup.exceptions.CheckpointError: No checkpoints found at 'no/such/folder/*.pt': ...
         """
-        root = Path(path)
-        if root.is_dir():
-            found = list_weights(root)
-        elif root.is_file():
-            found = [root]
-        else:
-            found = [Path(p) for p in glob.glob(os.fspath(path), recursive=True)]
-        if not found:
-            raise CheckpointError(
-                f"No checkpoints found at {os.fspath(path)!r}: expected a folder with "
-                f"{', '.join(SUFFIXES)} files, a pattern that matches some, or a file."
-            )
-        return cls(sorted(found, key=natural_key), module=module, scores=scores, key=key)
+        found = find_checkpoints(path)
+        return cls(found, module=module, scores=scores, key=key, prefix=prefix)
 
     def __getitem__(self, name: str) -> dict[str, torch.Tensor]:
         with self.open(name) as read:
@@ -403,6 +406,16 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         fit_names(list(entries.values()), wanted)
         return self._with(entries)
 
+    def _aliased(self, names: Mapping[str, str]) -> Self:
+        """Some of the checkpoints by other names, one perhaps by several."""
+        part = copy.copy(self)
+        part.scores, part._hashes, part._hashing = None, {}, {}
+        return part._with({new: self._entries[old] for new, old in names.items()})
+
+    def _key(self, name: str) -> str | None:
+        """Which state dict of its container a checkpoint is, where that was said."""
+        return getattr(self._entries[name], "key", None)
+
     def _with(self, entries: dict[str, Checkpoint]) -> Self:
         """Some of the checkpoints, or the same under other names of their tensors."""
         part, chosen = copy.copy(self), tuple(entries)
@@ -455,10 +468,14 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         ------
         FileExistsError
             A file of that name is there already; nothing is written.
+        ValueError
+            A name leads out of the folder.
         """
         root = Path(folder)
         paths = {name: root / f"{name}.safetensors" for name in self.names}
         for path in paths.values():
+            if root.resolve() not in path.resolve().parents:
+                raise ValueError(f"{str(path)!r} would be outside {str(root)!r}: change its name.")
             if path.exists():
                 raise FileExistsError(
                     f"{str(path)!r} exists. Save the collection to another folder, or move it away."
@@ -678,7 +695,14 @@ def _common_layout(entries: Mapping[str, Checkpoint]) -> dict[str, TensorInfo]:
                     f"expected a {'floating' if expected.is_floating else 'integer'} one as in "
                     f"{first!r} ({expected.dtype}); leave {name!r} out."
                 )
-            promoted = torch.promote_types(info.dtype, expected.dtype)
+            try:
+                promoted = torch.promote_types(info.dtype, expected.dtype)
+            except RuntimeError as error:  # float8 and unsigned integers promote to nothing
+                raise CheckpointError(
+                    f"{entry!r} cannot join this collection: {tensor!r} has dtype {info.dtype}, "
+                    f"which torch can't mix with {expected.dtype} as in {first!r}. Convert one of "
+                    f"them, or leave {name!r} out."
+                ) from error
             layout[tensor] = TensorInfo(info.shape, promoted)
     return layout
 

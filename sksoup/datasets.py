@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def make_digits_checkpoints(
     >>> zoo.checkpoints  # doctest: +SKIP
     CheckpointCollection(24 checkpoints, 14 tensors, 265,256 bytes each, on disk)
     """
-    if not isinstance(n_checkpoints, int) or n_checkpoints < 1:
+    if not isinstance(n_checkpoints, Integral) or n_checkpoints < 1:
         raise ValueError(f"n_checkpoints must be an integer >= 1, got {n_checkpoints!r}.")
     root = Path(folder or Path(get_data_home()) / "sksoup" / f"digits-{random_state}")
     _claim(root, random_state)

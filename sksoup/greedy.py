@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.utils import check_scalar
 
 from ._base import BaseSoup
-from ._batch_norm import BatchNormPolicy, recalibrate, statistics
+from ._batch_norm import BatchNormPolicy, can_recalibrate, recalibrate, statistics
 from ._data import HeldOut, Task
 from ._describe import judge
 from ._evaluation import Evaluation, Evaluator, RowScore
@@ -217,7 +218,7 @@ class GreedySoup(BaseSoup):
 
     def _check_params(self) -> None:
         super()._check_params()
-        check_scalar(self.min_improvement, "min_improvement", (int, float))
+        check_scalar(self.min_improvement, "min_improvement", Real)
         if not math.isfinite(self.min_improvement):
             raise ValueError(f"min_improvement must be finite, got {self.min_improvement!r}.")
         check_fraction(self.ranking_fraction, "ranking_fraction")
@@ -291,7 +292,7 @@ class GreedySoup(BaseSoup):
         fraction = self.ranking_fraction
 
         def split() -> list[torch.Tensor]:
-            return split_rows(evaluate.y, self.task, fraction, self.random_state)
+            return split_rows(evaluate.y, self.task, evaluate.weight, fraction, self.random_state)
 
         is_free = self.random_state is None  # then the memory has the rows it began with
         parts = problem.memo(("split", fraction), split) if is_free else split()
@@ -323,15 +324,28 @@ def check_fraction(fraction: float | None, name: str) -> None:
 
 
 def split_rows(
-    y: NDArray[Any], task: Task, fraction: float, random_state: Any
+    y: NDArray[Any],
+    task: Task,
+    weight: NDArray[np.float64] | None,
+    fraction: float,
+    random_state: Any,
 ) -> list[torch.Tensor]:
     """Draw a fraction of the rows, stratified by label where that is possible; and the others."""
     labels = y if task == "classification" and y.ndim == 1 else None
-    if labels is not None and np.unique(labels, return_counts=True)[1].min() < 2:
-        labels = None
+    if labels is not None:
+        counts = np.unique(labels, return_counts=True)[1]
+        n_drawn = int(fraction * len(y))  # as scikit-learn counts them
+        if counts.min() < 2 or len(counts) > min(n_drawn, len(y) - n_drawn):
+            labels = None
     parts = train_test_split(
         np.arange(len(y)), train_size=fraction, stratify=labels, random_state=random_state
     )
+    if weight is not None and not all(weight[part].any() for part in parts):
+        raise ValueError(
+            f"sample_weight is 0 for all {len(parts[0])} rows drawn, or for all {len(parts[1])} "
+            f"others, of {len(y)}: nothing can be chosen by them. Leave out rows without weight, "
+            f"or draw another fraction."
+        )
     return [torch.as_tensor(np.sort(part)) for part in parts]
 
 
@@ -417,7 +431,12 @@ class Trial:
         """Evaluate a candidate; its BatchNorm statistics as mixed, re-estimated, or the better."""
         evaluate, is_first = self.evaluate, needed == -math.inf
         objective = evaluate.objective
-        if is_first or self.batch_norm == "average" or not statistics(objective.module):
+        if (
+            is_first
+            or self.batch_norm == "average"
+            or not statistics(objective.module)
+            or not can_recalibrate(len(self.data), evaluate.batch_size)
+        ):
             return self._evaluate(needed, order)
         mixed: Evaluation | None = None
         if self.batch_norm == "auto":

@@ -59,7 +59,7 @@ class LearnedSoup(BaseSoup):
         True gives every parameter tensor its own coefficients; a callable maps a parameter's name
         to the label of its layer.
     temperature : bool, default=True
-        Also learn a factor :math:`\beta` on the logits.
+        Also learn a factor :math:`\beta` on the logits; regressions have none.
     memory_limit : int, str or None, default=None
         Bytes, or a string such as "8GB", for K + 2 models; None is half of what the device has
         free. Where they do not fit, the models are read from their files at each step.
@@ -121,6 +121,8 @@ class LearnedSoup(BaseSoup):
         The soup, in eval mode, on the device; gives raw logits.
     layers_ : dict of str to int
         Row of ``coef_`` for every tensor.
+    ingredients_ : tuple of str
+        Names of the checkpoints with a coefficient other than 0.
     layer_names_ : tuple of str
         Names of the rows.
     classes_ : ndarray of shape (n_outputs,)
@@ -233,7 +235,7 @@ class LearnedSoup(BaseSoup):
             parse_bytes(self.memory_limit)
 
     def _search(self, problem: Problem) -> Found:
-        check_search(self, problem)
+        check_search(self, problem, problem.data)
         memo = memo_of(self, problem, self.temperature)
         generator = remembered_generator(self.random_state, memo)
         seed = generator.get_state()
@@ -300,8 +302,9 @@ class LearnedSoup(BaseSoup):
             len(problem.checkpoints), problem.layers.n_searched, problem.data.y.device
         )  # fmt: skip
         dtype = coefficient_dtype(device)
+        learns = self.temperature and self.task != "regression"
         a = torch.zeros((n, n_rows), dtype=dtype, device=device).requires_grad_()
-        beta = torch.ones((), dtype=dtype, device=device).requires_grad_(self.temperature)
+        beta = torch.ones((), dtype=dtype, device=device).requires_grad_(learns)
         try:
             with (
                 OnDemand(lambda: self._models(problem, center(), capacity)) as models,
@@ -311,11 +314,11 @@ class LearnedSoup(BaseSoup):
                     models,
                     problem,
                     coef=lambda: a.softmax(dim=0),
-                    leaves=[a, beta] if self.temperature else [a],
+                    leaves=[a, beta] if learns else [a],
                     settings=settings_of(self),
                     generator=generator,
                     memo=memo.within(capacity),
-                    scale=beta if self.temperature else None,
+                    scale=beta if learns else None,
                     on_epoch=step,
                 )
         except NotFiniteError as error:

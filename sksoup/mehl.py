@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -172,6 +173,8 @@ class MEHLSoup(BaseSoup):
         The soup, in eval mode, on the device.
     layers_ : dict of str to int
         Row of ``coef_`` for every tensor.
+    ingredients_ : tuple of str
+        Names of the checkpoints with a coefficient other than 0.
     layer_names_ : tuple of str
         Names of the rows.
     classes_ : ndarray of shape (n_outputs,)
@@ -306,11 +309,11 @@ class MEHLSoup(BaseSoup):
         super()._check_params()
         check_settings(self)
         b = self.model_batch_size
-        is_count = isinstance(b, int) and not isinstance(b, bool) and b >= 1
+        is_count = isinstance(b, Integral) and not isinstance(b, bool) and b >= 1
         if not (b is None or b == "auto" or is_count):
             raise ValueError(f"model_batch_size must be an int >= 1, None or 'auto', got {b!r}.")
-        check_scalar(self.prefetch, "prefetch", int, min_val=0)
-        check_scalar(self.weight_decay, "weight_decay", (int, float), min_val=0)
+        check_scalar(self.prefetch, "prefetch", Integral, min_val=0)
+        check_scalar(self.weight_decay, "weight_decay", Real, min_val=0)
         if self.start not in STARTS:
             raise ValueError(
                 f"start must be one of {', '.join(map(repr, STARTS))}, got {self.start!r}."
@@ -324,14 +327,15 @@ class MEHLSoup(BaseSoup):
             parse_bytes(self.memory_limit)
 
     def _search(self, problem: Problem) -> Found:
-        check_search(self, problem)
         rows = self.validation_fraction
         memo = memo_of(self, problem, self.normalize, self.model_epochs, self.start, rows)
         generator = remembered_generator(self.random_state, memo)
         seed = generator.get_state()
-        memo = memo.within(seed)
-        alpha = self._start(problem)
-        problem, choose = self._hold_back(problem, generator)
+        whole = problem
+        problem, choose = self._hold_back(whole, generator)
+        check_search(self, problem, problem.data, *([] if choose is None else [choose]))
+        alpha = self._start(whole)
+        memo = memo.within(seed, alpha)
         with OnDemand(lambda: centered(problem)) as center:
             b = self._resolve(problem, center, memo)
             self._warn_of_strangers(problem.checkpoints, problem.checkpoints.names)
@@ -365,8 +369,8 @@ class MEHLSoup(BaseSoup):
         if self.validation_fraction is None:
             return problem, None
         seed = int(torch.randint(2**31, (), generator=generator))
-        y, fraction = problem.evaluate.y, self.validation_fraction
-        chooses, fits = split_rows(y, self.task, fraction, seed)
+        y, weight = problem.evaluate.y, problem.evaluate.weight
+        chooses, fits = split_rows(y, self.task, weight, self.validation_fraction, seed)
         data = problem.data
         return replace(problem, data=data.select(fits)), data.select(chooses)
 

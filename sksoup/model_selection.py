@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,10 +34,11 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from ._base import DocLinkMixin, validate_rows
+from ._base import DocLinkMixin, to_numpy, validate_rows
 from ._data import Task, map_inputs
 from ._formats import check_state_dict, read_metadata, write_safetensors, write_text
 from ._loaders import is_apart
+from ._memo import fingerprint
 from ._objective import module_dtype
 from ._sources import preserved_random_state
 from .baselines import UniformSoup
@@ -47,6 +49,7 @@ from .greedy import GreedySoup
 __all__ = ["CheckpointScorer", "SoupSearchCV"]
 
 MANIFEST = "search.json"
+PLAIN = (bool, int, float, str, type, type(None))
 RECORD = "sksoup.candidate"  # key of a candidate's record in its file's metadata
 
 
@@ -202,6 +205,7 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         """
         soup, folder = self._soup(), None if self.save_dir is None else Path(self.save_dir)
         X, y = validate_rows(self, X, y, soup.task, ordered=is_apart(y))
+        X = map_inputs(to_numpy, X)  # from a device, too: nets take it there themselves
         scorer = check_scoring(self.estimator, self.scoring)
         start = find_start(self.estimator)
         if start is not None:  # nets take floats of their own width
@@ -237,7 +241,7 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
     # -------------------------------------------------------------- what fit consists of
 
     def _soup(self) -> Any:
-        if not isinstance(self.n_iter, int) or self.n_iter < 1:
+        if not isinstance(self.n_iter, Integral) or self.n_iter < 1:
             raise ValueError(f"n_iter must be an integer >= 1, got {self.n_iter!r}.")
         task: Task = "regression" if is_regressor(self.estimator) else "classification"
         soup = GreedySoup(task=task) if self.soup is None else clone(self.soup)
@@ -280,14 +284,14 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         self, seed: int, params: Sequence[Mapping[str, Any]], start: nn.Module | None, parts: Any
     ) -> dict[str, Any]:
         """What must be the same for a search to go on."""
-        plain = (bool, int, float, str, type, type(None))
         fixed = self.estimator.get_params(deep=False)
         return {
             "version": 1,
             "seed": seed,
-            "candidates": [repr(dict(sorted(p.items()))) for p in params],
+            "candidates": [repr({k: _told(v) for k, v in sorted(p.items())}) for p in params],
             "estimator": type(self.estimator).__name__,
-            "params": {k: repr(v) for k, v in sorted(fixed.items()) if isinstance(v, plain)},
+            "params": {k: repr(v) for k, v in sorted(fixed.items()) if isinstance(v, PLAIN)},
+            "scoring": _told(self.scoring),
             "start": None if start is None else content_hash(_state_of(start)),
             "data": content_hash(parts),
         }
@@ -552,6 +556,16 @@ def _path(folder: Path | None, index: int) -> Path | None:
 def _take(values: Any, rows: NDArray[np.int64]) -> Any:
     """Some rows of an array, or of several."""
     return map_inputs(lambda part: part[rows], values)
+
+
+def _told(value: Any) -> str:
+    """A parameter in words that are the same in another process."""
+    if isinstance(value, PLAIN):
+        return repr(value)
+    try:
+        return f"{type(value).__name__} {fingerprint(value)[:16]}"
+    except TypeError:  # it can't be pickled
+        return type(value).__name__
 
 
 def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:

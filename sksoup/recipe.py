@@ -26,7 +26,7 @@ from ._formats import (
     write_text,
 )
 from ._layout import check_layers
-from ._mix import mix, mix_into, mix_some
+from ._mix import check_coef, mix, mix_into, mix_some
 from .checkpoints import CheckpointCollection
 from .exceptions import CheckpointError, RecipeError
 
@@ -48,6 +48,8 @@ class Ingredient:
         Of its file, or of names and values when it lived in memory.
     file : str or None
         File name (no folder), None when it lived in memory.
+    key : str or None, default=None
+        Which state dict of its container, where that was said.
 
     Examples
     --------
@@ -59,6 +61,7 @@ class Ingredient:
     name: str
     sha256: str
     file: str | None = None
+    key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class Verification:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recipe:
     """Record what was mixed: enough to rebuild a soup's weights bit for bit.
 
@@ -159,6 +162,8 @@ class Recipe:
         Tensors that were re-estimated from data and that `cook` can't rebuild.
     versions : dict of str to str
         Versions of sksoup, torch, ...
+    classes : tuple, default=()
+        Labels of the outputs, in their order, where JSON can hold them.
 
     Notes
     -----
@@ -187,6 +192,7 @@ class Recipe:
     temperature: float = 1.0
     recalibrated: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    classes: tuple[Any, ...] = ()
 
     @classmethod
     def record(
@@ -224,11 +230,22 @@ class Recipe:
         rows = np.atleast_2d(np.asarray(coef, dtype=np.float64))
         paths = {name: checkpoints.path(name) for name in checkpoints}
         ingredients = tuple(
-            Ingredient(name, checkpoints.sha256(name), path.name if path else None)
+            Ingredient(
+                name,
+                checkpoints.sha256(name),
+                path.name if path else None,
+                checkpoints._key(name),
+            )
             for name, path in paths.items()
         )
         names = layer_names or tuple(str(row) for row in range(len(rows)))
         return cls(method, ingredients, rows, dict(layers), names, **fields)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.to_json() == other.to_json()
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
 
     def to_json(self) -> str:
         """Return the recipe as a JSON text.
@@ -277,10 +294,10 @@ class Recipe:
                 f"Read it with a newer sksoup."
             )
         try:
-            return cls(
+            recipe = cls(
                 method=str(document["method"]),
                 ingredients=tuple(
-                    Ingredient(i["name"], i["sha256"], i.get("file"))
+                    Ingredient(i["name"], i["sha256"], i.get("file"), i.get("key"))
                     for i in document["ingredients"]
                 ),
                 coef=np.array(document["coef"], dtype=np.float64),
@@ -291,9 +308,29 @@ class Recipe:
                 temperature=float(document.get("temperature", 1.0)),
                 recalibrated=tuple(document.get("recalibrated", ())),
                 versions=dict(document.get("versions", {})),
+                classes=tuple(document.get("classes", ())),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RecipeError(f"{source} is not a whole sksoup recipe: {error!r}.") from error
+        recipe._check(source)
+        return recipe
+
+    def _check(self, source: str) -> None:
+        """Refuse what someone has edited or damaged."""
+        rows, names = self.layers.values(), [i.name for i in self.ingredients]
+        try:
+            check_coef(self.coef, len(names))
+        except ValueError as error:
+            raise RecipeError(f"{source} is not a whole sksoup recipe: {error}") from error
+        wrong = None
+        if self.coef.ndim != 2 or len(self.coef) != len(self.layer_names):
+            wrong = f"coef has shape {self.coef.shape} for {len(self.layer_names)} layers"
+        elif rows and not (min(rows) >= 0 and max(rows) < len(self.coef)):
+            wrong = f"layers name row {max(rows)} of {len(self.coef)}"
+        elif len(set(names)) < len(names):
+            wrong = "two ingredients have the same name"
+        if wrong is not None:
+            raise RecipeError(f"{source} is not a whole sksoup recipe: {wrong}.")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
@@ -321,8 +358,13 @@ class Recipe:
         if is_text and not where.is_dir():
             try:
                 text = where.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
+            except OSError as error:
                 raise CheckpointError(f"{str(where)!r} can't be read: {error}.") from error
+            except UnicodeDecodeError as error:
+                raise RecipeError(
+                    f"{str(where)!r} holds no sksoup recipe: expected a .safetensors file or a "
+                    f"folder that sksoup wrote, or a .json file."
+                ) from error
             return cls.from_json(text, repr(str(where)))
         metadata = read_metadata(where)
         if METADATA_KEY not in metadata:
@@ -511,7 +553,7 @@ class Recipe:
             "- sksoup",
             "---",
             "",
-            f"# {_plain(self.method)} of {len(rows)} checkpoints",
+            f"# {_plain(self.method)} of {len(rows)} checkpoint{'s' * (len(rows) > 1)}",
             "",
             f"One network mixed from {len(rows)} of {len(self.ingredients)} checkpoints that were "
             f"fine-tuned from one start, by `{_plain(self.method)}` of sksoup: its weights are "
@@ -523,6 +565,9 @@ class Recipe:
             *rows,
             "",
         ]
+        if self.classes:
+            labels = ", ".join(f"`{_plain(str(label))}`" for label in self.classes)
+            lines += [f"Outputs, in order: {labels}.", ""]
         if self.temperature != 1.0:
             lines += [f"Multiply the logits by {self.temperature:.6g} for probabilities.", ""]
         if self.recalibrated:
@@ -549,14 +594,15 @@ class Recipe:
         if not isinstance(checkpoints, CheckpointCollection):
             checkpoints = CheckpointCollection(checkpoints)
         used = np.flatnonzero(self.is_used())
-        names = [self._find(self.ingredients[k], checkpoints) for k in used]
-        chosen = checkpoints.select(names)._named_as(self.layers)
+        needed = [self.ingredients[k] for k in used]
+        found = {one.name: self._find(one, checkpoints) for one in needed}
+        chosen = checkpoints._aliased(found)._named_as(self.layers)
         if unlike := sorted(chosen.layout.keys() ^ self.layers.keys()):
             raise RecipeError(
                 f"The checkpoints hold other tensors than the recipe: {unlike[0]!r} is in one of "
                 f"them only, and so are {len(unlike) - 1} more of {len(self.layers)}. Open them "
-                f"with the module that the soup was fitted with: "
-                f"CheckpointCollection(..., module=build_model)."
+                f"as for the fit, with its module or prefix: CheckpointCollection(..., module=, "
+                f"prefix=); --prefix on the command line."
             )
         return chosen, self.coef[:, used]
 
@@ -566,7 +612,7 @@ class Recipe:
         name = ingredient.name
         if name in checkpoints:
             if digest(name) == ingredient.sha256:
-                return name
+                return _with_key(name, ingredient, checkpoints)
             raise RecipeError(
                 f"The checkpoint {name!r} is not the one the recipe was made of: its SHA-256 is "
                 f"{digest(name)[:12]}..., expected {ingredient.sha256[:12]}.... Find the original, "
@@ -579,7 +625,18 @@ class Recipe:
                 f"{ingredient.sha256[:12]}...), and the {len(checkpoints)} checkpoints given hold "
                 f"neither that name nor that content."
             )
-        return match
+        return _with_key(match, ingredient, checkpoints)
+
+
+def _with_key(name: str, ingredient: Ingredient, checkpoints: CheckpointCollection) -> str:
+    """The name, if it is that state dict of the container that the recipe was made of."""
+    key = checkpoints._key(name)
+    if None not in (key, ingredient.key) and key != ingredient.key:
+        raise RecipeError(
+            f"The recipe was made of key={ingredient.key!r} of {name!r}, and the checkpoints were "
+            f"opened with key={key!r}."
+        )
+    return name
 
 
 @contextmanager

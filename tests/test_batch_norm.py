@@ -23,7 +23,7 @@ from sksoup import (
     mix,
 )
 
-from .zoo import Zoo, make_zoo, same_tensors
+from .zoo import Net, Zoo, make_zoo, same_tensors
 
 SOUPS = [
     UniformSoup(),
@@ -157,7 +157,7 @@ def test_variances_that_extrapolation_would_make_negative_are_told(zoo: Zoo):
 @pytest.mark.parametrize("kind", [MEHLSoup, LearnedSoup])
 @pytest.mark.parametrize("batch_size", [1, 59])
 def test_a_minibatch_of_one_row_is_refused_before_the_search(zoo: Zoo, kind, batch_size):
-    with pytest.raises(ValueError, match="leave one alone"):
+    with pytest.raises(ValueError, match=r"leave one alone|have one row each"):
         kind(batch_norm="recalibrate", batch_size=batch_size).fit(zoo.checkpoints, zoo.X, zoo.y)
 
 
@@ -194,3 +194,42 @@ def test_convolutions_and_frozen_statistics():
     with torch.no_grad():
         hidden = soup.module_[0](X)
     torch.testing.assert_close(soup.module_[1].running_mean, hidden.mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("policy", ["recalibrate", "auto"])
+def test_one_row_has_no_variance(zoo: Zoo, policy):
+    soup = UniformSoup(batch_norm=policy)
+    if policy == "recalibrate":
+        with pytest.raises(ValueError, match=r"those of 1 rows .* have one row each"):
+            soup.fit(zoo.checkpoints, zoo.X[:1], zoo.y[:1])
+        with pytest.raises(ValueError, match="with batch_size=1 have one row each"):
+            clone(soup).set_params(batch_size=1).fit(zoo.checkpoints, zoo.X, zoo.y)
+        return
+    mean = UniformSoup().fit(zoo.checkpoints, zoo.X, zoo.y)
+    soup.fit(zoo.checkpoints, zoo.X[:1], zoo.y[:1])
+    assert soup.recalibrated_ == ()
+    assert same_tensors(soup.state_dict(), mean.state_dict())
+    greedy = GreedySoup(batch_norm="auto", batch_size=1).fit(zoo.checkpoints, zoo.X, zoo.y)
+    plain = GreedySoup(batch_size=1).fit(zoo.checkpoints, zoo.X, zoo.y)
+    assert greedy.ingredients_ == plain.ingredients_
+    assert greedy.recalibrated_ == ()
+
+
+def test_the_iterate_is_chosen_by_statistics_like_those_of_the_soup(zoo: Zoo):
+    """Stored statistics that say nothing do not decide it."""
+    states = [dict(zoo.checkpoints[name]) for name in zoo.checkpoints]
+    for state in states:
+        state["norm.running_mean"] = torch.full((6,), 50.0)
+    checkpoints = CheckpointCollection(states, module=Net)
+    soup = MEHLSoup(batch_norm="recalibrate", validation_fraction=0.3, max_epochs=3, lr=0.2,
+                    batch_size=None, random_state=0)  # fmt: skip
+    soup.fit(checkpoints, zoo.X, zoo.y)
+    assert soup.history_[0]["validation_loss"] < 5
+    assert np.ptp(soup.coef_) > 0  # not the start
+
+
+def test_rows_are_counted_once_some_are_set_aside(zoo: Zoo):
+    soup = MEHLSoup(batch_norm="recalibrate", validation_fraction=0.15, max_epochs=1)
+    with pytest.raises(ValueError, match="9 rows in minibatches of 4 leave one alone"):
+        clone(soup).set_params(batch_size=4).fit(zoo.checkpoints, zoo.X, zoo.y)
+    clone(soup).set_params(batch_size=59).fit(zoo.checkpoints, zoo.X, zoo.y)  # 51 and 9

@@ -147,3 +147,48 @@ def test_labels_that_do_not_fit(pixels, change, message):
     checkpoints, X, y = pixels
     with pytest.raises(ValueError, match=message):
         UniformSoup().fit(checkpoints, X, change(y))
+
+
+def test_rows_with_fewer_labels_count_less_with_weights_and_without(pixels):
+    checkpoints, X, y = pixels
+    y[::3, :, 1:] = -100  # a third of the rows keeps five positions
+    soup = MEHLSoup(layerwise=True, batch_size=None, max_epochs=2, random_state=0)
+    plain = clone(soup).fit(checkpoints, X, y)
+    ones = clone(soup).fit(checkpoints, X, y, sample_weight=np.ones(30))
+    np.testing.assert_allclose(ones.coef_, plain.coef_, atol=1e-6)
+    losses = [record["loss"] for fit in (plain, ones) for record in fit.history_]
+    np.testing.assert_allclose(losses[: len(losses) // 2], losses[len(losses) // 2 :], rtol=1e-5)
+
+
+def test_accumulated_minibatches_are_one_whatever_is_left_out(pixels):
+    checkpoints, X, y = pixels
+    y[::3, :, 1:] = -100
+    soup = MEHLSoup(batch_size=None, max_epochs=1, shuffle=False)
+    whole = clone(soup).fit(checkpoints, X, y)
+    parts = clone(soup).set_params(batch_size=7, accumulate=5).fit(checkpoints, X, y)
+    assert parts.history_[0]["loss"] == pytest.approx(whole.history_[0]["loss"], rel=1e-5)
+    assert parts.history_[0]["score"] == pytest.approx(whole.history_[0]["score"], rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [None, np.ones(30)])
+def test_a_minibatch_without_any_label_adds_nothing(pixels, weight):
+    checkpoints, X, y = pixels
+    y[29] = -100  # the last minibatch, alone
+    soup = MEHLSoup(batch_size=29, max_epochs=2, shuffle=False, random_state=0)
+    fitted = soup.fit(checkpoints, X, y, sample_weight=weight)
+    assert fitted.history_[0]["loss"][1] == 0
+    assert np.isfinite(fitted.coef_).all()
+    held = clone(soup).set_params(validation_fraction=0.3, batch_size=1)
+    y[10:] = -100  # most rows
+    assert np.isfinite(held.fit(checkpoints, X, y).history_[0]["validation_loss"])
+
+
+def test_what_a_criterion_leaves_out_is_not_scored(pixels):
+    checkpoints, X, y = pixels
+    scores = [
+        MEHLSoup(criterion=criterion, batch_size=None, max_epochs=1, shuffle=False)
+        .fit(checkpoints, X, y)
+        .history_[0]["score"]
+        for criterion in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(ignore_index=255))
+    ]
+    assert scores[0] == scores[1]

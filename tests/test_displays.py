@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_hex
 from sklearn.exceptions import NotFittedError
+from torch import nn
 
-from sksoup import GreedySoup, LearnedSoup, MEHLSoup, UniformSoup
+from sksoup import CheckpointCollection, GreedySoup, LearnedSoup, MEHLSoup, UniformSoup
 from sksoup._displays import LONGEST_LABEL, RED, shortened
 from sksoup.inspection import (
     CoefficientsDisplay,
@@ -201,3 +202,20 @@ def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r"pip install matplotlib, or the extra sksoup\[plot\]"):
         CoefficientsDisplay([1.0], ["a"], ["all"]).plot()
+
+
+def test_the_barrier_is_measured_with_the_labels_of_the_soup():
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(10 * torch.eye(2))
+
+        def forward(self, X):
+            return X @ self.scale
+
+    checkpoints = CheckpointCollection([Logits(), Logits()], module=Logits)
+    X, y = np.eye(2, dtype=np.float32), np.array(["yes", "no"])
+    soup = UniformSoup(classes=["yes", "no"]).fit(checkpoints, X, y)
+    assert soup.score(X, y) == 1
+    display = LossBarrierDisplay.from_estimator(soup, X, y, n_points=3)
+    assert display.barrier.losses.max() < 0.01

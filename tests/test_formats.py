@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -391,3 +393,62 @@ def test_a_file_system_that_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "safe_open", broken)
     with pytest.raises(CheckpointError, match=r"ft0.*Input/output error"), file.open() as read:
         read("w")
+
+
+def test_a_state_dict_with_extra_state_is_no_container(tmp_path):
+    state = {"fc.weight": torch.ones(2), "fc._extra_state": {"scale": torch.ones(1)}}
+    torch.save(state, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match=r"not a plain state dict: 'fc._extra_state' is a d"):
+        formats.open_weights(tmp_path / "m.pt")
+
+
+def test_containers_are_read_by_many_threads_and_no_warning_is_lost(tmp_path):
+    paths = [tmp_path / f"{k}.pt" for k in range(2)]
+    for path in paths:
+        torch.save({"model": {"w": torch.ones(2)}, "args": argparse.Namespace(lr=1)}, path)
+    before, errors = list(warnings.filters), []
+
+    def read(path):
+        try:
+            for _ in range(60):
+                with formats.open_weights(path).open() as one:
+                    one("w")
+        except CheckpointError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=read, args=(path,)) for path in paths * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert warnings.filters == before
+
+
+class Settings(dict):
+    """As configurations often are."""
+
+
+def test_objects_that_can_not_be_made_inert_are_told_from_damage(tmp_path):
+    torch.save({"model": {"w": torch.ones(2)}, "config": Settings(lr=1)}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match=r"objects beside tensors .* Save the state dict al"):
+        formats.open_weights(tmp_path / "c.pt")
+
+
+def test_a_folder_is_written_where_a_link_points(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "scratch")
+    with formats.new_folder(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("whole")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "scratch" / "a").read_text() == "whole"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "scratch"]
+
+
+def test_the_unfinished_folder_of_another_is_left_alone(tmp_path):
+    other = tmp_path / f".out.{os.getpid()}.tmp"  # in a container all have the same number
+    other.mkdir()
+    with formats.new_folder(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("whole")
+    assert (tmp_path / "out" / "a").exists()
+    assert other.exists()

@@ -279,3 +279,43 @@ class Wrapped(TwoInputs):
 
     def forward(self, left, right):
         return super().forward(left, right)["logits"]
+
+
+class Overwriting(nn.Module):
+    """Shifts and rectifies what it is given, where it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, X):
+        return self.layer(X.sub_(0.5).relu_())
+
+
+class Copying(Overwriting):
+    def forward(self, X):
+        return self.layer((X - 0.5).relu())
+
+
+@every_soup
+@pytest.mark.parametrize("batch_size", [25, None])
+def test_modules_that_write_into_their_input(zoo: Zoo, soup, batch_size):
+    torch.manual_seed(0)
+    nets = around(Overwriting(), 4, spread=0.5)
+    X = zoo.X.copy()
+    fits = [
+        clone(soup).set_params(batch_size=batch_size).fit(
+            CheckpointCollection([net.state_dict() for net in nets], module=kind), X, zoo.y
+        )
+        for kind in (Overwriting, Copying)
+    ]  # fmt: skip
+    assert np.array_equal(X, zoo.X)
+    assert np.array_equal(fits[0].coef_, fits[1].coef_)
+    assert np.array_equal(fits[0].predict_proba(X), fits[1].predict_proba(X))
+    assert np.array_equal(X, zoo.X)
+
+
+def test_rows_in_bfloat16(zoo: Zoo):
+    X = torch.as_tensor(zoo.X).bfloat16()
+    soup = UniformSoup().fit(zoo.checkpoints, X, zoo.y)
+    assert soup.score(X, zoo.y) == soup.score(X.float().numpy(), zoo.y)

@@ -5,6 +5,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from sklearn.base import clone
+from sklearn.metrics import f1_score, make_scorer
 from torch.nn.modules.module import register_module_forward_hook
 
 from sksoup import BestCheckpoint, GreedySoup, MEHLSoup, UniformSoup
@@ -69,7 +70,8 @@ def test_checkpoints_are_ranked_once_and_everybody_pays(zoo: Zoo):
     ranked = 60 * (7 + 7) + 30 * 7  # two metrics, and half of the rows
     tried = 60 * (6 + 6) + 30 * 7  # a soup that is split evaluates its best anew
     assert rows[0] == ranked + tried + 60 * len(recipes)  # and each is scored
-    assert found.soups["best"].memory is not None
+    assert found.soups["best"].memory is None  # the one they shared ended with the comparison
+    found.soups["greedy"].fit(zoo.checkpoints, zoo.X, zoo.y)
 
 
 def test_repeats(zoo: Zoo):
@@ -145,7 +147,32 @@ def test_memory_leaves_out_the_rows_however_they_are_given(zoo: Zoo):
     assert named == pytest.approx(array, abs=0.5)
 
 
+@pytest.mark.parametrize("scoring", ["f1_macro", make_scorer(f1_score, average="macro")])
+def test_any_metric_is_reported(zoo: Zoo, scoring):
+    recipes = {"best": BestCheckpoint(), "mean": UniformSoup()}
+    found = compare_soups(
+        zoo.checkpoints, zoo.X, zoo.y, zoo.X[:30], zoo.y[:30], recipes=recipes, scoring=scoring
+    )
+    result, soup = found.results[1], found.soups["mean"]
+    expected = f1_score(zoo.y[:30], soup.predict(zoo.X[:30]), average="macro")
+    assert result.test == pytest.approx(expected)
+    assert result.test != soup.score(zoo.X[:30], zoo.y[:30])
+    said = str(found)
+    assert "%" not in said
+    assert f"{expected:.4f}" in said
+    assert "Scores are " + ("f1_macro." if scoring == "f1_macro" else "make_scorer(f1_") in said
+    assert found.header[1:3] == ("held-out", "test")
+
+
+def test_a_split_ranking_is_drawn_anew_by_every_repeat(zoo: Zoo):
+    recipes = {"split": GreedySoup(ranking_fraction=0.5, random_state=0), "whole": GreedySoup()}
+    found = compare_soups(zoo.checkpoints, zoo.X, zoo.y, recipes=recipes, n_repeats=2)
+    assert [result.n_repeats for result in found.results] == [2, 1]
+
+
 def test_bad_arguments(zoo: Zoo):
+    with pytest.raises(TypeError, match=r"recipes is a list, expected a mapping of names"):
+        compare_soups(zoo.checkpoints, zoo.X, zoo.y, recipes=[UniformSoup()])
     with pytest.raises(TypeError, match="expected a CheckpointCollection"):
         compare_soups([], zoo.X, zoo.y)
     with pytest.raises(ValueError, match="both X_test and y_test"):

@@ -107,3 +107,18 @@ def test_memory_is_that_of_all_models_and_two(tmp_path):
     half = LearnedSoup(layerwise=True, max_epochs=1, delta_dtype="bfloat16", random_state=0)
     peak, _ = peak_models(tmp_path / "half", half)
     assert peak <= 4.5 + 2 + ONE_TENSOR_AND_DATA
+
+
+def test_a_regression_learns_no_factor_that_no_prediction_applies():
+    X = torch.linspace(-1, 1, 40)[:, None]
+    nets = []
+    for slope in (1.0, 3.0):
+        net = torch.nn.Linear(1, 1)
+        torch.nn.init.constant_(net.weight, slope)
+        torch.nn.init.zeros_(net.bias)
+        nets.append(net)
+    soup = LearnedSoup(task="regression", max_epochs=300, random_state=0)
+    soup.fit(CheckpointCollection(nets), X.numpy(), 2.6 * X[:, 0].numpy())
+    assert soup.temperature_ == 1
+    assert soup.coef_ == pytest.approx([0.2, 0.8], abs=0.01)
+    assert soup.score(X.numpy(), 2.6 * X[:, 0].numpy()) > 0.999

@@ -12,6 +12,7 @@ import sys
 import termios
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -178,3 +179,86 @@ def test_a_kill_while_averaging_leaves_the_old_file(tmp_path):
         assert load_file(out).keys() == {f"t{i}" for i in range(10)}
     else:
         assert out.read_bytes() == before or load_file(out)["t0"][0] == 2.5
+
+
+def test_several_paths(runs, tmp_path, capsys):
+    paths = [runs / f"ft{k}.safetensors" for k in (0, 1, 3)]
+    run("average", *paths, "-o", tmp_path / "three.safetensors")
+    assert "3 checkpoints mixed" in capsys.readouterr().out
+    expected = mix(CheckpointCollection(paths), np.full(3, 1 / 3))
+    found = load_file(tmp_path / "three.safetensors")
+    assert same_tensors(dict(sorted(found.items())), dict(sorted(expected.items())))
+    run("verify", tmp_path / "three.safetensors", runs / "ft[01]*", paths[2])
+    run("average", paths[0], "-o", tmp_path / "one.safetensors")
+    assert "1 checkpoint mixed" in capsys.readouterr().out
+
+
+def test_prefix(tmp_path, capsys):
+    states = make_states(2, seed=0)
+    for k, state in enumerate(states):
+        saved = {f"model.{name}": value for name, value in state.items()}
+        save_file(saved, tmp_path / f"ft{k}.safetensors")
+    out = tmp_path / "out"
+    out.mkdir()
+    run("average", tmp_path, "-o", out / "as_saved.safetensors")
+    said = capsys.readouterr().out
+    assert "all names begin with 'model.', as in the files: --prefix model. drops it" in said
+    run("average", tmp_path, "-o", out / "plain.safetensors", "--prefix", "model.")
+    assert "begin" not in capsys.readouterr().out
+    Net().load_state_dict(load_file(out / "plain.safetensors"))
+    run("verify", out / "plain.safetensors", tmp_path, "--prefix", "model.")
+
+
+def test_the_key_of_the_recipe_is_taken(tmp_path):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for k, state in enumerate(make_states(2, seed=0)):
+        torch.save({"model": make_states(1, seed=k)[0], "ema": state}, runs / f"{k}.pt")
+    mean = tmp_path / "mean.safetensors"
+    run("average", runs, "-o", mean, "--key", "ema")
+    run("verify", mean, runs)
+    run("cook", mean, runs, "-o", tmp_path / "again.safetensors")
+    assert same_tensors(load_file(tmp_path / "again.safetensors"), load_file(mean))
+
+
+def test_the_output_is_no_input(runs, capsys):
+    run("average", runs, "-o", runs / "soup.safetensors")
+    run("average", runs, "-o", runs / "soup.safetensors", "--force", status=2)
+    assert "is one of the checkpoints to be mixed" in capsys.readouterr().err
+    run("average", runs / "ft*", "-o", runs / "soup.safetensors", "--force")
+
+
+def test_names_of_folders_may_have_dots(runs, tmp_path):
+    run("average", runs, "-o", tmp_path / "Llama-3.1-8B-soup")
+    assert (tmp_path / "Llama-3.1-8B-soup" / "model.safetensors.index.json").exists()
+
+
+def test_what_is_wrong_is_said_and_no_traceback(runs, soup, tmp_path, capsys):
+    run("cook", runs, soup, "-o", tmp_path / "x.safetensors", status=2)
+    assert "The recipe is the first argument." in capsys.readouterr().err
+    torch.save({"w": torch.ones(1)}, tmp_path / "raw.ckpt")
+    run("verify", tmp_path / "raw.ckpt", runs, status=2)
+    assert "holds no sksoup recipe" in capsys.readouterr().err
+    recipe = json.loads(Recipe.load(soup).to_json())
+    recipe["coef"] = recipe["coef"][0]
+    (tmp_path / "edited.json").write_text(json.dumps(recipe))
+    run(
+        "cook", tmp_path / "edited.json", runs, "-o", tmp_path / "x.safetensors", "--json", status=2
+    )
+    assert "not a whole sksoup recipe" in json.loads(capsys.readouterr().out)["error"]
+
+
+@pytest.mark.parametrize("out", ["x.safetensors", "x"])
+def test_a_full_disk_is_said_with_what_to_do(runs, tmp_path, out):
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200));"
+        "from sksoup.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "average", runs, "-o", tmp_path / out, "--json"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "Make room" in json.loads(done.stdout)["error"]
+    assert not list(tmp_path.glob("*x*"))

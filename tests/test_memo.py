@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.metrics import make_scorer
+from sklearn.utils.validation import check_is_fitted
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -33,6 +36,7 @@ from sksoup import (
     LearnedSoup,
     MEHLSoup,
     SoupWarning,
+    UniformSoup,
 )
 from sksoup._memo import Memo, fingerprint
 
@@ -432,6 +436,70 @@ def test_a_fit_that_fails_leaves_nothing_of_the_one_before(files, zoo: Zoo):
     assert not [name for name in vars(soup) if name in ("coef_", "path_", "module_", "recipe_")]
     assert len(hashed) == 1
     soup.fit(files, zoo.X, zoo.y)  # and hashes what was not
+
+
+def test_a_fit_that_fails_at_its_end_is_none(zoo: Zoo):
+    states = [dict(zoo.checkpoints[name]) for name in zoo.checkpoints]
+    states[3]["head.weight"] = torch.full_like(states[3]["head.weight"], torch.nan)
+    soup = UniformSoup()
+    with pytest.raises(CheckpointError, match=r"'head.weight' holds NaN"):
+        soup.fit(CheckpointCollection(states, module=Net), zoo.X, zoo.y)  # found while mixing
+    assert not [name for name in vars(soup) if name.endswith("_")]
+    with pytest.raises(ValueError, match="batch_size"):
+        soup.set_params(batch_size=-1).fit(zoo.checkpoints, zoo.X, zoo.y)
+    with pytest.raises(NotFittedError):
+        check_is_fitted(soup)
+
+
+def test_where_a_search_starts_is_noticed(tmp_path, files, zoo: Zoo):
+    """The memory is asked for the search from there, not from where the word once led."""
+
+    def fitted(memory, scores, **params):
+        collection = CheckpointCollection(
+            [files.path(name) for name in files], module=Net, scores=scores
+        )
+        soup = MEHLSoup(model_batch_size=2, max_epochs=1, random_state=0, memory=memory, **params)
+        with quiet():
+            return soup.fit(collection, zoo.X, zoo.y).coef_
+
+    for k in (0, 3):
+        scores = {name: float(i == k) for i, name in enumerate(files)}
+        remembered = fitted(tmp_path / "memory", scores, start="best")
+        assert np.array_equal(remembered, fitted(None, scores, start="best"))
+    for policy in ("average", "auto"):
+        remembered = fitted(tmp_path / "memory", None, start="greedy", batch_norm=policy)
+        assert np.array_equal(
+            remembered, fitted(None, None, start="greedy", batch_norm=policy)
+        )  # fmt: skip
+
+
+def test_a_metric_whose_code_changed_is_noticed():
+    def metric(body):
+        names: dict = {"__name__": "notebook"}
+        exec(f"def metric(y, predicted): return {body}", names)
+        return names["metric"]
+
+    first, second = metric("(y == predicted).mean()"), metric("(y != predicted).mean()")
+    sys.modules["notebook"] = types.ModuleType("notebook")
+    try:
+        digests = []
+        for function in (first, second, first):
+            sys.modules["notebook"].metric = function
+            digests.append(fingerprint(make_scorer(function)))
+    finally:
+        del sys.modules["notebook"]
+    assert digests[0] == digests[2] != digests[1]
+
+
+def test_scores_of_another_precision_are_not_taken(tmp_path, files, zoo: Zoo):
+    memory = tmp_path / "memory"
+    with quiet():
+        MEHLSoup(start="best", precision="bf16", max_epochs=1, memory=memory).fit(
+            files, zoo.X, zoo.y
+        )
+    best = BestCheckpoint(scoring="neg_log_loss", memory=memory)
+    assert count_of(best, files, zoo.X, zoo.y) > 0
+    assert count_of(BestCheckpoint(memory=memory), files, zoo.X, zoo.y) > 0
 
 
 def test_hashing_stops_and_goes_on_when_asked(files):

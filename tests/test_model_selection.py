@@ -311,6 +311,7 @@ def test_without_a_seed_a_search_goes_on_with_the_seed_it_began_with(tmp_path, z
         ({"n_iter": 3}, "candidates"),
         ({"net": net_of(max_epochs=3)}, "params"),
         ({"net": net_of(PlainNet())}, "start"),
+        ({"scoring": "neg_log_loss"}, "scoring"),
     ],
 )
 def test_another_search_is_refused(tmp_path, zoo: Zoo, changed, what):
@@ -402,3 +403,33 @@ def test_the_scorer_finds_the_net_in_a_pipeline_and_refuses_others(tmp_path, zoo
     (file,) = (tmp_path / "runs").iterdir()
     record = json.loads(safe_open(file, "pt").metadata()["sksoup.candidate"])
     assert record == {"score": pipe.score(zoo.X, zoo.y)}
+
+
+def test_parameters_that_are_objects_are_known_again_by_another_process(tmp_path):
+    code = """
+        import sys, torch, numpy as np
+        from skorch import NeuralNetClassifier
+        from skorch.callbacks import LRScheduler
+        from torch import nn
+        from sksoup.model_selection import SoupSearchCV
+        torch.manual_seed(0)
+        net = NeuralNetClassifier(nn.Linear(4, 2), criterion=nn.CrossEntropyLoss, verbose=0,
+                                  max_epochs=1, train_split=None)
+        X = np.random.RandomState(0).normal(size=(40, 4)).astype(np.float32)
+        choices = {"callbacks": [[("lr", LRScheduler(step_every="batch"))], []]}
+        search = SoupSearchCV(net, choices, n_iter=2, random_state=0, save_dir=sys.argv[1])
+        search.fit(X, np.arange(40) % 2)
+    """
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", textwrap.dedent(code), tmp_path], check=True)
+
+
+def test_rows_on_a_device(zoo: Zoo):
+    class Elsewhere(torch.Tensor):
+        """What validation takes for a tensor of an accelerator."""
+
+        device = torch.device("cuda")
+
+    X = torch.as_tensor(zoo.X).as_subclass(Elsewhere)
+    search = search_of(n_iter=2).fit(X, zoo.y)
+    assert same_soup(search, search_of(n_iter=2).fit(zoo.X, zoo.y))

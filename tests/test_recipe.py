@@ -229,3 +229,78 @@ def test_the_learned_temperature_is_in_the_card(zoo: Zoo):
     assert f"Multiply the logits by {soup.temperature_:.6g}" in soup.recipe_.to_card()
     recalibrated = dataclasses.replace(soup.recipe_, recalibrated=("a", "b"))
     assert "2 tensors were re-estimated from data" in recalibrated.to_card()
+
+
+def test_the_recipe_knows_which_state_dict_was_meant(tmp_path):
+    paths = []
+    for k in range(2):
+        paths.append(tmp_path / f"{k}.pt")
+        state = {"w": torch.tensor([float(k)])}
+        torch.save({"model": state, "ema": {"w": 10 + state["w"]}}, paths[-1])
+    ema, model = (CheckpointCollection(paths, key=key) for key in ("ema", "model"))
+    recipe = Recipe.from_json(Recipe.record("by hand", ema, [0.5, 0.5], layers={"w": 0}).to_json())
+    assert recipe.cook(ema) == {"w": torch.tensor([10.5])}
+    with pytest.raises(RecipeError, match=r"was made of key='ema' of '0', and .* key='model'"):
+        recipe.cook(model)
+    assert "key='ema'" in recipe.verify({"w": torch.tensor([10.5])}, model).ingredients["0"]
+
+
+def test_ingredients_with_the_same_content(zoo: Zoo):
+    a, c = (dict(zoo.checkpoints[name]) for name in ("checkpoint0", "checkpoint1"))
+    whole = CheckpointCollection({"a": a, "b": a, "c": c}, module=Net)
+    layers = dict.fromkeys(whole.layout, 0)
+    recipe = Recipe.record("by hand", whole, [0.2, 0.5, 0.3], layers=layers)
+    expected = recipe.cook(whole)
+    for held in ({"a": a, "c": c}, {"x": a, "y": a, "b": c}):
+        if "b" in held:
+            with pytest.raises(RecipeError, match="'b' is not the one"):
+                recipe.cook(CheckpointCollection(held))
+            held["z"] = held.pop("b")
+        assert same_tensors(recipe.cook(CheckpointCollection(held)), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"coef": [0.5, 0.5, 0, 0]}, r"coef has shape \(4,\)"),
+        ({"coef": [[0.5, 0.5, 0.0]]}, r"coef has shape \(1, 3\), expected \(4,\)"),
+        ({"coef": [[0.5, 0.5, 0.1, 0.0]]}, "must sum to 1"),
+        ({"layers": {"head.weight": 5}}, "layers name row 5 of 1"),
+        ({"layer_names": ["all", "more"]}, "for 2 layers"),
+    ],
+)
+def test_a_recipe_that_was_edited(files, change, match):
+    recipe = Recipe.record(
+        "by hand", files, [[0.25] * 4], layers=dict.fromkeys(files.layout, 0), layer_names=("all",)
+    )
+    document = json.loads(recipe.to_json()) | change
+    with pytest.raises(RecipeError, match=match):
+        Recipe.from_json(json.dumps(document))
+
+
+def test_recipes_are_compared_by_what_they_say(files):
+    layers = dict.fromkeys(files.layout, 0)
+    one, same, other = (
+        Recipe.record("by hand", files, coef, layers=layers)
+        for coef in ([0.25] * 4, [0.25] * 4, [0.4, 0.2, 0.2, 0.2])
+    )
+    assert one == same != other
+    assert len({one, same, other}) == 2
+    assert one != "a recipe"
+
+
+def test_the_recipe_and_the_card_have_the_labels(files, zoo: Zoo, tmp_path):
+    labels = np.array(["cat", "dog", "owl"])
+    soup = UniformSoup().fit(files, zoo.X, labels[zoo.y])
+    soup.save(tmp_path / "soup.safetensors")
+    recipe = Recipe.load(tmp_path / "soup.safetensors")
+    assert recipe.classes == ("cat", "dog", "owl")
+    assert "Outputs, in order: `cat`, `dog`, `owl`." in recipe.to_card()
+    numbers = UniformSoup().fit(files, zoo.X, zoo.y).recipe_
+    assert numbers.classes == (0, 1, 2)
+    assert json.loads(numbers.to_json())["classes"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("soup", [UniformSoup(), LearnedSoup(max_epochs=1), MEHLSoup(max_epochs=1)])
+def test_every_soup_names_its_ingredients(files, zoo: Zoo, soup):
+    assert soup.fit(files, zoo.X, zoo.y).ingredients_ == files.names

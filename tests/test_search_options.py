@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
 from sklearn.metrics import accuracy_score
+from sklearn.model_selection import GridSearchCV
 from torch import nn
 
 from sksoup import BestCheckpoint, CheckpointCollection, GreedySoup, LearnedSoup, MEHLSoup, mix
@@ -185,3 +187,35 @@ def test_scores_of_other_tasks():
 def test_bad_options(zoo: Zoo, kwargs, match):
     with pytest.raises(ValueError, match=match):
         MEHLSoup(**kwargs).fit(zoo.checkpoints, zoo.X, zoo.y)
+
+
+@pytest.mark.parametrize("soup", [
+    MEHLSoup(validation_fraction=0.1, max_epochs=1), GreedySoup(ranking_fraction=0.1),
+])  # fmt: skip
+def test_parts_smaller_than_the_number_of_labels(zoo: Zoo, soup):
+    rows = np.arange(20)
+    clone(soup).fit(zoo.checkpoints, zoo.X[rows], zoo.y[rows])  # two rows drawn, three labels
+
+
+@pytest.mark.parametrize("soup", [
+    MEHLSoup(validation_fraction=0.5, max_epochs=1, random_state=0),
+    GreedySoup(ranking_fraction=0.5, random_state=0),
+])  # fmt: skip
+def test_parts_without_weight_are_refused(zoo: Zoo, soup):
+    weight = np.zeros(60)
+    weight[0] = 1.0
+    with pytest.raises(ValueError, match=r"sample_weight is 0 for all 30 rows drawn, or for all"):
+        clone(soup).fit(zoo.checkpoints, zoo.X, zoo.y, sample_weight=weight)
+
+
+def test_numbers_of_numpy_are_numbers(zoo: Zoo):
+    soup = MEHLSoup(model_batch_size=2, max_epochs=2, batch_size=30, random_state=3)
+    expected = clone(soup).fit(zoo.checkpoints, zoo.X, zoo.y).coef_
+    names = ("model_batch_size", "max_epochs", "batch_size", "random_state", "prefetch")
+    soup.set_params(**{name: np.int64(getattr(soup, name)) for name in names})
+    soup.set_params(lr=np.float32(0.05), weight_decay=np.float64(0))
+    found = soup.fit(zoo.checkpoints, zoo.X, zoo.y).coef_
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    soup = MEHLSoup(zoo.checkpoints, random_state=0)
+    search = GridSearchCV(soup, {"max_epochs": np.arange(1, 3)}, cv=2).fit(zoo.X, zoo.y)
+    assert search.best_params_["max_epochs"] in (1, 2)

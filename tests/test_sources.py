@@ -17,9 +17,16 @@ from skorch.callbacks import Checkpoint
 from skorch.dataset import ValidSplit
 from torch import nn
 
-from sksoup import CheckpointCollection, CheckpointError, UniformSoup, mix
+from sksoup import (
+    BestCheckpoint,
+    CheckpointCollection,
+    CheckpointError,
+    RecipeError,
+    UniformSoup,
+    mix,
+)
 
-from .zoo import Net, make_states, same_tensors
+from .zoo import Net, Zoo, make_states, same_tensors
 
 
 def prefixed(state, prefix):
@@ -247,3 +254,71 @@ def test_a_file_cut_off_under_its_map_is_found_when_it_is_opened_again(tmp_path)
     os.truncate(path, path.stat().st_size - 8)
     with pytest.raises(CheckpointError, match="changed on disk"):
         collection["a"]
+
+
+def test_tensors_beside_the_network_are_left_out_when_asked(zoo: Zoo, tmp_path):
+    """A Lightning module with a weighted loss and a metric."""
+    for k, state in enumerate(make_states(3, seed=0)):
+        saved = {f"model.{name}": value for name, value in state.items()}
+        saved |= {"criterion.weight": torch.ones(3), "train_acc.total": torch.tensor(float(k))}
+        torch.save({"state_dict": saved, "epoch": k}, tmp_path / f"{k}.ckpt")
+    whole = CheckpointCollection.from_path(tmp_path, module=Net)
+    with pytest.raises(CheckpointError, match=r"are there, behind 'model.': .*prefix='model.'"):
+        UniformSoup().fit(whole, zoo.X, zoo.y)
+    part = CheckpointCollection.from_path(tmp_path, module=Net, prefix="model.")
+    assert set(part.layout) == set(Net().state_dict())
+    soup = UniformSoup().fit(part, zoo.X, zoo.y)
+    assert soup.recipe_.verify(soup.state_dict(), part).ok
+    with pytest.raises(RecipeError, match=r"with its module or prefix"):
+        soup.recipe_.cook(CheckpointCollection.from_path(tmp_path))
+    assert soup.recipe_.cook(pickle.loads(pickle.dumps(part))).keys() == part.layout.keys()
+    with pytest.raises(CheckpointError, match=r"prefix='net.': no name in it begins so"):
+        CheckpointCollection.from_path(tmp_path, prefix="net.")
+
+
+def test_another_architecture_is_still_another_architecture(zoo: Zoo):
+    with pytest.raises(CheckpointError, match=r"Give the architecture they were saved from"):
+        UniformSoup().fit(CheckpointCollection(zoo.checkpoints, module=Other), zoo.X, zoo.y)
+
+
+class Other(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.another = torch.nn.Linear(4, 3)
+
+    def forward(self, X):
+        return self.another(X)
+
+
+def test_a_collection_is_opened_again_without_a_read(zoo: Zoo, tmp_path, monkeypatch):
+    files = CheckpointCollection(make_states(3, seed=0)).save(tmp_path)
+    prefixed = {name: {f"module.{k}": v for k, v in files[name].items()} for name in files}
+    for old in (files, CheckpointCollection(prefixed, prefix="module.")):
+        with monkeypatch.context() as patch:
+            patch.setattr(CheckpointCollection, "open", None)
+            scores = {name: 0.1 * k for k, name in enumerate(old)}
+            again = CheckpointCollection(old, module=Net, scores=scores)
+        assert again.names == old.names
+        assert again.path("checkpoint0") == old.path("checkpoint0")
+        assert again.layout == old.layout
+        best = BestCheckpoint().fit(again, zoo.X, zoo.y)
+        assert best.ingredients_ == ("checkpoint2",)
+    assert CheckpointCollection(again).scores == scores
+    assert CheckpointCollection(again).module is not None
+
+
+def test_names_do_not_lead_out_of_the_folder(tmp_path):
+    states = make_states(2, seed=0)
+    collection = CheckpointCollection({"a": states[0], "../b": states[1]})
+    with pytest.raises(ValueError, match="would be outside"):
+        collection.save(tmp_path / "zoo")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float8_e4m3fn, torch.float32), (torch.uint16, torch.int64)]
+)
+def test_dtypes_that_do_not_mix_are_named(dtypes):
+    states = [{"w": torch.zeros(2).to(dtype)} for dtype in dtypes]
+    with pytest.raises(CheckpointError, match=f"'w' has dtype {dtypes[1]}, which torch can't mix"):
+        CheckpointCollection(states)
