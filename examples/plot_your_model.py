@@ -14,7 +14,7 @@ way out again.
 # ``save_pretrained`` or a ``Trainer`` leaves a folder per run. The architecture comes from
 # ``config.json``, inputs are the tokeniser's dict, and outputs are found by ``logits``, also where
 # the model puts its loss before them. Here a tiny BERT with random weights stands for yours;
-# ``benchmarks/text.py`` does the same with a real encoder of 22M parameters.
+# ``benchmarks/paper/text.py`` does the same with a real encoder of 22M parameters.
 
 import tempfile
 import warnings
@@ -244,7 +244,7 @@ r2_of(fine_tunings(angles, *turned(X_train, 0), square_loss))
 
 # %%
 # The same networks trained from *different* starts are each as good, but their mean is noise: this
-# is how a regression soup falls from 90 % to 2 %. Fitting says so.
+# is how a regression soup falls from 0.93 to 0.05. Fitting says so.
 
 apart = fine_tunings(angles, *turned(X_train, 0), square_loss, shared_start=False)
 with warnings.catch_warnings(record=True) as caught:

@@ -100,12 +100,6 @@ def _inspect(options: argparse.Namespace) -> tuple[bool, dict[str, Any], str]:
 
 def _average(options: argparse.Namespace) -> tuple[bool, dict[str, Any], str]:
     with _opened(options) as collection:
-        sources = [path.resolve() for path in map(collection.path, collection) if path]
-        if Path(options.output).resolve() in sources:  # --force, a second time
-            raise FileExistsError(
-                f"{options.output!r} is one of the checkpoints to be mixed. Give another name, or "
-                f"move it away first."
-            )
         n = len(collection)
         recipe = Recipe.record(
             "average",
@@ -128,13 +122,20 @@ def _write(
     options: argparse.Namespace, recipe: Recipe, collection: CheckpointCollection
 ) -> tuple[bool, dict[str, Any], str]:
     output, n = Path(options.output), int(recipe.is_used().sum())
+    mixed = [one.name for one in recipe.ingredients if one.name in collection]
+    sources = [path.resolve() for path in map(collection.path, mixed) if path]
+    if {output.resolve(), output.resolve().parent} & set(sources):  # with --force
+        raise FileExistsError(
+            f"{options.output!r} is one of the checkpoints to be mixed. Give another name, or move "
+            f"it away first."
+        )
     if output.suffix == ".safetensors":
         recipe.save_weights(output, recipe.cook(collection))
     else:
         recipe.cook(collection, out=output)
     done = {"output": str(output), "ingredients": n, "recalibrated": list(recipe.recalibrated)}
     text = f"{output}: {n} checkpoint{'s' * (n > 1)} mixed"
-    if kept := [p for p in PREFIXES if all(name.startswith(p) for name in collection.layout)]:
+    if kept := [p for p in PREFIXES if all(name.startswith(p) for name in recipe.layers)]:
         text += f"; all names begin with {kept[0]!r}, as in the files: --prefix {kept[0]} drops it"
     if recipe.recalibrated:
         text += (
@@ -204,7 +205,8 @@ def _opened(
     options: argparse.Namespace, passes: int = 1, recipe: Recipe | None = None
 ) -> Iterator[CheckpointCollection]:
     """Open the checkpoints, with a progress bar on a terminal (and nothing elsewhere)."""
-    paths = [path for source in options.sources for path in find_checkpoints(source)]
+    found = [path for source in options.sources for path in find_checkpoints(source)]
+    paths = list({path.resolve(): path for path in found}.values())  # none counts twice
     keys = set() if recipe is None else {one.key for one in recipe.ingredients}
     key = keys.pop() if options.key is None and len(keys) == 1 else options.key
     collection = _Watched(paths, key=key, prefix=options.prefix)

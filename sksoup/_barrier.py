@@ -151,6 +151,8 @@ def loss_barrier(
     pairs = list(combinations(checkpoints, 2))
     if n_pairs is not None and n_pairs < len(pairs):
         check_scalar(n_pairs, "n_pairs", Integral, min_val=0)
+        if random_state is None:  # entropy, not the state that all of NumPy shares
+            random_state = int(np.random.SeedSequence().generate_state(1)[0])
         rng = check_random_state(random_state)
         pairs = [pairs[i] for i in sorted(rng.choice(len(pairs), n_pairs, replace=False))]
     ends: list[tuple[str, str | None]] = [*pairs, *((name, None) for name in checkpoints)]

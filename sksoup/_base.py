@@ -499,7 +499,9 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         targets = encode_targets(
             y, self.task, getattr(self, "classes_", None), n_outputs, dtype, device, ignored
         )
-        counted = (targets != ignored).flatten(1).sum(dim=1) if dense else None
+        counted = None
+        if self.task == "classification" and bool((targets == ignored).any()):
+            counted = (targets != ignored).reshape(len(targets), -1).sum(dim=1)
         if self.task != "classification":
             targets = targets.reshape(len(targets), *output.shape[1:])
             self.target_ndim_ = y.ndim
@@ -507,7 +509,10 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         weights = None if weight is None else to_tensor(weight).to(device, dtype)
         is_streamed = not fits(map_inputs(to_tensor, X), device)
         inputs = to_inputs(X, dtype, cpu if is_streamed else device)
-        return HeldOut(inputs, targets, weights, is_streamed, counted)
+        data = HeldOut(inputs, targets, weights, is_streamed, counted)
+        if data.amounts is not None and not bool(data.amounts.any()):
+            raise ValueError("sample_weight is 0 for all rows that have a label.")
+        return data
 
     # ------------------------------------------------------------------ scores
 
@@ -664,7 +669,7 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         -------
         state_dict : dict of str to Tensor
             Copies on the CPU, in the dtypes of the checkpoints: bit for bit
-            ``mix(soup.checkpoints_, soup.coef_, layers=soup.layers_)``.
+            ``mix(soup.checkpoints_, soup.coef_, layers=soup.layers_)``, but for ``recalibrated_``.
         """
         check_is_fitted(self, "coef_")
         state = self.module_.state_dict()
@@ -730,7 +735,8 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         ----------
         folder : str or path-like
             A new folder; it appears once all of it is written. ``from_pretrained`` of transformers
-            reads it. ``config.json`` and the tokenizer's files are those of the first ingredient.
+            reads it. ``config.json`` and the tokenizer's files are those of the first checkpoint
+            that lies in a folder of Hugging Face.
 
         Raises
         ------
@@ -971,6 +977,7 @@ def _refuse_checkpoints(X: Any, y: Any) -> None:
 
 
 def to_numpy(values: Any) -> Any:
+    """A tensor as an array, from any device; anything else as it is."""
     if not isinstance(values, torch.Tensor):
         return values
     values = values.float() if values.dtype == torch.bfloat16 else values  # which numpy lacks

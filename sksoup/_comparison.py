@@ -301,7 +301,8 @@ def compare_soups(
     X_test, y_test : array-like or Tensor, or None, default=None
         Rows that no system sees while fitting: they only report.
     recipes : mapping of str to estimator or None, default=None
-        Unfitted soups by name; they are cloned. By default the ten of `paper_systems`.
+        Unfitted soups by name; they are cloned. By default the ten of `paper_systems` for
+        classification; for another task give ``recipes=paper_systems(K, task=...)``.
     scoring : str, callable or None, default=None
         What the results report, as scikit-learn understands it; by default accuracy or R². What a
         recipe searches by is its own affair: ``GreedySoup(scoring=...)``, and a loss for the
@@ -310,7 +311,7 @@ def compare_soups(
         Fits of each recipe that draws at random, with the seeds ``random_state``,
         ``random_state + 1``, ... (from 0 where it has no number).
     measure_memory : bool, default=True
-        Whether to count memory, in a second, short fit of each recipe.
+        Whether to count memory, in a second fit of each recipe.
     on_result : callable or None, default=None
         Called with each `SoupResult` as soon as it is known.
 
@@ -329,8 +330,8 @@ def compare_soups(
     Notes
     -----
     Checkpoints are ranked once for all recipes that rank alike; its time and passes are added to
-    each of them, so that seconds may be compared. Memory is counted in a second, short fit (one
-    inner epoch), so that counting does not slow the first.
+    each of them, so that seconds may be compared. Memory is counted in a second fit, so that
+    counting does not slow the first: of one inner epoch where a recipe descends, else whole.
 
     Examples
     --------

@@ -69,6 +69,13 @@ def take(X: Inputs, rows: slice | torch.Tensor) -> Inputs:
     return copied
 
 
+def amounts(weight: torch.Tensor | None, counted: torch.Tensor | None) -> torch.Tensor | None:
+    """How much each row counts: its weight times its positions that have a label."""
+    if weight is None or counted is None:
+        return counted if weight is None else weight
+    return weight * counted
+
+
 @dataclass(frozen=True)
 class Batch:
     """A few rows: inputs (n, ...), targets (n, ...), weights (n,) or None.
@@ -80,15 +87,20 @@ class Batch:
     X: Inputs
     y: torch.Tensor
     weight: torch.Tensor | None
-    amounts: torch.Tensor | None  # (n,), see `HeldOut.amounts`
+    counted: torch.Tensor | None  # (n,), as in `HeldOut`
     total: torch.Tensor | int  # amount of the whole minibatch, over all ranks
 
     def __len__(self) -> int:
         return n_rows(self.X)
 
     @property
+    def amounts(self) -> torch.Tensor | None:
+        """(n,): how much a row counts, or None where all are equal."""
+        return amounts(self.weight, self.counted)
+
+    @property
     def amount(self) -> torch.Tensor | int:
-        """How much these rows count: their number, where nothing else is known."""
+        """How much these rows count: their number, where all are equal."""
         return len(self) if self.amounts is None else self.amounts.sum()
 
 
@@ -100,14 +112,12 @@ class HeldOut:
     y: torch.Tensor  # (N,) class indices, else (N, n_outputs); on the device
     weight: torch.Tensor | None  # (N,), on the device
     is_streamed: bool = False  # a thread moves the inputs of the next minibatch to the device
-    counted: torch.Tensor | None = None  # (N,), positions with a label, where there are several
+    counted: torch.Tensor | None = None  # (N,), positions with a label, where some have none
 
     @property
     def amounts(self) -> torch.Tensor | None:
-        """(N,): how much a row counts, its weight times its positions; None where all are equal."""
-        if self.weight is None or self.counted is None:
-            return self.counted if self.weight is None else self.weight
-        return self.weight * self.counted
+        """(N,): how much a row counts, or None where all are equal."""
+        return amounts(self.weight, self.counted)
 
     def __len__(self) -> int:
         return n_rows(self.X)
@@ -143,7 +153,7 @@ class HeldOut:
 
         ``part`` tells which of a minibatch's n rows are wanted: this rank's.
         """
-        n, amounts = len(self), self.amounts
+        n, amounts = len(self), self.amounts  # computed once
         size = n if batch_size is None else min(batch_size, n)
         order = None if generator is None else torch.randperm(n, generator=generator)
         if order is not None and not self.is_streamed:
@@ -161,10 +171,10 @@ class HeldOut:
                 X = map_inputs(self._move, X)
             if order is not None:
                 rows, whole = rows.to(self.y.device), whole.to(self.y.device)
-            if amounts is None:
-                return Batch(X, self.y[rows], None, None, stop - start)
             weight = None if self.weight is None else self.weight[rows]
-            return Batch(X, self.y[rows], weight, amounts[rows], amounts[whole].sum())
+            counted = None if self.counted is None else self.counted[rows]
+            total = stop - start if amounts is None else amounts[whole].sum()
+            return Batch(X, self.y[rows], weight, counted, total)
 
         starts = range(0, n, size)
         yield from one_ahead(batch, starts) if self.is_streamed else map(batch, starts)

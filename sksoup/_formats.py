@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 import threading
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -133,7 +134,12 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
             f"{f' ({named[1]})' if named else ''}, and reading it could run code. sksoup never "
             f"unpickles code; save the state dict alone: torch.save(module.state_dict(), path)."
         )
-    if re.search("Can only |Unsupported operand", text):
+    if "Unsupported operand" in text:
+        return CheckpointError(
+            f"{str(path)!r} can't be read safely: it was written with a pickle protocol that torch "
+            f"reads only by running code. Save it anew, without pickle_protocol=."
+        )
+    if "Can only " in text:
         return CheckpointError(
             f"{str(path)!r} can't be read: it holds objects beside tensors that can't be read "
             f"without running code ({text.splitlines()[0]}). Save the state dict alone: "
@@ -374,6 +380,8 @@ def _safetensors_header(path: Path) -> dict[str, TensorInfo]:
     return header
 
 
+# once: to catch warnings is not safe beside other threads
+warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
 _ONE_AT_A_TIME = threading.Lock()  # what torch holds for safe is the same for all threads
 
 
@@ -417,11 +425,13 @@ def _is_state_dict(value: Any) -> bool:
 
 def _unwrap(state: Any, key: str | None, where: str) -> Any:
     """Take the state dict out of a training container, where it is plain which one it is."""
-    if not isinstance(state, Mapping):
+    if not isinstance(state, Mapping) or (key is None and _is_state_dict(state)):
         return state
-    if key is None and any(isinstance(value, torch.Tensor) for value in state.values()):
-        return state  # a state dict, if perhaps not a plain one
-    candidates = [name for name, value in state.items() if _is_state_dict(value)]
+    candidates = [
+        name
+        for name, value in state.items()
+        if _is_state_dict(value) and not str(name).endswith("_extra_state")  # part of a flat one
+    ]
     listed = ", ".join(f"{name!r} ({len(state[name])} tensors)" for name in candidates)
     if key is not None:
         if key in candidates:

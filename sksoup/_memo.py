@@ -185,6 +185,8 @@ def encode_module(module: nn.Module) -> Iterator[Any]:
     saved = module.state_dict()
     for name, part in module.named_modules():
         yield from encode([name, type(part)])
+        if type(part).__module__.partition(".")[0] != "torch":
+            yield from encode_function(type(part).forward)
         yield from encode({k: b for k, b in part.named_buffers(name, False) if k not in saved})
         for key, value in sorted(vars(part).items()):
             if not key.startswith("_") and key != "training":
@@ -208,6 +210,9 @@ def encode_function(function: Any) -> Iterator[Any]:
         for cell in function.__closure__ or ():
             yield from encode(cell.cell_contents)
     else:
+        called = type(function).__call__
+        if isinstance(called, types.FunctionType):
+            yield from encode_function(called)
         yield from encode_other(function)
 
 

@@ -50,7 +50,7 @@ def mix(
     Every floating tensor becomes :math:`w = \sum_k c_{lk} w_k`, with :math:`l` the layer of the
     tensor and :math:`\sum_k c_{lk} = 1`. This is where the weights of every soup come from: for
     each of them ``soup.state_dict()`` equals ``mix(checkpoints, soup.coef_, layers=soup.layers_)``
-    bit for bit.
+    bit for bit, but for BatchNorm statistics that were re-estimated (``recalibrated_``).
 
     Parameters
     ----------

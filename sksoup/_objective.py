@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from ._data import IGNORED, Batch, HeldOut, Inputs, Task, is_dense, map_inputs, n_rows, take
+from ._data import IGNORED, Batch, HeldOut, Inputs, Task, map_inputs, n_rows, take
 from .checkpoints import CheckpointCollection
 from .exceptions import CheckpointError
 
@@ -96,20 +96,24 @@ class Objective:
             output = output * scale
         if self._wants_one_logit:
             output, y = output[:, 1] - output[:, 0], y.to(output.dtype)
-        dense = self._task == "classification" and is_dense(batch.y)
-        if dense and not bool((batch.y != self._ignored).any()):
-            return output.sum() * 0.0  # no position counts
-        if batch.weight is None:
-            return self.criterion(output, y).mean()
-        loss = _per_row(self.criterion)(output, y)
+        if batch.counted is not None and not bool(batch.counted.any()):
+            return output.sum() * 0.0  # nothing here has a label
+        criterion = self.criterion if batch.weight is None else _per_row(self.criterion)
+        loss = criterion(output, y)
+        if batch.amounts is None or (loss.ndim == 0 and batch.weight is None):
+            return loss.mean()
         if loss.ndim == 0:
             raise ValueError(
                 "sample_weight needs a loss per row: the criterion returned one number for "
                 f"{len(batch)} rows. Give one with reduction='none', or drop sample_weight."
             )
-        rows = loss.reshape(len(batch), -1)  # 0 at positions that are left out
-        rows = rows.sum(dim=1) if dense else rows.mean(dim=1)  # (n,)
-        return (rows * batch.weight).sum() / torch.as_tensor(batch.amount).clamp_min(1e-12)
+        rows, amounts = loss.reshape(len(batch), -1), batch.amounts
+        if batch.counted is not None and loss.shape == y.shape:  # 0 where there is no label
+            rows = rows * (amounts / batch.counted.clamp_min(1))[:, None]
+            total = rows.sum()
+        else:
+            total = (rows.mean(dim=1) * amounts).sum()
+        return total / torch.as_tensor(batch.amount).clamp_min(1e-12)
 
     @torch.no_grad()
     def mean_loss(self, data: HeldOut, batch_size: int | None) -> float:
@@ -232,8 +236,10 @@ def as_output(output: Any) -> torch.Tensor:
 
 
 def ignored_label(criterion: Any) -> int:
-    """The criterion's number for a position that is left out."""
-    return int(getattr(criterion, "ignore_index", IGNORED))
+    """The criterion's number for a row or a position that is left out."""
+    criterion = criterion() if isinstance(criterion, type) else criterion
+    found = getattr(criterion, "ignore_index", None)
+    return found if isinstance(found, int) else IGNORED
 
 
 def _per_row(

@@ -40,6 +40,7 @@ class FileCheckpoint:
         self.path = path
         self.key = key
         self.weights = open_weights(path, key)
+        self.is_told = False  # the prefix
         self.strip("")
 
     def __repr__(self) -> str:
@@ -81,6 +82,7 @@ class MemoryCheckpoint:
             for name, value in check_state_dict(state, label).items()
         }
         self.label = label
+        self.is_told = False  # the prefix
         self.strip("")
 
     def __repr__(self) -> str:
@@ -108,6 +110,8 @@ Checkpoint: TypeAlias = FileCheckpoint | MemoryCheckpoint
 
 
 def open_source(item: Any, index: int, key: str | None) -> Checkpoint:
+    if isinstance(item, FileCheckpoint) and key not in (None, item.key):
+        return FileCheckpoint(item.path, key)
     if isinstance(item, (FileCheckpoint, MemoryCheckpoint)):  # of another collection
         return copy.copy(item)
     if isinstance(item, (str, os.PathLike)):
@@ -180,6 +184,7 @@ def take_prefix(entries: Sequence[Checkpoint], prefix: str) -> None:
         entry.strip("")
         names = list(entry.header)
         entry.strip(prefix)
+        entry.is_told = True
         if not entry.header:
             raise CheckpointError(
                 f"{entry!r} can't be opened with prefix={prefix!r}: no name in it begins so. Its "
@@ -188,7 +193,15 @@ def take_prefix(entries: Sequence[Checkpoint], prefix: str) -> None:
 
 
 def drop_prefixes(entries: Sequence[Checkpoint], module: ModuleSource | None) -> None:
-    """Drop DDP's, compile's and Lightning's prefixes where that is what makes the names fit."""
+    """Drop DDP's, compile's and Lightning's prefixes where that is what makes the names fit.
+
+    Those of another collection are chosen anew, unless the user has told them.
+    """
+    if any(entry.is_told for entry in entries):
+        return
+    for entry in entries:
+        if entry.prefix:
+            entry.strip("")
     if any(len(_prefixes(list(entry.header))) > 1 for entry in entries):
         fit_names(entries, _module_names(module))
 

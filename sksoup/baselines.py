@@ -63,6 +63,10 @@ class UniformSoup(BaseSoup):
         The record that `save` writes.
     warnings_ : tuple of str
         What fitting warned of.
+    recalibrated_ : tuple of str
+        BatchNorm's tensors that were re-estimated from the held-out rows.
+    counts_ : Counts
+        Passes and rows, forward and backward, that the fit took.
 
     See Also
     --------
@@ -121,7 +125,8 @@ class BestCheckpoint(BaseSoup):
     checkpoints : CheckpointCollection, callable, iterable or None, default=None
         What to choose from; may be given to `fit` instead.
     scoring : str, callable or None, default=None
-        As scikit-learn understands it, greater is better; by default accuracy or R², by ``task``.
+        What the search maximises, such as ``"f1_macro"``: a scorer of scikit-learn, greater is
+        better; by default accuracy or R², by ``task``, which is what ``score`` returns always.
     forward : callable or None, default=None
         ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
         (X a dict) or ``module(*X)`` (a tuple).

@@ -136,10 +136,10 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         given, names = _named(checkpoints, names)
         self.module = find_architecture(given, module)
         entries = [open_source(item, index, key) for index, item in enumerate(given)]
-        if prefix is not None:
-            take_prefix(entries, prefix)
-        elif not any(entry.prefix for entry in entries):
+        if prefix is None:
             drop_prefixes(entries, self.module)
+        else:
+            take_prefix(entries, prefix)
         self.names: tuple[str, ...] = tuple(names) if names is not None else default_names(entries)
         _check_names(self.names, len(entries))
         self._entries: dict[str, Checkpoint] = dict(zip(self.names, entries, strict=True))
@@ -347,7 +347,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
 
         Notes
         -----
-        Two reads of all files; memory of one model in float64 and one tensor.
+        Two reads of all files; memory of two models in float64 and one tensor.
 
         Examples
         --------

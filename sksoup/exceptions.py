@@ -25,9 +25,9 @@ class DivergenceError(ArithmeticError):
     Parameters
     ----------
     message : str
-        What happened, at which outer iteration and step.
+        What happened, at which step (and outer iteration of MEHL-Soup).
     coef : ndarray of shape (n_layers, n_checkpoints), dtype float64, or None
-        The coefficients before the step that failed.
+        The coefficients before the epoch that failed.
 
     Attributes
     ----------

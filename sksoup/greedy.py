@@ -68,22 +68,26 @@ class GreedySoup(BaseSoup):
 
     Sort the checkpoints by held-out score, best first. Try each in turn: it stays if the mean of
     those kept, :math:`w = \frac{1}{|S|} \sum_{k \in S} w_k`, scores at least as high with it as
-    without. The soup scores at least as high on the held-out rows as the best checkpoint.
+    without. The soup scores at least as high as the best checkpoint on the rows that decide (with
+    scores of its own and ``min_improvement`` of 0 or more).
 
     Parameters
     ----------
     checkpoints : CheckpointCollection, callable, iterable or None, default=None
         What to mix; may be given to `fit` instead.
     scoring : str, callable or None, default=None
-        As scikit-learn understands it, greater is better; by default accuracy or R², by ``task``.
+        What the search maximises, such as ``"f1_macro"``: a scorer of scikit-learn, greater is
+        better; by default accuracy or R², by ``task``, which is what ``score`` returns always.
     min_improvement : float, default=0.0
         How much a checkpoint must raise the held-out score to be kept; 0 keeps ties, as Recipe 1.
     early_rejection : bool, default=True
         Whether to stop evaluating a candidate once it can't reach the score it needs, for accuracy
-        and R²; the soup is the same, rejected candidates have a bound for a score.
+        (but of pixels and tokens) and R²; the soup is the same, rejected candidates have a bound
+        for a score.
     ranking_fraction : float or None, default=None
         Part of the rows, drawn at random and stratified by label, that only rank the checkpoints;
-        the others only decide what is kept. None uses all rows for both, as Recipe 1.
+        the others only decide what is kept. None uses all rows for both, as Recipe 1. Without
+        effect where the collection knows its ``scores``.
     batch_norm : {"average", "recalibrate", "auto"}, default="average"
         Running statistics of BatchNorm: mixed like the weights around them; or re-estimated from
         the held-out rows (for every candidate and the result); or whichever scores better on them,
@@ -99,7 +103,8 @@ class GreedySoup(BaseSoup):
     batch_size : int or None, default=128
         Rows per forward pass; None for all at once.
     n_jobs : int or None, default=None
-        Checkpoints ranked side by side, by joblib; the soup is the same for any number.
+        Checkpoints ranked, and candidates tried, side by side, by joblib; the soup is the same for
+        any number. Candidates tried ahead of their turn may be for nothing; two models per worker.
     device : str or torch.device, default="auto"
         Where the module runs; "auto" is cuda, else mps, else cpu.
     random_state : int, RandomState or None, default=None
@@ -139,6 +144,10 @@ class GreedySoup(BaseSoup):
         The record that `save` writes.
     warnings_ : tuple of str
         What fitting warned of.
+    recalibrated_ : tuple of str
+        BatchNorm's tensors that were re-estimated from the held-out rows.
+    counts_ : Counts
+        Passes and rows, forward and backward, that the fit took.
 
     Raises
     ------
@@ -292,7 +301,9 @@ class GreedySoup(BaseSoup):
         fraction = self.ranking_fraction
 
         def split() -> list[torch.Tensor]:
-            return split_rows(evaluate.y, self.task, evaluate.weight, fraction, self.random_state)
+            return split_rows(
+                evaluate.y, self.task, evaluate.data.amounts, fraction, self.random_state
+            )
 
         is_free = self.random_state is None  # then the memory has the rows it began with
         parts = problem.memo(("split", fraction), split) if is_free else split()
@@ -310,8 +321,8 @@ class GreedySoup(BaseSoup):
             f"Only {best['candidate']!r}, the best checkpoint, is in the greedy soup: each of the "
             f"others, added to it, changed its held-out score of {best['score']:.4f} by "
             f"{least['gain']:+.4f} ({least['candidate']!r}) to {most['gain']:+.4f} "
-            f"({most['candidate']!r}){bounds}, where {self.min_improvement:+g} was asked for. "
-            f"path_ has all of them; MEHLSoup weighs them instead. {related}"
+            f"({most['candidate']!r}){bounds}, where {self.min_improvement:g} or more was asked "
+            f"for. path_ has all of them; MEHLSoup weighs them instead. {related}"
         )
 
 
@@ -326,7 +337,7 @@ def check_fraction(fraction: float | None, name: str) -> None:
 def split_rows(
     y: NDArray[Any],
     task: Task,
-    weight: NDArray[np.float64] | None,
+    amounts: torch.Tensor | None,
     fraction: float,
     random_state: Any,
 ) -> list[torch.Tensor]:
@@ -337,14 +348,16 @@ def split_rows(
         n_drawn = int(fraction * len(y))  # as scikit-learn counts them
         if counts.min() < 2 or len(counts) > min(n_drawn, len(y) - n_drawn):
             labels = None
+    if random_state is None:  # entropy, not the state that all of NumPy shares
+        random_state = int(np.random.SeedSequence().generate_state(1)[0])
     parts = train_test_split(
         np.arange(len(y)), train_size=fraction, stratify=labels, random_state=random_state
     )
-    if weight is not None and not all(weight[part].any() for part in parts):
+    if amounts is not None and not all(bool(amounts.cpu()[part].any()) for part in parts):
         raise ValueError(
-            f"sample_weight is 0 for all {len(parts[0])} rows drawn, or for all {len(parts[1])} "
-            f"others, of {len(y)}: nothing can be chosen by them. Leave out rows without weight, "
-            f"or draw another fraction."
+            f"All {len(parts[0])} rows drawn, or all {len(parts[1])} others, have a sample_weight "
+            f"of 0 or no label: nothing can be chosen by them. Leave such rows out, or draw "
+            f"another fraction."
         )
     return [torch.as_tensor(np.sort(part)) for part in parts]
 

@@ -130,11 +130,16 @@ class LearnedSoup(BaseSoup):
     checkpoints_ : CheckpointCollection
         What was mixed.
     history_ : list of dict
-        One per epoch: ``epoch``, and ``loss`` and ``grad_norm`` of every step.
+        One per epoch: ``epoch``; ``loss``, ``grad_norm`` and, but for regressions, ``score`` (of
+        the minibatch) at every step.
     recipe_ : Recipe
         The record that `save` writes.
     warnings_ : tuple of str
         What fitting warned of.
+    recalibrated_ : tuple of str
+        BatchNorm's tensors that were re-estimated from the held-out rows.
+    counts_ : Counts
+        Passes and rows, forward and backward, that the fit took.
 
     Raises
     ------

@@ -93,8 +93,9 @@ class MEHLSoup(BaseSoup):
         holds.
     start : {"mean", "greedy", "best"}, default="mean"
         Where :math:`\alpha` begins: at 0, the mean of all checkpoints, as in the paper; at the
-        `GreedySoup`; or at the best checkpoint. The latter two cost a ranking (none when the
-        collection has ``scores``) and keep checkpoints that failed out of the start.
+        `GreedySoup`; or at the best checkpoint. "best" costs a ranking (none when the collection
+        has ``scores``), "greedy" that and its candidates. The deltas are those from the mean of all
+        throughout, failed ones included.
     memory_limit : int, str or None, default=None
         Bytes, or a string such as "8GB", for b + 2 models and those read ahead: it decides
         ``model_batch_size="auto"``, and a given model batch that it does not hold is an error. None
@@ -189,13 +190,18 @@ class MEHLSoup(BaseSoup):
         The record that `save` writes.
     warnings_ : tuple of str
         What fitting warned of.
+    recalibrated_ : tuple of str
+        BatchNorm's tensors that were re-estimated from the held-out rows.
+    counts_ : Counts
+        Passes and rows, forward and backward, that the fit took.
 
     Raises
     ------
     DivergenceError
         The loss or the coefficients stopped being finite; its ``coef`` are those before that epoch.
     ValueError
-        ``memory_limit`` does not hold the model batch asked for.
+        ``memory_limit`` does not hold the model batch asked for; ``average=True`` together with
+        ``validation_fraction``.
 
     Warns
     -----
@@ -354,6 +360,7 @@ class MEHLSoup(BaseSoup):
         if self.start == "mean":
             return alpha
         if self.start == "best":
+            problem.checkpoints.check()
             scores = rank(problem, no_step).scores
             alpha[list(scores).index(max(scores, key=scores.__getitem__))] = 1
             return alpha
@@ -369,9 +376,8 @@ class MEHLSoup(BaseSoup):
         if self.validation_fraction is None:
             return problem, None
         seed = int(torch.randint(2**31, (), generator=generator))
-        y, weight = problem.evaluate.y, problem.evaluate.weight
-        chooses, fits = split_rows(y, self.task, weight, self.validation_fraction, seed)
-        data = problem.data
+        y, data = problem.evaluate.y, problem.data
+        chooses, fits = split_rows(y, self.task, data.amounts, self.validation_fraction, seed)
         return replace(problem, data=data.select(fits)), data.select(chooses)
 
     def _resolve(self, problem: Problem, center: OnDemand[Center | None], memo: Memo) -> int:

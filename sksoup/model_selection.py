@@ -286,7 +286,7 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         """What must be the same for a search to go on."""
         fixed = self.estimator.get_params(deep=False)
         return {
-            "version": 1,
+            "version": 2,
             "seed": seed,
             "candidates": [repr({k: _told(v) for k, v in sorted(p.items())}) for p in params],
             "estimator": type(self.estimator).__name__,

@@ -46,7 +46,7 @@ class Ingredient:
         Its name in the collection.
     sha256 : str
         Of its file, or of names and values when it lived in memory.
-    file : str or None
+    file : str or None, default=None
         File name (no folder), None when it lived in memory.
     key : str or None, default=None
         Which state dict of its container, where that was said.
@@ -155,7 +155,7 @@ class Recipe:
     params : dict
         Parameters of the estimator, as far as JSON can hold them.
     scores : dict of str to float
-        Held-out scores by name: ``"soup"`` and those of single checkpoints, where known.
+        Held-out scores of single checkpoints by name, where the search ranked or knew them.
     temperature : float, default=1.0
         Learned-Soup's factor on the logits; never folded into the weights.
     recalibrated : tuple of str, default=()

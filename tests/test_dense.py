@@ -21,7 +21,7 @@ from sksoup import (
 from sksoup.greedy import uniform_coef
 
 from .references import greedy_reference
-from .zoo import around
+from .zoo import Zoo, around
 
 SOUPS = [
     CheckpointEnsemble(),
@@ -192,3 +192,84 @@ def test_what_a_criterion_leaves_out_is_not_scored(pixels):
         for criterion in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(ignore_index=255))
     ]
     assert scores[0] == scores[1]
+
+
+def per_row(output, y):
+    return nn.functional.cross_entropy(output, y, reduction="none").flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("left_out", [True, False])
+@pytest.mark.parametrize("criterion", [
+    nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="none"), per_row,
+], ids=["mean", "none", "per row"])  # fmt: skip
+def test_all_ways_to_weigh_the_same_rows_agree(pixels, criterion, left_out):
+    checkpoints, X, y = pixels
+    y[::3, :, 1:] = -100
+    if not left_out:
+        y[y == -100] = 0
+    losses = []
+    for weight, params in (
+        (None, {"batch_size": None}),
+        (np.ones(30), {"batch_size": None}),
+        (None, {"batch_size": 7, "accumulate": 5}),
+        (np.full(30, 2.0), {"batch_size": 7, "accumulate": 5}),
+    ):
+        soup = MEHLSoup(criterion=criterion, max_epochs=1, shuffle=False, **params)
+        losses.append(soup.fit(checkpoints, X, y, sample_weight=weight).history_[0]["loss"][0])
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+
+
+class Ignoring(nn.CrossEntropyLoss):
+    def __init__(self):
+        super().__init__(ignore_index=255)
+
+
+class Indifferent(nn.CrossEntropyLoss):
+    """As losses of segmentation libraries say that they leave nothing out."""
+
+    def __init__(self):
+        super().__init__()
+        self.ignore_index = None
+
+    def forward(self, output, y):
+        return nn.functional.cross_entropy(output, y)
+
+
+def test_criteria_that_say_what_they_leave_out_in_their_own_way(pixels):
+    checkpoints, X, y = pixels
+    plain, own, none = (
+        MEHLSoup(criterion=criterion, max_epochs=1, random_state=0).fit(checkpoints, X, y).coef_
+        for criterion in (None, Ignoring, Indifferent())
+    )
+    assert np.array_equal(plain, own)
+    assert np.array_equal(plain, none)
+
+
+def test_whole_rows_may_be_left_out(zoo: Zoo):
+    criterion = nn.CrossEntropyLoss(ignore_index=0)
+    order = np.argsort(zoo.y, kind="stable")  # the first minibatches hold nothing that counts
+    X, y = zoo.X[order], zoo.y[order]
+    soup = MEHLSoup(criterion=criterion, max_epochs=1, shuffle=False)
+    whole = clone(soup).set_params(batch_size=None).fit(zoo.checkpoints, X, y)
+    parts = clone(soup).set_params(batch_size=7, accumulate=9).fit(zoo.checkpoints, X, y)
+    assert parts.history_[0]["loss"] == pytest.approx(whole.history_[0]["loss"], rel=1e-5)
+    small = clone(soup).set_params(batch_size=7).fit(zoo.checkpoints, X, y)
+    assert small.history_[0]["loss"][0] == 0
+    kept = MEHLSoup(max_epochs=1, batch_size=None, shuffle=False, classes=[0, 1, 2])
+    kept.fit(zoo.checkpoints, X[20:], y[20:])
+    assert kept.history_[0]["loss"] == pytest.approx(whole.history_[0]["loss"], rel=1e-5)
+
+
+def test_nothing_with_a_label_to_choose_by(pixels):
+    checkpoints, X, y = pixels
+    y[1:] = -100
+    for soup in (
+        MEHLSoup(validation_fraction=0.3, random_state=0),
+        GreedySoup(ranking_fraction=0.3),
+    ):
+        with pytest.raises(ValueError, match="have a sample_weight of 0 or no label"):
+            soup.set_params(classes=[0, 1, 2]).fit(checkpoints, X, y)
+    weight = np.ones(30)
+    weight[0] = 0
+    with pytest.raises(ValueError, match="sample_weight is 0 for all rows that have a label"):
+        MEHLSoup().fit(checkpoints, X, y, sample_weight=weight)

@@ -452,3 +452,26 @@ def test_the_unfinished_folder_of_another_is_left_alone(tmp_path):
         (temporary / "a").write_text("whole")
     assert (tmp_path / "out" / "a").exists()
     assert other.exists()
+
+
+def test_numbers_beside_the_state_dict_of_a_container(tmp_path):
+    """As training scripts keep the best accuracy and the state of their generator."""
+    saved = {"state_dict": {"w": torch.ones(2)}, "epoch": 3, "best_acc1": torch.tensor(71.2),
+             "rng_state": torch.get_rng_state()}  # fmt: skip
+    torch.save(saved, tmp_path / "a.pt")
+    assert list(formats.open_weights(tmp_path / "a.pt").header) == ["w"]
+
+
+def test_files_of_another_pickle_protocol_are_read_in_silence(tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.pt", pickle_protocol=3)
+    code = (
+        "import sys, pathlib, sksoup._formats as f;"
+        "print(list(f.open_weights(pathlib.Path(sys.argv[1])).header))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "a.pt"], capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("['w']\n", "")
+    torch.save({"w": torch.ones(2)}, tmp_path / "b.pt", pickle_protocol=4)
+    with pytest.raises(CheckpointError, match=r"Save it anew, without pickle_protocol="):
+        formats.open_weights(tmp_path / "b.pt")

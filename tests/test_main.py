@@ -226,6 +226,30 @@ def test_the_output_is_no_input(runs, capsys):
     run("average", runs, "-o", runs / "soup.safetensors", "--force", status=2)
     assert "is one of the checkpoints to be mixed" in capsys.readouterr().err
     run("average", runs / "ft*", "-o", runs / "soup.safetensors", "--force")
+    run(
+        "cook", runs / "soup.safetensors", runs, "-o", runs / "ft0.safetensors", "--force", status=2
+    )
+    assert "is one of the checkpoints to be mixed" in capsys.readouterr().err
+    run("cook", runs / "soup.safetensors", runs, "-o", runs / "soup.safetensors", "--force")
+
+
+def test_paths_that_overlap_count_a_file_once(runs, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    run("average", runs, runs / "ft1*", runs / ".." / "runs" / "ft0.safetensors", "-o", out)
+    assert "4 checkpoints mixed" in capsys.readouterr().out
+
+
+def test_the_names_of_a_cooked_soup_are_told_not_those_of_the_files(zoo: Zoo, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for k, state in enumerate(make_states(2, seed=0)):
+        saved = {f"model.{name}": value for name, value in state.items()}
+        save_file(saved, runs / f"ft{k}.safetensors")
+    soup = MEHLSoup(max_epochs=1, random_state=0)
+    soup.fit(CheckpointCollection.from_path(runs, module=Net), zoo.X, zoo.y)
+    soup.save(tmp_path / "soup.safetensors")
+    run("cook", tmp_path / "soup.safetensors", runs, "-o", tmp_path / "again.safetensors")
+    assert "begin" not in capsys.readouterr().out
 
 
 def test_names_of_folders_may_have_dots(runs, tmp_path):

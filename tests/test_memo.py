@@ -473,6 +473,25 @@ def test_where_a_search_starts_is_noticed(tmp_path, files, zoo: Zoo):
         )  # fmt: skip
 
 
+def test_code_that_changed_is_noticed():
+    """That of a module, and of an object that is called."""
+
+    def edited(name, base, body):
+        names: dict = {"__name__": "notebook"}
+        exec(f"def {name}(self, x): return {body}", names)
+        made = type("Mine", (base,), {name: names[name], "__module__": "notebook"})
+        sys.modules["notebook"].Mine = made
+        return fingerprint(made())
+
+    sys.modules["notebook"] = types.ModuleType("notebook")
+    try:
+        for name, base in (("forward", nn.Module), ("__call__", object)):
+            digests = [edited(name, base, body) for body in ("x", "2 * x", "x")]
+            assert digests[0] == digests[2] != digests[1]
+    finally:
+        del sys.modules["notebook"]
+
+
 def test_a_metric_whose_code_changed_is_noticed():
     def metric(body):
         names: dict = {"__name__": "notebook"}
@@ -726,3 +745,14 @@ def test_a_fit_is_replayed_by_another_process(tmp_path, files, zoo: Zoo, name):
         anew = CheckpointCollection([files.path(n) for n in files], module=files.build_module)
         again = recipe(name, tmp_path / "memory", anew).fit(anew, zoo.X, zoo.y)
     assert_same(first, again)
+
+
+def test_numbers_of_numpy_are_kept_and_found(tmp_path, files, zoo: Zoo):
+    soup = MEHLSoup(max_epochs=np.int64(10), batch_size=np.int64(20), random_state=np.int64(0),
+                    memory=tmp_path)  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = clone(soup).fit(files, zoo.X, zoo.y)
+        again = clone(soup).fit(files, zoo.X, zoo.y)
+    assert sum(vars(again.counts_).values()) == 0
+    assert np.array_equal(first.coef_, again.coef_)

@@ -10,9 +10,18 @@ from sklearn.metrics import accuracy_score
 from sklearn.model_selection import GridSearchCV
 from torch import nn
 
-from sksoup import BestCheckpoint, CheckpointCollection, GreedySoup, LearnedSoup, MEHLSoup, mix
+from sksoup import (
+    BestCheckpoint,
+    CheckpointCollection,
+    CheckpointError,
+    GreedySoup,
+    LearnedSoup,
+    MEHLSoup,
+    mix,
+)
+from sksoup.inspection import loss_barrier
 
-from .zoo import Zoo, same_tensors
+from .zoo import Net, Zoo, same_tensors
 
 STANDING = {"lr": 1e-12, "max_epochs": 1, "random_state": 0}  # does not leave the start
 
@@ -204,7 +213,7 @@ def test_parts_smaller_than_the_number_of_labels(zoo: Zoo, soup):
 def test_parts_without_weight_are_refused(zoo: Zoo, soup):
     weight = np.zeros(60)
     weight[0] = 1.0
-    with pytest.raises(ValueError, match=r"sample_weight is 0 for all 30 rows drawn, or for all"):
+    with pytest.raises(ValueError, match="All 30 rows drawn, or all 30 others"):
         clone(soup).fit(zoo.checkpoints, zoo.X, zoo.y, sample_weight=weight)
 
 
@@ -219,3 +228,30 @@ def test_numbers_of_numpy_are_numbers(zoo: Zoo):
     soup = MEHLSoup(zoo.checkpoints, random_state=0)
     search = GridSearchCV(soup, {"max_epochs": np.arange(1, 3)}, cv=2).fit(zoo.X, zoo.y)
     assert search.best_params_["max_epochs"] in (1, 2)
+
+
+def test_rows_drawn_without_a_seed_leave_the_state_of_numpy(zoo: Zoo):
+    state = np.random.get_state()[1].copy()
+    drawn = []
+    for _ in range(2):
+        soup = GreedySoup(ranking_fraction=0.5).fit(zoo.checkpoints, zoo.X, zoo.y)
+        drawn.append(tuple(soup.individual_scores_.values()))
+        loss_barrier(zoo.checkpoints, zoo.X, zoo.y, n_points=2, n_pairs=1, random_state=None)
+    assert np.array_equal(np.random.get_state()[1], state)
+    assert drawn[0] != drawn[1]  # of 60 rows, twice
+
+
+def test_a_start_at_the_best_looks_for_nan_first(zoo: Zoo):
+    states = [dict(zoo.checkpoints[name]) for name in zoo.checkpoints]
+    states[3]["head.weight"] = torch.full_like(states[3]["head.weight"], torch.nan)
+    checkpoints = CheckpointCollection(states, module=Unrun)
+    with pytest.raises(CheckpointError, match="holds NaN"):
+        MEHLSoup(start="best", max_epochs=1).fit(checkpoints, zoo.X, zoo.y)
+
+
+class Unrun(Net):
+    """One row is fed to it, which tells the shape of its output."""
+
+    def forward(self, x):
+        assert len(x) == 1
+        return super().forward(x)

@@ -322,3 +322,15 @@ def test_dtypes_that_do_not_mix_are_named(dtypes):
     states = [{"w": torch.zeros(2).to(dtype)} for dtype in dtypes]
     with pytest.raises(CheckpointError, match=f"'w' has dtype {dtypes[1]}, which torch can't mix"):
         CheckpointCollection(states)
+
+
+def test_a_collection_is_opened_again_with_another_key_or_module(zoo: Zoo, tmp_path):
+    state, ema = make_states(2, seed=0)
+    torch.save({"model": state, "ema": ema}, tmp_path / "a.pt")
+    old = CheckpointCollection([tmp_path / "a.pt"], key="model")
+    new = CheckpointCollection(old, key="ema")
+    assert torch.equal(new["a"]["head.bias"], ema["head.bias"])
+    twice = [prefixed(state, "module.model."), prefixed(ema, "model.")]
+    each_other = CheckpointCollection(twice)
+    assert set(each_other.layout) == set(prefixed(state, "model."))
+    assert set(CheckpointCollection(each_other, module=Net).layout) == set(state)
