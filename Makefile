@@ -41,10 +41,7 @@ examples: $(STAMP)  ## Run every example
 	set -e; for example in examples/plot_*.py; do $(BIN)/python $$example; done
 
 paper: $(STAMP)  ## The papers' tables, in kind, and their page; ZOOS is where zoos are kept
-	set -e; for name in tables_1_2 table_3 ablations appendix_c diverged; do \
-		OMP_NUM_THREADS=1 $(BIN)/python benchmarks/paper/$$name.py --folder $(ZOOS); done
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/paper/tables_1_2.py --folder $(ZOOS) \
-		--kinds text --seeds 10 11 12 13 --name tables_1_2_text
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/paper/everything.py --folder $(ZOOS)
 	$(BIN)/python benchmarks/paper/page.py
 
 paper-defaults: $(STAMP)  ## The experiments the defaults were chosen by, on development zoos

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import sys
@@ -97,11 +98,42 @@ def test_the_published_held_out_rows_are_those_flagged(scripts, tmp_path):
         clip.held_out_rows(np.zeros(5), tmp_path / "idxs.npy")
 
 
+def test_experiments_share_zoos_and_go_on_where_they_were(scripts, tmp_path, monkeypatch):
+    common, zoo = scripts("common"), scripts("zoo")
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    made = []
+    for name, shared in (("own", None), ("common", 7)):
+        make = lambda folder, n, seed, name=name: made.append((name, seed))  # noqa: E731
+        monkeypatch.setitem(zoo.KINDS, name, zoo.Kind("", 2, make, shared))
+    measure = lambda zoo, seed: {"seed": seed}  # noqa: E731
+    experiments = [
+        common.Experiment("first", measure, ["common", "own"], [1, 2], {"also": "said"}),
+        common.Experiment("second", measure, ["own"], [2]),
+    ]
+    options = argparse.Namespace(folder=tmp_path / "zoos", out=tmp_path / "out", jobs=1)
+    common.run(experiments, options)
+    assert made[:3] == [("common", 7), ("own", 1), ("own", 2)]  # each once, before the rest
+    assert len(made) == 3 + 4 + 1
+    first, second = (
+        json.loads((options.out / f"{name}.json").read_text()) for name in ("first", "second")
+    )
+    assert first["results"] == {name: [{"seed": 1}, {"seed": 2}] for name in ("common", "own")}
+    assert first["also"] == "said"
+    assert second["results"] == {"own": [{"seed": 2}]}
+    del made[:]
+    (options.folder / "measured" / "first" / "own-2.json").unlink()
+    common.run(experiments, options)
+    assert made == [("own", 2)]
+
+
 def test_the_page_is_made_from_the_results(scripts, tmp_path):
     page = scripts("page")
     text = page.Page(PAPER / "results").text()
     assert text == (PAPER.parents[1] / "docs" / "paper.rst").read_text(encoding="utf-8")
     assert "@" not in text
+    readme = (PAPER.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert page.Page(PAPER / "results").readme() == readme
 
 
 def test_every_result_names_its_command_and_seeds(scripts):
@@ -111,8 +143,6 @@ def test_every_result_names_its_command_and_seeds(scripts):
         assert (PAPER / found["command"].rpartition("/")[2]).exists()
         if path.stem == "defaults":
             assert found["seeds"] == list(zoo.DEVELOPMENT_SEEDS)
-        elif path.stem == "tables_1_2_text":
-            assert set(found["seeds"]) <= set(zoo.SEEDS)
         else:
             assert found["seeds"] == list(zoo.SEEDS)
     assert len(zoo.SEEDS) >= 5

@@ -55,5 +55,7 @@ def script(zoo: zoo.Zoo, seed: int, lr: float, differences: bool) -> float:
     return round(100 * reference.accuracy(module, X_test, y_test, 128), 4)
 
 
+EXPERIMENT = common.Experiment("ablations", measure, ["convnet", "vit"])
+
 if __name__ == "__main__":
-    common.run(measure, common.arguments(__doc__, ["convnet", "vit"], zoo.SEEDS))
+    common.main(EXPERIMENT, __doc__)

@@ -27,5 +27,7 @@ def measure(zoo: zoo.Zoo, seed: int) -> dict[str, Any]:
     return found
 
 
+EXPERIMENT = common.Experiment("appendix_c", measure, ["resnet"])
+
 if __name__ == "__main__":
-    common.run(measure, common.arguments(__doc__, ["resnet"], zoo.SEEDS))
+    common.main(EXPERIMENT, __doc__)

@@ -6,10 +6,10 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,57 +24,104 @@ from sksoup import SoupWarning
 
 RESULTS = Path(__file__).parent / "results"
 Measure = Callable[[zoo.Zoo, int], dict[str, Any]]
+Found = dict[tuple[str, int], dict[str, Any]]  # by kind and seed: seconds, what was measured
 
 
-def arguments(doc: str | None, kinds: Sequence[str], seeds: Sequence[int]) -> argparse.Namespace:
-    """What every experiment can be told."""
+@dataclass(frozen=True)
+class Experiment:
+    """What a script measures of a zoo, the zoos and the seeds."""
+
+    script: str
+    measure: Measure
+    kinds: Sequence[str]
+    seeds: Sequence[int] = zoo.SEEDS
+    about: Mapping[str, Any] = field(default_factory=dict)  # more to be said in the results
+
+
+def main(experiment: Experiment, doc: str | None) -> None:
+    """Run one experiment with the arguments of the command line."""
+    parser = arguments(doc)
+    parser.add_argument("--kinds", nargs="+", default=experiment.kinds, choices=list(zoo.KINDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=experiment.seeds)
+    options = parser.parse_args()
+    run([replace(experiment, kinds=options.kinds, seeds=options.seeds)], options)
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """What every script can be told."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("zoos"), help="keeps the zoos")
     parser.add_argument("--out", type=Path, default=RESULTS, help="keeps the results")
-    parser.add_argument("--kinds", nargs="+", default=list(kinds), choices=list(zoo.KINDS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
-    parser.add_argument("--name", default=Path(sys.argv[0]).stem, help="of the results")
     parser.add_argument("--jobs", type=int, default=2, help="processes, with a thread each")
-    return parser.parse_args()
+    return parser
 
 
-def run(measure: Measure, options: argparse.Namespace, **about: Any) -> None:
-    """Measure every zoo and seed; write ``results/<script>.json``.
+def run(experiments: Sequence[Experiment], options: argparse.Namespace) -> float:
+    """Make the zoos, measure them, write ``results/<script>.json`` of each experiment.
 
-    The results of a kind are a list, a dict per seed in the order of the seeds. What was measured
-    is kept beside the zoos, so that a run that was cut off goes on where it was.
+    The zoos come first, as experiments share them; then the experiments together, so that no
+    process waits for the last seed of one. What was measured is kept beside the zoos: a run that
+    was cut off goes on where it was. Returns the processor minutes that making the zoos took.
+
+    The results of a kind are a list, a dict per seed in the order of the seeds.
     """
-    script = Path(sys.argv[0])
-    kept = {
-        (kind, seed): options.folder / "measured" / script.stem / f"{kind}-{seed}.json"
-        for kind in options.kinds
-        for seed in options.seeds
+    pairs = [[(kind, seed) for kind in one.kinds for seed in one.seeds] for one in experiments]
+    zoos = {(kind, zoo.KINDS[kind].seed or seed): None for some in pairs for kind, seed in some}
+    (made,) = _found([("zoo", _make_only, list(zoos))], options)
+    found = _found(
+        [(one.script, one.measure, some) for one, some in zip(experiments, pairs, strict=True)],
+        options,
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    for one, measured in zip(experiments, found, strict=True):
+        write(options.out, one.script, one.seeds, minutes(measured), **one.about, results={
+            kind: [measured[kind, seed]["measured"] for seed in one.seeds] for kind in one.kinds
+        })  # fmt: skip
+    return minutes(made)
+
+
+def write(out: Path, script: str, seeds: Sequence[int], minutes: float, **more: Any) -> None:
+    """Write ``<script>.json``: the command, what it ran on, and the results."""
+    result = {
+        "command": f"python benchmarks/paper/{script}.py",
+        "seeds": seeds,
+        "minutes": round(minutes, 1),
+        "versions": {name: version(name) for name in ("sksoup", "torch", "scikit-learn")},
+        **more,
     }
+    path = out / f"{script}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"{path}: {result['minutes']} minutes of processor time", flush=True)
+
+
+def minutes(found: Found) -> float:
+    return sum(one["seconds"] for one in found.values()) / 60
+
+
+def _make_only(zoo: zoo.Zoo, seed: int) -> dict[str, Any]:
+    return {}
+
+
+def _found(
+    wanted: Sequence[tuple[str, Measure, Sequence[tuple[str, int]]]], options: argparse.Namespace
+) -> list[Found]:
+    """What each of the scripts measured of its pairs of a kind and a seed; all side by side."""
+    folder = options.folder / "measured"
+    paths = [
+        {(kind, seed): folder / script / f"{kind}-{seed}.json" for kind, seed in pairs}
+        for script, _, pairs in wanted
+    ]
     Parallel(n_jobs=options.jobs)(
         delayed(_measure)(measure, zoo.KINDS[kind], seed, options.folder, path)
-        for (kind, seed), path in kept.items()
+        for (_, measure, _), some in zip(wanted, paths, strict=True)
+        for (kind, seed), path in some.items()
         if not path.exists()
     )
-    found = {pair: json.loads(path.read_text()) for pair, path in kept.items()}
-    result = {
-        "command": f"python benchmarks/paper/{script.name}",
-        "seeds": options.seeds,
-        "minutes": round(sum(one["seconds"] for one in found.values()) / 60, 1),
-        "versions": {name: version(name) for name in ("sksoup", "torch", "scikit-learn")},
-        **about,
-        "results": {
-            kind: [found[kind, seed]["measured"] for seed in options.seeds]
-            for kind in options.kinds
-        },
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{options.name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{path}: {result['minutes']} minutes of processor time")
+    return [{pair: json.loads(path.read_text()) for pair, path in some.items()} for some in paths]
 
 
 def _measure(measure: Measure, kind: zoo.Kind, seed: int, folder: Path, path: Path) -> None:
-    """Measure one zoo; keep what was found, and the processor time it took, the zoo's included."""
+    """Measure one zoo; keep what was found, and the processor time it took."""
     begin = time.process_time()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

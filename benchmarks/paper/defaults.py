@@ -67,7 +67,7 @@ def measure(zoo: zoo.Zoo, seed: int) -> dict[str, Any]:
     return {"variants": variants, "rows": rows}
 
 
+EXPERIMENT = common.Experiment("defaults", measure, ["convnet", "vit"], zoo.DEVELOPMENT_SEEDS)
+
 if __name__ == "__main__":
-    common.run(
-        measure, common.arguments(__doc__, ["convnet", "vit"], zoo.DEVELOPMENT_SEEDS)
-    )  # fmt: skip
+    common.main(EXPERIMENT, __doc__)

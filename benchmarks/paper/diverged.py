@@ -57,6 +57,7 @@ def measure(found: zoo.Zoo, seed: int) -> dict[str, Any]:
 
 
 zoo.KINDS["diverged"] = zoo.Kind("convolutional network, a fifth diverged", K, failing)
+EXPERIMENT = common.Experiment("diverged", measure, ["diverged"])
 
 if __name__ == "__main__":
-    common.run(measure, common.arguments(__doc__, ["diverged"], zoo.SEEDS))
+    common.main(EXPERIMENT, __doc__)

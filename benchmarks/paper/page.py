@@ -1,4 +1,4 @@
-"""The docs' page of the papers' tables, made from the results: nothing in it is typed.
+"""The docs' page of the papers' tables and that of the readme, from the results: none is typed.
 
 python benchmarks/paper/page.py [--results benchmarks/paper/results] [--docs docs]
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ PAPER_MARGIN = 1.24  # of MEHL-Soup+ over the best checkpoint
 PLUS = "MEHL-Soup+"
 RIVALS = ("Best checkpoint", "Greedy-Soup", "Learned-Soup+", "HL-Soup+", "Ensemble")
 TITLES = {"convnet": "ConvNet", "vit": "ViT", "resnet": "ResNet", "text": "Text encoder"}
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- made by benchmarks/paper/page.py: -->", "<!-- : -->"  # its table in the readme
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#767676"
 STYLES = (("Best checkpoint", GREY, "s"), ("Greedy-Soup", ORANGE, "^"), (PLUS, BLUE, "o"))
 
@@ -62,18 +64,19 @@ def signed(values: Sequence[float]) -> str:
     return f"{mean:+.2f} ± {half:.2f}"
 
 
+def memory(seeds: Sequence[Mapping[str, Any]]) -> str:
+    """Of the seeds it was measured with."""
+    measured = [seed["extra_memory"] for seed in seeds if seed["extra_memory"] is not None]
+    return f"{statistics.mean(measured):.1f}" if measured else "–"
+
+
 class Page:
     """The results of all experiments, and what is said of them."""
 
     def __init__(self, results: Path) -> None:
         self.found = {path.stem: json.loads(path.read_text()) for path in results.glob("*.json")}
-        # the text encoder takes longest, and may have fewer seeds
-        self.ten = {**self.found["tables_1_2"]["results"],
-                    **self.found.get("tables_1_2_text", {"results": {}})["results"]}  # fmt: skip
+        self.ten = self.found["tables_1_2"]["results"]
         self.kinds = [kind for kind in TITLES if kind in self.ten]
-        n_seeds = max(map(len, self.ten.values()))
-        self.shared = [kind for kind in self.kinds if len(self.ten[kind]) == n_seeds]
-        self.mean_of = "mean of " + ", ".join(TITLES[kind] for kind in self.shared)
 
     def test(self, kind: str, system: str) -> list[float]:
         return [100 * seed["systems"][system]["test"] for seed in self.ten[kind]]
@@ -83,9 +86,9 @@ class Page:
         return [a - b for a, b in zip(self.test(kind, PLUS), self.test(kind, rival), strict=True)]
 
     def all_gains(self, rival: str) -> list[float]:
-        """The mean over the zoos that have all seeds, of each seed: seeds are what varies."""
+        """The mean over the zoos of each seed: seeds are what varies."""
         return [statistics.mean(gains) for gains in
-                zip(*(self.gain(kind, rival) for kind in self.shared), strict=True)]  # fmt: skip
+                zip(*(self.gain(kind, rival) for kind in self.kinds), strict=True)]  # fmt: skip
 
     # ------------------------------------------------------------ sections
 
@@ -104,8 +107,17 @@ class Page:
         return "\n".join([
             table(header, rows),
             f"What {PLUS} gains, in points, paired by seed:\n",
-            table(["", *header[1:-1], self.mean_of, "paper"], gains),
+            table(["", *header[1:-1], "mean", "paper"], gains),
         ])  # fmt: skip
+
+    def readme(self) -> str:
+        """The readme, with the table of accuracy that these results give."""
+        header = ["test accuracy, %", *(TITLES[kind] for kind in self.kinds)]
+        rows = [[system, *(pm(self.test(kind, system)) for kind in self.kinds)] for system in PAPER]
+        lines = [" | ".join(row) for row in [header, ["---"] * len(header), *rows]]
+        before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+        _, after = rest.split(END)
+        return "\n".join([before + BEGIN, *(f"| {line} |" for line in lines), END + after])
 
     def cost(self) -> str:
         rows = []
@@ -123,7 +135,7 @@ class Page:
                 each(lambda r: r["seconds"] / r["epochs"] if r["epochs"] else 0.0, 2)
                 if epochs else "–",
                 each(lambda r: r["forward_passes"], 0),
-                each(lambda r: r["extra_memory"] or float("nan"), 1).replace("nan", "–"),
+                " / ".join(map(memory, runs)),
                 PAPER[system][1],
                 PAPER[system][2],
             ])  # fmt: skip
@@ -259,16 +271,17 @@ class Page:
 
         kinds, rows = self.kinds, []
 
-        def claim(text: str, values: Callable[[str], list[float] | None], least: float = 0.0,
-                  overall: bool = True) -> None:  # fmt: skip
+        def claim(
+            text: str, values: Callable[[str], list[float] | None], least: float = 0.0
+        ) -> None:
             cells, all_values = [], []
             for kind in kinds:
                 found = values(kind)
                 cells.append("–" if found is None else verdict(found, least))
-                if found is not None and kind in self.shared:
+                if found is not None:
                     all_values.append(found)
             per_seed = [statistics.mean(v) for v in zip(*all_values, strict=True)]
-            rows.append([text, *cells, verdict(per_seed, least) if overall else ""])
+            rows.append([text, *cells, verdict(per_seed, least)])
 
         for rival in ("Best checkpoint", "Greedy-Soup", "Learned-Soup+", "HL-Soup+", "Ensemble"):
             claim(f"{PLUS} is above {rival}", lambda kind, r=rival: self.gain(kind, r))
@@ -301,7 +314,7 @@ class Page:
 
         claim(f"{PLUS} keeps within 0.6 points without the better half", lost, -0.6)
         claim(f"without the better half {PLUS} beats Greedy-Soup by a point", beats, 1.0)
-        header = ["claim", *(TITLES[kind] for kind in kinds), self.mean_of]
+        header = ["claim", *(TITLES[kind] for kind in kinds), "mean"]
         lines = [table(header, rows)]
         for column, name in enumerate(header[1:], start=1):
             cells = [row[column] for row in rows if row[column] not in ("", "–")]
@@ -353,26 +366,25 @@ class Page:
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
 
+    def commands(self) -> str:
+        header = ["command", "seeds", "processor minutes"]
+        rows = [
+            [f"``{run['command']}``", ", ".join(map(str, run["seeds"])), f"{run['minutes']}"]
+            for name, run in sorted(self.found.items())
+            if name != "everything"
+        ]
+        whole = self.found["everything"]
+        return table(header, rows) + (
+            f"\n``make paper`` makes all of it but the defaults (``make paper-defaults``). From "
+            f"nothing it took {whole['elapsed']:.0f} minutes with {whole['jobs']} processes of a "
+            f"thread each; {whole['minutes']:.0f} processor minutes of that made the zoos."
+        )
+
     def text(self) -> str:
         template = (Path(__file__).parent / "page.rst.in").read_text(encoding="utf-8")
-        commands = table(
-            ["command", "seeds", "processor minutes"],
-            [
-                [
-                    f"``{run['command']}``",
-                    ", ".join(map(str, run["seeds"])),
-                    f"{run['minutes'] or '–'}",
-                ]
-                for _, run in sorted(self.found.items())
-            ],
-        )
-        sections = {
-            name: getattr(self, name)()
-            for name in ("accuracy", "cost", "removed", "curve", "outside", "ablations",
-                         "batch_norm", "defaults", "diverged", "claims")
-        }  # fmt: skip
-        for name, body in {"commands": commands, **sections}.items():
-            template = template.replace(f"@{name}@", body.strip())
+        for name in ("commands", "accuracy", "cost", "removed", "curve", "outside", "ablations",
+                     "batch_norm", "defaults", "diverged", "claims"):  # fmt: skip
+            template = template.replace(f"@{name}@", getattr(self, name)().strip())
         return template
 
 
@@ -392,6 +404,7 @@ def main() -> None:
     options = parser.parse_args()
     page = Page(options.results)
     (options.docs / "paper.rst").write_text(page.text(), encoding="utf-8")
+    README.write_text(page.readme(), encoding="utf-8")
     page.draw(options.docs / "images")
 
 

@@ -51,7 +51,7 @@ def measure(zoo: zoo.Zoo, seed: int) -> dict[str, Any]:
     return {"removed": removed, "kept": kept, "scores": list(scores.values())}
 
 
+EXPERIMENT = common.Experiment("table_3", measure, ["convnet", "vit"])
+
 if __name__ == "__main__":
-    common.run(
-        measure, common.arguments(__doc__, ["convnet", "vit"], zoo.SEEDS)
-    )  # fmt: skip
+    common.main(EXPERIMENT, __doc__)

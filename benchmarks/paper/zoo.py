@@ -9,10 +9,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import joblib
 import torch
 import transformers
 from sklearn.model_selection import train_test_split
@@ -47,6 +48,7 @@ class Kind:
     title: str
     n: int
     make: Callable[[Path, int, int], Zoo]
+    seed: int | None = None  # of the fine-tunings, where all seeds share them
 
 
 def convnets(folder: Path, n: int, seed: int) -> Zoo:
@@ -78,17 +80,14 @@ class TextRows:
     n_finetune: int = 960
     n_val: int = 384
     n_test: int = 720
-    length: int = 16  # tokens
-
-    @cached_property
-    def parts(self) -> text.Texts:
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        counts = self.n_finetune, self.n_val, self.n_test
-        return text.load_texts(TEXT_SEED, *counts, length=self.length)
+    length: int = 12  # tokens
 
     def __call__(self, folder: Path, n: int, seed: int) -> Zoo:
-        parts = self.parts
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        load_texts = joblib.Memory(folder / "texts", verbose=0).cache(text.load_texts)
+        counts = self.n_finetune, self.n_val, self.n_test
+        parts = load_texts(TEXT_SEED, *counts, length=self.length)  # a minute of parsing
         checkpoints = text.fine_tune_texts(folder / "text", n, TEXT_SEED, parts)
         X = {name: torch.cat([parts.val[0][name], parts.test[0][name]]) for name in parts.val[0]}
         y = torch.cat([parts.val[1], parts.test[1]])
@@ -103,5 +102,5 @@ KINDS = {
     "convnet": Kind("convolutional network", 48, convnets),
     "vit": Kind("vision transformer", 24, Digits("vit", partial(SmallViT, 64, 3, 2), 60)),
     "resnet": Kind("ResNet with BatchNorm", 24, Digits("resnet", SmallResNet, 15)),
-    "text": Kind("text encoder", 16, TextRows()),
+    "text": Kind("text encoder", 16, TextRows(), TEXT_SEED),
 }
