@@ -492,9 +492,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     try:
         with _unwritten(path):
             temporary.touch()
-            mode = (
-                temporary.stat().st_mode
-            )  # that of new files; safetensors lets only the owner read
+            mode = temporary.stat().st_mode  # of new files; safetensors lets only the owner read
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())

@@ -120,8 +120,9 @@ class Objective:
         """Loss over all rows: the mean of the batches', weighted by what is in them."""
         total = amount = 0.0
         for batch in data.batches(batch_size):
-            total += float(batch.amount) * float(self.loss(batch))
-            amount += float(batch.amount)
+            share = float(batch.amount)
+            total += share * float(self.loss(batch))
+            amount += share
         return total / amount
 
     def loss_and_backward(

@@ -103,6 +103,8 @@ class MemoryCheckpoint:
 
 
 def stripped(header: dict[str, TensorInfo], prefix: str) -> dict[str, TensorInfo]:
+    if not prefix:
+        return header
     return {n[len(prefix) :]: info for n, info in header.items() if n.startswith(prefix)}
 
 
