@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 
 from sksoup import CheckpointCollection, mix
-from sksoup._formats import write_safetensors
+from sksoup.checkpoints.read import write_safetensors
 
 WIDTH = 1000
 

@@ -46,7 +46,7 @@ from sksoup import (
     SoupWarning,
     UniformSoup,
 )
-from sksoup._memory import LiveTensors
+from sksoup.runtime.live_tensors import LiveTensors
 
 SYSTEMS = (
     "Best checkpoint", "Uniform-Soup", "Greedy-Soup", "Learned-Soup", "Learned-Soup+", "HL-Soup",

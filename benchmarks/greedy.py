@@ -29,8 +29,8 @@ import zoos
 from safetensors.torch import load_file
 
 from sksoup import CheckpointCollection, GreedySoup
-from sksoup._memory import LiveTensors
 from sksoup.datasets import make_digits_checkpoints
+from sksoup.runtime.live_tensors import LiveTensors
 
 
 def seconds(run: Callable[[], Any]) -> float:

@@ -23,9 +23,9 @@ import zoos
 from torch.optim import AdamW
 
 from sksoup import CheckpointCollection, MEHLSoup
-from sksoup import mehl as mehl_module
-from sksoup._model_batch import ModelBatch
-from sksoup._objective import Objective
+from sksoup.engine.deltas import ModelBatch
+from sksoup.engine.objective import Objective
+from sksoup.recipes import mehl as mehl_module
 
 PARTS = (
     (ModelBatch, "combine", "combine: W = start + coef @ deltas"),

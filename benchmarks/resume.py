@@ -23,8 +23,8 @@ import zoos
 from sklearn.base import clone
 
 from sksoup import CheckpointCollection, GreedySoup, MEHLSoup
-from sksoup._memo import Memo
 from sksoup.datasets import _digits
+from sksoup.runtime.cache import Memo
 
 
 class Timed:

@@ -14,8 +14,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from sksoup import CheckpointCollection
-from sksoup._formats import write_safetensors
-from sksoup._sources import preserved_random_state
+from sksoup.checkpoints.read import write_safetensors
+from sksoup.checkpoints.sources import preserved_random_state
 from sksoup.datasets import FineTuning, _digits, _draw, _train
 
 

@@ -2,14 +2,14 @@
 
 __version__ = "0.1.0"
 
-from ._mix import mix
-from .baselines import BestCheckpoint, CheckpointEnsemble, UniformSoup
-from .checkpoints import CheckpointCollection
+from .checkpoints.collection import CheckpointCollection
 from .exceptions import CheckpointError, DivergenceError, RankError, RecipeError, SoupWarning
-from .greedy import GreedySoup
-from .learned import LearnedSoup
-from .mehl import MEHLSoup
-from .recipe import Recipe
+from .mixing.mix import mix
+from .mixing.recipe import Recipe
+from .recipes.baselines import BestCheckpoint, CheckpointEnsemble, UniformSoup
+from .recipes.greedy import GreedySoup
+from .recipes.learned import LearnedSoup
+from .recipes.mehl import MEHLSoup
 
 __all__ = [
     "BestCheckpoint",

@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from . import __version__
-from ._describe import UNRELATED
-from ._formats import SUFFIXES, Read
-from ._sources import PREFIXES, find_checkpoints
-from .checkpoints import CheckpointCollection
+from .checkpoints.collection import CheckpointCollection
+from .checkpoints.describe import UNRELATED
+from .checkpoints.read import SUFFIXES, Read
+from .checkpoints.sources import PREFIXES, find_checkpoints
 from .exceptions import CheckpointError, RecipeError
-from .recipe import Recipe
+from .mixing.recipe import Recipe
 
 EPILOG = """\
 Exit status: 0 fine; 1 a check failed (inspect: unrelated checkpoints, verify: another soup);

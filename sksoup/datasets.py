@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from sklearn.datasets import get_data_home, load_digits
 from torch import nn
 
-from ._formats import write_safetensors, write_text
-from ._sources import preserved_random_state
-from .checkpoints import CheckpointCollection
+from .checkpoints.collection import CheckpointCollection
+from .checkpoints.read import write_safetensors, write_text
+from .checkpoints.sources import preserved_random_state
 from .exceptions import CheckpointError
 
 __all__ = ["DigitsConvNet", "DigitsZoo", "FineTuning", "make_digits_checkpoints"]

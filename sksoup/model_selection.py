@@ -34,17 +34,17 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from ._base import DocLinkMixin, to_numpy, validate_rows
-from ._data import Task, map_inputs
-from ._formats import check_state_dict, read_metadata, write_safetensors, write_text
-from ._loaders import is_apart
-from ._memo import fingerprint
-from ._objective import module_dtype
-from ._sources import preserved_random_state
-from .baselines import UniformSoup
-from .checkpoints import CheckpointCollection
+from .checkpoints.collection import CheckpointCollection
+from .checkpoints.read import check_state_dict, read_metadata, write_safetensors, write_text
+from .checkpoints.sources import preserved_random_state
+from .data.loaders import is_apart
+from .data.rows import Task, map_inputs
+from .engine.objective import module_dtype
 from .exceptions import CheckpointError, SoupWarning
-from .greedy import GreedySoup
+from .recipes.base import DocLinkMixin, to_numpy, validate_rows
+from .recipes.baselines import UniformSoup
+from .recipes.greedy import GreedySoup
+from .runtime.cache import fingerprint
 
 __all__ = ["CheckpointScorer", "SoupSearchCV"]
 

@@ -10,121 +10,116 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pytest
 
 import sksoup
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sksoup"
-# imports run from later entries to earlier ones only; a tuple sits side by side
-PLAN = [
-    "exceptions",
-    "_on_demand",
-    "_ranks",
-    "_memory",
-    "_budget",
-    "_formats",
-    "_memo",
-    "_hub",
-    "_sources",
-    "_describe",
-    "checkpoints",
-    "_layout",
-    "_mix",
-    "_data",
-    "_loaders",
-    "_objective",
-    "_batch_norm",
-    "_evaluation",
-    "_problem",
-    "_reader",
-    "_model_batch",
-    "_descent",
-    "recipe",
-    "_displays",
-    "_report",
-    "_base",
-    ("baselines", "greedy"),
-    ("learned", "mehl"),  # MEHL-Soup may start at the greedy soup
-    "datasets",
-    "model_selection",
-    "_barrier",
-    "_comparison",
-    "inspection",
-    "__main__",
-]
-LEVEL = {
-    name: level
-    for level, names in enumerate(PLAN)
-    for name in ((names,) if isinstance(names, str) else names)
-}
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
-FOLDERS = [path.parent.name for path in PACKAGE.glob("*/**/*.py")]
-CORE = set(list(LEVEL)[: list(LEVEL).index("_displays")])
+CORE = ("checkpoints", "engine", "mixing", "runtime")  # no scikit-learn in here
 
 
-def imports_of(source: str) -> list[tuple[str, int]]:
-    """(module, relative level) of every import in a source text."""
+def dotted(path: Path) -> str:
+    """A file's name below the package: ``checkpoints.read``, ``checkpoints.__init__``."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+FILES = {dotted(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported(source: str) -> list[str]:
+    """Full names of all that a text imports from elsewhere: modules, and names of modules."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom):
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            found += [(name, node.level) for name in names if name]
-            if node.module and not node.level:
-                found += [(f"{node.module}.{alias.name}", 0) for alias in node.names]
+        if isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
-            found += [(alias.name, 0) for alias in node.names]
+            found += [alias.name for alias in node.names]
     return found
 
 
-def wrong_imports(module: str, source: str) -> list[str]:
-    inside = [name for name, level in imports_of(source) if level]
-    inside += [
-        name.split(".")[1] for name, level in imports_of(source)
-        if not level and name.startswith("sksoup.")
-    ]  # fmt: skip
-    inside = [name for name in inside if name != "__version__"]  # of the package itself
-    return [name for name in inside if LEVEL.get(name, 99) >= LEVEL[module]]
+def inside(name: str, source: str, files: Collection[str]) -> set[str]:
+    """The files of the package that the text of a file imports."""
+    found = [f for f in imported(source) if f.split(".")[0] == "sksoup"]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = ["sksoup", *name.split(".")[:-1]]
+            base = ".".join([*folder[: len(folder) + 1 - node.level], *filter(None, [node.module])])
+            found += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    short = {one.removeprefix("sksoup").lstrip(".") for one in found}
+    packages = {f"{one}.__init__".lstrip(".") for one in short} & set(files)
+    return (short & set(files)) | packages - {"__init__"}  # of itself only the version is taken
 
 
-def test_every_module_has_its_place_in_the_plan():
-    unplaced, gone = set(MODULES) - set(LEVEL), set(LEVEL) - set(MODULES)
-    assert not unplaced, f"give {sorted(unplaced)} a place in PLAN, in tests/test_package.py"
-    assert not gone, f"PLAN lists {sorted(gone)}, which the package does not have"
-    assert not FOLDERS, f"the package is flat, so that PLAN covers all of it; found {FOLDERS}"
+def circles(arrows: Mapping[str, set[str]]) -> list[str]:
+    """What can be reached from itself."""
+
+    def reached(start: str) -> set[str]:
+        seen, todo = set(), set(arrows.get(start, ()))
+        while todo:
+            one = todo.pop()
+            seen.add(one)
+            todo |= arrows.get(one, set()) - seen
+        return seen
+
+    return [name for name in arrows if name in reached(name)]
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_run_one_way(module):
-    assert wrong_imports(module, (PACKAGE / f"{module}.py").read_text()) == []
+def arrows_of(texts: Mapping[str, str]) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    """Imports between files, and between the folders and files at the top of the package."""
+    files = {name: inside(name, text, texts) - {name} for name, text in texts.items()}
+    top: dict[str, set[str]] = {}
+    for name, targets in files.items():
+        here = name.split(".")[0]
+        top.setdefault(here, set()).update({t.split(".")[0] for t in targets} - {here})
+    return files, top
+
+
+def test_imports_run_one_way_between_files_and_between_folders():
+    files, top = arrows_of({name: path.read_text() for name, path in FILES.items()})
+    assert sum(map(len, files.values())) > 50  # they were found
+    assert circles(files) == []
+    assert circles(top) == []
 
 
 def test_the_check_of_imports_can_fail():
-    assert wrong_imports("_mix", "from .greedy import GreedySoup") == ["greedy"]
-    assert wrong_imports("greedy", "def f():\n    from . import mehl") == ["mehl"]
-    assert wrong_imports("_mix", "from ._layout import Layers") == []
-    assert wrong_imports("_mix", "from sksoup.mehl import MEHLSoup") == ["mehl", "mehl"]
-    assert wrong_imports("mehl", "from sksoup._mix import mix") == []
+    texts = {
+        "exceptions": "",
+        "mixing.mix": "from ..exceptions import A",
+        "recipes.greedy": "from ..mixing.mix import mix\nfrom .base import BaseSoup",
+        "recipes.base": "def f():\n    from . import greedy",
+        "mixing.card": "from sksoup.recipes.other import x",
+        "recipes.other": "import torch",
+    }
+    files, top = arrows_of(texts)
+    assert circles(files) == ["recipes.greedy", "recipes.base"]
+    assert circles(top) == ["mixing", "recipes"]
+    assert top["mixing"] == {"exceptions", "recipes"}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_only_public_names_of_scikit_learn_and_none_in_the_core(module):
-    names = [name for name, _ in imports_of((PACKAGE / f"{module}.py").read_text())]
-    learn = [name for name in names if name.split(".")[0] == "sklearn"]
-    assert [name for name in learn if any(part.startswith("_") for part in name.split("."))] == []
-    if module in CORE:
+def test_every_folder_says_what_is_inside():
+    for path in PACKAGE.rglob("__init__.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_public_names_of_scikit_learn_and_none_in_the_core(name):
+    learn = [n for n in imported(FILES[name].read_text()) if n.split(".")[0] == "sklearn"]
+    assert [n for n in learn if any(part.startswith("_") for part in n.split("."))] == []
+    if name.split(".")[0] in CORE:
         assert learn == []
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_no_prints_no_asserts_one_opener_of_files(module):
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+@pytest.mark.parametrize("name", FILES)
+def test_no_prints_no_asserts_one_opener_of_files(name):
+    tree = ast.parse(FILES[name].read_text())
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    assert ("print" in called) == (module == "__main__")  # the command line alone speaks
-    if module != "_formats":
+    assert ("print" in called) == (name == "__main__")  # the command line alone speaks
+    if name.split(".")[0] != "checkpoints" and name != "runtime.cache":  # which packs its entries
         assert not called & {"torch.load", "torch.save", "safe_open", "save_file"}
 
 

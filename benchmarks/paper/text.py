@@ -23,7 +23,7 @@ import transformers
 from sklearn.model_selection import train_test_split
 
 from sksoup import CheckpointCollection
-from sksoup._sources import preserved_random_state
+from sksoup.checkpoints.sources import preserved_random_state
 
 PACKAGES = (
     "huggingface_hub", "hypothesis", "mypy", "networkx", "numpy", "pandas", "pip", "scipy",

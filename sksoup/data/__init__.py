@@ -1,0 +1,1 @@
+"""Rows and labels in any form -> tensors on a device, in minibatches."""

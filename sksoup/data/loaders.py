@@ -1,0 +1,224 @@
+"""Data sets and loaders of any kind -> inputs and targets, walked once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
+
+from ..checkpoints.sources import preserved_random_state
+from ..runtime.memory import free_bytes
+from .rows import map_inputs, n_rows, parts_of
+
+LABELS = ("labels", "label", "targets", "target", "y")  # keys that hold targets
+SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+ROWS = 256  # of a data set at a time
+
+
+def is_loader(X: Any) -> bool:
+    """Whether rows have to be asked for: a Dataset, a DataLoader, an iterator of batches."""
+    is_hub = hasattr(X, "with_format") and hasattr(X, "column_names")  # datasets.Dataset
+    return isinstance(X, (Dataset, DataLoader, Iterator)) or is_hub
+
+
+def as_batches(X: Any, y: Any) -> Any:
+    """A mapping that holds its targets as what it is: one batch; all else as it is."""
+    holds_targets = isinstance(X, Mapping) and (
+        isinstance(y, str) or (y is None and any(name in X for name in LABELS))
+    )
+    if not holds_targets:
+        return X
+    is_list = {name: isinstance(part, (list, tuple)) for name, part in X.items()}
+    return iter([{n: from_lists(part) if is_list[n] else part for n, part in X.items()}])
+
+
+def from_lists(part: Sequence[Any]) -> NDArray[Any]:
+    """Lists of numbers as an array: integers stay integers."""
+    try:
+        return np.asarray(part)
+    except ValueError as error:
+        raise ValueError(
+            "An input in X holds lists of different lengths, expected one length. Pad them: "
+            "tokenizer(texts, padding=True, truncation=True, return_tensors='pt')."
+        ) from error
+
+
+def is_apart(values: Any) -> bool:
+    """Whether targets or weights are given beside the rows, which must then come in order."""
+    return values is not None and not isinstance(values, str)
+
+
+def read_loader(
+    X: Any, y: Any = None, *, ordered: bool = False, n_inputs: int | None = None
+) -> tuple[Any, Any]:
+    """Walk a loader once; returns inputs and targets, as tensors on the CPU.
+
+    Targets are ``y``; or, where that is None or the name of a key, the last of a tuple (unless it
+    has just the ``n_inputs`` that are known), or that key of a mapping. ``ordered`` refuses loaders
+    whose rows do not come in order. Global random state is afterwards as it was before.
+    """
+    inputs: list[Any] = []
+    targets: list[Any] = []
+    held = 0
+    limit = free_bytes(torch.device("cpu")) // 2
+    for rows, labels in walk(X, y, ordered=ordered, n_inputs=n_inputs):
+        inputs.append(rows)
+        targets.append(labels)
+        held += sum(part.nbytes for part in parts_of(rows))
+        if held > limit:
+            raise ValueError(
+                f"The held-out rows do not fit into memory: {held:,} bytes after "
+                f"{sum(map(n_rows, inputs)):,} rows, half of what is free. Hold out fewer, or "
+                f"keep images as uint8 and convert them on the device: "
+                f"forward=lambda module, X: module(X / 255)."
+            )
+    return _concatenate(inputs), targets_of(targets, y)
+
+
+def minibatches(
+    X: Any, y: Any, size: int | None, *, ordered: bool, n_inputs: int | None
+) -> Iterator[tuple[Any, Any]]:
+    """Walk a loader once, in minibatches of ``size`` rows whatever its own; None is one batch.
+
+    So the module is fed what it would be fed from arrays. Holds two of the larger ones.
+    """
+    if size is None:
+        yield read_loader(X, y, ordered=ordered, n_inputs=n_inputs)
+        return
+    rows: Any = None
+    labels: list[Any] = []  # of the rows that were read and not given yet
+    for more, their in walk(X, y, ordered=ordered, n_inputs=n_inputs):
+        rows = more if rows is None else _concatenate([rows, more])
+        labels = [targets_of([*labels, their], None)]
+        while n_rows(rows) >= size:
+            yield _cut(rows, slice(size)), _cut(labels[0], slice(size))
+            rows, labels = _cut(rows, slice(size, None)), [_cut(labels[0], slice(size, None))]
+    if n_rows(rows):
+        yield rows, labels[0]
+
+
+def _cut(X: Any, rows: slice) -> Any:
+    return None if X is None else map_inputs(itemgetter(rows), X)
+
+
+def targets_of(targets: list[Any], y: Any) -> Any:
+    """The targets that came with the rows, unless they were given beside them as ``y``."""
+    if is_apart(y):
+        return y
+    found = [part for part in targets if part is not None]
+    return torch.cat(found) if found else None
+
+
+def walk(
+    X: Any, y: Any, *, ordered: bool, n_inputs: int | None
+) -> Iterator[tuple[Any, torch.Tensor | None]]:
+    """Inputs and targets batch by batch, as they come."""
+    loader = _as_loader(X)
+    if ordered:
+        _check_order(loader)
+    is_empty = True
+    with preserved_random_state():
+        for batch in loader:
+            rows, labels = _split(batch, y, n_inputs)
+            is_empty = is_empty and not n_rows(rows)
+            yield rows, None if labels is None else torch.as_tensor(labels)
+    if is_empty:
+        raise ValueError(
+            f"The {type(X).__name__} gave no rows: an iterator can be walked only once. Give a "
+            f"DataLoader or a Dataset."
+        )
+
+
+def _as_loader(X: Any) -> Any:
+    if isinstance(X, (DataLoader, Iterator)):
+        return X
+    if hasattr(X, "with_format"):
+        X = X.with_format("torch")
+    return DataLoader(X, batch_size=ROWS, shuffle=False)
+
+
+def _check_order(loader: Any) -> None:
+    if not isinstance(loader, DataLoader):
+        return
+    samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    shuffling = next((s for s in samplers if isinstance(s, SHUFFLING)), None)
+    if shuffling is not None:
+        raise ValueError(
+            f"The DataLoader shuffles ({type(shuffling).__name__}), so its rows do not come in the "
+            f"order of its data set, which matters here. Give one with shuffle=False."
+        )
+    if loader.drop_last and hasattr(loader.dataset, "__len__"):
+        size = loader.batch_size or 1
+        if lost := len(loader.dataset) % size:
+            raise ValueError(
+                f"The DataLoader has drop_last=True, which leaves out {lost} of "
+                f"{len(loader.dataset)} rows. Give one with drop_last=False."
+            )
+
+
+def _split(batch: Any, y: Any, n_inputs: int | None) -> tuple[Any, Any]:
+    """The inputs in a batch, and the targets where they are in it."""
+    if isinstance(batch, Mapping):
+        key = y if isinstance(y, str) else next((name for name in LABELS if name in batch), None)
+        if key is not None and key not in batch:
+            raise ValueError(
+                f"Batches have no {key!r}: got {', '.join(map(repr, batch))}. Name the key that "
+                f"holds the targets: y='...'."
+            )
+        inputs = {name: _tensor(part) for name, part in batch.items() if name != key}
+        return inputs, None if key is None else batch[key]
+    if isinstance(batch, (tuple, list)):
+        *parts, last = batch
+        if isinstance(y, str):
+            raise ValueError(f"y={y!r} names a key, but batches are a {type(batch).__name__}.")
+        if y is not None or not parts or len(batch) == n_inputs:  # the targets are not in here
+            parts, last = [*parts, last], None
+        if len(parts) == 1:
+            first = parts[0]
+            named = isinstance(first, Mapping)
+            return (map_inputs(_tensor, dict(first)) if named else _tensor(first)), last
+        return tuple(map(_tensor, parts)), last
+    return _tensor(batch), None
+
+
+def _tensor(part: Any) -> torch.Tensor:
+    if isinstance(part, torch.Tensor):
+        return part.detach().cpu()
+    if isinstance(part, np.ndarray):
+        return torch.as_tensor(part)
+    collated = default_collate(list(part)) if isinstance(part, (list, tuple)) else part
+    if not isinstance(collated, torch.Tensor):
+        raise TypeError(
+            f"A batch holds a {type(part).__name__} that is no tensor, such as {str(part)[:40]!r}. "
+            f"Tokenise text and drop other columns before."
+        )
+    return collated
+
+
+def _concatenate(inputs: list[Any]) -> Any:
+    first = inputs[0]
+    for other in inputs[1:]:
+        kinds = [list(X) if isinstance(X, dict) else len(parts_of(X)) for X in (first, other)]
+        shapes = [[tuple(part.shape[1:]) for part in parts_of(X)] for X in (first, other)]
+        if kinds[0] != kinds[1] or shapes[0] != shapes[1]:
+            raise ValueError(
+                f"Batches differ: rows of shape {shapes[0]} ({kinds[0]}) and of {shapes[1]} "
+                f"({kinds[1]}). Pad them to one shape."
+            )
+    if isinstance(first, dict):
+        return {name: torch.cat([X[name] for X in inputs]) for name in first}
+    if isinstance(first, tuple):
+        return tuple(torch.cat(parts) for parts in zip(*inputs, strict=True))
+    return torch.cat(inputs)

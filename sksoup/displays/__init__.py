@@ -1,0 +1,1 @@
+"""A fitted soup -> pictures and a page."""

@@ -1,0 +1,219 @@
+"""One HTML file about a soup: no network, nothing to install, safe to mail."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from ..checkpoints.describe import judge
+from .pictures import (
+    CoefficientsDisplay,
+    ComparisonDisplay,
+    GreedyPathDisplay,
+    LearningCurveDisplay,
+)
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #d0d0d0; --soft: #f4f4f4;
+  --mark: #0072b2; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e6e6; --paper: #16181b; --line: #3c4045; --soft: #202327; --mark: #6cb6e6; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 60rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; color: var(--mark); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left;
+  white-space: nowrap; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+code { background: var(--soft); padding: 0 .2rem; font-size: .85rem; }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
+li { margin: .3rem 0; } summary { cursor: pointer; }
+"""
+
+
+def render(soup: Any, comparison: Any = None) -> str:
+    """The report on a fitted soup as HTML; ``comparison`` is what `compare_soups` gives."""
+    recipe = soup.recipe_
+    used = [k for k, is_used in enumerate(recipe.is_used()) if is_used]
+    title = f"{recipe.method} of {len(used)} of {len(recipe.ingredients)} checkpoints"
+    sections = [
+        f"<h1>{escape(title)}</h1>",
+        "<p>One network, mixed from fine-tuned ones: its weights are their sum with the "
+        "coefficients below. It costs no more to run than any one of them.</p>",
+        _section("How well it does", _scores(soup, comparison)),
+        *([_section("Warnings", _list(soup.warnings_))] if soup.warnings_ else []),
+        _section("What to look at", _list(advice(soup, comparison))),
+        _section("Coefficients", _coefficients(soup)),
+        _section("How they were found", _search(soup)),
+        _section("What was mixed", _ingredients(recipe, used)),
+        _section("How to make it again", _reproduction(recipe)),
+    ]
+    return (
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        "<link rel='icon' href='data:,'>"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
+        + "\n".join(sections)
+        + "\n</body></html>\n"
+    )
+
+
+def advice(soup: Any, comparison: Any = None) -> list[str]:
+    """What deserves attention, and what to do about it."""
+    recipe, collection = soup.recipe_, soup.checkpoints_
+    used = [i.name for i, u in zip(recipe.ingredients, recipe.is_used(), strict=True) if u]
+    is_judged = any("share a start" in warning for warning in soup.warnings_)
+    said = [] if is_judged or len(used) < 2 else [judge(collection.strangers(used), len(used))]
+    outside = CoefficientsDisplay(recipe.coef, collection.names, recipe.layer_names).outside
+    if outside:
+        said.append(
+            f"{100 * outside:.1f} % of the coefficients lie outside [0, 1]: the soup "
+            f"extrapolates. That is how hyperplane soups gain, and where they overfit: trust a "
+            f"score on rows that did not choose them."
+        )
+    path = getattr(soup, "path_", None)
+    if path is not None:
+        lucky = [
+            t["candidate"] for t in path[1:]
+            if t["kept"] and t["gain_standard_error"] and t["gain"] < 2 * t["gain_standard_error"]
+        ]  # fmt: skip
+        if lucky:
+            said.append(
+                f"{len(lucky)} of the ingredients were kept for a gain of less than two standard "
+                f"errors, which may be luck. Hold out more rows, or ask for more with "
+                f"min_improvement."
+            )
+        if len(used) == 1:
+            said.append(
+                "Only the best checkpoint was kept, so this is no mixture. Fine-tune more "
+                "checkpoints from one start, or learn coefficients with MEHLSoup."
+            )
+    if recipe.recalibrated:
+        said.append(
+            f"{len(recipe.recalibrated)} BatchNorm tensors were re-estimated from the held-out "
+            f"rows: the checkpoints alone do not rebuild them."
+        )
+    if recipe.temperature != 1.0:
+        said.append(
+            f"A temperature of {recipe.temperature:.4g} was learnt: predict_proba multiplies the "
+            f"logits by it, the network itself does not."
+        )
+    if comparison is None:
+        said.append(
+            "This report compares with nothing. Give it one: "
+            "soup.report(path, compare_soups(checkpoints, X_val, y_val, X_test, y_test))."
+        )
+    elif comparison.n_test is None:
+        said.append("No test rows were given: scores on the rows that chose are too high.")
+    return said
+
+
+def _scores(soup: Any, comparison: Any) -> str:
+    if comparison is not None:
+        display = ComparisonDisplay.from_comparison(comparison)
+        picture = _picture(display, "Scores of all systems")
+        table = _table(comparison.header, comparison.cells())
+        mine = next((name for name, one in comparison.soups.items() if one is soup), None)
+        which = (
+            "This soup is none of these, which were fitted beside it."
+            if mine is None
+            else f"This soup is the {mine} of the table."
+        )
+        said = f"<p>{escape(comparison.statement)}</p><p>{escape(which)}</p>"
+        return f"{said}{table}{picture}"
+    scores = soup.recipe_.scores
+    if not scores:
+        return "<p>No score was recorded with this soup.</p>"
+    best = max(scores, key=scores.__getitem__)
+    return (
+        f"<p>The best single checkpoint, <code>{escape(best)}</code>, scored {scores[best]:.4f} "
+        f"on the held-out rows, which also chose the soup.</p>"
+    )
+
+
+def _coefficients(soup: Any) -> str:
+    display = CoefficientsDisplay.from_estimator(soup)
+    pictures = _picture(display, "Coefficients of every layer and checkpoint")
+    if len(np.atleast_2d(soup.coef_)) > 1:
+        histogram = CoefficientsDisplay.from_estimator(soup, kind="histogram")
+        pictures += _picture(histogram, "How often each coefficient occurs")
+    return pictures
+
+
+def _search(soup: Any) -> str:
+    if getattr(soup, "path_", None):
+        return _picture(GreedyPathDisplay.from_estimator(soup), "Candidates in the order tried")
+    if any("loss" in record for record in soup.history_):
+        return _picture(LearningCurveDisplay.from_estimator(soup), "Held-out loss at every step")
+    return "<p>They are given by the recipe; nothing was searched.</p>"
+
+
+def _ingredients(recipe: Any, used: Sequence[int]) -> str:
+    mean = recipe.coef.mean(axis=0)
+    rows = [
+        (
+            recipe.ingredients[k].name,
+            f"{mean[k]:.4f}",
+            f"{recipe.scores[name]:.4f}" if (name := recipe.ingredients[k].name) in recipe.scores
+            else "-",
+            recipe.ingredients[k].sha256,
+        )
+        for k in used
+    ]  # fmt: skip
+    return _table(("checkpoint", "mean coefficient", "held-out score", "SHA-256"), rows)
+
+
+def _reproduction(recipe: Any) -> str:
+    params = "".join(
+        f"<li><code>{escape(str(name))}={escape(repr(value))}</code></li>"
+        for name, value in recipe.params.items()
+    )
+    versions = ", ".join(f"{escape(name)} {escape(v)}" for name, v in recipe.versions.items())
+    return (
+        "<p>With the checkpoints and the saved soup at hand, its weights are rebuilt and compared "
+        "bit for bit by <code>python -m sksoup verify FILE FOLDER</code>.</p>"
+        f"<details><summary>Parameters</summary><ul>{params}</ul></details><p>{versions}</p>"
+    )
+
+
+def _section(title: str, content: str) -> str:
+    return f"<h2>{escape(title)}</h2>\n{content}"
+
+
+def _list(items: Iterable[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table that scrolls on a narrow screen; columns of numbers stand right."""
+    rows = list(rows)
+    numeric = [
+        all(row[k][:1].isdigit() or row[k][:1] == "-" for row in rows) for k in range(len(header))
+    ]
+
+    def line(tag: str, texts: Sequence[str]) -> str:
+        cells = (
+            f"<{tag}{' class=number' if is_number else ''}>{escape(text)}</{tag}>"
+            for text, is_number in zip(texts, numeric, strict=True)
+        )
+        return f"<tr>{''.join(cells)}</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return f"<div class='wide'><table>{line('th', header)}{body}</table></div>"
+
+
+def _picture(display: Any, text: str) -> str:
+    """A display as an image inside the page; its figure is closed."""
+    import matplotlib.pyplot as plt
+
+    buffer = io.BytesIO()
+    display.figure_.savefig(buffer, format="png", dpi=120)
+    plt.close(display.figure_)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f"<p><img alt='{escape(text, quote=True)}' src='data:image/png;base64,{data}'></p>"

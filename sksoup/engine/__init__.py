@@ -1,0 +1,1 @@
+"""A module and rows -> loss, gradient with respect to coefficients, score."""

@@ -1,0 +1,179 @@
+"""Held-out scores of the module's weights, whole or only as far as they matter."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..data.rows import HeldOut, Task, map_inputs, take_rows, to_tensor
+from ..runtime.cache import Memo
+from .objective import Objective
+
+SLACK = 1e-9  # far above what float64 sums of penalties are off by, far below what a row is worth
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """A score that is 1 minus a sum of penalties >= 0, one per row: accuracy, R².
+
+    So the rows seen so far bound it from above. Everything is on the CPU, in float64.
+    """
+
+    task: Task
+    y: torch.Tensor  # (N,) class indices, else (N, n_outputs)
+    share: torch.Tensor  # (N,), each row's part of the whole weight; sums to 1
+    variance: torch.Tensor  # (n_outputs,), of the targets of a regression; unused elsewhere
+
+    @classmethod
+    def of(cls, task: Task, y: torch.Tensor, weight: NDArray[np.float64] | None) -> RowScore | None:
+        """The default score of a task; None where it is no such sum (R² of constant targets)."""
+        y = y.detach().cpu()
+        share = to_tensor(np.ones(len(y)) if weight is None else weight).double()
+        share = share / share.sum()
+        variance = torch.ones(1, dtype=torch.float64)
+        if task == "regression":
+            y = y.double().reshape(len(y), -1)
+            variance = share @ (y - share @ y).square()  # (n_outputs,)
+            if len(y) < 2 or bool((variance <= 1e-12 * (share @ y.square())).any()):
+                return None
+        return cls(task, y, share, variance)
+
+    @property
+    def most(self) -> float:
+        """The largest penalty a row can have."""
+        return math.inf if self.task == "regression" else float(self.share.max())
+
+    def penalties(self, outputs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """(n,): what these rows take away from a score of 1, for their outputs (n, ...)."""
+        y = self.y[rows]
+        if self.task == "regression":
+            error = y - outputs.double().reshape(y.shape)
+            return self.share[rows] * (error.square() / self.variance).mean(dim=1)
+        if self.task == "classification":
+            wrong = outputs.argmax(dim=1) != y
+        else:
+            wrong = ((outputs > 0) != (y > 0)).reshape(len(y), -1).any(dim=1)
+        return self.share[rows] * wrong
+
+    def margins(self, outputs: torch.Tensor) -> torch.Tensor:
+        """(N,): how safely each row is right; small is hard."""
+        if self.task == "regression":
+            return -self.penalties(outputs, torch.arange(len(self.y)))
+        if self.task == "multilabel":
+            sides = torch.where(self.y > 0, outputs, -outputs)
+            return sides.reshape(len(sides), -1).amin(dim=1)
+        own = outputs.gather(1, self.y[:, None])
+        others = outputs.scatter(1, self.y[:, None], -torch.inf).amax(dim=1)
+        return own[:, 0] - others
+
+    def standard_error(self, penalties: torch.Tensor) -> float:
+        """Standard error of a sum of (differences of) penalties (N,), over draws of the rows."""
+        return float((penalties - self.share * penalties.sum()).square().sum().sqrt())
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A held-out score, or an upper bound for it once that was enough to reject."""
+
+    score: float
+    n_rows: int
+    is_bound: bool = False
+    penalties: torch.Tensor | None = None  # (N,), where the score is a `RowScore`
+    margins: torch.Tensor | None = None  # (N,)
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Scores the module's present weights on the held-out rows."""
+
+    objective: Objective
+    data: HeldOut
+    batch_size: int | None
+    soup: Any  # a copy of the estimator around the same module, for scorers to look at
+    scorer: Callable[..., float] | None  # None is the task's default score
+    X: Any
+    y: NDArray[Any]
+    weight: NDArray[np.float64] | None
+    rows: RowScore | None  # where the score is one
+    memo: Memo = field(default_factory=lambda: Memo(None))  # of scores on these rows
+
+    def own(self) -> Self:
+        """The same with a module of its own, for use beside others."""
+        objective, soup = self.objective.own(), copy.copy(self.soup)
+        soup.module_ = objective.module
+        return replace(self, objective=objective, soup=soup)
+
+    def on(self, rows: NDArray[np.int64]) -> Self:
+        """The same on some of the rows."""
+        weight, y = None if self.weight is None else self.weight[rows], self.y[rows]
+        data = self.data.select(torch.as_tensor(rows))
+        bounded = None
+        if self.rows is not None:
+            bounded = RowScore.of(self.rows.task, self.rows.y[rows], weight)
+        X = map_inputs(lambda part: part[rows], self.X)
+        memo = self.memo.within(rows)
+        return replace(self, data=data, X=X, y=y, weight=weight, rows=bounded, memo=memo)
+
+    @torch.no_grad()
+    def __call__(self) -> Evaluation:
+        """Score all rows."""
+        n = len(self.data)
+        if self.scorer is not None:
+            self.objective.counts.rows_forward += n
+            extra = {} if self.weight is None else {"sample_weight": self.weight}
+            return Evaluation(float(self.scorer(self.soup, self.X, self.y, **extra)), n)
+        return self._evaluation(self.objective.outputs(self.data.X, self.batch_size))
+
+    def _evaluation(self, outputs: torch.Tensor) -> Evaluation:
+        n, rows = len(outputs), self.rows
+        if rows is None or rows.task == "regression":
+            score = self.soup._default_score(self.y, self.soup._decode(outputs), self.weight)
+        if rows is None:
+            return Evaluation(score, n)
+        outputs = outputs.cpu()
+        penalties = rows.penalties(outputs, torch.arange(n))
+        if rows.task != "regression":  # what accuracy_score gives, without checking labels again
+            score = float(np.average(penalties.numpy() == 0, weights=self.weight))
+        return Evaluation(score, n, penalties=penalties, margins=rows.margins(outputs))
+
+    @torch.no_grad()
+    def until(self, needed: float, order: torch.Tensor, size: int) -> Evaluation:
+        """Score the rows in this order until it is certain that less than ``needed`` comes out.
+
+        ``size`` at a time, the last chunk filled up to that; whole minibatches as long as a bound
+        can't decide anything, and once it has not three times. Nothing is decided by a bound that
+        the score of all rows would not have decided.
+        """
+        if self.rows is None:
+            raise ValueError("this score has no bound")
+        n, seen, n_looks = len(order), 0, 0
+        outputs: torch.Tensor | None = None
+        bound = 1.0
+        while seen < n:
+            many = self.batch_size or n
+            least = (bound - needed) / self.rows.most  # rows, all wrong, before the score is missed
+            # after three looks it will most likely be kept: on with whole minibatches
+            undecided = least >= many or n_looks >= 3
+            step = many if undecided and size < many <= n - seen else size
+            part = order[seen : seen + step]
+            padded = torch.cat([part, part[:1].expand(step - len(part))])
+            chunk = self.objective.forward(take_rows(self.data.X, padded))
+            chunk = chunk[: len(part)].cpu()
+            if outputs is None:
+                outputs = chunk.new_empty((n, *chunk.shape[1:]))
+            outputs[part] = chunk
+            bound -= float(self.rows.penalties(chunk, part).sum())
+            seen += len(part)
+            n_looks += step == size
+            if bound < needed - SLACK and seen < n:
+                return Evaluation(bound, seen, is_bound=True)
+        if outputs is None:
+            raise ValueError("there are no held-out rows")
+        return self._evaluation(outputs)

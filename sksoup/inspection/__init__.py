@@ -1,0 +1,24 @@
+"""Look at soups: pictures, all systems side by side on the same data, the loss in between."""
+
+from ..displays.pictures import (
+    CoefficientsDisplay,
+    ComparisonDisplay,
+    GreedyPathDisplay,
+    LearningCurveDisplay,
+)
+from .barrier import LossBarrier, LossBarrierDisplay, loss_barrier
+from .comparison import SoupComparison, SoupResult, compare_soups, paper_systems
+
+__all__ = [
+    "CoefficientsDisplay",
+    "ComparisonDisplay",
+    "GreedyPathDisplay",
+    "LearningCurveDisplay",
+    "LossBarrier",
+    "LossBarrierDisplay",
+    "SoupComparison",
+    "SoupResult",
+    "compare_soups",
+    "loss_barrier",
+    "paper_systems",
+]

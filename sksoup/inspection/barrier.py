@@ -1,0 +1,302 @@
+"""The loss along straight lines between checkpoints and to their mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from numbers import Integral
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.utils import check_random_state, check_scalar
+from sklearn.utils.validation import check_is_fitted
+
+from ..checkpoints.collection import CheckpointCollection
+from ..data.rows import Task
+from ..displays.pictures import BLUE, ORANGE, new_axes
+from ..engine.objective import Criterion, Forward, load_weights
+from ..engine.problem import Found, Problem
+from ..mixing.mix import mix
+from ..recipes.base import BaseSoup
+
+
+@dataclass(frozen=True)
+class LossBarrier:
+    r"""Hold the losses that `loss_barrier` measured along straight lines between checkpoints.
+
+    Parameters
+    ----------
+    lines : tuple of (str, str)
+        Names of the two ends; ``"mean"`` is the mean of all checkpoints.
+    alpha : ndarray of shape (n_points,), float64
+        Places on the lines, from 0 (the first end) to 1.
+    losses : ndarray of shape (n_lines, n_points), float64
+        Mean loss over the rows.
+
+    Attributes
+    ----------
+    barriers : ndarray of shape (n_lines,), float64
+        How far the loss rises above the straight line between the losses of both ends:
+        :math:`\max_\alpha L(\alpha) - (1 - \alpha) L(0) - \alpha L(1)`. 0 or less in one basin.
+
+    References
+    ----------
+    Frankle et al., *Linear mode connectivity and the lottery ticket hypothesis*, ICML 2020,
+    arXiv:1912.05671, Section 2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sksoup.inspection import LossBarrier
+    >>> hill = LossBarrier((("a", "b"),), np.array([0, 0.5, 1]), np.array([[1.0, 4.0, 2.0]]))
+    >>> hill.barriers.tolist()
+    [2.5]
+    """
+
+    lines: tuple[tuple[str, str], ...]
+    alpha: NDArray[np.float64]
+    losses: NDArray[np.float64]
+
+    @property
+    def barriers(self) -> NDArray[np.float64]:
+        straight = np.outer(self.losses[:, 0], 1 - self.alpha) + np.outer(
+            self.losses[:, -1], self.alpha
+        )
+        heights: NDArray[np.float64] = (self.losses - straight).max(axis=1)
+        return heights
+
+    def __str__(self) -> str:
+        ends = [f"{a} - {b}" for a, b in self.lines]
+        width = max(4, *map(len, ends))
+        lines = [f"{'line':{width}s}  {'loss at ends':>17s}  {'highest':>8s}  {'barrier':>8s}"]
+        for end, losses, barrier in zip(ends, self.losses, self.barriers, strict=True):
+            lines.append(
+                f"{end:{width}s}  {losses[0]:8.4f} {losses[-1]:8.4f}  {losses.max():8.4f}  "
+                f"{barrier:8.4f}"
+            )
+        return "\n".join(lines)
+
+
+def loss_barrier(
+    checkpoints: CheckpointCollection,
+    X: Any,
+    y: Any,
+    *,
+    n_points: int = 11,
+    n_pairs: int | None = 10,
+    forward: Forward | None = None,
+    task: Task = "classification",
+    criterion: Criterion | None = None,
+    classes: ArrayLike | None = None,
+    batch_size: int | None = 128,
+    device: str | torch.device = "auto",
+    random_state: Any = 0,
+) -> LossBarrier:
+    """Measure the loss along straight lines between checkpoints and to their mean.
+
+    Checkpoints that may be mixed lie in one basin: the loss does not rise between them.
+
+    Parameters
+    ----------
+    checkpoints : CheckpointCollection
+        With a module.
+    X, y : array-like or Tensor of n_samples rows
+        Held-out rows.
+    n_points : int, default=11
+        Places on each line, the ends included.
+    n_pairs : int or None, default=10
+        Pairs of checkpoints, drawn at random when there are more; None for all K(K − 1)/2. The K
+        lines to the mean are always measured.
+    forward : callable or None, default=None
+        ``(module, X) -> outputs``, as for the soups.
+    task : {"classification", "regression", "multilabel"}, default="classification"
+        What the outputs mean.
+    criterion : class, nn.Module or callable ``(output, y) -> loss``, default=None
+        By default that of the task: cross-entropy, squared error, or binary cross-entropy.
+    classes, batch_size, device
+        As in `MEHLSoup`.
+    random_state : int, RandomState instance or None, default=0
+        Draws the pairs.
+
+    Returns
+    -------
+    barrier : LossBarrier
+        Losses along the lines; print it for a table.
+
+    Raises
+    ------
+    ValueError
+        ``n_points`` below 2; X and y that do not fit.
+    CheckpointError
+        As `fit`.
+
+    Notes
+    -----
+    Cost: ``n_points`` forward passes over the rows per line; each line reads its two ends once.
+    Memory: four models.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sksoup import CheckpointCollection
+    >>> from sksoup.inspection import loss_barrier
+    >>> nets = CheckpointCollection([torch.nn.Linear(2, 2) for _ in range(3)])
+    >>> loss_barrier(nets, torch.eye(2), torch.tensor([0, 1])).losses.shape
+    (6, 11)
+    """
+    check_scalar(n_points, "n_points", Integral, min_val=2)
+    pairs = list(combinations(checkpoints, 2))
+    if n_pairs is not None and n_pairs < len(pairs):
+        check_scalar(n_pairs, "n_pairs", Integral, min_val=0)
+        if random_state is None:  # entropy, not the state that all of NumPy shares
+            random_state = int(np.random.SeedSequence().generate_state(1)[0])
+        rng = check_random_state(random_state)
+        pairs = [pairs[i] for i in sorted(rng.choice(len(pairs), n_pairs, replace=False))]
+    ends: list[tuple[str, str | None]] = [*pairs, *((name, None) for name in checkpoints)]
+    alpha = np.linspace(0, 1, n_points)
+    walk = _Walk(ends, alpha, forward, task, criterion, classes, batch_size, device)
+    walk.fit(checkpoints, X, y)
+    lines = tuple((a, "mean" if b is None else b) for a, b in ends)
+    return LossBarrier(lines, alpha, walk.losses_)
+
+
+class _Walk(BaseSoup):
+    """Not a soup: evaluates mixes of two checkpoints (None: the mean) with all `fit` sets up."""
+
+    _has_recipe = False
+
+    def __init__(
+        self,
+        lines: Sequence[tuple[str, str | None]] = (),
+        alpha: ArrayLike = (0.0, 1.0),
+        forward: Forward | None = None,
+        task: Task = "classification",
+        criterion: Criterion | None = None,
+        classes: ArrayLike | None = None,
+        batch_size: int | None = 128,
+        device: str | torch.device = "auto",
+    ) -> None:
+        self.checkpoints = None
+        self.lines = lines
+        self.alpha = alpha
+        self.forward = forward
+        self.task = task
+        self.criterion = criterion
+        self.classes = classes
+        self.batch_size = batch_size
+        self.device = device
+
+    def _search(self, problem: Problem) -> Found:
+        checkpoints = problem.checkpoints
+        n = len(checkpoints)
+        uniform = np.full((1, n), 1 / n)
+        mean = mix(checkpoints, uniform, layers=dict.fromkeys(checkpoints.layout, 0))
+        losses = []
+        with problem.progress("line", len(self.lines)) as step:
+            for a, b in self.lines:
+                ends = CheckpointCollection([checkpoints[a], mean if b is None else checkpoints[b]])
+                losses.append([self._loss(problem, ends, float(t)) for t in np.asarray(self.alpha)])
+                step()
+        return Found(uniform, attributes={"losses_": np.array(losses)})
+
+    def _loss(self, problem: Problem, ends: CheckpointCollection, t: float) -> float:
+        load_weights(problem.module, mix(ends, [1 - t, t]))
+        return problem.objective.mean_loss(problem.data, self.batch_size)
+
+    def _keep_soup(self, problem: Problem, coef: NDArray[np.float64]) -> None:
+        """Nothing to keep."""
+
+
+class LossBarrierDisplay:
+    """Show the loss along straight lines between checkpoints.
+
+    Parameters
+    ----------
+    barrier : LossBarrier
+        What `sksoup.inspection.loss_barrier` measured.
+
+    Attributes
+    ----------
+    ax_ : matplotlib Axes
+        What was drawn on.
+    figure_ : matplotlib Figure
+        The figure it is in.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sksoup.inspection import LossBarrier, LossBarrierDisplay
+    >>> hill = LossBarrier((("a", "b"),), np.array([0, 0.5, 1]), np.array([[1.0, 4.0, 2.0]]))
+    >>> LossBarrierDisplay(hill).plot().ax_.get_ylabel()
+    'loss'
+    """
+
+    def __init__(self, barrier: LossBarrier) -> None:
+        self.barrier = barrier
+
+    @classmethod
+    def from_estimator(
+        cls, estimator: Any, X: Any, y: Any, *, ax: Any = None, **kwargs: Any
+    ) -> Self:
+        """Measure and show the lines between the ingredients of a fitted soup.
+
+        Parameters
+        ----------
+        estimator : estimator
+            A fitted soup.
+        X, y : array-like or Tensor of n_samples rows
+            Rows to measure the loss on.
+        ax : matplotlib Axes or None, default=None
+            Where to draw; by default a new figure.
+        **kwargs : dict
+            As `sksoup.inspection.loss_barrier` takes them; by default the soup's.
+
+        Returns
+        -------
+        display : LossBarrierDisplay
+            Drawn.
+        """
+        check_is_fitted(estimator, "coef_")
+        coef = np.atleast_2d(estimator.coef_)
+        names = [n for n, c in zip(estimator.checkpoints_, coef.T, strict=True) if c.any()]
+        params = ("task", "forward", "criterion", "batch_size", "device")
+        given = {name: getattr(estimator, name) for name in params if hasattr(estimator, name)}
+        given |= {"classes": getattr(estimator, "classes_", None), **kwargs}
+        measured = loss_barrier(estimator.checkpoints_.select(names), X, y, **given)
+        return cls(measured).plot(ax=ax)
+
+    def plot(self, ax: Any = None) -> Self:
+        """Draw a curve per line, those to the mean of all apart from those between two.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes or None, default=None
+            Where to draw; by default a new figure.
+
+        Returns
+        -------
+        display : LossBarrierDisplay
+            This one, with ``ax_`` and ``figure_``.
+        """
+        self.figure_, self.ax_ = new_axes(ax, 6.0, 3.8)
+        shown: set[str] = set()
+        lines = zip(self.barrier.lines, self.barrier.losses, strict=True)
+        for ends, losses in lines:
+            kind = "to the mean of all" if "mean" in ends else "between two checkpoints"
+            self.ax_.plot(
+                self.barrier.alpha, losses, linewidth=1.0, alpha=0.7,
+                color=ORANGE if "mean" in ends else BLUE,
+                linestyle="--" if "mean" in ends else "-",
+                label=None if kind in shown else kind,
+            )  # fmt: skip
+            shown.add(kind)
+        highest = float(self.barrier.barriers.max())
+        self.ax_.set(
+            xlabel="place on the line, from one end to the other", ylabel="loss",
+            title=f"highest barrier {highest:.3f}",
+        )  # fmt: skip
+        self.ax_.legend(frameon=False)
+        return self

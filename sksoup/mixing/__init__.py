@@ -1,0 +1,1 @@
+"""Coefficients -> weights, and the record of what was mixed."""

@@ -1,0 +1,172 @@
+"""Tensor names <-> layers that share coefficients <-> slices of one flat vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ..checkpoints.read import TensorInfo
+from ..exceptions import CheckpointError
+
+Layerwise: TypeAlias = bool | Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Which row of ``coef_`` mixes which tensor.
+
+    The first ``n_searched`` rows belong to parameters and are found by a search; the added rows
+    after them belong to buffers and are the mean of the rows in ``averaged``.
+    """
+
+    names: tuple[str, ...]
+    rows: Mapping[str, int]  # tensor name -> row
+    averaged: tuple[tuple[int, ...], ...]  # per added row, the searched rows it is the mean of
+
+    @property
+    def n_searched(self) -> int:
+        return len(self.names) - len(self.averaged)
+
+    def expand(self, searched: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(n_searched, K) -> (n_layers, K): append the means."""
+        added = [searched[list(rows)].mean(axis=0) for rows in self.averaged]
+        return np.vstack([searched, *added])
+
+    def expand_columns(self, searched: torch.Tensor) -> torch.Tensor:
+        """(b, n_searched) -> (b, n_layers): the same for a tensor of the engine."""
+        added = [searched[:, list(rows)].mean(dim=1, keepdim=True) for rows in self.averaged]
+        return torch.cat([searched, *added], dim=1)
+
+
+def group_layers(module: nn.Module, tensors: Collection[str], layerwise: Layerwise) -> Layers:
+    """Assign every tensor to a row: parameters by ``layerwise``, buffers by their neighbours."""
+    state = module.state_dict(keep_vars=True)
+    label = _labeller(layerwise)
+    row_of_label: dict[str, int] = {}
+    rows: dict[str, int] = {}
+    by_identity: dict[int, int] = {}  # a tied parameter keeps the row of its first name
+    for name, value in state.items():
+        if isinstance(value, nn.Parameter):
+            if id(value) not in by_identity:
+                by_identity[id(value)] = row_of_label.setdefault(label(name), len(row_of_label))
+            rows[name] = by_identity[id(value)]
+    if not rows:
+        raise CheckpointError("The module has no parameters, so there is nothing to mix.")
+    parameters = dict(rows)
+    names = list(row_of_label)
+    averaged: dict[tuple[int, ...], int] = {}
+    for name in state:
+        if name not in rows:
+            owner, neighbours = _neighbours(name, parameters)
+            if len(neighbours) == 1:
+                rows[name] = neighbours[0]
+                continue
+            if neighbours not in averaged:
+                averaged[neighbours] = len(names)
+                names.append(f"{owner or 'module'} (buffers: mean of {len(neighbours)} rows)")
+            rows[name] = averaged[neighbours]
+    return Layers(tuple(names), {name: rows[name] for name in tensors}, tuple(averaged))
+
+
+def _labeller(layerwise: Layerwise) -> Callable[[str], str]:
+    if callable(layerwise):
+        return lambda name: str(layerwise(name))
+    return (lambda name: name) if layerwise else (lambda name: "all")
+
+
+def _neighbours(buffer: str, parameters: Mapping[str, int]) -> tuple[str, tuple[int, ...]]:
+    """Rows of the parameters beside a buffer, else below its nearest ancestor that has some."""
+    owner = buffer.rpartition(".")[0]
+    beside = {row for name, row in parameters.items() if name.rpartition(".")[0] == owner}
+    while not beside:
+        prefix = f"{owner}." if owner else ""
+        beside = {row for name, row in parameters.items() if name.startswith(prefix)}
+        if not beside:
+            owner = owner.rpartition(".")[0]
+    return owner, tuple(sorted(beside))
+
+
+def check_layers(
+    layers: Mapping[str, int] | None, layout: Mapping[str, TensorInfo], n_rows: int
+) -> dict[str, int]:
+    """Return the row of every tensor; without ``layers`` there is one row for all."""
+    if layers is None:
+        if n_rows != 1:
+            raise ValueError(
+                f"coef has {n_rows} rows but layers is None: say which tensor takes which row, "
+                f"layers={{tensor name: row}}, as in soup.layers_."
+            )
+        return dict.fromkeys(layout, 0)
+    missing = [name for name in layout if name not in layers]
+    if missing:
+        raise ValueError(
+            f"layers lacks {', '.join(map(repr, missing[:5]))} ({len(missing)} of {len(layout)} "
+            f"tensors): map every tensor of the checkpoints to a row of coef."
+        )
+    wrong = next((name for name in layout if not 0 <= layers[name] < n_rows), None)
+    if wrong is not None:
+        raise ValueError(
+            f"layers[{wrong!r}] is {layers[wrong]}, expected a row of coef in [0, {n_rows})."
+        )
+    return {name: int(layers[name]) for name in layout}
+
+
+def is_variance(name: str) -> bool:
+    """Whether a tensor is a running variance, which extrapolation must not make negative."""
+    return name.rpartition(".")[2] == "running_var"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One tensor's place in a flat vector."""
+
+    name: str
+    row: int
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """The tensors that differ between checkpoints, laid out layer by layer in one vector.
+
+    Parameters come first (their gradient is a vector of ``n_parameters``), buffers after them.
+    """
+
+    segments: tuple[Segment, ...]
+    n_parameters: int
+    size: int
+    row_slices: tuple[tuple[int, int, int], ...]  # (row, start, stop), each row contiguous
+
+    @classmethod
+    def of(cls, module: nn.Module, layers: Layers, differing: Collection[str]) -> FlatLayout:
+        chosen: list[tuple[bool, int, str, torch.Tensor]] = []
+        seen: set[int] = set()
+        for name, value in module.state_dict(keep_vars=True).items():
+            if name in differing and value.is_floating_point() and id(value) not in seen:
+                seen.add(id(value))
+                is_buffer = not isinstance(value, nn.Parameter)
+                chosen.append((is_buffer, layers.rows[name], name, value))
+        chosen.sort(key=lambda item: item[:2])  # stable: the module's order within a row
+        segments: list[Segment] = []
+        slices: list[tuple[int, int, int]] = []
+        start = n_parameters = 0
+        previous = None
+        for is_buffer, row, name, value in chosen:
+            stop = start + value.numel()
+            segments.append(Segment(name, row, start, stop, tuple(value.shape)))
+            if previous == (is_buffer, row):
+                slices[-1] = (row, slices[-1][1], stop)
+            else:
+                slices.append((row, start, stop))
+            previous = (is_buffer, row)
+            n_parameters = n_parameters if is_buffer else stop
+            start = stop
+        return cls(tuple(segments), n_parameters, start, tuple(slices))

@@ -1,0 +1,262 @@
+"""Coefficients -> weights: the one function every soup's weights come from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from ..checkpoints.collection import CheckpointCollection
+from ..checkpoints.read import TensorInfo, same_bits, write_shards
+from .layers import check_layers, is_variance
+
+__all__ = ["mix"]
+
+
+@overload
+def mix(
+    checkpoints: CheckpointCollection | Any,
+    coef: ArrayLike,
+    *,
+    layers: Mapping[str, int] | None = None,
+    out: None = None,
+) -> dict[str, torch.Tensor]: ...
+
+
+@overload
+def mix(
+    checkpoints: CheckpointCollection | Any,
+    coef: ArrayLike,
+    *,
+    layers: Mapping[str, int] | None = None,
+    out: str | os.PathLike[str],
+) -> Path: ...
+
+
+def mix(
+    checkpoints: CheckpointCollection | Any,
+    coef: ArrayLike,
+    *,
+    layers: Mapping[str, int] | None = None,
+    out: str | os.PathLike[str] | None = None,
+) -> dict[str, torch.Tensor] | Path:
+    r"""Mix checkpoints into one state dict, with given coefficients.
+
+    Every floating tensor becomes :math:`w = \sum_k c_{lk} w_k`, with :math:`l` the layer of the
+    tensor and :math:`\sum_k c_{lk} = 1`. This is where the weights of every soup come from: for
+    each of them ``soup.state_dict()`` equals ``mix(checkpoints, soup.coef_, layers=soup.layers_)``
+    bit for bit, but for BatchNorm statistics that were re-estimated (``recalibrated_``).
+
+    Parameters
+    ----------
+    checkpoints : CheckpointCollection
+        Or anything its constructor takes. No module is needed.
+    coef : array-like of shape (n_checkpoints,) or (n_layers, n_checkpoints)
+        Coefficients; each row sums to 1.
+    layers : mapping of str to int or None, default=None
+        Row of ``coef`` for every tensor name; None when there is one row.
+    out : str or path-like, default=None
+        A new folder to write the mix to, for models larger than memory: sharded ``.safetensors``
+        with an index, as Hugging Face lays them out. It appears once all of it is written.
+
+    Returns
+    -------
+    state_dict : dict of str to Tensor, or Path
+        On the CPU, in the stored dtype (the promoted one where the mixed checkpoints differ). With
+        ``out``, the path of that folder.
+
+    Raises
+    ------
+    ValueError
+        ``coef`` has another shape, is not finite, or a row does not sum to 1; ``layers`` does not
+        map every tensor to a row.
+    CheckpointError
+        A checkpoint can't be read or holds NaN.
+    FileExistsError
+        ``out`` is there and not an empty folder; nothing is read.
+
+    Notes
+    -----
+    The arithmetic is fixed, so that anyone gets the same bits: per tensor an accumulator in
+    float32 (float64 for float64) starts as :math:`c_1 w_1` and adds :math:`w_k c_k`, rounded, for
+    the checkpoints in order, and is cast once at the end. A coefficient of exactly 0 is not read.
+    A tensor whose bits are the same in all checkpoints read is copied as it is. Integer tensors
+    are taken from the checkpoint with the largest mean coefficient, the first on ties. Running
+    variances are clamped at 0 from below.
+
+    Each byte is read once. Memory: the result (in the accumulator's dtype) and one tensor; with
+    ``out`` no result, but a group of tensors that is no larger than the largest one. Files are
+    mapped, one at a time: that counts as address space, not as memory. A legacy pickle can only be
+    loaded whole, once for every such group.
+
+    References
+    ----------
+    Wortsman et al., *Model soups*, ICML 2022, arXiv:2203.05482, Section 2.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sksoup import mix
+    >>> a, b = {"w": torch.tensor([1.0, 5.0])}, {"w": torch.tensor([3.0, 5.0])}
+    >>> mix([a, b], [0.5, 0.5])
+    {'w': tensor([2., 5.])}
+    >>> mix([a, b], [2.0, -1.0])
+    {'w': tensor([-1.,  5.])}
+    """
+    if not isinstance(checkpoints, CheckpointCollection):
+        checkpoints = CheckpointCollection(checkpoints)
+    weights = check_coef(coef, len(checkpoints))
+    rows = check_layers(layers, checkpoints.layout, len(weights))
+    if out is not None:
+        return mix_into(Path(out), checkpoints, weights, rows)
+    mixed, _ = accumulate(checkpoints, weights, rows, checkpoints.layout)
+    dtypes = stored_dtypes(checkpoints, weights)
+    return {name: cast(name, mixed.pop(name), dtypes[name]) for name in checkpoints.layout}
+
+
+def mix_into(
+    folder: Path,
+    checkpoints: CheckpointCollection,
+    coef: NDArray[np.float64],
+    rows: Mapping[str, int],
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a mix to a new folder, as shards; ``metadata`` goes into each of them."""
+    infos = {
+        name: TensorInfo(checkpoints.layout[name].shape, dtype)
+        for name, dtype in stored_dtypes(checkpoints, coef).items()
+    }
+    write_shards(folder, infos, lambda names: mix_some(checkpoints, coef, rows, names), metadata)
+    return folder
+
+
+def mix_some(
+    checkpoints: CheckpointCollection,
+    coef: NDArray[np.float64],
+    rows: Mapping[str, int],
+    names: Iterable[str],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Mix these tensors a few at a time: never more in memory than the largest takes."""
+    dtypes = stored_dtypes(checkpoints, coef)
+    for group in _groups({name: checkpoints.layout[name].size for name in names}):
+        mixed, _ = accumulate(checkpoints, coef, rows, group)
+        for name in group:
+            yield name, cast(name, mixed.pop(name), dtypes[name])
+
+
+def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Cut the tensors, in order, into groups that are together no larger than the largest one."""
+    most, group, held = max(sizes.values(), default=0), list[str](), 0
+    for name, size in sizes.items():
+        if group and held + size > most:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += size
+    yield group
+
+
+def check_coef(coef: ArrayLike, n_checkpoints: int) -> NDArray[np.float64]:
+    """Return ``coef`` as (n_rows, n_checkpoints) float64, or say what is wrong with it."""
+    given = np.asarray(coef, dtype=np.float64)
+    rows = np.atleast_2d(given)
+    if given.ndim not in (1, 2) or rows.shape[1] != n_checkpoints or not len(rows):
+        raise ValueError(
+            f"coef has shape {given.shape}, expected ({n_checkpoints},) or (n_layers, "
+            f"{n_checkpoints}): one coefficient per checkpoint."
+        )
+    if not np.isfinite(rows).all():
+        raise ValueError("coef holds NaN or infinite values, expected finite coefficients.")
+    off = np.abs(rows.sum(axis=1) - 1).max()
+    if off > 1e-6 * max(1.0, float(np.abs(rows).max())):
+        raise ValueError(
+            f"coef must sum to 1 along the last axis, got a row that is off by {off:.2g}. Divide "
+            f"by the sum, or add the pretrained start as a checkpoint that takes the rest."
+        )
+    return rows
+
+
+def accumulate(
+    checkpoints: CheckpointCollection,
+    coef: NDArray[np.float64],
+    rows: Mapping[str, int],
+    names: Iterable[str],
+) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """Stream these tensors of all checkpoints once; return the sums, uncast, and what differs.
+
+    ``coef`` is (n_rows, K). Tensors that are equal everywhere come in their stored dtype.
+    """
+    names = list(names)
+    floating = {name for name in names if checkpoints.layout[name].is_floating}
+    leader = int(coef.mean(axis=0).argmax())
+    sums = {name: _Sum(checkpoints.layout[name]) for name in floating}
+    integers: dict[str, torch.Tensor] = {}
+    for k, checkpoint in enumerate(checkpoints):
+        if not coef[:, k].any():
+            continue
+        with checkpoints.open(checkpoint) as read:
+            for name in names:
+                if name in floating:
+                    if (c := float(coef[rows[name], k])) != 0.0:
+                        sums[name].add(read(name), c)
+                elif k == leader:
+                    integers[name] = read(name).clone()
+    differing = {name for name in floating if sums[name].total is not None}
+    return {
+        name: sums.pop(name).result() if name in floating else integers[name] for name in names
+    }, differing
+
+
+def stored_dtypes(
+    checkpoints: CheckpointCollection, coef: NDArray[np.float64]
+) -> dict[str, torch.dtype]:
+    """The dtypes of a mix: promoted over the checkpoints with a coefficient other than 0."""
+    used = [name for name, c in zip(checkpoints.names, coef.T, strict=True) if c.any()]
+    return {name: info.dtype for name, info in checkpoints.select(used).layout.items()}
+
+
+def cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """One rounding to the stored dtype; variances stay >= 0."""
+    return (value.clamp_(min=0) if is_variance(name) else value).to(dtype)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _Sum:
+    """sum_k c_k w_k, started only once two of the w_k differ: until then w_1 is kept as it is."""
+
+    __slots__ = ("coefs", "dtype", "first", "total")
+
+    def __init__(self, info: TensorInfo) -> None:
+        self.dtype = accumulator_dtype(info.dtype)
+        self.first: torch.Tensor | None = None
+        self.coefs: list[float] = []
+        self.total: torch.Tensor | None = None
+
+    def add(self, w: torch.Tensor, c: float) -> None:
+        if self.total is None:
+            if self.first is None:
+                self.first, self.coefs = w.clone(), [c]
+                return
+            if same_bits(self.first, w):
+                self.coefs.append(c)
+                return
+            first = self.first.to(self.dtype)
+            self.total = first * self.coefs[0]
+            for past in self.coefs[1:]:
+                self.total += first * past
+            self.first = None
+        self.total += w.to(self.dtype) * c  # two roundings: the product, then the sum
+
+    def result(self) -> torch.Tensor:
+        value = self.first if self.total is None else self.total
+        if value is None:  # pragma: no cover - rows sum to 1, so some coefficient is not 0
+            raise RuntimeError("a tensor was never read")
+        return value

@@ -1,0 +1,1 @@
+"""The soups: one file a recipe, over the base they share."""

@@ -1,0 +1,528 @@
+"""Greedy-Soup: keep what does not lower the held-out score [W22, Recipe 1]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed, effective_n_jobs
+from numpy.typing import ArrayLike, NDArray
+from sklearn.model_selection import train_test_split
+from sklearn.utils import check_scalar
+
+from ..checkpoints.collection import CheckpointCollection
+from ..checkpoints.describe import judge
+from ..data.rows import HeldOut, Task
+from ..engine.batch_norm import BatchNormPolicy, can_recalibrate, recalibrate, statistics
+from ..engine.objective import Counts, Forward, load_weights
+from ..engine.problem import Found, Problem, evaluate_named, rank
+from ..engine.scores import Evaluation, Evaluator, RowScore
+from ..mixing.mix import mix
+from ..runtime.distributed import from_first, gather, n_ranks
+from ..runtime.distributed import rank as rank_of
+from .base import BaseSoup
+
+__all__ = ["GreedySoup"]
+
+
+def greedy(
+    order: list[int],
+    evaluate: Callable[[list[int], float, Evaluation | None], Evaluation],
+    min_improvement: float,
+    on_step: Callable[[list[int]], None] = lambda ingredients: None,
+) -> tuple[list[int], list[tuple[int, Evaluation, bool]]]:
+    """Recipe 1: try the candidates in order, keep one if the mean of the kept is not worse.
+
+    ``evaluate(ingredients, needed, soup)`` gives the score of their mean, or a bound for it that
+    is below what is needed; ``soup`` is the evaluation of the ingredients kept so far.
+    """
+    ingredients = [order[0]]
+    soup = evaluate(ingredients, -math.inf, None)
+    path = [(order[0], soup, True)]
+    on_step(ingredients)
+    for candidate in order[1:]:
+        needed = soup.score + min_improvement
+        found = evaluate([*ingredients, candidate], needed, soup)
+        kept = found.score >= needed  # a bound is below
+        path.append((candidate, found, kept))
+        if kept:
+            ingredients, soup = [*ingredients, candidate], found
+        on_step(ingredients)
+    return ingredients, path
+
+
+def uniform_coef(ingredients: list[int], n_checkpoints: int) -> NDArray[np.float64]:
+    """(1, K): equal coefficients for the ingredients."""
+    coef = np.zeros((1, n_checkpoints))
+    coef[0, ingredients] = 1 / len(ingredients)
+    return coef
+
+
+class GreedySoup(BaseSoup):
+    r"""Average the checkpoints that help, found greedily on the held-out score.
+
+    Sort the checkpoints by held-out score, best first. Try each in turn: it stays if the mean of
+    those kept, :math:`w = \frac{1}{|S|} \sum_{k \in S} w_k`, scores at least as high with it as
+    without. The soup scores at least as high as the best checkpoint on the rows that decide (with
+    scores of its own and ``min_improvement`` of 0 or more).
+
+    Parameters
+    ----------
+    checkpoints : CheckpointCollection, callable, iterable or None, default=None
+        What to mix; may be given to `fit` instead.
+    scoring : str, callable or None, default=None
+        What the search maximises, such as ``"f1_macro"``: a scorer of scikit-learn, greater is
+        better; by default accuracy or R², by ``task``, which is what ``score`` returns always.
+    min_improvement : float, default=0.0
+        How much a checkpoint must raise the held-out score to be kept; 0 keeps ties, as Recipe 1.
+    early_rejection : bool, default=True
+        Whether to stop evaluating a candidate once it can't reach the score it needs, for accuracy
+        (but of pixels and tokens) and R²; the soup is the same, rejected candidates have a bound
+        for a score.
+    ranking_fraction : float or None, default=None
+        Part of the rows, drawn at random and stratified by label, that only rank the checkpoints;
+        the others only decide what is kept. None uses all rows for both, as Recipe 1. Without
+        effect where the collection knows its ``scores``.
+    batch_norm : {"average", "recalibrate", "auto"}, default="average"
+        Running statistics of BatchNorm: mixed like the weights around them; or re-estimated from
+        the held-out rows (for every candidate and the result); or whichever scores better on them,
+        mixed on ties.
+    forward : callable or None, default=None
+        ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
+        (X a dict) or ``module(*X)`` (a tuple).
+    task : {"classification", "regression", "multilabel"}, default="classification"
+        What the outputs mean.
+    classes : array-like of shape (n_outputs,) or None, default=None
+        Labels in output order; by default the sorted labels in ``y`` when there are as many as
+        outputs, else 0, 1, ....
+    batch_size : int or None, default=128
+        Rows per forward pass; None for all at once.
+    n_jobs : int or None, default=None
+        Checkpoints ranked, and candidates tried, side by side, by joblib; the soup is the same for
+        any number. Candidates tried ahead of their turn may be for nothing; two models per worker.
+    device : str or torch.device, default="auto"
+        Where the module runs; "auto" is cuda, else mps, else cpu.
+    random_state : int, RandomState or None, default=None
+        Draws the rows of ``ranking_fraction``; nothing else is random.
+    memory : str, path-like, joblib.Memory or None, default=None
+        Where scores are kept, so that a fit that was killed goes on where it was.
+
+    Attributes
+    ----------
+    coef_ : ndarray of shape (n_checkpoints,), float64
+        1/n for the n ingredients, 0 elsewhere.
+    ingredients_ : tuple of str
+        Names of what was kept, in the order it was.
+    individual_scores_ : dict of str to float
+        Held-out score of each checkpoint.
+    path_ : list of dict
+        What was tried, in order: ``candidate`` (name), ``score`` of the mean with it, or what it is
+        at most (``is_bound``), ``kept``, ``n_rows`` evaluated, ``gain`` over the soup without it,
+        and for accuracy and R² the ``standard_error`` of the score and of the gain
+        (``gain_standard_error``): a gain of less than about two of them may be luck. None where
+        unknown.
+    n_rows_evaluated_ : int
+        Held-out rows evaluated while trying candidates, (K - 1) N without early rejection.
+    module_ : nn.Module
+        The soup, in eval mode, on the device.
+    layers_ : dict of str to int
+        Row of ``coef_`` for every tensor.
+    layer_names_ : tuple of str
+        Names of the rows.
+    classes_ : ndarray of shape (n_outputs,)
+        Labels in output order (classification only).
+    checkpoints_ : CheckpointCollection
+        What was mixed.
+    history_ : list of dict
+        As ``path_``.
+    recipe_ : Recipe
+        The record that `save` writes.
+    warnings_ : tuple of str
+        What fitting warned of.
+    recalibrated_ : tuple of str
+        BatchNorm's tensors that were re-estimated from the held-out rows.
+    counts_ : Counts
+        Passes and rows, forward and backward, that the fit took.
+
+    Raises
+    ------
+    ValueError
+        ``min_improvement`` is not a finite number, ``ranking_fraction`` is not between 0 and 1, at
+        `fit`.
+
+    Warns
+    -----
+    SoupWarning
+        No checkpoint but the best was kept; it says by how much the others lowered the score and
+        whether they look unrelated.
+
+    See Also
+    --------
+    MEHLSoup : Learns the coefficients instead.
+
+    Notes
+    -----
+    Cost: K evaluations of N rows for the ranking, none when the collection knows its ``scores``
+    (but one for the best checkpoint), and K - 1 for the candidates. Of these most rows are spared,
+    exactly: the rows are evaluated hardest first, by the margin expected of the mean (to first
+    order it is the mean of the soup's and, once ranked, the candidate's own), in chunks of N / 16
+    rows (at least 32; whole minibatches as long as no bound can decide anything), until even a
+    perfect remainder would not reach the score needed.
+    A candidate has exactly the values that `mix` gives, so it is mixed anew from its n files:
+    K n / 2 reads in all at worst. Memory: two models, and K N margins on the CPU.
+
+    References
+    ----------
+    Wortsman et al., *Model soups*, ICML 2022, arXiv:2203.05482, Recipe 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sksoup import CheckpointCollection, GreedySoup
+    >>> nets = [torch.nn.Linear(2, 2, bias=False) for _ in range(2)]
+    >>> for net, scale in zip(nets, [-1.0, 2.0]):
+    ...     _ = net.weight.data.copy_(scale * torch.eye(2))
+    >>> soup = GreedySoup(CheckpointCollection(nets)).fit(torch.eye(2), torch.tensor([0, 1]))
+    >>> soup.ingredients_, soup.coef_.tolist()
+    (('checkpoint1', 'checkpoint0'), [0.5, 0.5])
+    """
+
+    def __init__(
+        self,
+        checkpoints: Any = None,
+        *,
+        scoring: Any = None,
+        min_improvement: float = 0.0,
+        early_rejection: bool = True,
+        ranking_fraction: float | None = None,
+        batch_norm: BatchNormPolicy = "average",
+        forward: Forward | None = None,
+        task: Task = "classification",
+        classes: ArrayLike | None = None,
+        batch_size: int | None = 128,
+        n_jobs: int | None = None,
+        device: str | torch.device = "auto",
+        random_state: Any = None,
+        memory: Any = None,
+    ) -> None:
+        self.checkpoints = checkpoints
+        self.scoring = scoring
+        self.min_improvement = min_improvement
+        self.early_rejection = early_rejection
+        self.ranking_fraction = ranking_fraction
+        self.batch_norm = batch_norm
+        self.forward = forward
+        self.task = task
+        self.classes = classes
+        self.batch_size = batch_size
+        self.n_jobs = n_jobs
+        self.device = device
+        self.random_state = random_state
+        self.memory = memory
+
+    def _check_params(self) -> None:
+        super()._check_params()
+        check_scalar(self.min_improvement, "min_improvement", Real)
+        if not math.isfinite(self.min_improvement):
+            raise ValueError(f"min_improvement must be finite, got {self.min_improvement!r}.")
+        check_fraction(self.ranking_fraction, "ranking_fraction")
+
+    def _search(self, problem: Problem) -> Found:
+        found = self._find(problem)
+        if len(found.attributes["ingredients_"]) == 1 < len(problem.checkpoints):
+            self._warn_of_one(problem.checkpoints, found.history)
+        return found
+
+    def _find(self, problem: Problem) -> Found:
+        """The search, without a warning: MEHL-Soup may start at what it finds."""
+        checkpoints = problem.checkpoints
+        names, n = checkpoints.names, len(checkpoints)
+        checkpoints.check()
+        n_ranked = 0 if checkpoints.scores is not None else n
+        to_rank, to_accept = self._split(problem, is_known=not n_ranked)
+        with problem.progress("evaluation", n_ranked + n) as step:
+            ranking = rank(problem, step, n_jobs=self.n_jobs, evaluate=to_rank)
+            # scores given by the user may stem from other rows or another metric
+            best = ranking.best if to_rank is to_accept else None
+            margins = ranking.margins if to_rank is to_accept else {}
+            scores = ranking.scores
+            # stable: equal scores stay in collection order
+            ranked = sorted(range(n), key=lambda k: -scores[names[k]])
+            trial = Trial(
+                checkpoints, to_accept, problem.data, margins, self.batch_norm, self.early_rejection
+            )
+            n_workers = min(effective_n_jobs(self.n_jobs), n)
+            ahead: dict[int, Evaluation] = {}  # of candidates for the soup so far
+
+            def evaluate(
+                ingredients: list[int], needed: float, soup: Evaluation | None
+            ) -> Evaluation:
+                *kept, candidate = ingredients
+                if soup is None:
+                    known = best or trial.known(ingredients, needed, soup)
+                    return known or trial(ingredients, needed, soup)
+                if candidate not in ahead:
+                    n_ahead = max(n_workers, n_ranks())
+                    following = ranked[ranked.index(candidate) :]
+                    for later in following[n_ahead : n_ahead + 1]:
+                        checkpoints.warm(names[later])
+                    ahead.update(trial.together(kept, following[:n_ahead], needed, soup))
+                found = ahead.pop(candidate)
+                if found.score >= needed:
+                    ahead.clear()  # they were for a soup without this one
+                return found
+
+            ingredients, tried = greedy(
+                ranked, evaluate, self.min_improvement,
+                on_step=lambda kept: step(lambda: mean_of(checkpoints, kept)),
+            )  # fmt: skip
+        path = describe_path(tried, names, to_accept.rows)
+        return Found(
+            uniform_coef(ingredients, n),
+            history=path,
+            attributes={
+                "individual_scores_": scores,
+                "ingredients_": tuple(names[k] for k in ingredients),
+                "path_": path,
+                "n_rows_evaluated_": sum(found.n_rows for _, found, _ in tried[1:]),
+            },
+        )
+
+    def _split(self, problem: Problem, is_known: bool) -> tuple[Evaluator, Evaluator]:
+        """What ranks and what accepts: the same, or each on rows of its own."""
+        evaluate = problem.evaluate
+        if self.ranking_fraction is None or is_known:
+            return evaluate, evaluate
+        fraction = self.ranking_fraction
+
+        def split() -> list[torch.Tensor]:
+            return split_rows(
+                evaluate.y, self.task, evaluate.data.amounts, fraction, self.random_state
+            )
+
+        is_free = self.random_state is None  # then the memory has the rows it began with
+        parts = problem.memo(("split", fraction), split) if is_free else split()
+        ranks, accepts = (part.numpy() for part in from_first(parts))
+        return evaluate.on(ranks), evaluate.on(accepts)
+
+    def _warn_of_one(self, checkpoints: CheckpointCollection, path: list[dict[str, Any]]) -> None:
+        """Say why nothing was mixed."""
+        best, *others = path
+        least = max(others, key=lambda tried: tried["gain"])
+        most = min(others, key=lambda tried: tried["gain"])
+        related = judge(checkpoints.strangers(checkpoints.names), len(checkpoints))
+        bounds = " at most" if any(tried["is_bound"] for tried in others) else ""
+        self._warn(
+            f"Only {best['candidate']!r}, the best checkpoint, is in the greedy soup: each of the "
+            f"others, added to it, changed its held-out score of {best['score']:.4f} by "
+            f"{least['gain']:+.4f} ({least['candidate']!r}) to {most['gain']:+.4f} "
+            f"({most['candidate']!r}){bounds}, where {self.min_improvement:g} or more was asked "
+            f"for. path_ has all of them; MEHLSoup weighs them instead. {related}"
+        )
+
+
+def check_fraction(fraction: float | None, name: str) -> None:
+    """Check the part of the rows that is set aside for a purpose, if any is."""
+    if fraction is not None:
+        check_scalar(
+            fraction, name, float, min_val=0.0, max_val=1.0, include_boundaries="neither"
+        )  # fmt: skip
+
+
+def split_rows(
+    y: NDArray[Any],
+    task: Task,
+    amounts: torch.Tensor | None,
+    fraction: float,
+    random_state: Any,
+) -> list[torch.Tensor]:
+    """Draw a fraction of the rows, stratified by label where that is possible; and the others."""
+    labels = y if task == "classification" and y.ndim == 1 else None
+    if labels is not None:
+        counts = np.unique(labels, return_counts=True)[1]
+        n_drawn = int(fraction * len(y))  # as scikit-learn counts them
+        if counts.min() < 2 or len(counts) > min(n_drawn, len(y) - n_drawn):
+            labels = None
+    if random_state is None:  # entropy, not the state that all of NumPy shares
+        random_state = int(np.random.SeedSequence().generate_state(1)[0])
+    parts = train_test_split(
+        np.arange(len(y)), train_size=fraction, stratify=labels, random_state=random_state
+    )
+    if amounts is not None and not all(bool(amounts.cpu()[part].any()) for part in parts):
+        raise ValueError(
+            f"All {len(parts[0])} rows drawn, or all {len(parts[1])} others, have a sample_weight "
+            f"of 0 or no label: nothing can be chosen by them. Leave such rows out, or draw "
+            f"another fraction."
+        )
+    return [torch.as_tensor(np.sort(part)) for part in parts]
+
+
+def mean_of(checkpoints: CheckpointCollection, ingredients: list[int]) -> dict[str, torch.Tensor]:
+    """The mean of these checkpoints, in the bits that `mix` gives."""
+    return mix(checkpoints, uniform_coef(ingredients, len(checkpoints)))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Scores means with a candidate; has all it needs, so that a worker can, too."""
+
+    checkpoints: CheckpointCollection
+    evaluate: Evaluator
+    data: HeldOut  # all rows, which re-estimate BatchNorm
+    margins: Mapping[str, torch.Tensor]  # of single checkpoints, where known
+    batch_norm: BatchNormPolicy
+    early_rejection: bool
+
+    def __call__(
+        self, ingredients: list[int], needed: float, soup: Evaluation | None
+    ) -> Evaluation:
+        """Score the mean of the ingredients, the last of which is the candidate."""
+        load_weights(self.evaluate.objective.module, mean_of(self.checkpoints, ingredients))
+        order = self._order(ingredients, soup)
+        candidate = self.checkpoints.names[ingredients[-1]]
+        found = evaluate_named(lambda: self._score(needed, order), candidate)
+        if self.evaluate.memo:
+            key = self._key(ingredients, needed, soup)
+            self.evaluate.memo.keep(vars(found), *key, everywhere=True)
+        return found
+
+    def known(
+        self, ingredients: list[int], needed: float, soup: Evaluation | None
+    ) -> Evaluation | None:
+        """What the memory knows of this mean."""
+        if not self.evaluate.memo:
+            return None
+        found = self.evaluate.memo.find(*self._key(ingredients, needed, soup))
+        return None if found is None else Evaluation(**found)
+
+    def together(
+        self, kept: list[int], candidates: list[int], needed: float, soup: Evaluation
+    ) -> dict[int, Evaluation]:
+        """Score several candidates for the same soup: on all ranks, or in workers."""
+        found = {k: self.known([*kept, k], needed, soup) for k in candidates}
+        missing = [k for k, one in found.items() if one is None]
+        if n_ranks() > 1:
+            mine = missing[rank_of() :: n_ranks()]
+            for part in gather({k: self([*kept, k], needed, soup) for k in mine}):
+                found |= part
+        elif len(missing) > 1:
+            threads = torch.get_num_threads()
+            tasks = (
+                delayed(try_in_worker)(self.only(k), [*kept, k], needed, soup, threads)
+                for k in missing
+            )
+            for k, (one, counts) in zip(missing, Parallel(n_jobs=len(missing))(tasks), strict=True):
+                self.evaluate.objective.counts.add(counts)
+                found[k] = one
+        else:
+            found |= {k: self([*kept, k], needed, soup) for k in missing}
+        return {k: one for k, one in found.items() if one is not None}
+
+    def only(self, candidate: int) -> Trial:
+        """The same with no more than one candidate needs: less to send."""
+        name = self.checkpoints.names[candidate]
+        return replace(self, margins={n: m for n, m in self.margins.items() if n == name})
+
+    def _key(
+        self, ingredients: list[int], needed: float, soup: Evaluation | None
+    ) -> tuple[Any, ...]:
+        names = self.checkpoints.names
+        identities = [self.checkpoints.identity(names[k]) for k in sorted(ingredients)]
+        order = self._order(ingredients, soup)
+        return "candidate", identities, needed, order, self.early_rejection, self.batch_norm
+
+    def _order(self, ingredients: list[int], soup: Evaluation | None) -> torch.Tensor | None:
+        own = self.margins.get(self.checkpoints.names[ingredients[-1]])
+        return hardest_first(soup, own, len(ingredients))
+
+    def _score(self, needed: float, order: torch.Tensor | None) -> Evaluation:
+        """Evaluate a candidate; its BatchNorm statistics as mixed, re-estimated, or the better."""
+        evaluate, is_first = self.evaluate, needed == -math.inf
+        objective = evaluate.objective
+        if (
+            is_first
+            or self.batch_norm == "average"
+            or not statistics(objective.module)
+            or not can_recalibrate(len(self.data), evaluate.batch_size)
+        ):
+            return self._evaluate(needed, order)
+        mixed: Evaluation | None = None
+        if self.batch_norm == "auto":
+            mixed = self._evaluate(needed, order)
+            if mixed.score >= needed:
+                return mixed
+        recalibrate(objective, self.data, evaluate.batch_size)
+        found = self._evaluate(needed, order)
+        if mixed is None:
+            return found
+        better = found if found.score > mixed.score else mixed
+        return replace(better, n_rows=found.n_rows + mixed.n_rows)
+
+    def _evaluate(self, needed: float, order: torch.Tensor | None) -> Evaluation:
+        if not self.early_rejection or order is None:
+            return self.evaluate()
+        size = chunk_size(len(order), self.evaluate.batch_size)
+        return self.evaluate.until(needed, order, size)
+
+
+def try_in_worker(
+    trial: Trial, ingredients: list[int], needed: float, soup: Evaluation, threads: int
+) -> tuple[Evaluation, Counts]:
+    """Score one candidate in a process or thread of its own."""
+    torch.set_num_threads(threads)
+    trial = replace(trial, evaluate=trial.evaluate.own())
+    return trial(ingredients, needed, soup), trial.evaluate.objective.counts
+
+
+def hardest_first(
+    soup: Evaluation | None, own: torch.Tensor | None, n_ingredients: int
+) -> torch.Tensor | None:
+    """Order the rows by the margins expected of a candidate; None where none are known.
+
+    To first order outputs are linear in the weights, so those of the mean with a candidate are
+    the mean of the soup's and the candidate's ``own``, which its ranking has told.
+    """
+    if soup is None or soup.margins is None:
+        return None
+    margins = soup.margins
+    if own is not None:
+        margins = margins + (own - margins) / n_ingredients
+    return margins.argsort(stable=True)
+
+
+def chunk_size(n: int, batch_size: int | None) -> int:
+    """Rows evaluated before the next look at the bound."""
+    return min(max(32, -(-n // 16)), n, batch_size or n)
+
+
+def describe_path(
+    tried: list[tuple[int, Evaluation, bool]], names: Sequence[str], rows: RowScore | None
+) -> list[dict[str, Any]]:
+    """``path_``: what was tried, with the gain over the soup at that time and their errors."""
+    path: list[dict[str, Any]] = []
+    soup: Evaluation | None = None
+    for candidate, found, kept in tried:
+        record: dict[str, Any] = {
+            "candidate": names[candidate],
+            "score": found.score,
+            "is_bound": found.is_bound,
+            "kept": kept,
+            "n_rows": found.n_rows,
+            "gain": None if soup is None else found.score - soup.score,
+            "standard_error": None,
+            "gain_standard_error": None,
+        }
+        if rows is not None and found.penalties is not None:
+            record["standard_error"] = rows.standard_error(found.penalties)
+            if soup is not None and soup.penalties is not None:
+                difference = found.penalties - soup.penalties
+                record["gain_standard_error"] = rows.standard_error(difference)
+        path.append(record)
+        if kept:
+            soup = found
+    return path

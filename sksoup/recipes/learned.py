@@ -1,0 +1,344 @@
+"""Learned-Soup: coefficients on the simplex, by gradient descent [W22, Appendix I]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from ..data.rows import Task
+from ..engine.batch_norm import BatchNormPolicy
+from ..engine.deltas import (
+    Center,
+    ModelBatch,
+    ShardedBatch,
+    StreamedModels,
+    centered,
+    resolve_delta_dtype,
+)
+from ..engine.descent import (
+    NotFiniteError,
+    check_search,
+    check_settings,
+    coefficient_dtype,
+    descend,
+    halve,
+    memo_of,
+    remembered_generator,
+    settings_of,
+    what_fitted,
+)
+from ..engine.objective import Criterion, Forward
+from ..engine.on_demand import OnDemand
+from ..engine.problem import Found, Problem
+from ..exceptions import DivergenceError
+from ..mixing.layers import Layerwise
+from ..runtime.cache import Memo
+from ..runtime.distributed import least_over_ranks, n_ranks
+from ..runtime.memory import Budget, is_out_of_memory, parse_bytes
+from .base import BaseSoup
+
+__all__ = ["LearnedSoup"]
+
+
+class LearnedSoup(BaseSoup):
+    r"""Learn coefficients on the simplex, and a temperature, on held-out data.
+
+    Gradient descent on :math:`c = \mathrm{softmax}(a)`, from :math:`c_k = 1/K`, for the loss of
+    :math:`\beta f(x; \sum_k c_k w_k)`; one softmax per layer with ``layerwise`` (Learned-Soup+).
+
+    Parameters
+    ----------
+    checkpoints : CheckpointCollection, callable, iterable or None, default=None
+        What to mix; may be given to `fit` instead.
+    layerwise : bool or callable, default=False
+        True gives every parameter tensor its own coefficients; a callable maps a parameter's name
+        to the label of its layer.
+    temperature : bool, default=True
+        Also learn a factor :math:`\beta` on the logits; regressions have none.
+    memory_limit : int, str or None, default=None
+        Bytes, or a string such as "8GB", for K + 2 models; None is half of what the device has
+        free. Where they do not fit, the models are read from their files at each step.
+    delta_dtype : {"float32", "bfloat16"}, torch.dtype or None, default=None
+        What the K deltas are held in; None is the dtype of the module. bfloat16 halves their
+        memory.
+    shard_deltas : bool, default=False
+        Whether the ranks of a distributed job share the deltas out, for model batches that one
+        device does not hold. A step then sends 2 D numbers more.
+    lr : float, default=0.05
+        Learning rate for :math:`a` and :math:`\beta`.
+    max_epochs : int, default=5
+        Passes over the held-out rows.
+    batch_size : int or None, default=128
+        Rows per forward and backward pass; None for all at once.
+    accumulate : int, default=1
+        Minibatches per step, as if they were one.
+    precision : {"fp32", "bf16"}, default="fp32"
+        "bf16" runs the forward pass of the search under autocast; the soup stays as it is.
+    compile : bool, default=False
+        Whether to run the search through ``torch.compile``.
+    optimizer : {"adamw", "sgd"}, default="adamw"
+        Without weight decay.
+    schedule : {"cosine", "constant"}, default="constant"
+        Cosine warms up over the first fifth of the steps.
+    clip_grad_norm : float or None, default=None
+        Upper bound for the norm of the coefficients' gradient.
+    shuffle : bool, default=True
+        Visit the rows in a new random order each epoch.
+    criterion : class, nn.Module, callable or None, default=None
+        Loss ``(output, y) -> scalar or one per row``; by default cross-entropy, squared error or
+        binary cross-entropy with logits, by ``task``.
+    batch_norm : {"average", "recalibrate", "auto"}, default="average"
+        Running statistics of BatchNorm: mixed like the weights around them; or re-estimated from
+        the held-out rows (for the result; the search normalises by the minibatch); or whichever
+        scores better on them, mixed on ties.
+    forward : callable or None, default=None
+        ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
+        (X a dict) or ``module(*X)`` (a tuple).
+    task : {"classification", "regression", "multilabel"}, default="classification"
+        What the outputs mean.
+    classes : array-like of shape (n_outputs,) or None, default=None
+        Labels in output order; by default the sorted labels in ``y`` when there are as many as
+        outputs, else 0, 1, ....
+    device : str or torch.device, default="auto"
+        Where the module runs; "auto" is cuda, else mps, else cpu.
+    random_state : int, RandomState or None, default=None
+        Seeds the order of the rows; never the global state.
+    memory : str, path-like, joblib.Memory or None, default=None
+        Where epochs are kept, so that a fit that was killed goes on where it was.
+
+    Attributes
+    ----------
+    coef_ : ndarray of shape (n_checkpoints,) or (n_layers, n_checkpoints), float64
+        Coefficients in [0, 1]; rows sum to 1.
+    temperature_ : float
+        :math:`\beta`: multiplies the logits in `predict_proba`, never folded into the weights.
+    module_ : nn.Module
+        The soup, in eval mode, on the device; gives raw logits.
+    layers_ : dict of str to int
+        Row of ``coef_`` for every tensor.
+    ingredients_ : tuple of str
+        Names of the checkpoints with a coefficient other than 0.
+    layer_names_ : tuple of str
+        Names of the rows.
+    classes_ : ndarray of shape (n_outputs,)
+        Labels in output order (classification only).
+    checkpoints_ : CheckpointCollection
+        What was mixed.
+    history_ : list of dict
+        One per epoch: ``epoch``; ``loss``, ``grad_norm`` and, but for regressions, ``score`` (of
+        the minibatch) at every step.
+    recipe_ : Recipe
+        The record that `save` writes.
+    warnings_ : tuple of str
+        What fitting warned of.
+    recalibrated_ : tuple of str
+        BatchNorm's tensors that were re-estimated from the held-out rows.
+    counts_ : Counts
+        Passes and rows, forward and backward, that the fit took.
+
+    Raises
+    ------
+    DivergenceError
+        The loss or the coefficients stopped being finite.
+
+    Warns
+    -----
+    SoupWarning
+        The memory does not hold K models: each step reads all files twice, which is slow.
+
+    See Also
+    --------
+    MEHLSoup : The same without the simplex, in bounded memory.
+
+    Notes
+    -----
+    No graph over K models is built: with :math:`\bar w` the mean, :math:`\sum_k c_k w_k = \bar w +
+    \sum_k c_k (w_k - \bar w)`, and :math:`\partial L / \partial c_k = \langle \nabla_w L, w_k -
+    \bar w \rangle` up to a constant that the softmax cancels. Cost: a forward and a backward pass
+    per step, three reads of the checkpoints. Memory: K + 2 models beside the module, its gradient
+    and its activations, K/2 + 2 with bfloat16 deltas. Dropout is off and BatchNorm uses its mixed
+    statistics, which carry no gradient.
+
+    References
+    ----------
+    Wortsman et al., *Model soups*, ICML 2022, arXiv:2203.05482, Appendix I.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sksoup import CheckpointCollection, LearnedSoup
+    >>> nets = [torch.nn.Linear(2, 2, bias=False) for _ in range(2)]
+    >>> for net, scale in zip(nets, [-1.0, 2.0]):
+    ...     _ = net.weight.data.copy_(scale * torch.eye(2))
+    >>> soup = LearnedSoup(CheckpointCollection(nets), max_epochs=50, random_state=0)
+    >>> soup.fit(torch.eye(2), torch.tensor([0, 1])).coef_.argmax()
+    np.int64(1)
+    """
+
+    def __init__(
+        self,
+        checkpoints: Any = None,
+        *,
+        layerwise: Layerwise = False,
+        temperature: bool = True,
+        memory_limit: int | str | None = None,
+        delta_dtype: str | torch.dtype | None = None,
+        shard_deltas: bool = False,
+        lr: float = 0.05,
+        max_epochs: int = 5,
+        batch_size: int | None = 128,
+        accumulate: int = 1,
+        precision: str = "fp32",
+        compile: bool = False,
+        optimizer: str = "adamw",
+        schedule: str = "constant",
+        clip_grad_norm: float | None = None,
+        shuffle: bool = True,
+        criterion: Criterion | None = None,
+        batch_norm: BatchNormPolicy = "average",
+        forward: Forward | None = None,
+        task: Task = "classification",
+        classes: ArrayLike | None = None,
+        device: str | torch.device = "auto",
+        random_state: Any = None,
+        memory: Any = None,
+    ) -> None:
+        self.checkpoints = checkpoints
+        self.layerwise = layerwise
+        self.temperature = temperature
+        self.memory_limit = memory_limit
+        self.delta_dtype = delta_dtype
+        self.shard_deltas = shard_deltas
+        self.lr = lr
+        self.max_epochs = max_epochs
+        self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.precision = precision
+        self.compile = compile
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.clip_grad_norm = clip_grad_norm
+        self.shuffle = shuffle
+        self.criterion = criterion
+        self.batch_norm = batch_norm
+        self.forward = forward
+        self.task = task
+        self.classes = classes
+        self.device = device
+        self.random_state = random_state
+        self.memory = memory
+
+    def _check_params(self) -> None:
+        super()._check_params()
+        check_settings(self)
+        if self.memory_limit is not None:
+            parse_bytes(self.memory_limit)
+
+    def _search(self, problem: Problem) -> Found:
+        check_search(self, problem, problem.data)
+        memo = memo_of(self, problem, self.temperature)
+        generator = remembered_generator(self.random_state, memo)
+        seed = generator.get_state()
+        memo = memo.within(seed)
+        n, n_rows = len(problem.checkpoints), problem.layers.n_searched
+        with OnDemand(lambda: centered(problem)) as center:
+            capacity = memo(("capacity", self.memory_limit), lambda: self._capacity(n, center()))
+            capacity = what_fitted(capacity, memo)
+            self._warn_of_strangers(problem.checkpoints, problem.checkpoints.names)
+            while capacity:
+                found = self._descend(problem, center, capacity, generator.set_state(seed), memo)
+                if found is not None:
+                    return found
+                capacity = halve(capacity, memo)
+        # all checkpoints are equal
+        return Found(np.full((n_rows, n), 1 / n), attributes={"temperature_": 1.0})
+
+    def _capacity(self, n: int, center: Center | None) -> int:
+        """How many deltas the memory holds beside the mean and the soup; 0 if all are equal."""
+        if center is None:
+            return 0
+        mean, dtype = center.mean, resolve_delta_dtype(self.delta_dtype, center.mean.dtype)
+        limit = None if self.memory_limit is None else parse_bytes(self.memory_limit)
+        n_shards = n_ranks() if self.shard_deltas else 1
+        delta_bytes = len(mean) * dtype.itemsize // n_shards
+        budget = Budget(limit, mean.nbytes, delta_bytes, 2, mean.device)
+        return least_over_ranks(budget.resolve("auto", n))
+
+    @contextmanager
+    def _models(
+        self, problem: Problem, center: Center | None, capacity: int
+    ) -> Iterator[ModelBatch | StreamedModels]:
+        """All deltas in memory, or as many as it holds, read again at every step."""
+        if center is None:  # pragma: no cover - then there is nothing to descend on
+            raise RuntimeError("no center")
+        checkpoints = problem.checkpoints
+        delta_dtype = resolve_delta_dtype(self.delta_dtype, center.mean.dtype)
+        is_whole = capacity == len(checkpoints)
+        if not is_whole and self.shard_deltas:
+            capacity = max(1, capacity // n_ranks())  # each rank streams all of them
+        kind = ShardedBatch if is_whole and self.shard_deltas and n_ranks() > 1 else ModelBatch
+        with kind(center, capacity, delta_dtype) as batch:
+            if is_whole:
+                batch.load(checkpoints, checkpoints.names)
+                yield batch
+                return
+            self._warn(
+                f"The memory holds {capacity} of {len(checkpoints)} models: each step reads all "
+                f"files twice, which is slow. Raise memory_limit, halve the deltas with "
+                f"delta_dtype='bfloat16', or take MEHLSoup, which needs few at a time."
+            )
+            yield StreamedModels(batch, checkpoints)
+
+    def _descend(
+        self,
+        problem: Problem,
+        center: OnDemand[Center | None],
+        capacity: int,
+        generator: torch.Generator,
+        memo: Memo,
+    ) -> Found | None:
+        """Descend with ``capacity`` deltas in memory; None when the memory does not hold them."""
+        n, n_rows, device = (
+            len(problem.checkpoints), problem.layers.n_searched, problem.data.y.device
+        )  # fmt: skip
+        dtype = coefficient_dtype(device)
+        learns = self.temperature and self.task != "regression"
+        a = torch.zeros((n, n_rows), dtype=dtype, device=device).requires_grad_()
+        beta = torch.ones((), dtype=dtype, device=device).requires_grad_(learns)
+        try:
+            with (
+                OnDemand(lambda: self._models(problem, center(), capacity)) as models,
+                problem.progress("epoch", self.max_epochs) as step,
+            ):
+                history = descend(
+                    models,
+                    problem,
+                    coef=lambda: a.softmax(dim=0),
+                    leaves=[a, beta] if learns else [a],
+                    settings=settings_of(self),
+                    generator=generator,
+                    memo=memo.within(capacity),
+                    scale=beta if learns else None,
+                    on_epoch=step,
+                )
+        except NotFiniteError as error:
+            raise DivergenceError(
+                f"The loss or the coefficients stopped being finite at step {error.step}. "
+                f"Lower lr (now {self.lr}).",
+                problem.layers.expand(error.coef.T),
+            ) from error
+        except (MemoryError, RuntimeError) as error:
+            if capacity == 1 or n_ranks() > 1 or not is_out_of_memory(error):
+                raise
+            return None
+        coef = a.detach().softmax(dim=0).T.cpu().double().numpy()  # (n_searched, K)
+        return Found(
+            coef / coef.sum(axis=1, keepdims=True),
+            history=history,
+            attributes={"temperature_": float(beta.detach())},
+        )

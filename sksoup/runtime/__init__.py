@@ -1,0 +1,1 @@
+"""What runs underneath: results kept on disk, ranks, memory, random state."""

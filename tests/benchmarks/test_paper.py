@@ -1,0 +1,149 @@
+"""The experiments of the papers: their scripts run, and their page is what they measured."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+PAPER = Path(__file__).parents[2] / "benchmarks" / "paper"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Import scripts of benchmarks/paper by name."""
+    monkeypatch.setattr(sys, "path", [str(PAPER), str(PAPER.parent), *sys.path])
+    return importlib.import_module
+
+
+def test_the_clip_experiment_runs_from_files_to_soups(scripts, tmp_path):
+    clip = scripts("clip_imagenet")
+    argv = ["--try", str(tmp_path), "--small", "--max-epochs", "1", "--batch-size", "16",
+            "--device", "cpu"]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # noise teaches nothing
+        found = clip.main(argv)
+        again = clip.main([*argv, "--systems", "MEHL-Soup+"])  # replayed from its memory
+    assert list(found) == list(clip.PAPER)
+    assert again["MEHL-Soup+"]["test"] == found["MEHL-Soup+"]["test"]
+    assert again["MEHL-Soup+"]["passes"] < 0.1 < found["MEHL-Soup+"]["passes"]
+    soup = load_file(tmp_path / "out" / "MEHL-Soup+.safetensors")
+    assert set(soup) == set(clip.ClipClassifier(**clip.SMALL).state_dict())
+    assert (tmp_path / "out" / "Greedy-Soup.html").exists()
+
+
+def test_the_clip_tower_is_that_of_transformers(scripts):
+    transformers = pytest.importorskip("transformers")
+    clip = scripts("clip_imagenet")
+    torch.manual_seed(0)
+    ours = clip.ClipClassifier(**clip.SMALL).eval()
+    config = transformers.CLIPVisionConfig(
+        hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1,
+        image_size=32, patch_size=16, projection_dim=16, hidden_act="quick_gelu",
+    )  # fmt: skip
+    theirs = transformers.CLIPVisionModelWithProjection(config).eval()
+    visual = ours.model.visual.state_dict()
+    state = {}
+    for name in theirs.state_dict():
+        if name == "visual_projection.weight":
+            state[name] = visual["proj"].T
+            continue
+        theirs_name = name.removeprefix("vision_model.")
+        for pattern, other in (
+            ("embeddings.class_embedding", "class_embedding"),
+            ("embeddings.patch_embedding", "conv1"),
+            ("embeddings.position_embedding.weight", "positional_embedding"),
+            ("pre_layrnorm", "ln_pre"), ("post_layernorm", "ln_post"),
+            ("encoder.layers", "transformer.resblocks"), ("layer_norm", "ln_"),
+            ("self_attn", "attn"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"),
+        ):  # fmt: skip
+            theirs_name = theirs_name.replace(pattern, other)
+        for index, part in enumerate(("q_proj", "k_proj", "v_proj")):
+            if part in theirs_name:
+                whole = theirs_name.replace(f"{part}.", "in_proj_")
+                state[name] = visual[whole].chunk(3)[index]
+        state.setdefault(name, visual.get(theirs_name))
+    theirs.load_state_dict(state)
+    images = torch.randn(3, 3, 32, 32)
+    expected = theirs(pixel_values=images).image_embeds
+    torch.testing.assert_close(ours.model.visual(images), expected)
+
+
+def test_images_are_cut_from_their_middle(scripts, tmp_path):
+    from PIL import Image
+
+    clip = scripts("clip_imagenet")
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:, 20:60] = 255  # what the middle square holds
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    found = clip.decode(tmp_path / "wide.png", 20)
+    assert found.shape == (3, 20, 20)
+    assert found[:, :, 2:18].min() == 255
+    assert clip.decode(tmp_path / "wide.png", 64).shape == (3, 64, 64)  # enlarged
+
+
+def test_the_published_held_out_rows_are_those_flagged(scripts, tmp_path):
+    clip = scripts("clip_imagenet")
+    np.save(tmp_path / "idxs.npy", np.array([0, 1, 0, 1.0]))
+    assert clip.held_out_rows(np.zeros(4), tmp_path / "idxs.npy").tolist() == [1, 3]
+    with pytest.raises(SystemExit, match=r"is for 4 images, found 5"):
+        clip.held_out_rows(np.zeros(5), tmp_path / "idxs.npy")
+
+
+def test_experiments_share_zoos_and_go_on_where_they_were(scripts, tmp_path, monkeypatch):
+    common, zoo = scripts("common"), scripts("zoo")
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    made = []
+    for name, shared in (("own", None), ("common", 7)):
+        make = lambda folder, n, seed, name=name: made.append((name, seed))  # noqa: E731
+        monkeypatch.setitem(zoo.KINDS, name, zoo.Kind("", 2, make, shared))
+    measure = lambda zoo, seed: {"seed": seed}  # noqa: E731
+    experiments = [
+        common.Experiment("first", measure, ["common", "own"], [1, 2], {"also": "said"}),
+        common.Experiment("second", measure, ["own"], [2]),
+    ]
+    options = argparse.Namespace(folder=tmp_path / "zoos", out=tmp_path / "out", jobs=1)
+    common.run(experiments, options)
+    assert made[:3] == [("common", 7), ("own", 1), ("own", 2)]  # each once, before the rest
+    assert len(made) == 3 + 4 + 1
+    first, second = (
+        json.loads((options.out / f"{name}.json").read_text()) for name in ("first", "second")
+    )
+    assert first["results"] == {name: [{"seed": 1}, {"seed": 2}] for name in ("common", "own")}
+    assert first["also"] == "said"
+    assert second["results"] == {"own": [{"seed": 2}]}
+    del made[:]
+    (options.folder / "measured" / "first" / "own-2.json").unlink()
+    common.run(experiments, options)
+    assert made == [("own", 2)]
+
+
+def test_the_page_is_made_from_the_results(scripts, tmp_path):
+    page = scripts("page")
+    text = page.Page(PAPER / "results").text()
+    assert text == (PAPER.parents[1] / "docs" / "paper.rst").read_text(encoding="utf-8")
+    assert "@" not in text
+    readme = (PAPER.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert page.Page(PAPER / "results").readme() == readme
+
+
+def test_every_result_names_its_command_and_seeds(scripts):
+    zoo = scripts("zoo")
+    for path in (PAPER / "results").glob("*.json"):
+        found = json.loads(path.read_text())
+        assert (PAPER / found["command"].rpartition("/")[2]).exists()
+        if path.stem == "defaults":
+            assert found["seeds"] == list(zoo.DEVELOPMENT_SEEDS)
+        else:
+            assert found["seeds"] == list(zoo.SEEDS)
+    assert len(zoo.SEEDS) >= 5
+    assert not set(zoo.SEEDS) & set(zoo.DEVELOPMENT_SEEDS)

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from sksoup import BestCheckpoint, CheckpointCollection, GreedySoup, SoupWarning, UniformSoup
+
+from ..zoo import Zoo, around
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3))
+
+
+@given(n=st.integers(2, 5), seed=st.integers(0, 2**16))
+def test_numbers_are_those_of_plain_linear_algebra(n, seed):
+    rng = np.random.default_rng(seed)
+    W = rng.normal(size=(n, 12)) + rng.normal(size=12)
+    states = [{"w": torch.as_tensor(row.reshape(3, 4)), "frozen": torch.ones(2)} for row in W]
+    summary = CheckpointCollection(states).describe()
+    for k, row in enumerate(summary.checkpoints):
+        others = np.delete(W, k, axis=0).mean(axis=0)
+        cosine = W[k] @ others / np.linalg.norm(W[k]) / np.linalg.norm(others)
+        assert row.cosine == pytest.approx(cosine, abs=1e-9)
+        assert row.distance == pytest.approx(np.linalg.norm(W[k] - W.mean(axis=0)))
+        assert row.norm == pytest.approx(np.sqrt(W[k] @ W[k] + 2))
+    assert summary.identical == ("frozen",)
+    assert summary.n_parameters == 14
+    assert summary.dtypes == {"float64": 1, "float32": 1}
+
+
+def test_fine_tunings_of_one_start_are_good_to_mix():
+    torch.manual_seed(0)
+    summary = CheckpointCollection(around(wide(), 4)).describe()
+    assert "good to mix" in summary.verdict[-1]
+    assert min(row.cosine for row in summary.checkpoints) > 0.99
+
+
+def test_networks_without_a_common_start_are_told():
+    torch.manual_seed(0)
+    summary = CheckpointCollection([wide() for _ in range(4)]).describe()
+    assert "do not share a start: 4 of 4 point elsewhere" in summary.verdict[-1]
+    assert "A soup of them will be noise" in str(summary)
+
+
+def test_one_stranger_is_named():
+    torch.manual_seed(0)
+    nets = CheckpointCollection([*around(wide(), 4), wide()], names=[*"abcd", "stranger"])
+    verdict = nets.describe().verdict[-1]
+    assert verdict.startswith("'stranger' does not share a start with the others")
+    assert nets.strangers(nets) == ["stranger"]  # the same from a few numbers of each matrix
+    assert nets.drop("stranger").describe().verdict[-1].endswith("good to mix.")
+
+
+def test_copies_and_single_checkpoints():
+    torch.manual_seed(0)
+    a, b = around(wide(), 2)
+    summary = CheckpointCollection({"a": a, "b": b, "again": a}).describe()
+    assert [row.same_as for row in summary.checkpoints] == [None, None, "a"]
+    assert "'again' repeats other checkpoints" in summary.verdict[0]
+    assert "All checkpoints are the same" in CheckpointCollection([a, a]).describe().verdict[0]
+    one = CheckpointCollection([a], scores={"checkpoint0": 0.5}).describe()
+    assert one.verdict == ("One checkpoint: nothing to mix.",)
+    assert one.to_dict()["checkpoints"][0]["cosine"] is None
+    assert "0.5000" in str(one)
+
+
+def test_ready_for_json():
+    torch.manual_seed(0)
+    summary = CheckpointCollection(around(wide(), 3)).describe()
+    document = json.loads(json.dumps(summary.to_dict(), allow_nan=False))
+    assert [row["name"] for row in document["checkpoints"]] == [f"checkpoint{k}" for k in range(3)]
+
+
+def test_infinite_constants_and_integers_do_no_harm():
+    mask = torch.tensor([0.0, -torch.inf])
+    states = [{"w": torch.ones(2, 2) * k, "mask": mask, "n": torch.tensor(k)} for k in (1, 2)]
+    summary = CheckpointCollection(states).describe()
+    assert summary.identical == ("mask",)
+    assert all(row.cosine == pytest.approx(1) for row in summary.checkpoints)
+
+
+def test_fitting_warns_of_unrelated_ingredients(zoo: Zoo):
+    torch.manual_seed(0)
+    strangers = CheckpointCollection([wide() for _ in range(3)], module=wide)
+    with pytest.warns(SoupWarning, match="do not share a start") as caught:
+        UniformSoup().fit(strangers, zoo.X, zoo.y)
+    assert caught[0].filename == __file__
+    related = CheckpointCollection(around(wide(), 3), module=wide)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        UniformSoup().fit(related, zoo.X, zoo.y)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_regression_soup_of_strangers_is_called_noise(shared):
+    """Nets that are each good: from one start their mean is, too; from several it is noise."""
+
+    def build():
+        return nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 1))
+
+    torch.manual_seed(0)
+    X = torch.rand(400, 2) * 4 - 2
+    y = torch.sin(2 * X[:, 0]) + X[:, 1]
+
+    def train(net, steps, rows):
+        optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+        for _ in range(steps):
+            loss = (net(X[rows])[:, 0] - y[rows]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return net
+
+    start = train(build(), 400, slice(0, 200))
+    nets = []
+    for k in range(3):
+        net = copy.deepcopy(start) if shared else build()
+        nets.append(train(net, 20 if shared else 420, slice(50 * k, 200)))
+    checkpoints = CheckpointCollection(nets)
+    val = X[200:], y[200:]
+    best = BestCheckpoint(task="regression").fit(checkpoints, *val).score(*val)
+    assert best > 0.9
+    soup = UniformSoup(task="regression")
+    if shared:
+        assert soup.fit(checkpoints, *val).score(*val) > 0.9
+        return
+    with pytest.warns(SoupWarning, match="do not share a start: 3 of 3 .* will be noise"):
+        soup.fit(checkpoints, *val)
+    assert soup.score(*val) < 0.5
+    assert GreedySoup(task="regression").fit(checkpoints, *val).score(*val) >= best

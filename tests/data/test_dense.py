@@ -1,0 +1,275 @@
+"""Labels of pixels and tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from sksoup import (
+    CheckpointCollection,
+    CheckpointEnsemble,
+    GreedySoup,
+    LearnedSoup,
+    MEHLSoup,
+    UniformSoup,
+    mix,
+)
+from sksoup.recipes.greedy import uniform_coef
+
+from ..references import greedy_reference
+from ..zoo import Zoo, around
+
+SOUPS = [
+    CheckpointEnsemble(),
+    GreedySoup(),
+    LearnedSoup(max_epochs=2, random_state=0),
+    MEHLSoup(layerwise=True, model_batch_size=2, max_epochs=2, random_state=0),
+]
+every_soup = pytest.mark.parametrize("soup", SOUPS, ids=lambda soup: type(soup).__name__)
+
+
+class Segmenter(nn.Module):
+    """(n, 1, 5, 4) images to (n, 3, 5, 4) logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 1))
+
+    def forward(self, X):
+        return self.layers(X)
+
+
+@pytest.fixture
+def pixels():
+    torch.manual_seed(0)
+    checkpoints = CheckpointCollection(around(Segmenter(), 4, 0.3), module=Segmenter)
+    X = torch.randn(30, 1, 5, 4)
+    with torch.no_grad():
+        y = checkpoints.build_module()(X).argmax(1)
+    y[torch.rand(y.shape) < 0.3] = 0
+    y[torch.rand(y.shape) < 0.2] = -100
+    return checkpoints, X.numpy(), y.numpy()
+
+
+def accuracy(checkpoints, subset, X, y):
+    module = checkpoints.build_module().eval()
+    module.load_state_dict(mix(checkpoints, uniform_coef(subset, len(checkpoints))))
+    with torch.no_grad():
+        predicted = module(torch.as_tensor(X)).argmax(1).numpy()
+    return (predicted == y)[y != -100].mean()
+
+
+@every_soup
+def test_labels_of_pixels(pixels, soup):
+    checkpoints, X, y = pixels
+    soup = clone(soup).fit(checkpoints, X, y)
+    assert soup.classes_.tolist() == [0, 1, 2]
+    predicted = soup.predict(X)
+    assert predicted.shape == y.shape
+    assert soup.predict_proba(X).shape == (30, 3, 5, 4)
+    np.testing.assert_allclose(soup.predict_proba(X).sum(axis=1), 1, atol=1e-6)
+    assert soup.score(X, y) == (predicted == y)[y != -100].mean()
+    data = TensorDataset(torch.as_tensor(X), torch.as_tensor(y))
+    assert np.array_equal(clone(soup).fit(checkpoints, data).coef_, soup.coef_)
+
+
+def test_greedy_is_the_obvious_one(pixels):
+    checkpoints, X, y = pixels
+    soup = GreedySoup().fit(checkpoints, X, y)
+    scores = [accuracy(checkpoints, [k], X, y) for k in range(4)]
+    assert list(soup.individual_scores_.values()) == scores
+    kept = greedy_reference(scores, lambda subset: accuracy(checkpoints, subset, X, y))
+    assert soup.ingredients_ == tuple(checkpoints.names[k] for k in kept)
+    split = GreedySoup(ranking_fraction=0.5, random_state=0).fit(checkpoints, X, y)
+    assert split.path_[0]["n_rows"] == 15
+
+
+def test_ignored_positions_are_out_of_loss_and_score(pixels):
+    checkpoints, X, y = pixels
+    soup = MEHLSoup(max_epochs=1, batch_size=None, shuffle=False).fit(checkpoints, X, y)
+    module = checkpoints.build_module()
+    module.load_state_dict(mix(checkpoints, np.full(4, 0.25)))
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(module(torch.as_tensor(X)), torch.as_tensor(y))
+    assert soup.history_[0]["loss"][0] == pytest.approx(float(loss), rel=1e-5)
+    criterion = nn.CrossEntropyLoss(ignore_index=255)  # the criterion may call them otherwise
+    again = clone(soup).set_params(criterion=criterion).fit(checkpoints, X, y)
+    assert np.array_equal(again.coef_, soup.coef_)
+
+
+def test_weights_of_rows(pixels):
+    checkpoints, X, y = pixels
+    weight = np.arange(30) % 2
+    soup = UniformSoup().fit(checkpoints, X, y)
+    rows = weight == 1
+    assert soup.score(X, y, weight) == pytest.approx(soup.score(X[rows], y[rows]))
+    greedy = GreedySoup().fit(checkpoints, X, y, sample_weight=weight)
+    half = GreedySoup().fit(checkpoints, X[rows], y[rows])
+    assert greedy.ingredients_ == half.ingredients_
+
+
+def test_labels_of_tokens_with_the_axis_moved(pixels):
+    class Tagger(nn.Module):
+        """(n, 7) tokens to (n, 7, 3) logits, as in transformers."""
+
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.Embedding(11, 6), nn.Linear(6, 3)
+
+        def forward(self, X):
+            return self.head(self.words(X).tanh())
+
+    torch.manual_seed(0)
+    checkpoints = CheckpointCollection(around(Tagger(), 3, 0.3))
+    X, y = torch.randint(0, 11, (40, 7)), torch.randint(0, 3, (40, 7))
+    soup = MEHLSoup(max_epochs=1, random_state=0)
+    with pytest.raises(ValueError, match=r"expected \(1, n_outputs, 7\).*movedim"):
+        soup.fit(checkpoints, X, y)
+    soup.set_params(forward=lambda module, X: module(X).movedim(-1, 1)).fit(checkpoints, X, y)
+    assert soup.predict(X).shape == (40, 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda y: y.astype(float), "must be integers, -100 where"),
+        (lambda y: np.full_like(y, -100), "nothing but -100"),
+        (lambda y: y[:-1], "inconsistent numbers of samples"),
+        (lambda y: y[:, :2], r"expected \(1, n_outputs, 2, 4\)"),
+        (lambda y: y + 50, "can't be matched to the module's outputs"),
+    ],
+)
+def test_labels_that_do_not_fit(pixels, change, message):
+    checkpoints, X, y = pixels
+    with pytest.raises(ValueError, match=message):
+        UniformSoup().fit(checkpoints, X, change(y))
+
+
+def test_rows_with_fewer_labels_count_less_with_weights_and_without(pixels):
+    checkpoints, X, y = pixels
+    y[::3, :, 1:] = -100  # a third of the rows keeps five positions
+    soup = MEHLSoup(layerwise=True, batch_size=None, max_epochs=2, random_state=0)
+    plain = clone(soup).fit(checkpoints, X, y)
+    ones = clone(soup).fit(checkpoints, X, y, sample_weight=np.ones(30))
+    np.testing.assert_allclose(ones.coef_, plain.coef_, atol=1e-6)
+    losses = [record["loss"] for fit in (plain, ones) for record in fit.history_]
+    np.testing.assert_allclose(losses[: len(losses) // 2], losses[len(losses) // 2 :], rtol=1e-5)
+
+
+def test_accumulated_minibatches_are_one_whatever_is_left_out(pixels):
+    checkpoints, X, y = pixels
+    y[::3, :, 1:] = -100
+    soup = MEHLSoup(batch_size=None, max_epochs=1, shuffle=False)
+    whole = clone(soup).fit(checkpoints, X, y)
+    parts = clone(soup).set_params(batch_size=7, accumulate=5).fit(checkpoints, X, y)
+    assert parts.history_[0]["loss"] == pytest.approx(whole.history_[0]["loss"], rel=1e-5)
+    assert parts.history_[0]["score"] == pytest.approx(whole.history_[0]["score"], rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [None, np.ones(30)])
+def test_a_minibatch_without_any_label_adds_nothing(pixels, weight):
+    checkpoints, X, y = pixels
+    y[29] = -100  # the last minibatch, alone
+    soup = MEHLSoup(batch_size=29, max_epochs=2, shuffle=False, random_state=0)
+    fitted = soup.fit(checkpoints, X, y, sample_weight=weight)
+    assert fitted.history_[0]["loss"][1] == 0
+    assert np.isfinite(fitted.coef_).all()
+    held = clone(soup).set_params(validation_fraction=0.3, batch_size=1)
+    y[10:] = -100  # most rows
+    assert np.isfinite(held.fit(checkpoints, X, y).history_[0]["validation_loss"])
+
+
+def test_what_a_criterion_leaves_out_is_not_scored(pixels):
+    checkpoints, X, y = pixels
+    scores = [
+        MEHLSoup(criterion=criterion, batch_size=None, max_epochs=1, shuffle=False)
+        .fit(checkpoints, X, y)
+        .history_[0]["score"]
+        for criterion in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(ignore_index=255))
+    ]
+    assert scores[0] == scores[1]
+
+
+def per_row(output, y):
+    return nn.functional.cross_entropy(output, y, reduction="none").flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("left_out", [True, False])
+@pytest.mark.parametrize("criterion", [
+    nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="none"), per_row,
+], ids=["mean", "none", "per row"])  # fmt: skip
+def test_all_ways_to_weigh_the_same_rows_agree(pixels, criterion, left_out):
+    checkpoints, X, y = pixels
+    y[::3, :, 1:] = -100
+    if not left_out:
+        y[y == -100] = 0
+    losses = []
+    for weight, params in (
+        (None, {"batch_size": None}),
+        (np.ones(30), {"batch_size": None}),
+        (None, {"batch_size": 7, "accumulate": 5}),
+        (np.full(30, 2.0), {"batch_size": 7, "accumulate": 5}),
+    ):
+        soup = MEHLSoup(criterion=criterion, max_epochs=1, shuffle=False, **params)
+        losses.append(soup.fit(checkpoints, X, y, sample_weight=weight).history_[0]["loss"][0])
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+
+
+class Ignoring(nn.CrossEntropyLoss):
+    def __init__(self):
+        super().__init__(ignore_index=255)
+
+
+class Indifferent(nn.CrossEntropyLoss):
+    """As losses of segmentation libraries say that they leave nothing out."""
+
+    def __init__(self):
+        super().__init__()
+        self.ignore_index = None
+
+    def forward(self, output, y):
+        return nn.functional.cross_entropy(output, y)
+
+
+def test_criteria_that_say_what_they_leave_out_in_their_own_way(pixels):
+    checkpoints, X, y = pixels
+    plain, own, none = (
+        MEHLSoup(criterion=criterion, max_epochs=1, random_state=0).fit(checkpoints, X, y).coef_
+        for criterion in (None, Ignoring, Indifferent())
+    )
+    assert np.array_equal(plain, own)
+    assert np.array_equal(plain, none)
+
+
+def test_whole_rows_may_be_left_out(zoo: Zoo):
+    criterion = nn.CrossEntropyLoss(ignore_index=0)
+    order = np.argsort(zoo.y, kind="stable")  # the first minibatches hold nothing that counts
+    X, y = zoo.X[order], zoo.y[order]
+    soup = MEHLSoup(criterion=criterion, max_epochs=1, shuffle=False)
+    whole = clone(soup).set_params(batch_size=None).fit(zoo.checkpoints, X, y)
+    parts = clone(soup).set_params(batch_size=7, accumulate=9).fit(zoo.checkpoints, X, y)
+    assert parts.history_[0]["loss"] == pytest.approx(whole.history_[0]["loss"], rel=1e-5)
+    small = clone(soup).set_params(batch_size=7).fit(zoo.checkpoints, X, y)
+    assert small.history_[0]["loss"][0] == 0
+    kept = MEHLSoup(max_epochs=1, batch_size=None, shuffle=False, classes=[0, 1, 2])
+    kept.fit(zoo.checkpoints, X[20:], y[20:])
+    assert kept.history_[0]["loss"] == pytest.approx(whole.history_[0]["loss"], rel=1e-5)
+
+
+def test_nothing_with_a_label_to_choose_by(pixels):
+    checkpoints, X, y = pixels
+    y[1:] = -100
+    for soup in (
+        MEHLSoup(validation_fraction=0.3, random_state=0),
+        GreedySoup(ranking_fraction=0.3),
+    ):
+        with pytest.raises(ValueError, match="have a sample_weight of 0 or no label"):
+            soup.set_params(classes=[0, 1, 2]).fit(checkpoints, X, y)
+    weight = np.ones(30)
+    weight[0] = 0
+    with pytest.raises(ValueError, match="sample_weight is 0 for all rows that have a label"):
+        MEHLSoup().fit(checkpoints, X, y, sample_weight=weight)

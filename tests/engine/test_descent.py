@@ -1,0 +1,257 @@
+"""Where MEHL-Soup starts, which iterate it keeps, and what each step tells."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.metrics import accuracy_score
+from sklearn.model_selection import GridSearchCV
+from torch import nn
+
+from sksoup import (
+    BestCheckpoint,
+    CheckpointCollection,
+    CheckpointError,
+    GreedySoup,
+    LearnedSoup,
+    MEHLSoup,
+    mix,
+)
+from sksoup.inspection import loss_barrier
+
+from ..zoo import Net, Zoo, same_tensors
+
+STANDING = {"lr": 1e-12, "max_epochs": 1, "random_state": 0}  # does not leave the start
+
+
+@pytest.mark.parametrize("b", [1, 2, None])
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("start", ["greedy", "best"])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_it_starts_where_it_is_told(zoo: Zoo, tmp_path, b, layerwise, start, on_disk):
+    checkpoints = zoo.checkpoints.save(tmp_path) if on_disk else zoo.checkpoints
+    other = (GreedySoup() if start == "greedy" else BestCheckpoint()).fit(checkpoints, zoo.X, zoo.y)
+    soup = MEHLSoup(start=start, model_batch_size=b, layerwise=layerwise, **STANDING)
+    soup.fit(checkpoints, zoo.X, zoo.y)
+    wanted = other.coef_ if not layerwise else np.tile(other.coef_, (len(soup.coef_), 1))
+    np.testing.assert_allclose(soup.coef_, wanted, rtol=0, atol=1e-10)
+    # the weights that were searched from are those of the start, not only the coefficients
+    first = soup.history_[0]["loss"][0]
+    rows = MEHLSoup(model_batch_size=None, start=start, batch_size=128, **STANDING)
+    assert first == pytest.approx(rows.fit(checkpoints, zoo.X, zoo.y).history_[0]["loss"][0])
+    mixed = mix(checkpoints, soup.coef_, layers=soup.layers_)
+    assert same_tensors(soup.state_dict(), mixed)
+
+
+def test_the_start_decides_the_loss_it_begins_with(zoo: Zoo):
+    def first_loss(start: str) -> float:
+        soup = MEHLSoup(start=start, model_batch_size=2, batch_size=None, **STANDING)
+        return soup.fit(zoo.checkpoints, zoo.X, zoo.y).history_[0]["loss"][0]
+
+    losses = {start: first_loss(start) for start in ("mean", "greedy", "best")}
+    for start, recipe in (("best", BestCheckpoint()), ("greedy", GreedySoup())):
+        module = recipe.fit(zoo.checkpoints, zoo.X, zoo.y).module_
+        outputs = module(torch.as_tensor(zoo.X, dtype=torch.float32))
+        expected = nn.functional.cross_entropy(outputs, torch.as_tensor(zoo.y))
+        assert losses[start] == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert losses["mean"] != losses["best"]
+
+
+def test_known_scores_spare_the_ranking(zoo: Zoo):
+    n = len(zoo.checkpoints)
+    known = CheckpointCollection(
+        dict(zoo.checkpoints), module=zoo.checkpoints.build_module,
+        scores={name: float(k) for k, name in enumerate(zoo.checkpoints.names)},
+    )  # fmt: skip
+    soup = MEHLSoup(start="best", model_batch_size=2, **STANDING).fit(known, zoo.X, zoo.y)
+    assert soup.coef_.argmax() == n - 1
+    passes = -(-n // 2)  # of one epoch each; nothing was ranked
+    assert soup.counts_.rows_forward == passes * len(zoo.y)
+
+
+def test_all_equal_checkpoints_start_anywhere(zoo: Zoo):
+    state = zoo.checkpoints[zoo.checkpoints.names[0]]
+    equal = CheckpointCollection([state, state], module=zoo.checkpoints.build_module)
+    soup = MEHLSoup(start="greedy", random_state=0).fit(equal, zoo.X, zoo.y)
+    assert soup.coef_.tolist() == [0.5, 0.5]
+
+
+def test_average_is_the_mean_of_the_later_iterates(zoo: Zoo):
+    shared = {
+        "model_batch_size": None, "batch_size": None, "schedule": "constant", "lr": 0.1,
+        "random_state": 0,
+    }  # fmt: skip
+    iterates = [
+        MEHLSoup(max_epochs=n, **shared).fit(zoo.checkpoints, zoo.X, zoo.y).coef_ for n in (3, 4)
+    ]
+    soup = MEHLSoup(max_epochs=4, average=True, **shared).fit(zoo.checkpoints, zoo.X, zoo.y)
+    np.testing.assert_allclose(soup.coef_, np.mean(iterates, axis=0), rtol=0, atol=1e-12)
+    assert np.abs(soup.coef_ - iterates[1]).max() > 1e-3
+
+
+def test_rows_set_aside_choose_the_epoch(zoo: Zoo):
+    shared = {
+        "model_batch_size": None, "batch_size": None, "schedule": "constant", "lr": 0.3,
+        "validation_fraction": 0.25, "random_state": 0,
+    }  # fmt: skip
+    soup = MEHLSoup(max_epochs=12, **shared).fit(zoo.checkpoints, zoo.X, zoo.y)
+    losses = [record["validation_loss"] for record in soup.history_]
+    best = int(np.argmin(losses))
+    assert best < 11  # the last is not the best here, so something was chosen
+    until = MEHLSoup(max_epochs=best + 1, **shared).fit(zoo.checkpoints, zoo.X, zoo.y)
+    np.testing.assert_array_equal(soup.coef_, until.coef_)
+    n_fit = len(zoo.y) - round(0.25 * len(zoo.y))
+    assert soup.counts_.rows_backward == 12 * n_fit
+    assert soup.counts_.rows_forward == 12 * n_fit + 13 * (len(zoo.y) - n_fit)
+
+
+def test_when_every_epoch_is_worse_the_start_is_kept(zoo: Zoo):
+    soup = MEHLSoup(
+        model_batch_size=2, optimizer="sgd", lr=1e4, schedule="constant", max_epochs=2,
+        validation_fraction=0.3, random_state=0,
+    ).fit(zoo.checkpoints, zoo.X, zoo.y)  # fmt: skip
+    first = [record["validation_loss"] for record in soup.history_ if record["outer"] == 0]
+    assert min(first) > 1
+    np.testing.assert_allclose(soup.coef_, 1 / len(zoo.checkpoints), rtol=0, atol=1e-12)
+
+
+def test_weight_decay_pulls_towards_the_mean(zoo: Zoo):
+    def distance(weight_decay: float) -> float:
+        soup = MEHLSoup(
+            model_batch_size=None, lr=0.05, weight_decay=weight_decay, max_epochs=20, random_state=0
+        ).fit(zoo.checkpoints, zoo.X, zoo.y)  # fmt: skip
+        return float(np.abs(soup.coef_ - 1 / len(zoo.checkpoints)).sum())
+
+    free, pulled, held = distance(0.0), distance(1.0), distance(10.0)
+    assert free > 1.2 * pulled > 1.2 * 1.2 * held
+
+
+@pytest.mark.parametrize("soup", [MEHLSoup, LearnedSoup])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_score_of_a_step_is_that_of_the_soup_at_the_time(zoo: Zoo, soup, weighted):
+    weight = np.linspace(0.1, 2, len(zoo.y)) if weighted else None
+    fitted = soup(batch_size=None, max_epochs=1, random_state=0).fit(
+        zoo.checkpoints, zoo.X, zoo.y, sample_weight=weight
+    )
+    n = len(zoo.checkpoints)
+    mean = zoo.checkpoints.build_module().eval()
+    mean.load_state_dict(mix(zoo.checkpoints, np.full(n, 1 / n)), strict=False)
+    predicted = mean(torch.as_tensor(zoo.X, dtype=torch.float32)).argmax(dim=1).numpy()
+    expected = accuracy_score(zoo.y, predicted, sample_weight=weight)
+    assert fitted.history_[0]["score"] == [pytest.approx(expected)]
+
+
+def test_accumulated_steps_score_all_their_rows(zoo: Zoo):
+    def scores(**how) -> list[float]:
+        soup = MEHLSoup(max_epochs=1, shuffle=False, random_state=0, **how)
+        return soup.fit(zoo.checkpoints, zoo.X, zoo.y).history_[0]["score"]
+
+    assert scores(batch_size=20, accumulate=3) == pytest.approx(scores(batch_size=None))
+
+
+def test_scores_of_other_tasks():
+    torch.manual_seed(0)
+    nets = [nn.Linear(3, 2) for _ in range(3)]
+    X = torch.randn(30, 3)
+    settings = {"batch_size": None, "max_epochs": 1, "random_state": 0}
+    mean = nn.Linear(3, 2)
+    mean.load_state_dict(mix(CheckpointCollection(nets), [1 / 3] * 3))
+    targets = (torch.randn(30, 2) > 0).float()
+    soup = MEHLSoup(CheckpointCollection(nets), task="multilabel", **settings).fit(X, targets)
+    right = ((mean(X) > 0) == (targets > 0)).all(dim=1).float().mean()
+    assert soup.history_[0]["score"] == [pytest.approx(float(right))]
+    soup = MEHLSoup(CheckpointCollection(nets), task="regression", **settings).fit(X, targets)
+    assert "score" not in soup.history_[0]
+
+    class Tokens(nn.Module):  # (n, 4) numbers -> (n, 2, 4) logits
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(1, 2)
+
+        def forward(self, X: torch.Tensor) -> torch.Tensor:
+            return self.head(X[..., None]).transpose(1, 2)
+
+    tokens = [Tokens() for _ in range(3)]
+    X, y = torch.randn(20, 4), torch.randint(2, (20, 4))
+    y[:, 3] = -100
+    soup = MEHLSoup(CheckpointCollection(tokens), **settings).fit(X, y)
+    net = Tokens()
+    net.load_state_dict(mix(CheckpointCollection(tokens), [1 / 3] * 3))
+    hits = (net(X).argmax(dim=1) == y)[:, :3].float().mean()
+    assert soup.history_[0]["score"] == [pytest.approx(float(hits))]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"start": "worst"}, "start must be one of 'mean', 'greedy', 'best', got 'worst'"),
+        ({"weight_decay": -1}, "weight_decay"),
+        ({"validation_fraction": 1.0}, "validation_fraction"),
+        ({"validation_fraction": 0.0}, "validation_fraction"),
+        ({"average": True, "validation_fraction": 0.1}, "give one"),
+    ],
+)
+def test_bad_options(zoo: Zoo, kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        MEHLSoup(**kwargs).fit(zoo.checkpoints, zoo.X, zoo.y)
+
+
+@pytest.mark.parametrize("soup", [
+    MEHLSoup(validation_fraction=0.1, max_epochs=1), GreedySoup(ranking_fraction=0.1),
+])  # fmt: skip
+def test_parts_smaller_than_the_number_of_labels(zoo: Zoo, soup):
+    rows = np.arange(20)
+    clone(soup).fit(zoo.checkpoints, zoo.X[rows], zoo.y[rows])  # two rows drawn, three labels
+
+
+@pytest.mark.parametrize("soup", [
+    MEHLSoup(validation_fraction=0.5, max_epochs=1, random_state=0),
+    GreedySoup(ranking_fraction=0.5, random_state=0),
+])  # fmt: skip
+def test_parts_without_weight_are_refused(zoo: Zoo, soup):
+    weight = np.zeros(60)
+    weight[0] = 1.0
+    with pytest.raises(ValueError, match="All 30 rows drawn, or all 30 others"):
+        clone(soup).fit(zoo.checkpoints, zoo.X, zoo.y, sample_weight=weight)
+
+
+def test_numbers_of_numpy_are_numbers(zoo: Zoo):
+    soup = MEHLSoup(model_batch_size=2, max_epochs=2, batch_size=30, random_state=3)
+    expected = clone(soup).fit(zoo.checkpoints, zoo.X, zoo.y).coef_
+    names = ("model_batch_size", "max_epochs", "batch_size", "random_state", "prefetch")
+    soup.set_params(**{name: np.int64(getattr(soup, name)) for name in names})
+    soup.set_params(lr=np.float32(0.05), weight_decay=np.float64(0))
+    found = soup.fit(zoo.checkpoints, zoo.X, zoo.y).coef_
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    soup = MEHLSoup(zoo.checkpoints, random_state=0)
+    search = GridSearchCV(soup, {"max_epochs": np.arange(1, 3)}, cv=2).fit(zoo.X, zoo.y)
+    assert search.best_params_["max_epochs"] in (1, 2)
+
+
+def test_rows_drawn_without_a_seed_leave_the_state_of_numpy(zoo: Zoo):
+    state = np.random.get_state()[1].copy()
+    drawn = []
+    for _ in range(2):
+        soup = GreedySoup(ranking_fraction=0.5).fit(zoo.checkpoints, zoo.X, zoo.y)
+        drawn.append(tuple(soup.individual_scores_.values()))
+        loss_barrier(zoo.checkpoints, zoo.X, zoo.y, n_points=2, n_pairs=1, random_state=None)
+    assert np.array_equal(np.random.get_state()[1], state)
+    assert drawn[0] != drawn[1]  # of 60 rows, twice
+
+
+def test_a_start_at_the_best_looks_for_nan_first(zoo: Zoo):
+    states = [dict(zoo.checkpoints[name]) for name in zoo.checkpoints]
+    states[3]["head.weight"] = torch.full_like(states[3]["head.weight"], torch.nan)
+    checkpoints = CheckpointCollection(states, module=Unrun)
+    with pytest.raises(CheckpointError, match="holds NaN"):
+        MEHLSoup(start="best", max_epochs=1).fit(checkpoints, zoo.X, zoo.y)
+
+
+class Unrun(Net):
+    """One row is fed to it, which tells the shape of its output."""
+
+    def forward(self, x):
+        assert len(x) == 1
+        return super().forward(x)

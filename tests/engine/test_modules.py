@@ -1,0 +1,171 @@
+"""What networks are made of beside plain layers: norms, parametrisations, ties, frozen parts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from sklearn.base import clone
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from sksoup import CheckpointCollection, GreedySoup, LearnedSoup, MEHLSoup, UniformSoup, mix
+
+from ..zoo import Zoo, around, same_tensors
+
+SOUPS = [
+    UniformSoup(),
+    GreedySoup(),
+    LearnedSoup(max_epochs=2, random_state=0),
+    MEHLSoup(layerwise=True, model_batch_size=2, max_epochs=2, random_state=0),
+]
+
+
+class Group(nn.Module):
+    """GroupNorm, LayerNorm, and a buffer that is not in the state dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 6)
+        self.group, self.layer = nn.GroupNorm(2, 6), nn.LayerNorm(6)
+        self.head = nn.Linear(6, 3)
+        self.register_buffer("scale", torch.full((6,), 2.0), persistent=False)
+
+    def forward(self, X):
+        return self.head(self.layer(self.group(self.first(X)).relu() * self.scale))
+
+
+class Weighted(nn.Module):
+    """Weight norm (direction and length are mixed, not their product) and spectral norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = parametrizations.weight_norm(nn.Linear(4, 6))
+        self.second = parametrizations.spectral_norm(nn.Linear(6, 6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, X):
+        return self.head(self.second(self.first(X).tanh()).tanh())
+
+
+class Padded(nn.Module):
+    """An embedding with a padding row that stays zero, tied to nothing; integers in."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(7, 6, padding_idx=0)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, X):
+        return self.head(self.words(X).mean(dim=1))
+
+
+class Tied(nn.Module):
+    """A head that is the embedding's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(3, 6)
+        self.first = nn.Linear(4, 6)
+        self.head = nn.Linear(6, 3, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, X):
+        return self.head(self.first(X).tanh())
+
+
+class Frozen(nn.Module):
+    """A backbone that never trained: the same in all checkpoints, and without gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)).requires_grad_(False)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, X):
+        return self.head(self.backbone(X).relu())
+
+
+def modules_of(kind):
+    torch.manual_seed(0)
+    start = kind()
+    if kind is Frozen:
+        modules = [kind() for _ in range(4)]
+        for module in modules:
+            module.backbone.load_state_dict(start.backbone.state_dict())
+        return modules
+    modules = around(start, 4, 0.2)
+    if kind is Padded:
+        for module in modules:
+            module.words.weight.data[0] = 0
+    return modules
+
+
+@pytest.mark.parametrize("soup", SOUPS, ids=lambda soup: type(soup).__name__)
+@pytest.mark.parametrize("kind", [Group, Weighted, Padded, Tied, Frozen])
+def test_soups_of(kind, soup, zoo: Zoo):
+    modules = modules_of(kind)
+    X = np.abs(zoo.X * 3).astype(int) % 7 if kind is Padded else zoo.X
+    checkpoints = CheckpointCollection(modules)
+    soup = clone(soup).fit(checkpoints, X, zoo.y)
+    assert same_tensors(soup.state_dict(), mix(checkpoints, soup.coef_, layers=soup.layers_))
+    again = kind().eval()
+    again.load_state_dict(soup.state_dict())
+    with torch.no_grad():
+        expected = again(torch.as_tensor(X)).numpy()
+        got = soup.module_(torch.as_tensor(X)).numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    module = soup.module_
+    if kind is Padded:
+        assert not module.words.weight[0].any()
+    if kind is Tied:
+        assert module.head.weight is module.words.weight
+    if kind is Group:
+        assert (module.scale == 2).all()
+    if kind is Frozen:
+        assert same_tensors(
+            dict(module.backbone.state_dict()), dict(modules[0].backbone.state_dict())
+        )
+
+
+def test_gradients_pass_through_parametrisations(zoo: Zoo):
+    """The loss falls: coefficients of what a parametrisation is made of are learned."""
+    checkpoints = CheckpointCollection(modules_of(Weighted))
+    soup = MEHLSoup(model_batch_size=None, max_epochs=10, random_state=0)
+    soup.fit(checkpoints, zoo.X, zoo.y)
+    assert soup.history_[-1]["loss"][-1] < soup.history_[0]["loss"][0]
+
+
+def test_dropout_is_off_during_the_search(zoo: Zoo):
+    class Dropped(nn.Module):
+        def __init__(self, p=0.9):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(4, 6), nn.Dropout(p), nn.Linear(6, 3))
+
+        def forward(self, X):
+            return self.layers(X)
+
+    states = [module.state_dict() for module in around(Dropped(), 3, 0.2)]
+    soup = MEHLSoup(max_epochs=2, random_state=0)
+    dropped = clone(soup).fit(CheckpointCollection(states, module=Dropped), zoo.X, zoo.y)
+    plain = clone(soup).fit(CheckpointCollection(states, module=lambda: Dropped(0.0)), zoo.X, zoo.y)
+    assert np.array_equal(dropped.coef_, plain.coef_)
+
+
+def test_a_soup_can_be_exported(zoo: Zoo):
+    soup = UniformSoup().fit(CheckpointCollection(modules_of(Group)), zoo.X, zoo.y)
+    X = torch.as_tensor(zoo.X)
+    program = torch.export.export(soup.module_, (X,))
+    torch.testing.assert_close(program.module()(X), soup.module_(X))
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch's own, while exporting
+def test_a_soup_goes_to_onnx(zoo: Zoo):
+    soup = UniformSoup().fit(CheckpointCollection(modules_of(Group)), zoo.X, zoo.y)
+    program = torch.onnx.export(soup.module_, (torch.as_tensor(zoo.X),), verbose=False)
+    model = program.model_proto
+    (got,) = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: zoo.X})
+    with torch.no_grad():
+        expected = soup.module_(torch.as_tensor(zoo.X)).numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-5)

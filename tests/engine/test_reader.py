@@ -1,0 +1,132 @@
+"""The background reader: what it gives, in which order, and how it ends."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from sksoup import CheckpointCollection, CheckpointError, MEHLSoup
+from sksoup.engine.reader import Reader
+from sksoup.mixing.layers import FlatLayout, group_layers
+
+from ..zoo import Net, Zoo, make_states, same_tensors
+
+
+@pytest.fixture
+def files(tmp_path):
+    return CheckpointCollection(make_states(7, seed=0), module=Net).save(tmp_path / "zoo")
+
+
+def layout_of(files):
+    module = files.build_module()
+    return FlatLayout.of(module, group_layers(module, files.layout, True), set(files.layout))
+
+
+@pytest.mark.parametrize("n_ahead", [1, 2, 9])
+def test_gives_flat_weights_in_order(files, n_ahead):
+    layout = layout_of(files)
+    order = [files.names[k] for k in (3, 1, 1, 6, 0)]
+    with Reader(files, layout, order, torch.empty(0), n_ahead, window=2) as reader:
+        for name in order:
+            with reader.take(name) as weights:
+                for segment in layout.segments:
+                    tensor = weights[segment.start : segment.stop].view(segment.shape)
+                    assert torch.equal(tensor, files[name][segment.name])
+    assert not running()
+
+
+def running():
+    return [thread for thread in threading.enumerate() if thread.name == "sksoup-reader"]
+
+
+def test_what_is_not_taken_is_not_waited_for(files):
+    with (
+        Reader(files, layout_of(files), list(files), torch.empty(0), 2, window=3) as reader,
+        reader.take(files.names[0]),
+    ):
+        assert running()
+    assert not running()
+
+
+def test_files_of_the_next_window_are_warmed_while_it_waits(files, monkeypatch):
+    warmed = []
+    monkeypatch.setattr(CheckpointCollection, "warm", lambda self, name: warmed.append(name))
+    order = list(files)
+    with Reader(files, layout_of(files), order, torch.empty(0), 1, window=3) as reader:
+        while len(warmed) < 3:  # the first is read, the next three are warmed
+            time.sleep(1e-3)
+        assert warmed == order[1:4]
+        with reader.take(order[0]):
+            pass
+
+
+def test_warming_a_file_changes_nothing(files):
+    before = files["checkpoint0"]
+    files.warm("checkpoint0")
+    assert same_tensors(files["checkpoint0"], before)
+    CheckpointCollection(make_states(1, seed=0)).warm("checkpoint0")
+
+
+def test_an_error_of_the_reader_is_raised_where_the_weights_are_needed(files, zoo: Zoo):
+    layout = layout_of(files)
+    files.path("checkpoint2").unlink()
+    taken = []
+
+    def take_all():
+        with Reader(files, layout, list(files), torch.empty(0), 1, window=3) as reader:
+            for name in files:
+                with reader.take(name):
+                    taken.append(name)
+
+    with pytest.raises(CheckpointError, match=r"checkpoint2\.safetensors' can't be opened"):
+        take_all()
+    assert taken == ["checkpoint0", "checkpoint1"]
+    assert not running()
+
+
+def test_a_file_that_is_replaced_during_the_fit_stops_it(files, zoo: Zoo):
+    def replace(context=None, **_):
+        path = files.path("checkpoint5")
+        path.write_bytes(path.read_bytes())
+
+    class Replacing(torch.nn.CrossEntropyLoss):
+        def forward(self, output, y):
+            replace()
+            return super().forward(output, y)
+
+    soup = MEHLSoup(model_batch_size=1, criterion=Replacing(), random_state=0)
+    with pytest.raises(CheckpointError, match=r"checkpoint5\.safetensors' changed on disk"):
+        soup.fit(files, zoo.X, zoo.y)
+    assert not running()
+    assert not hasattr(soup, "coef_")
+
+
+@pytest.mark.parametrize("prefetch", [1, 3, 20])
+@pytest.mark.parametrize("delta_dtype", [None, "bfloat16"])
+def test_the_same_bits_whatever_the_timing(files, zoo: Zoo, monkeypatch, prefetch, delta_dtype):
+    settings = {"layerwise": True, "model_batch_size": 3, "model_epochs": 2, "max_epochs": 2,
+                "batch_size": 20, "random_state": 0, "delta_dtype": delta_dtype}  # fmt: skip
+    plain = MEHLSoup(prefetch=0, **settings).fit(files, zoo.X, zoo.y)
+    original = CheckpointCollection._check_finite
+    rng = random.Random(0)
+
+    def slow(self, *arguments):
+        time.sleep(rng.random() * 2e-3)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(CheckpointCollection, "_check_finite", slow)
+    soup = MEHLSoup(prefetch=prefetch, **settings).fit(files, zoo.X, zoo.y)
+    assert np.array_equal(soup.coef_, plain.coef_)
+    assert same_tensors(soup.state_dict(), plain.state_dict())
+    assert soup.history_ == plain.history_
+
+
+def test_checkpoints_in_memory_need_no_reader(zoo: Zoo, monkeypatch):
+    monkeypatch.setattr("sksoup.recipes.mehl.Reader", SimpleNamespace)  # would fail if it were made
+    MEHLSoup(model_batch_size=3, random_state=0).fit(zoo.checkpoints, zoo.X, zoo.y)

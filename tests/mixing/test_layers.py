@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sksoup import CheckpointError
+from sksoup.mixing.layers import FlatLayout, group_layers
+
+from ..zoo import Net
+
+
+def rows_of(module, layerwise):
+    return group_layers(module, list(module.state_dict()), layerwise)
+
+
+def test_one_row_for_all_without_layerwise():
+    layers = rows_of(Net(), False)
+    assert layers.names == ("all",)
+    assert set(layers.rows.values()) == {0}
+
+
+def test_a_row_per_parameter_and_a_mean_for_buffers():
+    layers = rows_of(Net(), True)
+    assert layers.names[:6] == (
+        "hidden.weight",
+        "hidden.bias",
+        "norm.weight",
+        "norm.bias",
+        "head.weight",
+        "head.bias",
+    )
+    assert layers.names[6] == "norm (buffers: mean of 2 rows)"
+    assert layers.rows["norm.running_var"] == layers.rows["norm.running_mean"] == 6
+    searched = np.arange(12.0).reshape(6, 2)
+    np.testing.assert_array_equal(layers.expand(searched)[6], searched[2:4].mean(axis=0))
+    np.testing.assert_array_equal(
+        layers.expand_columns(torch.as_tensor(searched.T)).T.numpy(), layers.expand(searched)
+    )
+
+
+def test_a_callable_names_the_layers():
+    layers = rows_of(Net(), lambda name: name.split(".")[0])
+    assert layers.names == ("hidden", "norm", "head")
+    assert layers.rows["norm.running_mean"] == 1  # one neighbouring row: no mean is needed
+
+
+def test_a_buffer_without_neighbours_takes_its_ancestors_rows():
+    module = nn.Sequential(
+        nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, affine=False)), nn.Linear(3, 1)
+    )
+    layers = rows_of(module, True)
+    assert layers.averaged == ((0, 1),)  # the inner Linear's, not the outer one's
+    module.register_buffer("top", torch.zeros(1))
+    assert (0, 1, 2, 3) in rows_of(module, True).averaged
+
+
+def test_tied_parameters_share_a_row_and_a_place():
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    module[1].weight = module[0].weight
+    layers = rows_of(module, True)
+    assert layers.rows["0.weight"] == layers.rows["1.weight"]
+    flat = FlatLayout.of(module, layers, set(module.state_dict()))
+    assert [s.name for s in flat.segments] == ["0.weight", "0.bias", "1.bias"]
+
+
+def test_flat_layout_is_contiguous_per_row_parameters_first():
+    module = Net()
+    labels = {"hidden.weight": "a", "head.weight": "a"}
+    layers = rows_of(module, lambda name: labels.get(name, "b"))
+    differing = {n for n, v in module.state_dict().items() if v.is_floating_point()}
+    flat = FlatLayout.of(module, layers, differing)
+    assert [s.row for s in flat.segments] == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert flat.row_slices[0] == (0, 0, 42)
+    assert flat.n_parameters == sum(p.numel() for p in module.parameters())
+    assert flat.size == flat.n_parameters + 12
+    ends = [(s.start, s.stop) for s in flat.segments]
+    assert all(a[1] == b[0] for a, b in pairwise(ends))
+
+
+def test_a_module_without_parameters():
+    with pytest.raises(CheckpointError, match="no parameters"):
+        rows_of(nn.BatchNorm1d(2, affine=False), True)

@@ -1,0 +1,221 @@
+"""Every estimator meets every invariant."""
+
+from __future__ import annotations
+
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from sklearn.base import clone
+
+from sksoup import CheckpointCollection, CheckpointEnsemble, Recipe, mix
+from sksoup.inspection import paper_systems
+
+from ..zoo import Net, Zoo, make_states, make_zoo, same_tensors
+
+SYSTEMS = {
+    name: soup.set_params(batch_size=25, **({"max_epochs": 2} if hasattr(soup, "lr") else {}))
+    for name, soup in paper_systems(7, random_state=0).items()
+}
+SOUPS = {name: soup for name, soup in SYSTEMS.items() if name != "Ensemble"}
+ORDER_FREE = [
+    "Uniform-Soup",
+    "Best checkpoint",
+    "Learned-Soup",
+    "Learned-Soup+",
+    "HL-Soup",
+    "HL-Soup+",
+]
+
+every_system = pytest.mark.parametrize("system", SYSTEMS.values(), ids=SYSTEMS)
+every_soup = pytest.mark.parametrize("system", SOUPS.values(), ids=SOUPS)
+
+
+def by_module(name: str) -> str:
+    return name.split(".")[0]
+
+
+@every_system
+@settings(max_examples=12)
+@given(
+    n=st.integers(1, 6),
+    layerwise=st.sampled_from([False, True, by_module]),
+    b=st.sampled_from([1, 2, 4, None, "auto"]),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_coefficients_sum_to_one_and_give_the_weights(system, n, layerwise, b, seed):
+    zoo = make_zoo(n, seed % 50)
+    soup = clone(system)
+    given_ = {"layerwise": layerwise, "model_batch_size": b, "random_state": seed}
+    soup.set_params(**{k: v for k, v in given_.items() if k in soup.get_params()})
+    soup.fit(zoo.checkpoints, zoo.X, zoo.y)
+    np.testing.assert_allclose(soup.coef_.sum(axis=-1), 1, rtol=0, atol=1e-9)
+    assert soup.coef_.dtype == np.float64
+    is_layerwise = bool(getattr(soup, "layerwise", False))
+    assert soup.coef_.shape == ((len(soup.layer_names_), n) if is_layerwise else (n,))
+    assert set(soup.layers_) == set(zoo.checkpoints.layout)
+    if not isinstance(soup, CheckpointEnsemble):
+        mixed = mix(zoo.checkpoints, soup.coef_, layers=soup.layers_)
+        assert same_tensors(soup.state_dict(), mixed)
+        assert same_tensors(soup.recipe_.cook(zoo.checkpoints), mixed)
+
+
+@every_soup
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_copies_of_one_checkpoint_give_exactly_it(system, n, dtype):
+    zoo = make_zoo(1, seed=0)
+    state = make_states(1, seed=0, dtype=dtype)[0]
+    copies = CheckpointCollection([state] * n, module=Net)
+    soup = clone(system).fit(copies, zoo.X, zoo.y)
+    assert same_tensors(soup.state_dict(), state)
+
+
+@every_soup
+def test_half_precision_checkpoints_come_back_in_their_dtype(system):
+    zoo = make_zoo(1, seed=0)
+    checkpoints = CheckpointCollection(make_states(4, 0, torch.bfloat16), module=Net)
+    soup = clone(system).fit(checkpoints, zoo.X, zoo.y)
+    assert soup.state_dict()["head.weight"].dtype == torch.bfloat16
+    assert same_tensors(soup.state_dict(), mix(checkpoints, soup.coef_, layers=soup.layers_))
+
+
+@pytest.mark.parametrize("name", ORDER_FREE)
+@settings(max_examples=8)
+@given(order=st.permutations(range(5)))
+def test_permuting_checkpoints_permutes_coefficients(name, order):
+    states = make_states(5, seed=1, dtype=torch.float64, batch_norm=False)
+    zoo = make_zoo(5, seed=1, dtype=torch.float64, batch_norm=False)
+    names = [f"ft{k}" for k in range(5)]
+    module = zoo.checkpoints.module
+    system = clone(SYSTEMS[name])
+    plain = system.fit(CheckpointCollection(states, names=names, module=module), zoo.X, zoo.y).coef_
+    if name == "Best checkpoint":  # of several best ones the first is kept
+        scores = sorted(system.individual_scores_.values())
+        assume(scores[-1] > scores[-2])
+    permuted = clone(system).fit(
+        CheckpointCollection(
+            [states[k] for k in order], names=[names[k] for k in order], module=module
+        ),
+        zoo.X,
+        zoo.y,
+    )
+    np.testing.assert_allclose(permuted.coef_, plain[..., list(order)], rtol=0, atol=1e-9)
+
+
+@every_soup
+def test_saved_loaded_cooked_and_pickled(system, zoo: Zoo, tmp_path):
+    checkpoints = zoo.checkpoints.save(tmp_path / "zoo")
+    soup = clone(system).fit(checkpoints, zoo.X, zoo.y)
+    path = tmp_path / "soup.safetensors"
+    soup.save(path)
+    saved = CheckpointCollection([path])["soup"]
+    assert same_tensors({name: saved[name] for name in soup.state_dict()}, soup.state_dict())
+    cooked = Recipe.load(path).cook(CheckpointCollection.from_path(tmp_path / "zoo"))
+    assert same_tensors(cooked, soup.state_dict())
+    again = pickle.loads(pickle.dumps(soup))
+    assert (again.predict(zoo.X) == soup.predict(zoo.X)).all()
+    fresh = Net().eval()
+    fresh.load_state_dict(soup.state_dict())
+    with torch.no_grad():
+        logits = fresh(torch.as_tensor(zoo.X))
+    assert (soup.classes_[logits.argmax(1).numpy()] == soup.predict(zoo.X)).all()
+
+
+@every_system
+def test_predictions(system, zoo: Zoo):
+    soup = clone(system).fit(zoo.checkpoints, zoo.X, zoo.y)
+    p = soup.predict_proba(zoo.X)
+    assert p.dtype == np.float32
+    assert p.shape == (60, 3)
+    np.testing.assert_allclose(p.sum(axis=1), 1, atol=1e-6)
+    assert (soup.classes_[p.argmax(axis=1)] == soup.predict(zoo.X)).all()
+    assert soup.score(zoo.X, zoo.y) == np.mean(soup.predict(zoo.X) == zoo.y)
+    assert (soup.predict(torch.as_tensor(zoo.X)) == soup.predict(zoo.X)).all()
+
+
+@every_system
+@pytest.mark.parametrize("seed", [None, 0])
+def test_global_random_state_stays_as_it_was(system, seed, zoo: Zoo, tmp_path):
+    def state():
+        numpy = np.random.get_state()
+        return torch.get_rng_state().tolist(), numpy[1].tolist(), numpy[2], random.getstate()
+
+    soup = clone(system)
+    if "random_state" in soup.get_params():
+        soup.set_params(random_state=seed)
+    before = state()
+    soup.fit(zoo.checkpoints, zoo.X, zoo.y)
+    soup.predict_proba(zoo.X)
+    soup.score(zoo.X, zoo.y)
+    if hasattr(soup, "save"):
+        soup.save(tmp_path / "soup.safetensors")
+        soup.recipe_.cook(zoo.checkpoints)
+    assert state() == before
+
+
+@every_system
+def test_parameters_are_kept_and_fitting_twice_is_fitting_once(system, zoo: Zoo):
+    soup = clone(system).set_params(checkpoints=zoo.checkpoints)
+    parameters = soup.get_params()
+    first = soup.fit(zoo.X, zoo.y).coef_
+    second = soup.fit(zoo.X, zoo.y).coef_
+    assert soup.get_params() == parameters
+    assert np.array_equal(first, second)
+
+
+@every_system
+def test_tied_parameters_stay_tied(system):
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Linear(4, 4)
+            self.b = torch.nn.Linear(4, 4)
+            self.b.weight = self.a.weight
+            self.head = torch.nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.b(self.a(x).relu()).relu())
+
+    torch.manual_seed(0)
+    zoo = make_zoo(1, seed=0)
+    checkpoints = CheckpointCollection([Tied() for _ in range(4)], module=Tied)
+    soup = clone(system).fit(checkpoints, zoo.X, zoo.y)
+    soup.predict(zoo.X)
+    if hasattr(soup, "module_"):
+        assert soup.module_.a.weight is soup.module_.b.weight
+        state = soup.state_dict()
+        assert torch.equal(state["a.weight"], state["b.weight"])
+        assert same_tensors(state, mix(checkpoints, soup.coef_, layers=soup.layers_))
+
+
+def test_a_tied_name_may_be_missing_from_the_files():
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Linear(4, 3, bias=False)
+            self.b = torch.nn.Linear(4, 3, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    states = [{"a.weight": Tied().a.weight.detach()} for _ in range(3)]
+    zoo = make_zoo(1, seed=0)
+    soup = clone(SYSTEMS["MEHL-Soup+"]).fit(CheckpointCollection(states, module=Tied), zoo.X, zoo.y)
+    assert list(soup.state_dict()) == ["a.weight"]
+    assert torch.equal(soup.module_.b.weight, soup.state_dict()["a.weight"])
+
+
+@every_system
+def test_sample_weight_zero_is_leaving_the_row_out_of_the_score(system, zoo: Zoo):
+    weight = np.r_[np.ones(40), np.zeros(20)]
+    soup = clone(system).fit(zoo.checkpoints, zoo.X, zoo.y, sample_weight=weight)
+    if "individual_scores_" in vars(soup):
+        plain = clone(system).fit(zoo.checkpoints, zoo.X[:40], zoo.y[:40])
+        assert soup.individual_scores_ == plain.individual_scores_
+        assert np.array_equal(soup.coef_, plain.coef_)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+
+from sksoup import CheckpointCollection, DivergenceError, LearnedSoup, SoupWarning
+
+from ..references import descent_reference
+from ..zoo import Zoo
+from .test_mehl import ONE_TENSOR_AND_DATA, peak_models
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("temperature", [False, True])
+@pytest.mark.parametrize("max_epochs", [1, 4])
+def test_equals_the_naive_softmax_graph_step_for_step(
+    zoo64: Zoo, layerwise, temperature, max_epochs
+):
+    K = len(zoo64.checkpoints)
+    n_rows = len(zoo64.checkpoints.layout) if layerwise else 1
+    a = torch.zeros(n_rows, K, dtype=torch.float64, requires_grad=True)
+    beta = torch.ones((), dtype=torch.float64, requires_grad=True)
+    reference = descent_reference(
+        zoo64.checkpoints,
+        torch.as_tensor(zoo64.X).double(),
+        torch.as_tensor(zoo64.y),
+        lambda: a.softmax(dim=1),
+        [a, beta] if temperature else [a],
+        layerwise=layerwise,
+        lr=0.05,
+        max_epochs=max_epochs,
+        batch_size=32,
+        scale=beta if temperature else None,
+    )
+    soup = LearnedSoup(
+        layerwise=layerwise,
+        temperature=temperature,
+        max_epochs=max_epochs,
+        batch_size=32,
+        shuffle=False,
+    ).fit(zoo64.checkpoints, zoo64.X, zoo64.y)
+    np.testing.assert_allclose(np.atleast_2d(soup.coef_), reference, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(soup.temperature_, float(beta.detach()), rtol=1e-8)
+    assert (soup.temperature_ == 1.0) == (not temperature)
+
+
+def test_coefficients_stay_on_the_simplex(zoo: Zoo):
+    soup = LearnedSoup(layerwise=True, lr=2.0, max_epochs=20, random_state=0)
+    soup.fit(zoo.checkpoints, zoo.X, zoo.y)
+    assert soup.coef_.min() >= 0
+    assert soup.coef_.max() > 0.5
+
+
+def test_temperature_scales_probabilities_and_is_never_folded_into_the_weights(zoo: Zoo):
+    soup = LearnedSoup(lr=0.3, max_epochs=10, random_state=0)
+    soup.fit(zoo.checkpoints, zoo.X, zoo.y)
+    assert abs(soup.temperature_ - 1) > 0.01
+    with torch.no_grad():
+        logits = soup.module_(torch.as_tensor(zoo.X)).numpy()
+    np.testing.assert_allclose(
+        soup.predict_proba(zoo.X), softmax(soup.temperature_ * logits, axis=1), atol=1e-5
+    )
+    assert soup.recipe_.temperature == soup.temperature_
+
+
+def test_divergence_is_an_error_with_the_last_good_coefficients(zoo: Zoo):
+    def broken(output, y):
+        return torch.nn.functional.cross_entropy(output, y) * float("inf")
+
+    with pytest.raises(DivergenceError, match=r"at step 1\. Lower lr") as caught:
+        LearnedSoup(criterion=broken).fit(zoo.checkpoints, zoo.X, zoo.y)
+    np.testing.assert_allclose(caught.value.coef.sum(axis=1), 1)
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("capacity", [1, 3])
+def test_models_that_do_not_fit_are_streamed(tmp_path, zoo64: Zoo, layerwise, capacity):
+    files = zoo64.checkpoints.save(tmp_path / "zoo")
+    settings = {"layerwise": layerwise, "max_epochs": 2, "batch_size": 30, "shuffle": False}
+    resident = LearnedSoup(**settings).fit(files, zoo64.X, zoo64.y)
+    soup = LearnedSoup(memory_limit=files.nbytes * (2 + capacity), **settings)
+    reads = []
+    original = CheckpointCollection.open
+
+    def counting(self, name):
+        reads.append(name)
+        return original(self, name)
+
+    with (
+        patch.object(CheckpointCollection, "open", counting),
+        pytest.warns(SoupWarning, match=rf"holds {capacity} of 5 models: each step reads"),
+    ):
+        soup.fit(files, zoo64.X, zoo64.y)
+    np.testing.assert_allclose(soup.coef_, resident.coef_, rtol=0, atol=1e-10)
+    steps = 4
+    # mean and last mix once each, two operations a step
+    assert len(reads) == 5 * (2 + 2 * steps)
+
+
+def test_memory_is_that_of_all_models_and_two(tmp_path):
+    peak, _ = peak_models(tmp_path, LearnedSoup(layerwise=True, max_epochs=1, random_state=0))
+    assert 10.9 < peak <= 9 + 2 + ONE_TENSOR_AND_DATA
+    half = LearnedSoup(layerwise=True, max_epochs=1, delta_dtype="bfloat16", random_state=0)
+    peak, _ = peak_models(tmp_path / "half", half)
+    assert peak <= 4.5 + 2 + ONE_TENSOR_AND_DATA
+
+
+def test_a_regression_learns_no_factor_that_no_prediction_applies():
+    X = torch.linspace(-1, 1, 40)[:, None]
+    nets = []
+    for slope in (1.0, 3.0):
+        net = torch.nn.Linear(1, 1)
+        torch.nn.init.constant_(net.weight, slope)
+        torch.nn.init.zeros_(net.bias)
+        nets.append(net)
+    soup = LearnedSoup(task="regression", max_epochs=300, random_state=0)
+    soup.fit(CheckpointCollection(nets), X.numpy(), 2.6 * X[:, 0].numpy())
+    assert soup.temperature_ == 1
+    assert soup.coef_ == pytest.approx([0.2, 0.8], abs=0.01)
+    assert soup.score(X.numpy(), 2.6 * X[:, 0].numpy()) > 0.999

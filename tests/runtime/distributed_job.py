@@ -1,0 +1,95 @@
+"""One rank of a job of test_distributed: python -m tests.runtime.distributed_job FOLDER CASE."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from sklearn.base import clone
+from torch import distributed
+
+from sksoup import CheckpointCollection, RankError
+from sksoup.runtime.cache import Memo
+
+from ..zoo import Net64, PlainNet
+
+TIMEOUT = {"hangs": 20}  # seconds that a rank waits for the others; otherwise 120
+
+
+def fit_all(folder: Path) -> dict[str, object]:
+    """Fit what `test_distributed.SOUPS` lists; tell what came out and what it cost."""
+    from .test_distributed import SOUPS
+
+    data = np.load(folder / "rows.npz")
+    found: dict[str, object] = {}
+    for name, soup in SOUPS.items():
+        wide = name.endswith("64")
+        files = CheckpointCollection.from_path(
+            folder / ("zoo64" if wide else "zoo32"), module=Net64 if wide else PlainNet
+        )
+        weight = data["weight"] if "weighted" in name else None
+        fitted = clone(soup).fit(files, data["X"], data["y"], sample_weight=weight)
+        again = clone(soup).set_params(memory=folder / "memory")
+        again.fit(files, data["X"], data["y"], sample_weight=weight)
+        replay = clone(again).fit(files, data["X"], data["y"], sample_weight=weight)
+        assert np.array_equal(replay.coef_, again.coef_)
+        assert not any(vars(replay.counts_).values())
+        fitted.save(folder / f"{name}.safetensors")
+        found[name] = {
+            "coef": fitted.coef_.tolist(),
+            "scores": getattr(fitted, "individual_scores_", None),
+            "path": getattr(fitted, "path_", None),
+            "loss": [step for record in fitted.history_ for step in record.get("loss", [])],
+            "counts": vars(fitted.counts_),
+        }
+    return found
+
+
+def fit_with_a_fault(folder: Path, case: str) -> dict[str, object]:
+    """Rank 1 is killed in the middle, or hangs; or nothing happens."""
+    from .test_distributed import SOUPS
+
+    data = np.load(folder / "rows.npz")
+    files = CheckpointCollection.from_path(folder / "zoo64", module=Net64)
+    soup = clone(SOUPS["MEHL+ 64"]).set_params(memory=folder / "memory")
+    original, n = Memo.find, [0]
+
+    def find(self, *key):
+        n[0] += key[0] == "epoch"
+        if n[0] == 4 and distributed.get_rank() == 1:
+            if case == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if case == "hangs":
+                signal.pause()
+        return original(self, *key)
+
+    with patch.object(Memo, "find", find):
+        soup.fit(files, data["X"], data["y"])
+    return {"coef": soup.coef_.tolist(), "counts": vars(soup.counts_)}
+
+
+def main() -> None:
+    folder, case = Path(sys.argv[1]), sys.argv[2]
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT.get(case, 120)))
+    rank = distributed.get_rank()
+    try:
+        found = fit_all(folder) if case == "all" else fit_with_a_fault(folder, case)
+    except RankError as error:
+        (folder / f"error{rank}.txt").write_text(str(error))
+        raise
+    (folder / f"found{rank}.json").write_text(json.dumps(found))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,758 @@
+"""Stop and resume: what is kept, what is noticed, and what survives any interruption."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import types
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.metrics import make_scorer
+from sklearn.utils.validation import check_is_fitted
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from sksoup import (
+    BestCheckpoint,
+    CheckpointCollection,
+    CheckpointError,
+    DivergenceError,
+    GreedySoup,
+    LearnedSoup,
+    MEHLSoup,
+    SoupWarning,
+    UniformSoup,
+)
+from sksoup.runtime.cache import Memo, fingerprint
+
+from ..zoo import Net, Zoo, make_states, same_tensors
+
+SOUPS = {
+    "best": BestCheckpoint(),
+    "greedy": GreedySoup(batch_size=20, batch_norm="auto"),
+    "greedy split": GreedySoup(ranking_fraction=0.5, random_state=0, scoring="neg_log_loss"),
+    "learned": LearnedSoup(max_epochs=3, batch_size=20, random_state=0),
+    "learned streamed": LearnedSoup(layerwise=True, max_epochs=4, random_state=0),
+    "HL": MEHLSoup(model_batch_size=None, max_epochs=3, batch_size=20, random_state=0),
+    "MEHL": MEHLSoup(model_batch_size=3, max_epochs=2, batch_size=20, random_state=0),
+    "MEHL+": MEHLSoup(
+        layerwise=True, model_batch_size=3, model_epochs=2, max_epochs=2, batch_size=20,
+        normalize=True, batch_norm="auto", random_state=0, accumulate=2,
+    ),
+    "MEHL from greedy": MEHLSoup(
+        start="greedy", model_batch_size=3, max_epochs=2, batch_size=20, average=True,
+        random_state=0,
+    ),
+    "MEHL chosen": MEHLSoup(
+        start="best", model_batch_size=3, max_epochs=3, batch_size=20, validation_fraction=0.3,
+        random_state=0,
+    ),
+    "MEHL sgd": MEHLSoup(
+        model_batch_size=2, max_epochs=2, optimizer="sgd", delta_dtype="bfloat16",
+        batch_norm="recalibrate", batch_size=20, random_state=0,
+    ),
+}  # fmt: skip
+every_soup = pytest.mark.parametrize("name", SOUPS)
+
+
+@pytest.fixture
+def files(tmp_path, zoo: Zoo) -> CheckpointCollection:
+    return zoo.checkpoints.save(tmp_path / "zoo")
+
+
+def recipe(name: str, memory, files) -> object:
+    soup = clone(SOUPS[name]).set_params(memory=memory)
+    if name == "learned streamed":
+        soup.set_params(memory_limit=4 * files.nbytes)  # two deltas at a time
+    return soup
+
+
+@contextmanager
+def quiet():
+    """What a fit may say by the way: that models are streamed, that variances were clamped."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SoupWarning)
+        yield
+
+
+@contextmanager
+def rows_through(module_type=Net):
+    """Count the rows that networks are given."""
+    counted = [0]
+
+    def count(module, args, output):
+        if isinstance(module, module_type):
+            counted[0] += len(args[0])
+
+    handle = register_module_forward_hook(count)
+    try:
+        yield counted
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def reads():
+    """Count how often each checkpoint is opened."""
+    opened: dict[str, int] = {}
+    original = CheckpointCollection.open
+
+    def counting(self, name):
+        opened[name] = opened.get(name, 0) + 1
+        return original(self, name)
+
+    with patch.object(CheckpointCollection, "open", counting):
+        yield opened
+
+
+def assert_same(a, b):
+    assert np.array_equal(a.coef_, b.coef_)
+    assert a.history_ == b.history_
+    assert same_tensors(a.state_dict(), b.state_dict())
+    for attribute in ("path_", "n_rows_evaluated_", "individual_scores_", "temperature_"):
+        assert getattr(a, attribute, None) == getattr(b, attribute, None)
+
+
+@every_soup
+def test_a_finished_fit_is_replayed_without_a_pass(tmp_path, files, zoo: Zoo, name):
+    with quiet():
+        plain = recipe(name, None, files).fit(files, zoo.X, zoo.y)
+        first = recipe(name, tmp_path / "memory", files).fit(files, zoo.X, zoo.y)
+    assert_same(first, plain)
+    assert vars(first.counts_) == vars(plain.counts_)
+    with quiet(), rows_through() as rows, reads() as opened:
+        again = recipe(name, tmp_path / "memory", files).fit(files, zoo.X, zoo.y)
+    assert_same(again, plain)
+    assert not any(vars(again.counts_).values())
+    assert rows == [1]  # the one that tells the shape of the outputs
+    assert max(opened.values()) <= 2  # one is the last mix
+
+
+class Stopped(BaseException):
+    """Stands for whatever ends a fit."""
+
+
+@contextmanager
+def stopped_after(n: int):
+    """End the fit as soon as n results were kept."""
+    original, kept = Memo.keep, [0]
+
+    def keep(self, value, *key, everywhere=False):
+        original(self, value, *key, everywhere=everywhere)
+        kept[0] += bool(self)
+        if kept[0] == n:
+            raise Stopped
+
+    with patch.object(Memo, "keep", keep), pytest.raises(Stopped):
+        yield
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@every_soup
+def test_a_fit_that_was_stopped_goes_on_with_the_same_bits(tmp_path, files, zoo: Zoo, name, n):
+    with quiet():
+        plain = recipe(name, None, files).fit(files, zoo.X, zoo.y)
+        soup = recipe(name, tmp_path / "memory", files)
+        with stopped_after(n):
+            soup.fit(files, zoo.X, zoo.y)
+        with pytest.raises(NotFittedError):
+            soup.predict(zoo.X)
+        assert not [t for t in threading.enumerate() if t.name.startswith("sksoup-reader")]
+        with reads() as opened:
+            soup.fit(files, zoo.X, zoo.y)
+    assert_same(soup, plain)
+    done, everything = sum(vars(soup.counts_).values()), sum(vars(plain.counts_).values())
+    assert done < everything if n == 4 else done <= everything
+    if name in ("HL", "MEHL", "learned"):
+        assert max(opened.values()) <= 3  # the mean, a model batch, the last mix
+
+
+def test_no_seed_goes_on_with_the_one_it_began_with(tmp_path, zoo: Zoo):
+    soup = MEHLSoup(model_batch_size=3, max_epochs=1, batch_size=20, memory=tmp_path)
+    first = soup.fit(zoo.checkpoints, zoo.X, zoo.y).coef_
+    assert np.array_equal(clone(soup).fit(zoo.checkpoints, zoo.X, zoo.y).coef_, first)
+    greedy = GreedySoup(ranking_fraction=0.5, memory=tmp_path)
+    path = greedy.fit(zoo.checkpoints, zoo.X, zoo.y).path_
+    assert clone(greedy).fit(zoo.checkpoints, zoo.X, zoo.y).path_ == path
+    assert clone(greedy).fit(zoo.checkpoints, zoo.X, zoo.y).counts_.rows_forward == 0
+    other = clone(soup).set_params(memory=tmp_path / "other").fit(zoo.checkpoints, zoo.X, zoo.y)
+    assert not np.array_equal(other.coef_, first)
+
+
+def test_callbacks_see_the_soup_of_replayed_epochs(tmp_path, files, zoo: Zoo):
+    """A callback that asks for weights gets those of that epoch, replayed or not."""
+    asked: list[dict[str, torch.Tensor]] = []
+
+    def search(problem):
+        original = problem.progress
+
+        @contextmanager
+        def progress(what, n):
+            with original(what, n) as step:
+
+                def looking(weights=None):
+                    given = weights() if weights else None
+                    given = problem.module.state_dict() if given is None else given
+                    asked.append({name: w.clone() for name, w in given.items()})
+                    step(weights)
+
+                yield looking
+
+        object.__setattr__(problem, "progress", progress)
+        return MEHLSoup._search(soup, problem)
+
+    soup = recipe("MEHL", tmp_path / "memory", files)
+    with patch.object(soup, "_search", search, create=True):
+        soup.fit(files, zoo.X, zoo.y)
+        first, asked[:] = list(asked), []
+        soup.fit(files, zoo.X, zoo.y)
+    assert len(asked) == len(first) == 6
+    assert all(same_tensors(a, b) for a, b in zip(asked, first, strict=True))
+
+
+# ------------------------------------------------------------------ what is noticed
+
+
+def count_of(soup, *args, **kwargs) -> int:
+    with quiet():
+        return sum(vars(soup.fit(*args, **kwargs).counts_).values())
+
+
+@pytest.mark.parametrize("name", ["greedy", "MEHL"])
+def test_whatever_changes_a_result_is_noticed(tmp_path, files, zoo: Zoo, name, monkeypatch):
+    memory = tmp_path / "memory"
+    soup = recipe(name, memory, files)
+    everything = count_of(soup, files, zoo.X, zoo.y)
+    assert count_of(clone(soup), files, zoo.X, zoo.y) == 0
+    X, y = zoo.X.copy(), zoo.y.copy()
+    X[3, 1] += 1e-6
+    y[5] = (y[5] + 1) % 3
+    assert count_of(clone(soup), files, X, zoo.y) >= everything / 2
+    assert count_of(clone(soup), files, zoo.X, y) >= everything / 2
+    assert count_of(clone(soup), files, zoo.X, zoo.y, sample_weight=np.ones(60)) > 0
+    assert count_of(clone(soup).set_params(batch_size=30), files, zoo.X, zoo.y) > 0
+    assert count_of(
+        clone(soup).set_params(forward=lambda m, X: 2 * m(X)), files, zoo.X, zoo.y
+    ) > count_of(clone(soup).set_params(forward=lambda m, X: 2 * m(X)), files, zoo.X, zoo.y)
+    assert count_of(
+        clone(soup).set_params(forward=lambda m, X: 3 * m(X)), files, zoo.X, zoo.y
+    )  # another body
+    if name == "MEHL":
+        for other in (
+            {"lr": 0.01}, {"random_state": 1}, {"model_batch_size": 4}, {"layerwise": True},
+            {"criterion": nn.CrossEntropyLoss(label_smoothing=0.1)}, {"max_epochs": 3},
+            {"normalize": True}, {"schedule": "constant"}, {"accumulate": 2}, {"shuffle": False},
+            {"delta_dtype": "bfloat16"}, {"clip_grad_norm": 0.1}, {"model_epochs": 2},
+        ):  # fmt: skip
+            assert count_of(clone(soup).set_params(**other), files, zoo.X, zoo.y) > 0, other
+    monkeypatch.setattr("sksoup.runtime.cache.ALGORITHM", 999)
+    assert count_of(clone(soup), files, zoo.X, zoo.y) == everything
+
+
+def test_a_replaced_file_is_noticed_and_the_others_scores_are_kept(tmp_path, files, zoo: Zoo):
+    soup = BestCheckpoint(memory=tmp_path / "memory").fit(files, zoo.X, zoo.y)
+    path = files.path("checkpoint3")
+    other = CheckpointCollection(make_states(7, seed=0)[:1], module=Net).save(tmp_path / "other")
+    os.replace(other.path("checkpoint0"), path)
+    again = CheckpointCollection.from_path(path.parent, module=Net)
+    found = clone(soup).fit(again, zoo.X, zoo.y)
+    assert found.counts_.rows_forward == 60
+    assert found.individual_scores_["checkpoint3"] == soup.individual_scores_["checkpoint0"]
+
+
+def test_scores_are_shared_by_recipes_and_collections(tmp_path, files, zoo: Zoo):
+    BestCheckpoint(memory=tmp_path).fit(files.drop("checkpoint2"), zoo.X, zoo.y)
+    found = BestCheckpoint(memory=tmp_path).fit(files, zoo.X, zoo.y)
+    assert found.counts_.rows_forward == 60  # of the new one
+    greedy = GreedySoup(memory=tmp_path, early_rejection=False).fit(files, zoo.X, zoo.y)
+    assert greedy.counts_.rows_forward == 6 * 60  # the candidates
+
+
+def test_the_halving_of_the_model_batch_is_remembered(tmp_path, files, zoo: Zoo):
+    from sksoup.engine.deltas import ModelBatch
+
+    original = ModelBatch.load
+    soup = MEHLSoup(model_batch_size=6, max_epochs=1, random_state=0, memory=tmp_path / "memory")
+
+    def load(self, checkpoints, names, reader=None):
+        if len(names) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        original(self, checkpoints, names, reader)
+
+    with patch.object(ModelBatch, "load", load), pytest.warns(SoupWarning, match="Memory ran out"):
+        soup.fit(files, zoo.X, zoo.y)
+    assert soup.model_batch_size_ == 3
+    again = clone(soup).fit(files, zoo.X, zoo.y)  # warnings are errors
+    assert again.model_batch_size_ == 3
+    assert_same(again, soup)
+    assert again.counts_.n_forward == 0
+
+
+# ------------------------------------------------------------------ faults
+
+
+def entries(memory: Path) -> list[Path]:
+    return sorted(memory.rglob("output.pkl"))
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "garbage"])
+@pytest.mark.parametrize("name", ["greedy", "MEHL+"])
+def test_a_damaged_entry_is_computed_again(tmp_path, files, zoo: Zoo, name, damage):
+    memory = tmp_path / "memory"
+    with quiet():
+        plain = recipe(name, memory, files).fit(files, zoo.X, zoo.y)
+    for path in entries(memory):
+        data = bytearray(path.read_bytes())
+        if damage == "flip":
+            data[len(data) // 2] ^= 4
+        path.write_bytes(
+            {"flip": data, "truncate": data[:-20], "empty": b"", "garbage": b"\x80\x04K\x01."}[
+                damage
+            ]
+        )
+    with pytest.warns(SoupWarning, match=r"An entry of memory= is damaged .*computed again"):
+        again = recipe(name, memory, files).fit(files, zoo.X, zoo.y)
+    assert_same(again, plain)
+    with quiet():  # and is whole again
+        assert count_of(recipe(name, memory, files), files, zoo.X, zoo.y) == 0
+
+
+def test_a_full_disk_stops_no_fit(tmp_path, files, zoo: Zoo):
+    memory = tmp_path / "memory"
+    plain = recipe("MEHL", None, files).fit(files, zoo.X, zoo.y)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with (
+        patch("joblib.numpy_pickle.dump", full),
+        pytest.warns(SoupWarning, match=r"could not keep.*No space left.*Make room") as caught,
+    ):
+        soup = recipe("MEHL", memory, files).fit(files, zoo.X, zoo.y)
+    assert len(caught) == 1
+    assert_same(soup, plain)
+    assert not entries(memory)  # nothing half-written
+    assert_same(recipe("MEHL", memory, files).fit(files, zoo.X, zoo.y), plain)
+
+
+def test_a_memory_that_can_not_be_used_is_refused_before_any_work(tmp_path, files, zoo: Zoo):
+    (tmp_path / "file").write_text("no folder")
+    with rows_through() as rows, pytest.raises(ValueError, match=r"can't be used: .*Give a folder"):
+        recipe("MEHL", tmp_path / "file" / "memory", files).fit(files, zoo.X, zoo.y)
+    assert rows == [0]
+    with pytest.raises(TypeError, match=r"memory must be a folder.*got a int"):
+        recipe("MEHL", 3, files).fit(files, zoo.X, zoo.y)
+
+
+def test_a_memory_of_joblib(tmp_path, files, zoo: Zoo):
+    memory = joblib.Memory(str(tmp_path / "memory"), verbose=0)
+    recipe("MEHL", memory, files).fit(files, zoo.X, zoo.y)
+    assert count_of(recipe("MEHL", tmp_path / "memory", files), files, zoo.X, zoo.y) == 0
+    nowhere = recipe("MEHL", joblib.Memory(None), files)
+    assert count_of(nowhere, files, zoo.X, zoo.y) > 0
+    assert "memory" not in nowhere.recipe_.params
+
+
+def test_what_can_not_be_told_apart_is_refused(tmp_path, files, zoo: Zoo):
+    class Local:
+        """Neither a function nor something that pickles."""
+
+        def __call__(self, module, X):
+            return module(X)
+
+    with pytest.raises(TypeError, match=r"can't tell whether .* has changed.*memory=None"):
+        BestCheckpoint(forward=Local(), memory=tmp_path).fit(files, zoo.X, zoo.y)
+
+
+def test_a_loss_that_is_not_finite_is_not_kept(tmp_path, files, zoo: Zoo):
+    soup = recipe("MEHL", tmp_path / "memory", files).set_params(lr=1e300)
+    for _ in range(2):
+        with pytest.raises(DivergenceError, match="Lower lr"):
+            soup.fit(files, zoo.X, zoo.y)
+    assert count_of(soup.set_params(lr=0.05), files, zoo.X, zoo.y) > 0
+
+
+@pytest.mark.parametrize("fault", ["deleted", "replaced", "failing"])
+def test_a_checkpoint_lost_in_the_middle(tmp_path, files, zoo: Zoo, fault):
+    """The error names the file; with the file back, the fit goes on where it was."""
+    memory, path = tmp_path / "memory", files.path("checkpoint4")
+    plain = recipe("MEHL", None, files).fit(files, zoo.X, zoo.y)
+    backup = tmp_path / "backup"
+    original, n = Memo.keep, [0]
+
+    def keep(self, value, *key, everywhere=False):
+        original(self, value, *key, everywhere=everywhere)
+        n[0] += key[0] == "epoch"
+        if n[0] == 2 and path.exists() and not backup.exists():
+            os.rename(path, backup)
+            if fault == "replaced":
+                path.write_bytes(backup.read_bytes())
+            elif fault == "failing":
+                path.mkdir()
+
+    soup = recipe("MEHL", memory, files).set_params(prefetch=0)
+    with (
+        patch.object(Memo, "keep", keep),
+        pytest.raises(CheckpointError, match=r"checkpoint4.*(can't be|changed)"),
+    ):
+        soup.fit(files, zoo.X, zoo.y)
+    if fault == "failing":
+        path.rmdir()
+    os.replace(backup, path)
+    again = soup.fit(files, zoo.X, zoo.y)
+    assert np.array_equal(again.coef_, plain.coef_)
+    assert sum(vars(again.counts_).values()) < sum(vars(plain.counts_).values())
+
+
+def test_a_fit_that_fails_leaves_nothing_of_the_one_before(files, zoo: Zoo):
+    soup = GreedySoup().fit(files, zoo.X, zoo.y)
+    hashed = []
+    original = CheckpointCollection.stop_hashing
+    with (
+        patch.object(GreedySoup, "_search", side_effect=KeyboardInterrupt),
+        patch.object(
+            CheckpointCollection, "stop_hashing", lambda self: hashed.append(original(self))
+        ),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        soup.fit(files, zoo.X, zoo.y)
+    with pytest.raises(NotFittedError):
+        soup.predict(zoo.X)
+    assert not [name for name in vars(soup) if name in ("coef_", "path_", "module_", "recipe_")]
+    assert len(hashed) == 1
+    soup.fit(files, zoo.X, zoo.y)  # and hashes what was not
+
+
+def test_a_fit_that_fails_at_its_end_is_none(zoo: Zoo):
+    states = [dict(zoo.checkpoints[name]) for name in zoo.checkpoints]
+    states[3]["head.weight"] = torch.full_like(states[3]["head.weight"], torch.nan)
+    soup = UniformSoup()
+    with pytest.raises(CheckpointError, match=r"'head.weight' holds NaN"):
+        soup.fit(CheckpointCollection(states, module=Net), zoo.X, zoo.y)  # found while mixing
+    assert not [name for name in vars(soup) if name.endswith("_")]
+    with pytest.raises(ValueError, match="batch_size"):
+        soup.set_params(batch_size=-1).fit(zoo.checkpoints, zoo.X, zoo.y)
+    with pytest.raises(NotFittedError):
+        check_is_fitted(soup)
+
+
+def test_where_a_search_starts_is_noticed(tmp_path, files, zoo: Zoo):
+    """The memory is asked for the search from there, not from where the word once led."""
+
+    def fitted(memory, scores, **params):
+        collection = CheckpointCollection(
+            [files.path(name) for name in files], module=Net, scores=scores
+        )
+        soup = MEHLSoup(model_batch_size=2, max_epochs=1, random_state=0, memory=memory, **params)
+        with quiet():
+            return soup.fit(collection, zoo.X, zoo.y).coef_
+
+    for k in (0, 3):
+        scores = {name: float(i == k) for i, name in enumerate(files)}
+        remembered = fitted(tmp_path / "memory", scores, start="best")
+        assert np.array_equal(remembered, fitted(None, scores, start="best"))
+    for policy in ("average", "auto"):
+        remembered = fitted(tmp_path / "memory", None, start="greedy", batch_norm=policy)
+        assert np.array_equal(
+            remembered, fitted(None, None, start="greedy", batch_norm=policy)
+        )  # fmt: skip
+
+
+def test_code_that_changed_is_noticed():
+    """That of a module, and of an object that is called."""
+
+    def edited(name, base, body):
+        names: dict = {"__name__": "notebook"}
+        exec(f"def {name}(self, x): return {body}", names)
+        made = type("Mine", (base,), {name: names[name], "__module__": "notebook"})
+        sys.modules["notebook"].Mine = made
+        return fingerprint(made())
+
+    sys.modules["notebook"] = types.ModuleType("notebook")
+    try:
+        for name, base in (("forward", nn.Module), ("__call__", object)):
+            digests = [edited(name, base, body) for body in ("x", "2 * x", "x")]
+            assert digests[0] == digests[2] != digests[1]
+    finally:
+        del sys.modules["notebook"]
+
+
+def test_a_metric_whose_code_changed_is_noticed():
+    def metric(body):
+        names: dict = {"__name__": "notebook"}
+        exec(f"def metric(y, predicted): return {body}", names)
+        return names["metric"]
+
+    first, second = metric("(y == predicted).mean()"), metric("(y != predicted).mean()")
+    sys.modules["notebook"] = types.ModuleType("notebook")
+    try:
+        digests = []
+        for function in (first, second, first):
+            sys.modules["notebook"].metric = function
+            digests.append(fingerprint(make_scorer(function)))
+    finally:
+        del sys.modules["notebook"]
+    assert digests[0] == digests[2] != digests[1]
+
+
+def test_scores_of_another_precision_are_not_taken(tmp_path, files, zoo: Zoo):
+    memory = tmp_path / "memory"
+    with quiet():
+        MEHLSoup(start="best", precision="bf16", max_epochs=1, memory=memory).fit(
+            files, zoo.X, zoo.y
+        )
+    best = BestCheckpoint(scoring="neg_log_loss", memory=memory)
+    assert count_of(best, files, zoo.X, zoo.y) > 0
+    assert count_of(BestCheckpoint(memory=memory), files, zoo.X, zoo.y) > 0
+
+
+def test_hashing_stops_and_goes_on_when_asked(files):
+    started, go = threading.Event(), threading.Event()
+    first = files._entries["checkpoint0"]
+    original = type(first).sha256
+
+    def slow(self):
+        if self is first:
+            started.set()
+            assert go.wait(20)
+        return original(self)
+
+    with patch.object(type(first), "sha256", slow):
+        files.start_hashing()
+        assert started.wait(20)
+        files.stop_hashing()
+        assert list(files._hashing) == ["checkpoint0"]  # the one that is being read
+        go.set()
+        plain = {name: original(files._entries[name]) for name in files}
+        assert {name: files.sha256(name) for name in files} == plain
+
+
+@pytest.mark.parametrize("name", ["greedy", "learned", "MEHL"])
+def test_checkpoints_in_memory_are_hashed_once_and_only_when_needed(tmp_path, zoo: Zoo, name):
+    """Without a memory only the recipe hashes them, beside the search."""
+    checkpoints = CheckpointCollection(make_states(7, seed=0), module=Net)
+    entries = type(checkpoints._entries["checkpoint0"])
+    original, hashed = entries.sha256, [0]
+
+    def counting(self):
+        hashed[0] += 1
+        return original(self)
+
+    soup = recipe(name, None, checkpoints)
+    with patch.object(entries, "sha256", counting), quiet():
+        with patch.object(CheckpointCollection, "identity", side_effect=AssertionError):
+            soup.fit(checkpoints, zoo.X, zoo.y)
+        soup.set_params(memory=tmp_path).fit(checkpoints, zoo.X, zoo.y)
+    assert hashed[0] <= 7
+
+
+SCRIPT = """
+import os, signal, sys
+import numpy as np, torch
+torch.set_num_threads(1)
+from tests.zoo import Net
+from sksoup import CheckpointCollection, {kind}
+from sksoup.runtime.cache import Memo
+folder, stop, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+data = np.load(folder + "/rows.npz")
+files = CheckpointCollection.from_path(folder + "/zoo", module=Net)
+original, kept = Memo.keep, [0]
+def keep(self, value, *key, everywhere=False):
+    original(self, value, *key, everywhere=everywhere)
+    kept[0] += 1
+    if kept[0] == stop:
+        os.kill(os.getpid(), getattr(signal, how))
+Memo.keep = keep
+soup = {soup}.fit(files, data["X"], data["y"])
+np.savez(folder + "/found.npz", coef=soup.coef_, n=soup.counts_.n_forward)
+"""
+
+
+@pytest.mark.parametrize(
+    ("soup", "how"),
+    [
+        ("MEHLSoup(model_batch_size=3, max_epochs=2, batch_size=20, random_state=0, "
+         "memory=folder + '/memory')", "SIGKILL"),
+        ("GreedySoup(batch_size=20, memory=folder + '/memory')", "SIGKILL"),
+        ("MEHLSoup(model_batch_size=3, max_epochs=2, batch_size=20, random_state=0, "
+         "memory=folder + '/memory')", "SIGINT"),
+    ],
+)  # fmt: skip
+def test_killed_and_started_again(tmp_path, files, zoo: Zoo, soup, how):
+    kind = soup.partition("(")[0]
+    np.savez(tmp_path / "rows.npz", X=zoo.X, y=zoo.y)
+    root = Path(__file__).parents[2]
+
+    def run(stop: int) -> subprocess.CompletedProcess[str]:
+        script = SCRIPT.format(kind=kind, soup=soup)
+        return subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path), str(stop), how],
+            capture_output=True, text=True, cwd=root, timeout=100, check=False,
+        )  # fmt: skip
+
+    killed = run(4)
+    assert killed.returncode == -getattr(signal, how) or "KeyboardInterrupt" in killed.stderr
+    assert not (tmp_path / "found.npz").exists()
+    again = run(-1)
+    assert again.returncode == 0, again.stderr
+    found = np.load(tmp_path / "found.npz")
+    plain = {"MEHLSoup": recipe("MEHL", None, files), "GreedySoup": GreedySoup(batch_size=20)}[kind]
+    plain.fit(files, zoo.X, zoo.y)
+    assert np.array_equal(found["coef"], plain.coef_)
+    assert found["n"] < plain.counts_.n_forward
+
+
+def fit_in_worker(soup, files, X, y):
+    torch.set_num_threads(1)
+    return soup.fit(files, X, y).coef_
+
+
+def test_concurrent_fits_share_a_memory(tmp_path, files, zoo: Zoo):
+    plain = recipe("MEHL", None, files).fit(files, zoo.X, zoo.y).coef_
+    soup = recipe("MEHL", tmp_path / "memory", files)
+    found = joblib.Parallel(n_jobs=2)(
+        joblib.delayed(fit_in_worker)(clone(soup), files, zoo.X, zoo.y) for _ in range(4)
+    )
+    assert all(np.array_equal(coef, plain) for coef in found)
+
+
+class Fatal(Net):
+    """Ends the process it runs in, if that is a worker, once."""
+
+    def __init__(self, mark):
+        super().__init__()
+        self.mark = mark
+
+    def forward(self, x):
+        import multiprocessing
+
+        mark = Path(self.mark)
+        if multiprocessing.parent_process() is not None and len(x) > 1 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+
+
+def test_a_killed_worker_ends_the_fit_and_the_next_one_succeeds(tmp_path, zoo: Zoo):
+    build = functools.partial(Fatal, str(tmp_path / "mark"))
+    files = CheckpointCollection(make_states(4, seed=0), module=build).save(tmp_path / "zoo")
+    soup = BestCheckpoint(n_jobs=2, memory=tmp_path / "memory")
+    with pytest.raises(Exception, match="worker process"), quiet():
+        soup.fit(files, zoo.X, zoo.y)
+    soup.fit(files, zoo.X, zoo.y)
+    plain = BestCheckpoint().fit(files, zoo.X, zoo.y)
+    assert soup.individual_scores_ == plain.individual_scores_
+
+
+# ------------------------------------------------------------------ fingerprints
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+
+
+@given(PLAIN, PLAIN)
+def test_fingerprints_tell_values_apart(a, b):
+    assert fingerprint(a) == fingerprint(a)
+    assert (fingerprint(a) == fingerprint(b)) == (repr(a) == repr(b) or str_of(a) == str_of(b))
+
+
+def str_of(value) -> str:
+    """With dicts in one order, as they have none."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k!r}:{str_of(value[k])}" for k in sorted(value, key=repr)) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(str_of, value)) + "]"
+    return repr(value)
+
+
+def make_scaled(factor):
+    return lambda module, X: factor * module(X)
+
+
+def test_fingerprints_of_what_a_soup_is_given():
+    def one(module, X):
+        return module(X)
+
+    def two(module, X):
+        return module(X) * 2
+
+    assert fingerprint(one) != fingerprint(two)
+    assert fingerprint(make_scaled(2)) == fingerprint(make_scaled(2)) != fingerprint(make_scaled(3))
+    assert fingerprint(functools.partial(one, 1)) != fingerprint(functools.partial(one, 2))
+    assert fingerprint({"a", "b", "c"}) == fingerprint({"c", "b", "a"}) != fingerprint({"a"})
+    assert fingerprint(torch.ones(3)) != fingerprint(torch.ones(3, dtype=torch.bfloat16))
+    assert fingerprint(torch.ones(2, 3)) != fingerprint(torch.ones(3, 2))
+    assert fingerprint(torch.ones(0)) != fingerprint(torch.ones(()))
+    assert fingerprint(np.arange(6).reshape(2, 3).T) != fingerprint(np.arange(6).reshape(3, 2))
+    assert fingerprint("ab", "c") != fingerprint("a", "bc")
+    assert fingerprint(1) != fingerprint(True) != fingerprint(1.0)
+    loss, other = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1)
+    assert fingerprint(loss) != fingerprint(other)
+    weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0]))
+    assert fingerprint(weighted) != fingerprint(nn.CrossEntropyLoss(weight=torch.ones(2)))
+    assert fingerprint(Net) != fingerprint(nn.Linear)
+    assert fingerprint(nn.CrossEntropyLoss().forward) != fingerprint(other.forward)
+
+
+def test_modules_with_unsaved_buffers_are_remembered(tmp_path):
+    """As Hugging Face's have: their position_ids are not in the state dict."""
+
+    class Shifted(torch.nn.Linear):
+        def __init__(self, shift: float = 1.0) -> None:
+            super().__init__(3, 2)
+            self.register_buffer("shift", torch.full((3,), shift), persistent=False)
+
+        def forward(self, X: torch.Tensor) -> torch.Tensor:
+            return super().forward(X + self.shift)
+
+    torch.manual_seed(0)
+    states = [Shifted().state_dict() for _ in range(3)]
+    X, y = torch.randn(20, 3), torch.arange(20) % 2
+
+    def fit(module) -> BestCheckpoint:
+        nets = CheckpointCollection(states, module=module)
+        return BestCheckpoint(memory=tmp_path).fit(nets, X, y)
+
+    first, again, other = fit(Shifted), fit(Shifted), fit(functools.partial(Shifted, 2.0))
+    assert first.counts_.rows_forward == 60 == other.counts_.rows_forward
+    assert again.counts_.rows_forward == 0
+    assert again.individual_scores_ == first.individual_scores_
+
+
+@every_soup
+def test_a_fit_is_replayed_by_another_process(tmp_path, files, zoo: Zoo, name):
+    """Whose collection has read nothing yet: nothing can be said of what was not read."""
+    with quiet():
+        first = recipe(name, tmp_path / "memory", files).fit(files, zoo.X, zoo.y)
+        anew = CheckpointCollection([files.path(n) for n in files], module=files.build_module)
+        again = recipe(name, tmp_path / "memory", anew).fit(anew, zoo.X, zoo.y)
+    assert_same(first, again)
+
+
+def test_numbers_of_numpy_are_kept_and_found(tmp_path, files, zoo: Zoo):
+    soup = MEHLSoup(max_epochs=np.int64(10), batch_size=np.int64(20), random_state=np.int64(0),
+                    memory=tmp_path)  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = clone(soup).fit(files, zoo.X, zoo.y)
+        again = clone(soup).fit(files, zoo.X, zoo.y)
+    assert sum(vars(again.counts_).values()) == 0
+    assert np.array_equal(first.coef_, again.coef_)
