@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.describe import judge
-from .pictures import (
-    CoefficientsDisplay,
-    ComparisonDisplay,
-    GreedyPathDisplay,
-    LearningCurveDisplay,
-)
+from .coefficients import CoefficientsDisplay
+from .comparison import ComparisonDisplay
+from .greedy_path import GreedyPathDisplay
+from .learning_curve import LearningCurveDisplay
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #d0d0d0; --soft: #f4f4f4;

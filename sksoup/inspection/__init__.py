@@ -1,11 +1,9 @@
 """Look at soups: pictures, all systems side by side on the same data, the loss in between."""
 
-from ..displays.pictures import (
-    CoefficientsDisplay,
-    ComparisonDisplay,
-    GreedyPathDisplay,
-    LearningCurveDisplay,
-)
+from ..displays.coefficients import CoefficientsDisplay
+from ..displays.comparison import ComparisonDisplay
+from ..displays.greedy_path import GreedyPathDisplay
+from ..displays.learning_curve import LearningCurveDisplay
 from .barrier import LossBarrier, LossBarrierDisplay, loss_barrier
 from .comparison import SoupComparison, SoupResult, compare_soups, paper_systems
 

@@ -16,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from ..checkpoints.collection import CheckpointCollection
 from ..data.rows import Task
-from ..displays.pictures import BLUE, ORANGE, new_axes
+from ..displays.axes import BLUE, ORANGE, new_axes
 from ..engine.objective import Criterion, Forward, load_weights
 from ..engine.problem import Found, Problem
 from ..mixing.mix import mix

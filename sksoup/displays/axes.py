@@ -1,0 +1,61 @@
+"""Axes to draw on: colours, sizes and labels shared by all displays."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from os.path import commonprefix
+from typing import Any
+
+import numpy as np
+
+# the palette of Okabe and Ito, which colour-blind readers can distinguish
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"
+SEPARATED = re.compile(r".*[/._-]")  # up to the last separator
+INCHES_PER_LABEL = 0.17
+LONGEST_LABEL = 28  # characters
+
+
+def new_axes(ax: Any, wide: float, tall: float) -> tuple[Any, Any]:
+    """The figure and axes to draw on; new ones where none are given."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError(
+            "Pictures need matplotlib: pip install matplotlib, or the extra sksoup[plot]."
+        ) from error
+    if ax is not None:
+        return ax.figure, ax
+    return plt.subplots(figsize=(wide, tall), layout="constrained")
+
+
+def label_ticks(ax: Any, which: str, names: Sequence[str]) -> None:
+    """Label as many ticks as there is room for, evenly."""
+    box = ax.get_window_extent().transformed(ax.figure.dpi_scale_trans.inverted())
+    room = box.width if which == "x" else box.height
+    step = max(1, int(np.ceil(len(names) * INCHES_PER_LABEL / max(room, 0.1))))
+    texts = shortened(names)[::step]
+    ticks = range(0, len(names), step)
+    if which == "x":
+        ax.set_xticks(ticks, texts, rotation=90, fontsize=8, parse_math=False)
+    else:
+        ax.set_yticks(ticks, texts, fontsize=8, parse_math=False)
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    """Names without what they all begin or end with, up to a separator; the middle of long ones."""
+    start = SEPARATED.match(commonprefix(list(names)))  # noqa: RUF071 - of characters
+    end = SEPARATED.match(commonprefix([name[::-1] for name in names]))  # noqa: RUF071
+    cut = slice(start.end() if start else 0, -end.end() if end else None)
+    short = [name[cut] for name in names]
+    if len(names) < 2 or not all(short):
+        short = list(names)
+    return [
+        text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL // 2]}…{text[-13:]}"
+        for text in short
+    ]
+
+
+def room_for(names: Sequence[str]) -> float:
+    """Inches that rotated labels take below the axes."""
+    return 0.075 * max(map(len, shortened(names)))

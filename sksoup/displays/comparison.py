@@ -1,0 +1,132 @@
+"""Scores of several systems side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .axes import BLUE, GREY, label_ticks, new_axes
+
+
+class ComparisonDisplay:
+    """Show how well several systems do, on the rows that chose and on those that report.
+
+    Parameters
+    ----------
+    systems : sequence of str
+        Their names.
+    held_out : array-like of shape (n_systems,) or (n_systems, n_repeats)
+        Scores on the rows that chose the coefficients.
+    test : array-like of the same shape, or None, default=None
+        Scores on rows that no system saw.
+    held_out_std, test_std : array-like of shape (n_systems,) or None, default=None
+        Standard deviations; by default those of the repeats.
+
+    Attributes
+    ----------
+    ax_ : matplotlib Axes
+        What was drawn on.
+    figure_ : matplotlib Figure
+        The figure it is in.
+
+    Examples
+    --------
+    >>> from sksoup.inspection import ComparisonDisplay
+    >>> display = ComparisonDisplay(["Best", "Greedy"], [0.8, 0.9], [0.7, 0.8]).plot()
+    >>> [label.get_text() for label in display.ax_.get_yticklabels()]
+    ['Best', 'Greedy']
+    """
+
+    def __init__(
+        self,
+        systems: Sequence[str],
+        held_out: ArrayLike,
+        test: ArrayLike | None = None,
+        *,
+        held_out_std: ArrayLike | None = None,
+        test_std: ArrayLike | None = None,
+    ) -> None:
+        self.systems = tuple(systems)
+        self.held_out = self._scores("held_out", held_out)
+        self.test = None if test is None else self._scores("test", test)
+        self.held_out_std = self._spread("held_out_std", held_out_std, self.held_out)
+        self.test_std = None if self.test is None else self._spread("test_std", test_std, self.test)
+
+    def _scores(self, name: str, values: ArrayLike) -> NDArray[np.float64]:
+        scores = np.asarray(values, dtype=np.float64)
+        scores = scores[:, None] if scores.ndim == 1 else scores
+        if scores.ndim != 2 or len(scores) != len(self.systems):
+            raise ValueError(
+                f"{name} has shape {np.shape(values)}, expected a row for each of the "
+                f"{len(self.systems)} systems."
+            )
+        return scores
+
+    def _spread(
+        self, name: str, values: ArrayLike | None, scores: NDArray[np.float64]
+    ) -> NDArray[np.float64] | None:
+        if values is not None:
+            return self._scores(name, values)[:, 0]
+        return scores.std(axis=1, ddof=1) if scores.shape[1] > 1 else None
+
+    @classmethod
+    def from_comparison(cls, comparison: Any, *, ax: Any = None) -> Self:
+        """Show what `sksoup.inspection.compare_soups` measured.
+
+        Parameters
+        ----------
+        comparison : SoupComparison
+            Its results.
+        ax : matplotlib Axes or None, default=None
+            Where to draw; by default a new figure.
+
+        Returns
+        -------
+        display : ComparisonDisplay
+            Drawn.
+        """
+        results = comparison.results
+        test = [result.test for result in results]
+        repeated = any(result.n_repeats > 1 for result in results)
+        return cls(
+            [result.system for result in results],
+            [result.held_out for result in results],
+            None if None in test else test,
+            held_out_std=[result.held_out_std for result in results] if repeated else None,
+            test_std=[result.test_std for result in results] if repeated else None,
+        ).plot(ax=ax)
+
+    def plot(self, ax: Any = None) -> Self:
+        """Draw a dot per system and kind of rows, with a bar of one standard deviation.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes or None, default=None
+            Where to draw; by default a new figure.
+
+        Returns
+        -------
+        display : ComparisonDisplay
+            This one, with ``ax_`` and ``figure_``.
+        """
+        n = len(self.systems)
+        self.figure_, self.ax_ = new_axes(ax, 6.5, min(max(0.34 * n + 1.2, 2.6), 12.0))
+        y = np.arange(n)
+        chose = "held-out rows, which chose"
+        drawn = [(self.held_out, self.held_out_std, chose, "o", GREY, -0.12)]
+        if self.test is not None:
+            drawn.append((self.test, self.test_std, "test rows, which report", "D", BLUE, 0.12))
+        for scores, spread, label, marker, color, offset in drawn:
+            self.ax_.errorbar(
+                scores.mean(axis=1), y + offset, xerr=spread, fmt=marker, color=color, label=label,
+                markersize=5, capsize=3,
+            )  # fmt: skip
+        self.ax_.invert_yaxis()
+        self.ax_.grid(axis="x", alpha=0.3)
+        self.ax_.set(xlabel="score")
+        self.ax_.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+        label_ticks(self.ax_, "y", self.systems)
+        return self

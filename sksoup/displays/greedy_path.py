@@ -1,0 +1,104 @@
+"""The candidates of Greedy-Soup in the order they were tried."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+from sklearn.utils.validation import check_is_fitted
+
+from .axes import BLUE, ORANGE, RED, label_ticks, new_axes, room_for
+
+
+class GreedyPathDisplay:
+    """Show what Greedy-Soup tried, what it kept, and how far luck goes.
+
+    Parameters
+    ----------
+    path : list of dict
+        As ``GreedySoup().path_``.
+
+    Attributes
+    ----------
+    ax_ : matplotlib Axes
+        What was drawn on.
+    figure_ : matplotlib Figure
+        The figure it is in.
+
+    Examples
+    --------
+    >>> from sksoup.inspection import GreedyPathDisplay
+    >>> tried = {"is_bound": False, "standard_error": 0.01}
+    >>> path = [
+    ...     {"candidate": "a", "score": 0.8, "kept": True, **tried},
+    ...     {"candidate": "b", "score": 0.7, "kept": False, **tried},
+    ... ]
+    >>> GreedyPathDisplay(path).plot().ax_.get_xlabel()
+    'tried, in order'
+    """
+
+    def __init__(self, path: Sequence[dict[str, Any]]) -> None:
+        self.path = list(path)
+        if not self.path:
+            raise ValueError("path is empty, expected what GreedySoup tried.")
+
+    @classmethod
+    def from_estimator(cls, estimator: Any, *, ax: Any = None) -> Self:
+        """Show the path of a fitted `GreedySoup`.
+
+        Parameters
+        ----------
+        estimator : GreedySoup
+            Fitted.
+        ax : matplotlib Axes or None, default=None
+            Where to draw; by default a new figure.
+
+        Returns
+        -------
+        display : GreedyPathDisplay
+            Drawn.
+        """
+        check_is_fitted(estimator, "path_")
+        return cls(estimator.path_).plot(ax=ax)
+
+    def plot(self, ax: Any = None) -> Self:
+        """Draw scores, the soup's as a line with a band of one standard error.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes or None, default=None
+            Where to draw; by default a new figure.
+
+        Returns
+        -------
+        display : GreedyPathDisplay
+            This one, with ``ax_`` and ``figure_``.
+        """
+        n = len(self.path)
+        names = [tried["candidate"] for tried in self.path]
+        wide, tall = min(max(0.22 * n + 3.5, 5.5), 15.0), 3.6 + room_for(names)
+        self.figure_, self.ax_ = new_axes(ax, wide, tall)
+        scores = np.array([tried["score"] for tried in self.path])
+        kept = np.array([tried["kept"] for tried in self.path])
+        bound = np.array([tried["is_bound"] for tried in self.path])
+        last = np.maximum.accumulate(np.where(kept, np.arange(n), 0))  # the soup at that time
+        soup, x = scores[last], np.arange(n)
+        error = np.array([self.path[k]["standard_error"] or np.nan for k in last])
+        if np.isfinite(error).any():
+            self.ax_.fill_between(
+                x, soup - error, soup + error, step="post", color=BLUE, alpha=0.15, linewidth=0,
+                label="soup ± standard error",
+            )  # fmt: skip
+        self.ax_.step(x, soup, where="post", color=BLUE, linewidth=1.2)
+        for chosen, marker, color, label in (
+            (kept, "o", BLUE, "kept"),
+            (~kept & ~bound, "x", RED, "left out"),
+            (~kept & bound, "v", ORANGE, "left out, at most this"),
+        ):
+            if chosen.any():
+                self.ax_.plot(x[chosen], scores[chosen], marker, color=color, label=label)
+        self.ax_.set(xlabel="tried, in order", ylabel="held-out score with it")
+        self.ax_.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+        label_ticks(self.ax_, "x", names)
+        return self
