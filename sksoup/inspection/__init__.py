@@ -4,7 +4,8 @@ from ..displays.coefficients import CoefficientsDisplay
 from ..displays.comparison import ComparisonDisplay
 from ..displays.greedy_path import GreedyPathDisplay
 from ..displays.learning_curve import LearningCurveDisplay
-from .barrier import LossBarrier, LossBarrierDisplay, loss_barrier
+from .barrier import LossBarrier, loss_barrier
+from .barrier_display import LossBarrierDisplay
 from .comparison import SoupComparison, SoupResult, compare_soups, paper_systems
 
 __all__ = [

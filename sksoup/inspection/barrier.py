@@ -6,17 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from numbers import Integral
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.utils import check_random_state, check_scalar
-from sklearn.utils.validation import check_is_fitted
 
 from ..checkpoints.collection import CheckpointCollection
 from ..data.rows import Task
-from ..displays.axes import BLUE, ORANGE, new_axes
 from ..engine.objective import Criterion, Forward, load_weights
 from ..engine.problem import Found, Problem
 from ..mixing.mix import mix
@@ -208,95 +206,3 @@ class _Walk(BaseSoup):
 
     def _keep_soup(self, problem: Problem, coef: NDArray[np.float64]) -> None:
         """Nothing to keep."""
-
-
-class LossBarrierDisplay:
-    """Show the loss along straight lines between checkpoints.
-
-    Parameters
-    ----------
-    barrier : LossBarrier
-        What `sksoup.inspection.loss_barrier` measured.
-
-    Attributes
-    ----------
-    ax_ : matplotlib Axes
-        What was drawn on.
-    figure_ : matplotlib Figure
-        The figure it is in.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from sksoup.inspection import LossBarrier, LossBarrierDisplay
-    >>> hill = LossBarrier((("a", "b"),), np.array([0, 0.5, 1]), np.array([[1.0, 4.0, 2.0]]))
-    >>> LossBarrierDisplay(hill).plot().ax_.get_ylabel()
-    'loss'
-    """
-
-    def __init__(self, barrier: LossBarrier) -> None:
-        self.barrier = barrier
-
-    @classmethod
-    def from_estimator(
-        cls, estimator: Any, X: Any, y: Any, *, ax: Any = None, **kwargs: Any
-    ) -> Self:
-        """Measure and show the lines between the ingredients of a fitted soup.
-
-        Parameters
-        ----------
-        estimator : estimator
-            A fitted soup.
-        X, y : array-like or Tensor of n_samples rows
-            Rows to measure the loss on.
-        ax : matplotlib Axes or None, default=None
-            Where to draw; by default a new figure.
-        **kwargs : dict
-            As `sksoup.inspection.loss_barrier` takes them; by default the soup's.
-
-        Returns
-        -------
-        display : LossBarrierDisplay
-            Drawn.
-        """
-        check_is_fitted(estimator, "coef_")
-        coef = np.atleast_2d(estimator.coef_)
-        names = [n for n, c in zip(estimator.checkpoints_, coef.T, strict=True) if c.any()]
-        params = ("task", "forward", "criterion", "batch_size", "device")
-        given = {name: getattr(estimator, name) for name in params if hasattr(estimator, name)}
-        given |= {"classes": getattr(estimator, "classes_", None), **kwargs}
-        measured = loss_barrier(estimator.checkpoints_.select(names), X, y, **given)
-        return cls(measured).plot(ax=ax)
-
-    def plot(self, ax: Any = None) -> Self:
-        """Draw a curve per line, those to the mean of all apart from those between two.
-
-        Parameters
-        ----------
-        ax : matplotlib Axes or None, default=None
-            Where to draw; by default a new figure.
-
-        Returns
-        -------
-        display : LossBarrierDisplay
-            This one, with ``ax_`` and ``figure_``.
-        """
-        self.figure_, self.ax_ = new_axes(ax, 6.0, 3.8)
-        shown: set[str] = set()
-        lines = zip(self.barrier.lines, self.barrier.losses, strict=True)
-        for ends, losses in lines:
-            kind = "to the mean of all" if "mean" in ends else "between two checkpoints"
-            self.ax_.plot(
-                self.barrier.alpha, losses, linewidth=1.0, alpha=0.7,
-                color=ORANGE if "mean" in ends else BLUE,
-                linestyle="--" if "mean" in ends else "-",
-                label=None if kind in shown else kind,
-            )  # fmt: skip
-            shown.add(kind)
-        highest = float(self.barrier.barriers.max())
-        self.ax_.set(
-            xlabel="place on the line, from one end to the other", ylabel="loss",
-            title=f"highest barrier {highest:.3f}",
-        )  # fmt: skip
-        self.ax_.legend(frameon=False)
-        return self
