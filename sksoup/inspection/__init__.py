@@ -6,7 +6,8 @@ from ..displays.greedy_path import GreedyPathDisplay
 from ..displays.learning_curve import LearningCurveDisplay
 from .barrier import LossBarrier, loss_barrier
 from .barrier_display import LossBarrierDisplay
-from .comparison import SoupComparison, SoupResult, compare_soups, paper_systems
+from .comparison import compare_soups, paper_systems
+from .results import SoupComparison, SoupResult
 
 __all__ = [
     "CoefficientsDisplay",

@@ -9,13 +9,7 @@ from sklearn.metrics import f1_score, make_scorer
 from torch.nn.modules.module import register_module_forward_hook
 
 from sksoup import BestCheckpoint, GreedySoup, MEHLSoup, UniformSoup
-from sksoup.inspection import (
-    ComparisonDisplay,
-    SoupComparison,
-    SoupResult,
-    compare_soups,
-    paper_systems,
-)
+from sksoup.inspection import ComparisonDisplay, compare_soups, paper_systems
 
 from ..zoo import Net, Zoo
 
@@ -98,25 +92,6 @@ def test_repeats(zoo: Zoo):
     assert bars.test_std.tolist() == [0.0, mehl.test_std]
     with pytest.raises(ValueError, match="n_repeats must be an int >= 1, got 0"):
         compare_soups(zoo.checkpoints, zoo.X, zoo.y, n_repeats=0)
-
-
-def test_tables_of_other_kinds():
-    rows = (
-        SoupResult("a|b_c", 0.9, 0.88, 0.1, 0.0, 0.0, 1.2, 24, 0.01, 0.02, 3),
-        SoupResult("d\\e", 0.8, None, 0.1, 0.0, 0.0, 1.2, 24),
-    )
-    found = SoupComparison(rows, {}, 10)
-    assert "No test rows were given" in found.statement
-    assert r"| a\|b_c | 90.00 ± 1.00 | 88.00 ± 2.00 |" in found.to_markdown()
-    latex = found.to_latex()
-    assert r"a|b\_c & 90.00 $\pm$ 1.00 & 88.00 $\pm$ 2.00 & 0.10" in latex
-    assert r"held-out \%" in latex
-    assert r"d\textbackslash{}e & 80.00 & - &" in latex
-    assert latex.count(r"\\") == 3
-    assert latex.startswith(r"\begin{tabular}{lrrrrrrr}")
-    frame = found.to_frame()
-    assert list(frame.index) == ["a|b_c", "d\\e"]
-    assert frame.loc["a|b_c", "test_std"] == 0.02
 
 
 def test_any_systems_and_no_test_rows(zoo: Zoo):

@@ -1,0 +1,210 @@
+"""The results of a comparison of soups, and their tables."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..recipes.base import BaseSoup
+
+
+@dataclass(frozen=True)
+class SoupResult:
+    """Hold what `compare_soups` measured of one system.
+
+    Parameters
+    ----------
+    system : str
+        Its name.
+    held_out : float
+        Score on the rows that chose the coefficients, the mean over the repeats.
+    test : float or None
+        Score on rows that no system saw, the mean over the repeats.
+    seconds : float
+        Wall time of `fit` with its ranking, the mean over the repeats.
+    forward_passes : float
+        Forward passes of one model over the held-out rows during `fit`, its ranking included.
+    backward_passes : float
+        Backward passes, in the same unit.
+    extra_memory : float or None
+        Peak of live tensors during `fit`, in sizes of one model: without the module itself, the
+        held-out data and activations, with its gradient.
+    n_ingredients : int
+        Checkpoints with a coefficient other than 0, in the first repeat.
+    held_out_std, test_std : float, default=0.0
+        Standard deviations over the repeats.
+    n_repeats : int, default=1
+        Fits with a seed each; 1 for what draws nothing at random.
+
+    Examples
+    --------
+    >>> from sksoup.inspection import SoupResult
+    >>> SoupResult("Uniform-Soup", 0.9, 0.88, 0.1, 0.0, 0.0, 1.2, 24).test
+    0.88
+    """
+
+    system: str
+    held_out: float
+    test: float | None
+    seconds: float
+    forward_passes: float
+    backward_passes: float
+    extra_memory: float | None
+    n_ingredients: int
+    held_out_std: float = 0.0
+    test_std: float = 0.0
+    n_repeats: int = 1
+
+
+@dataclass(frozen=True)
+class SoupComparison:
+    """Hold the results of `compare_soups`; printed, it is a table.
+
+    Parameters
+    ----------
+    results : tuple of SoupResult
+        One per system, in the order they were fitted.
+    soups : dict of str to estimator
+        The fitted systems by name, of the first repeat.
+    n_held_out, n_test : int or None, default=None
+        How many rows chose, and how many reported.
+    scoring : str or None, default=None
+        Name of the metric; None for accuracy or R², in percent.
+
+    Examples
+    --------
+    >>> from sksoup.inspection import SoupComparison, SoupResult
+    >>> row = SoupResult("Uniform-Soup", 0.9, 0.88, 0.1, 0.0, 0.0, 1.2, 24)
+    >>> print(SoupComparison((row,), {}).to_markdown().splitlines()[2])
+    | Uniform-Soup | 90.00 | 88.00 | 0.10 | 0.0 | 0.0 | 1.2 | 24 |
+    """
+
+    results: tuple[SoupResult, ...]
+    soups: dict[str, BaseSoup]
+    n_held_out: int | None = None
+    n_test: int | None = None
+    scoring: str | None = None
+
+    @property
+    def header(self) -> tuple[str, ...]:
+        """Titles of the columns: scores are in percent unless ``scoring`` was given."""
+        unit = " %" if self.scoring is None else ""
+        counts = ("seconds", "forward", "backward", "extra memory", "ingredients")
+        return ("system", f"held-out{unit}", f"test{unit}", *counts)
+
+    @property
+    def statement(self) -> str:
+        """Which rows chose the coefficients and which report, in a sentence or two."""
+        if self.n_held_out is None:
+            return ""
+        chose = f"{self.n_held_out:,} held-out rows chose the coefficients: scores on them flatter."
+        if self.scoring is not None:
+            chose = f"Scores are {self.scoring}. {chose}"
+        if self.n_test is None:
+            return f"{chose} No test rows were given."
+        return f"{chose} {self.n_test:,} test rows, which no system saw, report."
+
+    def cells(self, plus_minus: str = "±") -> list[tuple[str, ...]]:
+        """Return the rows of the table as text.
+
+        Parameters
+        ----------
+        plus_minus : str, default="±"
+            What stands between a mean and its standard deviation.
+
+        Returns
+        -------
+        cells : list of tuple of str
+            A tuple per system, in the order of ``header``.
+        """
+        factor, digits = (100, 2) if self.scoring is None else (1, 4)
+
+        def shown(score: float | None, spread: float, n: int) -> str:
+            if score is None:
+                return "-"
+            text = f"{factor * score:.{digits}f}"
+            return f"{text} {plus_minus} {factor * spread:.{digits}f}" if n > 1 else text
+
+        return [
+            (
+                r.system,
+                shown(r.held_out, r.held_out_std, r.n_repeats),
+                shown(r.test, r.test_std, r.n_repeats),
+                f"{r.seconds:.2f}",
+                f"{r.forward_passes:.1f}",
+                f"{r.backward_passes:.1f}",
+                "-" if r.extra_memory is None else f"{r.extra_memory:.1f}",
+                str(r.n_ingredients),
+            )
+            for r in self.results
+        ]
+
+    def __str__(self) -> str:
+        rows = [self.header, *self.cells()]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(self.header))]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if column else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        table = [lines[0], "-" * len(lines[0]), *lines[1:]]
+        return "\n".join([*table, *([self.statement] if self.statement else [])])
+
+    def to_markdown(self) -> str:
+        """Return the table in Markdown.
+
+        Returns
+        -------
+        table : str
+            Scores with their standard deviation where there are repeats; passes in
+            passes of one model over the held-out rows; memory in sizes of one model.
+        """
+        align = ["---", *["---:"] * (len(self.header) - 1)]
+        cells = [[cell.replace("|", "\\|") for cell in row] for row in self.cells()]
+        return "\n".join("| " + " | ".join(row) + " |" for row in [self.header, align, *cells])
+
+    def to_latex(self) -> str:
+        """Return the table in LaTeX, for the package booktabs.
+
+        Returns
+        -------
+        table : str
+            A ``tabular`` with what `to_markdown` gives.
+        """
+        rows = [[_escaped(cell) for cell in self.header]]
+        rows += [[_escaped(cell).replace("+-", "$\\pm$") for cell in row]
+                 for row in self.cells("+-")]  # fmt: skip
+        lines = [" & ".join(row) + r" \\" for row in rows]
+        columns = "l" + "r" * (len(self.header) - 1)
+        return "\n".join(
+            [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:],
+             r"\bottomrule", r"\end{tabular}"]
+        )  # fmt: skip
+
+    def to_frame(self) -> Any:
+        """Return the results as a pandas DataFrame.
+
+        Returns
+        -------
+        frame : DataFrame
+            A row per system, a column per field of `SoupResult`.
+
+        Raises
+        ------
+        ImportError
+            pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError("to_frame needs pandas: pip install pandas.") from error
+        return pd.DataFrame([asdict(result) for result in self.results]).set_index("system")
+
+
+def _escaped(text: str) -> str:
+    """Text as LaTeX prints it."""
+    special = {c: "\\" + c for c in "&%$#_{}"} | {"\\": r"\textbackslash{}"}
+    special |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(character, character) for character in text)
