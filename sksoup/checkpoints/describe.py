@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..tables import Table
 from .read import Read, TensorInfo
 
 UNRELATED = 0.5  # cosine to the others below which two networks hardly share a start
@@ -111,18 +112,19 @@ class CollectionSummary:
         return plain
 
     def __str__(self) -> str:
-        width = max(4, *(len(row.name) for row in self.checkpoints))
-        lines = [
-            f"{'name':{width}s}  {'norm':>10s}  {'distance':>10s}  {'cosine':>7s}  {'score':>8s}"
-        ]
-        for row in self.checkpoints:
-            score = "-" if row.score is None else f"{row.score:.4f}"
-            cosine = "-" if math.isnan(row.cosine) else f"{row.cosine:.4f}"
-            note = f"  same as {row.same_as}" if row.same_as else ""
-            lines.append(
-                f"{row.name:{width}s}  {row.norm:10.4g}  {row.distance:10.4g}  "
-                f"{cosine:>7s}  {score:>8s}{note}"
+        rows = [
+            (
+                row.name,
+                f"{row.norm:.4g}",
+                f"{row.distance:.4g}",
+                "-" if math.isnan(row.cosine) else f"{row.cosine:.4f}",
+                "-" if row.score is None else f"{row.score:.4f}",
+                f"same as {row.same_as}" if row.same_as else "",
             )
+            for row in self.checkpoints
+        ]
+        header = ("name", "norm", "distance", "cosine", "score", "")
+        lines = [Table(header, rows, left=(0, 5)).to_text()]
         kinds = ", ".join(f"{n} {dtype}" for dtype, n in self.dtypes.items())
         lines.append(
             f"{self.n_parameters:,} floating numbers each; tensors: {kinds}; "

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.describe import judge
+from ..tables import Table
 from .coefficients import CoefficientsDisplay
 from .comparison import ComparisonDisplay
 from .greedy_path import GreedyPathDisplay
@@ -116,7 +117,7 @@ def _scores(soup: Any, comparison: Any) -> str:
     if comparison is not None:
         display = ComparisonDisplay.from_comparison(comparison)
         picture = _picture(display, "Scores of all systems")
-        table = _table(comparison.header, comparison.cells())
+        table = _table(Table(comparison.header, comparison.cells()))
         mine = next((name for name, one in comparison.soups.items() if one is soup), None)
         which = (
             "This soup is none of these, which were fitted beside it."
@@ -164,7 +165,8 @@ def _ingredients(recipe: Any, used: Sequence[int]) -> str:
         )
         for k in used
     ]  # fmt: skip
-    return _table(("checkpoint", "mean coefficient", "held-out score", "SHA-256"), rows)
+    header = ("checkpoint", "mean coefficient", "held-out score", "SHA-256")
+    return _table(Table(header, rows, left=(0, 3)))
 
 
 def _reproduction(recipe: Any) -> str:
@@ -188,22 +190,9 @@ def _list(items: Iterable[str]) -> str:
     return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table that scrolls on a narrow screen; columns of numbers stand right."""
-    rows = list(rows)
-    numeric = [
-        all(row[k][:1].isdigit() or row[k][:1] == "-" for row in rows) for k in range(len(header))
-    ]
-
-    def line(tag: str, texts: Sequence[str]) -> str:
-        cells = (
-            f"<{tag}{' class=number' if is_number else ''}>{escape(text)}</{tag}>"
-            for text, is_number in zip(texts, numeric, strict=True)
-        )
-        return f"<tr>{''.join(cells)}</tr>"
-
-    body = "".join(line("td", row) for row in rows)
-    return f"<div class='wide'><table>{line('th', header)}{body}</table></div>"
+def _table(table: Table) -> str:
+    """A table that scrolls on a narrow screen."""
+    return f"<div class='wide'>{table.to_html()}</div>"
 
 
 def _picture(display: Any, text: str) -> str:

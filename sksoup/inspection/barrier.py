@@ -19,6 +19,7 @@ from ..engine.objective import Criterion, Forward, load_weights
 from ..engine.problem import Found, Problem
 from ..mixing.mix import mix
 from ..recipes.base import BaseSoup
+from ..tables import Table
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,16 @@ class LossBarrier:
         return heights
 
     def __str__(self) -> str:
-        ends = [f"{a} - {b}" for a, b in self.lines]
-        width = max(4, *map(len, ends))
-        lines = [f"{'line':{width}s}  {'loss at ends':>17s}  {'highest':>8s}  {'barrier':>8s}"]
-        for end, losses, barrier in zip(ends, self.losses, self.barriers, strict=True):
-            lines.append(
-                f"{end:{width}s}  {losses[0]:8.4f} {losses[-1]:8.4f}  {losses.max():8.4f}  "
-                f"{barrier:8.4f}"
+        rows = [
+            (
+                f"{a} - {b}",
+                f"{losses[0]:.4f} {losses[-1]:8.4f}",
+                f"{losses.max():.4f}",
+                f"{barrier:.4f}",
             )
-        return "\n".join(lines)
+            for (a, b), losses, barrier in zip(self.lines, self.losses, self.barriers, strict=True)
+        ]
+        return Table(("line", "loss at ends", "highest", "barrier"), rows).to_text()
 
 
 def loss_barrier(

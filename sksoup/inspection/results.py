@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..recipes.base import BaseSoup
+from ..tables import Table
 
 
 @dataclass(frozen=True)
@@ -140,17 +141,8 @@ class SoupComparison:
         ]
 
     def __str__(self) -> str:
-        rows = [self.header, *self.cells()]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(self.header))]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if column else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        table = [lines[0], "-" * len(lines[0]), *lines[1:]]
-        return "\n".join([*table, *([self.statement] if self.statement else [])])
+        table = self._table().to_text(rule=True)
+        return "\n".join([table, *([self.statement] if self.statement else [])])
 
     def to_markdown(self) -> str:
         """Return the table in Markdown.
@@ -161,9 +153,7 @@ class SoupComparison:
             Scores with their standard deviation where there are repeats; passes in
             passes of one model over the held-out rows; memory in sizes of one model.
         """
-        align = ["---", *["---:"] * (len(self.header) - 1)]
-        cells = [[cell.replace("|", "\\|") for cell in row] for row in self.cells()]
-        return "\n".join("| " + " | ".join(row) + " |" for row in [self.header, align, *cells])
+        return self._table().to_markdown()
 
     def to_latex(self) -> str:
         """Return the table in LaTeX, for the package booktabs.
@@ -173,15 +163,7 @@ class SoupComparison:
         table : str
             A ``tabular`` with what `to_markdown` gives.
         """
-        rows = [[_escaped(cell) for cell in self.header]]
-        rows += [[_escaped(cell).replace("+-", "$\\pm$") for cell in row]
-                 for row in self.cells("+-")]  # fmt: skip
-        lines = [" & ".join(row) + r" \\" for row in rows]
-        columns = "l" + "r" * (len(self.header) - 1)
-        return "\n".join(
-            [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:],
-             r"\bottomrule", r"\end{tabular}"]
-        )  # fmt: skip
+        return self._table().to_latex()
 
     def to_frame(self) -> Any:
         """Return the results as a pandas DataFrame.
@@ -202,9 +184,5 @@ class SoupComparison:
             raise ImportError("to_frame needs pandas: pip install pandas.") from error
         return pd.DataFrame([asdict(result) for result in self.results]).set_index("system")
 
-
-def _escaped(text: str) -> str:
-    """Text as LaTeX prints it."""
-    special = {c: "\\" + c for c in "&%$#_{}"} | {"\\": r"\textbackslash{}"}
-    special |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(special.get(character, character) for character in text)
+    def _table(self) -> Table:
+        return Table(self.header, self.cells())

@@ -73,6 +73,19 @@ def test_copies_and_single_checkpoints():
     assert "0.5000" in str(one)
 
 
+def test_the_table_has_a_column_for_every_number_and_a_note_of_copies():
+    states = {"a": {"w": torch.full((2, 2), 3.0)}, "b": {"w": torch.tensor([[3.0, 3], [3, -3]])}}
+    collection = CheckpointCollection(
+        states | {"again": states["a"]}, scores={"a": 0.5, "b": 1.0, "again": 0.5}
+    )
+    assert str(collection.describe()).splitlines()[:4] == [
+        "name   norm  distance  cosine   score",
+        "a         6         2  0.8660  0.5000",
+        "b         6         4  0.5000  1.0000",
+        "again     6         2  0.8660  0.5000  same as a",
+    ]
+
+
 def test_ready_for_json():
     torch.manual_seed(0)
     summary = CheckpointCollection(around(wide(), 3)).describe()

@@ -80,3 +80,13 @@ def test_bad_arguments(zoo: Zoo):
 
 def test_weights_of_rows_do_not_matter_to_the_shape_of_the_result():
     assert LossBarrier((("a", "b"),), np.array([0, 1]), np.array([[2.0, 3.0]])).barriers == [0]
+
+
+def test_the_table_has_a_row_for_every_line():
+    losses = np.array([[1.0, 4.0, 2.0], [10.5, 12.0, 0.125]])
+    found = LossBarrier((("a", "b"), ("a", "mean")), np.array([0, 0.5, 1]), losses)
+    assert str(found).splitlines() == [
+        "line          loss at ends  highest  barrier",
+        "a - b      1.0000   2.0000   4.0000   2.5000",
+        "a - mean  10.5000   0.1250  12.0000   6.6875",
+    ]

@@ -1,0 +1,71 @@
+"""Tables of text, written as plain text, Markdown, LaTeX or HTML."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+LATEX = {c: "\\" + c for c in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+}
+PIPE = re.compile(r"(?<!\\)((?:\\\\)*)\|")  # one without a backslash that escapes it
+
+
+@dataclass(frozen=True)
+class Table:
+    """A header and rows of cells; columns are right-aligned, except those in ``left``."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: Collection[int] = (0,)
+
+    def to_text(self, rule: bool = False) -> str:
+        """Padded columns, two spaces apart; ``rule`` draws a line below the header."""
+        table = [self.header, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(self._padded(row, widths)).rstrip() for row in table]
+        if rule:
+            lines.insert(1, "-" * len(lines[0]))
+        return "\n".join(lines)
+
+    def to_markdown(self) -> str:
+        """A table of GitHub's Markdown; cells may hold Markdown, bare pipes in them are escaped."""
+        rows = [[PIPE.sub(r"\1\|", " ".join(cell.split())) for cell in row]
+                for row in [self.header, *self.rows]]  # fmt: skip
+        align = ["---" if k in self.left else "---:" for k in range(len(self.header))]
+        return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], align, *rows[1:]])
+
+    def to_latex(self) -> str:
+        """A ``tabular`` for the package booktabs."""
+        lines = [" & ".join(map(_latex, row)) + r" \\" for row in [self.header, *self.rows]]
+        columns = "".join("l" if k in self.left else "r" for k in range(len(self.header)))
+        return "\n".join(
+            [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:],
+             r"\bottomrule", r"\end{tabular}"]
+        )  # fmt: skip
+
+    def to_html(self) -> str:
+        """A ``table``; the cells of right-aligned columns have the class ``number``."""
+        body = "".join(self._html_row("td", row) for row in self.rows)
+        return f"<table>{self._html_row('th', self.header)}{body}</table>"
+
+    def _padded(self, row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+        for k, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            yield cell.ljust(width) if k in self.left else cell.rjust(width)
+
+    def _html_row(self, tag: str, row: Sequence[str]) -> str:
+        cells = (
+            f"<{tag}{'' if k in self.left else ' class=number'}>{html.escape(cell)}</{tag}>"
+            for k, cell in enumerate(row)
+        )
+        return f"<tr>{''.join(cells)}</tr>"
+
+
+def _latex(text: str) -> str:
+    """Text with the characters escaped that LaTeX takes for commands."""
+    return "".join(LATEX.get(character, character) for character in text)
