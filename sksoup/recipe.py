@@ -1,5 +1,7 @@
 """The record of a soup, by its public name."""
 
-from .mixing.recipe import Ingredient, Recipe, Verification
+from .mixing.ingredients import Ingredient
+from .mixing.recipe import Recipe
+from .mixing.verification import Verification
 
 __all__ = ["Ingredient", "Recipe", "Verification"]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import html
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -16,124 +14,16 @@ import torch
 from numpy.typing import NDArray
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.read import (
-    INDEX,
-    Read,
-    TensorInfo,
-    open_weights,
-    read_metadata,
-    same_bits,
-    write_safetensors,
-    write_text,
-)
+from ..checkpoints.read import INDEX, read_metadata, write_safetensors, write_text
 from ..exceptions import CheckpointError, RecipeError
+from .card import model_card
+from .ingredients import Ingredient, select_ingredients
 from .layers import check_layers
-from .mix import check_coef, mix, mix_into, mix_some
-
-__all__ = ["Ingredient", "Recipe", "Verification"]
+from .mix import check_coef, mix, mix_into
+from .verification import Verification, verify
 
 FORMAT_VERSION = 1
 METADATA_KEY = "sksoup"
-
-
-@dataclass(frozen=True)
-class Ingredient:
-    """One checkpoint of a recipe.
-
-    Parameters
-    ----------
-    name : str
-        Its name in the collection.
-    sha256 : str
-        Of its file, or of names and values when it lived in memory.
-    file : str or None, default=None
-        File name (no folder), None when it lived in memory.
-    key : str or None, default=None
-        Which state dict of its container, where that was said.
-
-    Examples
-    --------
-    >>> from sksoup.recipe import Ingredient
-    >>> Ingredient("ft00", "9f" * 32, "ft00.safetensors").file
-    'ft00.safetensors'
-    """
-
-    name: str
-    sha256: str
-    file: str | None = None
-    key: str | None = None
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Hold what `Recipe.verify` found; printed, it says so in words.
-
-    Parameters
-    ----------
-    differing : dict of str to str
-        Tensors of the soup that are not what its recipe gives, and how they differ.
-    unchecked : dict of str to str
-        Tensors that could not be rebuilt, and why.
-    ingredients : dict of str to str
-        For every checkpoint of the recipe ``"ok"``, ``"unused"``, or what is wrong with it.
-    n_tensors : int
-        Tensors in the recipe.
-
-    Examples
-    --------
-    >>> from sksoup.recipe import Verification
-    >>> print(Verification({}, {}, {"a": "ok", "b": "unused"}, 4))
-    Verified: 4 of 4 tensors are bit for bit what the recipe gives.
-    1 of 2 ingredients used, SHA-256 as recorded.
-    """
-
-    differing: dict[str, str]
-    unchecked: dict[str, str]
-    ingredients: dict[str, str]
-    n_tensors: int
-
-    @property
-    def ok(self) -> bool:
-        """Whether everything that could be checked is right, and something could be."""
-        return not self.differing and len(self.unchecked) < max(1, self.n_tensors)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the findings as plain dicts.
-
-        Returns
-        -------
-        findings : dict
-            Ready for JSON, with ``"ok"``.
-        """
-        return {"ok": self.ok, **asdict(self)}
-
-    def __str__(self) -> str:
-        lost = {
-            name: state for name, state in self.ingredients.items() if state not in ("ok", "unused")
-        }
-        used = sum(state != "unused" for state in self.ingredients.values())
-        same = (
-            self.n_tensors
-            - len(self.unchecked)
-            - sum("not in the recipe" not in how for how in self.differing.values())
-        )
-        lines = [
-            f"{'Verified' if self.ok else 'NOT verified'}: {same} of {self.n_tensors} tensors are "
-            f"bit for bit what the recipe gives."
-        ]
-        if not lost:
-            lines.append(
-                f"{used} of {len(self.ingredients)} ingredients used, SHA-256 as recorded."
-            )
-        for title, found in (
-            ("differs", self.differing),
-            ("not checked", self.unchecked),
-            ("ingredient", lost),
-        ):
-            lines += [f"{title}: {name!r} {how}" for name, how in list(found.items())[:5]]
-            if len(found) > 5:
-                lines.append(f"{title}: {len(found) - 5} more")
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,11 +145,8 @@ class Recipe:
         text : str
             One object; ``format_version`` says how to read it.
         """
-        document = {
-            "format_version": FORMAT_VERSION,
-            **asdict(self),
-            "coef": self.coef.tolist(),
-        }
+        fields = {**asdict(self), "coef": self.coef.tolist()}
+        document = {"format_version": FORMAT_VERSION, **fields}
         return json.dumps(document, indent=1, allow_nan=False)
 
     @classmethod
@@ -456,7 +343,9 @@ class Recipe:
         -----
         Reads each used file twice: once for its hash, once to mix.
         """
-        chosen, coef = self._used(checkpoints)
+        checkpoints, is_used = _collection(checkpoints), self.is_used()
+        chosen = select_ingredients(self.ingredients, is_used, self.layers, checkpoints)
+        coef = self.coef[:, is_used]
         if out is None:
             return mix(chosen, coef, layers=self.layers)
         rows = check_layers(self.layers, chosen.layout, len(coef))
@@ -501,33 +390,7 @@ class Recipe:
         >>> recipe.verify({"w": torch.tensor([2.5])}, nets).differing
         {'w': 'has other values'}
         """
-        if not isinstance(checkpoints, CheckpointCollection):
-            checkpoints = CheckpointCollection(checkpoints)
-        ingredients = {}
-        for ingredient, used in zip(self.ingredients, self.is_used(), strict=True):
-            ingredients[ingredient.name] = "ok" if used else "unused"
-            try:
-                if used:
-                    self._find(ingredient, checkpoints)
-            except RecipeError as error:
-                ingredients[ingredient.name] = str(error)
-        unchecked = dict.fromkeys(
-            self.recalibrated, "was re-estimated from data, which no recipe can rebuild"
-        )
-        if set(ingredients.values()) - {"ok", "unused"}:
-            lost = dict.fromkeys(self.layers, "can't be rebuilt without all its ingredients")
-            return Verification({}, lost | unchecked, ingredients, len(self.layers))
-        chosen, coef = self._used(checkpoints)
-        rows = check_layers(self.layers, chosen.layout, len(coef))
-        differing = {}
-        with _reading(weights) as (header, read):
-            differing.update({n: "is not in the recipe" for n in header if n not in self.layers})
-            differing.update({n: "is missing" for n in self.layers if n not in header})
-            names = [n for n in self.layers if n in header and n not in unchecked]
-            for name, expected in mix_some(chosen, coef, rows, names):
-                if how := _difference(header[name], expected, read(name)):
-                    differing[name] = how
-        return Verification(differing, unchecked, ingredients, len(self.layers))
+        return verify(self, weights, _collection(checkpoints))
 
     def to_card(self) -> str:
         """Describe the soup in words, as a Hugging Face–style model card.
@@ -537,139 +400,9 @@ class Recipe:
         card : str
             Markdown with YAML front matter. Names of checkpoints are escaped.
         """
-        used = self.is_used()
-        mean = self.coef.mean(axis=0)
-        rows = [
-            f"| {_plain(i.name)} | {c:.4f} | {_score(self.scores.get(i.name))} | `{i.sha256}` |"
-            for i, c, u in zip(self.ingredients, mean, used, strict=True)
-            if u
-        ]
-        layers = f"mean over {len(self.coef)} layers" if len(self.coef) > 1 else "of the network"
-        lines = [
-            "---",
-            "tags:",
-            "- model-soup",
-            "- merge",
-            "- sksoup",
-            "---",
-            "",
-            f"# {_plain(self.method)} of {len(rows)} checkpoint{'s' * (len(rows) > 1)}",
-            "",
-            f"One network mixed from {len(rows)} of {len(self.ingredients)} checkpoints that were "
-            f"fine-tuned from one start, by `{_plain(self.method)}` of sksoup: its weights are "
-            f"their sum with the coefficients below, which sum to 1. It costs no more to run than "
-            f"any one of them.",
-            "",
-            f"| ingredient | coefficient ({layers}) | held-out score | SHA-256 |",
-            "| --- | ---: | ---: | --- |",
-            *rows,
-            "",
-        ]
-        if self.classes:
-            labels = ", ".join(f"`{_plain(str(label))}`" for label in self.classes)
-            lines += [f"Outputs, in order: {labels}.", ""]
-        if self.temperature != 1.0:
-            lines += [f"Multiply the logits by {self.temperature:.6g} for probabilities.", ""]
-        if self.recalibrated:
-            lines += [f"{len(self.recalibrated)} tensors were re-estimated from data.", ""]
-        lines += [
-            "The exact coefficients are in the file's metadata. With the ingredients at hand, "
-            "rebuild and compare the weights bit for bit:",
-            "",
-            "```",
-            "python -m sksoup verify FILE FOLDER_OF_INGREDIENTS",
-            "```",
-            "",
-            "Parameters: " + _listed(self.params) + ".",
-            "",
-            "Versions: " + _listed(self.versions) + ".",
-            "",
-        ]
-        return "\n".join(lines)
-
-    def _used(
-        self, checkpoints: CheckpointCollection | Any
-    ) -> tuple[CheckpointCollection, NDArray[np.float64]]:
-        """The ingredients with a coefficient other than 0, and those coefficients."""
-        if not isinstance(checkpoints, CheckpointCollection):
-            checkpoints = CheckpointCollection(checkpoints)
-        used = np.flatnonzero(self.is_used())
-        needed = [self.ingredients[k] for k in used]
-        found = {one.name: self._find(one, checkpoints) for one in needed}
-        chosen = checkpoints._aliased(found)._named_as(self.layers)
-        if unlike := sorted(chosen.layout.keys() ^ self.layers.keys()):
-            raise RecipeError(
-                f"The checkpoints hold other tensors than the recipe: {unlike[0]!r} is in one of "
-                f"them only, and so are {len(unlike) - 1} more of {len(self.layers)}. Open them "
-                f"as for the fit, with its module or prefix: CheckpointCollection(..., module=, "
-                f"prefix=); --prefix on the command line."
-            )
-        return chosen, self.coef[:, used]
-
-    def _find(self, ingredient: Ingredient, checkpoints: CheckpointCollection) -> str:
-        # an ingredient that lived in memory is known by its values, whatever holds them now
-        digest = checkpoints.sha256 if ingredient.file else checkpoints.content_sha256
-        name = ingredient.name
-        if name in checkpoints:
-            if digest(name) == ingredient.sha256:
-                return _with_key(name, ingredient, checkpoints)
-            raise RecipeError(
-                f"The checkpoint {name!r} is not the one the recipe was made of: its SHA-256 is "
-                f"{digest(name)[:12]}..., expected {ingredient.sha256[:12]}.... Find the original, "
-                f"or fit the soup again."
-            )
-        match = next((other for other in checkpoints if digest(other) == ingredient.sha256), None)
-        if match is None:
-            raise RecipeError(
-                f"The recipe needs {name!r} (file {ingredient.file!r}, SHA-256 "
-                f"{ingredient.sha256[:12]}...), and the {len(checkpoints)} checkpoints given hold "
-                f"neither that name nor that content."
-            )
-        return _with_key(match, ingredient, checkpoints)
+        return model_card(self)
 
 
-def _with_key(name: str, ingredient: Ingredient, checkpoints: CheckpointCollection) -> str:
-    """The name, if it is that state dict of the container that the recipe was made of."""
-    key = checkpoints._key(name)
-    if None not in (key, ingredient.key) and key != ingredient.key:
-        raise RecipeError(
-            f"The recipe was made of key={ingredient.key!r} of {name!r}, and the checkpoints were "
-            f"opened with key={key!r}."
-        )
-    return name
-
-
-@contextmanager
-def _reading(
-    weights: Mapping[str, torch.Tensor] | str | os.PathLike[str],
-) -> Iterator[tuple[dict[str, TensorInfo], Read]]:
-    """Header and reader of a state dict, a file or a folder."""
-    if isinstance(weights, Mapping):
-        yield (
-            {n: TensorInfo(tuple(v.shape), v.dtype) for n, v in weights.items()},
-            weights.__getitem__,
-        )
-        return
-    opened = open_weights(Path(weights))
-    with opened.open() as read:
-        yield opened.header, read
-
-
-def _difference(info: TensorInfo, expected: torch.Tensor, given: torch.Tensor) -> str | None:
-    if info != (wanted := TensorInfo(tuple(expected.shape), expected.dtype)):
-        return f"is {info.dtype} of shape {info.shape}, expected {wanted.dtype} of {wanted.shape}"
-    return None if same_bits(expected, given.cpu()) else "has other values"
-
-
-def _plain(text: str) -> str:
-    """Text that can't break out of a cell of a Markdown table, or into HTML."""
-    safe = html.escape(" ".join(text.split()), quote=False)
-    return "".join(f"\\{c}" if c in "\\`*_[]|#~!" else c for c in safe)
-
-
-def _score(score: float | None) -> str:
-    return "" if score is None else f"{score:.4f}"
-
-
-def _listed(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{_plain(name)} = {_plain(str(v))}" for name, v in values.items()) or "none"
+def _collection(checkpoints: CheckpointCollection | Any) -> CheckpointCollection:
+    is_collection = isinstance(checkpoints, CheckpointCollection)
+    return checkpoints if is_collection else CheckpointCollection(checkpoints)

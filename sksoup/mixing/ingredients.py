@@ -1,0 +1,94 @@
+"""The checkpoints that a recipe names, and where a collection holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import compress
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoints.collection import CheckpointCollection
+from ..exceptions import RecipeError
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """One checkpoint of a recipe.
+
+    Parameters
+    ----------
+    name : str
+        Its name in the collection.
+    sha256 : str
+        Of its file, or of names and values when it lived in memory.
+    file : str or None, default=None
+        File name (no folder), None when it lived in memory.
+    key : str or None, default=None
+        Which state dict of its container, where that was said.
+
+    Examples
+    --------
+    >>> from sksoup.recipe import Ingredient
+    >>> Ingredient("ft00", "9f" * 32, "ft00.safetensors").file
+    'ft00.safetensors'
+    """
+
+    name: str
+    sha256: str
+    file: str | None = None
+    key: str | None = None
+
+
+def select_ingredients(
+    ingredients: Sequence[Ingredient],
+    is_used: NDArray[np.bool_],
+    layers: Mapping[str, int],
+    checkpoints: CheckpointCollection,
+) -> CheckpointCollection:
+    """The checkpoints of the ingredients that are used; their tensors are those of the recipe."""
+    found = {one.name: find_ingredient(one, checkpoints) for one in compress(ingredients, is_used)}
+    chosen = checkpoints._aliased(found)._named_as(layers)
+    if unlike := sorted(chosen.layout.keys() ^ layers.keys()):
+        raise RecipeError(
+            f"The checkpoints hold other tensors than the recipe: {unlike[0]!r} is in one of "
+            f"them only, and so are {len(unlike) - 1} more of {len(layers)}. Open them "
+            f"as for the fit, with its module or prefix: CheckpointCollection(..., module=, "
+            f"prefix=); --prefix on the command line."
+        )
+    return chosen
+
+
+def find_ingredient(ingredient: Ingredient, checkpoints: CheckpointCollection) -> str:
+    """The name of an ingredient in a collection: found by its name, else by its hash."""
+    # a checkpoint from memory has the hash of its values, which may be in a file by now
+    digest = checkpoints.sha256 if ingredient.file else checkpoints.content_sha256
+    name = ingredient.name
+    if name in checkpoints:
+        if digest(name) == ingredient.sha256:
+            return _with_key(name, ingredient, checkpoints)
+        raise RecipeError(
+            f"The checkpoint {name!r} is not the one the recipe was made of: its SHA-256 is "
+            f"{digest(name)[:12]}..., expected {ingredient.sha256[:12]}.... Find the original, "
+            f"or fit the soup again."
+        )
+    match = next((other for other in checkpoints if digest(other) == ingredient.sha256), None)
+    if match is None:
+        raise RecipeError(
+            f"The recipe needs {name!r} (file {ingredient.file!r}, SHA-256 "
+            f"{ingredient.sha256[:12]}...), and the {len(checkpoints)} checkpoints given hold "
+            f"neither that name nor that content."
+        )
+    return _with_key(match, ingredient, checkpoints)
+
+
+def _with_key(name: str, ingredient: Ingredient, checkpoints: CheckpointCollection) -> str:
+    """The name, if the collection opened the same state dict of the container as the recipe."""
+    key = checkpoints._key(name)
+    if None not in (key, ingredient.key) and key != ingredient.key:
+        raise RecipeError(
+            f"The recipe was made of key={ingredient.key!r} of {name!r}, and the checkpoints were "
+            f"opened with key={key!r}."
+        )
+    return name

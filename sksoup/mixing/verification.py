@@ -1,0 +1,147 @@
+"""A soup's weights compared, bit for bit, with those that its recipe gives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints.collection import CheckpointCollection
+from ..checkpoints.read import Read, TensorInfo, open_weights, same_bits
+from ..exceptions import RecipeError
+from .ingredients import find_ingredient, select_ingredients
+from .layers import check_layers
+from .mix import mix_some
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Hold what `Recipe.verify` found; printed, it says so in words.
+
+    Parameters
+    ----------
+    differing : dict of str to str
+        Tensors of the soup that are not what its recipe gives, and how they differ.
+    unchecked : dict of str to str
+        Tensors that could not be rebuilt, and why.
+    ingredients : dict of str to str
+        For every checkpoint of the recipe ``"ok"``, ``"unused"``, or what is wrong with it.
+    n_tensors : int
+        Tensors in the recipe.
+
+    Examples
+    --------
+    >>> from sksoup.recipe import Verification
+    >>> print(Verification({}, {}, {"a": "ok", "b": "unused"}, 4))
+    Verified: 4 of 4 tensors are bit for bit what the recipe gives.
+    1 of 2 ingredients used, SHA-256 as recorded.
+    """
+
+    differing: dict[str, str]
+    unchecked: dict[str, str]
+    ingredients: dict[str, str]
+    n_tensors: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that could be checked is right, and something could be."""
+        return not self.differing and len(self.unchecked) < max(1, self.n_tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the findings as plain dicts.
+
+        Returns
+        -------
+        findings : dict
+            Ready for JSON, with ``"ok"``.
+        """
+        return {"ok": self.ok, **asdict(self)}
+
+    def __str__(self) -> str:
+        lost = {
+            name: state for name, state in self.ingredients.items() if state not in ("ok", "unused")
+        }
+        used = sum(state != "unused" for state in self.ingredients.values())
+        same = (
+            self.n_tensors
+            - len(self.unchecked)
+            - sum("not in the recipe" not in how for how in self.differing.values())
+        )
+        lines = [
+            f"{'Verified' if self.ok else 'NOT verified'}: {same} of {self.n_tensors} tensors are "
+            f"bit for bit what the recipe gives."
+        ]
+        if not lost:
+            lines.append(
+                f"{used} of {len(self.ingredients)} ingredients used, SHA-256 as recorded."
+            )
+        for title, found in (
+            ("differs", self.differing),
+            ("not checked", self.unchecked),
+            ("ingredient", lost),
+        ):
+            lines += [f"{title}: {name!r} {how}" for name, how in list(found.items())[:5]]
+            if len(found) > 5:
+                lines.append(f"{title}: {len(found) - 5} more")
+        return "\n".join(lines)
+
+
+def verify(
+    recipe: Any,
+    weights: Mapping[str, torch.Tensor] | str | os.PathLike[str],
+    checkpoints: CheckpointCollection,
+) -> Verification:
+    """Rebuild the soup of a recipe, tensor by tensor, and compare it with these weights."""
+    ingredients, is_used = {}, recipe.is_used()
+    for ingredient, used in zip(recipe.ingredients, is_used, strict=True):
+        ingredients[ingredient.name] = "ok" if used else "unused"
+        try:
+            if used:
+                find_ingredient(ingredient, checkpoints)
+        except RecipeError as error:
+            ingredients[ingredient.name] = str(error)
+    unchecked = dict.fromkeys(
+        recipe.recalibrated, "was re-estimated from data, which no recipe can rebuild"
+    )
+    if set(ingredients.values()) - {"ok", "unused"}:
+        lost = dict.fromkeys(recipe.layers, "can't be rebuilt without all its ingredients")
+        return Verification({}, lost | unchecked, ingredients, len(recipe.layers))
+    chosen = select_ingredients(recipe.ingredients, is_used, recipe.layers, checkpoints)
+    coef = recipe.coef[:, is_used]
+    rows = check_layers(recipe.layers, chosen.layout, len(coef))
+    differing = {}
+    with _reading(weights) as (header, read):
+        differing.update({n: "is not in the recipe" for n in header if n not in recipe.layers})
+        differing.update({n: "is missing" for n in recipe.layers if n not in header})
+        names = [n for n in recipe.layers if n in header and n not in unchecked]
+        for name, expected in mix_some(chosen, coef, rows, names):
+            if how := _difference(header[name], expected, read(name)):
+                differing[name] = how
+    return Verification(differing, unchecked, ingredients, len(recipe.layers))
+
+
+@contextmanager
+def _reading(
+    weights: Mapping[str, torch.Tensor] | str | os.PathLike[str],
+) -> Iterator[tuple[dict[str, TensorInfo], Read]]:
+    """Header and reader of a state dict, a file or a folder."""
+    if isinstance(weights, Mapping):
+        yield (
+            {n: TensorInfo(tuple(v.shape), v.dtype) for n, v in weights.items()},
+            weights.__getitem__,
+        )
+        return
+    opened = open_weights(Path(weights))
+    with opened.open() as read:
+        yield opened.header, read
+
+
+def _difference(info: TensorInfo, expected: torch.Tensor, given: torch.Tensor) -> str | None:
+    if info != (wanted := TensorInfo(tuple(expected.shape), expected.dtype)):
+        return f"is {info.dtype} of shape {info.shape}, expected {wanted.dtype} of {wanted.shape}"
+    return None if same_bits(expected, given.cpu()) else "has other values"
