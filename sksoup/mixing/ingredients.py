@@ -22,11 +22,11 @@ class Ingredient:
     name : str
         Its name in the collection.
     sha256 : str
-        Of its file, or of names and values when it lived in memory.
+        Hash of its file, or of names and values if it was in memory.
     file : str or None, default=None
-        File name (no folder), None when it lived in memory.
+        File name without the folder; None if it was in memory.
     key : str or None, default=None
-        Which state dict of its container, where that was said.
+        Name of the state dict in its container, where one was given.
 
     Examples
     --------

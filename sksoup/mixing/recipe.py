@@ -43,9 +43,9 @@ class Recipe:
     layer_names : tuple of str
         Names of the rows.
     params : dict
-        Parameters of the estimator, as far as JSON can hold them.
+        Parameters of the estimator; those that JSON can't hold are kept as text.
     scores : dict of str to float
-        Held-out scores of single checkpoints by name, where the search ranked or knew them.
+        Held-out scores of single checkpoints by name, where they were computed or given.
     temperature : float, default=1.0
         Learned-Soup's factor on the logits; never folded into the weights.
     recalibrated : tuple of str, default=()
@@ -59,7 +59,7 @@ class Recipe:
     -----
     Stored as JSON in the metadata of the soup's ``.safetensors`` file, or as a ``.json`` file.
     Coefficients are written with 17 significant digits, which float64 survives exactly. Unknown
-    fields of newer versions are ignored on reading; a newer format version is refused.
+    fields are ignored on reading; a newer format version is an error.
 
     Examples
     --------
@@ -100,7 +100,7 @@ class Recipe:
         Parameters
         ----------
         method : str
-            Where the coefficients come from.
+            Name of the method that found the coefficients.
         checkpoints : CheckpointCollection
             What was mixed.
         coef : array-like of shape (n_checkpoints,) or (n_layers, n_checkpoints)
@@ -118,18 +118,13 @@ class Recipe:
             The record.
         """
         rows = np.atleast_2d(np.asarray(coef, dtype=np.float64))
-        paths = {name: checkpoints.path(name) for name in checkpoints}
-        ingredients = tuple(
-            Ingredient(
-                name,
-                checkpoints.sha256(name),
-                path.name if path else None,
-                checkpoints._key(name),
-            )
-            for name, path in paths.items()
-        )
+        ingredients = []
+        for name in checkpoints:
+            digest, path = checkpoints.sha256(name), checkpoints.path(name)
+            file = path.name if path else None
+            ingredients.append(Ingredient(name, digest, file, checkpoints._key(name)))
         names = layer_names or tuple(str(row) for row in range(len(rows)))
-        return cls(method, ingredients, rows, dict(layers), names, **fields)
+        return cls(method, tuple(ingredients), rows, dict(layers), names, **fields)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self.to_json() == other.to_json()
@@ -143,10 +138,9 @@ class Recipe:
         Returns
         -------
         text : str
-            One object; ``format_version`` says how to read it.
+            An object that includes the ``format_version``.
         """
-        fields = {**asdict(self), "coef": self.coef.tolist()}
-        document = {"format_version": FORMAT_VERSION, **fields}
+        document = {"format_version": FORMAT_VERSION, **asdict(self), "coef": self.coef.tolist()}
         return json.dumps(document, indent=1, allow_nan=False)
 
     @classmethod
@@ -158,7 +152,7 @@ class Recipe:
         text : str
             As `to_json` writes it.
         source : str, default="the text"
-            What to call it in errors.
+            Name of the text in error messages.
 
         Returns
         -------
@@ -203,7 +197,7 @@ class Recipe:
         return recipe
 
     def _check(self, source: str) -> None:
-        """Refuse what someone has edited or damaged."""
+        """Raise an error if the fields contradict each other."""
         rows, names = self.layers.values(), [i.name for i in self.ingredients]
         try:
             check_coef(self.coef, len(names))
@@ -257,7 +251,7 @@ class Recipe:
         if METADATA_KEY not in metadata:
             raise RecipeError(
                 f"{str(where)!r} holds weights but no sksoup recipe. Only files written by "
-                f"soup.save carry one."
+                f"soup.save contain one."
             )
         return cls.from_json(metadata[METADATA_KEY], repr(str(where)))
 
@@ -286,7 +280,7 @@ class Recipe:
         Raises
         ------
         ValueError
-            Another suffix.
+            ``path`` has another suffix.
         """
         where = Path(path)
         if where.suffix != ".safetensors":
@@ -294,12 +288,12 @@ class Recipe:
         write_safetensors(where, weights, {METADATA_KEY: self.to_json(), "format": "pt"})
 
     def is_used(self) -> NDArray[np.bool_]:
-        """Tell which checkpoints are in the soup.
+        """Return which checkpoints are in the soup.
 
         Returns
         -------
         used : ndarray of shape (n_checkpoints,), bool
-            Whether any coefficient of a checkpoint is other than 0.
+            Whether the checkpoint has a coefficient other than 0.
         """
         used: NDArray[np.bool_] = np.count_nonzero(self.coef, axis=0) > 0
         return used
@@ -323,9 +317,9 @@ class Recipe:
         ----------
         checkpoints : CheckpointCollection
             Or anything its constructor takes. Ingredients are found by name, else by hash; those
-            with coefficient 0 throughout may be missing. More checkpoints do no harm.
+            with coefficient 0 throughout may be missing. Further checkpoints are ignored.
         out : str or path-like, default=None
-            A new folder to write the weights to, in shards that carry this recipe, for models
+            A new folder to write the weights to, in shards that contain this recipe, for models
             larger than memory (see `mix`).
 
         Returns

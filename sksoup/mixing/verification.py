@@ -21,12 +21,12 @@ from .mix import mix_some
 
 @dataclass(frozen=True)
 class Verification:
-    """Hold what `Recipe.verify` found; printed, it says so in words.
+    """Hold the findings of `Recipe.verify`; ``print`` shows a summary.
 
     Parameters
     ----------
     differing : dict of str to str
-        Tensors of the soup that are not what its recipe gives, and how they differ.
+        Tensors of the soup that differ from what its recipe gives, and how.
     unchecked : dict of str to str
         Tensors that could not be rebuilt, and why.
     ingredients : dict of str to str
@@ -49,7 +49,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether everything that could be checked is right, and something could be."""
+        """Whether at least one tensor was checked, and none differs."""
         return not self.differing and len(self.unchecked) < max(1, self.n_tensors)
 
     def to_dict(self) -> dict[str, Any]:
