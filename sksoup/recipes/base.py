@@ -180,7 +180,8 @@ class DocLinkMixin:
     def _doc_link_url_param_generator(self) -> dict[str, str]:
         name = type(self).__name__
         is_short = name in vars(importlib.import_module("sksoup"))
-        return {"name": f"sksoup.{name}" if is_short else f"{type(self).__module__}.{name}"}
+        public = ".".join(type(self).__module__.split(".")[:2])  # sksoup.model_selection
+        return {"name": f"sksoup.{name}" if is_short else f"{public}.{name}"}
 
 
 class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]

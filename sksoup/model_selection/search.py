@@ -1,21 +1,14 @@
-"""Fine-tune, then soup: searches that keep every candidate's weights."""
+"""Fine-tune a network many times, then soup the results."""
 
 from __future__ import annotations
 
-import copy
-import json
-import math
 import os
-import random
-import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
-import joblib
 import numpy as np
 import torch
 from joblib import Parallel, delayed
@@ -34,34 +27,15 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from .checkpoints.collection import CheckpointCollection
-from .checkpoints.read import check_state_dict, read_metadata, write_safetensors, write_text
-from .checkpoints.sources import preserved_random_state
-from .data.loaders import is_apart
-from .data.rows import Task, map_inputs
-from .engine.objective import module_dtype
-from .exceptions import CheckpointError, SoupWarning
-from .recipes.base import DocLinkMixin, to_numpy, validate_rows
-from .recipes.baselines import UniformSoup
-from .recipes.greedy import GreedySoup
-from .runtime.cache import fingerprint
-
-__all__ = ["CheckpointScorer", "SoupSearchCV"]
-
-MANIFEST = "search.json"
-PLAIN = (bool, int, float, str, type, type(None))
-RECORD = "sksoup.candidate"  # key of a candidate's record in its file's metadata
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What became of one fine-tuning: weights (in memory or in its file), or an error."""
-
-    score: float
-    fit_time: float
-    error: str | None = None
-    state: dict[str, torch.Tensor] | None = None
-    module: nn.Module | None = None  # where the start does not tell the architecture
+from ..checkpoints.collection import CheckpointCollection
+from ..data.loaders import is_apart
+from ..data.rows import Task, map_inputs
+from ..engine.objective import module_dtype
+from ..recipes.base import DocLinkMixin, to_numpy, validate_rows
+from ..recipes.baselines import UniformSoup
+from ..recipes.greedy import GreedySoup
+from .fine_tuning import Candidate, candidate_name, candidate_path, find_start, fine_tune
+from .manifest import claim, make_manifest, recorded_seed
 
 
 class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
@@ -227,10 +201,12 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
             if soup.task == "classification":
                 numbers = [_number(labels, trial.classes_) for labels in parts[1::2]]
         if folder is not None:
-            _claim(folder, self._manifest(seed, params, start, parts))
+            claim(folder, make_manifest(self.estimator, self.scoring, seed, params, start, parts))
         rows = [parts[0], numbers[0], parts[2], numbers[1]]
         candidates = Parallel(n_jobs=self.n_jobs)(
-            delayed(fine_tune)(self.estimator, p, int(s), start, rows, scorer, _path(folder, index))
+            delayed(fine_tune)(
+                self.estimator, p, int(s), start, rows, scorer, candidate_path(folder, index)
+            )
             for index, (p, s) in enumerate(zip(params, seeds, strict=True))
         )
         self._keep_results(params, candidates)
@@ -261,12 +237,12 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
 
     def _seed(self, folder: Path | None) -> int:
         """Give the seed of the search: that of an unfinished one, if none was asked for."""
-        if self.random_state is None and folder is not None and (folder / MANIFEST).exists():
-            return int(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["seed"])
         if isinstance(self.random_state, (int, np.integer)):
             return int(self.random_state)
         if self.random_state is None:
-            return int(np.random.SeedSequence().generate_state(1)[0])
+            recorded = recorded_seed(folder)
+            new = np.random.SeedSequence().generate_state(1)[0]
+            return int(new) if recorded is None else recorded
         return int(check_random_state(self.random_state).randint(2**31 - 1))
 
     def _split(
@@ -279,22 +255,6 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
             cv = check_cv(self.cv, y, classifier=is_classifier(self.estimator))
         train, held_out = next(iter(cv.split(np.zeros((len(y), 1)), y)))
         return train, held_out
-
-    def _manifest(
-        self, seed: int, params: Sequence[Mapping[str, Any]], start: nn.Module | None, parts: Any
-    ) -> dict[str, Any]:
-        """What must be the same for a search to go on."""
-        fixed = self.estimator.get_params(deep=False)
-        return {
-            "version": 2,
-            "seed": seed,
-            "candidates": [repr({k: _told(v) for k, v in sorted(p.items())}) for p in params],
-            "estimator": type(self.estimator).__name__,
-            "params": {k: repr(v) for k, v in sorted(fixed.items()) if isinstance(v, PLAIN)},
-            "scoring": _told(self.scoring),
-            "start": None if start is None else content_hash(_state_of(start)),
-            "data": content_hash(parts),
-        }
 
     def _keep_results(
         self, params: Sequence[Mapping[str, Any]], candidates: Sequence[Candidate]
@@ -334,7 +294,7 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         start: nn.Module | None,
         soup: Any,
     ) -> CheckpointCollection:
-        found = {_name(k): c for k, c in enumerate(candidates) if c.error is None}
+        found = {candidate_name(k): c for k, c in enumerate(candidates) if c.error is None}
         module = start
         if module is None:
             module = next((c.module for c in found.values() if c.module is not None), None)
@@ -439,99 +399,6 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         return tags
 
 
-def find_start(estimator: Any) -> nn.Module | None:
-    """Copy the module all candidates start from; None where the estimator can't be given one."""
-    if not (hasattr(estimator, "initialize") and hasattr(estimator, "partial_fit")):
-        return None
-    fitted = getattr(estimator, "module_", None)
-    if isinstance(fitted, nn.Module):
-        return copy.deepcopy(fitted).cpu()
-    if not isinstance(estimator.module, nn.Module):
-        warnings.warn(
-            "The estimator's module is not an instance, so every clone would start from other "
-            "random weights, and their soup would be noise. One random start is drawn and shared "
-            "by all candidates. Give a module instance with pretrained weights, or a fitted net.",
-            SoupWarning,
-            stacklevel=3,  # the call of fit
-        )
-    with preserved_random_state():
-        module: nn.Module = clone(estimator).initialize().module_
-    return module.cpu()
-
-
-def fine_tune(
-    estimator: Any,
-    params: Mapping[str, Any],
-    seed: int,
-    start: nn.Module | None,
-    parts: Sequence[Any],
-    scorer: Any,
-    path: Path | None,
-) -> Candidate:
-    """Fine-tune one candidate and score it; one that lies on disk is taken from there."""
-    if path is not None and path.exists():
-        record = json.loads(read_metadata(path)[RECORD])
-        return Candidate(record["score"], record["fit_time"])
-    X, y, X_held_out, y_held_out = parts
-    begin = time.perf_counter()
-    try:
-        with preserved_random_state():
-            torch.manual_seed(seed)
-            np.random.seed(seed)  # noqa: NPY002 - what training draws from; put back afterwards
-            random.seed(seed)
-            net = clone(estimator).set_params(**params)
-            if start is None:
-                net.fit(X, y)
-            else:
-                net.initialize()
-                _load_start(net.module_, start)
-                net.partial_fit(X, y)
-            spent = time.perf_counter() - begin
-            score = float(scorer(net, X_held_out, y_held_out))
-        state = _state_of(net.module_)
-        bad = [n for n, w in state.items() if w.is_floating_point() and not w.isfinite().all()]
-        if bad or not math.isfinite(score):
-            where = f"{bad[0]!r} holds NaN or infinity" if bad else f"its score is {score}"
-            raise ValueError(f"the fine-tuning diverged: {where}")
-    except Exception as error:
-        # a candidate that fails is reported and left out, whatever the reason
-        return Candidate(math.nan, math.nan, f"{type(error).__name__}: {error}")
-    module = copy.deepcopy(net.module_).cpu() if start is None else None
-    if path is None:
-        return Candidate(score, spent, state=state, module=module)
-    record = {"score": score, "fit_time": spent, "params": repr(dict(params))}
-    write_safetensors(path, state, {RECORD: json.dumps(record)})
-    return Candidate(score, spent, module=module)
-
-
-def _load_start(module: nn.Module, start: nn.Module) -> None:
-    try:
-        module.load_state_dict(start.state_dict())
-    except RuntimeError as error:
-        raise ValueError(
-            f"the sampled parameters change the architecture, so it has no common start: {error}"
-        ) from error
-
-
-def _state_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights, on the CPU, copied."""
-    return {name: w.detach().cpu().clone() for name, w in module.state_dict().items()}
-
-
-def content_hash(values: Any) -> str:
-    """Hash arrays, tensors and containers of them by their content, the same in any process."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            flat = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            return str(value.dtype), tuple(value.shape), flat
-        if isinstance(value, Mapping):
-            return {name: plain(item) for name, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-    return str(joblib.hash(plain(values)))
-
-
 def _number(labels: NDArray[Any], classes: NDArray[Any]) -> NDArray[np.int64]:
     """Labels as indices into the classes."""
     unknown = np.setdiff1d(labels, classes)
@@ -545,137 +412,6 @@ def _number(labels: NDArray[Any], classes: NDArray[Any]) -> NDArray[np.int64]:
     return numbers
 
 
-def _name(index: int) -> str:
-    return f"candidate{index:03d}"
-
-
-def _path(folder: Path | None, index: int) -> Path | None:
-    return None if folder is None else folder / f"{_name(index)}.safetensors"
-
-
 def _take(values: Any, rows: NDArray[np.int64]) -> Any:
     """Some rows of an array, or of several."""
     return map_inputs(lambda part: part[rows], values)
-
-
-def _told(value: Any) -> str:
-    """A parameter in words that are the same in another process."""
-    if isinstance(value, PLAIN):
-        return repr(value)
-    try:
-        return f"{type(value).__name__} {fingerprint(value)[:16]}"
-    except TypeError:  # it can't be pickled
-        return type(value).__name__
-
-
-def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Mark the folder as this search's, or refuse it when it holds anything else."""
-    path = folder / MANIFEST
-    folder.mkdir(parents=True, exist_ok=True)
-    found: Any = None
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-    elif any(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{str(folder)!r} holds checkpoints of unknown origin: give an empty folder."
-        )
-    if found is not None and found != json.loads(json.dumps(manifest)):
-        changed = [key for key in manifest if found.get(key) != manifest[key]]
-        raise CheckpointError(
-            f"{str(folder)!r} holds another search: {', '.join(changed)} differ. Give another "
-            f"folder, or the same search to continue it."
-        )
-    write_text(path, json.dumps(manifest, indent=1))
-
-
-class CheckpointScorer:
-    """Score a candidate, and keep its weights: for the searches of scikit-learn.
-
-    Given as ``scoring=`` to an unmodified ``RandomizedSearchCV`` over a skorch net, it writes the
-    weights of every candidate and split to a folder of its own making: one file for each set of
-    weights, called by its content.
-
-    Parameters
-    ----------
-    folder : str or path-like
-        Where the checkpoints go; created when missing.
-    scoring : str, callable or None, default=None
-        The score to return, as scikit-learn understands it.
-
-    See Also
-    --------
-    SoupSearchCV : Fine-tunes from one start and mixes, in one estimator.
-
-    Notes
-    -----
-    All candidates must share a start: give the net a module *instance*, since a clone of a net
-    with a module class is initialised anew. Candidates of several splits were trained on rows that
-    others hold out: choose the soup on rows the search has not seen.
-
-    Examples
-    --------
-    >>> from sksoup.model_selection import CheckpointScorer
-    >>> CheckpointScorer("runs/search", scoring="accuracy")
-    CheckpointScorer('runs/search', scoring='accuracy')
-    """
-
-    def __init__(self, folder: str | os.PathLike[str], scoring: Any = None) -> None:
-        self.folder = Path(folder)
-        self.scoring = scoring
-
-    def __repr__(self) -> str:
-        return f"CheckpointScorer({str(self.folder)!r}, scoring={self.scoring!r})"
-
-    def __call__(self, estimator: Any, X: Any, y: Any = None, **kwargs: Any) -> float:
-        """Score a fitted estimator and write its weights.
-
-        Parameters
-        ----------
-        estimator : skorch net, pipeline that ends in one, or anything with ``module_``
-            Fitted.
-        X : array-like
-            Inputs.
-        y : array-like or None, default=None
-            Labels or targets.
-        **kwargs : dict
-            Passed to the scorer, such as ``sample_weight``.
-
-        Returns
-        -------
-        score : float
-            Greater is better.
-
-        Raises
-        ------
-        TypeError
-            The estimator has no ``module_``.
-        """
-        net = estimator[-1] if hasattr(estimator, "steps") else estimator
-        module = getattr(net, "module_", None)
-        if not isinstance(module, nn.Module):
-            raise TypeError(
-                f"{type(net).__name__} has no module_ to keep: CheckpointScorer scores fitted "
-                f"skorch nets, or pipelines that end in one."
-            )
-        score = float(check_scoring(estimator, self.scoring)(estimator, X, y, **kwargs))
-        state = check_state_dict(_state_of(module), type(net).__name__)
-        path = self.folder / f"{content_hash(state)}.safetensors"
-        if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_safetensors(path, state, {RECORD: json.dumps({"score": score})})
-        return score
-
-    def checkpoints(self, module: Any = None) -> CheckpointCollection:
-        """Open what was kept.
-
-        Parameters
-        ----------
-        module : callable, nn.Module, skorch net or None, default=None
-            The architecture, as for `CheckpointCollection`.
-
-        Returns
-        -------
-        checkpoints : CheckpointCollection
-            In order of name, which is that of content; without scores.
-        """
-        return CheckpointCollection.from_path(self.folder, module=module)

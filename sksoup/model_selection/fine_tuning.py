@@ -1,0 +1,125 @@
+"""Fine-tune one candidate of a search from the start that all of them share."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import clone
+from torch import nn
+
+from ..checkpoints.read import read_metadata, write_safetensors
+from ..checkpoints.sources import preserved_random_state
+from ..exceptions import SoupWarning
+
+RECORD = "sksoup.candidate"  # key of a candidate's record in its file's metadata
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What became of one fine-tuning: weights (in memory or in its file), or an error."""
+
+    score: float
+    fit_time: float
+    error: str | None = None
+    state: dict[str, torch.Tensor] | None = None
+    module: nn.Module | None = None  # where the start does not tell the architecture
+
+
+def candidate_name(index: int) -> str:
+    """The name of a candidate's checkpoint."""
+    return f"candidate{index:03d}"
+
+
+def candidate_path(folder: Path | None, index: int) -> Path | None:
+    """The file of a candidate; None if the weights stay in memory."""
+    return None if folder is None else folder / f"{candidate_name(index)}.safetensors"
+
+
+def find_start(estimator: Any) -> nn.Module | None:
+    """Copy the module all candidates start from; None where the estimator can't be given one."""
+    if not (hasattr(estimator, "initialize") and hasattr(estimator, "partial_fit")):
+        return None
+    fitted = getattr(estimator, "module_", None)
+    if isinstance(fitted, nn.Module):
+        return copy.deepcopy(fitted).cpu()
+    if not isinstance(estimator.module, nn.Module):
+        warnings.warn(
+            "The estimator's module is not an instance, so every clone would start from other "
+            "random weights, and their soup would be noise. One random start is drawn and shared "
+            "by all candidates. Give a module instance with pretrained weights, or a fitted net.",
+            SoupWarning,
+            stacklevel=3,  # the call of fit
+        )
+    with preserved_random_state():
+        module: nn.Module = clone(estimator).initialize().module_
+    return module.cpu()
+
+
+def fine_tune(
+    estimator: Any,
+    params: Mapping[str, Any],
+    seed: int,
+    start: nn.Module | None,
+    parts: Sequence[Any],
+    scorer: Any,
+    path: Path | None,
+) -> Candidate:
+    """Fine-tune one candidate and score it; one that lies on disk is taken from there."""
+    if path is not None and path.exists():
+        record = json.loads(read_metadata(path)[RECORD])
+        return Candidate(record["score"], record["fit_time"])
+    X, y, X_held_out, y_held_out = parts
+    begin = time.perf_counter()
+    try:
+        with preserved_random_state():
+            torch.manual_seed(seed)
+            np.random.seed(seed)  # noqa: NPY002 - what training draws from; put back afterwards
+            random.seed(seed)
+            net = clone(estimator).set_params(**params)
+            if start is None:
+                net.fit(X, y)
+            else:
+                net.initialize()
+                _load_start(net.module_, start)
+                net.partial_fit(X, y)
+            spent = time.perf_counter() - begin
+            score = float(scorer(net, X_held_out, y_held_out))
+        state = state_of(net.module_)
+        bad = [n for n, w in state.items() if w.is_floating_point() and not w.isfinite().all()]
+        if bad or not math.isfinite(score):
+            where = f"{bad[0]!r} holds NaN or infinity" if bad else f"its score is {score}"
+            raise ValueError(f"the fine-tuning diverged: {where}")
+    except Exception as error:
+        # a candidate that fails is reported and left out, whatever the reason
+        return Candidate(math.nan, math.nan, f"{type(error).__name__}: {error}")
+    module = copy.deepcopy(net.module_).cpu() if start is None else None
+    if path is None:
+        return Candidate(score, spent, state=state, module=module)
+    record = {"score": score, "fit_time": spent, "params": repr(dict(params))}
+    write_safetensors(path, state, {RECORD: json.dumps(record)})
+    return Candidate(score, spent, module=module)
+
+
+def _load_start(module: nn.Module, start: nn.Module) -> None:
+    try:
+        module.load_state_dict(start.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"the sampled parameters change the architecture, so it has no common start: {error}"
+        ) from error
+
+
+def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights, on the CPU, copied."""
+    return {name: w.detach().cpu().clone() for name, w in module.state_dict().items()}

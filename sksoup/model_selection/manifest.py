@@ -1,0 +1,84 @@
+"""What must be the same for a search to continue in its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..checkpoints.read import write_text
+from ..data.rows import map_inputs
+from ..exceptions import CheckpointError
+from ..runtime.cache import fingerprint
+from .fine_tuning import state_of
+
+MANIFEST = "search.json"
+VERSION = 3  # increased when the same search gives another manifest than before
+PLAIN = (bool, int, float, str, type, type(None))
+
+
+def make_manifest(
+    estimator: Any,
+    scoring: Any,
+    seed: int,
+    params: Sequence[Mapping[str, Any]],
+    start: nn.Module | None,
+    parts: Sequence[Any],
+) -> dict[str, Any]:
+    """All that the candidates of a search depend on, as JSON."""
+    fixed = estimator.get_params(deep=False)
+    return {
+        "version": VERSION,
+        "seed": seed,
+        "candidates": [repr({k: _described(v) for k, v in sorted(p.items())}) for p in params],
+        "estimator": type(estimator).__name__,
+        "params": {k: repr(v) for k, v in sorted(fixed.items()) if isinstance(v, PLAIN)},
+        "scoring": _described(scoring),
+        "start": None if start is None else fingerprint(state_of(start)),
+        "data": fingerprint([map_inputs(_values, part) for part in parts]),
+    }
+
+
+def recorded_seed(folder: Path | None) -> int | None:
+    """The seed of the search in a folder, if there is one."""
+    if folder is None or not (folder / MANIFEST).exists():
+        return None
+    return int(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["seed"])
+
+
+def claim(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest to the folder; raise an error if it belongs to another search."""
+    path = folder / MANIFEST
+    folder.mkdir(parents=True, exist_ok=True)
+    found: Any = None
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+    elif any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{str(folder)!r} holds checkpoints of unknown origin: give an empty folder."
+        )
+    if found is not None and found != json.loads(json.dumps(manifest)):
+        changed = [key for key in manifest if found.get(key) != manifest[key]]
+        raise CheckpointError(
+            f"{str(folder)!r} holds another search: {', '.join(changed)} differ. Give another "
+            f"folder, or the same search to continue it."
+        )
+    write_text(path, json.dumps(manifest, indent=1))
+
+
+def _described(value: Any) -> str:
+    """A parameter as text that is the same in every process."""
+    if isinstance(value, PLAIN):
+        return repr(value)
+    try:
+        return f"{type(value).__name__} {fingerprint(value)[:16]}"
+    except TypeError:  # it can't be pickled
+        return type(value).__name__
+
+
+def _values(part: Any) -> Any:
+    """An array; labels that are objects as a list, since a pickle differs with their identity."""
+    return part.tolist() if part.dtype.hasobject else part

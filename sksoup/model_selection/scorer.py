@@ -1,0 +1,109 @@
+"""A scorer that keeps the weights of every candidate, for the searches of scikit-learn."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sklearn.metrics import check_scoring
+from torch import nn
+
+from ..checkpoints.collection import CheckpointCollection
+from ..checkpoints.read import check_state_dict, write_safetensors
+from ..runtime.cache import fingerprint
+from .fine_tuning import RECORD, state_of
+
+
+class CheckpointScorer:
+    """Score a candidate, and keep its weights: for the searches of scikit-learn.
+
+    Given as ``scoring=`` to an unmodified ``RandomizedSearchCV`` over a skorch net, it writes the
+    weights of every candidate and split to a folder of its own making: one file for each set of
+    weights, called by its content.
+
+    Parameters
+    ----------
+    folder : str or path-like
+        Where the checkpoints go; created when missing.
+    scoring : str, callable or None, default=None
+        The score to return, as scikit-learn understands it.
+
+    See Also
+    --------
+    SoupSearchCV : Fine-tunes from one start and mixes, in one estimator.
+
+    Notes
+    -----
+    All candidates must share a start: give the net a module *instance*, since a clone of a net
+    with a module class is initialised anew. Candidates of several splits were trained on rows that
+    others hold out: choose the soup on rows the search has not seen.
+
+    Examples
+    --------
+    >>> from sksoup.model_selection import CheckpointScorer
+    >>> CheckpointScorer("runs/search", scoring="accuracy")
+    CheckpointScorer('runs/search', scoring='accuracy')
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], scoring: Any = None) -> None:
+        self.folder = Path(folder)
+        self.scoring = scoring
+
+    def __repr__(self) -> str:
+        return f"CheckpointScorer({str(self.folder)!r}, scoring={self.scoring!r})"
+
+    def __call__(self, estimator: Any, X: Any, y: Any = None, **kwargs: Any) -> float:
+        """Score a fitted estimator and write its weights.
+
+        Parameters
+        ----------
+        estimator : skorch net, pipeline that ends in one, or anything with ``module_``
+            Fitted.
+        X : array-like
+            Inputs.
+        y : array-like or None, default=None
+            Labels or targets.
+        **kwargs : dict
+            Passed to the scorer, such as ``sample_weight``.
+
+        Returns
+        -------
+        score : float
+            Greater is better.
+
+        Raises
+        ------
+        TypeError
+            The estimator has no ``module_``.
+        """
+        net = estimator[-1] if hasattr(estimator, "steps") else estimator
+        module = getattr(net, "module_", None)
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"{type(net).__name__} has no module_ to keep: CheckpointScorer scores fitted "
+                f"skorch nets, or pipelines that end in one."
+            )
+        score = float(check_scoring(estimator, self.scoring)(estimator, X, y, **kwargs))
+        state = check_state_dict(state_of(module), type(net).__name__)
+        path = self.folder / f"{fingerprint(state)}.safetensors"
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_safetensors(path, state, {RECORD: json.dumps({"score": score})})
+        return score
+
+    def checkpoints(self, module: Any = None) -> CheckpointCollection:
+        """Open what was kept.
+
+        Parameters
+        ----------
+        module : callable, nn.Module, skorch net or None, default=None
+            The architecture, as for `CheckpointCollection`.
+
+        Returns
+        -------
+        checkpoints : CheckpointCollection
+            In order of name, which is that of content; without scores.
+        """
+        return CheckpointCollection.from_path(self.folder, module=module)
