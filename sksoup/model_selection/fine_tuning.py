@@ -27,13 +27,13 @@ RECORD = "sksoup.candidate"  # key of a candidate's record in its file's metadat
 
 @dataclass(frozen=True)
 class Candidate:
-    """What became of one fine-tuning: weights (in memory or in its file), or an error."""
+    """Result of one fine-tuning: weights, in memory or in a file, or an error."""
 
     score: float
     fit_time: float
     error: str | None = None
     state: dict[str, torch.Tensor] | None = None
-    module: nn.Module | None = None  # where the start does not tell the architecture
+    module: nn.Module | None = None  # for the architecture, if there is no start
 
 
 def candidate_name(index: int) -> str:
@@ -47,7 +47,7 @@ def candidate_path(folder: Path | None, index: int) -> Path | None:
 
 
 def find_start(estimator: Any) -> nn.Module | None:
-    """Copy the module all candidates start from; None where the estimator can't be given one."""
+    """Copy the module that all candidates start from; None if the estimator does not take one."""
     if not (hasattr(estimator, "initialize") and hasattr(estimator, "partial_fit")):
         return None
     fitted = getattr(estimator, "module_", None)
@@ -75,7 +75,7 @@ def fine_tune(
     scorer: Any,
     path: Path | None,
 ) -> Candidate:
-    """Fine-tune one candidate and score it; one that lies on disk is taken from there."""
+    """Fine-tune one candidate and score it; one that is on disk is read from there."""
     if path is not None and path.exists():
         record = json.loads(read_metadata(path)[RECORD])
         return Candidate(record["score"], record["fit_time"])
@@ -84,7 +84,7 @@ def fine_tune(
     try:
         with preserved_random_state():
             torch.manual_seed(seed)
-            np.random.seed(seed)  # noqa: NPY002 - what training draws from; put back afterwards
+            np.random.seed(seed)  # noqa: NPY002 - training may draw from it; restored afterwards
             random.seed(seed)
             net = clone(estimator).set_params(**params)
             if start is None:
@@ -101,7 +101,7 @@ def fine_tune(
             where = f"{bad[0]!r} holds NaN or infinity" if bad else f"its score is {score}"
             raise ValueError(f"the fine-tuning diverged: {where}")
     except Exception as error:
-        # a candidate that fails is reported and left out, whatever the reason
+        # whatever the reason, a candidate that fails is reported and left out
         return Candidate(math.nan, math.nan, f"{type(error).__name__}: {error}")
     module = copy.deepcopy(net.module_).cpu() if start is None else None
     if path is None:

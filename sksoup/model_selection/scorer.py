@@ -20,13 +20,13 @@ class CheckpointScorer:
     """Score a candidate, and keep its weights: for the searches of scikit-learn.
 
     Given as ``scoring=`` to an unmodified ``RandomizedSearchCV`` over a skorch net, it writes the
-    weights of every candidate and split to a folder of its own making: one file for each set of
-    weights, called by its content.
+    weights of every candidate and split to a folder, one file for each set of weights, with a hash
+    of the weights as its name.
 
     Parameters
     ----------
     folder : str or path-like
-        Where the checkpoints go; created when missing.
+        Folder for the checkpoints; created if it does not exist.
     scoring : str, callable or None, default=None
         The score to return, as scikit-learn understands it.
 
@@ -38,7 +38,7 @@ class CheckpointScorer:
     -----
     All candidates must share a start: give the net a module *instance*, since a clone of a net
     with a module class is initialised anew. Candidates of several splits were trained on rows that
-    others hold out: choose the soup on rows the search has not seen.
+    others hold out: fit the soup on rows that were not used in the search.
 
     Examples
     --------
@@ -94,7 +94,7 @@ class CheckpointScorer:
         return score
 
     def checkpoints(self, module: Any = None) -> CheckpointCollection:
-        """Open what was kept.
+        """Open the checkpoints that were kept.
 
         Parameters
         ----------
@@ -104,6 +104,6 @@ class CheckpointScorer:
         Returns
         -------
         checkpoints : CheckpointCollection
-            In order of name, which is that of content; without scores.
+            Sorted by name, that is, by hash; without scores.
         """
         return CheckpointCollection.from_path(self.folder, module=module)

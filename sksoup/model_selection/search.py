@@ -41,37 +41,37 @@ from .manifest import claim, make_manifest, recorded_seed
 class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
     """Fine-tune a network many times with sampled hyper-parameters, then soup the results.
 
-    Every candidate starts from the same weights, is fine-tuned on the training part of the rows,
-    and is scored on the held-out part, which then chooses the soup. What a random search throws
-    away is what the soup is made of.
+    Every candidate starts from the same weights and is fine-tuned on the training part of the rows.
+    The held-out part scores the candidates and fits the soup, which mixes all the networks of a
+    random search instead of keeping the best one.
 
     Parameters
     ----------
     estimator : skorch net
         What to fine-tune, with its module as an *instance* that holds the pretrained weights. A
-        module class is drawn once and shared, with a warning: soups want a pretrained start. If
-        the net is fitted, its weights are the start. Any other estimator that has ``module_``
-        after ``fit`` is fitted as it is; candidates that turn out not to share a start are an
-        error. Classifiers give logits (``criterion=nn.CrossEntropyLoss``).
+        module class is initialised once for all candidates, with a warning, since soups need a
+        pretrained start. If the net is fitted, its weights are the start. Any other estimator that
+        has ``module_`` after ``fit`` is fitted as it is; candidates that do not share a start are
+        an error. Classifiers must give logits (``criterion=nn.CrossEntropyLoss``).
     param_distributions : dict or list of dict
         As for ``sklearn.model_selection.ParameterSampler``.
     soup : estimator or None, default=None
-        How to mix, without checkpoints; None is `GreedySoup`.
+        An unfitted soup without checkpoints; None for `GreedySoup`.
     n_iter : int, default=10
         Candidates to sample.
     scoring : str, callable or None, default=None
         Scores candidates on the held-out part; None is the estimator's ``score``.
     cv : int, splitter, iterable or None, default=None
-        Its first split says what is held out: a later one would hold out rows that other
-        candidates were trained on. None holds out 20 %, stratified for classifiers.
+        Its first split is used for all candidates: another one would hold out rows that some of
+        them were trained on. None holds out 20 %, stratified for classifiers.
     n_jobs : int or None, default=None
-        Candidates fine-tuned side by side, by joblib.
+        Number of candidates that joblib fine-tunes in parallel.
     random_state : int, RandomState or None, default=None
-        Samples candidates, seeds their training, and splits the rows; the global state stays as it
-        is.
+        Samples candidates, seeds their training, and splits the rows; the global random state is
+        left unchanged.
     save_dir : str, path-like or None, default=None
-        Where each candidate is written as it finishes; the same search continues from what is
-        there. None keeps the weights in memory.
+        Folder to which each candidate is written as it finishes; the same search continues with
+        the candidates that are there. None keeps the weights in memory.
 
     Attributes
     ----------
@@ -79,7 +79,7 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         The fitted soup.
     checkpoints_ : CheckpointCollection
         The candidates that did not fail, ``candidate000``, ...; with their scores on the held-out
-        part, where the soup ranks by the same score.
+        part if the soup ranks by the same score.
     cv_results_ : dict of str to ndarray or list
         As of ``RandomizedSearchCV``, one entry per candidate: ``params``, ``param_*``,
         ``mean_test_score``, ``rank_test_score``, ``mean_fit_time`` (seconds), and ``error``, the
@@ -179,10 +179,10 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         """
         soup, folder = self._soup(), None if self.save_dir is None else Path(self.save_dir)
         X, y = validate_rows(self, X, y, soup.task, ordered=is_apart(y))
-        X = map_inputs(to_numpy, X)  # from a device, too: nets take it there themselves
+        X = map_inputs(to_numpy, X)  # nets move them to their device themselves
         scorer = check_scoring(self.estimator, self.scoring)
         start = find_start(self.estimator)
-        if start is not None:  # nets take floats of their own width
+        if start is not None:  # nets take floats of the dtype of their module
             dtype = torch.empty(0, dtype=module_dtype(start)).numpy().dtype
             X = map_inputs(lambda x: x.astype(dtype, copy=False) if x.dtype.kind == "f" else x, X)
         seed = self._seed(folder)
@@ -191,8 +191,8 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         seeds = rng.randint(2**31 - 1, size=len(params))
         train, held_out = self._split(y, rng)
         parts = [_take(values, rows) for rows in (train, held_out) for values in (X, y)]
-        numbers = parts[1::2]  # of the labels, for nets, which know no names
-        if start is not None:  # what the soup can't take is told before hours of training
+        numbers = parts[1::2]  # labels as nets take them: indices, for classifiers
+        if start is not None:  # raise the errors of the soup before hours of training
             one = CheckpointCollection([start], module=start)
             trial = UniformSoup(
                 one, forward=soup.forward, task=soup.task, classes=soup.classes, device=soup.device
@@ -223,7 +223,7 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         soup = GreedySoup(task=task) if self.soup is None else clone(self.soup)
         if soup.checkpoints is not None:
             raise ValueError(
-                "soup already has checkpoints, but SoupSearchCV makes them: give the soup without."
+                "soup already has checkpoints, but SoupSearchCV makes its own: give a soup without."
             )
         criterion = getattr(self.estimator, "criterion", None)
         is_log = criterion is nn.NLLLoss or isinstance(criterion, nn.NLLLoss)
@@ -236,13 +236,13 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         return soup
 
     def _seed(self, folder: Path | None) -> int:
-        """Give the seed of the search: that of an unfinished one, if none was asked for."""
+        """The seed of the search; without random_state that of the search in the folder."""
+        if self.random_state is None and (recorded := recorded_seed(folder)) is not None:
+            return recorded
+        if self.random_state is None:
+            return int(np.random.SeedSequence().generate_state(1)[0])
         if isinstance(self.random_state, (int, np.integer)):
             return int(self.random_state)
-        if self.random_state is None:
-            recorded = recorded_seed(folder)
-            new = np.random.SeedSequence().generate_state(1)[0]
-            return int(new) if recorded is None else recorded
         return int(check_random_state(self.random_state).randint(2**31 - 1))
 
     def _split(
@@ -300,9 +300,9 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
             module = next((c.module for c in found.values() if c.module is not None), None)
         if module is None:
             raise ValueError(
-                f"All candidates lay in save_dir, and {type(self.estimator).__name__} does not "
-                f"tell their architecture before it is fitted. Delete one of the files to have it "
-                f"fitted again."
+                f"All candidates were found in save_dir, and {type(self.estimator).__name__} does "
+                f"not tell their architecture before it is fitted. Delete one of the files to have "
+                f"it fitted again."
             )
         # the same score on the same rows need not be computed twice
         same_score = hasattr(soup, "scoring") and soup.scoring is None is self.scoring
