@@ -1,1 +1,1 @@
-"""A fitted soup -> pictures and a page."""
+"""Displays of fitted soups, in scikit-learn's convention, and their report in HTML."""

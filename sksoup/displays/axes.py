@@ -1,4 +1,4 @@
-"""Axes to draw on: colours, sizes and labels shared by all displays."""
+"""Axes, colours and labels that all displays share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LONGEST_LABEL = 28  # characters
 
 
 def new_axes(ax: Any, wide: float, tall: float) -> tuple[Any, Any]:
-    """The figure and axes to draw on; new ones where none are given."""
+    """The figure and axes to draw on; new ones if none are given."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
@@ -43,7 +43,7 @@ def label_ticks(ax: Any, which: str, names: Sequence[str]) -> None:
 
 
 def shortened(names: Sequence[str]) -> list[str]:
-    """Names without what they all begin or end with, up to a separator; the middle of long ones."""
+    """Names without their common start and end, cut at separators; long ones lose their middle."""
     start = SEPARATED.match(commonprefix(list(names)))  # noqa: RUF071 - of characters
     end = SEPARATED.match(commonprefix([name[::-1] for name in names]))  # noqa: RUF071
     cut = slice(start.end() if start else 0, -end.end() if end else None)
@@ -57,5 +57,5 @@ def shortened(names: Sequence[str]) -> list[str]:
 
 
 def room_for(names: Sequence[str]) -> float:
-    """Inches that rotated labels take below the axes."""
+    """Height of rotated labels in inches."""
     return 0.075 * max(map(len, shortened(names)))

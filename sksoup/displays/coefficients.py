@@ -1,4 +1,4 @@
-"""Coefficients of a soup, by layer and checkpoint."""
+"""Display of the coefficients of a soup."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class CoefficientsDisplay:
     Attributes
     ----------
     ax_ : matplotlib Axes
-        What was drawn on.
+        Axes with the plot.
     figure_ : matplotlib Figure
-        The figure it is in.
+        Figure that contains the axes.
 
     References
     ----------
@@ -59,7 +59,7 @@ class CoefficientsDisplay:
 
     @property
     def outside(self) -> float:
-        """Share of the coefficients that lie outside [0, 1]."""
+        """Share of the coefficients outside [0, 1]."""
         return float(((self.coef < 0) | (self.coef > 1)).mean())
 
     @classmethod
@@ -71,14 +71,14 @@ class CoefficientsDisplay:
         estimator : estimator
             A fitted soup.
         ax : matplotlib Axes or None, default=None
-            Where to draw; by default a new figure.
+            Axes to draw on; None for those of a new figure.
         kind : {"map", "histogram"}, default="map"
             As in `plot`.
 
         Returns
         -------
         display : CoefficientsDisplay
-            Drawn.
+            The display, with its plot drawn.
         """
         check_is_fitted(estimator, "coef_")
         coef = np.atleast_2d(estimator.coef_)
@@ -91,15 +91,15 @@ class CoefficientsDisplay:
         Parameters
         ----------
         ax : matplotlib Axes or None, default=None
-            Where to draw; by default a new figure.
+            Axes to draw on; None for those of a new figure.
         kind : {"map", "histogram"}, default="map"
-            Layers by checkpoints, 0 in white (bars where there is one row); or how often each
+            Layers by checkpoints, with 0 in white (bars if there is one row); or how often each
             value occurs, with the share outside [0, 1].
 
         Returns
         -------
         display : CoefficientsDisplay
-            This one, with ``ax_`` and ``figure_``.
+            This display, with ``ax_`` and ``figure_`` set.
         """
         if kind not in ("map", "histogram"):
             raise ValueError(f"kind must be 'map' or 'histogram', got {kind!r}.")

@@ -1,4 +1,4 @@
-"""Scores of several systems side by side."""
+"""Display of the scores of several systems."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from .axes import BLUE, GREY, label_ticks, new_axes
 
 
 class ComparisonDisplay:
-    """Show how well several systems do, on the rows that chose and on those that report.
+    """Show the scores of several systems on the held-out rows and on test rows.
 
     Parameters
     ----------
     systems : sequence of str
-        Their names.
+        Names of the systems.
     held_out : array-like of shape (n_systems,) or (n_systems, n_repeats)
-        Scores on the rows that chose the coefficients.
+        Scores on the held-out rows, on which the coefficients were found.
     test : array-like of the same shape, or None, default=None
-        Scores on rows that no system saw.
+        Scores on rows that were not used to find the coefficients.
     held_out_std, test_std : array-like of shape (n_systems,) or None, default=None
-        Standard deviations; by default those of the repeats.
+        Standard deviations; None for those of the repeats.
 
     Attributes
     ----------
     ax_ : matplotlib Axes
-        What was drawn on.
+        Axes with the plot.
     figure_ : matplotlib Figure
-        The figure it is in.
+        Figure that contains the axes.
 
     Examples
     --------
@@ -79,14 +79,14 @@ class ComparisonDisplay:
         Parameters
         ----------
         comparison : SoupComparison
-            Its results.
+            The results to show.
         ax : matplotlib Axes or None, default=None
-            Where to draw; by default a new figure.
+            Axes to draw on; None for those of a new figure.
 
         Returns
         -------
         display : ComparisonDisplay
-            Drawn.
+            The display, with its plot drawn.
         """
         results = comparison.results
         test = [result.test for result in results]
@@ -100,25 +100,24 @@ class ComparisonDisplay:
         ).plot(ax=ax)
 
     def plot(self, ax: Any = None) -> Self:
-        """Draw a dot per system and kind of rows, with a bar of one standard deviation.
+        """Draw a marker for each system and set of rows, with a bar of one standard deviation.
 
         Parameters
         ----------
         ax : matplotlib Axes or None, default=None
-            Where to draw; by default a new figure.
+            Axes to draw on; None for those of a new figure.
 
         Returns
         -------
         display : ComparisonDisplay
-            This one, with ``ax_`` and ``figure_``.
+            This display, with ``ax_`` and ``figure_`` set.
         """
         n = len(self.systems)
         self.figure_, self.ax_ = new_axes(ax, 6.5, min(max(0.34 * n + 1.2, 2.6), 12.0))
         y = np.arange(n)
-        chose = "held-out rows, which chose"
-        drawn = [(self.held_out, self.held_out_std, chose, "o", GREY, -0.12)]
+        drawn = [(self.held_out, self.held_out_std, "held-out rows", "o", GREY, -0.12)]
         if self.test is not None:
-            drawn.append((self.test, self.test_std, "test rows, which report", "D", BLUE, 0.12))
+            drawn.append((self.test, self.test_std, "test rows", "D", BLUE, 0.12))
         for scores, spread, label, marker, color, offset in drawn:
             self.ax_.errorbar(
                 scores.mean(axis=1), y + offset, xerr=spread, fmt=marker, color=color, label=label,

@@ -1,4 +1,4 @@
-"""The candidates of Greedy-Soup in the order they were tried."""
+"""Display of the candidates of Greedy-Soup."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .axes import BLUE, ORANGE, RED, label_ticks, new_axes, room_for
 
 
 class GreedyPathDisplay:
-    """Show what Greedy-Soup tried, what it kept, and how far luck goes.
+    """Show the candidates Greedy-Soup tried, those it kept, and the standard error of its score.
 
     Parameters
     ----------
@@ -22,9 +22,9 @@ class GreedyPathDisplay:
     Attributes
     ----------
     ax_ : matplotlib Axes
-        What was drawn on.
+        Axes with the plot.
     figure_ : matplotlib Figure
-        The figure it is in.
+        Figure that contains the axes.
 
     Examples
     --------
@@ -41,7 +41,7 @@ class GreedyPathDisplay:
     def __init__(self, path: Sequence[dict[str, Any]]) -> None:
         self.path = list(path)
         if not self.path:
-            raise ValueError("path is empty, expected what GreedySoup tried.")
+            raise ValueError("path is empty, expected the path_ of a fitted GreedySoup.")
 
     @classmethod
     def from_estimator(cls, estimator: Any, *, ax: Any = None) -> Self:
@@ -52,28 +52,28 @@ class GreedyPathDisplay:
         estimator : GreedySoup
             Fitted.
         ax : matplotlib Axes or None, default=None
-            Where to draw; by default a new figure.
+            Axes to draw on; None for those of a new figure.
 
         Returns
         -------
         display : GreedyPathDisplay
-            Drawn.
+            The display, with its plot drawn.
         """
         check_is_fitted(estimator, "path_")
         return cls(estimator.path_).plot(ax=ax)
 
     def plot(self, ax: Any = None) -> Self:
-        """Draw scores, the soup's as a line with a band of one standard error.
+        """Draw the scores of the candidates and of the soup, with a band of one standard error.
 
         Parameters
         ----------
         ax : matplotlib Axes or None, default=None
-            Where to draw; by default a new figure.
+            Axes to draw on; None for those of a new figure.
 
         Returns
         -------
         display : GreedyPathDisplay
-            This one, with ``ax_`` and ``figure_``.
+            This display, with ``ax_`` and ``figure_`` set.
         """
         n = len(self.path)
         names = [tried["candidate"] for tried in self.path]

@@ -1,4 +1,4 @@
-"""Held-out loss and score during a search by gradient descent."""
+"""Display of the loss and score during a search by gradient descent."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class LearningCurveDisplay:
     Attributes
     ----------
     ax_ : matplotlib Axes
-        What was drawn on.
+        Axes with the plot.
     score_ax_ : matplotlib Axes or None
-        Its twin for the scores; None for a regression.
+        Twin axes with the scores; None for a regression.
     figure_ : matplotlib Figure
-        The figure it is in.
+        Figure that contains the axes.
 
     Examples
     --------
@@ -40,9 +40,7 @@ class LearningCurveDisplay:
     def __init__(self, history: Sequence[dict[str, Any]]) -> None:
         self.history = [record for record in history if "loss" in record]
         if not self.history:
-            raise ValueError(
-                "history holds no losses: only LearnedSoup and MEHLSoup descend on one."
-            )
+            raise ValueError("history holds no losses: only LearnedSoup and MEHLSoup record them.")
 
     @classmethod
     def from_estimator(cls, estimator: Any, *, ax: Any = None) -> Self:
@@ -53,28 +51,28 @@ class LearningCurveDisplay:
         estimator : MEHLSoup or LearnedSoup
             Fitted.
         ax : matplotlib Axes or None, default=None
-            Where to draw; by default a new figure.
+            Axes to draw on; None for those of a new figure.
 
         Returns
         -------
         display : LearningCurveDisplay
-            Drawn.
+            The display, with its plot drawn.
         """
         check_is_fitted(estimator, "history_")
         return cls(estimator.history_).plot(ax=ax)
 
     def plot(self, ax: Any = None) -> Self:
-        """Draw loss and score of every minibatch, their means, and where model batches change.
+        """Draw loss and score of every minibatch, their epoch means, and changes of model batch.
 
         Parameters
         ----------
         ax : matplotlib Axes or None, default=None
-            Where to draw; by default a new figure.
+            Axes to draw on; None for those of a new figure.
 
         Returns
         -------
         display : LearningCurveDisplay
-            This one, with ``ax_`` and ``figure_``.
+            This display, with ``ax_`` and ``figure_`` set.
         """
         self.figure_, self.ax_ = new_axes(ax, 7.0, 3.8)
         ends = np.cumsum([len(record["loss"]) for record in self.history])

@@ -1,4 +1,4 @@
-"""One HTML file about a soup: no network, nothing to install, safe to mail."""
+"""The report on a soup: one HTML file that needs no network."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def render(soup: Any, comparison: Any = None) -> str:
 
 
 def advice(soup: Any, comparison: Any = None) -> list[str]:
-    """What deserves attention, and what to do about it."""
+    """Remarks on the soup, each with what to do about it."""
     recipe, collection = soup.recipe_, soup.checkpoints_
     used = [i.name for i, u in zip(recipe.ingredients, recipe.is_used(), strict=True) if u]
     is_judged = any("share a start" in warning for warning in soup.warnings_)
@@ -73,8 +73,8 @@ def advice(soup: Any, comparison: Any = None) -> list[str]:
     if outside:
         said.append(
             f"{100 * outside:.1f} % of the coefficients lie outside [0, 1]: the soup "
-            f"extrapolates. That is how hyperplane soups gain, and where they overfit: trust a "
-            f"score on rows that did not choose them."
+            f"extrapolates. Hyperplane soups gain by this, and may overfit by it: rely on scores "
+            f"on test rows, which were not used to find the coefficients."
         )
     path = getattr(soup, "path_", None)
     if path is not None:
@@ -105,11 +105,11 @@ def advice(soup: Any, comparison: Any = None) -> list[str]:
         )
     if comparison is None:
         said.append(
-            "This report compares with nothing. Give it one: "
+            "This report compares with nothing. To compare with other soups: "
             "soup.report(path, compare_soups(checkpoints, X_val, y_val, X_test, y_test))."
         )
     elif comparison.n_test is None:
-        said.append("No test rows were given: scores on the rows that chose are too high.")
+        said.append("No test rows were given: scores on the held-out rows are optimistic.")
     return said
 
 
@@ -132,7 +132,7 @@ def _scores(soup: Any, comparison: Any) -> str:
     best = max(scores, key=scores.__getitem__)
     return (
         f"<p>The best single checkpoint, <code>{escape(best)}</code>, scored {scores[best]:.4f} "
-        f"on the held-out rows, which also chose the soup.</p>"
+        f"on the held-out rows, on which the soup was fitted as well.</p>"
     )
 
 
@@ -150,7 +150,7 @@ def _search(soup: Any) -> str:
         return _picture(GreedyPathDisplay.from_estimator(soup), "Candidates in the order tried")
     if any("loss" in record for record in soup.history_):
         return _picture(LearningCurveDisplay.from_estimator(soup), "Held-out loss at every step")
-    return "<p>They are given by the recipe; nothing was searched.</p>"
+    return "<p>They are given by the recipe; there was no search.</p>"
 
 
 def _ingredients(recipe: Any, used: Sequence[int]) -> str:

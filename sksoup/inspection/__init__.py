@@ -1,4 +1,4 @@
-"""Look at soups: pictures, all systems side by side on the same data, the loss in between."""
+"""Inspection of soups: displays, comparisons on the same data, and loss barriers."""
 
 from ..displays.coefficients import CoefficientsDisplay
 from ..displays.comparison import ComparisonDisplay

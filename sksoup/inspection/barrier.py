@@ -24,7 +24,7 @@ from ..tables import Table
 
 @dataclass(frozen=True)
 class LossBarrier:
-    r"""Hold the losses that `loss_barrier` measured along straight lines between checkpoints.
+    r"""Hold the losses along straight lines between checkpoints, from `loss_barrier`.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Losses along straight lines between checkpoints, as a picture."""
+"""Display of the loss along straight lines between checkpoints."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class LossBarrierDisplay:
     Parameters
     ----------
     barrier : LossBarrier
-        What `sksoup.inspection.loss_barrier` measured.
+        Result of `sksoup.inspection.loss_barrier`.
 
     Attributes
     ----------
     ax_ : matplotlib Axes
-        What was drawn on.
+        Axes with the plot.
     figure_ : matplotlib Figure
-        The figure it is in.
+        Figure that contains the axes.
 
     Examples
     --------
@@ -51,14 +51,14 @@ class LossBarrierDisplay:
         X, y : array-like or Tensor of n_samples rows
             Rows to measure the loss on.
         ax : matplotlib Axes or None, default=None
-            Where to draw; by default a new figure.
+            Axes to draw on; None for those of a new figure.
         **kwargs : dict
-            As `sksoup.inspection.loss_barrier` takes them; by default the soup's.
+            Parameters of `sksoup.inspection.loss_barrier`; by default those of the soup.
 
         Returns
         -------
         display : LossBarrierDisplay
-            Drawn.
+            The display, with its plot drawn.
         """
         check_is_fitted(estimator, "coef_")
         coef = np.atleast_2d(estimator.coef_)
@@ -70,17 +70,17 @@ class LossBarrierDisplay:
         return cls(measured).plot(ax=ax)
 
     def plot(self, ax: Any = None) -> Self:
-        """Draw a curve per line, those to the mean of all apart from those between two.
+        """Draw a curve for each line; lines to the mean of all are dashed.
 
         Parameters
         ----------
         ax : matplotlib Axes or None, default=None
-            Where to draw; by default a new figure.
+            Axes to draw on; None for those of a new figure.
 
         Returns
         -------
         display : LossBarrierDisplay
-            This one, with ``ax_`` and ``figure_``.
+            This display, with ``ax_`` and ``figure_`` set.
         """
         self.figure_, self.ax_ = new_axes(ax, 6.0, 3.8)
         shown: set[str] = set()

@@ -1,4 +1,4 @@
-"""All systems side by side on the same checkpoints and rows."""
+"""Comparison of soups on the same checkpoints and rows."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ def paper_systems(
 ) -> dict[str, BaseSoup]:
     """Make the ten systems of the two papers, unfitted.
 
-    MEHL-Soup takes a quarter of the checkpoints at a time, so that it is not HL-Soup by another
-    name.
+    MEHL-Soup takes a quarter of the checkpoints at a time; with all of them it would be HL-Soup.
 
     Parameters
     ----------
@@ -43,7 +42,7 @@ def paper_systems(
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     random_state : int or None, default=0
-        For those that draw at random.
+        Seed of the systems that draw at random.
 
     Returns
     -------
@@ -94,25 +93,24 @@ def compare_soups(
     Parameters
     ----------
     checkpoints : CheckpointCollection
-        What to mix.
+        The checkpoints to mix.
     X_val, y_val : array-like or Tensor of n_samples rows
-        Held-out rows: they choose the coefficients.
+        Held-out rows, on which the coefficients are found.
     X_test, y_test : array-like or Tensor, or None, default=None
-        Rows that no system sees while fitting: they only report.
+        Test rows, which are used for scores only.
     recipes : mapping of str to estimator or None, default=None
         Unfitted soups by name; they are cloned. By default the ten of `paper_systems` for
         classification; for another task give ``recipes=paper_systems(K, task=...)``.
     scoring : str, callable or None, default=None
-        What the results report, as scikit-learn understands it; by default accuracy or R². What a
-        recipe searches by is its own affair: ``GreedySoup(scoring=...)``, and a loss for the
-        learned ones.
+        Metric of the results, as in scikit-learn; by default accuracy or R². It does not change
+        the searches: `GreedySoup` has a ``scoring`` of its own, and the learned ones use a loss.
     n_repeats : int, default=1
         Fits of each recipe that draws at random, with the seeds ``random_state``,
         ``random_state + 1``, ... (from 0 where it has no number).
     measure_memory : bool, default=True
         Whether to count memory, in a second fit of each recipe.
     on_result : callable or None, default=None
-        Called with each `SoupResult` as soon as it is known.
+        Called with each `SoupResult` as soon as it is measured.
 
     Returns
     -------
@@ -122,15 +120,16 @@ def compare_soups(
     Raises
     ------
     TypeError
-        ``checkpoints`` is not a collection, or ``recipes`` no mapping.
+        ``checkpoints`` is not a collection, or ``recipes`` is not a mapping.
     ValueError
         Only one of ``X_test`` and ``y_test`` is given; ``n_repeats`` is less than 1; or as `fit`.
 
     Notes
     -----
-    Checkpoints are ranked once for all recipes that rank alike; its time and passes are added to
-    each of them, so that seconds may be compared. Memory is counted in a second fit, so that
-    counting does not slow the first: of one inner epoch where a recipe descends, else whole.
+    Checkpoints are ranked once for all recipes that rank in the same way; the time and passes of
+    the ranking are added to each of them, so that seconds can be compared. Memory is counted in a
+    second fit, so that counting does not slow the first; a recipe that uses gradient descent runs
+    one inner epoch in it.
 
     Examples
     --------
@@ -170,7 +169,7 @@ def compare_soups(
                 memory_used = _extra_memory(ranked, checkpoints, X_val, y_val)
                 result = replace(result, extra_memory=memory_used)
             if "memory" in (params := recipe.get_params(deep=False)):
-                soup.set_params(memory=params["memory"])  # the shared one ends here
+                soup.set_params(memory=params["memory"])  # the shared one is temporary
             results.append(result)
             soups[name] = soup
             if on_result is not None:
@@ -188,9 +187,9 @@ def _ranked(
     memory: str,
     rankings: dict[str, tuple[float, int]],
 ) -> tuple[BaseSoup, tuple[float, int]]:
-    """The recipe with a memory that knows the ranking, and the seconds and rows that took.
+    """The recipe with a memory that holds the ranking, and the seconds and rows of the ranking.
 
-    Recipes that do not rank all rows, or have a memory of their own, are as they were.
+    Recipes that do not rank on all rows, or have a memory of their own, are left unchanged.
     """
     params = recipe.get_params(deep=False)
     ranks = isinstance(recipe, (BestCheckpoint, GreedySoup))
@@ -215,7 +214,7 @@ def _measure(
     test: tuple[Any, Any] | None,
     scoring: Any,
 ) -> tuple[BaseSoup, SoupResult]:
-    """Fit a recipe as often as asked; the first soup, and the means."""
+    """Fit a recipe ``n_repeats`` times; return the first soup and the mean result."""
     params = recipe.get_params(deep=False)
     seed = params.get("random_state", "none is drawn")
     ranks_all = isinstance(recipe, GreedySoup) and recipe.ranking_fraction is None
@@ -249,14 +248,14 @@ def _measure(
 
 
 def _extra_memory(system: BaseSoup, checkpoints: CheckpointCollection, X: Any, y: Any) -> float:
-    """Peak of live tensors in a short fit, beyond the module and the data, in model sizes."""
+    """Peak of live tensors in a short fit, without the module and the data, in model sizes."""
     soup = clone(system)
     if "memory" in soup.get_params(deep=False):
         soup.set_params(memory=None)
     if "max_epochs" in soup.get_params(deep=False):
         soup.set_params(max_epochs=1)
     with LiveTensors(ignored=checkpoints.held_tensors()) as live, warnings.catch_warnings():
-        warnings.simplefilter("ignore", SoupWarning)  # the first fit has said it
+        warnings.simplefilter("ignore", SoupWarning)  # the first fit has given them
         soup.fit(checkpoints, X, y)
     module = sum(p.nbytes for p in checkpoints.build_module().parameters())
     rows = [p if isinstance(p, torch.Tensor) else np.asarray(p) for p in (*parts_of(X), y)]

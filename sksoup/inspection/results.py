@@ -11,16 +11,16 @@ from ..tables import Table
 
 @dataclass(frozen=True)
 class SoupResult:
-    """Hold what `compare_soups` measured of one system.
+    """Hold the measurements of one system by `compare_soups`.
 
     Parameters
     ----------
     system : str
-        Its name.
+        Name of the system.
     held_out : float
-        Score on the rows that chose the coefficients, the mean over the repeats.
+        Score on the held-out rows, the mean over the repeats.
     test : float or None
-        Score on rows that no system saw, the mean over the repeats.
+        Score on the test rows, the mean over the repeats.
     seconds : float
         Wall time of `fit` with its ranking, the mean over the repeats.
     forward_passes : float
@@ -35,7 +35,7 @@ class SoupResult:
     held_out_std, test_std : float, default=0.0
         Standard deviations over the repeats.
     n_repeats : int, default=1
-        Fits with a seed each; 1 for what draws nothing at random.
+        Number of fits, each with its own seed; 1 for a system that draws nothing at random.
 
     Examples
     --------
@@ -59,7 +59,7 @@ class SoupResult:
 
 @dataclass(frozen=True)
 class SoupComparison:
-    """Hold the results of `compare_soups`; printed, it is a table.
+    """Hold the results of `compare_soups`; ``print`` shows them as a table.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ class SoupComparison:
     soups : dict of str to estimator
         The fitted systems by name, of the first repeat.
     n_held_out, n_test : int or None, default=None
-        How many rows chose, and how many reported.
+        Number of held-out rows and of test rows.
     scoring : str or None, default=None
         Name of the metric; None for accuracy or R², in percent.
 
@@ -95,7 +95,7 @@ class SoupComparison:
 
     @property
     def statement(self) -> str:
-        """Which rows chose the coefficients and which report, in a sentence or two."""
+        """A sentence or two on the rows and the metric behind the scores."""
         if self.n_held_out is None:
             return ""
         chose = f"{self.n_held_out:,} held-out rows chose the coefficients: scores on them flatter."
@@ -111,7 +111,7 @@ class SoupComparison:
         Parameters
         ----------
         plus_minus : str, default="±"
-            What stands between a mean and its standard deviation.
+            Text between a mean and its standard deviation.
 
         Returns
         -------
@@ -161,7 +161,7 @@ class SoupComparison:
         Returns
         -------
         table : str
-            A ``tabular`` with what `to_markdown` gives.
+            A ``tabular`` with the cells of `to_markdown`.
         """
         return self._table().to_latex()
 
