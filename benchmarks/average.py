@@ -1,6 +1,6 @@
 """Averaging at its floor: `mix` and `save` against a plain read + one accumulate + write.
 
-    python benchmarks/average.py [--checkpoints 16] [--parameters 25e6] [--dtype float32]
+    python -m benchmarks average [--checkpoints 16] [--parameters 25e6] [--dtype float32]
 
 Both sides average the same files in one process, in turns, after a first round that is not counted;
 the files are in the page cache. The floor does the least anyone could: it reads each file into one

@@ -1,7 +1,7 @@
 """The papers' own experiment: 72 published CLIP ViT-B/32 fine-tuned on ImageNet.
 
-    python benchmarks/paper/clip_imagenet.py --checkpoints soups --imagenet imagenet --out clip
-    python benchmarks/paper/clip_imagenet.py --try clip-try   # random weights, generated images
+    python -m benchmarks paper.clip_imagenet --checkpoints soups --imagenet imagenet --out clip
+    python -m benchmarks paper.clip_imagenet --try clip-try   # random weights, generated images
 
 ``soups`` holds model_0.pt ... model_71.pt of github.com/mlfoundations/model-soups (release v0.0.2,
 33 GB), ``imagenet`` the folders train and val of ILSVRC 2012 with a folder per class. The held-out

@@ -1,6 +1,6 @@
 """Which defaults: variants of MEHL-Soup+ on development zoos, which no published table uses.
 
-    python benchmarks/paper/defaults.py [--folder zoos] [--kinds convnet vit] [--seeds 100 101 102]
+    python -m benchmarks paper.defaults [--folder zoos] [--kinds convnet vit] [--seeds 100 101 102]
 
 Test accuracy of each variant; and how many held-out rows layer-wise coefficients need.
 """
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import common
-import zoo
 from sklearn.model_selection import train_test_split
 
 from sksoup import GreedySoup, MEHLSoup
+
+from ..zoo import DEVELOPMENT_SEEDS, Zoo
+from . import common
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "the defaults": {},
@@ -44,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 ROWS = (50, 100, 200, 400, 1000)
 
 
-def measure(zoo: zoo.Zoo, seed: int) -> dict[str, Any]:
+def measure(zoo: Zoo, seed: int) -> dict[str, Any]:
     b = -(-len(zoo.checkpoints) // 4)
     base = MEHLSoup(zoo.checkpoints, layerwise=True, model_batch_size=b, random_state=seed)
     variants = {}
@@ -67,7 +68,12 @@ def measure(zoo: zoo.Zoo, seed: int) -> dict[str, Any]:
     return {"variants": variants, "rows": rows}
 
 
-EXPERIMENT = common.Experiment("defaults", measure, ["convnet", "vit"], zoo.DEVELOPMENT_SEEDS)
+EXPERIMENT = common.Experiment("defaults", measure, ["convnet", "vit"], DEVELOPMENT_SEEDS)
+
+
+def main() -> None:
+    common.main(EXPERIMENT, __doc__)
+
 
 if __name__ == "__main__":
-    common.main(EXPERIMENT, __doc__)
+    main()
