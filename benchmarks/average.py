@@ -26,7 +26,6 @@ import torch
 from safetensors.torch import save_file
 
 from sksoup import CheckpointCollection, mix
-from sksoup.checkpoints.read import write_safetensors
 
 WIDTH = 1000
 
@@ -68,7 +67,9 @@ def floor(paths: list[Path], out: Path, dtype: torch.dtype) -> None:
 
 
 def average(paths: list[Path], out: Path) -> None:
-    write_safetensors(out, mix(CheckpointCollection(paths), [1 / len(paths)] * len(paths)))
+    save_file(mix(CheckpointCollection(paths), [1 / len(paths)] * len(paths)), out)
+    with out.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def average_on_disk(paths: list[Path], out: Path) -> None:
