@@ -199,8 +199,7 @@ def run(
         soup = systems[name]
         params = {"forward": FromBytes(), "batch_size": options.batch_size,
                   "device": options.device, "memory": str(options.out / "memory"),
-                  "precision": options.precision, "max_epochs": options.max_epochs,
-                  "clip_grad_norm": 1.0}  # fmt: skip
+                  "precision": options.precision, "max_epochs": options.max_epochs}  # fmt: skip
         if options.as_published and name.startswith(("HL", "MEHL")):
             params |= {"normalize": True, "lr": 0.01}
         soup.set_params(**{k: v for k, v in params.items() if k in soup.get_params()})
