@@ -41,12 +41,12 @@ examples: $(STAMP)  ## Run every example
 	set -e; for example in examples/plot_*.py; do $(BIN)/python $$example; done
 
 paper: $(STAMP)  ## The papers' tables, in kind, and their page; ZOOS is where zoos are kept
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/paper/everything.py --folder $(ZOOS)
-	$(BIN)/python benchmarks/paper/page.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks paper.everything --folder $(ZOOS)
+	$(BIN)/python -m benchmarks paper.page
 
 paper-defaults: $(STAMP)  ## The experiments the defaults were chosen by, on development zoos
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/paper/defaults.py --folder $(ZOOS)
-	$(BIN)/python benchmarks/paper/page.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks paper.defaults --folder $(ZOOS)
+	$(BIN)/python -m benchmarks paper.page
 
 wheel: $(STAMP)  ## Source distribution and wheel in dist/
 	$(BIN)/python -m build --no-isolation

@@ -1,0 +1,1 @@
+"""Benchmarks of sksoup: ``python -m benchmarks`` lists them."""

@@ -1,6 +1,6 @@
 """Averaging at its floor: `mix` and `save` against a plain read + one accumulate + write.
 
-    python benchmarks/average.py [--checkpoints 16] [--parameters 25e6] [--dtype float32]
+    python -m benchmarks average [--checkpoints 16] [--parameters 25e6] [--dtype float32]
 
 Both sides average the same files in one process, in turns, after a first round that is not counted;
 the files are in the page cache. The floor does the least anyone could: it reads each file into one
@@ -26,7 +26,6 @@ import torch
 from safetensors.torch import save_file
 
 from sksoup import CheckpointCollection, mix
-from sksoup.checkpoints.read import write_safetensors
 
 WIDTH = 1000
 
@@ -68,7 +67,9 @@ def floor(paths: list[Path], out: Path, dtype: torch.dtype) -> None:
 
 
 def average(paths: list[Path], out: Path) -> None:
-    write_safetensors(out, mix(CheckpointCollection(paths), [1 / len(paths)] * len(paths)))
+    save_file(mix(CheckpointCollection(paths), [1 / len(paths)] * len(paths)), out)
+    with out.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def average_on_disk(paths: list[Path], out: Path) -> None:

@@ -28,7 +28,8 @@ from sksoup import CheckpointCollection, GreedySoup, LearnedSoup, MEHLSoup, Unif
 from sksoup.datasets import make_digits_checkpoints
 from sksoup.inspection import paper_systems
 
-from .zoos import SmallResNet, fine_tune
+from .networks import SmallResNet
+from .zoo import fine_tune
 
 
 class Stop:
@@ -146,8 +147,8 @@ def main() -> None:
         everything(folder)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                    "--nproc-per-node", "2", "--no-python", sys.executable, "-m", "benchmarks.bits",
-                   "--rank", "--folder", folder]  # fmt: skip
-        subprocess.run(command, check=True)
+                   "--rank", "--folder", folder.resolve()]  # fmt: skip
+        subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
 
 
 if __name__ == "__main__":

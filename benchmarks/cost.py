@@ -1,7 +1,7 @@
 """What each system costs, against the least it could cost and against plain scripts.
 
-    python benchmarks/cost.py [--checkpoints 72] [--model-batch 18] [--rows 256] [--kind vit|mlp]
-    python benchmarks/cost.py --paper        # 72 checkpoints of ViT-B/32's size, for a GPU
+    python -m benchmarks cost [--checkpoints 72] [--model-batch 18] [--rows 256] [--kind vit|mlp]
+    python -m benchmarks cost --paper        # 72 checkpoints of ViT-B/32's size, for a GPU
 
 Every system and every reference runs in a process of its own. In the same process, between the
 passes of the fit, it runs its floor: as many plain forward (and backward) passes of the bare module
@@ -31,9 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import reference
 import torch
-import zoos
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
@@ -47,6 +45,8 @@ from sksoup import (
     UniformSoup,
 )
 from sksoup.runtime.live_tensors import LiveTensors
+
+from . import reference, zoo
 
 SYSTEMS = (
     "Best checkpoint", "Uniform-Soup", "Greedy-Soup", "Learned-Soup", "Learned-Soup+", "HL-Soup",
@@ -106,10 +106,10 @@ class Run:
         self.options = options
         self.device = torch.device(options.device)
         self.paths = sorted(Path(options.folder).glob("ft*.safetensors"))[: options.checkpoints]
-        kind = zoos.KINDS[options.kind]
+        kind = zoo.COST_KINDS[options.kind]
         self.collection = CheckpointCollection(self.paths, module=kind.module)
         self.module = kind.module().to(self.device).eval()
-        X, y = zoos.make_rows(options.kind, options.rows)
+        X, y = zoo.make_rows(options.kind, options.rows)
         self.X, self.y = X.to(self.device), y.to(self.device)
 
     # ---------------------------------------------------------------- what is measured
@@ -307,7 +307,7 @@ def child(options: argparse.Namespace, run: str, what: str) -> dict[str, Any]:
     """Measure in a process of its own, forked from one that has only imported libraries."""
     context = multiprocessing.get_context("forkserver")
     # torch imports _dynamo when the first optimizer is made, which takes a second
-    libraries = ["sksoup", "zoos", "reference", "sklearn.datasets", "torch._dynamo"]
+    libraries = ["sksoup", zoo.__name__, reference.__name__, "sklearn.datasets", "torch._dynamo"]
     context.set_forkserver_preload(libraries)
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=measure, args=(options, run, what, theirs))
@@ -362,7 +362,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--epochs", type=int, help="passes over the rows: 10, with --paper 5")
     parser.add_argument("--prefetch", type=int, default=0)
-    parser.add_argument("--kind", choices=list(zoos.KINDS), default="vit")
+    parser.add_argument("--kind", choices=list(zoo.COST_KINDS), default="vit")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--folder", help="where the checkpoints are or go; default: a new one")
@@ -383,7 +383,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         options.folder = options.folder or temporary
         if not list(Path(options.folder).glob("ft*.safetensors")):
-            zoos.make_checkpoints(Path(options.folder), options.kind, options.checkpoints)
+            zoo.make_checkpoints(Path(options.folder), options.kind, options.checkpoints)
         collection = CheckpointCollection(sorted(Path(options.folder).glob("ft*.safetensors")))
         print(
             f"K = {options.checkpoints}, b = {options.model_batch}, N = {options.rows}, "

@@ -1,6 +1,6 @@
 """Dropout off or on while the coefficients are searched: why it is off.
 
-    python benchmarks/dropout.py [--seeds 0 1 2] [--checkpoints 12] [--rate 0.1]
+    python -m benchmarks dropout [--seeds 0 1 2] [--checkpoints 12] [--rate 0.1]
 
 Small vision transformers with dropout are fine-tuned on digits; MEHL-Soup+ and Learned-Soup+ search
 coefficients with dropout off (the default) and on (in steps that need a gradient, by ``forward=``).
@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import zoos
 from sklearn.base import clone
 from sklearn.metrics import log_loss
 from torch import nn
@@ -27,6 +26,9 @@ from torch import nn
 from sksoup import SoupWarning
 from sksoup.datasets import _digits
 from sksoup.inspection import paper_systems
+
+from .networks import SmallViT
+from .zoo import fine_tune
 
 SYSTEMS = ("Learned-Soup+", "MEHL-Soup+")
 
@@ -51,8 +53,8 @@ def main() -> None:
     for seed in options.seeds:
         data = _digits(seed)
         with tempfile.TemporaryDirectory() as folder:
-            build = partial(zoos.SmallViT, 64, 3, 2, options.rate)
-            checkpoints = zoos.fine_tune(Path(folder), options.checkpoints, seed, build, 60)
+            build = partial(SmallViT, 64, 3, 2, options.rate)
+            checkpoints = fine_tune(Path(folder), options.checkpoints, seed, build, 60)
             systems = paper_systems(options.checkpoints, random_state=0)
             for name in SYSTEMS:
                 for dropout, forward in (("off", None), ("on", with_dropout)):

@@ -1,6 +1,6 @@
 """Greedy-Soup against the plain script: rows evaluated, time, and whether the soup is the same.
 
-    python benchmarks/greedy.py [--seeds 0 1 2] [--zoos convnet transformer]
+    python -m benchmarks greedy [--seeds 0 1 2] [--zoos convnet transformer]
 
 Two zoos of real fine-tunings on digits: 24 convnets and 16 vision transformers. Ours and the
 reference (`reference.greedy`, 2K - 1 full evaluations) take turns; a ratio is the median over the
@@ -23,14 +23,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import reference
 import torch
-import zoos
 from safetensors.torch import load_file
 
 from sksoup import CheckpointCollection, GreedySoup
 from sksoup.datasets import make_digits_checkpoints
 from sksoup.runtime.live_tensors import LiveTensors
+
+from . import reference
+from .zoo import fine_tune_vits
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -116,7 +117,7 @@ def main() -> None:
                 digits = make_digits_checkpoints(random_state=seed)
                 checkpoints = digits.checkpoints
                 if zoo == "transformer":
-                    checkpoints = zoos.fine_tune_vits(here, 16, seed)
+                    checkpoints = fine_tune_vits(here, 16, seed)
                 r = compare(checkpoints, digits.X_val, digits.y_val, options.turns)
                 print(
                     f"{zoo:12} {seed:4}  {r['held_out']:8.1%}  {r['kept']:4}  "

@@ -1,6 +1,6 @@
 """Where the milliseconds of a fit go: each part of a step, and the reads around the steps.
 
-    python benchmarks/profile_step.py [--kind vit|mlp|clip] [--checkpoints 72] [--model-batch 18]
+    python -m benchmarks profile_step [--kind vit|mlp|clip] [--checkpoints 72] [--model-batch 18]
 
 Times the parts of a real fit of MEHL-Soup+ (on CUDA with a synchronisation around each, which
 costs a little). Where a weight is used once per row, as in a plain MLP, a step is bound by the
@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import zoos
 from torch.optim import AdamW
 
 from sksoup import CheckpointCollection, MEHLSoup
 from sksoup.engine.deltas import ModelBatch
 from sksoup.engine.objective import Objective
 from sksoup.recipes import mehl as mehl_module
+
+from . import zoo
 
 PARTS = (
     (ModelBatch, "combine", "combine: W = start + coef @ deltas"),
@@ -87,7 +88,7 @@ def bandwidth_seconds(n_bytes: int, device: torch.device) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kind", choices=list(zoos.KINDS), default="vit")
+    parser.add_argument("--kind", choices=list(zoo.COST_KINDS), default="vit")
     parser.add_argument("--checkpoints", type=int, default=72, help="K")
     parser.add_argument("--model-batch", type=int, default=18, help="b")
     parser.add_argument("--rows", type=int, default=640, help="N")
@@ -96,12 +97,12 @@ def main() -> None:
     parser.add_argument("--delta-dtype", default=None)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    kind, device = zoos.KINDS[options.kind], torch.device(options.device)
+    kind, device = zoo.COST_KINDS[options.kind], torch.device(options.device)
     clock = Clock(device)
     with tempfile.TemporaryDirectory() as folder:
-        zoos.make_checkpoints(Path(folder), options.kind, options.checkpoints)
+        zoo.make_checkpoints(Path(folder), options.kind, options.checkpoints)
         collection = CheckpointCollection(sorted(Path(folder).iterdir()), module=kind.module)
-        X, y = (rows.to(device) for rows in zoos.make_rows(options.kind, options.rows))
+        X, y = (rows.to(device) for rows in zoo.make_rows(options.kind, options.rows))
         soup = MEHLSoup(
             layerwise=True, model_batch_size=options.model_batch, max_epochs=options.epochs,
             batch_size=options.batch_size, delta_dtype=options.delta_dtype, random_state=0,

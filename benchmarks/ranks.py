@@ -1,6 +1,6 @@
 """Several processes by torch.distributed: a measured step, what is sent, and what more would give.
 
-    python benchmarks/ranks.py [--ranks 1 2] [--turns 3]
+    python -m benchmarks ranks [--ranks 1 2] [--turns 3]
 
 MEHL-Soup+ on small vision transformers under torchrun, a thread for each rank; the jobs take turns.
 Then a model of larger jobs, from counts: a step is a forward/backward of the rank's rows, two
@@ -25,12 +25,15 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import zoos
 from torch import distributed
 
 from sksoup import CheckpointCollection, MEHLSoup
 
+from .networks import SmallViT
+from .zoo import make_checkpoints, make_rows
+
 B, N, BATCH = 6, 512, 256
+ROOT = Path(__file__).parents[1]  # where ranks start, to find this package
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ def job(folder: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
-    files = CheckpointCollection.from_path(folder / "vit", module=zoos.SmallViT)
-    X, y = zoos.make_rows("vit", N)
+    files = CheckpointCollection.from_path(folder / "vit", module=SmallViT)
+    X, y = make_rows("vit", N)
     soup = MEHLSoup(
         layerwise=True, model_batch_size=B, max_epochs=1, batch_size=BATCH, random_state=0
     )
@@ -86,9 +89,9 @@ def run(folder: Path, n: int) -> dict[str, float]:
     subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc-per-node={n}", __file__, "--job", str(folder),
+            f"--nproc-per-node={n}", "--module", "benchmarks.ranks", "--job", str(folder),
         ],
-        check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     return json.loads((folder / "found.json").read_text())
 
@@ -107,7 +110,7 @@ def main() -> None:
         job(Path(options.job))
         return
     with tempfile.TemporaryDirectory() as folder:
-        zoos.make_checkpoints(Path(folder) / "vit", "vit", 2 * B)
+        make_checkpoints(Path(folder) / "vit", "vit", 2 * B)
         turns = [[run(Path(folder), n) for n in options.ranks] for _ in range(options.turns)]
         size = CheckpointCollection.from_path(Path(folder) / "vit").nbytes / 4
     print(

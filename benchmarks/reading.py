@@ -1,6 +1,6 @@
 """Whether the background reader hides loading, on a disk as slow as we say.
 
-    python benchmarks/reading.py [--checkpoints 24] [--model-batch 6]
+    python -m benchmarks reading [--checkpoints 24] [--model-batch 6]
 
 A simulated disk serves one file at a time at a given rate and keeps the last few files cached, as
 the operating system does with a collection larger than memory. Its rate is set so that reading the
@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import zoos
-
 from sksoup import CheckpointCollection, MEHLSoup
+
+from .networks import SmallViT
+from .zoo import make_checkpoints, make_rows
 
 
 class SlowDisk:
@@ -94,16 +95,16 @@ def main() -> None:
     options = parser.parse_args()
     K, b = options.checkpoints, options.model_batch
     with tempfile.TemporaryDirectory() as folder:
-        zoos.make_checkpoints(Path(folder), "vit", K)
+        make_checkpoints(Path(folder), "vit", K)
         paths = sorted(Path(folder).iterdir())
-        X, y = zoos.make_rows("vit", options.rows)
+        X, y = make_rows("vit", options.rows)
 
         def fit(prefetch: int) -> Callable[[], Any]:
             soup = MEHLSoup(
                 layerwise=True, model_batch_size=b, max_epochs=options.epochs, prefetch=prefetch,
                 random_state=0, device="cpu",
             )  # fmt: skip
-            collection = CheckpointCollection(paths, module=zoos.SmallViT)
+            collection = CheckpointCollection(paths, module=SmallViT)
             return lambda: soup.fit(collection, X, y)
 
         search_seconds(fit(0))  # warm up

@@ -18,9 +18,9 @@ State = dict[str, torch.Tensor]
 
 
 def minibatches(
-    X: torch.Tensor, y: torch.Tensor, size: int
+    X: torch.Tensor, y: torch.Tensor, size: int, shuffle: bool = True
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    order = torch.randperm(len(X)).to(X.device)
+    order = (torch.randperm(len(X)) if shuffle else torch.arange(len(X))).to(X.device)
     for start in range(0, len(X), size):
         rows = order[start : start + size]
         yield X[rows], y[rows]
@@ -119,10 +119,13 @@ def mehl(
     lr: float,
     max_epochs: int,
     differences: bool = True,
+    order: Sequence[int] | None = None,
+    shuffle: bool = True,
 ) -> State:
     """Algorithm 1 with loops over parameters and models; ``load`` gives a checkpoint's state.
 
-    Without ``differences`` the coefficients are those of the weights themselves.
+    Without ``differences`` the coefficients are those of the weights themselves. The order of the
+    checkpoints and that of the rows are random unless ``order`` and ``shuffle=False`` fix them.
     """
     mean = load(0)
     for k in range(1, K):
@@ -131,19 +134,21 @@ def mehl(
     mean = {name: w / K for name, w in mean.items()}
     soup = {name: w.clone() for name, w in mean.items()}
     parameters = dict(module.named_parameters())
+    dtype = next(iter(parameters.values())).dtype
     rows_of = {name: row if layerwise else 0 for row, name in enumerate(parameters)}
-    order = torch.randperm(K).tolist()
+    order = torch.randperm(K).tolist() if order is None else order
     for start in range(0, K, b):
         deltas = []
         for k in order[start : start + b]:
             state = load(k)
             center = mean if differences else dict.fromkeys(parameters, 0.0)
             deltas.append({name: state[name] - center[name] for name in parameters})
-        alpha = torch.zeros(len(deltas), max(rows_of.values()) + 1, device=X.device)
+        n_rows = max(rows_of.values()) + 1
+        alpha = torch.zeros(len(deltas), n_rows, dtype=dtype, device=X.device)
         alpha.requires_grad_()
         optimizer = torch.optim.AdamW([alpha], lr=lr, weight_decay=0.0)
         for _ in range(max_epochs):
-            for rows, labels in minibatches(X, y, size):
+            for rows, labels in minibatches(X, y, size, shuffle):
                 _set(parameters, soup, deltas, alpha, rows_of)
                 module.zero_grad()
                 cross_entropy(module(rows), labels).backward()

@@ -1,6 +1,6 @@
 """What ``memory=`` costs while a search runs, and what a replay costs.
 
-    python benchmarks/resume.py [--turns 5] [--checkpoints 24]
+    python -m benchmarks resume [--turns 5] [--checkpoints 24]
 
 MEHL-Soup+ and Greedy-Soup on small vision transformers (for greedy 16 real fine-tunings): fits with
 a fresh memory and without one take turns in one process; then a finished fit is replayed. "of the
@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import zoos
 from sklearn.base import clone
 
 from sksoup import CheckpointCollection, GreedySoup, MEHLSoup
 from sksoup.datasets import _digits
 from sksoup.runtime.cache import Memo
+
+from .networks import SmallViT
+from .zoo import fine_tune_vits, make_checkpoints, make_rows
 
 
 class Timed:
@@ -88,14 +90,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     print("              of the fit   x without   replay   passes  entries       bytes")
     with tempfile.TemporaryDirectory() as folder:
-        zoos.make_checkpoints(Path(folder) / "vit", "vit", options.checkpoints)
-        files = CheckpointCollection.from_path(Path(folder) / "vit", module=zoos.SmallViT)
-        X, y = zoos.make_rows("vit", 256)
+        make_checkpoints(Path(folder) / "vit", "vit", options.checkpoints)
+        files = CheckpointCollection.from_path(Path(folder) / "vit", module=SmallViT)
+        X, y = make_rows("vit", 256)
         soup = MEHLSoup(
             layerwise=True, model_batch_size=6, max_epochs=5, batch_size=128, random_state=0
         )
         measure("MEHL-Soup+", soup, options.turns, files, X, y)
-        tuned = zoos.fine_tune_vits(Path(folder) / "tuned", 16, 0)
+        tuned = fine_tune_vits(Path(folder) / "tuned", 16, 0)
         measure("Greedy-Soup", GreedySoup(), options.turns, tuned, *_digits(0)["val"])
 
 

@@ -14,7 +14,7 @@ way out again.
 # ``save_pretrained`` or a ``Trainer`` leaves a folder per run. The architecture comes from
 # ``config.json``, inputs are the tokeniser's dict, and outputs are found by ``logits``, also where
 # the model puts its loss before them. Here a tiny BERT with random weights stands for yours;
-# ``benchmarks/paper/text.py`` does the same with a real encoder of 22M parameters.
+# ``benchmarks/zoo.py`` does the same with a real encoder of 22M parameters.
 
 import tempfile
 import warnings

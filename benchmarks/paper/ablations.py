@@ -1,6 +1,6 @@
 """The paper's ablations in kind: model batch, iterations, differences against plain weights.
 
-    python benchmarks/paper/ablations.py [--folder zoos] [--kinds convnet vit] [--seeds ...]
+    python -m benchmarks paper.ablations [--folder zoos] [--kinds convnet vit] [--seeds ...]
 
 Test accuracy of MEHL-Soup+. Differences are compared on the plain script (`reference.mehl`, a
 constant learning rate), which can do without them.
@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import common
-import reference
 import torch
-import zoo
 
 from sksoup import MEHLSoup
+
+from .. import reference
+from ..zoo import Zoo
+from . import common
 
 LRS = (0.05, 0.01)  # of the script; plain weights are longer than differences
 
 
-def measure(zoo: zoo.Zoo, seed: int) -> dict[str, Any]:
+def measure(zoo: Zoo, seed: int) -> dict[str, Any]:
     K = len(zoo.checkpoints)
     variants: dict[str, dict[str, Any]] = {"as it is": {}}
     variants |= {f"b = K / {n}": {"model_batch_size": -(-K // n)} for n in (8, 2, 1)}
@@ -38,7 +39,7 @@ def measure(zoo: zoo.Zoo, seed: int) -> dict[str, Any]:
     return found
 
 
-def script(zoo: zoo.Zoo, seed: int, lr: float, differences: bool) -> float:
+def script(zoo: Zoo, seed: int, lr: float, differences: bool) -> float:
     """Test accuracy of Algorithm 1 as a script."""
     states = list(zoo.checkpoints.values())
     module = zoo.checkpoints.build_module().eval()
@@ -57,5 +58,10 @@ def script(zoo: zoo.Zoo, seed: int, lr: float, differences: bool) -> float:
 
 EXPERIMENT = common.Experiment("ablations", measure, ["convnet", "vit"])
 
-if __name__ == "__main__":
+
+def main() -> None:
     common.main(EXPERIMENT, __doc__)
+
+
+if __name__ == "__main__":
+    main()

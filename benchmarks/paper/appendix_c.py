@@ -1,6 +1,6 @@
 """Appendix C of the paper in kind: BatchNorm's statistics mixed, measured anew, or the better.
 
-    python benchmarks/paper/appendix_c.py [--folder zoos] [--kinds resnet] [--seeds ...]
+    python -m benchmarks paper.appendix_c [--folder zoos] [--kinds resnet] [--seeds ...]
 
 Test accuracy of every system that makes a soup, under each policy.
 """
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import common
-import zoo
-
 from sksoup.inspection import paper_systems
 
+from ..zoo import Zoo
+from . import common
 
-def measure(zoo: zoo.Zoo, seed: int) -> dict[str, Any]:
+
+def measure(zoo: Zoo, seed: int) -> dict[str, Any]:
     found: dict[str, dict[str, float]] = {}
     for name, soup in paper_systems(len(zoo.checkpoints), random_state=seed).items():
         if "batch_norm" not in soup.get_params():
@@ -29,5 +29,10 @@ def measure(zoo: zoo.Zoo, seed: int) -> dict[str, Any]:
 
 EXPERIMENT = common.Experiment("appendix_c", measure, ["resnet"])
 
-if __name__ == "__main__":
+
+def main() -> None:
     common.main(EXPERIMENT, __doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """The papers' own experiment: 72 published CLIP ViT-B/32 fine-tuned on ImageNet.
 
-    python benchmarks/paper/clip_imagenet.py --checkpoints soups --imagenet imagenet --out clip
-    python benchmarks/paper/clip_imagenet.py --try clip-try   # random weights, generated images
+    python -m benchmarks paper.clip_imagenet --checkpoints soups --imagenet imagenet --out clip
+    python -m benchmarks paper.clip_imagenet --try clip-try   # random weights, generated images
 
 ``soups`` holds model_0.pt ... model_71.pt of github.com/mlfoundations/model-soups (release v0.0.2,
 33 GB), ``imagenet`` the folders train and val of ILSVRC 2012 with a folder per class. The held-out
@@ -199,8 +199,7 @@ def run(
         soup = systems[name]
         params = {"forward": FromBytes(), "batch_size": options.batch_size,
                   "device": options.device, "memory": str(options.out / "memory"),
-                  "precision": options.precision, "max_epochs": options.max_epochs,
-                  "clip_grad_norm": 1.0}  # fmt: skip
+                  "precision": options.precision, "max_epochs": options.max_epochs}  # fmt: skip
         if options.as_published and name.startswith(("HL", "MEHL")):
             params |= {"normalize": True, "lr": 0.01}
         soup.set_params(**{k: v for k, v in params.items() if k in soup.get_params()})

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import zoo
 from joblib import Parallel, delayed
 from scipy.stats import t as student
 
 from sksoup import SoupWarning
+
+from .. import zoo
 
 RESULTS = Path(__file__).parent / "results"
 Measure = Callable[[zoo.Zoo, int], dict[str, Any]]
@@ -83,7 +84,7 @@ def run(experiments: Sequence[Experiment], options: argparse.Namespace) -> float
 def write(out: Path, script: str, seeds: Sequence[int], minutes: float, **more: Any) -> None:
     """Write ``<script>.json``: the command, what it ran on, and the results."""
     result = {
-        "command": f"python benchmarks/paper/{script}.py",
+        "command": f"python -m benchmarks paper.{script}",
         "seeds": seeds,
         "minutes": round(minutes, 1),
         "versions": {name: version(name) for name in ("sksoup", "torch", "scikit-learn")},
@@ -98,7 +99,7 @@ def minutes(found: Found) -> float:
     return sum(one["seconds"] for one in found.values()) / 60
 
 
-def _make_only(zoo: zoo.Zoo, seed: int) -> dict[str, Any]:
+def _make_only(made: zoo.Zoo, seed: int) -> dict[str, Any]:
     return {}
 
 

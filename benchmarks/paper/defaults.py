@@ -1,6 +1,6 @@
 """Which defaults: variants of MEHL-Soup+ on development zoos, which no published table uses.
 
-    python benchmarks/paper/defaults.py [--folder zoos] [--kinds convnet vit] [--seeds 100 101 102]
+    python -m benchmarks paper.defaults [--folder zoos] [--kinds convnet vit] [--seeds 100 101 102]
 
 Test accuracy of each variant; and how many held-out rows layer-wise coefficients need.
 """
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import common
-import zoo
 from sklearn.model_selection import train_test_split
 
 from sksoup import GreedySoup, MEHLSoup
+
+from ..zoo import DEVELOPMENT_SEEDS, Zoo
+from . import common
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "the defaults": {},
@@ -26,7 +27,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "normalize, lr=0.1": {"normalize": True, "lr": 0.1},
     "start='greedy'": {"start": "greedy"},
     "start='best'": {"start": "best"},
-    "average": {"average": True},
     "validation_fraction=0.2": {"validation_fraction": 0.2},
     "weight_decay=0.01": {"weight_decay": 0.01},
     "weight_decay=0.1": {"weight_decay": 0.1},
@@ -36,7 +36,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "max_epochs=10": {"max_epochs": 10},
     "max_epochs=20": {"max_epochs": 20},
     "model_epochs=2": {"model_epochs": 2},
-    "clip_grad_norm=1": {"clip_grad_norm": 1.0},
     "batch_size=32": {"batch_size": 32},
     "optimizer='sgd', lr=1": {"optimizer": "sgd", "lr": 1.0},
     "MEHL-Soup, one row": {"layerwise": False},
@@ -44,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 ROWS = (50, 100, 200, 400, 1000)
 
 
-def measure(zoo: zoo.Zoo, seed: int) -> dict[str, Any]:
+def measure(zoo: Zoo, seed: int) -> dict[str, Any]:
     b = -(-len(zoo.checkpoints) // 4)
     base = MEHLSoup(zoo.checkpoints, layerwise=True, model_batch_size=b, random_state=seed)
     variants = {}
@@ -67,7 +66,12 @@ def measure(zoo: zoo.Zoo, seed: int) -> dict[str, Any]:
     return {"variants": variants, "rows": rows}
 
 
-EXPERIMENT = common.Experiment("defaults", measure, ["convnet", "vit"], zoo.DEVELOPMENT_SEEDS)
+EXPERIMENT = common.Experiment("defaults", measure, ["convnet", "vit"], DEVELOPMENT_SEEDS)
+
+
+def main() -> None:
+    common.main(EXPERIMENT, __doc__)
+
 
 if __name__ == "__main__":
-    common.main(EXPERIMENT, __doc__)
+    main()

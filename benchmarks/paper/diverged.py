@@ -1,6 +1,6 @@
 """Folders that hold failures: a fifth of the ingredients fine-tuned at a hundred times the rate.
 
-    python benchmarks/paper/diverged.py [--folder zoos] [--kinds convnet] [--seeds ...]
+    python -m benchmarks paper.diverged [--folder zoos] [--kinds diverged] [--seeds ...]
 
 Test accuracy of each recipe on all 20 ingredients, what fitting warns of, and the accuracy without
 the ingredients it names.
@@ -9,31 +9,16 @@ the ingredients it names.
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import common
-import zoo
-from zoos import fine_tune_each
-
 from sksoup import BestCheckpoint, GreedySoup, MEHLSoup, UniformSoup
-from sksoup.datasets import DigitsConvNet, _digits, _draw
 
-K, FAILED = 20, ("ft03", "ft08", "ft13", "ft18")
-
-
-def failing(folder: Path, n: int, seed: int) -> zoo.Zoo:
-    tunings = {f"ft{k:02d}": _draw(seed, k) for k in range(n)}
-    for name in FAILED:
-        tunings[name] = replace(tunings[name], lr=100 * tunings[name].lr)
-    here, data = folder / f"diverged-{seed}", _digits(seed)
-    checkpoints = fine_tune_each(here, tunings, seed, DigitsConvNet, 8)
-    return zoo.Zoo(checkpoints, data["val"], data["test"])
+from ..zoo import FAILED, Zoo
+from . import common
 
 
-def measure(found: zoo.Zoo, seed: int) -> dict[str, Any]:
-    plus = {"layerwise": True, "model_batch_size": K // 4, "random_state": seed}
+def measure(zoo: Zoo, seed: int) -> dict[str, Any]:
+    plus = {"layerwise": True, "model_batch_size": len(zoo.checkpoints) // 4, "random_state": seed}
     recipes = {
         "Best checkpoint": BestCheckpoint(),
         "Uniform-Soup": UniformSoup(),
@@ -46,18 +31,22 @@ def measure(found: zoo.Zoo, seed: int) -> dict[str, Any]:
     for name, soup in recipes.items():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            test[name] = common.percent(soup.fit(found.checkpoints, *found.val), found.test)
+            test[name] = common.percent(soup.fit(zoo.checkpoints, *zoo.val), zoo.test)
         if name == "MEHL-Soup+":
             said = " ".join(str(warning.message) for warning in caught)
-    named = [name for name in found.checkpoints if repr(name) in said]
-    rest = found.checkpoints.drop(named) if named else found.checkpoints
-    soup = MEHLSoup(**plus).fit(rest, *found.val)
-    test["MEHL-Soup+ without those named"] = common.percent(soup, found.test)
+    named = [name for name in zoo.checkpoints if repr(name) in said]
+    rest = zoo.checkpoints.drop(named) if named else zoo.checkpoints
+    soup = MEHLSoup(**plus).fit(rest, *zoo.val)
+    test["MEHL-Soup+ without those named"] = common.percent(soup, zoo.test)
     return {"test": test, "named": named, "failed": list(FAILED), "warning": said}
 
 
-zoo.KINDS["diverged"] = zoo.Kind("convolutional network, a fifth diverged", K, failing)
 EXPERIMENT = common.Experiment("diverged", measure, ["diverged"])
 
-if __name__ == "__main__":
+
+def main() -> None:
     common.main(EXPERIMENT, __doc__)
+
+
+if __name__ == "__main__":
+    main()

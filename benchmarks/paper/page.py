@@ -1,6 +1,6 @@
 """The docs' page of the papers' tables and that of the readme, from the results: none is typed.
 
-python benchmarks/paper/page.py [--results benchmarks/paper/results] [--docs docs]
+python -m benchmarks paper.page [--results benchmarks/paper/results] [--docs docs]
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import common
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+
+from . import common
 
 # Li et al., arXiv:2407.03641: ImageNet, 72 CLIP ViT-B/32; test accuracy, seconds of construction
 PAPER = {
@@ -369,7 +370,11 @@ class Page:
     def commands(self) -> str:
         header = ["command", "seeds", "processor minutes"]
         rows = [
-            [f"``{run['command']}``", ", ".join(map(str, run["seeds"])), f"{run['minutes']}"]
+            [
+                f"``python -m benchmarks paper.{name}``",
+                ", ".join(map(str, run["seeds"])),
+                f"{run['minutes']}",
+            ]
             for name, run in sorted(self.found.items())
             if name != "everything"
         ]

@@ -1,6 +1,6 @@
 """Table 3 of the paper in kind: the best ingredients removed; and fewer ingredients at all.
 
-    python benchmarks/paper/table_3.py [--folder zoos] [--kinds convnet vit] [--seeds ...]
+    python -m benchmarks paper.table_3 [--folder zoos] [--kinds convnet vit] [--seeds ...]
 
 Test accuracy of the best checkpoint, Greedy-Soup and MEHL-Soup+ without the n that score best on
 the held-out rows; and with the first n of the zoo, the curve of fine-tuning cost.
@@ -11,16 +11,16 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-import common
-import zoo
-
 from sksoup import BestCheckpoint, CheckpointCollection, GreedySoup, MEHLSoup
+
+from ..zoo import Zoo
+from . import common
 
 REMOVED = (0.0, 1 / 8, 1 / 4, 1 / 2)  # parts of the zoo
 KEPT = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 
 
-def measure(zoo: zoo.Zoo, seed: int) -> dict[str, Any]:
+def measure(zoo: Zoo, seed: int) -> dict[str, Any]:
     checkpoints, names = zoo.checkpoints, zoo.checkpoints.names
     K = len(names)
     with tempfile.TemporaryDirectory() as memory:
@@ -53,5 +53,10 @@ def measure(zoo: zoo.Zoo, seed: int) -> dict[str, Any]:
 
 EXPERIMENT = common.Experiment("table_3", measure, ["convnet", "vit"])
 
-if __name__ == "__main__":
+
+def main() -> None:
     common.main(EXPERIMENT, __doc__)
+
+
+if __name__ == "__main__":
+    main()

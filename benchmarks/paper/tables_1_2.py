@@ -1,6 +1,6 @@
 """Tables 1 and 2 of the paper in kind: all ten systems, what they reach and what they cost.
 
-    python benchmarks/paper/tables_1_2.py [--folder zoos] [--kinds ...] [--seeds 10 11 12 13 14]
+    python -m benchmarks paper.tables_1_2 [--folder zoos] [--kinds ...] [--seeds 10 11 12 13 14]
 
 Held-out and test accuracy, seconds of construction (a thread each, the machine is shared), passes
 over the held-out rows, and, with the first seed, the peak of live tensors beyond the module, in
@@ -12,21 +12,22 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import common
 import numpy as np
-import zoo
 
 from sksoup.inspection import compare_soups, paper_systems
+
+from ..zoo import SEEDS, Zoo
+from . import common
 
 LEARNED = ("Learned-Soup", "Learned-Soup+", "HL-Soup", "HL-Soup+", "MEHL-Soup", "MEHL-Soup+")
 EDGES = np.linspace(-1.0, 1.0, 41)  # of the histogram; the rest goes to the outer bins
 
 
-def measure(made: zoo.Zoo, seed: int) -> dict[str, Any]:
-    recipes = paper_systems(len(made.checkpoints), random_state=seed)
+def measure(zoo: Zoo, seed: int) -> dict[str, Any]:
+    recipes = paper_systems(len(zoo.checkpoints), random_state=seed)
     found = compare_soups(
-        made.checkpoints, *made.val, *made.test, recipes=recipes,
-        measure_memory=seed == zoo.SEEDS[0],
+        zoo.checkpoints, *zoo.val, *zoo.test, recipes=recipes,
+        measure_memory=seed == SEEDS[0],
     )  # fmt: skip
     systems = {}
     for result in found.results:
@@ -50,5 +51,10 @@ EXPERIMENT = common.Experiment(
     "tables_1_2", measure, ["text", "vit", "convnet", "resnet"], about={"edges": EDGES.tolist()}
 )
 
-if __name__ == "__main__":
+
+def main() -> None:
     common.main(EXPERIMENT, __doc__)
+
+
+if __name__ == "__main__":
+    main()

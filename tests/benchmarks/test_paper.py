@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import sys
 import warnings
 from pathlib import Path
 
@@ -14,18 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-PAPER = Path(__file__).parents[2] / "benchmarks" / "paper"
+from benchmarks import zoo
+from benchmarks.paper import clip_imagenet as clip
+from benchmarks.paper import common, page
+
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def scripts(monkeypatch):
-    """Import scripts of benchmarks/paper by name."""
-    monkeypatch.setattr(sys, "path", [str(PAPER), str(PAPER.parent), *sys.path])
-    return importlib.import_module
-
-
-def test_the_clip_experiment_runs_from_files_to_soups(scripts, tmp_path):
-    clip = scripts("clip_imagenet")
+def test_the_clip_experiment_runs_from_files_to_soups(tmp_path):
     argv = ["--try", str(tmp_path), "--small", "--max-epochs", "1", "--batch-size", "16",
             "--device", "cpu"]  # fmt: skip
     with warnings.catch_warnings():
@@ -40,9 +34,8 @@ def test_the_clip_experiment_runs_from_files_to_soups(scripts, tmp_path):
     assert (tmp_path / "out" / "Greedy-Soup.html").exists()
 
 
-def test_the_clip_tower_is_that_of_transformers(scripts):
+def test_the_clip_tower_is_that_of_transformers():
     transformers = pytest.importorskip("transformers")
-    clip = scripts("clip_imagenet")
     torch.manual_seed(0)
     ours = clip.ClipClassifier(**clip.SMALL).eval()
     config = transformers.CLIPVisionConfig(
@@ -77,10 +70,9 @@ def test_the_clip_tower_is_that_of_transformers(scripts):
     torch.testing.assert_close(ours.model.visual(images), expected)
 
 
-def test_images_are_cut_from_their_middle(scripts, tmp_path):
+def test_images_are_cut_from_their_middle(tmp_path):
     from PIL import Image
 
-    clip = scripts("clip_imagenet")
     pixels = np.zeros((40, 80, 3), np.uint8)
     pixels[:, 20:60] = 255  # what the middle square holds
     Image.fromarray(pixels).save(tmp_path / "wide.png")
@@ -90,16 +82,14 @@ def test_images_are_cut_from_their_middle(scripts, tmp_path):
     assert clip.decode(tmp_path / "wide.png", 64).shape == (3, 64, 64)  # enlarged
 
 
-def test_the_published_held_out_rows_are_those_flagged(scripts, tmp_path):
-    clip = scripts("clip_imagenet")
+def test_the_published_held_out_rows_are_those_flagged(tmp_path):
     np.save(tmp_path / "idxs.npy", np.array([0, 1, 0, 1.0]))
     assert clip.held_out_rows(np.zeros(4), tmp_path / "idxs.npy").tolist() == [1, 3]
     with pytest.raises(SystemExit, match=r"is for 4 images, found 5"):
         clip.held_out_rows(np.zeros(5), tmp_path / "idxs.npy")
 
 
-def test_experiments_share_zoos_and_go_on_where_they_were(scripts, tmp_path, monkeypatch):
-    common, zoo = scripts("common"), scripts("zoo")
+def test_experiments_share_zoos_and_go_on_where_they_were(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     made = []
@@ -120,6 +110,7 @@ def test_experiments_share_zoos_and_go_on_where_they_were(scripts, tmp_path, mon
     )
     assert first["results"] == {name: [{"seed": 1}, {"seed": 2}] for name in ("common", "own")}
     assert first["also"] == "said"
+    assert first["command"] == "python -m benchmarks paper.first"
     assert second["results"] == {"own": [{"seed": 2}]}
     del made[:]
     (options.folder / "measured" / "first" / "own-2.json").unlink()
@@ -127,20 +118,19 @@ def test_experiments_share_zoos_and_go_on_where_they_were(scripts, tmp_path, mon
     assert made == [("own", 2)]
 
 
-def test_the_page_is_made_from_the_results(scripts, tmp_path):
-    page = scripts("page")
-    text = page.Page(PAPER / "results").text()
-    assert text == (PAPER.parents[1] / "docs" / "paper.rst").read_text(encoding="utf-8")
+def test_the_page_is_made_from_the_results(tmp_path):
+    text = page.Page(common.RESULTS).text()
+    assert text == (ROOT / "docs" / "paper.rst").read_text(encoding="utf-8")
     assert "@" not in text
-    readme = (PAPER.parents[1] / "README.md").read_text(encoding="utf-8")
-    assert page.Page(PAPER / "results").readme() == readme
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert page.Page(common.RESULTS).readme() == readme
 
 
-def test_every_result_names_its_command_and_seeds(scripts):
-    zoo = scripts("zoo")
-    for path in (PAPER / "results").glob("*.json"):
+def test_every_result_names_its_command_and_seeds():
+    for path in common.RESULTS.glob("*.json"):
         found = json.loads(path.read_text())
-        assert (PAPER / found["command"].rpartition("/")[2]).exists()
+        assert path.stem in found["command"]
+        assert (common.RESULTS.parent / f"{path.stem}.py").exists()
         if path.stem == "defaults":
             assert found["seeds"] == list(zoo.DEVELOPMENT_SEEDS)
         else:

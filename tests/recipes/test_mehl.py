@@ -519,3 +519,30 @@ def test_held_out_rows_that_stay_on_the_host_give_the_same_bits(zoo: Zoo, monkey
     streamed = MEHLSoup(batch_size=16, random_state=0).fit(zoo.checkpoints, zoo.X, zoo.y)
     assert np.array_equal(streamed.coef_, resident.coef_)
     assert not [t for t in threading.enumerate() if t.name.startswith("sksoup-batches")]
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_the_weights_are_those_of_a_plain_script(zoo64: Zoo, layerwise):
+    """Algorithm 1 as `benchmarks.reference` writes it: loops over the models and parameters."""
+    from benchmarks import reference
+
+    soup = MEHLSoup(layerwise=layerwise, schedule="constant", batch_size=25, **PLAIN)
+    soup.fit(zoo64.checkpoints, zoo64.X, zoo64.y)
+    names = zoo64.checkpoints.names
+    order = [names.index(n) for r in soup.history_ if r["epoch"] == 0 for n in r["models"]]
+    expected = reference.mehl(
+        zoo64.checkpoints.build_module().eval(),
+        lambda k: zoo64.checkpoints[names[k]],
+        len(names),
+        torch.as_tensor(zoo64.X).double(),
+        torch.as_tensor(zoo64.y),
+        25,
+        b=PLAIN["model_batch_size"],
+        layerwise=layerwise,
+        lr=PLAIN["lr"],
+        max_epochs=PLAIN["max_epochs"],
+        order=order,
+        shuffle=False,
+    )
+    torch.testing.assert_close(soup.state_dict(), expected, rtol=0, atol=1e-8)
+    assert np.abs(soup.coef_ - 1 / len(names)).max() > 0.01  # it went somewhere
