@@ -23,8 +23,8 @@ from torch.optim import AdamW
 
 from sksoup import CheckpointCollection, MEHLSoup
 from sksoup.engine.deltas import ModelBatch
+from sksoup.engine.descent import Descent
 from sksoup.engine.objective import Objective
-from sksoup.recipes import mehl as mehl_module
 
 from . import zoo
 
@@ -110,7 +110,7 @@ def main() -> None:
         )  # fmt: skip
         soup.fit(collection.select(collection.names[:2]), X[:128], y[:128])  # warm up
         undo = [clock.wrap(*part) for part in PARTS]
-        undo.append(clock.wrap(mehl_module, "descend", "rest of the step"))
+        undo.append(clock.wrap(Descent, "run", "rest of the step"))
         undo.append(clock.wrap(ModelBatch, "load", "reading the model batches"))
         undo.append(clock.wrap(MEHLSoup, "fit", "rest of the fit: mean, mix, scores"))
         soup.fit(collection, X, y)

@@ -72,7 +72,7 @@ class SlowDisk:
 def search_seconds(fit: Callable[[], Any]) -> float:
     """Seconds of the search over model batches within a fit."""
     spent = 0.0
-    descend = MEHLSoup._descend
+    descend = MEHLSoup._block_coordinate_descent
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         nonlocal spent
@@ -81,7 +81,7 @@ def search_seconds(fit: Callable[[], Any]) -> float:
         spent += time.perf_counter() - begin
         return found
 
-    with patch.object(MEHLSoup, "_descend", timed):
+    with patch.object(MEHLSoup, "_block_coordinate_descent", timed):
         fit()
     return spent
 

@@ -23,14 +23,14 @@ from sklearn.base import clone
 
 from sksoup import CheckpointCollection, GreedySoup, MEHLSoup
 from sksoup.datasets import _digits
-from sksoup.runtime.cache import Memo
+from sksoup.runtime.cache import Cache
 
 from .networks import SmallViT
 from .zoo import fine_tune_vits, make_checkpoints, make_rows
 
 
 class Timed:
-    """Sums the seconds that `Memo` takes."""
+    """Sums the seconds that `Cache` takes."""
 
     def __init__(self) -> None:
         self.seconds, self.calls = 0.0, 0
@@ -62,7 +62,7 @@ def measure(name: str, soup: Any, turns: int, *args: Any) -> None:
             kept = clone(soup).set_params(memory=memory)
             plain = seconds(clone(soup), *args)
             names = ("find", "keep", "within")
-            patches = [patch.object(Memo, n, timed.wrap(getattr(Memo, n))) for n in names]
+            patches = [patch.object(Cache, n, timed.wrap(getattr(Cache, n))) for n in names]
             for one in patches:
                 one.start()
             whole = seconds(kept, *args)

@@ -17,9 +17,11 @@ from tqdm import tqdm
 
 from . import __version__
 from .checkpoints.collection import CheckpointCollection
-from .checkpoints.describe import UNRELATED
-from .checkpoints.read import SUFFIXES, Read
-from .checkpoints.sources import PREFIXES, find_checkpoints
+from .checkpoints.health import UNRELATED
+from .checkpoints.prefixes import PREFIXES
+from .checkpoints.protocol import Read
+from .checkpoints.read import SUFFIXES
+from .checkpoints.sources import find_checkpoints
 from .exceptions import CheckpointError, RecipeError
 from .mixing.recipe import Recipe
 

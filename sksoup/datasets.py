@@ -16,9 +16,9 @@ from sklearn.datasets import get_data_home, load_digits
 from torch import nn
 
 from .checkpoints.collection import CheckpointCollection
-from .checkpoints.read import write_safetensors, write_text
-from .checkpoints.sources import preserved_random_state
+from .checkpoints.write import write_safetensors, write_text
 from .exceptions import CheckpointError
+from .runtime.random_state import preserved_random_state
 
 __all__ = ["DigitsConvNet", "DigitsZoo", "FineTuning", "make_digits_checkpoints"]
 

@@ -66,7 +66,6 @@ def descent_reference(
     batch_size: int,
     schedule: str = "constant",
     scale: torch.Tensor | None = None,
-    clip: float | None = None,
 ) -> np.ndarray:
     """Autograd through the graph over all K models; parameters only, rows in order.
 
@@ -94,8 +93,6 @@ def descent_reference(
             loss = torch.nn.functional.cross_entropy(output, y[start : start + batch_size])
             optimizer.zero_grad()
             loss.backward()
-            if clip is not None:
-                torch.nn.utils.clip_grad_norm_(leaves, clip)
             optimizer.step()
             step += 1
     return coef_of().detach().numpy()

@@ -5,8 +5,7 @@ from __future__ import annotations
 # [recipe]
 import numpy as np
 
-from sksoup.engine.problem import Found, Problem, rank
-from sksoup.recipes.base import BaseSoup
+from sksoup.base import BaseSoup, Found, Problem, rank_checkpoints
 
 
 class TopSoup(BaseSoup):
@@ -23,7 +22,7 @@ class TopSoup(BaseSoup):
 
     def _search(self, problem: Problem) -> Found:
         with problem.progress("evaluation", len(problem.checkpoints)) as step:
-            scores = rank(problem, step).scores
+            scores = rank_checkpoints(problem, step).scores
         best = sorted(scores, key=scores.get, reverse=True)[: self.n]
         coef = np.array([[(name in best) / self.n for name in problem.checkpoints]])
         return Found(coef, attributes={"ingredients_": tuple(best)})

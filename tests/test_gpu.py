@@ -67,7 +67,7 @@ def test_autocast_stays_close_and_keeps_the_soup_in_float32(files, zoo: Zoo):
 
 def test_held_out_rows_that_do_not_fit_are_streamed(files, zoo: Zoo, monkeypatch):
     plain = clone(MEHL).fit(files, zoo.X, zoo.y)
-    monkeypatch.setattr("sksoup.recipes.base.fits", lambda rows, device: False)
+    monkeypatch.setattr("sksoup.recipes.validation.fits", lambda rows, device: False)
     soup = clone(MEHL).fit(files, zoo.X, zoo.y)
     assert np.array_equal(soup.coef_, plain.coef_)
 

@@ -5,41 +5,29 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import reduce
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from ..exceptions import CheckpointError
-from .describe import CheckpointSummary, CollectionSummary, describe, sample, strangers_among
-from .read import (
-    Read,
-    TensorInfo,
-    write_safetensors,
-)
-from .sources import (
-    Checkpoint,
-    FileCheckpoint,
-    MemoryCheckpoint,
-    ModuleSource,
-    content_sha256,
-    default_names,
-    drop_prefixes,
-    find_architecture,
-    find_checkpoints,
-    fit_names,
-    open_source,
-    preserved_random_state,
-    take_prefix,
-)
+from ..runtime.random_state import preserved_random_state
+from .agreement import check_names, check_scores, common_layout, named
+from .architecture import ModuleSource, find_architecture
+from .describe import CollectionSummary, describe
+from .health import Health
+from .in_memory import content_sha256
+from .prefixes import drop_prefixes, fit_names, take_prefix
+from .protocol import Entry, Read, TensorInfo
+from .sources import default_names, find_checkpoints, open_source
+from .write import write_safetensors
 
-__all__ = ["CheckpointCollection", "CheckpointSummary", "CollectionSummary"]
+__all__ = ["CheckpointCollection"]
 
 
 class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
@@ -133,24 +121,19 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             module = checkpoints.module if module is None else module
             scores = checkpoints.scores if scores is None and names is None else scores
             checkpoints = checkpoints._entries
-        given, names = _named(checkpoints, names)
+        given, names = named(checkpoints, names)
         self.module = find_architecture(given, module)
         entries = [open_source(item, index, key) for index, item in enumerate(given)]
         if prefix is None:
-            drop_prefixes(entries, self.module)
+            entries = drop_prefixes(entries, self.module)
         else:
-            take_prefix(entries, prefix)
+            entries = take_prefix(entries, prefix)
         self.names: tuple[str, ...] = tuple(names) if names is not None else default_names(entries)
-        _check_names(self.names, len(entries))
-        self._entries: dict[str, Checkpoint] = dict(zip(self.names, entries, strict=True))
-        self.layout: dict[str, TensorInfo] = _common_layout(self._entries)
-        self.scores = _check_scores(scores, self.names)
-        # per tensor: the checkpoints it was read from and passed; Inf must be equal everywhere
-        self._finite: dict[str, set[str]] = {tensor: set() for tensor in self.layout}
-        self._infinite: dict[str, tuple[str, torch.Tensor]] = {}
-        self._samples: dict[str, dict[str, NDArray[np.float64]]] = {}
-        self._hashes: dict[str, str] = {}
-        self._hashing: dict[str, Future[str]] = {}
+        check_names(self.names, len(entries))
+        self._entries: dict[str, Entry] = dict(zip(self.names, entries, strict=True))
+        self.layout: dict[str, TensorInfo] = common_layout(self._entries)
+        self.scores = check_scores(scores, self.names)
+        self._health = Health()
 
     @classmethod
     def from_path(
@@ -217,13 +200,33 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             self.n_threads_of_parent = torch.get_num_threads()
         return self
 
+    @contextmanager
+    def threads_of_parent(self) -> Iterator[None]:
+        """Compute with the threads of the process that sent this collection, in a worker.
+
+        joblib gives its workers fewer, which would change the last bits of sums. (Soups are cloned
+        on the way, collections are not.)
+
+        Yields
+        ------
+        None
+            torch's number of threads is that of the parent, where there is one.
+        """
+        n, wanted = torch.get_num_threads(), getattr(self, "n_threads_of_parent", None)
+        if wanted is None or multiprocessing.parent_process() is None:
+            yield
+            return
+        torch.set_num_threads(wanted)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(n)
+
     def __getstate__(self) -> dict[str, Any]:
-        unread: dict[str, Any] = {tensor: set() for tensor in self.layout}
-        memos = {"_hashing": {}, "_finite": unread, "_infinite": {}, "_samples": {}}
-        return {**self.__dict__, **memos}
+        return {**self.__dict__, "_health": Health()}
 
     def __repr__(self) -> str:
-        files = sum(isinstance(entry, FileCheckpoint) for entry in self._entries.values())
+        files = sum(entry.checkpoint.path is not None for entry in self._entries.values())
         where = (
             "on disk" if files == len(self) else "in memory" if files == 0 else f"{files} on disk"
         )
@@ -257,11 +260,12 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             The file changed or can't be read, or a tensor holds NaN or Inf.
         """
         entry = self._entries[name]
-        with entry.open() as read_unchecked:
+        with entry.checkpoint.open() as read_unchecked:
 
             def read(tensor: str) -> torch.Tensor:
-                value = read_unchecked(tensor)
-                self._check_finite(name, tensor, value)
+                value = read_unchecked(entry.prefix + tensor)
+                if (bad := self._health.see(name, tensor, value)) is not None:
+                    raise self._not_finite(bad, tensor)
                 return value
 
             yield read
@@ -274,9 +278,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         name : str
             Name of the checkpoint; one in memory is warm already.
         """
-        entry = self._entries[name]
-        if isinstance(entry, FileCheckpoint):
-            entry.weights.warm()
+        self._entries[name].checkpoint.warm()
 
     def check(self) -> None:
         """Read every tensor that has not been read yet and raise where one is not finite.
@@ -287,32 +289,10 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             As `open`, naming file and tensor.
         """
         for name in self.names:
-            unread = [tensor for tensor in self.layout if name not in self._finite[tensor]]
-            if unread:
+            if unread := self._health.unread(name, self.layout):
                 with self.open(name) as read:
                     for tensor in unread:
                         read(tensor)
-
-    def _check_finite(self, name: str, tensor: str, value: torch.Tensor) -> None:
-        """Refuse NaN anywhere, and Inf unless the tensor is the same in every checkpoint."""
-        seen = self._finite[tensor]
-        if name in seen:
-            return
-        if value.is_floating_point() and value.numel():
-            # two numbers per tensor: NaN propagates into both
-            low, high = torch.aminmax(value if value.dtype.itemsize > 1 else value.float())
-            infinite = bool(torch.isinf(low) | torch.isinf(high))
-            if value.ndim > 1:
-                self._samples.setdefault(name, {})[tensor] = sample(value)
-            if bool(torch.isnan(low) | torch.isnan(high)):
-                raise self._not_finite(name, tensor)
-            if infinite and not seen:
-                self._infinite[tensor] = (name, value.clone())
-            elif infinite or tensor in self._infinite:
-                first, constant = self._infinite.get(tensor, (name, None))
-                if constant is None or not torch.equal(constant, value):
-                    raise self._not_finite(name if infinite else first, tensor)
-        seen.add(name)
 
     def strangers(self, names: Iterable[str]) -> list[str]:
         """Tell which of these checkpoints point elsewhere than the others, from what was read.
@@ -328,9 +308,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             Those whose cosine to the mean of the others, on a few numbers of each matrix, is below
             0.5. `describe` compares all numbers.
         """
-        read = {name: self._samples[name] for name in names if name in self._samples}
-        shared = [t for t in self.layout if read and all(t in s for s in read.values())]
-        return strangers_among({name: [s[t] for t in shared] for name, s in read.items()})
+        return self._health.strangers(names, self.layout)
 
     def describe(self) -> CollectionSummary:
         """Compare the checkpoints: distances, directions, duplicates, frozen parts, a verdict.
@@ -392,7 +370,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
                 f"{len(self)}: it holds {', '.join(map(repr, self.names[:5]))}"
                 f"{', ...' if len(self) > 5 else ''}."
             )
-        _check_names(tuple(chosen), len(chosen))
+        check_names(tuple(chosen), len(chosen))
         return self._with({name: self._entries[name] for name in chosen})
 
     def _named_as(self, tensors: Iterable[str]) -> Self:
@@ -400,34 +378,26 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         wanted = set(tensors)
         if self.layout.keys() == wanted:
             return self
-        entries = {name: copy.copy(entry) for name, entry in self._entries.items()}
-        for entry in entries.values():
-            entry.strip("")
-        fit_names(list(entries.values()), wanted)
-        return self._with(entries)
+        fitting = fit_names(list(self._entries.values()), wanted)
+        return self._with(dict(zip(self.names, fitting, strict=True)))
 
     def _aliased(self, names: Mapping[str, str]) -> Self:
         """Some of the checkpoints by other names, one perhaps by several."""
-        part = copy.copy(self)
-        part.scores, part._hashes, part._hashing = None, {}, {}
-        return part._with({new: self._entries[old] for new, old in names.items()})
+        return self._with({new: self._entries[old] for new, old in names.items()})
 
     def _key(self, name: str) -> str | None:
         """Which state dict of its container a checkpoint is, where that was said."""
-        return getattr(self._entries[name], "key", None)
+        return self._entries[name].checkpoint.key
 
-    def _with(self, entries: dict[str, Checkpoint]) -> Self:
+    def _with(self, entries: dict[str, Entry]) -> Self:
         """Some of the checkpoints, or the same under other names of their tensors."""
-        part, chosen = copy.copy(self), tuple(entries)
-        part.names = chosen
-        part._entries = entries
-        part.layout = _common_layout(part._entries)
-        part.scores = None if self.scores is None else {n: self.scores[n] for n in chosen}
-        part._finite = {tensor: set() for tensor in part.layout}
-        part._infinite = {}
-        part._samples = {}
-        part._hashes = {n: self._hashes[n] for n in chosen if n in self._hashes}
-        part._hashing = {n: self._hashing[n] for n in chosen if n in self._hashing}
+        part = copy.copy(self)
+        part.names, part._entries = tuple(entries), entries
+        part.layout = common_layout(entries)
+        if self.scores is not None:
+            known = {name: score for name, score in self.scores.items() if name in entries}
+            part.scores = known if len(known) == len(entries) else None
+        part._health = Health()
         return part
 
     def drop(self, names: str | Iterable[str]) -> CheckpointCollection:
@@ -529,21 +499,30 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             Sizes, modification times and inodes of its files; the SHA-256 of one in memory.
         """
         entry = self._entries[name]
-        return entry.identity() if isinstance(entry, FileCheckpoint) else (self.sha256(name),)
+        return (entry.prefix, *entry.checkpoint.identity())
 
-    def start_hashing(self) -> None:
-        """Begin to hash the files in one background thread, while the search reads them."""
-        missing = [n for n in self.names if n not in self._hashes and n not in self._hashing]
-        if missing:
-            executor = ThreadPoolExecutor(1, thread_name_prefix="sksoup-sha256")
-            self._hashing.update({n: executor.submit(self._entries[n].sha256) for n in missing})
-            executor.shutdown(wait=False)
+    @contextmanager
+    def hashing(self) -> Iterator[None]:
+        """Hash the checkpoints in a background thread, for as long as the context lasts.
 
-    def stop_hashing(self) -> None:
-        """Hash no more files than the one that is being read; `sha256` does when asked."""
-        for name, pending in list(self._hashing.items()):
-            if pending.cancel():
-                self._hashing.pop(name, None)
+        Yields
+        ------
+        None
+            `sha256` of what the thread has hashed is known.
+        """
+        stop = threading.Event()
+
+        def run() -> None:
+            for entry in self._entries.values():
+                with suppress(Exception):  # which is raised where the digest is asked for
+                    if not stop.is_set():
+                        entry.checkpoint.sha256(entry.prefix)
+
+        threading.Thread(target=run, name="sksoup-sha256", daemon=True).start()
+        try:
+            yield
+        finally:
+            stop.set()
 
     def sha256(self, name: str) -> str:
         """Return the SHA-256 of a checkpoint: of its file, else of its names and values.
@@ -558,13 +537,8 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         digest : str
             64 hexadecimal digits, computed once.
         """
-        if name not in self._hashes:
-            pending = self._hashing.pop(name, None)
-            with suppress(CancelledError):
-                self._hashes[name] = pending.result() if pending else self._entries[name].sha256()
-        if name not in self._hashes:
-            self._hashes[name] = self._entries[name].sha256()
-        return self._hashes[name]
+        entry = self._entries[name]
+        return entry.checkpoint.sha256(entry.prefix)
 
     def content_sha256(self, name: str) -> str:
         """Return the SHA-256 of a checkpoint's names, dtypes, shapes and values.
@@ -581,6 +555,25 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         """
         return content_sha256(self._entries[name])
 
+    def dtypes(self, names: Iterable[str]) -> dict[str, torch.dtype]:
+        """Return the dtype that every tensor has in a mix of some of the checkpoints.
+
+        Parameters
+        ----------
+        names : iterable of str
+            Names of checkpoints.
+
+        Returns
+        -------
+        dtypes : dict of str to torch.dtype
+            Promoted over these checkpoints.
+        """
+        headers = [self._entries[name].header for name in names]
+        return {
+            tensor: reduce(torch.promote_types, (header[tensor].dtype for header in headers))
+            for tensor in self.layout
+        }
+
     def held_tensors(self) -> Iterator[torch.Tensor]:
         """Walk the tensors that live in this collection itself, in no file.
 
@@ -590,8 +583,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             Not a copy: never write to it.
         """
         for entry in self._entries.values():
-            if isinstance(entry, MemoryCheckpoint):
-                yield from entry.tensors.values()
+            yield from entry.checkpoint.held_tensors()
 
     def path(self, name: str) -> Path | None:
         """Return the file of a checkpoint, or None when it lives in memory.
@@ -606,119 +598,4 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         path : Path or None
             Absolute.
         """
-        entry = self._entries[name]
-        return entry.path if isinstance(entry, FileCheckpoint) else None
-
-
-def _named(
-    checkpoints: Iterable[Any] | Mapping[str, Any], names: Sequence[str] | None
-) -> tuple[list[Any], Sequence[str] | None]:
-    """Split what the user gave into items and names; refuse what is one checkpoint, not many."""
-    if isinstance(checkpoints, (str, os.PathLike)):
-        raise TypeError(
-            f"checkpoints={os.fspath(checkpoints)!r} is one path, expected several checkpoints. "
-            f"For a folder or a pattern write CheckpointCollection.from_path(...)."
-        )
-    if isinstance(checkpoints, nn.Module):
-        raise TypeError("checkpoints is one module, expected several: put them in a list.")
-    if isinstance(checkpoints, Mapping):
-        if any(isinstance(value, torch.Tensor) for value in checkpoints.values()):
-            raise TypeError("checkpoints is one state dict, expected several: put them in a list.")
-        names = tuple(checkpoints) if names is None else names
-        items = list(checkpoints.values())
-    elif isinstance(checkpoints, Iterable):
-        items = list(checkpoints)
-    else:
-        raise TypeError(
-            f"checkpoints must be paths, modules or state dicts, got {type(checkpoints).__name__}."
-        )
-    if not items:
-        raise CheckpointError("No checkpoints: expected at least one path, module or state dict.")
-    return items, names
-
-
-def _check_names(names: Sequence[str], n_checkpoints: int) -> None:
-    if len(names) != n_checkpoints:
-        raise ValueError(f"names has {len(names)} entries, expected {n_checkpoints}, one each.")
-    wrong = next((name for name in names if not isinstance(name, str) or not name), None)
-    if wrong is not None:
-        raise TypeError(f"names must be non-empty strings, got {wrong!r}.")
-    repeated = next((name for name in names if list(names).count(name) > 1), None)
-    if repeated is not None:
-        raise ValueError(f"names must be unique, got {repeated!r} more than once.")
-    if not names:
-        raise CheckpointError("No checkpoints are left: expected at least one.")
-
-
-def _check_scores(
-    scores: Mapping[str, float] | None, names: Sequence[str]
-) -> dict[str, float] | None:
-    if scores is None:
-        return None
-    missing = [name for name in names if name not in scores]
-    if missing:
-        raise ValueError(
-            f"scores lacks {', '.join(map(repr, missing[:5]))} ({len(missing)} of {len(names)}); "
-            f"give every checkpoint one, or none."
-        )
-    known = {name: float(scores[name]) for name in names}
-    bad = next((name for name, score in known.items() if not np.isfinite(score)), None)
-    if bad is not None:
-        raise ValueError(f"scores[{bad!r}] is {known[bad]}, expected a finite number.")
-    return known
-
-
-def _common_layout(entries: Mapping[str, Checkpoint]) -> dict[str, TensorInfo]:
-    """The tensors that all checkpoints share, with promoted dtypes; raise where they differ."""
-    first = next(iter(entries.values()))
-    layout = dict(first.header)
-    for tensor, info in layout.items():
-        if info.dtype.is_complex:
-            raise CheckpointError(
-                f"{first!r} can't be used: {tensor!r} is complex, expected floating or integer."
-            )
-    for name, entry in list(entries.items())[1:]:
-        _check_same_keys(name, entry, first)
-        for tensor, info in entry.header.items():
-            expected = layout[tensor]
-            if info == expected:
-                continue
-            if info.shape != expected.shape:
-                raise CheckpointError(
-                    f"{entry!r} cannot join this collection: {tensor!r} has shape {info.shape}, "
-                    f"expected {expected.shape} as in {first!r}. All checkpoints must share one "
-                    f"architecture; leave {name!r} out."
-                )
-            if info.is_floating != expected.is_floating or info.dtype.is_complex:
-                raise CheckpointError(
-                    f"{entry!r} cannot join this collection: {tensor!r} has dtype {info.dtype}, "
-                    f"expected a {'floating' if expected.is_floating else 'integer'} one as in "
-                    f"{first!r} ({expected.dtype}); leave {name!r} out."
-                )
-            try:
-                promoted = torch.promote_types(info.dtype, expected.dtype)
-            except RuntimeError as error:  # float8 and unsigned integers promote to nothing
-                raise CheckpointError(
-                    f"{entry!r} cannot join this collection: {tensor!r} has dtype {info.dtype}, "
-                    f"which torch can't mix with {expected.dtype} as in {first!r}. Convert one of "
-                    f"them, or leave {name!r} out."
-                ) from error
-            layout[tensor] = TensorInfo(info.shape, promoted)
-    return layout
-
-
-def _check_same_keys(name: str, entry: Checkpoint, first: Checkpoint) -> None:
-    if entry.header.keys() == first.header.keys():
-        return
-    lacking = [tensor for tensor in first.header if tensor not in entry.header]
-    extra = [tensor for tensor in entry.header if tensor not in first.header]
-    differences = [
-        f"it {verb} {', '.join(map(repr, keys[:5]))}"
-        + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-        for verb, keys in (("lacks", lacking), ("adds", extra))
-        if keys
-    ]
-    raise CheckpointError(
-        f"{entry!r} cannot join this collection: {' and '.join(differences)}, compared with "
-        f"{first!r}. All checkpoints must share one architecture; leave {name!r} out."
-    )
+        return self._entries[name].checkpoint.path

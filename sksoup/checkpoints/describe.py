@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from ..runtime.fingerprint import tensor_bytes
 from ..tables import Table
-from .read import Read, TensorInfo
-
-UNRELATED = 0.5  # cosine to the others below which two networks hardly share a start
-SAMPLE = 64  # numbers kept of each tensor
+from .health import UNRELATED
+from .protocol import Read, TensorInfo
 
 
 class Openable(Protocol):
@@ -215,8 +212,7 @@ def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _digest(value: torch.Tensor) -> bytes:
-    data = value.contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.blake2b(data.tobytes(), digest_size=16).digest()
+    return hashlib.sha256(tensor_bytes(value)).digest()
 
 
 def _cosine(K: int, square: float, product: float, center: float) -> float:
@@ -271,28 +267,3 @@ def judge(strangers: Sequence[str], n: int) -> str:
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(map(repr, names[:5])) + more
-
-
-def sample(value: torch.Tensor) -> NDArray[np.float64]:
-    """A few numbers of a matrix, evenly spread: enough to tell directions apart."""
-    flat = value.flatten()
-    step = max(1, len(flat) // SAMPLE)
-    return flat[::step][:SAMPLE].double().numpy().copy()
-
-
-def strangers_among(samples: Mapping[str, Iterable[NDArray[np.float64]]]) -> list[str]:
-    """Names of checkpoints whose sampled weights point elsewhere than the mean of the others.
-
-    Numbers that are the same everywhere say nothing; with too few others nothing is said.
-    """
-    names = list(samples)
-    if len(names) < 2:
-        return []
-    S = np.stack([np.concatenate([*samples[name], np.empty(0)]) for name in names])  # (K, n)
-    S = S[:, (S[0] != S).any(axis=0)]
-    if S.shape[1] < SAMPLE:
-        return []
-    others = (S.sum(axis=0) - S) / (len(names) - 1)
-    lengths = np.linalg.norm(S, axis=1) * np.linalg.norm(others, axis=1)
-    cosines = (S * others).sum(axis=1) / np.where(lengths > 0, lengths, 1)
-    return [name for name, cosine in zip(names, cosines, strict=True) if cosine < UNRELATED]

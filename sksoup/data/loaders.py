@@ -11,26 +11,19 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import (
     DataLoader,
-    Dataset,
     RandomSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
     default_collate,
 )
 
-from ..checkpoints.sources import preserved_random_state
 from ..runtime.memory import free_bytes
+from ..runtime.random_state import preserved_random_state
 from .rows import map_inputs, n_rows, parts_of
 
 LABELS = ("labels", "label", "targets", "target", "y")  # keys that hold targets
 SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 ROWS = 256  # of a data set at a time
-
-
-def is_loader(X: Any) -> bool:
-    """Whether rows have to be asked for: a Dataset, a DataLoader, an iterator of batches."""
-    is_hub = hasattr(X, "with_format") and hasattr(X, "column_names")  # datasets.Dataset
-    return isinstance(X, (Dataset, DataLoader, Iterator)) or is_hub
 
 
 def as_batches(X: Any, y: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Held-out data on a device, in minibatches; labels <-> module outputs."""
+"""Rows: one input or several, on a device, in minibatches."""
 
 from __future__ import annotations
 
@@ -6,29 +6,17 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from torch.utils.data import DataLoader, Dataset
 
-from ..runtime.distributed import n_ranks
+from ..runtime.distributed import world_size
 from ..runtime.memory import free_bytes
-
-Task: TypeAlias = Literal["classification", "regression", "multilabel"]
-TASKS = ("classification", "regression", "multilabel")
-
 
 # what a module is fed: f(X), f(**X) or f(*X)
 Inputs: TypeAlias = torch.Tensor | dict[str, torch.Tensor] | tuple[torch.Tensor, ...]
-
-
-IGNORED = -100  # a label that is left out, as in torch's criteria
-
-
-def is_dense(y: Any) -> bool:
-    """Whether there are labels at several positions of a row: of pixels, of tokens."""
-    return bool(y.ndim > 1 and y.shape[1:] != (1,))
 
 
 def is_multiple(X: Any) -> bool:
@@ -36,6 +24,12 @@ def is_multiple(X: Any) -> bool:
     if isinstance(X, Mapping):
         return all(isinstance(name, str) for name in X)
     return isinstance(X, tuple) and all(hasattr(part, "shape") for part in X)
+
+
+def is_loader(X: Any) -> bool:
+    """Whether rows have to be asked for: a Dataset, a DataLoader, an iterator of batches."""
+    is_hub = hasattr(X, "with_format") and hasattr(X, "column_names")  # datasets.Dataset
+    return isinstance(X, (Dataset, DataLoader, Iterator)) or is_hub
 
 
 def map_inputs(function: Callable[[Any], Any], X: Any) -> Any:
@@ -62,20 +56,6 @@ def take_rows(X: Any, rows: torch.Tensor) -> Any:
     return map_inputs(lambda part: part[rows.to(part.device)], X)
 
 
-def take(X: Inputs, rows: slice | torch.Tensor) -> Inputs:
-    """Some rows of tensors, copied: a module may write into what it is fed."""
-    is_view = isinstance(rows, slice)
-    copied: Inputs = map_inputs(lambda part: part[rows].clone() if is_view else part[rows], X)
-    return copied
-
-
-def amounts(weight: torch.Tensor | None, counted: torch.Tensor | None) -> torch.Tensor | None:
-    """How much each row counts: its weight times its positions that have a label."""
-    if weight is None or counted is None:
-        return counted if weight is None else weight
-    return weight * counted
-
-
 @dataclass(frozen=True)
 class Batch:
     """A few rows: inputs (n, ...), targets (n, ...), weights (n,) or None.
@@ -88,20 +68,16 @@ class Batch:
     y: torch.Tensor
     weight: torch.Tensor | None
     counted: torch.Tensor | None  # (n,), as in `HeldOut`
+    amounts: torch.Tensor | None  # (n,), how much a row counts; None where all are equal
     total: torch.Tensor | int  # amount of the whole minibatch, over all ranks
 
     def __len__(self) -> int:
-        return n_rows(self.X)
-
-    @property
-    def amounts(self) -> torch.Tensor | None:
-        """(n,): how much a row counts, or None where all are equal."""
-        return amounts(self.weight, self.counted)
+        return len(self.y)
 
     @property
     def amount(self) -> torch.Tensor | int:
         """How much these rows count: their number, where all are equal."""
-        return len(self) if self.amounts is None else self.amounts.sum()
+        return len(self.y) if self.amounts is None else self.amounts.sum()
 
 
 @dataclass(frozen=True)
@@ -116,11 +92,13 @@ class HeldOut:
 
     @property
     def amounts(self) -> torch.Tensor | None:
-        """(N,): how much a row counts, or None where all are equal."""
-        return amounts(self.weight, self.counted)
+        """(N,): weight times positions with a label of every row; None where all are equal."""
+        if self.weight is None or self.counted is None:
+            return self.counted if self.weight is None else self.weight
+        return self.weight * self.counted
 
     def __len__(self) -> int:
-        return n_rows(self.X)
+        return len(self.y)
 
     @property
     def nbytes(self) -> int:
@@ -140,7 +118,7 @@ class HeldOut:
 
     def n_batches(self, batch_size: int | None, together: int = 1) -> int:
         """Steps of one walk over the rows, ``together`` minibatches each."""
-        batches = 1 if batch_size is None else -(-len(self) // batch_size)
+        batches = 1 if batch_size is None else -(-len(self.y) // batch_size)
         return -(-batches // together)
 
     def batches(
@@ -153,20 +131,24 @@ class HeldOut:
 
         ``part`` tells which of a minibatch's n rows are wanted: this rank's.
         """
-        n, amounts = len(self), self.amounts  # computed once
+        n, amounts = len(self.y), self.amounts  # computed once
         size = n if batch_size is None else min(batch_size, n)
         order = None if generator is None else torch.randperm(n, generator=generator)
         if order is not None and not self.is_streamed:
             order = order.to(self.y.device)
 
+        mine = {many: part(many) for many in {size, n % size or size}}
+
         def batch(start: int) -> Batch:
             stop = min(start + size, n)
-            first, last, _ = part(stop - start).indices(stop - start)
+            first, last, _ = mine[min(size, n - start)].indices(stop - start)
             rows: Any = slice(start + first, start + last)
             whole: Any = slice(start, stop)
             if order is not None:
                 rows, whole = order[rows], order[whole]
-            X = take(self.X, rows)
+            # copied, as a module may write into what it is fed
+            is_view = order is None
+            X = map_inputs(lambda part: part[rows].clone() if is_view else part[rows], self.X)
             if self.is_streamed:
                 X = map_inputs(self._move, X)
             if order is not None:
@@ -174,7 +156,8 @@ class HeldOut:
             weight = None if self.weight is None else self.weight[rows]
             counted = None if self.counted is None else self.counted[rows]
             total = stop - start if amounts is None else amounts[whole].sum()
-            return Batch(X, self.y[rows], weight, counted, total)
+            each = None if amounts is None else amounts[rows]
+            return Batch(X, self.y[rows], weight, counted, each, total)
 
         starts = range(0, n, size)
         yield from one_ahead(batch, starts) if self.is_streamed else map(batch, starts)
@@ -198,7 +181,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if device != "auto":
         return torch.device(device)
     if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", 0)) if n_ranks() > 1 else None
+        local = int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else None
         return torch.device("cuda" if local is None else f"cuda:{local}")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
@@ -223,68 +206,6 @@ def to_inputs(X: Any, dtype: torch.dtype, device: torch.device) -> Inputs:
 
 def fits(X: Inputs, device: torch.device) -> bool:
     """Whether inputs may live on the device for a whole fit: at most a quarter of what is free."""
-    nbytes = sum(part.nbytes for part in parts_of(X))
-    return device.type == "cpu" or 4 * nbytes <= free_bytes(device)
-
-
-def resolve_classes(y: NDArray[Any], n_outputs: int, classes: ArrayLike | None) -> NDArray[Any]:
-    """Labels in output order; a held-out fold that lacks a label must not shift the columns."""
-    present = np.unique(y)
-    if classes is not None:
-        known = np.asarray(classes)
-        if known.ndim != 1 or len(np.unique(known)) != n_outputs or len(known) != n_outputs:
-            raise ValueError(
-                f"classes must be {n_outputs} distinct labels, one per output of the module, got "
-                f"{_some(known)}."
-            )
-        unknown = np.setdiff1d(present, known)
-        if len(unknown):
-            raise ValueError(f"y holds labels that are not in classes: {_some(unknown)}.")
-        return known
-    if len(present) == n_outputs:
-        return present
-    if np.issubdtype(present.dtype, np.integer) and present[0] >= 0 and present[-1] < n_outputs:
-        return np.arange(n_outputs)
-    raise ValueError(
-        f"y can't be matched to the module's outputs: got {len(present)} distinct labels "
-        f"({_some(present)}) for {n_outputs} outputs, expected {n_outputs} labels or integers in "
-        f"[0, {n_outputs}). Give the labels in output order: classes=[...]."
-    )
-
-
-def encode_targets(
-    y: NDArray[Any],
-    task: Task,
-    classes: NDArray[Any] | None,
-    n_outputs: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    ignored: int = IGNORED,
-) -> torch.Tensor:
-    """Targets as the criterion wants them: class indices (N, ...), else floats (N, n_outputs).
-
-    Positions to leave out become ``ignored``, the criterion's number for them.
-    """
-    if task == "classification":
-        if classes is None:
-            raise TypeError("classification needs classes")
-        order = np.argsort(classes)
-        where = np.searchsorted(classes, y, sorter=order)
-        if is_dense(y):
-            where = np.where(y == IGNORED, 0, where)
-            return to_tensor(np.where(y == IGNORED, ignored, order[where])).to(device)
-        return torch.as_tensor(order[where]).to(device)
-    targets = to_tensor(np.asarray(y, dtype=np.float64)).reshape(len(y), -1)
-    if targets.shape[1] != n_outputs:
-        raise ValueError(
-            f"y has {targets.shape[1]} targets per row, expected {n_outputs}, one per output of "
-            f"the module."
-        )
-    if task == "multilabel" and not bool(((targets == 0) | (targets == 1)).all()):
-        raise ValueError("y must hold only 0 and 1 for task='multilabel'.")
-    return targets.to(device, dtype)
-
-
-def _some(values: NDArray[Any]) -> str:
-    shown = ", ".join(repr(value) for value in values[:5].tolist())
-    return shown + (f" and {len(values) - 5} more" if len(values) > 5 else "")
+    if device.type == "cpu":
+        return True
+    return 4 * sum(int(part.nbytes) for part in parts_of(X)) <= free_bytes(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 
 from ..data.rows import HeldOut
-from .objective import Objective
+from .objective import Objective, load_weights
+from .problem import Problem
 
 BatchNormPolicy: TypeAlias = Literal["average", "recalibrate", "auto"]
 POLICIES = ("average", "recalibrate", "auto")
@@ -53,8 +55,7 @@ def recalibrate(objective: Objective, data: HeldOut, batch_size: int | None) -> 
             layer.reset_running_stats()
         for batch in data.batches(batch_size, torch.Generator().manual_seed(0)):
             if len(batch) > 1:  # one row has no variance
-                objective.run(batch.X)
-                objective.counts.rows_recalibrated += len(batch)
+                objective.forward(batch.X, recalibrating=True)
 
 
 @contextmanager
@@ -89,3 +90,36 @@ def check_rows(module: nn.Module, n_rows: int, batch_size: int | None) -> None:
             f"row does not have: {n_rows} rows in minibatches of {size} leave one alone. Change "
             f"batch_size."
         )
+
+
+def check_policy(problem: Problem, batch_size: int | None) -> None:
+    """Refuse rows from which ``batch_norm="recalibrate"`` can't measure variances."""
+    if statistics(problem.objective.module) and not can_recalibrate(len(problem.data), batch_size):
+        raise ValueError(
+            f"batch_norm='recalibrate' measures the variance of minibatches, and those of "
+            f"{len(problem.data)} rows with batch_size={batch_size} have one row each. Give more "
+            f"rows, a larger batch_size, or batch_norm='average'."
+        )
+
+
+def settle(problem: Problem, policy: BatchNormPolicy, batch_size: int | None) -> tuple[str, ...]:
+    """Re-estimate the soup's statistics, or keep the mixed ones; gives the tensors that changed."""
+    module, names = problem.objective.module, statistics(problem.objective.module)
+    if not names or not can_recalibrate(len(problem.data), batch_size):
+        return ()  # "auto": for "recalibrate" it was refused
+    state = module.state_dict()
+    averages = {name: state[name].clone() for name in names}
+
+    def measured() -> dict[str, torch.Tensor]:
+        score = problem.evaluate().score if policy == "auto" else -math.inf
+        recalibrate(problem.objective, problem.data, batch_size)
+        is_worse = policy == "auto" and problem.evaluate().score <= score
+        return {} if is_worse else {name: module.state_dict()[name].clone() for name in names}
+
+    cache = problem.evaluate.cache
+    if cache is not None:  # the key is made before the module is changed
+        found = cache.within(policy, dict(state))(("batch_norm",), measured)
+    else:
+        found = measured()
+    load_weights(module, averages | found)
+    return names if found else ()

@@ -2,25 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from queue import SimpleQueue
+from threading import Thread
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
-from ..mixing.layers import FlatLayout, Segment, is_variance
+from ..mixing.layers import Layers, is_variance
 from ..mixing.mix import accumulate
-from ..runtime.distributed import n_ranks, rank, share, sum_over_ranks
 from .objective import load_weights
 from .problem import Problem
-from .reader import Reader
 
 # numbers of a delta that are widened at a time, where deltas are half as wide as the weights
 BLOCK = {"cpu": 1 << 15, "cuda": 1 << 20}
+
+
+class Deltas(Protocol):
+    """The differences w_k - center of some checkpoints, wherever they are.
+
+    ``coef`` is (b, n_searched), a coefficient for each of them in each searched layer.
+    """
+
+    flat: FlatModule
+
+    def load(self, names: Sequence[str]) -> None:
+        """Take these checkpoints for the next outer iteration."""
+
+    def combine(self, coef: torch.Tensor) -> None:
+        """W <- start + sum_k coef_k delta_k, in the module (Eqs. 3, 7, 8)."""
+
+    def project(self) -> torch.Tensor:
+        """(b, n_searched): the gradient's inner product with each delta (Eq. 6)."""
+
+    def norms(self) -> torch.Tensor:
+        """(b, n_searched): the length of each delta in each layer; 1 where it is 0."""
+
+    def commit(self, coef: torch.Tensor) -> None:
+        """Combine, and take the result as the start of the next outer iteration."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One tensor's place in a flat vector."""
+
+    name: str
+    row: int
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """The tensors that differ between checkpoints, laid out layer by layer in one vector.
+
+    Parameters come first (their gradient is a vector of ``n_parameters``), buffers after them.
+    """
+
+    segments: tuple[Segment, ...]
+    n_parameters: int
+    size: int
+    row_slices: tuple[tuple[int, int, int], ...]  # (row, start, stop), each row contiguous
+
+    @classmethod
+    def of(cls, module: nn.Module, layers: Layers, differing: Collection[str]) -> FlatLayout:
+        chosen: list[tuple[bool, int, str, torch.Tensor]] = []
+        seen: set[int] = set()
+        for name, value in module.state_dict(keep_vars=True).items():
+            if name in differing and value.is_floating_point() and id(value) not in seen:
+                seen.add(id(value))
+                is_buffer = not isinstance(value, nn.Parameter)
+                chosen.append((is_buffer, layers.rows[name], name, value))
+        chosen.sort(key=lambda item: item[:2])  # stable: the module's order within a row
+        segments: list[Segment] = []
+        slices: list[tuple[int, int, int]] = []
+        start = n_parameters = 0
+        previous = None
+        for is_buffer, row, name, value in chosen:
+            stop = start + value.numel()
+            segments.append(Segment(name, row, start, stop, tuple(value.shape)))
+            if previous == (is_buffer, row):
+                slices[-1] = (row, slices[-1][1], stop)
+            else:
+                slices.append((row, start, stop))
+            previous = (is_buffer, row)
+            n_parameters = n_parameters if is_buffer else stop
+            start = stop
+        return cls(tuple(segments), n_parameters, start, tuple(slices))
 
 
 class FlatModule:
@@ -46,11 +120,9 @@ class FlatModule:
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(True)
                 tensor.grad = self.grad[where].view(segment.shape)
-        self._variances = [s for s in layout.segments if is_variance(s.name)]
-
-    def clamp_variances(self) -> None:
-        for segment in self._variances:
-            self.weights[segment.start : segment.stop].clamp_(min=0)
+        self.variances = [
+            self.weights[s.start : s.stop] for s in layout.segments if is_variance(s.name)
+        ]
 
     def release(self) -> None:
         """Give every tensor its own memory again and drop the gradients."""
@@ -63,36 +135,14 @@ class FlatModule:
             parameter.requires_grad_(trainable)
 
 
-@contextmanager
-def flattened(module: nn.Module, layout: FlatLayout) -> Iterator[FlatModule]:
-    """Lay a module out flat for the time of a search."""
-    flat = FlatModule(module, layout)
-    try:
-        yield flat
-    finally:
-        flat.release()
-
-
-def flatten(
-    tensors: dict[str, torch.Tensor], layout: FlatLayout, like: torch.Tensor
-) -> torch.Tensor:
-    """Move the differing tensors into one vector (size,), emptying the mapping as it goes."""
-    flat = torch.empty_like(like)
-    for segment in layout.segments:
-        flat[segment.start : segment.stop].copy_(tensors.pop(segment.name).flatten())
-    return flat
-
-
 @dataclass(frozen=True)
 class Center:
-    """The mean of all checkpoints as a flat vector, and the module that is laid out like it."""
+    """The point that deltas are taken from, and the module that is laid out like it."""
 
     flat: FlatModule
     mean: torch.Tensor  # (size,), w-bar
-
-    @property
-    def layout(self) -> FlatLayout:
-        return self.flat.layout
+    checkpoints: CheckpointCollection
+    layers: Layers
 
 
 @contextmanager
@@ -101,42 +151,50 @@ def centered(problem: Problem) -> Iterator[Center | None]:
 
     One sequential read of the checkpoints. Gives None when no parameter differs between them.
     """
-    checkpoints, module = problem.checkpoints, problem.module
-    n = len(checkpoints)
-    mean, differing = accumulate(
-        checkpoints,
-        np.full((1, n), 1 / n),
-        dict.fromkeys(checkpoints.layout, 0),
-        checkpoints.layout,
-    )
+    checkpoints, module, n = problem.checkpoints, problem.objective.module, len(problem.checkpoints)
+    rows = dict.fromkeys(checkpoints.layout, 0)
+    mean, differing = accumulate(checkpoints, np.full((1, n), 1 / n), rows, checkpoints.layout)
     load_weights(module, mean)
     layout = FlatLayout.of(module, problem.layers, differing)
     if not layout.n_parameters:
         yield None
         return
-    with flattened(module, layout) as flat:
-        center = Center(flat, flatten(mean, layout, flat.weights))
+    flat = FlatModule(module, layout)
+    try:
+        vector = torch.empty_like(flat.weights)
+        for segment in layout.segments:  # the mapping is emptied on the way
+            vector[segment.start : segment.stop].copy_(mean.pop(segment.name).flatten())
         mean.clear()
-        yield center
+        yield Center(flat, vector, checkpoints, problem.layers)
+    finally:
+        flat.release()
 
 
 class ModelBatch:
     """``b`` deltas w_k - center as one (b, size) tensor, and the soup they are added to.
 
     Memory: b deltas, the center and the soup at the start of the outer iteration: b + 2 models, or
-    b/2 + 2 with deltas of half the width. These are widened a block at a time.
+    b/2 + 2 with deltas of half the width. These are widened a block at a time. ``reader`` reads
+    the checkpoints ahead, in the order in which they will be loaded.
     """
 
-    def __init__(self, center: Center, capacity: int, delta_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        center: Center,
+        capacity: int,
+        delta_dtype: torch.dtype,
+        reader: Reader | None = None,
+    ) -> None:
         self.flat = center.flat
-        self.layout = center.layout
+        self.layout = center.flat.layout
         self.center = center.mean  # (size,), w-bar
         self.start = center.mean.clone()  # (size,), the soup before this outer iteration
+        self._layers = center.layers
+        self._reader = Reader(center) if reader is None else reader
         self._buffer = center.mean.new_empty((capacity, self.layout.size), dtype=delta_dtype)
         self.deltas = self._buffer[:0]
-        is_narrow = delta_dtype != center.mean.dtype
         step = self.layout.size
-        if is_narrow:  # a block of all deltas is at most a quarter of a model
+        if delta_dtype != center.mean.dtype:  # a block of all is at most a quarter of a model
             most = BLOCK.get(center.mean.device.type, 1 << 18)
             step = min(most, max(1024, self.layout.size // (4 * capacity)))
         self._blocks = [
@@ -145,160 +203,139 @@ class ModelBatch:
             for low in range(start, stop, step)
         ]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        del self.center, self.start, self._buffer, self.deltas
-
     @property
     def capacity(self) -> int:
         return len(self._buffer)
 
-    def load(
-        self,
-        checkpoints: CheckpointCollection,
-        names: Sequence[str],
-        reader: Reader | None = None,
-    ) -> None:
+    def release(self) -> None:
+        """Let the memory go, whoever holds on to this object."""
+        del self.center, self.start, self._buffer, self.deltas
+
+    def load(self, names: Sequence[str]) -> None:
         """Read the deltas of these checkpoints: one sequential read of each file."""
         self.deltas = self._buffer[: len(names)]
         for delta, name in zip(self.deltas, names, strict=True):
-            if reader is not None:
-                with reader.take(name) as weights:
-                    for segment in self.layout.segments:
-                        self._subtract(delta, segment, weights[segment.start : segment.stop])
-                continue
-            with checkpoints.open(name) as read:
-                for segment in self.layout.segments:
-                    self._subtract(delta, segment, read(segment.name).flatten())
-
-    def _subtract(self, delta: torch.Tensor, segment: Segment, weights: torch.Tensor) -> None:
-        where = slice(segment.start, segment.stop)
-        center = self.center[where]
-        weights = weights.to(center.device, center.dtype, non_blocking=True)
-        torch.sub(weights, center, out=delta[where])
-
-    def norms(self, n_rows: int) -> torch.Tensor:
-        """(b, n_rows): the length of each delta in each layer; 1 where it is 0."""
-        squares = self.center.new_zeros((len(self.deltas), n_rows))
-        for row, start, stop in self._blocks:
-            if start < self.layout.n_parameters:
-                squares[:, row] += self._wide(start, stop).square().sum(dim=1)
-        return torch.where(squares > 0, squares.sqrt(), 1)
-
-    def _wide(self, start: int, stop: int) -> torch.Tensor:
-        """(b, stop - start): some deltas in the dtype of the weights."""
-        return self.deltas[:, start:stop].to(self.center.dtype)
+            with self._reader.take(name) as parts:
+                for segment, weights in parts:
+                    center = self.center[segment.start : segment.stop]
+                    weights = weights.to(center.device, center.dtype, non_blocking=True)
+                    torch.sub(weights, center, out=delta[segment.start : segment.stop])
 
     @torch.no_grad()
     def combine(self, coef: torch.Tensor) -> None:
-        """W <- start + sum_k coef_k delta_k, in place (Eqs. 3, 7, 8); coef is (b, n_layers)."""
+        """W <- start + sum_k coef_k delta_k, in place (Eqs. 3, 7, 8); coef is (b, n_searched)."""
         self.add(self.start, coef)
-        self.flat.clamp_variances()
+        for variance in self.flat.variances:
+            variance.clamp_(min=0)
 
     def add(self, base: torch.Tensor, coef: torch.Tensor) -> None:
         """W <- base + sum_k coef_k delta_k; the base may be the weights themselves."""
-        coef = coef.to(self.center)
-        for row, start, stop in self._blocks:
-            torch.addmv(
-                base[start:stop],
-                self._wide(start, stop).T,
-                coef[:, row],
-                out=self.flat.weights[start:stop],
-            )
+        coef = self._layers.expand_columns(coef).to(self.center)  # (b, n_layers)
+        for row, start, stop in self._blocks:  # no block outlives its line
+            wide, weights = self.center.dtype, self.flat.weights[start:stop]
+            deltas = self.deltas[:, start:stop].T
+            torch.addmv(base[start:stop], deltas.to(wide), coef[:, row], out=weights)
 
     @torch.no_grad()
-    def project(self, n_rows: int) -> torch.Tensor:
-        """(b, n_rows): the gradient's inner product with each delta, layer by layer (Eq. 6)."""
-        gradient = self.center.new_zeros((len(self.deltas), n_rows))
+    def project(self) -> torch.Tensor:
+        """(b, n_searched): the gradient's inner product with each delta, layer by layer (Eq. 6)."""
+        gradient = self.center.new_zeros((len(self.deltas), self._layers.n_searched))
         for row, start, stop in self._blocks:
             if start < self.layout.n_parameters:
-                gradient[:, row] += torch.mv(self._wide(start, stop), self.flat.grad[start:stop])
+                deltas = self.deltas[:, start:stop]
+                gradient[:, row] += torch.mv(deltas.to(gradient), self.flat.grad[start:stop])
         return gradient
 
-    def commit(self) -> None:
-        """Take the present weights as the start of the next outer iteration."""
+    def norms(self) -> torch.Tensor:
+        """(b, n_searched): the length of each delta in each layer; 1 where it is 0."""
+        squares = self.center.new_zeros((len(self.deltas), self._layers.n_searched))
+        for row, start, stop in self._blocks:
+            if start < self.layout.n_parameters:
+                deltas = self.deltas[:, start:stop]
+                squares[:, row] += deltas.to(squares).square().sum(dim=1)
+        return torch.where(squares > 0, squares.sqrt(), 1)
+
+    def commit(self, coef: torch.Tensor) -> None:
+        """Combine, and take the result as the start of the next outer iteration."""
+        self.combine(coef)
         self.start.copy_(self.flat.weights)
 
 
-class ShardedBatch(ModelBatch):
-    """A model batch whose deltas the ranks of a distributed job share out, b / n_ranks each.
+class Reader:
+    """Read checkpoints in a known order, in one thread, ``n_ahead`` of them before they are asked.
 
-    A step sends the weights and the gradient, 2 D numbers, which a whole batch on every rank does
-    not need to.
+    While it waits, it has the operating system read the files of the next ``window`` checkpoints
+    into the page cache, which takes none of this process's memory. What is read, and in which
+    order it is used, does not depend on timing. Memory: ``n_ahead`` models, pinned for CUDA; with
+    none ahead there is no thread, and each checkpoint is read when it is taken.
     """
 
-    def __init__(self, center: Center, capacity: int, delta_dtype: torch.dtype) -> None:
-        super().__init__(center, -(-capacity // n_ranks()), delta_dtype)
-        self._mine = slice(0)
-        self._n_models = 0
-
-    def load(
-        self,
-        checkpoints: CheckpointCollection,
-        names: Sequence[str],
-        reader: Reader | None = None,
+    def __init__(
+        self, center: Center, order: Sequence[str] = (), n_ahead: int = 0, window: int = 0
     ) -> None:
-        """Read this rank's part of the deltas."""
-        self._mine, self._n_models = share(len(names)), len(names)
-        super().load(checkpoints, names[self._mine], reader)
+        self._checkpoints, self._layout = center.checkpoints, center.flat.layout
+        self._order = order
+        self._window = window
+        self._device = center.mean.device
+        self._free: SimpleQueue[torch.Tensor | None] = SimpleQueue()
+        self._ready: SimpleQueue[tuple[str, torch.Tensor] | BaseException] = SimpleQueue()
+        self._thread: Thread | None = None
+        if n_ahead:
+            pin = center.mean.is_cuda
+            for _ in range(min(n_ahead, len(order))):
+                vector = torch.empty(self._layout.size, dtype=center.mean.dtype, pin_memory=pin)
+                self._free.put(vector)
+            self._thread = Thread(target=self._run, name="sksoup-reader", daemon=True)
+            self._thread.start()
 
-    def norms(self, n_rows: int) -> torch.Tensor:
-        """As `ModelBatch.norms`, of all deltas."""
-        return sum_over_ranks(self._placed(super().norms(n_rows)))
+    def close(self) -> None:
+        """Begin to read nothing more, and wait for the thread."""
+        self._order = ()
+        self._free.put(None)
+        if self._thread is not None:
+            self._thread.join()
 
-    @torch.no_grad()
-    def combine(self, coef: torch.Tensor) -> None:
-        """As `ModelBatch.combine`: each rank adds its deltas, and the sum is taken."""
-        if rank():
-            self.flat.weights.zero_()
-        else:
-            self.flat.weights.copy_(self.start)
-        self.add(self.flat.weights, coef[self._mine])
-        sum_over_ranks(self.flat.weights)
-        self.flat.clamp_variances()
+    @contextmanager
+    def take(self, name: str) -> Iterator[Iterator[tuple[Segment, torch.Tensor]]]:
+        """Give the differing tensors of the next checkpoint in the order, flat, on the CPU."""
+        segments = self._layout.segments
+        if self._thread is None:
+            with self._checkpoints.open(name) as read:
+                yield ((segment, read(segment.name).flatten()) for segment in segments)
+            return
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        known, weights = item
+        if known != name:  # pragma: no cover - the order is that of the search
+            raise RuntimeError(f"the reader has {known!r}, asked for {name!r}")
+        try:
+            yield ((segment, weights[segment.start : segment.stop]) for segment in segments)
+        finally:
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()  # copied out of pinned memory
+            self._free.put(weights)
 
-    @torch.no_grad()
-    def project(self, n_rows: int) -> torch.Tensor:
-        """(b, n_rows): rows of this rank's deltas; the sum over the ranks is the projection."""
-        sum_over_ranks(self.flat.grad)
-        return self._placed(super().project(n_rows))
+    def _run(self) -> None:
+        try:
+            for index, name in enumerate(self._order):
+                if self._free.empty():
+                    self._warm(index)
+                weights = self._free.get()
+                if weights is None or not self._order:
+                    return
+                with self._checkpoints.open(name) as read:
+                    for segment in self._layout.segments:
+                        where = slice(segment.start, segment.stop)
+                        weights[where].copy_(read(segment.name).flatten())
+                self._ready.put((name, weights))
+        except BaseException as error:  # raised where the weights are asked for
+            self._ready.put(error)
 
-    def _placed(self, mine: torch.Tensor) -> torch.Tensor:
-        """(b, ...) with this rank's rows in their place and zeros elsewhere."""
-        everyone = mine.new_zeros((self._n_models, *mine.shape[1:]))
-        everyone[self._mine] = mine
-        return everyone
-
-
-class StreamedModels:
-    """The two operations over more models than memory holds: each reads all the files once."""
-
-    def __init__(self, batch: ModelBatch, checkpoints: CheckpointCollection) -> None:
-        self.flat = batch.flat
-        self._batch = batch
-        self._checkpoints = checkpoints
-
-    def _parts(self) -> Iterator[slice]:
-        """Load as many models at a time as there is room for; tell which."""
-        names, step = self._checkpoints.names, self._batch.capacity
-        for start in range(0, len(names), step):
-            part = slice(start, start + step)
-            self._batch.load(self._checkpoints, names[part])
-            yield part
-
-    @torch.no_grad()
-    def combine(self, coef: torch.Tensor) -> None:
-        """As `ModelBatch.combine`; coef is (K, n_layers)."""
-        self.flat.weights.copy_(self._batch.start)
-        for part in self._parts():
-            self._batch.add(self.flat.weights, coef[part])
-        self.flat.clamp_variances()
-
-    def project(self, n_rows: int) -> torch.Tensor:
-        """As `ModelBatch.project`: (K, n_rows)."""
-        return torch.cat([self._batch.project(n_rows) for _ in self._parts()])
+    def _warm(self, index: int) -> None:
+        for name in self._order[index : index + self._window]:
+            if self._free.empty():
+                self._checkpoints.warm(name)
 
 
 def resolve_delta_dtype(delta_dtype: str | torch.dtype | None, weights: torch.dtype) -> torch.dtype:

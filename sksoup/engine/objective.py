@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
-from ..data.rows import IGNORED, Batch, HeldOut, Inputs, Task, map_inputs, n_rows, take
+from ..data.outputs import Outputs, Task
+from ..data.rows import Batch, HeldOut, Inputs, map_inputs, n_rows
 from ..exceptions import CheckpointError
 
 Criterion: TypeAlias = type[nn.Module] | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -54,29 +56,25 @@ class Objective:
         self,
         module: nn.Module,
         criterion: Criterion | None,
-        task: Task,
+        outputs: Outputs,
         precision: str = "fp32",
         compile: bool = False,
         forward: Forward | None = None,
-        one_logit: bool = False,
     ) -> None:
         self.module = module.eval()
+        self.outputs = outputs
         self._call: Callable[..., Any] = torch.compile(self.module) if compile else self.module
         self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._autocast = precision == "bf16"
         self._forward = forward
-        self._one_logit = one_logit
-        self._task = task
         # the default takes two logits, a criterion of the user's takes what the module gives
-        self._wants_one_logit = one_logit and criterion is not None
-        criterion = DEFAULT_CRITERIA[task] if criterion is None else criterion
+        self._wants_one_logit = outputs.one_logit and criterion is not None
+        criterion = DEFAULT_CRITERIA[outputs.task] if criterion is None else criterion
         criterion = criterion() if isinstance(criterion, type) else criterion
-        if isinstance(
-            criterion, nn.Module
-        ):  # class weights go along; the user's stay where they are
+        if isinstance(criterion, nn.Module):  # class weights go along; the user's stay in place
             criterion = copy.deepcopy(criterion).to(self._device)
         self.criterion = criterion
-        self._ignored = ignored_label(criterion)
+        self.has_score = outputs.task != "regression"  # rows are right or wrong
         self.counts = Counts()
 
     def own(self) -> Objective:
@@ -126,62 +124,54 @@ class Objective:
         return total / amount
 
     def loss_and_backward(
-        self, batch: Batch, scale: torch.Tensor | None = None, share: float | torch.Tensor = 1.0
+        self, together: Sequence[Batch], scale: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Accumulate ``share`` times the gradient into the parameters (and ``scale``).
+        """Accumulate the gradient into the parameters (and ``scale``), of minibatches as if one.
 
-        Returns that share of the loss and, but for a regression, of the rows that are right.
+        Returns their loss and, but for a regression, the share of rows that are right; in a
+        distributed job this rank's part of both.
         """
-        output = self.forward(batch.X)
-        loss = self._loss(output, batch, scale) * share
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.counts.n_backward += 1
-        self.counts.rows_backward += len(batch)
-        told = [loss.detach()]
-        if self.has_score:
-            told.append(self._right(output.detach(), batch).to(loss) * share)
-        return torch.stack(told)
+        total = sum(batch.total for batch in together)
+        total = total.clamp_min(1e-12) if isinstance(total, torch.Tensor) else total
+        found = []
+        for batch in together:
+            if not len(batch.y):  # fewer rows than ranks
+                continue
+            share = batch.amount / total
+            output = self.forward(batch.X)
+            loss = self._loss(output, batch, scale) * share
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.counts.n_backward += 1
+            self.counts.rows_backward += len(batch.y)
+            found.append([loss.detach()])
+            if self.has_score:
+                right = self.outputs.right(output.detach(), batch)
+                found[-1].append(right.to(loss) * share)
+        if not found:
+            dtype, device = module_dtype(self.module), together[0].y.device
+            return torch.zeros(1 + self.has_score, dtype=dtype, device=device)
+        return torch.stack([torch.stack(one) for one in found]).sum(dim=0)
 
-    @property
-    def has_score(self) -> bool:
-        """Whether rows are right or wrong."""
-        return self._task != "regression"
-
-    def _right(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Weighted share of rows, or of pixels and tokens, whose prediction is right."""
-        if self._task == "classification":
-            right, counted = output.argmax(dim=1) == batch.y, batch.y != self._ignored
-        else:
-            right = ((output > 0) == (batch.y > 0)).reshape(len(batch), -1).all(dim=1)
-            counted = torch.ones_like(right)
-        weight = counted.to(output.dtype)
-        if batch.weight is not None:
-            weight = weight * batch.weight.reshape(-1, *[1] * (weight.ndim - 1))
-        return (weight * right).sum() / weight.sum().clamp_min(1e-12)
-
-    def forward(self, X: Inputs) -> torch.Tensor:
-        self.counts.n_forward += 1
-        self.counts.rows_forward += n_rows(X)
-        return self.run(X)
-
-    def run(self, X: Inputs) -> torch.Tensor:
-        """Outputs for these rows, not counted."""
+    def forward(self, X: Inputs, *, recalibrating: bool = False) -> torch.Tensor:
+        """Outputs for these rows; counts the pass."""
         X = map_inputs(lambda part: part.to(self._device, non_blocking=True), X)
-        if not self._autocast:
-            return self._output(X)
-        with torch.autocast(self._device.type, dtype=torch.bfloat16):
-            return self._output(X).float()
+        kind, half = self._device.type, torch.bfloat16
+        with torch.autocast(kind, dtype=half) if self._autocast else nullcontext():
+            output = feed(self._call, X, self._forward, self.outputs.one_logit)
+        if recalibrating:
+            self.counts.rows_recalibrated += len(output)
+        else:
+            self.counts.n_forward += 1
+            self.counts.rows_forward += len(output)
+        return output.float() if self._autocast else output
 
-    def _output(self, X: Inputs) -> torch.Tensor:
-        return feed(self._call, X, self._forward, self._one_logit)
-
-    def outputs(self, X: Inputs, batch_size: int | None) -> torch.Tensor:
+    def outputs_of(self, X: Inputs, batch_size: int | None) -> torch.Tensor:
         """All outputs (N, ...), in row order."""
-        return batched(self.forward, X, batch_size)
+        return forward_in_batches(self.forward, X, batch_size)
 
 
 @torch.no_grad()
-def batched(
+def forward_in_batches(
     forward: Callable[[Inputs], torch.Tensor],
     X: Inputs,
     batch_size: int | None,
@@ -189,8 +179,10 @@ def batched(
     """Apply ``forward`` to a few rows at a time and put the results together."""
     n = n_rows(X)
     size = n if batch_size is None else batch_size
-    slices = (slice(start, start + size) for start in range(0, n, size))
-    return torch.cat([forward(take(X, rows)) for rows in slices])
+    starts = range(0, n, size)
+    # copied, as a module may write into what it is fed
+    parts = (map_inputs(lambda part: part[i : i + size].clone(), X) for i in starts)  # noqa: B023
+    return torch.cat([forward(part) for part in parts])
 
 
 def feed(
@@ -209,7 +201,7 @@ def feed(
         found = module(**X)
     else:
         found = module(*X) if isinstance(X, tuple) else module(X)
-    output = as_output(found)
+    output = found if isinstance(found, torch.Tensor) else as_output(found)
     if not one_logit:
         return output
     z = output.reshape(len(output))
@@ -234,13 +226,6 @@ def as_output(output: Any) -> torch.Tensor:
             f"or something with logits. Tell how to get the outputs: forward=lambda module, X: ..."
         )
     return output
-
-
-def ignored_label(criterion: Any) -> int:
-    """The criterion's number for a row or a position that is left out."""
-    criterion = criterion() if isinstance(criterion, type) else criterion
-    found = getattr(criterion, "ignore_index", None)
-    return found if isinstance(found, int) else IGNORED
 
 
 def _per_row(
@@ -286,7 +271,7 @@ def prepare_module(
                 f"The module does not fit the checkpoints: {name!r} has shape "
                 f"{tuple(state[name].shape)} in the module and {info.shape} in the checkpoints."
             )
-        if state[name].is_floating_point() != info.is_floating:
+        if state[name].is_floating_point() != info.dtype.is_floating_point:
             raise CheckpointError(
                 f"The module does not fit the checkpoints: {name!r} has dtype {state[name].dtype} "
                 f"in the module and {info.dtype} in the checkpoints."

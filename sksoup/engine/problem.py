@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -11,53 +10,83 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed, effective_n_jobs
+from joblib import effective_n_jobs
 from numpy.typing import NDArray
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
 from ..data.rows import HeldOut
 from ..mixing.layers import Layers
-from ..runtime.cache import Memo
-from ..runtime.distributed import gather, n_ranks
-from ..runtime.distributed import rank as rank_of
-from .objective import Counts, Objective, load_weights
-from .scores import Evaluation, Evaluator
+from ..runtime.cache import Cache
+from ..runtime.distributed import world_size
+from .objective import Objective, load_weights
+from .parallel import everywhere
+from .scores import Evaluation, Evaluator, evaluate_named
 
 # gives the weights of the soup as if the search stopped here; None: the module has them (now)
 Weights: TypeAlias = Callable[[], Mapping[str, torch.Tensor] | None]
 
 
 class Step(Protocol):
-    """Tells scikit-learn's callbacks that a step is done; they may ask for the soup so far."""
+    """Report that a step is done to scikit-learn's callbacks; they may ask for the soup so far."""
 
     def __call__(self, weights: Weights | None = None) -> None: ...
 
 
 @dataclass(frozen=True)
 class Problem:
-    """All a search may use: the checkpoints, a private module to try weights in, held-out rows."""
+    """All a search may use.
+
+    Parameters
+    ----------
+    checkpoints : CheckpointCollection
+        What to mix.
+    layers : Layers
+        Which row of coefficients mixes which tensor; ``layers.n_searched`` rows are searched for.
+    data : HeldOut
+        The held-out rows on the device, in minibatches: ``data.batches(batch_size)``.
+    objective : Objective
+        Loss, gradient and outputs of the module's present weights.
+    evaluate : Evaluator
+        ``evaluate().score`` is the held-out score of the module's present weights.
+    progress : callable
+        ``with progress("evaluation", n_steps) as step`` begins a task that callbacks see;
+        ``step()`` ends each of its steps.
+    cache : Cache or None, default=None
+        Keeps results for a fit that is stopped and started again; None without ``memory=``.
+    """
 
     checkpoints: CheckpointCollection
     layers: Layers
     data: HeldOut
     objective: Objective
-    evaluate: Evaluator  # held-out score of the module's present weights
+    evaluate: Evaluator
     progress: Callable[[str, int], AbstractContextManager[Step]]
-    memo: Memo = field(default_factory=lambda: Memo(None))
+    cache: Cache | None = None
 
     @property
     def module(self) -> nn.Module:
+        """A private module to try weights in (`load_weights`)."""
         return self.objective.module
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found: coefficients of the searched rows, and what else it has to tell."""
+    """What a search found.
 
-    coef: NDArray[np.float64]  # (n_searched, K)
+    Parameters
+    ----------
+    coef : ndarray of shape (n_searched, n_checkpoints), float64
+        Coefficients of the searched layers; each row sums to 1.
+    history : list of dict
+        What ``history_`` will be.
+    attributes : dict of str
+        Fitted attributes of the recipe's own, by name.
+    """
+
+    coef: NDArray[np.float64]
     history: list[dict[str, Any]] = field(default_factory=list)
-    attributes: dict[str, Any] = field(default_factory=dict)  # fitted attributes of the recipe
+    attributes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,7 +98,7 @@ class Ranking:
     margins: dict[str, torch.Tensor] = field(default_factory=dict)  # (N,) each, where known
 
 
-def rank(
+def rank_checkpoints(
     problem: Problem,
     step: Step,
     *,
@@ -78,20 +107,26 @@ def rank(
 ) -> Ranking:
     """Score every checkpoint on the held-out rows; known scores are taken as given.
 
-    What the memory knows is not evaluated. Ranks of a distributed job share the others out, and so
+    What the cache has is not evaluated. Ranks of a distributed job share the others out, and so
     do workers; each has a module of its own and runs with this process's number of threads, so
     that the scores do not depend on how many there are.
     """
     checkpoints, evaluate = problem.checkpoints, evaluate or problem.evaluate
     if checkpoints.scores is not None:
         return Ranking(dict(checkpoints.scores), None)
-    keys = {name: ("score", checkpoints.identity(name)) for name in checkpoints if evaluate.memo}
-    known = {name: evaluate.memo.find(*key) for name, key in keys.items()}
-    found = {name: Evaluation(**parts) for name, parts in known.items() if parts is not None}
+    found: dict[str, Evaluation] = {}
+    if evaluate.cache is not None:
+        for name in checkpoints:
+            kept = evaluate.cache.find("score", checkpoints.identity(name))
+            found |= {} if kept is None else {name: Evaluation(**kept)}
     missing = [name for name in checkpoints.names if name not in found]
     n_workers = min(effective_n_jobs(n_jobs), len(missing))
-    if missing and (n_ranks() > 1 or n_workers > 1):
-        found |= rank_together(problem, evaluate, missing, n_workers)
+    if missing and (world_size() > 1 or n_workers > 1):
+
+        def job(names: Sequence[str]) -> Callable[[Evaluator], dict[str, Evaluation]]:
+            return partial(evaluate_each, checkpoints.select(names))
+
+        found |= everywhere(job, missing, evaluate, n_workers)
     scores: dict[str, float] = {}
     margins: dict[str, torch.Tensor] = {}
     best, best_name = None, ""
@@ -108,37 +143,12 @@ def rank(
     return Ranking(scores, best, margins)
 
 
-def rank_together(
-    problem: Problem, evaluate: Evaluator, names: list[str], n_workers: int
-) -> dict[str, Evaluation]:
-    """Score checkpoints on all ranks, or in workers."""
-    checkpoints, counts = problem.checkpoints, problem.objective.counts
-    if n_ranks() > 1:
-        mine = names[rank_of() :: n_ranks()]
-        parts = gather({name: evaluate_one(checkpoints, evaluate, name, None) for name in mine})
-        return {name: found for part in parts for name, found in part.items()}
-    threads, found = torch.get_num_threads(), dict[str, Evaluation]()
-    tasks = (
-        delayed(rank_in_worker)(checkpoints.select(part), evaluate, threads)
-        for part in np.array_split(np.array(names, dtype=object), n_workers)
-    )
-    for part, counted in Parallel(n_jobs=n_workers)(tasks):
-        counts.add(counted)
-        found |= part
-    return found
-
-
-def rank_in_worker(
-    checkpoints: CheckpointCollection, evaluate: Evaluator, threads: int
-) -> tuple[dict[str, Evaluation], Counts]:
-    """Rank some of the checkpoints in a process or thread of its own."""
-    torch.set_num_threads(threads)
-    evaluate = evaluate.own()
-    found = {
+def evaluate_each(checkpoints: CheckpointCollection, evaluate: Evaluator) -> dict[str, Evaluation]:
+    """Score checkpoints one after the other."""
+    return {
         name: evaluate_one(checkpoints, evaluate, name, following)
         for name, following in with_following(checkpoints.names)
     }
-    return found, evaluate.objective.counts
 
 
 def with_following(names: Sequence[str]) -> Iterator[tuple[str, str | None]]:
@@ -154,22 +164,6 @@ def evaluate_one(
     if following is not None:
         checkpoints.warm(following)
     found = evaluate_named(evaluate, name)
-    if evaluate.memo:
-        evaluate.memo.keep(vars(found), "score", checkpoints.identity(name), everywhere=True)
-    return found
-
-
-def evaluate_named(evaluate: Callable[[], Evaluation], what: str) -> Evaluation:
-    """Evaluate; an error says what was being scored."""
-    try:
-        found = evaluate()
-    except Exception as error:
-        error.add_note(f"This was raised while {what!r} was scored on the held-out rows.")
-        raise
-    if math.isnan(found.score):
-        raise ValueError(
-            f"The held-out score of {what!r} is not a number on these rows (n_samples = "
-            f"{found.n_rows}), so it can't be compared. Change scoring, or hold out rows it is "
-            f"defined on."
-        )
+    if evaluate.cache is not None:
+        evaluate.cache.keep(vars(found), "score", checkpoints.identity(name), everywhere=True)
     return found

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
-from ..data.rows import HeldOut, Task, map_inputs, take_rows, to_tensor
-from ..runtime.cache import Memo
+from ..data.outputs import Task
+from ..data.rows import HeldOut, take_rows, to_tensor
+from ..runtime.cache import Cache
 from .objective import Objective
 
 SLACK = 1e-9  # far above what float64 sums of penalties are off by, far below what a row is worth
@@ -89,6 +91,15 @@ class Evaluation:
     margins: torch.Tensor | None = None  # (N,)
 
 
+class Scorer(Protocol):
+    """A metric on the held-out rows, for a module with some weights; greater is better."""
+
+    def __call__(self, module: nn.Module) -> float: ...
+
+    def on(self, rows: NDArray[np.int64]) -> Scorer:
+        """The same on some of the rows."""
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """Scores the module's present weights on the held-out rows."""
@@ -96,30 +107,34 @@ class Evaluator:
     objective: Objective
     data: HeldOut
     batch_size: int | None
-    soup: Any  # a copy of the estimator around the same module, for scorers to look at
-    scorer: Callable[..., float] | None  # None is the task's default score
-    X: Any
-    y: NDArray[Any]
-    weight: NDArray[np.float64] | None
-    rows: RowScore | None  # where the score is one
-    memo: Memo = field(default_factory=lambda: Memo(None))  # of scores on these rows
+    y: NDArray[Any]  # (N, ...), as the user gave it
+    weight: NDArray[np.float64] | None  # (N,)
+    scorer: Scorer | None = None  # None is the task's score
+    cache: Cache | None = None  # of scores on these rows
+
+    @cached_property
+    def rows(self) -> RowScore | None:
+        """The score as a sum over rows, where it is one."""
+        outputs = self.objective.outputs
+        if self.scorer is not None or outputs.is_dense:
+            return None
+        y = to_tensor(self.y) if outputs.task == "regression" else self.data.y
+        return RowScore.of(outputs.task, y, self.weight)
 
     def own(self) -> Self:
         """The same with a module of its own, for use beside others."""
-        objective, soup = self.objective.own(), copy.copy(self.soup)
-        soup.module_ = objective.module
-        return replace(self, objective=objective, soup=soup)
+        return replace(self, objective=self.objective.own())
 
     def on(self, rows: NDArray[np.int64]) -> Self:
         """The same on some of the rows."""
-        weight, y = None if self.weight is None else self.weight[rows], self.y[rows]
-        data = self.data.select(torch.as_tensor(rows))
-        bounded = None
-        if self.rows is not None:
-            bounded = RowScore.of(self.rows.task, self.rows.y[rows], weight)
-        X = map_inputs(lambda part: part[rows], self.X)
-        memo = self.memo.within(rows)
-        return replace(self, data=data, X=X, y=y, weight=weight, rows=bounded, memo=memo)
+        return replace(
+            self,
+            data=self.data.select(torch.as_tensor(rows)),
+            y=self.y[rows],
+            weight=None if self.weight is None else self.weight[rows],
+            scorer=None if self.scorer is None else self.scorer.on(rows),
+            cache=None if self.cache is None else self.cache.within(rows),
+        )
 
     @torch.no_grad()
     def __call__(self) -> Evaluation:
@@ -127,14 +142,13 @@ class Evaluator:
         n = len(self.data)
         if self.scorer is not None:
             self.objective.counts.rows_forward += n
-            extra = {} if self.weight is None else {"sample_weight": self.weight}
-            return Evaluation(float(self.scorer(self.soup, self.X, self.y, **extra)), n)
-        return self._evaluation(self.objective.outputs(self.data.X, self.batch_size))
+            return Evaluation(float(self.scorer(self.objective.module)), n)
+        return self._evaluation(self.objective.outputs_of(self.data.X, self.batch_size))
 
     def _evaluation(self, outputs: torch.Tensor) -> Evaluation:
-        n, rows = len(outputs), self.rows
+        n, rows, reads = len(outputs), self.rows, self.objective.outputs
         if rows is None or rows.task == "regression":
-            score = self.soup._default_score(self.y, self.soup._decode(outputs), self.weight)
+            score = reads.score(self.y, reads.decode(outputs), self.weight)
         if rows is None:
             return Evaluation(score, n)
         outputs = outputs.cpu()
@@ -177,3 +191,19 @@ class Evaluator:
         if outputs is None:
             raise ValueError("there are no held-out rows")
         return self._evaluation(outputs)
+
+
+def evaluate_named(evaluate: Callable[[], Evaluation], what: str) -> Evaluation:
+    """Evaluate; an error says what was being scored."""
+    try:
+        found = evaluate()
+    except Exception as error:
+        error.add_note(f"This was raised while {what!r} was scored on the held-out rows.")
+        raise
+    if math.isnan(found.score):
+        raise ValueError(
+            f"The held-out score of {what!r} is not a number on these rows (n_samples = "
+            f"{found.n_rows}), so it can't be compared. Change scoring, or hold out rows it is "
+            f"defined on."
+        )
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from numbers import Integral
@@ -14,11 +13,11 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.utils import check_random_state, check_scalar
 
 from ..checkpoints.collection import CheckpointCollection
-from ..data.rows import Task
+from ..data.outputs import Task
 from ..engine.objective import Criterion, Forward, load_weights
-from ..engine.problem import Found, Problem
 from ..mixing.mix import mix
-from ..recipes.base import BaseSoup
+from ..recipes.baselines import UniformSoup
+from ..recipes.validation import check_common, prepare_problem, validate_rows
 from ..tables import Table
 
 
@@ -157,54 +156,21 @@ def loss_barrier(
         pairs = [pairs[i] for i in sorted(rng.choice(len(pairs), n_pairs, replace=False))]
     ends: list[tuple[str, str | None]] = [*pairs, *((name, None) for name in checkpoints)]
     alpha = np.linspace(0, 1, n_points)
-    walk = _Walk(ends, alpha, forward, task, criterion, classes, batch_size, device)
-    walk.fit(checkpoints, X, y)
-    lines = tuple((a, "mean" if b is None else b) for a, b in ends)
-    return LossBarrier(lines, alpha, walk.losses_)
+    check_common(task, batch_size, forward)
+    X, y, _ = validate_rows(UniformSoup(task=task), X, y, task)
+    problem = prepare_problem(
+        checkpoints, X, y, task=task, classes=classes, criterion=criterion, forward=forward,
+        batch_size=batch_size, device=device,
+    )  # fmt: skip
+    mean = mix(checkpoints, np.full(len(checkpoints), 1 / len(checkpoints)))
 
-
-class _Walk(BaseSoup):
-    """Not a soup: evaluates mixes of two checkpoints (None: the mean) with all `fit` sets up."""
-
-    _has_recipe = False
-
-    def __init__(
-        self,
-        lines: Sequence[tuple[str, str | None]] = (),
-        alpha: ArrayLike = (0.0, 1.0),
-        forward: Forward | None = None,
-        task: Task = "classification",
-        criterion: Criterion | None = None,
-        classes: ArrayLike | None = None,
-        batch_size: int | None = 128,
-        device: str | torch.device = "auto",
-    ) -> None:
-        self.checkpoints = None
-        self.lines = lines
-        self.alpha = alpha
-        self.forward = forward
-        self.task = task
-        self.criterion = criterion
-        self.classes = classes
-        self.batch_size = batch_size
-        self.device = device
-
-    def _search(self, problem: Problem) -> Found:
-        checkpoints = problem.checkpoints
-        n = len(checkpoints)
-        uniform = np.full((1, n), 1 / n)
-        mean = mix(checkpoints, uniform, layers=dict.fromkeys(checkpoints.layout, 0))
-        losses = []
-        with problem.progress("line", len(self.lines)) as step:
-            for a, b in self.lines:
-                ends = CheckpointCollection([checkpoints[a], mean if b is None else checkpoints[b]])
-                losses.append([self._loss(problem, ends, float(t)) for t in np.asarray(self.alpha)])
-                step()
-        return Found(uniform, attributes={"losses_": np.array(losses)})
-
-    def _loss(self, problem: Problem, ends: CheckpointCollection, t: float) -> float:
+    def loss(ends: CheckpointCollection, t: float) -> float:
         load_weights(problem.module, mix(ends, [1 - t, t]))
-        return problem.objective.mean_loss(problem.data, self.batch_size)
+        return problem.objective.mean_loss(problem.data, batch_size)
 
-    def _keep_soup(self, problem: Problem, coef: NDArray[np.float64]) -> None:
-        """Nothing to keep."""
+    losses = []
+    for a, b in ends:
+        pair = CheckpointCollection([checkpoints[a], mean if b is None else checkpoints[b]])
+        losses.append([loss(pair, t) for t in alpha])
+    lines = tuple((a, "mean" if b is None else b) for a, b in ends)
+    return LossBarrier(lines, alpha, np.array(losses))

@@ -17,7 +17,8 @@ from sklearn.base import clone
 from sklearn.metrics import check_scoring
 
 from ..checkpoints.collection import CheckpointCollection
-from ..data.rows import Task, parts_of
+from ..data.outputs import Task
+from ..data.rows import parts_of
 from ..exceptions import SoupWarning
 from ..recipes.base import BaseSoup
 from ..recipes.baselines import BestCheckpoint, CheckpointEnsemble, UniformSoup

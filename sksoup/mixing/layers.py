@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ..checkpoints.read import TensorInfo
+from ..checkpoints.protocol import TensorInfo
 from ..exceptions import CheckpointError
 
 Layerwise: TypeAlias = bool | Callable[[str], str]
@@ -47,14 +47,16 @@ class Layers:
 def group_layers(module: nn.Module, tensors: Collection[str], layerwise: Layerwise) -> Layers:
     """Assign every tensor to a row: parameters by ``layerwise``, buffers by their neighbours."""
     state = module.state_dict(keep_vars=True)
-    label = _labeller(layerwise)
+    label: Callable[[str], str] = str if layerwise else lambda name: "all"
+    label = layerwise if callable(layerwise) else label
     row_of_label: dict[str, int] = {}
     rows: dict[str, int] = {}
     by_identity: dict[int, int] = {}  # a tied parameter keeps the row of its first name
     for name, value in state.items():
         if isinstance(value, nn.Parameter):
             if id(value) not in by_identity:
-                by_identity[id(value)] = row_of_label.setdefault(label(name), len(row_of_label))
+                row = row_of_label.setdefault(str(label(name)), len(row_of_label))
+                by_identity[id(value)] = row
             rows[name] = by_identity[id(value)]
     if not rows:
         raise CheckpointError("The module has no parameters, so there is nothing to mix.")
@@ -72,12 +74,6 @@ def group_layers(module: nn.Module, tensors: Collection[str], layerwise: Layerwi
                 names.append(f"{owner or 'module'} (buffers: mean of {len(neighbours)} rows)")
             rows[name] = averaged[neighbours]
     return Layers(tuple(names), {name: rows[name] for name in tensors}, tuple(averaged))
-
-
-def _labeller(layerwise: Layerwise) -> Callable[[str], str]:
-    if callable(layerwise):
-        return lambda name: str(layerwise(name))
-    return (lambda name: name) if layerwise else (lambda name: "all")
 
 
 def _neighbours(buffer: str, parameters: Mapping[str, int]) -> tuple[str, tuple[int, ...]]:
@@ -120,53 +116,3 @@ def check_layers(
 def is_variance(name: str) -> bool:
     """Whether a tensor is a running variance, which extrapolation must not make negative."""
     return name.rpartition(".")[2] == "running_var"
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One tensor's place in a flat vector."""
-
-    name: str
-    row: int
-    start: int
-    stop: int
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class FlatLayout:
-    """The tensors that differ between checkpoints, laid out layer by layer in one vector.
-
-    Parameters come first (their gradient is a vector of ``n_parameters``), buffers after them.
-    """
-
-    segments: tuple[Segment, ...]
-    n_parameters: int
-    size: int
-    row_slices: tuple[tuple[int, int, int], ...]  # (row, start, stop), each row contiguous
-
-    @classmethod
-    def of(cls, module: nn.Module, layers: Layers, differing: Collection[str]) -> FlatLayout:
-        chosen: list[tuple[bool, int, str, torch.Tensor]] = []
-        seen: set[int] = set()
-        for name, value in module.state_dict(keep_vars=True).items():
-            if name in differing and value.is_floating_point() and id(value) not in seen:
-                seen.add(id(value))
-                is_buffer = not isinstance(value, nn.Parameter)
-                chosen.append((is_buffer, layers.rows[name], name, value))
-        chosen.sort(key=lambda item: item[:2])  # stable: the module's order within a row
-        segments: list[Segment] = []
-        slices: list[tuple[int, int, int]] = []
-        start = n_parameters = 0
-        previous = None
-        for is_buffer, row, name, value in chosen:
-            stop = start + value.numel()
-            segments.append(Segment(name, row, start, stop, tuple(value.shape)))
-            if previous == (is_buffer, row):
-                slices[-1] = (row, slices[-1][1], stop)
-            else:
-                slices.append((row, start, stop))
-            previous = (is_buffer, row)
-            n_parameters = n_parameters if is_buffer else stop
-            start = stop
-        return cls(tuple(segments), n_parameters, start, tuple(slices))

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.read import TensorInfo, same_bits, write_shards
+from ..checkpoints.protocol import TensorInfo
+from ..checkpoints.write import write_shards
 from .layers import check_layers, is_variance
 
 __all__ = ["mix"]
@@ -192,7 +193,7 @@ def accumulate(
     ``coef`` is (n_rows, K). Tensors that are equal everywhere come in their stored dtype.
     """
     names = list(names)
-    floating = {name for name in names if checkpoints.layout[name].is_floating}
+    floating = {name for name in names if checkpoints.layout[name].dtype.is_floating_point}
     leader = int(coef.mean(axis=0).argmax())
     sums = {name: _Sum(checkpoints.layout[name]) for name in floating}
     integers: dict[str, torch.Tensor] = {}
@@ -217,16 +218,12 @@ def stored_dtypes(
 ) -> dict[str, torch.dtype]:
     """The dtypes of a mix: promoted over the checkpoints with a coefficient other than 0."""
     used = [name for name, c in zip(checkpoints.names, coef.T, strict=True) if c.any()]
-    return {name: info.dtype for name, info in checkpoints.select(used).layout.items()}
+    return checkpoints.dtypes(used)
 
 
 def cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """One rounding to the stored dtype; variances stay >= 0."""
     return (value.clamp_(min=0) if is_variance(name) else value).to(dtype)
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _Sum:
@@ -235,7 +232,7 @@ class _Sum:
     __slots__ = ("coefs", "dtype", "first", "total")
 
     def __init__(self, info: TensorInfo) -> None:
-        self.dtype = accumulator_dtype(info.dtype)
+        self.dtype = torch.float64 if info.dtype == torch.float64 else torch.float32
         self.first: torch.Tensor | None = None
         self.coefs: list[float] = []
         self.total: torch.Tensor | None = None
@@ -260,3 +257,11 @@ class _Sum:
         if value is None:  # pragma: no cover - rows sum to 1, so some coefficient is not 0
             raise RuntimeError("a tensor was never read")
         return value
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape have the same dtype and bits (NaN equals itself)."""
+    if a.dtype != b.dtype:
+        return False
+    as_integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+    return torch.equal(a.contiguous().view(as_integers), b.contiguous().view(as_integers))

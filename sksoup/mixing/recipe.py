@@ -14,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.read import INDEX, read_metadata, write_safetensors, write_text
+from ..checkpoints.folders import read_metadata
+from ..checkpoints.shards import INDEX
+from ..checkpoints.write import write_safetensors, write_text
 from ..exceptions import CheckpointError, RecipeError
 from .card import model_card
 from .ingredients import Ingredient, select_ingredients

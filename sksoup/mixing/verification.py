@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.read import Read, TensorInfo, open_weights, same_bits
+from ..checkpoints.protocol import Read, TensorInfo
+from ..checkpoints.sources import open_checkpoint
 from ..exceptions import RecipeError
 from .ingredients import find_ingredient, select_ingredients
 from .layers import check_layers
-from .mix import mix_some
+from .mix import mix_some, same_bits
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def verify(
 @contextmanager
 def _reading(
     weights: Mapping[str, torch.Tensor] | str | os.PathLike[str],
-) -> Iterator[tuple[dict[str, TensorInfo], Read]]:
+) -> Iterator[tuple[Mapping[str, TensorInfo], Read]]:
     """Header and reader of a state dict, a file or a folder."""
     if isinstance(weights, Mapping):
         yield (
@@ -136,7 +137,7 @@ def _reading(
             weights.__getitem__,
         )
         return
-    opened = open_weights(Path(weights))
+    opened = open_checkpoint(Path(weights))
     with opened.open() as read:
         yield opened.header, read
 

@@ -18,9 +18,10 @@ import torch
 from sklearn.base import clone
 from torch import nn
 
-from ..checkpoints.read import read_metadata, write_safetensors
-from ..checkpoints.sources import preserved_random_state
+from ..checkpoints.folders import read_metadata
+from ..checkpoints.write import write_safetensors
 from ..exceptions import SoupWarning
+from ..runtime.random_state import preserved_random_state
 
 RECORD = "sksoup.candidate"  # key of a candidate's record in its file's metadata
 

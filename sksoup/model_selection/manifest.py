@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoints.read import write_text
+from ..checkpoints.write import write_text
 from ..data.rows import map_inputs
 from ..exceptions import CheckpointError
-from ..runtime.cache import fingerprint
+from ..runtime.fingerprint import fingerprint
 from .fine_tuning import state_of
 
 MANIFEST = "search.json"

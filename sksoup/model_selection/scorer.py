@@ -11,8 +11,9 @@ from sklearn.metrics import check_scoring
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.read import check_state_dict, write_safetensors
-from ..runtime.cache import fingerprint
+from ..checkpoints.in_memory import check_state_dict
+from ..checkpoints.write import write_safetensors
+from ..runtime.fingerprint import fingerprint
 from .fine_tuning import RECORD, state_of
 
 

@@ -28,12 +28,13 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
-from ..data.loaders import is_apart
-from ..data.rows import Task, map_inputs
+from ..data.outputs import Outputs, Task
+from ..data.rows import map_inputs
 from ..engine.objective import module_dtype
-from ..recipes.base import DocLinkMixin, to_numpy, validate_rows
+from ..recipes.base import DocLinkMixin
 from ..recipes.baselines import UniformSoup
 from ..recipes.greedy import GreedySoup
+from ..recipes.validation import to_numpy, validate_rows
 from .fine_tuning import Candidate, candidate_name, candidate_path, find_start, fine_tune
 from .manifest import claim, make_manifest, recorded_seed
 
@@ -178,7 +179,7 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
             Fitted.
         """
         soup, folder = self._soup(), None if self.save_dir is None else Path(self.save_dir)
-        X, y = validate_rows(self, X, y, soup.task, ordered=is_apart(y))
+        X, y, _ = validate_rows(self, X, y, soup.task)
         X = map_inputs(to_numpy, X)  # nets move them to their device themselves
         scorer = check_scoring(self.estimator, self.scoring)
         start = find_start(self.estimator)
@@ -199,7 +200,7 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
             )
             trial.fit(*parts[2:])
             if soup.task == "classification":
-                numbers = [_number(labels, trial.classes_) for labels in parts[1::2]]
+                numbers = [_number(labels, trial.outputs_) for labels in parts[1::2]]
         if folder is not None:
             claim(folder, make_manifest(self.estimator, self.scoring, seed, params, start, parts))
         rows = [parts[0], numbers[0], parts[2], numbers[1]]
@@ -399,16 +400,15 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         return tags
 
 
-def _number(labels: NDArray[Any], classes: NDArray[Any]) -> NDArray[np.int64]:
-    """Labels as indices into the classes."""
-    unknown = np.setdiff1d(labels, classes)
+def _number(labels: NDArray[Any], outputs: Outputs) -> NDArray[np.int64]:
+    """Labels as indices of the outputs."""
+    unknown = np.setdiff1d(labels, np.asarray(outputs.classes))
     if len(unknown):
         raise ValueError(
             f"The held-out part lacks labels that the training part has, such as {unknown[0]!r}. "
             f"Give classes= to the soup, or a cv whose first split has all of them."
         )
-    order = np.argsort(classes)
-    numbers: NDArray[np.int64] = order[np.searchsorted(classes, labels, sorter=order)]
+    numbers: NDArray[np.int64] = outputs.encode(labels, torch.int64, torch.device("cpu")).numpy()
     return numbers
 
 

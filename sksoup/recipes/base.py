@@ -1,22 +1,16 @@
-"""What all soups share: the two forms of fit, validation, prediction, saving, tags."""
+"""What all soups share: the two forms of fit, what is kept of it, warnings, callbacks."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import inspect
-import math
-import multiprocessing
-import os
 import platform
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, metadata, version
-from numbers import Integral
-from pathlib import Path
 from types import FrameType
 from typing import Any, Self, overload
 
@@ -25,88 +19,34 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
 from sklearn.callback import CallbackSupportMixin, with_callbacks
-from sklearn.metrics import accuracy_score, check_scoring, r2_score
-from sklearn.utils import (
-    ClassifierTags,
-    RegressorTags,
-    Tags,
-    check_array,
-    check_scalar,
-    check_X_y,
-)
-from sklearn.utils.metaestimators import available_if
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import (
-    check_consistent_length,
-    check_is_fitted,
-    validate_data,
-)
-from skorch import NeuralNetClassifier, NeuralNetRegressor
+from sklearn.utils import ClassifierTags, RegressorTags, Tags
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.describe import judge
-from ..checkpoints.hub import copy_companions, hub_folder
-from ..checkpoints.read import new_folder, write_text
-from ..data.loaders import (
-    as_batches,
-    from_lists,
-    is_apart,
-    is_loader,
-    minibatches,
-    read_loader,
-    targets_of,
-)
-from ..data.rows import (
-    IGNORED,
-    TASKS,
-    HeldOut,
-    Task,
-    encode_targets,
-    fits,
-    is_dense,
-    is_multiple,
-    map_inputs,
-    n_rows,
-    parts_of,
-    resolve_classes,
-    resolve_device,
-    take,
-    to_inputs,
-    to_tensor,
-)
-from ..displays.report import render
-from ..engine.batch_norm import (
-    POLICIES,
-    BatchNormPolicy,
-    can_recalibrate,
-    recalibrate,
-    statistics,
-)
-from ..engine.objective import (
-    Forward,
-    Objective,
-    batched,
-    feed,
-    ignored_label,
-    load_weights,
-    module_dtype,
-    prepare_module,
-)
+from ..data.outputs import Task
+from ..engine.batch_norm import POLICIES, BatchNormPolicy, check_policy, settle
+from ..engine.objective import Criterion, Forward, load_weights
 from ..engine.problem import Found, Problem, Step, Weights
-from ..engine.scores import Evaluator, RowScore
-from ..exceptions import CheckpointError, SoupWarning
-from ..mixing.layers import group_layers, is_variance
-from ..mixing.mix import cast, mix, stored_dtypes
+from ..exceptions import SoupWarning
+from ..mixing.layers import Layerwise, is_variance
+from ..mixing.mix import mix
 from ..mixing.recipe import Recipe
-from ..runtime.cache import Memo, encode_module, open_memory
-from ..runtime.distributed import rank
+from ..runtime.cache import open_cache
+from .export import ExportMixin
+from .prediction import PredictionMixin
+from .validation import (
+    check_choice,
+    check_common,
+    collect,
+    prepare_problem,
+    scored_by,
+    validate_rows,
+)
 
-DEFAULT_SCORING = {"classification": "accuracy", "multilabel": "accuracy", "regression": "r2"}
 INSIDE = {"sksoup", "sklearn", "joblib", "contextlib", "torch"}  # not who called fit
 NOT_IN_RECIPES = ("checkpoints", "memory")  # parameters that change no result
 PACKAGES = ("sksoup", "torch", "numpy", "scikit-learn", "safetensors")
-INTEGERS = [np.int64, np.int32, np.int16, np.int8, np.uint8, np.bool_]
 
 
 def two_forms(fit: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,35 +65,6 @@ def two_forms(fit: Callable[..., Any]) -> Callable[..., Any]:
     seen = [p for name, p in signature.parameters.items() if name != "checkpoints"]
     wrapper.__signature__ = signature.replace(parameters=seen)  # type: ignore[attr-defined]
     return wrapper
-
-
-@contextmanager
-def hashed_meanwhile(checkpoints: CheckpointCollection) -> Iterator[None]:
-    """Hash the files beside the search; not any longer when it fails."""
-    checkpoints.start_hashing()
-    try:
-        yield
-    except BaseException:
-        checkpoints.stop_hashing()
-        raise
-
-
-@contextmanager
-def threads_of_parent(checkpoints: Any) -> Iterator[None]:
-    """In a worker process, compute with the threads of the process that sent the collection.
-
-    joblib gives its workers fewer, which would change the last bits of sums. (Soups are cloned on
-    the way, collections are not.)
-    """
-    n, wanted = torch.get_num_threads(), getattr(checkpoints, "n_threads_of_parent", None)
-    if wanted is None or multiprocessing.parent_process() is None:
-        yield
-        return
-    torch.set_num_threads(wanted)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(n)
 
 
 def _package(frame: FrameType) -> str:
@@ -178,27 +89,51 @@ class DocLinkMixin:
         return "" if base is None else f"{base.rstrip('/')}/generated/{{name}}.html"
 
     def _doc_link_url_param_generator(self) -> dict[str, str]:
-        name = type(self).__name__
-        is_short = name in vars(importlib.import_module("sksoup"))
-        public = ".".join(type(self).__module__.split(".")[:2])  # sksoup.model_selection
-        return {"name": f"sksoup.{name}" if is_short else f"{public}.{name}"}
+        place = type(self).__module__.split(".")[1]
+        public = "sksoup" if place == "recipes" else f"sksoup.{place}"
+        return {"name": f"{public}.{type(self).__name__}"}
 
 
-class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: ignore[misc]
+class BaseSoup(
+    DocLinkMixin,
+    PredictionMixin,
+    ExportMixin,
+    CallbackSupportMixin,  # type: ignore[misc]
+    BaseEstimator,  # type: ignore[misc]
+):
     """Base of all soups: everything but the search for coefficients.
 
     A recipe is a subclass with its parameters in ``__init__`` and one method, ``_search``, that
-    gets a `Problem` and returns `Found` coefficients.
+    gets a `Problem` and returns `Found` coefficients. It has to have the parameters
+    ``checkpoints``, ``task``, ``classes``, ``batch_size`` and ``device``; those below are for
+    recipes that want them.
+
+    Attributes
+    ----------
+    coef_ : ndarray of shape (n_checkpoints,) or (n_layers, n_checkpoints), float64
+        Coefficients; rows sum to 1.
+    module_ : nn.Module
+        The soup, in eval mode, on the device.
+    recipe_ : Recipe
+        The record that `save` writes.
     """
 
     checkpoints: Any
-    batch_norm: BatchNormPolicy = "average"
-    _has_recipe = True  # an ensemble mixes nothing
-    forward: Forward | None = None
     task: Task
     classes: ArrayLike | None
     batch_size: int | None
     device: str | torch.device
+
+    layerwise: Layerwise = False
+    criterion: Criterion | None = None
+    forward: Forward | None = None
+    batch_norm: BatchNormPolicy = "average"
+    precision: str = "fp32"
+    compile: bool = False
+    scoring: Any = None
+    memory: Any = None
+
+    _has_recipe = True  # an ensemble mixes nothing
 
     # ------------------------------------------------------------------ fit
 
@@ -253,106 +188,109 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         """
         self._forget()
         try:
-            with threads_of_parent(checkpoints):
-                self._fit(checkpoints, X, y, sample_weight)
+            self.warnings_: tuple[str, ...] = ()
+            self._check_params()
+            X, y, weight = validate_rows(self, X, y, self.task, sample_weight)
+            collection = collect(checkpoints, X, y, weight, type(self).__name__)
+            with collection.threads_of_parent():
+                problem = self._problem(collection, X, y, weight)
+                with collection.hashing() if self._has_recipe else nullcontext():
+                    self._keep(problem, self._search(problem))
         except BaseException:
             self._forget()
             raise
         return self
 
-    def _fit(self, checkpoints: Any, X: Any, y: Any, sample_weight: Any) -> None:
-        self.warnings_: tuple[str, ...] = ()
-        self._check_params()
-        ordered = is_apart(y) or is_apart(sample_weight)
-        X, y = validate_rows(self, X, y, self.task, ordered)
-        weight = _check_weight(sample_weight, len(y))
-        collection = self._collect(checkpoints, X, y, weight)
-        device = resolve_device(self.device)
-        module = prepare_module(collection.build_module(), collection, device)
-        data = self._held_out(module, X, y, weight, device)
-        self._check_batch_norm(module, data)
-        layers = group_layers(module, collection.layout, getattr(self, "layerwise", False))
-        objective = Objective(
-            module,
-            getattr(self, "criterion", None),
-            self.task,
-            getattr(self, "precision", "fp32"),
-            getattr(self, "compile", False),
-            self.forward,
-            self.one_logit_,
-        )
-        memo = Memo(open_memory(getattr(self, "memory", None)))
-        if memo:
-            memo = memo.within(data.X, data.y, weight, y, *self._what_predicts(module))
-        metadata = {} if weight is None else {"sample_weight": weight}
-        shown = {"X": X, "y": y, "metadata": metadata}  # to callbacks
-        problem = Problem(
-            collection,
-            layers,
-            data,
-            objective,
-            self._evaluator(objective, data, X, y, weight, memo),
-            functools.partial(self._progress, module, shown),
-            memo,
-        )
-        with hashed_meanwhile(collection) if self._has_recipe else nullcontext():
-            self._finish(problem, self._search(problem))
-
-    def _forget(self) -> None:
-        """Be unfitted, so that a fit that fails leaves no mixture of two."""
-        for name in [name for name in vars(self) if name.endswith("_") and name[0] != "_"]:
-            delattr(self, name)
-
-    def _what_predicts(self, module: nn.Module) -> tuple[Any, ...]:
-        """All that outputs for the rows depend on, beside weights."""
-        return (
-            list(encode_module(module)), self.forward, self.task, self.one_logit_,
-            getattr(self, "classes_", None), self.batch_size, getattr(self, "precision", "fp32"),
-        )  # fmt: skip
-
     @abstractmethod
     def _search(self, problem: Problem) -> Found:
         """Find the coefficients: the one method a recipe has to have."""
 
-    def _finish(self, problem: Problem, found: Found) -> None:
-        """Mix the soup from the coefficients alone and keep what was found."""
-        layers = problem.layers
+    def _check_params(self) -> None:
+        """Check the parameters all recipes share; recipes add theirs."""
+        check_common(self.task, self.batch_size, self.forward)
+        check_choice(self.batch_norm, "batch_norm", POLICIES)
+
+    def _problem(
+        self, collection: CheckpointCollection, X: Any, y: Any, weight: NDArray[np.float64] | None
+    ) -> Problem:
+        """What the search is given: the problem, with this soup's metric and callbacks."""
+        data = {"X": X, "y": y, "metadata": {} if weight is None else {"sample_weight": weight}}
+        problem = prepare_problem(
+            collection, X, y, weight,
+            task=self.task, classes=self.classes, criterion=self.criterion, forward=self.forward,
+            layerwise=self.layerwise, batch_size=self.batch_size, device=self.device,
+            precision=self.precision, compile=self.compile,
+            cache=None if self.memory is None else open_cache(self.memory),
+            progress=functools.partial(self._progress, data),
+        )  # fmt: skip
+        self.outputs_ = problem.objective.outputs
+        if self.outputs_.classes is not None:
+            self.classes_ = self.outputs_.classes
+        if self.batch_norm == "recalibrate":
+            check_policy(problem, self.batch_size)
+        if self.scoring is not None:
+            problem = scored_by(self._to_look_at(problem), self.scoring, problem, X)
+        return problem
+
+    def _to_look_at(self, problem: Problem) -> Any:
+        """A fitted soup for the scorers of scikit-learn, without checkpoints and callbacks."""
+        soup = copy.copy(self)
+        for name in [name for name in vars(self) if "callback" in name]:
+            delattr(soup, name)
+        soup.checkpoints, soup.module_, soup.coef_ = None, problem.objective.module, None
+        return soup
+
+    def _keep(self, problem: Problem, found: Found) -> None:
+        """Set the fitted attributes; the soup is mixed from the coefficients alone."""
+        layers, collection = problem.layers, problem.checkpoints
         coef = layers.expand(found.coef)
-        self.coef_ = coef if getattr(self, "layerwise", False) else coef[0]
+        self.coef_ = coef if self.layerwise else coef[0]
         self.layers_ = dict(layers.rows)
-        self.ingredients_ = _mixed(problem.checkpoints, coef)
         self.layer_names_ = layers.names
-        self.checkpoints_ = problem.checkpoints
+        self.ingredients_ = tuple(n for n, c in zip(collection, coef.T, strict=True) if c.any())
+        self.checkpoints_ = collection
         self.history_ = found.history
         self.counts_ = problem.objective.counts
+        mixed = self.ingredients_
         for name, value in found.attributes.items():
             setattr(self, name, value)
-        self._keep_soup(problem, coef)
+        if self._has_recipe:
+            self._keep_soup(problem, coef, mixed)
 
-    def _keep_soup(self, problem: Problem, coef: NDArray[np.float64]) -> None:
-        collection, module = problem.checkpoints, problem.module
-        load_weights(module, mix(collection, coef, layers=problem.layers.rows))
-        mixed = _mixed(collection, coef)
-        self._warn_of_strangers(collection, mixed)
-        self.recalibrated_ = self._settle_batch_norm(problem) if len(mixed) > 1 else ()
-        self._warn_of_variances(problem, coef)
-        self._dtypes = stored_dtypes(collection, coef)
+    def _keep_soup(
+        self, problem: Problem, coef: NDArray[np.float64], ingredients: tuple[str, ...]
+    ) -> None:
+        collection, module = problem.checkpoints, problem.objective.module
+        weights = mix(collection, coef, layers=problem.layers.rows)
+        load_weights(module, weights)
+        self._dtypes = {name: w.dtype for name, w in weights.items()}
+        self._warn_of_strangers(collection, ingredients)
+        settles = self.batch_norm != "average" and len(ingredients) > 1
+        self.recalibrated_ = settle(problem, self.batch_norm, self.batch_size) if settles else ()
+        if (coef < 0).any():
+            self._warn_of_variances(problem, coef)
         self.module_ = module
+        params = self.get_params(deep=False)
         self.recipe_ = Recipe.record(
             type(self).__name__,
             collection,
             coef,
             layers=self.layers_,
             layer_names=self.layer_names_,
-            params=_as_json(
-                {k: v for k, v in self.get_params(False).items() if k not in NOT_IN_RECIPES}
-            ),
-            scores=_as_json(getattr(self, "individual_scores_", {})),
+            params=as_json({k: v for k, v in params.items() if k not in NOT_IN_RECIPES}),
+            scores=as_json(getattr(self, "individual_scores_", {})),
             temperature=float(getattr(self, "temperature_", 1.0)),
             recalibrated=self.recalibrated_,
-            versions=dict(_versions()),
+            versions=dict(versions()),
             classes=_labels(getattr(self, "classes_", ())),
         )
+
+    def _forget(self) -> None:
+        """Be unfitted, so that a fit that fails leaves no mixture of two."""
+        for name in [name for name in vars(self) if name.endswith("_") and name[0] != "_"]:
+            delattr(self, name)
+
+    # ------------------------------------------------------------------ warnings
 
     def _warn(self, message: str) -> None:
         """Warn whoever called from outside, and keep what was said in ``warnings_``."""
@@ -387,423 +325,13 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
                 f"batch_norm='recalibrate' measures them anew."
             )
 
-    def _check_batch_norm(self, module: nn.Module, data: HeldOut) -> None:
-        if self.batch_norm != "recalibrate" or not statistics(module):
-            return
-        if not can_recalibrate(len(data), self.batch_size):
-            raise ValueError(
-                f"batch_norm='recalibrate' measures the variance of minibatches, and those of "
-                f"{len(data)} rows with batch_size={self.batch_size} have one row each. Give more "
-                f"rows, a larger batch_size, or batch_norm='average'."
-            )
-
-    def _settle_batch_norm(self, problem: Problem) -> tuple[str, ...]:
-        """Re-estimate BatchNorm's statistics as ``batch_norm`` says; tell which tensors were."""
-        module, names = problem.module, statistics(problem.module)
-        if self.batch_norm == "average" or not names:
-            return ()
-        if not can_recalibrate(len(problem.data), self.batch_size):
-            return ()  # "auto": for "recalibrate" it was refused
-        state = module.state_dict()
-        averages = {name: state[name].clone() for name in names}
-
-        def settle() -> dict[str, torch.Tensor]:
-            score = problem.evaluate().score if self.batch_norm == "auto" else -math.inf
-            recalibrate(problem.objective, problem.data, self.batch_size)
-            is_worse = self.batch_norm == "auto" and problem.evaluate().score <= score
-            return {} if is_worse else {name: module.state_dict()[name].clone() for name in names}
-
-        memo = problem.evaluate.memo.within(self.batch_norm, dict(state))  # before it is changed
-        found = memo(("batch_norm",), settle)
-        load_weights(module, averages | found)
-        return names if found else ()
-
-    # ------------------------------------------------------------- validation
-
-    def _check_params(self) -> None:
-        """Check the parameters all recipes share; recipes add theirs."""
-        if self.task not in TASKS:
-            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}.")
-        if self.batch_size is not None:
-            check_scalar(self.batch_size, "batch_size", Integral, min_val=1)
-        if self.batch_norm not in POLICIES:
-            raise ValueError(
-                f"batch_norm must be one of {', '.join(POLICIES)}, got {self.batch_norm!r}."
-            )
-        if self.forward is not None and not callable(self.forward):
-            raise TypeError(
-                f"forward must be a callable (module, X) or None, got {self.forward!r}."
-            )
-        open_memory(getattr(self, "memory", None))
-
-    def _collect(self, checkpoints: Any, X: Any, y: Any, weight: Any) -> CheckpointCollection:
-        if checkpoints is None:
-            raise ValueError(
-                f"{type(self).__name__} has no checkpoints: give them to the constructor, "
-                f"{type(self).__name__}(checkpoints).fit(X, y), or to fit(checkpoints, X, y)."
-            )
-        if isinstance(checkpoints, CheckpointCollection):
-            return checkpoints
-        if callable(checkpoints) and not isinstance(checkpoints, nn.Module):
-            takes_weight = "sample_weight" in inspect.signature(checkpoints).parameters
-            made = checkpoints(X, y, **({"sample_weight": weight} if takes_weight else {}))
-            if not isinstance(made, CheckpointCollection):
-                raise TypeError(
-                    f"checkpoints={checkpoints!r} returned a {type(made).__name__}, expected a "
-                    f"CheckpointCollection."
-                )
-            return made
-        return CheckpointCollection(checkpoints)
-
-    def _held_out(
-        self,
-        module: nn.Module,
-        X: Any,
-        y: NDArray[Any],
-        weight: NDArray[np.float64] | None,
-        device: torch.device,
-    ) -> HeldOut:
-        """Put the data on the device; one row through the module tells the shape of its output."""
-        dtype, cpu = module_dtype(module), torch.device("cpu")
-        row = to_inputs(take(map_inputs(to_tensor, X), slice(1)), dtype, device)
-        output = _probe(module, row, self.forward)
-        dense = self.task == "classification" and is_dense(y)
-        self.one_logit_ = (
-            self.task == "classification" and not dense and output.shape in ((1,), (1, 1))
-        )
-        if self.one_logit_:
-            if len(labels := np.unique(y)) > 2:
-                raise ValueError(
-                    f"The module's output has shape {tuple(output.shape)} for one row: one logit, "
-                    f"which tells two labels apart, but y has {len(labels)}. Expected "
-                    f"(1, n_outputs)."
-                )
-            output = output.new_zeros((1, 2))  # as which it is used
-        if dense and (output.ndim < 3 or output.shape[2:] != y.shape[1:]):
-            raise ValueError(
-                f"The module's output has shape {tuple(output.shape)} for one row, and y has "
-                f"labels of shape {y.shape[1:]}: expected (1, n_outputs, "
-                f"{', '.join(map(str, y.shape[1:]))}). Move the axis of the outputs with "
-                f"forward=lambda module, X: module(X).movedim(-1, 1)."
-            )
-        if not dense and (output.ndim > 2 or (self.task == "classification" and output.ndim != 2)):
-            raise ValueError(
-                f"The module's output has shape {tuple(output.shape)} for one row, expected "
-                f"(1, n_outputs) for task={self.task!r}."
-            )
-        n_outputs = output.shape[1] if output.ndim > 1 else 1
-        if self.task == "classification":
-            self.classes_ = resolve_classes(
-                y[y != IGNORED] if dense else y, n_outputs, self.classes
-            )
-        ignored = ignored_label(getattr(self, "criterion", None))
-        targets = encode_targets(
-            y, self.task, getattr(self, "classes_", None), n_outputs, dtype, device, ignored
-        )
-        counted = None
-        if self.task == "classification" and bool((targets == ignored).any()):
-            counted = (targets != ignored).reshape(len(targets), -1).sum(dim=1)
-        if self.task != "classification":
-            targets = targets.reshape(len(targets), *output.shape[1:])
-            self.target_ndim_ = y.ndim
-        self.n_outputs_ = n_outputs
-        weights = None if weight is None else to_tensor(weight).to(device, dtype)
-        is_streamed = not fits(map_inputs(to_tensor, X), device)
-        inputs = to_inputs(X, dtype, cpu if is_streamed else device)
-        data = HeldOut(inputs, targets, weights, is_streamed, counted)
-        if data.amounts is not None and not bool(data.amounts.any()):
-            raise ValueError("sample_weight is 0 for all rows that have a label.")
-        return data
-
-    # ------------------------------------------------------------------ scores
-
-    def _evaluator(
-        self, objective: Objective, data: HeldOut, X: Any, y: Any, weight: Any, memo: Memo
-    ) -> Evaluator:
-        """What scores the module's present weights on the held-out rows."""
-        scoring = getattr(self, "scoring", None)
-        # a fitted soup for scikit-learn's scorers to look at, without checkpoints and callbacks
-        soup = copy.copy(self)
-        for name in [name for name in vars(self) if "callback" in name]:
-            delattr(soup, name)
-        soup.checkpoints, soup.module_, soup.coef_ = None, objective.module, None
-        rows = None
-        if scoring in (None, DEFAULT_SCORING[self.task]):
-            scorer = None
-            targets = to_tensor(y) if self.task == "regression" else data.y
-            if self.task != "classification" or not is_dense(y):
-                rows = RowScore.of(self.task, targets, weight)
-        else:
-            scorer = check_scoring(soup, scoring)
-        memo = memo.within(None if scorer is None else scoring, rows is not None)
-        return Evaluator(objective, data, self.batch_size, soup, scorer, X, y, weight, rows, memo)
-
-    def _default_score(self, y: Any, predicted: Any, weight: Any) -> float:
-        metric = r2_score if self.task == "regression" else accuracy_score
-        if self.task == "classification" and is_dense(np.asarray(y)):
-            used = np.asarray(y) != IGNORED  # positions, each with the weight of its row
-            if weight is not None:
-                weight = np.repeat(np.asarray(weight), used.reshape(len(used), -1).sum(axis=1))
-            y, predicted = np.asarray(y)[used], predicted[used]
-        return float(metric(y, predicted, sample_weight=weight))
-
-    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
-        """Score the predictions: accuracy, or R² for ``task="regression"``.
-
-        Parameters
-        ----------
-        X : array-like or Tensor of shape (n_samples, ...), dict, tuple, Dataset or DataLoader
-            Inputs, as in `fit`.
-        y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs), default=None
-            Labels or targets; None, or the name of a key, where they are in the batches.
-        sample_weight : array-like of shape (n_samples,) or None, default=None
-            Weights of the rows.
-
-        Returns
-        -------
-        score : float
-            Greater is better; subset accuracy for ``task="multilabel"``.
-        """
-        ordered = is_apart(y) or is_apart(sample_weight)
-        outputs, y = self._outputs_and_targets(X, y, ordered)
-        if y is None:
-            raise ValueError("score needs y, or batches that hold the targets.")
-        return self._default_score(to_numpy(y), self._decode(outputs), sample_weight)
-
-    # --------------------------------------------------------------- predictions
-
-    def predict(self, X: Any) -> NDArray[Any]:
-        """Predict labels or targets.
-
-        Parameters
-        ----------
-        X : array-like or Tensor of shape (n_samples, ...), dict, tuple, Dataset or DataLoader
-            Inputs, as in `fit`; a loader may be larger than memory, and must not shuffle.
-
-        Returns
-        -------
-        y : ndarray of shape (n_samples,) or (n_samples, n_outputs)
-            Labels from ``classes_``; 0 and 1 for multi-label; the module's dtype (float32) for
-            regression.
-        """
-        return self._decode(self._outputs(X))
-
-    @available_if(lambda self: self.task != "regression")  # type: ignore[untyped-decorator]
-    def predict_proba(self, X: Any) -> NDArray[np.float32]:
-        """Predict probabilities: softmax of the logits, sigmoid for multi-label.
-
-        Parameters
-        ----------
-        X : array-like or Tensor of shape (n_samples, ...), dict, tuple, Dataset or DataLoader
-            Inputs, as in `predict`.
-
-        Returns
-        -------
-        p : ndarray of shape (n_samples, n_outputs), float32
-            Columns in the order of ``classes_``. A learned ``temperature_`` is applied.
-        """
-        logits = self._outputs(X) * getattr(self, "temperature_", 1.0)
-        p = logits.sigmoid() if self.task == "multilabel" else logits.softmax(dim=1)
-        return p.cpu().numpy()
-
-    def _outputs(self, X: Any) -> torch.Tensor:
-        """(n_samples, n_outputs) raw outputs of the fitted soup, on the device."""
-        return self._outputs_and_targets(X, None, ordered=True)[0]
-
-    def _outputs_and_targets(self, X: Any, y: Any, ordered: bool) -> tuple[torch.Tensor, Any]:
-        """Raw outputs and targets of rows; a loader is walked once and never held whole."""
-        check_is_fitted(self, "coef_")
-        if input_names(X) != self.input_names_:
-            X = as_batches(X, y)
-        if not is_loader(X):
-            return self._outputs_of(validate_inputs(self, X)), y
-        names = self.input_names_
-        n_inputs = names if isinstance(names, int) else None
-        outputs, targets = [], []
-        for rows, labels in minibatches(
-            X, y, self._rows_at_once(), ordered=ordered, n_inputs=n_inputs
-        ):
-            outputs.append(self._outputs_of(validate_inputs(self, rows)))
-            targets.append(labels)
-        return torch.cat(outputs), targets_of(targets, y)
-
-    def _rows_at_once(self) -> int | None:
-        """How many rows of a loader are in memory while it is walked; None for all."""
-        return self.batch_size
-
-    def _outputs_of(self, X: Any) -> torch.Tensor:
-        return self._module_outputs(self.module_, X)
-
-    def _module_outputs(self, module: nn.Module, X: Any) -> torch.Tensor:
-        device, dtype = next(module.parameters()).device, module_dtype(module)
-        with threads_of_parent(getattr(self, "checkpoints_", None)):
-            return batched(
-                lambda rows: feed(
-                    module,
-                    to_inputs(rows, dtype, device),
-                    self.forward,
-                    self.one_logit_,
-                ),
-                map_inputs(to_tensor, X),
-                self.batch_size,
-            )
-
-    def _decode(self, outputs: torch.Tensor) -> NDArray[Any]:
-        """Outputs -> labels or targets."""
-        if self.task == "classification":
-            return np.asarray(self.classes_[outputs.argmax(dim=1).cpu().numpy()])
-        values = outputs.detach().cpu().numpy()
-        if self.task == "multilabel":
-            return (values > 0).astype(np.int64)
-        return (
-            values.reshape(len(values))
-            if self.target_ndim_ == 1
-            else values.reshape(len(values), -1)
-        )
-
-    # ------------------------------------------------------------------- weights
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the soup's weights.
-
-        Returns
-        -------
-        state_dict : dict of str to Tensor
-            Copies on the CPU, in the dtypes of the checkpoints: bit for bit
-            ``mix(soup.checkpoints_, soup.coef_, layers=soup.layers_)``, but for ``recalibrated_``.
-        """
-        check_is_fitted(self, "coef_")
-        state = self.module_.state_dict()
-        return {
-            name: cast(name, state[name].detach().cpu().clone(), dtype)
-            for name, dtype in self._dtypes.items()
-        }
-
-    def save(self, path: str | os.PathLike[str], card: bool = False) -> None:
-        """Write weights and recipe to one ``.safetensors`` file, atomically.
-
-        Parameters
-        ----------
-        path : str or path-like
-            Ends in ``.safetensors``; an existing file is replaced, by the whole new one or not at
-            all. ``Recipe.load(path).cook(checkpoints)`` rebuilds the weights. In a distributed job
-            rank 0 writes, and the others do not wait.
-        card : bool, default=False
-            Whether to write a model card beside it, with the suffix ``.md``.
-
-        Raises
-        ------
-        ValueError
-            Another suffix.
-        """
-        check_is_fitted(self, "coef_")
-        if rank():
-            return
-        self.recipe_.save_weights(Path(path), self.state_dict())
-        if card:
-            write_text(Path(path).with_suffix(".md"), self.recipe_.to_card())
-
-    def report(self, path: str | os.PathLike[str], comparison: Any = None) -> None:
-        """Write one HTML file about the soup, to read in any browser, without a network.
-
-        What was mixed, how well it does, the coefficients, how they were found, what to look at
-        and what to do about it.
-
-        Parameters
-        ----------
-        path : str or path-like
-            Ends in ``.html``; an existing file is replaced.
-        comparison : SoupComparison or None, default=None
-            What `sksoup.inspection.compare_soups` measured, to show the soup beside the others.
-
-        Raises
-        ------
-        ValueError
-            Another suffix.
-        ImportError
-            matplotlib is not installed.
-        """
-        check_is_fitted(self, "module_")
-        if Path(path).suffix != ".html":
-            raise ValueError(f"{os.fspath(path)!r} must end in .html: the report is a web page.")
-        if not rank():
-            write_text(Path(path), render(self, comparison))
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write a Hugging Face folder: weights, recipe, card, and the ingredients' configuration.
-
-        Parameters
-        ----------
-        folder : str or path-like
-            A new folder; it appears once all of it is written. ``from_pretrained`` of transformers
-            reads it. ``config.json`` and the tokenizer's files are those of the first checkpoint
-            that lies in a folder of Hugging Face.
-
-        Raises
-        ------
-        CheckpointError
-            The ingredients did not come from Hugging Face folders.
-        FileExistsError
-            The folder is there and not empty.
-        """
-        check_is_fitted(self, "coef_")
-        if rank():
-            return
-        paths = [self.checkpoints_.path(name) for name in self.checkpoints_]
-        sources = [hub_folder(path) for path in paths if path is not None]
-        source = next((source for source in sources if source is not None), None)
-        if source is None:
-            raise CheckpointError(
-                f"{os.fspath(folder)!r} can't become a Hugging Face folder: no ingredient lies "
-                f"beside a config.json that could be copied. Use save(path)."
-            )
-        with new_folder(Path(folder)) as temporary:
-            copy_companions(source, temporary)
-            self.recipe_.save_weights(temporary / "model.safetensors", self.state_dict())
-            write_text(temporary / "README.md", self.recipe_.to_card())
-
-    def to_skorch(self, **kwargs: Any) -> Any:
-        """Give a skorch net with the soup's weights, initialised: to train on, or to hand over.
-
-        Parameters
-        ----------
-        **kwargs : dict
-            Parameters of the net; by default a criterion that fits ``task`` and the soup's device.
-
-        Returns
-        -------
-        net : skorch.NeuralNetClassifier, or skorch.NeuralNetRegressor for ``task="regression"``
-            Its module is a copy. ``net.partial_fit(X, y)`` trains from these weights; ``fit`` does
-            so with ``warm_start=True``.
-
-        Raises
-        ------
-        ValueError
-            ``task="multilabel"``, for which skorch has no net.
-
-        Notes
-        -----
-        skorch wants labels 0 to n_outputs - 1; its ``predict`` gives them, not ``classes_``.
-        """
-        check_is_fitted(self, "module_")
-        if self.task == "multilabel":
-            raise ValueError(
-                "skorch has no net for task='multilabel'; give module_ to a skorch.NeuralNet."
-            )
-        is_regression = self.task == "regression"
-        kind = NeuralNetRegressor if is_regression else NeuralNetClassifier
-        criterion = nn.MSELoss if is_regression else nn.CrossEntropyLoss
-        device = next(self.module_.parameters()).device.type
-        module = copy.deepcopy(self.module_).train()
-        return kind(module, **{"criterion": criterion, "device": device, **kwargs}).initialize()
-
     # -------------------------------------------------------------- scikit-learn
 
     @contextmanager
     def _progress(
-        self, module: nn.Module, data: Mapping[str, Any], name: str, n_steps: int
+        self, data: Mapping[str, Any], module: nn.Module, name: str, n_steps: int
     ) -> Iterator[Step]:
-        """Tell scikit-learn's callbacks of each step; the one place that knows their protocol."""
+        """Report each step to scikit-learn's callbacks; only here is their protocol used."""
         root = self._init_callback_context(max_subtasks=n_steps)
         root.call_on_fit_task_begin(estimator=self)
         running: list[Any] = []
@@ -846,170 +374,14 @@ class BaseSoup(DocLinkMixin, CallbackSupportMixin, BaseEstimator):  # type: igno
         return tags
 
 
-FLOATS_AND_INTEGERS = [np.float64, np.float32, *INTEGERS]
-
-
-def validate_rows(
-    estimator: Any, X: Any, y: Any, task: Task, ordered: bool = False
-) -> tuple[Any, NDArray[Any]]:
-    """Check rows by scikit-learn's rules, note their features; what is on a device stays there."""
-    if is_loader(X := as_batches(X, y)):
-        X, y = read_loader(X, y, ordered=ordered)
-    _refuse_checkpoints(X, y)
-    wants = {"multi_output": task != "classification", "y_numeric": task == "regression"}
-    y = to_numpy(y)
-    estimator.input_names_ = input_names(X)
-    if task == "classification" and y is not None and is_dense(np.asarray(y)):
-        return validate_dense(estimator, X, np.asarray(y))
-    if is_multiple(X):
-        X = check_parts(X)
-        check_consistent_length(*parts_of(X), y)
-        _, y = check_X_y(np.zeros((n_rows(X), 1)), y, **wants)
-    elif isinstance(X, torch.Tensor) and X.device.type != "cpu":
-        check_consistent_length(X, y)
-        estimator.n_features_in_ = X.shape[1]
-    else:
-        X, y = validate_data(
-            estimator, to_numpy(X), y, allow_nd=True, dtype=FLOATS_AND_INTEGERS, **wants
-        )
-    if task == "classification":
-        check_classification_targets(y)
-    return X, y
-
-
-def validate_dense(estimator: Any, X: Any, y: NDArray[Any]) -> tuple[Any, NDArray[Any]]:
-    """Check rows with labels at several positions each; scikit-learn knows no such targets."""
-    if is_multiple(X):
-        X = check_parts(X)
-    elif not (isinstance(X, torch.Tensor) and X.device.type != "cpu"):
-        X = validate_data(estimator, to_numpy(X), allow_nd=True, dtype=FLOATS_AND_INTEGERS)
-    check_consistent_length(*parts_of(X), y)
-    if y.dtype.kind not in "iu":
-        raise ValueError(
-            f"y has shape {y.shape} and dtype {y.dtype}: labels at several positions of a row must "
-            f"be integers, {IGNORED} where one is left out."
-        )
-    if (y == IGNORED).all():
-        raise ValueError(f"y holds nothing but {IGNORED}, which leaves out every position.")
-    return X, y
-
-
-def validate_inputs(estimator: Any, X: Any) -> Any:
-    """Check rows to predict for: the same inputs as in `fit`."""
-    if (got := input_names(X)) != (expected := estimator.input_names_):
-        raise ValueError(
-            f"X has other inputs than in fit: got {_named(got)}, expected {_named(expected)}."
-        )
-    if is_multiple(X):
-        return check_parts(X)
-    if isinstance(X, torch.Tensor) and X.device.type != "cpu":
-        return X
-    return validate_data(
-        estimator, to_numpy(X), reset=False, allow_nd=True, dtype=FLOATS_AND_INTEGERS
-    )
-
-
-def input_names(X: Any) -> tuple[str, ...] | int | None:
-    """The names of several inputs, or their number; None for one input."""
-    if not is_multiple(X):
-        return None
-    return tuple(X) if isinstance(X, Mapping) else len(X)
-
-
-def _named(names: tuple[str, ...] | int | None) -> str:
-    if isinstance(names, tuple):
-        return f"a mapping with {', '.join(map(repr, names))}"
-    return "one array" if names is None else f"a tuple of {names} arrays"
-
-
-def check_parts(X: Any) -> Any:
-    """Check several inputs: as many rows in each, finite numbers."""
-
-    def check(part: Any) -> Any:
-        if isinstance(part, torch.Tensor) and part.device.type != "cpu":
-            return part
-        part = from_lists(part) if isinstance(part, (list, tuple)) else to_numpy(part)
-        return check_array(part, ensure_2d=False, allow_nd=True, dtype=FLOATS_AND_INTEGERS)
-
-    X = map_inputs(check, X)
-    check_consistent_length(*parts_of(X))
-    return X
-
-
-def _probe(module: nn.Module, row: Any, forward: Any) -> torch.Tensor:
-    """Output for one row; says what was fed when the module can't take it."""
-    try:
-        with torch.no_grad():
-            return feed(module, row, forward)
-    except (RuntimeError, IndexError, TypeError) as error:  # what torch raises on what does not fit
-        if isinstance(error, TypeError) and "module returned" in str(error):
-            raise
-        fed = map_inputs(lambda part: f"shape {tuple(part.shape)} and dtype {part.dtype}", row)
-        fed = ", ".join(f"{k}: {v}" for k, v in fed.items()) if isinstance(fed, dict) else fed
-        raise ValueError(
-            f"The module can't take X: fed one row of {fed}, it raised {type(error).__name__}: "
-            f"{error}. Floating inputs are fed as the module's dtype, integers as they are, a "
-            f"mapping by name and a tuple by position."
-        ) from error
-
-
-def _or_texts(item: Any) -> str:
-    return ", or texts, which have to be tokenised first" if isinstance(item, str) else ""
-
-
-def _refuse_checkpoints(X: Any, y: Any) -> None:
-    """Say what went wrong when checkpoints stand where X should."""
-    if is_multiple(X) and y is not None:
-        lengths = {len(part) if getattr(part, "ndim", 1) else 0 for part in parts_of(X)}
-        if lengths == {len(y)}:
-            return
-    items = list(X[:1]) if isinstance(X, (list, tuple)) else [X]
-    for item in items:
-        is_state = isinstance(item, Mapping) and any(
-            isinstance(value, torch.Tensor) for value in item.values()
-        )
-        if isinstance(item, (str, os.PathLike, nn.Module)) or is_state:
-            raise TypeError(
-                f"X holds {'a state dict' if is_state else type(item).__name__} where rows of "
-                f"data were expected: these look like checkpoints{_or_texts(item)}. Call "
-                f"fit(checkpoints, X, y), or "
-                f"wrap them: fit(CheckpointCollection(checkpoints, module=...), X)."
-            )
-
-
-def to_numpy(values: Any) -> Any:
-    """A tensor as an array, from any device; anything else as it is."""
-    if not isinstance(values, torch.Tensor):
-        return values
-    values = values.float() if values.dtype == torch.bfloat16 else values  # which numpy lacks
-    return values.detach().cpu().numpy()
-
-
-def _check_weight(sample_weight: Any, n_samples: int) -> NDArray[np.float64] | None:
-    if sample_weight is None:
-        return None
-    weight = np.asarray(to_numpy(sample_weight), dtype=np.float64)
-    if weight.shape != (n_samples,):
-        raise ValueError(
-            f"sample_weight has shape {weight.shape}, expected ({n_samples},), one per row of X."
-        )
-    if not np.isfinite(weight).all() or (weight < 0).any() or not weight.any():
-        raise ValueError("sample_weight must be finite, not negative, and not zero everywhere.")
-    return weight
-
-
 @functools.cache
-def _versions() -> Mapping[str, str]:
-    versions = {"python": platform.python_version()}
+def versions() -> Mapping[str, str]:
+    """Versions of what computed a soup."""
+    found = {"python": platform.python_version()}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):  # run from a folder that was never installed
-            versions[package] = version(package)
-    return versions
-
-
-def _mixed(collection: CheckpointCollection, coef: NDArray[np.float64]) -> tuple[str, ...]:
-    """Checkpoints with a coefficient other than 0 in any layer."""
-    return tuple(name for name, c in zip(collection, coef.T, strict=True) if c.any())
+            found[package] = version(package)
+    return found
 
 
 def _labels(classes: Any) -> tuple[Any, ...]:
@@ -1018,7 +390,7 @@ def _labels(classes: Any) -> tuple[Any, ...]:
     return tuple(labels) if all(isinstance(c, (bool, int, float, str)) for c in labels) else ()
 
 
-def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values as JSON can hold them; anything else by its repr."""
     plain: dict[str, Any] = {}
     for name, value in values.items():

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from ..checkpoints.collection import CheckpointCollection
-from ..data.rows import Task, resolve_device
+from ..data.outputs import Task
+from ..data.rows import resolve_device
 from ..engine.batch_norm import BatchNormPolicy
 from ..engine.objective import Forward, load_weights, prepare_module
-from ..engine.problem import Found, Problem, rank
+from ..engine.problem import Found, Problem, rank_checkpoints
 from .base import BaseSoup
 
 __all__ = ["BestCheckpoint", "CheckpointEnsemble", "UniformSoup"]
@@ -215,7 +216,7 @@ class BestCheckpoint(BaseSoup):
         checkpoints = problem.checkpoints
         checkpoints.check()
         with problem.progress("evaluation", 0 if checkpoints.scores else len(checkpoints)) as step:
-            scores = rank(problem, step, n_jobs=self.n_jobs).scores
+            scores = rank_checkpoints(problem, step, n_jobs=self.n_jobs).scores
         best = max(checkpoints.names, key=scores.__getitem__)  # the first on ties
         coef = np.array([[float(name == best) for name in checkpoints]])
         return Found(coef, attributes={"individual_scores_": scores, "ingredients_": (best,)})
@@ -296,9 +297,6 @@ class CheckpointEnsemble(BaseSoup):
         with problem.progress("check", 0):
             n = len(problem.checkpoints)
             return Found(np.full((1, n), 1 / n))
-
-    def _keep_soup(self, problem: Problem, coef: NDArray[np.float64]) -> None:
-        """Keep no weights and no recipe: a prediction reads the checkpoints."""
 
     def _rows_at_once(self) -> int | None:
         """All: each checkpoint is read once for all rows."""

@@ -5,27 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed, effective_n_jobs
+from joblib import effective_n_jobs
 from numpy.typing import ArrayLike, NDArray
-from sklearn.model_selection import train_test_split
 from sklearn.utils import check_scalar
 
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.describe import judge
-from ..data.rows import HeldOut, Task
+from ..data.outputs import Task
+from ..data.rows import HeldOut
+from ..data.split import split_rows
 from ..engine.batch_norm import BatchNormPolicy, can_recalibrate, recalibrate, statistics
-from ..engine.objective import Counts, Forward, load_weights
-from ..engine.problem import Found, Problem, evaluate_named, rank
-from ..engine.scores import Evaluation, Evaluator, RowScore
+from ..engine.objective import Forward, load_weights
+from ..engine.parallel import everywhere
+from ..engine.problem import Found, Problem, rank_checkpoints
+from ..engine.scores import Evaluation, Evaluator, RowScore, evaluate_named
 from ..mixing.mix import mix
-from ..runtime.distributed import from_first, gather, n_ranks
-from ..runtime.distributed import rank as rank_of
+from ..runtime.distributed import broadcast, world_size
 from .base import BaseSoup
+from .validation import check_fraction
 
 __all__ = ["GreedySoup"]
 
@@ -233,12 +236,12 @@ class GreedySoup(BaseSoup):
         check_fraction(self.ranking_fraction, "ranking_fraction")
 
     def _search(self, problem: Problem) -> Found:
-        found = self._find(problem)
+        found = self.find(problem)
         if len(found.attributes["ingredients_"]) == 1 < len(problem.checkpoints):
             self._warn_of_one(problem.checkpoints, found.history)
         return found
 
-    def _find(self, problem: Problem) -> Found:
+    def find(self, problem: Problem) -> Found:
         """The search, without a warning: MEHL-Soup may start at what it finds."""
         checkpoints = problem.checkpoints
         names, n = checkpoints.names, len(checkpoints)
@@ -246,7 +249,7 @@ class GreedySoup(BaseSoup):
         n_ranked = 0 if checkpoints.scores is not None else n
         to_rank, to_accept = self._split(problem, is_known=not n_ranked)
         with problem.progress("evaluation", n_ranked + n) as step:
-            ranking = rank(problem, step, n_jobs=self.n_jobs, evaluate=to_rank)
+            ranking = rank_checkpoints(problem, step, n_jobs=self.n_jobs, evaluate=to_rank)
             # scores given by the user may stem from other rows or another metric
             best = ranking.best if to_rank is to_accept else None
             margins = ranking.margins if to_rank is to_accept else {}
@@ -267,7 +270,7 @@ class GreedySoup(BaseSoup):
                     known = best or trial.known(ingredients, needed, soup)
                     return known or trial(ingredients, needed, soup)
                 if candidate not in ahead:
-                    n_ahead = max(n_workers, n_ranks())
+                    n_ahead = max(n_workers, world_size())
                     following = ranked[ranked.index(candidate) :]
                     for later in following[n_ahead : n_ahead + 1]:
                         checkpoints.warm(names[later])
@@ -305,9 +308,11 @@ class GreedySoup(BaseSoup):
                 evaluate.y, self.task, evaluate.data.amounts, fraction, self.random_state
             )
 
-        is_free = self.random_state is None  # then the memory has the rows it began with
-        parts = problem.memo(("split", fraction), split) if is_free else split()
-        ranks, accepts = (part.numpy() for part in from_first(parts))
+        if self.random_state is None and problem.cache is not None:  # the rows it began with
+            parts = problem.cache(("split", fraction), split)
+        else:
+            parts = split()
+        ranks, accepts = (part.numpy() for part in broadcast(parts))
         return evaluate.on(ranks), evaluate.on(accepts)
 
     def _warn_of_one(self, checkpoints: CheckpointCollection, path: list[dict[str, Any]]) -> None:
@@ -324,42 +329,6 @@ class GreedySoup(BaseSoup):
             f"({most['candidate']!r}){bounds}, where {self.min_improvement:g} or more was asked "
             f"for. path_ has all of them; MEHLSoup weighs them instead. {related}"
         )
-
-
-def check_fraction(fraction: float | None, name: str) -> None:
-    """Check the part of the rows that is set aside for a purpose, if any is."""
-    if fraction is not None:
-        check_scalar(
-            fraction, name, float, min_val=0.0, max_val=1.0, include_boundaries="neither"
-        )  # fmt: skip
-
-
-def split_rows(
-    y: NDArray[Any],
-    task: Task,
-    amounts: torch.Tensor | None,
-    fraction: float,
-    random_state: Any,
-) -> list[torch.Tensor]:
-    """Draw a fraction of the rows, stratified by label where that is possible; and the others."""
-    labels = y if task == "classification" and y.ndim == 1 else None
-    if labels is not None:
-        counts = np.unique(labels, return_counts=True)[1]
-        n_drawn = int(fraction * len(y))  # as scikit-learn counts them
-        if counts.min() < 2 or len(counts) > min(n_drawn, len(y) - n_drawn):
-            labels = None
-    if random_state is None:  # entropy, not the state that all of NumPy shares
-        random_state = int(np.random.SeedSequence().generate_state(1)[0])
-    parts = train_test_split(
-        np.arange(len(y)), train_size=fraction, stratify=labels, random_state=random_state
-    )
-    if amounts is not None and not all(bool(amounts.cpu()[part].any()) for part in parts):
-        raise ValueError(
-            f"All {len(parts[0])} rows drawn, or all {len(parts[1])} others, have a sample_weight "
-            f"of 0 or no label: nothing can be chosen by them. Leave such rows out, or draw "
-            f"another fraction."
-        )
-    return [torch.as_tensor(np.sort(part)) for part in parts]
 
 
 def mean_of(checkpoints: CheckpointCollection, ingredients: list[int]) -> dict[str, torch.Tensor]:
@@ -386,47 +355,38 @@ class Trial:
         order = self._order(ingredients, soup)
         candidate = self.checkpoints.names[ingredients[-1]]
         found = evaluate_named(lambda: self._score(needed, order), candidate)
-        if self.evaluate.memo:
+        if self.evaluate.cache is not None:
             key = self._key(ingredients, needed, soup)
-            self.evaluate.memo.keep(vars(found), *key, everywhere=True)
+            self.evaluate.cache.keep(vars(found), *key, everywhere=True)
         return found
 
     def known(
         self, ingredients: list[int], needed: float, soup: Evaluation | None
     ) -> Evaluation | None:
-        """What the memory knows of this mean."""
-        if not self.evaluate.memo:
+        """What the cache has of this mean."""
+        if self.evaluate.cache is None:
             return None
-        found = self.evaluate.memo.find(*self._key(ingredients, needed, soup))
+        found = self.evaluate.cache.find(*self._key(ingredients, needed, soup))
         return None if found is None else Evaluation(**found)
 
     def together(
         self, kept: list[int], candidates: list[int], needed: float, soup: Evaluation
     ) -> dict[int, Evaluation]:
         """Score several candidates for the same soup: on all ranks, or in workers."""
-        found = {k: self.known([*kept, k], needed, soup) for k in candidates}
-        missing = [k for k, one in found.items() if one is None]
-        if n_ranks() > 1:
-            mine = missing[rank_of() :: n_ranks()]
-            for part in gather({k: self([*kept, k], needed, soup) for k in mine}):
-                found |= part
-        elif len(missing) > 1:
-            threads = torch.get_num_threads()
-            tasks = (
-                delayed(try_in_worker)(self.only(k), [*kept, k], needed, soup, threads)
-                for k in missing
-            )
-            for k, (one, counts) in zip(missing, Parallel(n_jobs=len(missing))(tasks), strict=True):
-                self.evaluate.objective.counts.add(counts)
-                found[k] = one
-        else:
-            found |= {k: self([*kept, k], needed, soup) for k in missing}
-        return {k: one for k, one in found.items() if one is not None}
+        known = {k: self.known([*kept, k], needed, soup) for k in candidates}
+        missing = [k for k, one in known.items() if one is None]
 
-    def only(self, candidate: int) -> Trial:
-        """The same with no more than one candidate needs: less to send."""
-        name = self.checkpoints.names[candidate]
-        return replace(self, margins={n: m for n, m in self.margins.items() if n == name})
+        def job(some: Sequence[int]) -> Callable[[Evaluator], dict[int, Evaluation]]:
+            trial = self.only(some) if len(missing) > 1 else self
+            return partial(try_each, trial, kept, list(some), needed, soup)
+
+        found = everywhere(job, missing, self.evaluate, len(missing)) if missing else {}
+        return found | {k: one for k, one in known.items() if one is not None}
+
+    def only(self, candidates: Sequence[int]) -> Trial:
+        """The same with no more than some candidates need: less to send."""
+        names = {self.checkpoints.names[k] for k in candidates}
+        return replace(self, margins={n: m for n, m in self.margins.items() if n in names})
 
     def _key(
         self, ingredients: list[int], needed: float, soup: Evaluation | None
@@ -470,13 +430,17 @@ class Trial:
         return self.evaluate.until(needed, order, size)
 
 
-def try_in_worker(
-    trial: Trial, ingredients: list[int], needed: float, soup: Evaluation, threads: int
-) -> tuple[Evaluation, Counts]:
-    """Score one candidate in a process or thread of its own."""
-    torch.set_num_threads(threads)
-    trial = replace(trial, evaluate=trial.evaluate.own())
-    return trial(ingredients, needed, soup), trial.evaluate.objective.counts
+def try_each(
+    trial: Trial,
+    kept: list[int],
+    candidates: list[int],
+    needed: float,
+    soup: Evaluation,
+    evaluate: Evaluator,
+) -> dict[int, Evaluation]:
+    """Score candidates one after the other."""
+    trial = replace(trial, evaluate=evaluate)
+    return {k: trial([*kept, k], needed, soup) for k in candidates}
 
 
 def hardest_first(

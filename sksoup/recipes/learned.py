@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from ..data.rows import Task
+from ..data.outputs import Task
 from ..engine.batch_norm import BatchNormPolicy
-from ..engine.deltas import (
-    Center,
-    ModelBatch,
-    ShardedBatch,
-    StreamedModels,
-    centered,
-    resolve_delta_dtype,
-)
-from ..engine.descent import (
-    NotFiniteError,
-    check_search,
-    check_settings,
-    coefficient_dtype,
-    descend,
-    halve,
-    memo_of,
-    remembered_generator,
-    settings_of,
-    what_fitted,
-)
+from ..engine.descent import Descent, coefficient_dtype, private_generator, within_memory
 from ..engine.objective import Criterion, Forward
-from ..engine.on_demand import OnDemand
 from ..engine.problem import Found, Problem
-from ..exceptions import DivergenceError
 from ..mixing.layers import Layerwise
-from ..runtime.cache import Memo
-from ..runtime.distributed import least_over_ranks, n_ranks
-from ..runtime.memory import Budget, is_out_of_memory, parse_bytes
 from .base import BaseSoup
+from .validation import check_descent, check_minibatches, room_for, search_cache, settings_of
 
 __all__ = ["LearnedSoup"]
 
@@ -85,8 +60,6 @@ class LearnedSoup(BaseSoup):
         Without weight decay.
     schedule : {"cosine", "constant"}, default="constant"
         Cosine warms up over the first fifth of the steps.
-    clip_grad_norm : float or None, default=None
-        Upper bound for the norm of the coefficients' gradient.
     shuffle : bool, default=True
         Visit the rows in a new random order each epoch.
     criterion : class, nn.Module, callable or None, default=None
@@ -180,6 +153,9 @@ class LearnedSoup(BaseSoup):
     np.int64(1)
     """
 
+    weight_decay = 0.0
+    model_epochs = 1
+
     def __init__(
         self,
         checkpoints: Any = None,
@@ -197,7 +173,6 @@ class LearnedSoup(BaseSoup):
         compile: bool = False,
         optimizer: str = "adamw",
         schedule: str = "constant",
-        clip_grad_norm: float | None = None,
         shuffle: bool = True,
         criterion: Criterion | None = None,
         batch_norm: BatchNormPolicy = "average",
@@ -222,7 +197,6 @@ class LearnedSoup(BaseSoup):
         self.compile = compile
         self.optimizer = optimizer
         self.schedule = schedule
-        self.clip_grad_norm = clip_grad_norm
         self.shuffle = shuffle
         self.criterion = criterion
         self.batch_norm = batch_norm
@@ -235,110 +209,50 @@ class LearnedSoup(BaseSoup):
 
     def _check_params(self) -> None:
         super()._check_params()
-        check_settings(self)
-        if self.memory_limit is not None:
-            parse_bytes(self.memory_limit)
+        check_descent(self)
 
     def _search(self, problem: Problem) -> Found:
-        check_search(self, problem, problem.data)
-        memo = memo_of(self, problem, self.temperature)
-        generator = remembered_generator(self.random_state, memo)
+        """Descend on a (K, n_searched) with c = softmax(a), from c = 1/K [W22, Appendix I]."""
+        check_minibatches(self, problem)
+        cache = search_cache(self, problem, self.temperature)
+        generator = private_generator(self.random_state, cache)
         seed = generator.get_state()
-        memo = memo.within(seed)
-        n, n_rows = len(problem.checkpoints), problem.layers.n_searched
-        with OnDemand(lambda: centered(problem)) as center:
-            capacity = memo(("capacity", self.memory_limit), lambda: self._capacity(n, center()))
-            capacity = what_fitted(capacity, memo)
-            self._warn_of_strangers(problem.checkpoints, problem.checkpoints.names)
-            while capacity:
-                found = self._descend(problem, center, capacity, generator.set_state(seed), memo)
-                if found is not None:
-                    return found
-                capacity = halve(capacity, memo)
-        # all checkpoints are equal
-        return Found(np.full((n_rows, n), 1 / n), attributes={"temperature_": 1.0})
-
-    def _capacity(self, n: int, center: Center | None) -> int:
-        """How many deltas the memory holds beside the mean and the soup; 0 if all are equal."""
-        if center is None:
-            return 0
-        mean, dtype = center.mean, resolve_delta_dtype(self.delta_dtype, center.mean.dtype)
-        limit = None if self.memory_limit is None else parse_bytes(self.memory_limit)
-        n_shards = n_ranks() if self.shard_deltas else 1
-        delta_bytes = len(mean) * dtype.itemsize // n_shards
-        budget = Budget(limit, mean.nbytes, delta_bytes, 2, mean.device)
-        return least_over_ranks(budget.resolve("auto", n))
-
-    @contextmanager
-    def _models(
-        self, problem: Problem, center: Center | None, capacity: int
-    ) -> Iterator[ModelBatch | StreamedModels]:
-        """All deltas in memory, or as many as it holds, read again at every step."""
-        if center is None:  # pragma: no cover - then there is nothing to descend on
-            raise RuntimeError("no center")
-        checkpoints = problem.checkpoints
-        delta_dtype = resolve_delta_dtype(self.delta_dtype, center.mean.dtype)
-        is_whole = capacity == len(checkpoints)
-        if not is_whole and self.shard_deltas:
-            capacity = max(1, capacity // n_ranks())  # each rank streams all of them
-        kind = ShardedBatch if is_whole and self.shard_deltas and n_ranks() > 1 else ModelBatch
-        with kind(center, capacity, delta_dtype) as batch:
-            if is_whole:
-                batch.load(checkpoints, checkpoints.names)
-                yield batch
-                return
-            self._warn(
-                f"The memory holds {capacity} of {len(checkpoints)} models: each step reads all "
-                f"files twice, which is slow. Raise memory_limit, halve the deltas with "
-                f"delta_dtype='bfloat16', or take MEHLSoup, which needs few at a time."
-            )
-            yield StreamedModels(batch, checkpoints)
-
-    def _descend(
-        self,
-        problem: Problem,
-        center: OnDemand[Center | None],
-        capacity: int,
-        generator: torch.Generator,
-        memo: Memo,
-    ) -> Found | None:
-        """Descend with ``capacity`` deltas in memory; None when the memory does not hold them."""
-        n, n_rows, device = (
-            len(problem.checkpoints), problem.layers.n_searched, problem.data.y.device
-        )  # fmt: skip
+        cache = None if cache is None else cache.within(seed)
+        names, n_rows = problem.checkpoints.names, problem.layers.n_searched
+        device, n = problem.data.y.device, len(names)
         dtype = coefficient_dtype(device)
         learns = self.temperature and self.task != "regression"
-        a = torch.zeros((n, n_rows), dtype=dtype, device=device).requires_grad_()
-        beta = torch.ones((), dtype=dtype, device=device).requires_grad_(learns)
-        try:
-            with (
-                OnDemand(lambda: self._models(problem, center(), capacity)) as models,
-                problem.progress("epoch", self.max_epochs) as step,
-            ):
-                history = descend(
-                    models,
-                    problem,
-                    coef=lambda: a.softmax(dim=0),
-                    leaves=[a, beta] if learns else [a],
-                    settings=settings_of(self),
-                    generator=generator,
-                    memo=memo.within(capacity),
+        descent = Descent(problem, settings_of(self), generator)
+
+        def search(n_models: int, open_deltas: Any) -> Found:
+            self._warn_of_strangers(problem.checkpoints, names)
+            if n_models < n:
+                self._warn_of_streaming(n_models, n)
+            generator.set_state(seed)
+            a = torch.zeros((n, n_rows), dtype=dtype, device=device).requires_grad_()
+            beta = torch.ones((), dtype=dtype, device=device).requires_grad_(learns)
+            with open_deltas([names]) as deltas, problem.progress("epoch", self.max_epochs) as step:
+                deltas.load(names)
+                history = descent.run(
+                    deltas,
+                    lambda: a.softmax(dim=0),
+                    [a, beta] if learns else [a],
+                    soup_coef=lambda coef: coef.T,
+                    step=step,
+                    cache=None if cache is None else cache.within(n_models),
                     scale=beta if learns else None,
-                    on_epoch=step,
                 )
-        except NotFiniteError as error:
-            raise DivergenceError(
-                f"The loss or the coefficients stopped being finite at step {error.step}. "
-                f"Lower lr (now {self.lr}).",
-                problem.layers.expand(error.coef.T),
-            ) from error
-        except (MemoryError, RuntimeError) as error:
-            if capacity == 1 or n_ranks() > 1 or not is_out_of_memory(error):
-                raise
-            return None
-        coef = a.detach().softmax(dim=0).T.cpu().double().numpy()  # (n_searched, K)
-        return Found(
-            coef / coef.sum(axis=1, keepdims=True),
-            history=history,
-            attributes={"temperature_": float(beta.detach())},
+            coef = a.detach().softmax(dim=0).T.cpu().double().numpy()  # (n_searched, K)
+            coef = coef / coef.sum(axis=1, keepdims=True)
+            return Found(coef, history, {"temperature_": float(beta.detach())})
+
+        found = within_memory(problem, search, room_for(self, problem), "auto", cache)
+        # None where all checkpoints are equal
+        return found or Found(np.full((n_rows, n), 1 / n), attributes={"temperature_": 1.0})
+
+    def _warn_of_streaming(self, n_models: int, n: int) -> None:
+        self._warn(
+            f"The memory holds {n_models} of {n} models: each step reads all files twice, which is "
+            f"slow. Raise memory_limit, halve the deltas with delta_dtype='bfloat16', or take "
+            f"MEHLSoup, which needs few at a time."
         )

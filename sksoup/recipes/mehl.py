@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache
-from numbers import Integral, Real
-from typing import Any, TypeAlias
+from functools import partial
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.utils import check_scalar
 
-from ..checkpoints.collection import CheckpointCollection
-from ..data.rows import HeldOut, Task
+from ..data.outputs import Task
+from ..data.rows import HeldOut
+from ..data.split import split_rows
 from ..engine.batch_norm import BatchNormPolicy
-from ..engine.deltas import Center, ModelBatch, ShardedBatch, centered, resolve_delta_dtype
+from ..engine.deltas import Deltas
 from ..engine.descent import (
-    NotFiniteError,
-    check_search,
-    check_settings,
+    Descent,
+    OpenDeltas,
     coefficient_dtype,
-    descend,
-    halve,
-    memo_of,
-    remembered_generator,
-    settings_of,
-    what_fitted,
+    private_generator,
+    within_memory,
 )
 from ..engine.objective import Criterion, Forward
-from ..engine.on_demand import OnDemand
-from ..engine.problem import Found, Problem, Step, rank
-from ..engine.reader import Reader
-from ..exceptions import DivergenceError
-from ..mixing.layers import Layers, Layerwise
-from ..runtime.cache import Memo
-from ..runtime.distributed import least_over_ranks, n_ranks, share
-from ..runtime.memory import Budget, is_out_of_memory, parse_bytes
+from ..engine.problem import Found, Problem, rank_checkpoints
+from ..mixing.layers import Layerwise
+from ..runtime.cache import Cache
 from .base import BaseSoup
-from .greedy import GreedySoup, check_fraction, split_rows
+from .greedy import GreedySoup
+from .validation import (
+    check_choice,
+    check_descent,
+    check_fraction,
+    check_minibatches,
+    no_progress,
+    room_for,
+    search_cache,
+    settings_of,
+)
 
 __all__ = ["MEHLSoup"]
 
@@ -62,13 +62,32 @@ def draw_model_batches(
         yield from (order[start : start + b] for start in range(0, n, b))
 
 
-def no_step(weights: Any = None) -> None:
-    """Tell nobody: the steps that are shown are those of the descent."""
+class Moves:
+    """How far alpha_B has moved from where an outer iteration began: (b, n_searched).
 
+    A function of v, with alpha_B = v, or v / |delta| where ``norms`` are given.
+    """
 
-def has_files(checkpoints: CheckpointCollection) -> bool:
-    """Whether any checkpoint has to be read from a file."""
-    return any(checkpoints.path(name) is not None for name in checkpoints)
+    def __init__(
+        self, start: NDArray[np.float64], norms: torch.Tensor | None, device: torch.device
+    ) -> None:
+        dtype = coefficient_dtype(device)
+        self.start = torch.as_tensor(start, dtype=dtype, device=device)
+        one = torch.ones_like(self.start)
+        self.unit = one if norms is None else norms.to(self.start).reciprocal()
+        self.v = (self.start / self.unit).requires_grad_()
+
+    def __call__(self) -> torch.Tensor:
+        return self.v * self.unit - self.start
+
+    @staticmethod
+    def affine_coef(
+        alpha: NDArray[np.float64], batch: Sequence[int], moved: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Coefficients of the soup once alpha_B has moved."""
+        after = alpha.copy()
+        after[batch] += moved
+        return affine_coef(after.T)
 
 
 class MEHLSoup(BaseSoup):
@@ -133,13 +152,9 @@ class MEHLSoup(BaseSoup):
     normalize : bool, default=False
         Scale every delta to unit length per layer during the search, as the authors' code does
         (with lr 0.01); the coefficients found are those of the deltas as they are.
-    average : bool, default=False
-        Whether a model batch ends at the mean of the iterates of the second half of its steps.
     validation_fraction : float or None, default=None
         Part of the rows, drawn at random and stratified by label, that takes no part in the
         gradients and chooses, for each model batch, the epoch (or the start) with the least loss.
-    clip_grad_norm : float or None, default=None
-        Upper bound for the norm of the coefficients' gradient.
     shuffle : bool, default=True
         Visit the rows in a new random order each epoch.
     criterion : class, nn.Module, callable or None, default=None
@@ -200,8 +215,7 @@ class MEHLSoup(BaseSoup):
     DivergenceError
         The loss or the coefficients stopped being finite; its ``coef`` are those before that epoch.
     ValueError
-        ``memory_limit`` does not hold the model batch asked for; ``average=True`` together with
-        ``validation_fraction``.
+        ``memory_limit`` does not hold the model batch asked for.
 
     Warns
     -----
@@ -266,9 +280,7 @@ class MEHLSoup(BaseSoup):
         schedule: str = "cosine",
         start: str = "mean",
         normalize: bool = False,
-        average: bool = False,
         validation_fraction: float | None = None,
-        clip_grad_norm: float | None = None,
         shuffle: bool = True,
         criterion: Criterion | None = None,
         batch_norm: BatchNormPolicy = "average",
@@ -298,9 +310,7 @@ class MEHLSoup(BaseSoup):
         self.schedule = schedule
         self.start = start
         self.normalize = normalize
-        self.average = average
         self.validation_fraction = validation_fraction
-        self.clip_grad_norm = clip_grad_norm
         self.shuffle = shuffle
         self.criterion = criterion
         self.batch_norm = batch_norm
@@ -313,242 +323,115 @@ class MEHLSoup(BaseSoup):
 
     def _check_params(self) -> None:
         super()._check_params()
-        check_settings(self)
+        check_descent(self)
         b = self.model_batch_size
         is_count = isinstance(b, Integral) and not isinstance(b, bool) and b >= 1
         if not (b is None or b == "auto" or is_count):
             raise ValueError(f"model_batch_size must be an int >= 1, None or 'auto', got {b!r}.")
         check_scalar(self.prefetch, "prefetch", Integral, min_val=0)
-        check_scalar(self.weight_decay, "weight_decay", Real, min_val=0)
-        if self.start not in STARTS:
-            raise ValueError(
-                f"start must be one of {', '.join(map(repr, STARTS))}, got {self.start!r}."
-            )
+        check_choice(self.start, "start", STARTS)
         check_fraction(self.validation_fraction, "validation_fraction")
-        if self.average and self.validation_fraction is not None:
-            raise ValueError(
-                "average=True and validation_fraction both say which iterate is kept: give one."
-            )
-        if self.memory_limit is not None:
-            parse_bytes(self.memory_limit)
 
     def _search(self, problem: Problem) -> Found:
-        rows = self.validation_fraction
-        memo = memo_of(self, problem, self.normalize, self.model_epochs, self.start, rows)
-        generator = remembered_generator(self.random_state, memo)
-        seed = generator.get_state()
-        whole = problem
-        problem, choose = self._hold_back(whole, generator)
-        check_search(self, problem, problem.data, *([] if choose is None else [choose]))
-        alpha = self._start(whole)
-        memo = memo.within(seed, alpha)
-        with OnDemand(lambda: centered(problem)) as center:
-            b = self._resolve(problem, center, memo)
-            self._warn_of_strangers(problem.checkpoints, problem.checkpoints.names)
-            while b:
-                generator.set_state(seed)
-                found = self._descend(problem, choose, center, alpha.copy(), b, generator, memo)
-                if found is not None:
-                    return found
-                b = self._halve(b, memo)
-        n = len(problem.checkpoints)  # all checkpoints are equal
-        return Found(affine_coef(alpha.T), attributes={"model_batch_size_": n})
-
-    def _start(self, problem: Problem) -> NDArray[np.float64]:
-        """(K, n_searched): the alphas it begins with."""
-        alpha = np.zeros((len(problem.checkpoints), problem.layers.n_searched))
-        if self.start == "mean":
-            return alpha
-        if self.start == "best":
-            problem.checkpoints.check()
-            scores = rank(problem, no_step).scores
-            alpha[list(scores).index(max(scores, key=scores.__getitem__))] = 1
-            return alpha
-        problem = replace(problem, progress=lambda name, n: nullcontext(no_step))
-        greedy = GreedySoup(task=self.task, batch_norm=self.batch_norm, batch_size=self.batch_size)
-        alpha += greedy._find(problem).coef.T  # sums to 1, as alphas of the mean of a subset do
-        return alpha
-
-    def _hold_back(
-        self, problem: Problem, generator: torch.Generator
-    ) -> tuple[Problem, HeldOut | None]:
-        """Set rows aside to choose the iterate by."""
-        if self.validation_fraction is None:
-            return problem, None
-        seed = int(torch.randint(2**31, (), generator=generator))
-        y, data = problem.evaluate.y, problem.data
-        chooses, fits = split_rows(y, self.task, data.amounts, self.validation_fraction, seed)
-        return replace(problem, data=data.select(fits)), data.select(chooses)
-
-    def _resolve(self, problem: Problem, center: OnDemand[Center | None], memo: Memo) -> int:
-        """The model batch; the one that was found to fit, if the fit goes on; 0 if all are equal.
-
-        B deltas beside the mean, the soup, and what is read ahead (into the host's memory).
-        """
-
-        def resolve() -> int:
-            if (found := center()) is None:
-                return 0
-            mean = found.mean
-            dtype = resolve_delta_dtype(self.delta_dtype, mean.dtype)
-            is_host = mean.device.type == "cpu" and has_files(problem.checkpoints)
-            limit = None if self.memory_limit is None else parse_bytes(self.memory_limit)
-            n_fixed = 2 + self.prefetch * is_host
-            delta_bytes = len(mean) * dtype.itemsize // self._n_shards()
-            budget = Budget(limit, mean.nbytes, delta_bytes, n_fixed, mean.device)
-            wanted = self.model_batch_size
-            return least_over_ranks(budget.resolve(wanted, len(problem.checkpoints)))
-
-        key = ("model batch", self.model_batch_size, self.memory_limit, self.prefetch)
-        return what_fitted(memo(key, resolve), memo)
-
-    def _n_shards(self) -> int:
-        """Over how many ranks the deltas are spread."""
-        return n_ranks() if self.shard_deltas else 1
-
-    def _halve(self, b: int, memo: Memo) -> int:
-        """Go on with half, and remember it."""
-        half = halve(b, memo)
-        self._warn(
-            f"Memory ran out: starting again with model_batch_size={half}. Give that, or a "
-            f"memory_limit, to save the attempt; delta_dtype='bfloat16' halves the deltas."
+        cache = search_cache(
+            self, problem, self.normalize, self.model_epochs, self.start, self.validation_fraction
         )
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return half
+        generator = private_generator(self.random_state, cache)
+        seed = generator.get_state()
+        whole, aside = problem, None
+        if self.validation_fraction is not None:
+            problem, aside = self._set_aside(whole, self.validation_fraction, generator)
+        check_minibatches(self, problem, aside)
+        start = np.zeros((len(problem.checkpoints), problem.layers.n_searched))
+        if self.start != "mean":
+            start = self._start(whole, start)
+        search = partial(
+            self._block_coordinate_descent,
+            descent=Descent(problem, settings_of(self), generator, aside),
+            seed=seed,
+            start=start,
+            cache=None if cache is None else cache.within(seed, start),
+        )
+        room, cache = room_for(self, problem, self.prefetch), search.keywords["cache"]
+        found = within_memory(
+            problem, search, room, self.model_batch_size, cache, self._warn_of_halving
+        )
+        if found is None:  # all checkpoints are equal
+            n = len(problem.checkpoints)
+            return Found(affine_coef(start.T), attributes={"model_batch_size_": n})
+        return found
 
-    def _descend(
+    def _block_coordinate_descent(
         self,
-        problem: Problem,
-        choose: HeldOut | None,
-        center: OnDemand[Center | None],
-        alpha: NDArray[np.float64],
         b: int,
-        generator: torch.Generator,
-        memo: Memo,
-    ) -> Found | None:
-        """Algorithm 1: alpha (K, n_searched) persists; each outer iteration moves b checkpoints'.
-
-        Gives None when the memory does not hold them.
-        """
-        checkpoints, layers = problem.checkpoints, problem.layers
-        n = len(checkpoints)
-        history: list[dict[str, Any]] = []
-        # from the mean to the start
-        begun = [int(k) for k in np.flatnonzero(alpha.any(axis=1))]
-        starts = [begun[i : i + b] for i in range(0, len(begun), b)]
-        moves: list[Move] = [
-            (tuple(checkpoints.names[k] for k in members), alpha[members]) for members in starts
-        ]
-        outers = list(draw_model_batches(n, b, self.model_epochs, generator))
-        try:
-            with (
-                OnDemand(lambda: self._soup(problem, center(), b, starts + outers)) as soup,
-                problem.progress("epoch", len(outers) * self.max_epochs) as step,
-            ):
-                for outer, members in enumerate(outers):
-                    names = tuple(checkpoints.names[k] for k in members)
-                    models = cache(lambda names=names: soup().load(names, moves))
-                    try:
-                        moved, records = self._inner(
-                            problem, choose, models, alpha[members], generator,
-                            memo.within(b, outer), step,
-                        )  # fmt: skip
-                    except NotFiniteError as error:
-                        alpha[members] += error.coef
-                        raise DivergenceError(
-                            f"The loss or the coefficients stopped being finite at outer iteration "
-                            f"{outer + 1} of {len(outers)}, step {error.step}. Lower lr (now "
-                            f"{self.lr}).",
-                            layers.expand(affine_coef(alpha.T)),
-                        ) from error
-                    alpha[members] += moved
-                    moves.append((names, moved))
-                    if models.cache_info().currsize:  # else it is known from an earlier fit
-                        soup().commit(moved)
-                    history += [{"outer": outer, "models": names, **record} for record in records]
-        except (MemoryError, RuntimeError) as error:
-            if b == 1 or n_ranks() > 1 or not is_out_of_memory(error):
-                raise
-            return None
+        open_deltas: OpenDeltas,
+        descent: Descent,
+        seed: torch.Tensor,
+        start: NDArray[np.float64],
+        cache: Cache | None,
+    ) -> Found:
+        """Algorithm 1 of [L24]; alpha (K, n_searched) persists between model batches B of b."""
+        checkpoints, device = descent.problem.checkpoints, descent.problem.data.y.device
+        names = np.array(checkpoints.names, dtype=object)
+        alpha, history = start.copy(), list[dict[str, Any]]()
+        self._warn_of_strangers(checkpoints, checkpoints.names)
+        descent.generator.set_state(seed)
+        begun = np.flatnonzero(start.any(axis=1)).tolist()
+        first = [begun[i : i + b] for i in range(0, len(begun), b)]
+        batches = list(draw_model_batches(len(names), b, self.model_epochs, descent.generator))
+        with (
+            open_deltas([names[batch].tolist() for batch in (*first, *batches)]) as deltas,
+            descent.problem.progress("epoch", len(batches) * self.max_epochs) as step,
+        ):
+            for batch in first:  # from w-bar to where alpha starts; in the paper that is w-bar
+                deltas.load(names[batch])
+                deltas.commit(torch.as_tensor(alpha[batch]))
+            for outer, batch in enumerate(batches):  # outer iterations
+                deltas.load(names[batch])  # w_k - w-bar for k in B
+                kept = None if cache is None else cache.within(b, outer)
+                moved = Moves(alpha[batch], self._norms(deltas, kept), device)
+                records = descent.run(  # inner iterations on alpha_B: Eq. 6 and AdamW
+                    deltas, moved, [moved.v], step=step, cache=kept,
+                    soup_coef=partial(moved.affine_coef, alpha, batch),
+                    where=f"outer iteration {outer + 1} of {len(batches)}, ",
+                )  # fmt: skip
+                deltas.commit(moved().detach())  # w <- w + sum_{k in B} moved_k delta_k: Eq. 8
+                alpha[batch] += moved().detach().cpu().double().numpy()
+                models = {"outer": outer, "models": tuple(names[batch])}
+                history += [{**models, **record} for record in records]
         return Found(affine_coef(alpha.T), history, {"model_batch_size_": b})
 
-    @contextmanager
-    def _soup(
-        self, problem: Problem, center: Center | None, b: int, outers: list[list[int]]
-    ) -> Iterator[Soup]:
-        """The soup at the center, with room for a model batch, and what reads ahead."""
-        if center is None:  # pragma: no cover - then there is no model batch
-            raise RuntimeError("no center")
-        dtype = resolve_delta_dtype(self.delta_dtype, center.mean.dtype)
-        checkpoints = problem.checkpoints
-        kind, part = (ShardedBatch, share) if self._n_shards() > 1 else (ModelBatch, slice)
-        order = [checkpoints.names[k] for members in outers for k in members[part(len(members))]]
-        reader: AbstractContextManager[Reader | None] = nullcontext()
-        if self.prefetch and has_files(checkpoints):
-            ahead = min(self.prefetch, len(order))
-            reader = Reader(checkpoints, center.layout, order, center.mean, ahead, b)
-        with kind(center, b, dtype) as batch, reader as opened:
-            yield Soup(batch, opened, checkpoints, problem.layers)
+    def _norms(self, deltas: Deltas, cache: Cache | None) -> torch.Tensor | None:
+        """(b, n_searched), |delta| of each layer, with ``normalize``."""
+        if not self.normalize:
+            return None
+        return deltas.norms() if cache is None else cache(("norms",), lambda: deltas.norms())
 
-    def _inner(
-        self,
-        problem: Problem,
-        choose: HeldOut | None,
-        models: Callable[[], ModelBatch],
-        alpha: NDArray[np.float64],
-        generator: torch.Generator,
-        memo: Memo,
-        step: Step,
-    ) -> tuple[NDArray[np.float64], list[dict[str, Any]]]:
-        """Inner iterations on one model batch, from alpha (b, n_searched); returns how it moved."""
-        device, n_rows = problem.data.y.device, problem.layers.n_searched
-        dtype = coefficient_dtype(device)
-        start = torch.as_tensor(alpha, dtype=dtype, device=device)
-        unit = torch.ones((), dtype=dtype, device=device)
-        if self.normalize:
-            unit = memo(("norms",), lambda: models().norms(n_rows)).to(start).reciprocal()
-        v = (start / unit).requires_grad_()  # alpha = unit * v
+    def _start(self, problem: Problem, alpha: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(K, n_searched): the alphas of the best checkpoint, or of the greedy soup."""
+        if self.start == "best":
+            problem.checkpoints.check()
+            scores = rank_checkpoints(problem, lambda weights=None: None).scores
+            alpha[list(scores).index(max(scores, key=scores.__getitem__))] = 1
+        else:
+            greedy = GreedySoup(
+                task=self.task, batch_norm=self.batch_norm, batch_size=self.batch_size
+            )
+            found = greedy.find(replace(problem, progress=no_progress))
+            alpha += found.coef.T  # sums to 1, as alphas of the mean of a subset do
+        return alpha
 
-        def moved() -> torch.Tensor:
-            return v * unit - start
+    def _set_aside(
+        self, problem: Problem, fraction: float, generator: torch.Generator
+    ) -> tuple[Problem, HeldOut]:
+        """Set rows aside to choose the iterate by."""
+        seed = int(torch.randint(2**31, (), generator=generator))
+        y, data = problem.evaluate.y, problem.data
+        aside, rest = split_rows(y, self.task, data.amounts, fraction, seed)
+        return replace(problem, data=data.select(rest)), data.select(aside)
 
-        records = descend(
-            models, problem, moved, [v], settings_of(self), generator, memo, choose=choose,
-            on_epoch=step,
-        )  # fmt: skip
-        return moved().detach().cpu().double().numpy(), records
-
-
-Move: TypeAlias = tuple[tuple[str, ...], NDArray[np.float64]]  # names, how far (b, n_searched)
-
-
-class Soup:
-    """The soup that outer iterations have moved; what an earlier fit moved is only read again."""
-
-    def __init__(
-        self,
-        batch: ModelBatch,
-        reader: Reader | None,
-        checkpoints: CheckpointCollection,
-        layers: Layers,
-    ) -> None:
-        self._batch, self._reader = batch, reader
-        self._checkpoints, self._layers = checkpoints, layers
-        self._n_made = 0
-
-    def load(self, names: tuple[str, ...], moves: Sequence[Move]) -> ModelBatch:
-        """The model batch of these names, over the soup that all moves so far lead to."""
-        for past, moved in moves[self._n_made :]:
-            self._batch.load(self._checkpoints, past, self._reader)
-            self.commit(moved)
-        self._batch.load(self._checkpoints, names, self._reader)
-        return self._batch
-
-    def commit(self, moved: NDArray[np.float64]) -> None:
-        """W <- w + sum_k in batch of moved_k (w_k - w-bar)."""
-        device = self._batch.center.device
-        coef = torch.as_tensor(moved, dtype=coefficient_dtype(device), device=device)
-        self._batch.combine(self._layers.expand_columns(coef))
-        self._batch.commit()
-        self._n_made += 1
+    def _warn_of_halving(self, b: int) -> None:
+        self._warn(
+            f"Memory ran out: starting again with model_batch_size={b}. Give that, or a "
+            f"memory_limit, to save the attempt; delta_dtype='bfloat16' halves the deltas."
+        )

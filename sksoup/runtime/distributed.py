@@ -12,7 +12,7 @@ from torch import distributed
 from ..exceptions import RankError
 
 
-def n_ranks() -> int:
+def world_size() -> int:
     """How many processes work together."""
     is_job = distributed.is_available() and distributed.is_initialized()
     return int(distributed.get_world_size()) if is_job else 1
@@ -20,19 +20,21 @@ def n_ranks() -> int:
 
 def rank() -> int:
     """Which of them this is; 0 writes."""
-    return int(distributed.get_rank()) if n_ranks() > 1 else 0
+    is_job = distributed.is_available() and distributed.is_initialized()
+    return int(distributed.get_rank()) if is_job else 0
 
 
 def share(n: int) -> slice:
     """Give this rank's part of n rows: as many as the others', or one more."""
-    size, more = divmod(n, n_ranks())
-    start = rank() * size + min(rank(), more)
-    return slice(start, start + size + (rank() < more))
+    here = rank()
+    size, more = divmod(n, world_size())
+    start = here * size + min(here, more)
+    return slice(start, start + size + (here < more))
 
 
-def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of the ranks' tensors, the same bits on each; this one is overwritten."""
-    if n_ranks() == 1:
+    if world_size() == 1:
         return tensor
     with _naming():
         if _device() == tensor.device.type:
@@ -43,14 +45,14 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.copy_(moved)
 
 
-def least_over_ranks(value: int) -> int:
+def smallest(value: int) -> int:
     """The smallest of the ranks' numbers."""
-    return int(min(gather(value)))
+    return value if world_size() == 1 else int(min(all_gather(value)))
 
 
-def from_first(value: Any) -> Any:
-    """What rank 0 has, on every rank."""
-    if n_ranks() == 1:
+def broadcast(value: Any) -> Any:
+    """The value of rank 0, on every rank."""
+    if world_size() == 1:
         return value
     values = [value]
     with _naming():
@@ -58,11 +60,11 @@ def from_first(value: Any) -> Any:
     return values[0]
 
 
-def gather(value: Any) -> list[Any]:
-    """What each rank has, in order of rank."""
-    if n_ranks() == 1:
+def all_gather(value: Any) -> list[Any]:
+    """The values of all ranks, in order of rank."""
+    if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * n_ranks()
+    values: list[Any] = [None] * world_size()
     with _naming():
         distributed.all_gather_object(values, value)
     return values
@@ -75,12 +77,12 @@ def _device() -> str:
 
 @contextmanager
 def _naming() -> Iterator[None]:
-    """Say what it means when a collective fails: the others are gone, or hang."""
+    """Explain a collective that failed: the other ranks have stopped, or do not answer."""
     try:
         yield
     except RuntimeError as error:  # what torch raises for a lost peer and for a timeout
         raise RankError(
-            f"Rank {rank()} of {n_ranks()} lost the others: one of them stopped, or did not answer "
-            f"within the timeout of the process group ({str(error).splitlines()[0]}). Its own "
-            f"output says why. Start the job again; with memory= it goes on where it was."
+            f"Rank {rank()} of {world_size()} lost the others: one of them stopped, or did not "
+            f"answer within the timeout of the process group ({str(error).splitlines()[0]}). Its "
+            f"own output says why. Start the job again; with memory= it goes on where it was."
         ) from error

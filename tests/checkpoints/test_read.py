@@ -21,40 +21,41 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sksoup import CheckpointError
-from sksoup.checkpoints import read as formats
+from sksoup.checkpoints import folders, protocol, read, sources, torch_files, write
+from sksoup.mixing import mix
 
 
 def test_write_replaces_a_file_or_leaves_it_whole(tmp_path, monkeypatch):
     path = tmp_path / "soup.safetensors"
-    formats.write_safetensors(path, {"w": torch.ones(2)}, {"note": "old"})
+    write.write_safetensors(path, {"w": torch.ones(2)}, {"note": "old"})
 
     def disk_full(tensors, filename, metadata):
         filename.write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(formats, "save_file", disk_full)
+    monkeypatch.setattr(write, "save_file", disk_full)
     with pytest.raises(OSError, match="No space left") as caught:
-        formats.write_safetensors(path, {"w": torch.zeros(2)})
+        write.write_safetensors(path, {"w": torch.zeros(2)})
     assert "soup.safetensors' was not written" in caught.value.__notes__[0]
     assert "Make room" in caught.value.__notes__[0]
     assert torch.equal(load_file(path)["w"], torch.ones(2))
-    assert formats.read_metadata(path) == {"note": "old"}
+    assert folders.read_metadata(path) == {"note": "old"}
     assert [p.name for p in tmp_path.iterdir()] == ["soup.safetensors"]
     monkeypatch.undo()
-    formats.write_safetensors(path, {"w": torch.zeros(2)})
+    write.write_safetensors(path, {"w": torch.zeros(2)})
     assert torch.equal(load_file(path)["w"], torch.zeros(2))
 
 
 def test_writing_needs_a_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        formats.write_text(tmp_path / "no" / "recipe.json", "{}")
+        write.write_text(tmp_path / "no" / "recipe.json", "{}")
     with pytest.raises(IsADirectoryError, match="it is a folder"):
-        formats.write_text(tmp_path, "{}")
+        write.write_text(tmp_path, "{}")
 
 
 def test_tied_and_strided_tensors_are_written_whole(tmp_path):
     w = torch.arange(6.0).reshape(2, 3)
-    formats.write_safetensors(tmp_path / "t.safetensors", {"a": w, "tied": w, "turned": w.T})
+    write.write_safetensors(tmp_path / "t.safetensors", {"a": w, "tied": w, "turned": w.T})
     loaded = load_file(tmp_path / "t.safetensors")
     assert torch.equal(loaded["tied"], w)
     assert torch.equal(loaded["turned"], w.T)
@@ -62,9 +63,9 @@ def test_tied_and_strided_tensors_are_written_whole(tmp_path):
 
 def test_an_unknown_dtype_is_named(tmp_path, monkeypatch):
     save_file({"w": torch.ones(1)}, tmp_path / "t.safetensors")
-    monkeypatch.delitem(formats._SAFETENSORS_DTYPES, "F32")
+    monkeypatch.delitem(read.SAFETENSORS_DTYPES, "F32")
     with pytest.raises(CheckpointError, match="'w' has dtype F32"):
-        formats.open_weights(tmp_path / "t.safetensors")
+        sources.open_checkpoint(tmp_path / "t.safetensors")
 
 
 # ---------------------------------------------------------------------------- containers
@@ -78,7 +79,7 @@ def save_torch(path, content, legacy=False):
 
 
 def read_all(path, key=None):
-    weights = formats.open_weights(path, key)
+    weights = sources.open_checkpoint(path, key)
     with weights.open() as read:
         return {name: read(name).clone() for name in weights.header}
 
@@ -98,13 +99,13 @@ def test_several_state_dicts_need_a_key(tmp_path):
     path = save_torch(tmp_path / "run.pt", {"model": STATE, "ema": other, "step": 1})
     listed = r"run\.pt' holds several state dicts: 'model' \(2 tensors\), 'ema' \(2 tensors\)"
     with pytest.raises(CheckpointError, match=listed + r"\. Say which: key='model'"):
-        formats.open_weights(path)
+        sources.open_checkpoint(path)
     assert torch.equal(read_all(path, "ema")["a"], other["a"])
     with pytest.raises(CheckpointError, match=r"no state dict under key='nope': it offers 'model'"):
-        formats.open_weights(path, "nope")
+        sources.open_checkpoint(path, "nope")
     plain = save_torch(tmp_path / "plain.pt", STATE)
     with pytest.raises(CheckpointError, match="it is a plain state dict"):
-        formats.open_weights(plain, "ema")
+        sources.open_checkpoint(plain, "ema")
 
 
 class Odd:
@@ -138,7 +139,7 @@ def test_a_container_with_a_payload_is_refused(tmp_path, legacy, function):
 
     path = save_torch(tmp_path / "run.pt", {"state_dict": STATE, "hooks": [Payload()]}, legacy)
     with pytest.raises(CheckpointError, match=r"run\.pt' can't be read: it holds more than"):
-        formats.open_weights(path)
+        sources.open_checkpoint(path)
     assert canary.exists()
 
 
@@ -156,11 +157,11 @@ def test_a_container_with_a_payload_is_refused(tmp_path, legacy, function):
 )
 def test_no_placeholder_runs_anything(name):
     """Even where a name is let through, what it stands for does nothing."""
-    if formats._is_harmless(name):
-        placeholder = formats._placeholder(name)
-        assert placeholder("touch", shell=True).__class__.__module__ == formats.__name__
+    if torch_files._is_harmless(name):
+        placeholder = torch_files._placeholder(name)
+        assert placeholder("touch", shell=True).__class__.__module__ == torch_files.__name__
     else:
-        assert name.split(".")[0] in formats._NEVER
+        assert name.split(".")[0] in torch_files._NEVER
 
 
 # ------------------------------------------------------------------------------ shards
@@ -186,14 +187,14 @@ def test_shards_are_one_checkpoint(index):
     for path in (index, index.parent):
         loaded = read_all(path)
         assert all(torch.equal(loaded[name], STATE[name]) for name in STATE)
-    assert formats.list_weights(index.parent) == [index.parent]
+    assert folders.list_weights(index.parent) == [index.parent]
     other = index.rename(index.with_name(f"other.{index.name}"))
-    assert formats.list_weights(index.parent) == [other]  # its shards once, by their index
+    assert folders.list_weights(index.parent) == [other]  # its shards once, by their index
     index = other.rename(index)
-    first = formats.open_weights(index).sha256()
+    first = sources.open_checkpoint(index).sha256()
     shard = next(index.parent.glob("model-00001*"))
     shard.write_bytes(shard.read_bytes())
-    assert formats.open_weights(index).sha256() == first
+    assert sources.open_checkpoint(index).sha256() == first
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def test_shards_are_one_checkpoint(index):
 def test_an_index_that_is_wrong(index, text, match):
     index.write_text(text)
     with pytest.raises(CheckpointError, match=match):
-        formats.open_weights(index)
+        sources.open_checkpoint(index)
 
 
 def test_an_index_that_names_what_its_shards_lack(index):
@@ -220,14 +221,14 @@ def test_an_index_that_names_what_its_shards_lack(index):
     document["weight_map"]["c"] = document["weight_map"]["a"]
     index.write_text(json.dumps(document))
     with pytest.raises(CheckpointError, match=r"does not fit its shards: '.*' lacks 'c'"):
-        formats.open_weights(index)
+        sources.open_checkpoint(index)
 
 
 def test_a_peft_adapter_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     save_file(STATE, tmp_path / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match="holds a PEFT adapter, expected whole weights"):
-        formats.open_weights(tmp_path)
+        sources.open_checkpoint(tmp_path)
 
 
 # -------------------------------------------------------------------------------- fuzz
@@ -292,19 +293,19 @@ def test_what_is_written_one_by_one_reads_back(tmp_path_factory, shapes, dtypes,
         f"t{i}": torch.rand(shape).mul(100).to(dtype)
         for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=False))
     }
-    infos = {n: formats.TensorInfo(tuple(t.shape), t.dtype) for n, t in tensors.items()}
+    infos = {n: protocol.TensorInfo(tuple(t.shape), t.dtype) for n, t in tensors.items()}
     folder = tmp_path_factory.mktemp("out") / "model"
-    formats.write_shards(
+    write.write_shards(
         folder, infos, lambda names: ((n, tensors[n]) for n in names), {"k": "v"}, shard_bytes
     )
     loaded = {}
     for path in folder.glob("*.safetensors"):
         loaded.update(load_file(path))  # the library's own reader checks the format
-    assert all(formats.same_bits(loaded[name], tensors[name]) for name in tensors)
+    assert all(mix.same_bits(loaded[name], tensors[name]) for name in tensors)
     assert loaded.keys() == tensors.keys()
-    assert formats.read_metadata(folder) == {"format": "pt", "k": "v"}
+    assert folders.read_metadata(folder) == {"format": "pt", "k": "v"}
     again = read_all(folder)
-    assert all(formats.same_bits(again[name], tensors[name]) for name in tensors)
+    assert all(mix.same_bits(again[name], tensors[name]) for name in tensors)
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
@@ -312,41 +313,41 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         yield names[0], STATE[names[0]]
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    infos = {n: formats.TensorInfo(tuple(t.shape), t.dtype) for n, t in STATE.items()}
+    infos = {n: protocol.TensorInfo(tuple(t.shape), t.dtype) for n, t in STATE.items()}
     with pytest.raises(OSError, match="No space left") as caught:
-        formats.write_shards(tmp_path / "model", infos, fails)
+        write.write_shards(tmp_path / "model", infos, fails)
     assert "model' was not written" in caught.value.__notes__[0]
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "precious").touch()
     with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
-        formats.write_shards(tmp_path / "model", infos, fails)
+        write.write_shards(tmp_path / "model", infos, fails)
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        formats.write_shards(tmp_path / "no" / "model", infos, fails)
+        write.write_shards(tmp_path / "no" / "model", infos, fails)
     swapped = {"a": STATE["a"], "b": STATE["b"]}  # wider numbers go first
     with pytest.raises(RuntimeError, match=r"'a' came where 'b' was to be written"):
-        formats.write_shards(tmp_path / "m", infos, lambda names: iter(swapped.items()))
-    odd = {"c": formats.TensorInfo((1,), torch.float8_e4m3fnuz)}
+        write.write_shards(tmp_path / "m", infos, lambda names: iter(swapped.items()))
+    odd = {"c": protocol.TensorInfo((1,), torch.float8_e4m3fnuz)}
     with pytest.raises(CheckpointError, match=r"safetensors has no torch\.float8_e4m3fnuz"):
-        formats.write_shards(tmp_path / "m", odd, fails)
+        write.write_shards(tmp_path / "m", odd, fails)
 
 
 KILLED = """
 import os, random, signal, sys, time, torch
 from pathlib import Path
 from safetensors.torch import load_file
-from sksoup.checkpoints import read as formats
+from sksoup.checkpoints import write
 
 path = Path(sys.argv[1])
 torch.set_num_threads(1)
 states = [{f"t{i}": torch.full((200_000,), float(k)) for i in range(10)} for k in range(2)]
-formats.write_safetensors(path, states[0])
+write.write_safetensors(path, states[0])
 writes = set()
 for _ in range(40):
     child = os.fork()
     if not child:
         for k in range(10**6):
-            formats.write_safetensors(path, states[k % 2])
+            write.write_safetensors(path, states[k % 2])
     time.sleep(random.uniform(0, 0.1))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -375,9 +376,9 @@ def test_a_folder_that_can_not_be_written_to(tmp_path, monkeypatch):
     def refuse(tensors, filename, metadata):
         raise SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)")
 
-    monkeypatch.setattr(formats, "save_file", refuse)
+    monkeypatch.setattr(write, "save_file", refuse)
     with pytest.raises(SafetensorError, match="Permission denied") as caught:
-        formats.write_safetensors(tmp_path / "soup.safetensors", {"w": torch.zeros(2)})
+        write.write_safetensors(tmp_path / "soup.safetensors", {"w": torch.zeros(2)})
     assert "folder that can be written to" in caught.value.__notes__[0]
     assert list(tmp_path.iterdir()) == []
 
@@ -385,21 +386,21 @@ def test_a_folder_that_can_not_be_written_to(tmp_path, monkeypatch):
 def test_a_file_system_that_fails(tmp_path, monkeypatch):
     path = tmp_path / "ft0.safetensors"
     save_file({"w": torch.ones(2)}, path)
-    file = formats.open_weights(path)
+    file = sources.open_checkpoint(path)
 
     def broken(*args, **kwargs):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(formats, "safe_open", broken)
-    with pytest.raises(CheckpointError, match=r"ft0.*Input/output error"), file.open() as read:
-        read("w")
+    monkeypatch.setattr(read, "safe_open", broken)
+    with pytest.raises(CheckpointError, match=r"ft0.*Input/output error"), file.open() as get:
+        get("w")
 
 
 def test_a_state_dict_with_extra_state_is_no_container(tmp_path):
     state = {"fc.weight": torch.ones(2), "fc._extra_state": {"scale": torch.ones(1)}}
     torch.save(state, tmp_path / "m.pt")
     with pytest.raises(CheckpointError, match=r"not a plain state dict: 'fc._extra_state' is a d"):
-        formats.open_weights(tmp_path / "m.pt")
+        sources.open_checkpoint(tmp_path / "m.pt")
 
 
 def test_containers_are_read_by_many_threads_and_no_warning_is_lost(tmp_path):
@@ -411,7 +412,7 @@ def test_containers_are_read_by_many_threads_and_no_warning_is_lost(tmp_path):
     def read(path):
         try:
             for _ in range(60):
-                with formats.open_weights(path).open() as one:
+                with sources.open_checkpoint(path).open() as one:
                     one("w")
         except CheckpointError as error:
             errors.append(error)
@@ -432,13 +433,13 @@ class Settings(dict):
 def test_objects_that_can_not_be_made_inert_are_told_from_damage(tmp_path):
     torch.save({"model": {"w": torch.ones(2)}, "config": Settings(lr=1)}, tmp_path / "c.pt")
     with pytest.raises(CheckpointError, match=r"objects beside tensors .* Save the state dict al"):
-        formats.open_weights(tmp_path / "c.pt")
+        sources.open_checkpoint(tmp_path / "c.pt")
 
 
 def test_a_folder_is_written_where_a_link_points(tmp_path):
     (tmp_path / "scratch").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "scratch")
-    with formats.new_folder(tmp_path / "out") as temporary:
+    with write.new_folder(tmp_path / "out") as temporary:
         (temporary / "a").write_text("whole")
     assert (tmp_path / "out").is_symlink()
     assert (tmp_path / "scratch" / "a").read_text() == "whole"
@@ -448,7 +449,7 @@ def test_a_folder_is_written_where_a_link_points(tmp_path):
 def test_the_unfinished_folder_of_another_is_left_alone(tmp_path):
     other = tmp_path / f".out.{os.getpid()}.tmp"  # in a container all have the same number
     other.mkdir()
-    with formats.new_folder(tmp_path / "out") as temporary:
+    with write.new_folder(tmp_path / "out") as temporary:
         (temporary / "a").write_text("whole")
     assert (tmp_path / "out" / "a").exists()
     assert other.exists()
@@ -459,14 +460,16 @@ def test_numbers_beside_the_state_dict_of_a_container(tmp_path):
     saved = {"state_dict": {"w": torch.ones(2)}, "epoch": 3, "best_acc1": torch.tensor(71.2),
              "rng_state": torch.get_rng_state()}  # fmt: skip
     torch.save(saved, tmp_path / "a.pt")
-    assert list(formats.open_weights(tmp_path / "a.pt").header) == ["w"]
+    assert list(sources.open_checkpoint(tmp_path / "a.pt").header) == ["w"]
 
 
 def test_files_of_another_pickle_protocol_are_read_in_silence(tmp_path):
     torch.save({"w": torch.ones(2)}, tmp_path / "a.pt", pickle_protocol=3)
     code = (
-        "import sys, pathlib, sksoup.checkpoints.read as f;"
-        "print(list(f.open_weights(pathlib.Path(sys.argv[1])).header))"
+        "import sys, pathlib, warnings; import torch, sklearn, skorch, safetensors, joblib;"
+        "before = list(warnings.filters);"
+        "import sksoup.checkpoints.sources as f; assert warnings.filters == before;"
+        "print(list(f.open_checkpoint(pathlib.Path(sys.argv[1])).header))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "a.pt"], capture_output=True, text=True
@@ -474,4 +477,4 @@ def test_files_of_another_pickle_protocol_are_read_in_silence(tmp_path):
     assert (done.stdout, done.stderr) == ("['w']\n", "")
     torch.save({"w": torch.ones(2)}, tmp_path / "b.pt", pickle_protocol=4)
     with pytest.raises(CheckpointError, match=r"Save it anew, without pickle_protocol="):
-        formats.open_weights(tmp_path / "b.pt")
+        sources.open_checkpoint(tmp_path / "b.pt")

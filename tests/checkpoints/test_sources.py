@@ -25,6 +25,7 @@ from sksoup import (
     UniformSoup,
     mix,
 )
+from sksoup.checkpoints.health import Health
 
 from ..zoo import Net, Zoo, make_states, same_tensors
 
@@ -226,10 +227,10 @@ def test_the_average_reads_every_byte_once(tmp_path, monkeypatch):
         save_file(state, tmp_path / f"{k}.safetensors")
     collection = CheckpointCollection.from_path(tmp_path)
     seen = []
-    original = CheckpointCollection._check_finite
+    original = Health.see
     monkeypatch.setattr(
-        CheckpointCollection,
-        "_check_finite",
+        Health,
+        "see",
         lambda self, name, tensor, value: (
             seen.append((name, tensor)) or original(self, name, tensor, value)
         ),

@@ -172,7 +172,7 @@ def test_networks_without_batch_norm_do_not_care(zoo64: Zoo, policy):
 
 
 def test_bad_policy(zoo: Zoo):
-    with pytest.raises(ValueError, match="batch_norm must be one of average, recalibrate, auto"):
+    with pytest.raises(ValueError, match="batch_norm must be one of 'average', 'recali"):
         UniformSoup(batch_norm="fresh").fit(zoo.checkpoints, zoo.X, zoo.y)
 
 

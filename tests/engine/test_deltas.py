@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from itertools import pairwise
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from torch.func import functional_call
 
 from sksoup import CheckpointCollection
-from sksoup.engine.deltas import ModelBatch, StreamedModels, centered, resolve_delta_dtype
+from sksoup.engine.deltas import FlatLayout, ModelBatch, centered, resolve_delta_dtype
 from sksoup.engine.objective import load_weights
+from sksoup.engine.streamed import StreamedModels
 from sksoup.mixing.layers import group_layers
 
 from ..references import stacked
@@ -32,14 +34,45 @@ def model_batch(problem, b, delta_dtype=None):
             yield None
             return
         dtype = delta_dtype or center.mean.dtype
-        with ModelBatch(center, b or len(problem.checkpoints), dtype) as batch:
+        batch = ModelBatch(center, b or len(problem.checkpoints), dtype)
+        try:
             yield batch
+        finally:
+            batch.release()
 
 
 def problem_of(checkpoints, layerwise):
     module = checkpoints.build_module().eval()
     layers = group_layers(module, checkpoints.layout, layerwise)
-    return SimpleNamespace(checkpoints=checkpoints, module=module, layers=layers)
+    objective = SimpleNamespace(module=module)
+    return SimpleNamespace(
+        checkpoints=checkpoints, module=module, layers=layers, objective=objective
+    )
+
+
+def layers_of(module, layerwise):
+    return group_layers(module, list(module.state_dict()), layerwise)
+
+
+def test_tied_parameters_share_a_place():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    module[1].weight = module[0].weight
+    flat = FlatLayout.of(module, layers_of(module, True), set(module.state_dict()))
+    assert [s.name for s in flat.segments] == ["0.weight", "0.bias", "1.bias"]
+
+
+def test_flat_layout_is_contiguous_per_row_parameters_first():
+    module = Net()
+    labels = {"hidden.weight": "a", "head.weight": "a"}
+    layers = layers_of(module, lambda name: labels.get(name, "b"))
+    differing = {n for n, v in module.state_dict().items() if v.is_floating_point()}
+    flat = FlatLayout.of(module, layers, differing)
+    assert [s.row for s in flat.segments] == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert flat.row_slices[0] == (0, 0, 42)
+    assert flat.n_parameters == sum(p.numel() for p in module.parameters())
+    assert flat.size == flat.n_parameters + 12
+    ends = [(s.start, s.stop) for s in flat.segments]
+    assert all(a[1] == b[0] for a, b in pairwise(ends))
 
 
 @settings(max_examples=25)
@@ -73,12 +106,12 @@ def test_projection_equals_autograd_through_the_graph_over_all_models(n, seed, l
         if n == 1:
             assert batch is None  # one checkpoint is equal to itself: nothing to search
             return
-        batch.load(checkpoints, checkpoints.names)
+        batch.load(checkpoints.names)
         batch.combine(alpha)
         for name, value in problem.module.state_dict().items():
             torch.testing.assert_close(value, mixed[name].detach(), rtol=0, atol=1e-12)
         torch.nn.functional.cross_entropy(problem.module(X), y).backward()
-        fast = batch.project(n_rows)
+        fast = batch.project()
     torch.testing.assert_close(fast, naive.grad, rtol=1e-8, atol=1e-10)
 
 
@@ -91,8 +124,8 @@ def test_frozen_tensors_take_no_part_and_no_gradient():
         assert "hidden.weight" not in {s.name for s in batch.layout.segments}
         assert not problem.module.hidden.weight.requires_grad
         assert problem.module.head.weight.requires_grad
-        batch.load(problem.checkpoints, problem.checkpoints.names[:2])
-        assert batch.norms(problem.layers.n_searched)[:, 0].tolist() == [1, 1]  # zero, not divided
+        batch.load(problem.checkpoints.names[:2])
+        assert batch.norms()[:, 0].tolist() == [1, 1]  # zero, not divided
     assert problem.module.hidden.weight.requires_grad
 
 
@@ -101,7 +134,7 @@ def test_buffers_follow_their_neighbours_and_variances_stay_positive():
     problem = problem_of(checkpoints, False)
     weights = stacked(checkpoints)
     with model_batch(problem, None) as batch:
-        batch.load(checkpoints, checkpoints.names)
+        batch.load(checkpoints.names)
         batch.combine(torch.tensor([[30.0], [-30.0], [0.0]]))
         var, mean = problem.module.norm.running_var, problem.module.norm.running_mean
         w = weights["norm.running_mean"]
@@ -137,7 +170,7 @@ def test_narrow_deltas_are_rounded_once_and_summed_in_full_width(n, seed, block)
         patch.dict("sksoup.engine.deltas.BLOCK", {"cpu": block}),
         model_batch(problem, None, torch.bfloat16) as batch,
     ):
-        batch.load(checkpoints, checkpoints.names)
+        batch.load(checkpoints.names)
         assert batch.deltas.dtype == torch.bfloat16
         batch.combine(alpha)
         expected = torch.zeros(n, n_rows, dtype=torch.float64)
@@ -148,8 +181,8 @@ def test_narrow_deltas_are_rounded_once_and_summed_in_full_width(n, seed, block)
             gradient = torch.as_tensor(rng.normal(size=w.shape[1:]))
             problem.module.get_parameter(name).grad.copy_(gradient)
             expected[:, rows[name]] += torch.tensordot(delta, gradient, dims=gradient.ndim)
-        torch.testing.assert_close(batch.project(n_rows), expected, rtol=0, atol=1e-10)
-        norms = batch.norms(n_rows)
+        torch.testing.assert_close(batch.project(), expected, rtol=0, atol=1e-10)
+        norms = batch.norms()
         weight = (stacked(checkpoints)["head.weight"]).flatten(1)
         delta = (weight - weight.mean(0)).bfloat16().double()
         torch.testing.assert_close(norms[:, rows["head.weight"]], delta.norm(dim=1))
@@ -159,20 +192,27 @@ def test_narrow_deltas_are_rounded_once_and_summed_in_full_width(n, seed, block)
 def test_streamed_models_are_the_same_two_operations(capacity):
     checkpoints = CheckpointCollection(make_states(5, 0, torch.float64), module=Net64BatchNorm)
     problem = problem_of(checkpoints, True)
-    n_rows, n_layers = problem.layers.n_searched, len(problem.layers.names)
-    coef = torch.rand(5, n_layers, dtype=torch.float64)
+    coef = torch.rand(5, problem.layers.n_searched, dtype=torch.float64)
     with model_batch(problem, None) as batch:
-        batch.load(checkpoints, checkpoints.names)
+        batch.load(checkpoints.names)
         batch.combine(coef)
         weights = batch.flat.weights.clone()
         batch.flat.grad.copy_(weights[: len(batch.flat.grad)])
-        gradient = batch.project(n_rows)
+        gradient, norms = batch.project(), batch.norms()
+        batch.commit(coef)
+        batch.combine(coef)
+        twice = batch.flat.weights.clone()
     with model_batch(problem, capacity) as batch:
-        streamed = StreamedModels(batch, checkpoints)
+        streamed = StreamedModels(batch)
+        streamed.load(checkpoints.names)
         streamed.combine(coef)
         torch.testing.assert_close(streamed.flat.weights, weights)
         streamed.flat.grad.copy_(weights[: len(batch.flat.grad)])
-        torch.testing.assert_close(streamed.project(n_rows), gradient)
+        torch.testing.assert_close(streamed.project(), gradient)
+        torch.testing.assert_close(streamed.norms(), norms)
+        streamed.commit(coef)
+        streamed.combine(coef)
+        torch.testing.assert_close(streamed.flat.weights, twice)
 
 
 def test_dtypes_of_deltas():

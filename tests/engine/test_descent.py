@@ -78,19 +78,6 @@ def test_all_equal_checkpoints_start_anywhere(zoo: Zoo):
     assert soup.coef_.tolist() == [0.5, 0.5]
 
 
-def test_average_is_the_mean_of_the_later_iterates(zoo: Zoo):
-    shared = {
-        "model_batch_size": None, "batch_size": None, "schedule": "constant", "lr": 0.1,
-        "random_state": 0,
-    }  # fmt: skip
-    iterates = [
-        MEHLSoup(max_epochs=n, **shared).fit(zoo.checkpoints, zoo.X, zoo.y).coef_ for n in (3, 4)
-    ]
-    soup = MEHLSoup(max_epochs=4, average=True, **shared).fit(zoo.checkpoints, zoo.X, zoo.y)
-    np.testing.assert_allclose(soup.coef_, np.mean(iterates, axis=0), rtol=0, atol=1e-12)
-    assert np.abs(soup.coef_ - iterates[1]).max() > 1e-3
-
-
 def test_rows_set_aside_choose_the_epoch(zoo: Zoo):
     shared = {
         "model_batch_size": None, "batch_size": None, "schedule": "constant", "lr": 0.3,
@@ -190,7 +177,6 @@ def test_scores_of_other_tasks():
         ({"weight_decay": -1}, "weight_decay"),
         ({"validation_fraction": 1.0}, "validation_fraction"),
         ({"validation_fraction": 0.0}, "validation_fraction"),
-        ({"average": True, "validation_fraction": 0.1}, "give one"),
     ],
 )
 def test_bad_options(zoo: Zoo, kwargs, match):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from sksoup import CheckpointCollection, CheckpointError, MEHLSoup
-from sksoup.engine.reader import Reader
-from sksoup.mixing.layers import FlatLayout, group_layers
+from sksoup.checkpoints.health import Health
+from sksoup.engine.deltas import FlatLayout, Reader
+from sksoup.mixing.layers import group_layers
 
 from ..zoo import Net, Zoo, make_states, same_tensors
 
@@ -23,21 +25,30 @@ def files(tmp_path):
     return CheckpointCollection(make_states(7, seed=0), module=Net).save(tmp_path / "zoo")
 
 
-def layout_of(files):
+@contextmanager
+def reading(files, order, n_ahead, window):
+    """A reader of everything in these files, in an order."""
     module = files.build_module()
-    return FlatLayout.of(module, group_layers(module, files.layout, True), set(files.layout))
+    layout = FlatLayout.of(module, group_layers(module, files.layout, True), set(files.layout))
+    flat = SimpleNamespace(layout=layout)
+    center = SimpleNamespace(checkpoints=files, flat=flat, mean=torch.empty(0))
+    reader = Reader(center, order, n_ahead, window)
+    try:
+        yield reader
+    finally:
+        reader.close()
 
 
-@pytest.mark.parametrize("n_ahead", [1, 2, 9])
+@pytest.mark.parametrize("n_ahead", [0, 1, 2, 9])
 def test_gives_flat_weights_in_order(files, n_ahead):
-    layout = layout_of(files)
     order = [files.names[k] for k in (3, 1, 1, 6, 0)]
-    with Reader(files, layout, order, torch.empty(0), n_ahead, window=2) as reader:
+    with reading(files, order, n_ahead, window=2) as reader:
+        assert bool(running()) == bool(n_ahead)
         for name in order:
-            with reader.take(name) as weights:
-                for segment in layout.segments:
-                    tensor = weights[segment.start : segment.stop].view(segment.shape)
-                    assert torch.equal(tensor, files[name][segment.name])
+            with reader.take(name) as parts:
+                found = {s.name: weights.view(s.shape).clone() for s, weights in parts}
+            assert found.keys() == {n for n, i in files.layout.items() if i.is_floating}
+            assert all(torch.equal(found[n], files[name][n]) for n in found)
     assert not running()
 
 
@@ -47,7 +58,7 @@ def running():
 
 def test_what_is_not_taken_is_not_waited_for(files):
     with (
-        Reader(files, layout_of(files), list(files), torch.empty(0), 2, window=3) as reader,
+        reading(files, list(files), 2, window=3) as reader,
         reader.take(files.names[0]),
     ):
         assert running()
@@ -58,7 +69,7 @@ def test_files_of_the_next_window_are_warmed_while_it_waits(files, monkeypatch):
     warmed = []
     monkeypatch.setattr(CheckpointCollection, "warm", lambda self, name: warmed.append(name))
     order = list(files)
-    with Reader(files, layout_of(files), order, torch.empty(0), 1, window=3) as reader:
+    with reading(files, order, 1, window=3) as reader:
         while len(warmed) < 3:  # the first is read, the next three are warmed
             time.sleep(1e-3)
         assert warmed == order[1:4]
@@ -74,12 +85,11 @@ def test_warming_a_file_changes_nothing(files):
 
 
 def test_an_error_of_the_reader_is_raised_where_the_weights_are_needed(files, zoo: Zoo):
-    layout = layout_of(files)
     files.path("checkpoint2").unlink()
     taken = []
 
     def take_all():
-        with Reader(files, layout, list(files), torch.empty(0), 1, window=3) as reader:
+        with reading(files, list(files), 1, window=3) as reader:
             for name in files:
                 with reader.take(name):
                     taken.append(name)
@@ -113,20 +123,20 @@ def test_the_same_bits_whatever_the_timing(files, zoo: Zoo, monkeypatch, prefetc
     settings = {"layerwise": True, "model_batch_size": 3, "model_epochs": 2, "max_epochs": 2,
                 "batch_size": 20, "random_state": 0, "delta_dtype": delta_dtype}  # fmt: skip
     plain = MEHLSoup(prefetch=0, **settings).fit(files, zoo.X, zoo.y)
-    original = CheckpointCollection._check_finite
+    original = Health.see
     rng = random.Random(0)
 
     def slow(self, *arguments):
         time.sleep(rng.random() * 2e-3)
         return original(self, *arguments)
 
-    monkeypatch.setattr(CheckpointCollection, "_check_finite", slow)
+    monkeypatch.setattr(Health, "see", slow)
     soup = MEHLSoup(prefetch=prefetch, **settings).fit(files, zoo.X, zoo.y)
     assert np.array_equal(soup.coef_, plain.coef_)
     assert same_tensors(soup.state_dict(), plain.state_dict())
     assert soup.history_ == plain.history_
 
 
-def test_checkpoints_in_memory_need_no_reader(zoo: Zoo, monkeypatch):
-    monkeypatch.setattr("sksoup.recipes.mehl.Reader", SimpleNamespace)  # would fail if it were made
+def test_checkpoints_in_memory_need_no_thread(zoo: Zoo, monkeypatch):
+    monkeypatch.setattr("sksoup.engine.deltas.Thread", None)  # would fail if one were made
     MEHLSoup(model_batch_size=3, random_state=0).fit(zoo.checkpoints, zoo.X, zoo.y)

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from sksoup import CheckpointError
-from sksoup.mixing.layers import FlatLayout, group_layers
+from sksoup.mixing.layers import group_layers
 
 from ..zoo import Net
 
@@ -58,27 +56,11 @@ def test_a_buffer_without_neighbours_takes_its_ancestors_rows():
     assert (0, 1, 2, 3) in rows_of(module, True).averaged
 
 
-def test_tied_parameters_share_a_row_and_a_place():
+def test_tied_parameters_share_a_row():
     module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     module[1].weight = module[0].weight
     layers = rows_of(module, True)
     assert layers.rows["0.weight"] == layers.rows["1.weight"]
-    flat = FlatLayout.of(module, layers, set(module.state_dict()))
-    assert [s.name for s in flat.segments] == ["0.weight", "0.bias", "1.bias"]
-
-
-def test_flat_layout_is_contiguous_per_row_parameters_first():
-    module = Net()
-    labels = {"hidden.weight": "a", "head.weight": "a"}
-    layers = rows_of(module, lambda name: labels.get(name, "b"))
-    differing = {n for n, v in module.state_dict().items() if v.is_floating_point()}
-    flat = FlatLayout.of(module, layers, differing)
-    assert [s.row for s in flat.segments] == [0, 0, 1, 1, 1, 1, 1, 1]
-    assert flat.row_slices[0] == (0, 0, 42)
-    assert flat.n_parameters == sum(p.numel() for p in module.parameters())
-    assert flat.size == flat.n_parameters + 12
-    ends = [(s.start, s.stop) for s in flat.segments]
-    assert all(a[1] == b[0] for a, b in pairwise(ends))
 
 
 def test_a_module_without_parameters():

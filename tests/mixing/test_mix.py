@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sksoup import CheckpointCollection, mix
-from sksoup.checkpoints.read import TensorInfo, write_shards
+from sksoup.checkpoints.protocol import TensorInfo
+from sksoup.checkpoints.write import write_shards
 
 from ..references import mix_reference
 from ..zoo import make_states, same_tensors
@@ -160,7 +161,8 @@ import resource, sys
 from pathlib import Path
 import torch
 from sksoup import CheckpointCollection, CheckpointError, mix
-from sksoup.checkpoints.read import TensorInfo, write_shards
+from sksoup.checkpoints.protocol import TensorInfo
+from sksoup.checkpoints.write import write_shards
 
 root, limit = Path(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)

@@ -17,9 +17,10 @@ from sksoup import (
     UniformSoup,
     mix,
 )
+from sksoup.data.outputs import Outputs
 from sksoup.data.rows import HeldOut
 from sksoup.engine.objective import load_weights
-from sksoup.engine.scores import Evaluation, Evaluator, RowScore
+from sksoup.engine.scores import Evaluation, Evaluator
 from sksoup.recipes.greedy import greedy, hardest_first, uniform_coef
 from sksoup.runtime.live_tensors import LiveTensors
 
@@ -63,12 +64,13 @@ class FromTable:
     def __init__(self, y):
         self.y = y
         self.right = torch.ones(len(y), dtype=torch.bool)
+        self.outputs = Outputs("classification", 3, (3,), np.arange(3))
 
     def forward(self, rows):
         own = torch.nn.functional.one_hot(self.y[rows], 3).double()
         return own * torch.where(self.right[rows], 1.0, -1.0)[:, None]
 
-    def outputs(self, rows, batch_size):
+    def outputs_of(self, rows, batch_size):
         return self.forward(rows)
 
 
@@ -86,12 +88,8 @@ def test_early_rejection_accepts_what_full_evaluation_accepts(
     y = torch.as_tensor(rng.integers(0, 3, n_rows))
     weight = rng.integers(0, 4, n_rows) + 0.25 if weighted else None
     module = FromTable(y)
-    soup = UniformSoup()
-    soup.classes_ = np.arange(3)
-    evaluate = Evaluator(
-        module, HeldOut(torch.arange(n_rows), y, None), None, soup, None, None, y.numpy(), weight,
-        RowScore.of("classification", y, weight),
-    )  # fmt: skip
+    rows = HeldOut(torch.arange(n_rows), y, None)
+    evaluate = Evaluator(module, rows, None, y.numpy(), weight)
     table: dict[tuple[int, ...], torch.Tensor] = {}
     bounds = []
 

@@ -17,7 +17,7 @@ from sklearn.base import clone
 from torch import distributed
 
 from sksoup import CheckpointCollection, RankError
-from sksoup.runtime.cache import Memo
+from sksoup.runtime.cache import Cache
 
 from ..zoo import Net64, PlainNet
 
@@ -60,7 +60,7 @@ def fit_with_a_fault(folder: Path, case: str) -> dict[str, object]:
     data = np.load(folder / "rows.npz")
     files = CheckpointCollection.from_path(folder / "zoo64", module=Net64)
     soup = clone(SOUPS["MEHL+ 64"]).set_params(memory=folder / "memory")
-    original, n = Memo.find, [0]
+    original, n = Cache.find, [0]
 
     def find(self, *key):
         n[0] += key[0] == "epoch"
@@ -71,7 +71,7 @@ def fit_with_a_fault(folder: Path, case: str) -> dict[str, object]:
                 signal.pause()
         return original(self, *key)
 
-    with patch.object(Memo, "find", find):
+    with patch.object(Cache, "find", find):
         soup.fit(files, data["X"], data["y"])
     return {"coef": soup.coef_.tolist(), "counts": vars(soup.counts_)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import threading
 import types
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest.mock import patch
 
@@ -38,7 +39,10 @@ from sksoup import (
     SoupWarning,
     UniformSoup,
 )
-from sksoup.runtime.cache import Memo, fingerprint
+from sksoup.checkpoints.in_memory import content_sha256
+from sksoup.checkpoints.read import SafetensorsFile
+from sksoup.runtime.cache import Cache
+from sksoup.runtime.fingerprint import fingerprint
 
 from ..zoo import Net, Zoo, make_states, same_tensors
 
@@ -55,7 +59,7 @@ SOUPS = {
         normalize=True, batch_norm="auto", random_state=0, accumulate=2,
     ),
     "MEHL from greedy": MEHLSoup(
-        start="greedy", model_batch_size=3, max_epochs=2, batch_size=20, average=True,
+        start="greedy", model_batch_size=3, max_epochs=2, batch_size=20,
         random_state=0,
     ),
     "MEHL chosen": MEHLSoup(
@@ -150,15 +154,15 @@ class Stopped(BaseException):
 @contextmanager
 def stopped_after(n: int):
     """End the fit as soon as n results were kept."""
-    original, kept = Memo.keep, [0]
+    original, kept = Cache.keep, [0]
 
     def keep(self, value, *key, everywhere=False):
         original(self, value, *key, everywhere=everywhere)
-        kept[0] += bool(self)
+        kept[0] += 1
         if kept[0] == n:
             raise Stopped
 
-    with patch.object(Memo, "keep", keep), pytest.raises(Stopped):
+    with patch.object(Cache, "keep", keep), pytest.raises(Stopped):
         yield
 
 
@@ -257,7 +261,7 @@ def test_whatever_changes_a_result_is_noticed(tmp_path, files, zoo: Zoo, name, m
             {"lr": 0.01}, {"random_state": 1}, {"model_batch_size": 4}, {"layerwise": True},
             {"criterion": nn.CrossEntropyLoss(label_smoothing=0.1)}, {"max_epochs": 3},
             {"normalize": True}, {"schedule": "constant"}, {"accumulate": 2}, {"shuffle": False},
-            {"delta_dtype": "bfloat16"}, {"clip_grad_norm": 0.1}, {"model_epochs": 2},
+            {"delta_dtype": "bfloat16"}, {"weight_decay": 0.1}, {"model_epochs": 2},
         ):  # fmt: skip
             assert count_of(clone(soup).set_params(**other), files, zoo.X, zoo.y) > 0, other
     monkeypatch.setattr("sksoup.runtime.cache.ALGORITHM", 999)
@@ -289,10 +293,10 @@ def test_the_halving_of_the_model_batch_is_remembered(tmp_path, files, zoo: Zoo)
     original = ModelBatch.load
     soup = MEHLSoup(model_batch_size=6, max_epochs=1, random_state=0, memory=tmp_path / "memory")
 
-    def load(self, checkpoints, names, reader=None):
+    def load(self, names):
         if len(names) > 3:
             raise torch.OutOfMemoryError("out of memory")
-        original(self, checkpoints, names, reader)
+        original(self, names)
 
     with patch.object(ModelBatch, "load", load), pytest.warns(SoupWarning, match="Memory ran out"):
         soup.fit(files, zoo.X, zoo.y)
@@ -393,7 +397,7 @@ def test_a_checkpoint_lost_in_the_middle(tmp_path, files, zoo: Zoo, fault):
     memory, path = tmp_path / "memory", files.path("checkpoint4")
     plain = recipe("MEHL", None, files).fit(files, zoo.X, zoo.y)
     backup = tmp_path / "backup"
-    original, n = Memo.keep, [0]
+    original, n = Cache.keep, [0]
 
     def keep(self, value, *key, everywhere=False):
         original(self, value, *key, everywhere=everywhere)
@@ -407,7 +411,7 @@ def test_a_checkpoint_lost_in_the_middle(tmp_path, files, zoo: Zoo, fault):
 
     soup = recipe("MEHL", memory, files).set_params(prefetch=0)
     with (
-        patch.object(Memo, "keep", keep),
+        patch.object(Cache, "keep", keep),
         pytest.raises(CheckpointError, match=r"checkpoint4.*(can't be|changed)"),
     ):
         soup.fit(files, zoo.X, zoo.y)
@@ -421,20 +425,14 @@ def test_a_checkpoint_lost_in_the_middle(tmp_path, files, zoo: Zoo, fault):
 
 def test_a_fit_that_fails_leaves_nothing_of_the_one_before(files, zoo: Zoo):
     soup = GreedySoup().fit(files, zoo.X, zoo.y)
-    hashed = []
-    original = CheckpointCollection.stop_hashing
     with (
         patch.object(GreedySoup, "_search", side_effect=KeyboardInterrupt),
-        patch.object(
-            CheckpointCollection, "stop_hashing", lambda self: hashed.append(original(self))
-        ),
         pytest.raises(KeyboardInterrupt),
     ):
         soup.fit(files, zoo.X, zoo.y)
     with pytest.raises(NotFittedError):
         soup.predict(zoo.X)
     assert not [name for name in vars(soup) if name in ("coef_", "path_", "module_", "recipe_")]
-    assert len(hashed) == 1
     soup.fit(files, zoo.X, zoo.y)  # and hashes what was not
 
 
@@ -522,39 +520,41 @@ def test_scores_of_another_precision_are_not_taken(tmp_path, files, zoo: Zoo):
 
 
 def test_hashing_stops_and_goes_on_when_asked(files):
-    started, go = threading.Event(), threading.Event()
-    first = files._entries["checkpoint0"]
-    original = type(first).sha256
+    started, go, hashed = threading.Event(), threading.Event(), []
+    original = SafetensorsFile.sha256
 
-    def slow(self):
-        if self is first:
+    def slow(self, prefix=""):
+        hashed.append(self.path.stem)
+        if len(hashed) == 1:
             started.set()
             assert go.wait(20)
-        return original(self)
+        return original(self, prefix)
 
-    with patch.object(type(first), "sha256", slow):
-        files.start_hashing()
-        assert started.wait(20)
-        files.stop_hashing()
-        assert list(files._hashing) == ["checkpoint0"]  # the one that is being read
+    with patch.object(SafetensorsFile, "sha256", slow):
+        with suppress(KeyboardInterrupt), files.hashing():
+            assert started.wait(20)
+            raise KeyboardInterrupt
         go.set()
-        plain = {name: original(files._entries[name]) for name in files}
-        assert {name: files.sha256(name) for name in files} == plain
+        for thread in threading.enumerate():
+            if thread.name == "sksoup-sha256":
+                thread.join()
+        assert hashed == ["checkpoint0"]  # the one that was being read
+    plain = {name: hashlib.sha256(files.path(name).read_bytes()).hexdigest() for name in files}
+    assert {name: files.sha256(name) for name in files} == plain
 
 
 @pytest.mark.parametrize("name", ["greedy", "learned", "MEHL"])
 def test_checkpoints_in_memory_are_hashed_once_and_only_when_needed(tmp_path, zoo: Zoo, name):
     """Without a memory only the recipe hashes them, beside the search."""
     checkpoints = CheckpointCollection(make_states(7, seed=0), module=Net)
-    entries = type(checkpoints._entries["checkpoint0"])
-    original, hashed = entries.sha256, [0]
+    hashed = [0]
 
-    def counting(self):
+    def counting(entry):
         hashed[0] += 1
-        return original(self)
+        return content_sha256(entry)
 
     soup = recipe(name, None, checkpoints)
-    with patch.object(entries, "sha256", counting), quiet():
+    with patch("sksoup.checkpoints.in_memory.content_sha256", counting), quiet():
         with patch.object(CheckpointCollection, "identity", side_effect=AssertionError):
             soup.fit(checkpoints, zoo.X, zoo.y)
         soup.set_params(memory=tmp_path).fit(checkpoints, zoo.X, zoo.y)
@@ -567,17 +567,17 @@ import numpy as np, torch
 torch.set_num_threads(1)
 from tests.zoo import Net
 from sksoup import CheckpointCollection, {kind}
-from sksoup.runtime.cache import Memo
+from sksoup.runtime.cache import Cache
 folder, stop, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 data = np.load(folder + "/rows.npz")
 files = CheckpointCollection.from_path(folder + "/zoo", module=Net)
-original, kept = Memo.keep, [0]
+original, kept = Cache.keep, [0]
 def keep(self, value, *key, everywhere=False):
     original(self, value, *key, everywhere=everywhere)
     kept[0] += 1
     if kept[0] == stop:
         os.kill(os.getpid(), getattr(signal, how))
-Memo.keep = keep
+Cache.keep = keep
 soup = {soup}.fit(files, data["X"], data["y"])
 np.savez(folder + "/found.npz", coef=soup.coef_, n=soup.counts_.n_forward)
 """

@@ -183,7 +183,7 @@ def test_a_rank_that_is_lost_ends_the_job_and_memory_resumes_it(folder, case):
 @pytest.mark.parametrize("n", [0, 1, 2, 5, 7])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_shares_cover_all_rows_once(monkeypatch, n, size):
-    monkeypatch.setattr("sksoup.runtime.distributed.n_ranks", lambda: size)
+    monkeypatch.setattr("sksoup.runtime.distributed.world_size", lambda: size)
     covered = []
     lengths = []
     for rank in range(size):
@@ -195,7 +195,7 @@ def test_shares_cover_all_rows_once(monkeypatch, n, size):
 
 
 def test_batch_statistics_are_not_shared_out(monkeypatch):
-    monkeypatch.setattr("sksoup.engine.descent.n_ranks", lambda: 2)
+    monkeypatch.setattr("sksoup.recipes.validation.world_size", lambda: 2)
     zoo = make_zoo(3, seed=0)
     assert isinstance(zoo.checkpoints.build_module(), Net)
     with pytest.raises(ValueError, match=r"share out\. Search with batch_norm='auto'"):
@@ -205,11 +205,11 @@ def test_batch_statistics_are_not_shared_out(monkeypatch):
 def test_rank_0_writes(monkeypatch, tmp_path):
     zoo = make_zoo(3, seed=0)
     soup = GreedySoup().fit(zoo.checkpoints, zoo.X, zoo.y)
-    monkeypatch.setattr("sksoup.recipes.base.rank", lambda: 1)
+    monkeypatch.setattr("sksoup.recipes.export.rank", lambda: 1)
     soup.save(tmp_path / "soup.safetensors", card=True)
     soup.save_pretrained(tmp_path / "folder")
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr("sksoup.recipes.base.rank", lambda: 0)
+    monkeypatch.setattr("sksoup.recipes.export.rank", lambda: 0)
     soup.save(tmp_path / "soup.safetensors")
     assert (tmp_path / "soup.safetensors").exists()
 
@@ -218,6 +218,6 @@ def test_ranks_of_a_machine_take_a_gpu_each(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert resolve_device("auto") == torch.device("cuda")
-    monkeypatch.setattr("sksoup.data.rows.n_ranks", lambda: 4)
+    monkeypatch.setattr("sksoup.data.rows.world_size", lambda: 4)
     assert resolve_device("auto") == torch.device("cuda:3")
     assert resolve_device("cpu") == torch.device("cpu")

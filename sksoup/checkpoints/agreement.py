@@ -1,0 +1,130 @@
+"""What a collection demands of its checkpoints: names, scores, one architecture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..exceptions import CheckpointError
+from .protocol import Entry, TensorInfo
+
+
+def named(
+    checkpoints: Iterable[Any] | Mapping[str, Any], names: Sequence[str] | None
+) -> tuple[list[Any], Sequence[str] | None]:
+    """Split what the user gave into items and names; refuse what is one checkpoint, not many."""
+    if isinstance(checkpoints, (str, os.PathLike)):
+        raise TypeError(
+            f"checkpoints={os.fspath(checkpoints)!r} is one path, expected several checkpoints. "
+            f"For a folder or a pattern write CheckpointCollection.from_path(...)."
+        )
+    if isinstance(checkpoints, nn.Module):
+        raise TypeError("checkpoints is one module, expected several: put them in a list.")
+    if isinstance(checkpoints, Mapping):
+        if any(isinstance(value, torch.Tensor) for value in checkpoints.values()):
+            raise TypeError("checkpoints is one state dict, expected several: put them in a list.")
+        names = tuple(checkpoints) if names is None else names
+        items = list(checkpoints.values())
+    elif isinstance(checkpoints, Iterable):
+        items = list(checkpoints)
+    else:
+        raise TypeError(
+            f"checkpoints must be paths, modules or state dicts, got {type(checkpoints).__name__}."
+        )
+    if not items:
+        raise CheckpointError("No checkpoints: expected at least one path, module or state dict.")
+    return items, names
+
+
+def check_names(names: Sequence[str], n_checkpoints: int) -> None:
+    """Refuse names that are too few or many, empty, or not unique."""
+    if len(names) != n_checkpoints:
+        raise ValueError(f"names has {len(names)} entries, expected {n_checkpoints}, one each.")
+    wrong = next((name for name in names if not isinstance(name, str) or not name), None)
+    if wrong is not None:
+        raise TypeError(f"names must be non-empty strings, got {wrong!r}.")
+    repeated = next((name for name in names if list(names).count(name) > 1), None)
+    if repeated is not None:
+        raise ValueError(f"names must be unique, got {repeated!r} more than once.")
+    if not names:
+        raise CheckpointError("No checkpoints are left: expected at least one.")
+
+
+def check_scores(
+    scores: Mapping[str, float] | None, names: Sequence[str]
+) -> dict[str, float] | None:
+    """Known scores in the order of the names, all finite."""
+    if scores is None:
+        return None
+    missing = [name for name in names if name not in scores]
+    if missing:
+        raise ValueError(
+            f"scores lacks {', '.join(map(repr, missing[:5]))} ({len(missing)} of {len(names)}); "
+            f"give every checkpoint one, or none."
+        )
+    known = {name: float(scores[name]) for name in names}
+    bad = next((name for name, score in known.items() if not np.isfinite(score)), None)
+    if bad is not None:
+        raise ValueError(f"scores[{bad!r}] is {known[bad]}, expected a finite number.")
+    return known
+
+
+def common_layout(entries: Mapping[str, Entry]) -> dict[str, TensorInfo]:
+    """The tensors that all checkpoints share, with promoted dtypes; raise where they differ."""
+    first = next(iter(entries.values()))
+    layout = dict(first.header)
+    for tensor, info in layout.items():
+        if info.dtype.is_complex:
+            raise CheckpointError(
+                f"{first!r} can't be used: {tensor!r} is complex, expected floating or integer."
+            )
+    for name, entry in list(entries.items())[1:]:
+        _check_same_keys(name, entry, first)
+        for tensor, info in entry.header.items():
+            expected = layout[tensor]
+            if info == expected:
+                continue
+            if info.shape != expected.shape:
+                raise CheckpointError(
+                    f"{entry!r} cannot join this collection: {tensor!r} has shape {info.shape}, "
+                    f"expected {expected.shape} as in {first!r}. All checkpoints must share one "
+                    f"architecture; leave {name!r} out."
+                )
+            if info.is_floating != expected.is_floating or info.dtype.is_complex:
+                raise CheckpointError(
+                    f"{entry!r} cannot join this collection: {tensor!r} has dtype {info.dtype}, "
+                    f"expected a {'floating' if expected.is_floating else 'integer'} one as in "
+                    f"{first!r} ({expected.dtype}); leave {name!r} out."
+                )
+            try:
+                promoted = torch.promote_types(info.dtype, expected.dtype)
+            except RuntimeError as error:  # float8 and unsigned integers promote to nothing
+                raise CheckpointError(
+                    f"{entry!r} cannot join this collection: {tensor!r} has dtype {info.dtype}, "
+                    f"which torch can't mix with {expected.dtype} as in {first!r}. Convert one of "
+                    f"them, or leave {name!r} out."
+                ) from error
+            layout[tensor] = TensorInfo(info.shape, promoted)
+    return layout
+
+
+def _check_same_keys(name: str, entry: Entry, first: Entry) -> None:
+    if entry.header.keys() == first.header.keys():
+        return
+    lacking = [tensor for tensor in first.header if tensor not in entry.header]
+    extra = [tensor for tensor in entry.header if tensor not in first.header]
+    differences = [
+        f"it {verb} {', '.join(map(repr, keys[:5]))}"
+        + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+        for verb, keys in (("lacks", lacking), ("adds", extra))
+        if keys
+    ]
+    raise CheckpointError(
+        f"{entry!r} cannot join this collection: {' and '.join(differences)}, compared with "
+        f"{first!r}. All checkpoints must share one architecture; leave {name!r} out."
+    )

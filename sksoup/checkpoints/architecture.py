@@ -1,0 +1,61 @@
+"""The module that checkpoints are loaded into: as given, or as the checkpoints describe it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from ..runtime.random_state import preserved_random_state
+from .hub import HubModule, hub_folder
+
+ModuleSource: TypeAlias = nn.Module | Callable[[], nn.Module]
+
+
+class _SkorchModule:
+    """The architecture of a skorch net: an initialised copy's module."""
+
+    def __init__(self, net: Any) -> None:
+        self.net = net
+
+    def __call__(self) -> nn.Module:
+        module: nn.Module = copy.deepcopy(self.net).initialize().module_
+        return module
+
+
+def find_architecture(given: Sequence[Any], module: Any) -> ModuleSource | None:
+    """The module or factory to build from: as given, else the first that the checkpoints know."""
+    for item in [module] if module is not None else given:
+        trained = getattr(item, "module_", None)
+        if isinstance(item, nn.Module) or isinstance(trained, nn.Module):
+            return copy.deepcopy(item if isinstance(item, nn.Module) else trained)
+        if module is None:
+            if isinstance(item, (str, os.PathLike)) and (folder := hub_folder(Path(item))):
+                return HubModule(folder)
+        elif hasattr(item, "initialize") and hasattr(item, "get_params"):
+            return _SkorchModule(item)
+        elif callable(item):
+            factory: ModuleSource = item
+            return factory
+        else:
+            raise TypeError(
+                f"module must be a factory without arguments, an nn.Module or a skorch net, got "
+                f"{type(item).__name__}."
+            )
+    return None
+
+
+def module_names(module: ModuleSource | None) -> set[str] | None:
+    """Names in the module's state dict, built on 'meta': no memory, no initialisation."""
+    if module is None or isinstance(module, nn.Module):
+        return None if module is None else set(module.state_dict())
+    try:
+        with preserved_random_state(), torch.device("meta"):
+            return set(module().state_dict())
+    except Exception:  # a factory that can't be built so is built for real later
+        return None

@@ -1,0 +1,82 @@
+"""What a folder is: a checkpoint of Hugging Face or skorch, or a folder of checkpoints."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..exceptions import CheckpointError
+from .read import SUFFIXES, read_safetensors_metadata
+from .shards import INDEX, weight_map
+
+# what the weights of a Hugging Face or skorch folder are called, in order of preference
+FOLDER_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "params.safetensors",
+    "params.pt",
+)
+# what training loops leave beside the weights
+NOT_WEIGHTS = re.compile(
+    r"(training_args|optimizer|scheduler|criterion|scaler|rng_state(_\d+)?)\.(bin|pt|pth|safetensors)"
+)
+
+
+def find_weights(folder: Path) -> Path | None:
+    """Return the weights file of a Hugging Face or skorch folder, or None for any other folder."""
+    found = next((folder / name for name in FOLDER_WEIGHTS if (folder / name).is_file()), None)
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{str(folder)!r} holds a PEFT adapter, expected whole weights. The mean of low-rank "
+            f"factors is not the low-rank mean: merge the adapter into its base model first "
+            f"(peft: model.merge_and_unload()) and save that."
+        )
+    marks = ("config.json", "history.json", *(name for name in FOLDER_WEIGHTS if INDEX in name))
+    is_skorch = found is not None and found.stem == "params"
+    return found if is_skorch or any((folder / mark).is_file() for mark in marks) else None
+
+
+def list_weights(folder: Path) -> list[Path]:
+    """All checkpoints in a folder (files, sharded ones once, and folders), or the one it is."""
+    indices = [path for path in folder.iterdir() if path.name.endswith(INDEX)]
+    shards = {folder / name for index in indices for name in set(weight_map(index).values())}
+    files = [
+        path
+        for path in folder.iterdir()
+        if path.suffix in SUFFIXES
+        and path.is_file()
+        and path not in shards
+        and not NOT_WEIGHTS.fullmatch(path.name)
+    ]
+    folders = [path for path in folder.iterdir() if path.is_dir() and find_weights(path)]
+    if find_weights(folder):
+        if not folders:
+            return [folder]
+        raise CheckpointError(
+            f"{str(folder)!r} is a checkpoint and holds {len(folders)} more, such as "
+            f"{folders[0].name!r}: say which, by a list of paths or a pattern like "
+            f"{str(folder / 'checkpoint-*')!r}."
+        )
+    return [*files, *indices, *folders]
+
+
+def weights_of(folder: Path) -> Path:
+    """The weights in a folder of Hugging Face or skorch; an error for any other folder."""
+    found = find_weights(folder)
+    if found is None:
+        raise CheckpointError(
+            f"{str(folder)!r} is a folder without weights sksoup knows: expected "
+            f"{', '.join(FOLDER_WEIGHTS)} beside a config.json, or params.pt of skorch. For a "
+            f"folder of checkpoints use CheckpointCollection.from_path."
+        )
+    return found
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a .safetensors file, or of the first shard of an index or a folder."""
+    path = weights_of(path) if path.is_dir() else path
+    if path.name.endswith(INDEX):
+        path = path.parent / min(weight_map(path).values())
+    return read_safetensors_metadata(path)

@@ -1,0 +1,87 @@
+"""State dicts that are given as they are, copied to the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..exceptions import CheckpointError
+from ..runtime.fingerprint import tensor_bytes
+from .protocol import HASHING, Entry, Read, TensorInfo
+
+
+class MemoryCheckpoint:
+    """A private copy of a state dict."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor], label: str) -> None:
+        self.path: Path | None = None
+        self.key: str | None = None
+        self.tensors = {
+            name: value.detach().cpu().clone()
+            for name, value in check_state_dict(state, label).items()
+        }
+        self.label = label
+        self.header = {n: TensorInfo(tuple(v.shape), v.dtype) for n, v in self.tensors.items()}
+        self._digests: dict[str, str] = {}
+
+    def __repr__(self) -> str:
+        return self.label
+
+    @contextmanager
+    def open(self) -> Iterator[Read]:
+        """Give the tensors themselves."""
+        yield self.tensors.__getitem__
+
+    def identity(self) -> tuple[Any, ...]:
+        """Its digest."""
+        return (self.sha256(),)
+
+    def sha256(self, prefix: str = "") -> str:
+        """SHA-256 of names (without the prefix) and values."""
+        with HASHING:
+            if prefix not in self._digests:
+                self._digests[prefix] = content_sha256(Entry(self, prefix))
+        return self._digests[prefix]
+
+    def warm(self) -> None:
+        """Nothing: it is in memory."""
+
+    def held_tensors(self) -> Iterable[torch.Tensor]:
+        """All tensors; never write to them."""
+        return self.tensors.values()
+
+
+def content_sha256(entry: Entry) -> str:
+    """SHA-256 of names, dtypes, shapes and values: the same in memory and in any file."""
+    digest = sha256()
+    with entry.checkpoint.open() as read:
+        for name, info in sorted(entry.header.items()):
+            digest.update(f"{name}:{info.dtype}:{info.shape};".encode())
+            digest.update(tensor_bytes(read(entry.prefix + name)))
+    return digest.hexdigest()
+
+
+def check_state_dict(state: Any, where: str) -> dict[str, torch.Tensor]:
+    """Return ``state`` when it is a mapping of names to dense tensors, else say what it is."""
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"{where} holds a {type(state).__name__}, expected a state dict (tensor name -> "
+            f"tensor). Save module.state_dict()."
+        )
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise CheckpointError(
+                f"{where} is not a plain state dict: {name!r} is a {type(value).__name__}, "
+                f"expected a tensor. Save module.state_dict() by itself."
+            )
+        if value.layout is not torch.strided or value.is_quantized:
+            raise CheckpointError(
+                f"{where} can't be used: {name!r} is a sparse or quantized tensor, expected a "
+                f"dense one."
+            )
+    return dict(state)

@@ -1,0 +1,71 @@
+"""Prefixes that wrappers put before all names of a network: dropped where that makes them fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..exceptions import CheckpointError
+from .architecture import ModuleSource, module_names
+from .protocol import Entry
+
+PREFIXES = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, Lightning
+
+
+def take_prefix(entries: Sequence[Entry], prefix: str) -> list[Entry]:
+    """Take the tensors whose names begin with this; it is an error where none does."""
+    taken = [Entry(entry.checkpoint, prefix, is_given=True) for entry in entries]
+    for entry in taken:
+        if not entry.header:
+            names = list(entry.checkpoint.header)
+            raise CheckpointError(
+                f"{entry!r} can't be opened with prefix={prefix!r}: no name in it begins so. Its "
+                f"names are {', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''}."
+            )
+    return taken
+
+
+def drop_prefixes(entries: Sequence[Entry], module: ModuleSource | None) -> list[Entry]:
+    """Drop DDP's, compile's and Lightning's prefixes where that is what makes the names fit.
+
+    Those of another collection are chosen anew, unless the user gave them.
+    """
+    if any(entry.is_given for entry in entries):
+        return list(entries)
+    if any(len(_prefixes(list(entry.checkpoint.header))) > 1 for entry in entries):
+        return fit_names(entries, module_names(module))
+    return [replace(entry, prefix="") for entry in entries]
+
+
+def fit_names(entries: Sequence[Entry], wanted: set[str] | None) -> list[Entry]:
+    """Drop the prefixes that make the names those wanted, or else each other's."""
+    names = [list(entry.checkpoint.header) for entry in entries]
+    choices = [_prefixes(some) for some in names]
+    fitting = [""] * len(entries)
+    if wanted is not None:
+        fitting = [
+            next((p for p in prefixes if {name[len(p) :] for name in some} <= wanted), "")
+            for some, prefixes in zip(names, choices, strict=True)
+        ]
+    else:
+        offers = [
+            {frozenset(name[len(p) :] for name in some): p for p in reversed(prefixes)}
+            for some, prefixes in zip(names, choices, strict=True)
+        ]
+        alike = (found for found in reversed(offers[0]) if all(found in o for o in offers))
+        if (shared := next(alike, None)) is not None:
+            fitting = [offer[shared] for offer in offers]
+    return [replace(entry, prefix=p) for entry, p in zip(entries, fitting, strict=True)]
+
+
+def _prefixes(names: Sequence[str]) -> list[str]:
+    """Every chain of known prefixes that all names begin with, the empty one first."""
+    found = [""]
+    while True:
+        longer = next(
+            (found[-1] + p for p in PREFIXES if all(n.startswith(found[-1] + p) for n in names)),
+            None,
+        )
+        if longer is None:
+            return found
+        found.append(longer)

@@ -1,0 +1,97 @@
+"""A checkpoint in several files, as Hugging Face's index of shards describes it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..exceptions import CheckpointError
+from .protocol import Read
+from .read import CheckpointFile, FileIdentity, SafetensorsFile, naming
+from .torch_files import TorchFile
+
+INDEX = ".index.json"
+
+
+class ShardedCheckpoint:
+    """The shards that an index names, opened when their first tensor is read."""
+
+    def __init__(self, file: Path, key: str | None = None, path: Path | None = None) -> None:
+        self.path = file if path is None else path
+        self.key = key
+        self.weight_map = weight_map(file)
+        self.shards: dict[str, CheckpointFile] = {}
+        for name in dict.fromkeys(self.weight_map.values()):
+            shard = file.parent / name
+            self.shards[name] = (SafetensorsFile if SafetensorsFile.accepts(shard) else TorchFile)(
+                shard
+            )
+        for tensor, name in self.weight_map.items():
+            if tensor not in self.shards[name].header:
+                raise CheckpointError(
+                    f"{str(file)!r} does not fit its shards: {name!r} lacks {tensor!r}. Write the "
+                    f"checkpoint again, or leave it out."
+                )
+        self.header = {t: self.shards[name].header[t] for t, name in self.weight_map.items()}
+
+    def __repr__(self) -> str:
+        return repr(str(self.path))
+
+    @classmethod
+    def accepts(cls, item: Any) -> bool:
+        return isinstance(item, Path) and item.name.endswith(INDEX)
+
+    @contextmanager
+    def open(self) -> Iterator[Read]:
+        """Read tensors; a shard is opened when its first tensor is read."""
+        with ExitStack() as stack:
+            opened: dict[str, Read] = {}
+
+            def read(name: str) -> torch.Tensor:
+                shard = self.weight_map[name]
+                if shard not in opened:
+                    opened[shard] = stack.enter_context(self.shards[shard].open())
+                return opened[shard](name)
+
+            yield read
+
+    def identity(self) -> tuple[Any, ...]:
+        """The key, and sizes, modification times and inodes of the shards."""
+        files = [part for shard in self.shards.values() for part in shard.identity()[1]]
+        return self.key, files
+
+    def sha256(self, prefix: str = "") -> str:
+        """SHA-256 of the shards' names and digests, in order of name."""
+        lines = [f"{name}:{self.shards[name].sha256()}\n" for name in sorted(self.shards)]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def warm(self) -> None:
+        """Have the operating system read the shards into its cache."""
+        for shard in self.shards.values():
+            shard.warm()
+
+    def held_tensors(self) -> Iterable[torch.Tensor]:
+        """None."""
+        return ()
+
+
+def weight_map(path: Path) -> dict[str, str]:
+    """Tensor name -> shard file name, from an index."""
+    FileIdentity.of(path)
+    with naming(path):
+        weights = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(weights, dict) or not weights:
+            raise CheckpointError(f"{str(path)!r} has no weights in its 'weight_map'.")
+        for tensor, name in weights.items():
+            if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
+                raise CheckpointError(
+                    f"{str(path)!r} names the shard {name!r} for {tensor!r}, expected the name of "
+                    f"a file beside it."
+                )
+        return dict(weights)

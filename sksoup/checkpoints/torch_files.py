@@ -1,0 +1,120 @@
+"""Files that torch.save wrote: pickles, read without running what is in them."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..exceptions import CheckpointError
+from .in_memory import check_state_dict
+from .protocol import Read, TensorInfo
+from .read import SUFFIXES, CheckpointFile
+
+# modules whose names a pickle has no harmless use for, whatever they are called
+_NEVER = ("builtins", "os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "importlib",
+          "runpy", "pty", "ctypes", "code", "pdb", "webbrowser", "pickle", "operator", "functools",
+          "multiprocessing", "asyncio", "signal", "platform", "pip", "torch")  # fmt: skip
+
+
+class TorchFile(CheckpointFile):
+    """A file of ``torch.save``: a state dict, or a training container that holds one."""
+
+    @classmethod
+    def accepts(cls, item: Any) -> bool:
+        return isinstance(item, Path) and item.suffix in SUFFIXES
+
+    def _read_header(self) -> dict[str, TensorInfo]:
+        # on 'meta' the storages stay on disk; a legacy pickle is read once and dropped
+        state = _load_torch(self.file, "meta", self.key)
+        return {name: TensorInfo(tuple(v.shape), v.dtype) for name, v in state.items()}
+
+    @contextmanager
+    def _open(self) -> Iterator[Read]:
+        yield _load_torch(self.file, "cpu", self.key).__getitem__
+
+
+_ONE_AT_A_TIME = threading.Lock()  # what torch holds for safe is the same for all threads
+
+
+def _load_torch(path: Path, device: str, key: str | None) -> dict[str, torch.Tensor]:
+    """Load with ``weights_only``; harmless foreign classes become inert placeholders.
+
+    Only files in zip format, torch's since 1.6, tell which classes they hold.
+    """
+    is_zip = zipfile.is_zipfile(path)
+    with _ONE_AT_A_TIME:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
+        inert: list[Any] = [(_placeholder(name), name) for name in foreign if _is_harmless(name)]
+        with torch.serialization.safe_globals(inert), _without_a_warning_of_the_protocol():
+            state = torch.load(path, map_location=device, mmap=is_zip or None, weights_only=True)
+    return check_state_dict(_unwrap(state, key, repr(str(path))), repr(str(path)))
+
+
+@contextmanager
+def _without_a_warning_of_the_protocol() -> Iterator[None]:
+    """Ignore torch's warning of pickle protocols that it reads all the same.
+
+    In the main thread, which opens every file first: two threads that catch warnings at once would
+    leave the filters of the process in disorder.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
+        yield
+
+
+def _is_harmless(name: str) -> bool:
+    """Whether a pickled name may become a placeholder: a class by its name, or part of numpy."""
+    module, _, attribute = name.rpartition(".")
+    package = module.partition(".")[0]
+    return package not in _NEVER and (package == "numpy" or attribute[:1].isupper())
+
+
+def _placeholder(name: str) -> type:
+    """Make a class that can be unpickled in the place of another and does nothing."""
+
+    def ignore(self: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    return type(name.rpartition(".")[2], (), {"__init__": ignore, "__setstate__": ignore})
+
+
+def _is_state_dict(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(n, str) and isinstance(v, torch.Tensor) for n, v in value.items())
+    )
+
+
+def _unwrap(state: Any, key: str | None, where: str) -> Any:
+    """Take the state dict out of a training container, where it is plain which one it is."""
+    if not isinstance(state, Mapping) or (key is None and _is_state_dict(state)):
+        return state
+    candidates = [
+        name
+        for name, value in state.items()
+        if _is_state_dict(value) and not str(name).endswith("_extra_state")  # part of a flat one
+    ]
+    listed = ", ".join(f"{name!r} ({len(state[name])} tensors)" for name in candidates)
+    if key is not None:
+        if key in candidates:
+            return state[key]
+        offer = f"it offers {listed}" if listed else "it holds no state dict by any key"
+        if _is_state_dict(state):
+            offer = "it is a plain state dict, which needs no key"
+        raise CheckpointError(f"{where} has no state dict under key={key!r}: {offer}.")
+    if len(candidates) > 1:
+        raise CheckpointError(
+            f"{where} holds several state dicts: {listed}. Say which: key={candidates[0]!r}."
+        )
+    return state[candidates[0]] if candidates else state

@@ -1,0 +1,181 @@
+"""Files of tensors and texts, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ..exceptions import CheckpointError
+from .protocol import TensorInfo
+from .read import SAFETENSORS_DTYPES
+from .shards import INDEX
+
+SHARD_BYTES = 5_000_000_000  # as Hugging Face cuts them
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; it takes its place only once it is whole on disk."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{str(path)!r} can't be written: the folder {str(path.parent)!r} does not exist. "
+            f"Create it first."
+        )
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} can't be written: it is a folder, expected a file.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with _unwritten(path):
+            temporary.touch()
+            mode = temporary.stat().st_mode  # of new files; safetensors lets only the owner read
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(mode)
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _unwritten(path: Path) -> Iterator[None]:
+    """Say, where a disk is full or a folder read-only, what is there and what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        error.add_note(
+            f"{str(path)!r} was not written; what was there before is as it was. Make room, or "
+            f"write to a folder that can be written to."
+        )
+        raise
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors and metadata to ``path``, atomically: the old file or the new, never a part."""
+    with _replacing(path) as temporary:
+        # contiguous clones of what shares memory: the format stores every name by itself
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        seen: set[int] = set()
+        for name, tensor in whole.items():
+            pointer = tensor.untyped_storage().data_ptr()
+            if pointer in seen and tensor.numel():
+                whole[name] = tensor.clone()
+            seen.add(pointer)
+        save_file(whole, temporary, metadata=dict(metadata or {}))
+
+
+def write_shards(
+    folder: Path,
+    infos: Mapping[str, TensorInfo],
+    read: Callable[[Sequence[str]], Iterator[tuple[str, torch.Tensor]]],
+    metadata: Mapping[str, str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write the tensors that ``read(names)`` gives, in order, to shards and an index in a folder.
+
+    Each tensor is on disk before the next one is asked for. The folder is new, and appears whole.
+    """
+    names = sorted(infos, key=lambda name: -infos[name].dtype.itemsize)  # so all are aligned
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in names:
+        if shards[-1] and filled + infos[name].nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += infos[name].nbytes
+    files = {
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors": part for i, part in enumerate(shards, 1)
+    }
+    index = {
+        "metadata": {"total_size": sum(info.nbytes for info in infos.values())},
+        "weight_map": {name: file for file, part in files.items() for name in part},
+    }
+    with new_folder(folder) as temporary:
+        tensors = read(names)
+        for file, part in files.items():
+            _write_one_by_one(temporary / file, {n: infos[n] for n in part}, tensors, metadata)
+        write_text(temporary / f"model.safetensors{INDEX}", json.dumps(index, indent=1))
+
+
+def _write_one_by_one(
+    path: Path,
+    infos: Mapping[str, TensorInfo],
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    metadata: Mapping[str, str] | None,
+) -> None:
+    """Write a safetensors file whose tensors come one at a time, in the order of ``infos``.
+
+    The library writes from memory only. The format: the length of a JSON header as 8 bytes, the
+    header (padded to 8 bytes), then the tensors' bytes without gaps.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
+    end = 0
+    for name, info in infos.items():
+        if info.dtype not in codes:
+            raise CheckpointError(
+                f"{name!r} can't be written: safetensors has no {info.dtype}. Convert the "
+                f"checkpoints to another dtype."
+            )
+        begin, end = end, end + info.nbytes
+        header[name] = {
+            "dtype": codes[info.dtype],
+            "shape": info.shape,
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, info in infos.items():
+            given, tensor = next(tensors)
+            if given != name or TensorInfo(tuple(tensor.shape), tensor.dtype) != info:
+                raise RuntimeError(f"{given!r} came where {name!r} was to be written")
+            data: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
+            file.write(data)
+        os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, atomically."""
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside ``path`` that becomes it once all is written."""
+    path = path.resolve()  # a link stays, and what it points to becomes the folder
+    if path.exists() and (not path.is_dir() or path.is_mount() or any(path.iterdir())):
+        raise FileExistsError(
+            f"{str(path)!r} exists and is not an empty folder. Give another name, or move it away."
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{str(path)!r} can't be written: the folder {str(path.parent)!r} does not exist. "
+            f"Create it first."
+        )
+    # another host, or a container, may have the same process number
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    with _unwritten(path):
+        temporary.mkdir()
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

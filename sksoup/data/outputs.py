@@ -1,0 +1,170 @@
+"""What a module's outputs mean: labels -> targets, outputs -> labels, probabilities, a score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.metrics import accuracy_score, r2_score
+
+from .rows import Batch, to_tensor
+
+Task: TypeAlias = Literal["classification", "regression", "multilabel"]
+TASKS = ("classification", "regression", "multilabel")
+IGNORED = -100  # a label that is left out, as in torch's criteria
+
+
+def is_dense(y: Any) -> bool:
+    """Whether there are labels at several positions of a row: of pixels, of tokens."""
+    return bool(y.ndim > 1 and y.shape[1:] != (1,))
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """How the outputs of one module for one kind of targets are read."""
+
+    task: Task
+    n_outputs: int
+    shape: tuple[int, ...]  # of the output for one row
+    classes: NDArray[Any] | None = None  # labels in output order, of a classification
+    one_logit: bool = False  # the module gives z, which is used as the logits 0 and z
+    ignored: int = IGNORED  # the criterion's label of what is left out
+    is_dense: bool = False  # labels at several positions of a row
+    is_column: bool = False  # targets of a regression come as (n,)
+
+    @classmethod
+    def of(
+        cls,
+        output: torch.Tensor,
+        y: NDArray[Any],
+        task: Task,
+        classes: ArrayLike | None = None,
+        criterion: Any = None,
+    ) -> Outputs:
+        """Read them from the module's output for one row and the targets; or say what differs."""
+        dense = task == "classification" and is_dense(y)
+        one_logit = task == "classification" and not dense and output.shape in ((1,), (1, 1))
+        got = f"The module's output has shape {tuple(output.shape)} for one row"
+        if one_logit:
+            if len(labels := np.unique(y)) > 2:
+                raise ValueError(
+                    f"{got}: one logit, which tells two labels apart, but y has {len(labels)}. "
+                    f"Expected (1, n_outputs)."
+                )
+            output = output.new_zeros((1, 2))  # as which it is used
+        if dense and (output.ndim < 3 or output.shape[2:] != y.shape[1:]):
+            raise ValueError(
+                f"{got}, and y has labels of shape {y.shape[1:]}: expected (1, n_outputs, "
+                f"{', '.join(map(str, y.shape[1:]))}). Move the axis of the outputs with "
+                f"forward=lambda module, X: module(X).movedim(-1, 1)."
+            )
+        if not dense and (output.ndim > 2 or (task == "classification" and output.ndim != 2)):
+            raise ValueError(f"{got}, expected (1, n_outputs) for task={task!r}.")
+        n_outputs = output.shape[1] if output.ndim > 1 else 1
+        if task != "classification":
+            return cls(task, n_outputs, tuple(output.shape[1:]), is_column=y.ndim == 1)
+        criterion = criterion() if isinstance(criterion, type) else criterion
+        ignored = getattr(criterion, "ignore_index", None)
+        labels = resolve_classes(y[y != IGNORED] if dense else y, n_outputs, classes)
+        return cls(
+            task, n_outputs, tuple(output.shape[1:]), labels, one_logit,
+            ignored if isinstance(ignored, int) else IGNORED, dense,
+        )  # fmt: skip
+
+    def encode(self, y: NDArray[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Targets as the criterion takes them: class indices (N, ...), else floats (N, ...)."""
+        if self.classes is not None:
+            order = np.argsort(self.classes)
+            if not self.is_dense:
+                found = order[np.searchsorted(self.classes, y, sorter=order)]
+                return torch.as_tensor(found).to(device)
+            left_out = y == IGNORED
+            where = np.searchsorted(self.classes, y, sorter=order)
+            found = order[np.where(left_out, 0, where)]
+            return to_tensor(np.where(left_out, self.ignored, found)).to(device)
+        targets = to_tensor(np.asarray(y, dtype=np.float64)).reshape(len(y), -1)
+        if targets.shape[1] != self.n_outputs:
+            raise ValueError(
+                f"y has {targets.shape[1]} targets per row, expected {self.n_outputs}, one per "
+                f"output of the module."
+            )
+        if self.task == "multilabel" and not bool(((targets == 0) | (targets == 1)).all()):
+            raise ValueError("y must hold only 0 and 1 for task='multilabel'.")
+        return targets.to(device, dtype).reshape(len(y), *self.shape)
+
+    def counted(self, targets: torch.Tensor) -> torch.Tensor | None:
+        """(N,): positions of each row that have a label, where some have none."""
+        labelled = targets != self.ignored
+        if self.classes is None or bool(labelled.all()):
+            return None
+        return labelled.reshape(len(targets), -1).sum(dim=1)
+
+    def decode(self, outputs: torch.Tensor) -> NDArray[Any]:
+        """Labels or targets from outputs (n, n_outputs, ...)."""
+        if self.classes is not None:
+            return np.asarray(self.classes[outputs.argmax(dim=1).cpu().numpy()])
+        values = outputs.detach().cpu().numpy()
+        if self.task == "multilabel":
+            return (values > 0).astype(np.int64)
+        return values.reshape(len(values)) if self.is_column else values.reshape(len(values), -1)
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Softmax over the outputs; a sigmoid of each for several labels."""
+        return logits.sigmoid() if self.task == "multilabel" else logits.softmax(dim=1)
+
+    def right(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Weighted share of rows, or of pixels and tokens, whose prediction is right."""
+        if self.classes is not None:
+            right, counted = outputs.argmax(dim=1) == batch.y, batch.y != self.ignored
+        else:
+            right = ((outputs > 0) == (batch.y > 0)).reshape(len(batch.y), -1).all(dim=1)
+            counted = torch.ones_like(right)
+        weight = counted.to(outputs.dtype)
+        if batch.weight is not None:
+            weight = weight * batch.weight.reshape(-1, *[1] * (weight.ndim - 1))
+        return (weight * right).sum() / weight.sum().clamp_min(1e-12)
+
+    def score(self, y: Any, predicted: Any, weight: Any = None) -> float:
+        """Accuracy, or R² of a regression: the task's score, greater is better."""
+        if self.task == "regression":
+            return float(r2_score(y, predicted, sample_weight=weight))
+        y = np.asarray(y)
+        if self.is_dense:
+            used = y != IGNORED  # positions, each with the weight of its row
+            if weight is not None:
+                weight = np.repeat(np.asarray(weight), used.reshape(len(used), -1).sum(axis=1))
+            y, predicted = y[used], predicted[used]
+        return float(accuracy_score(y, predicted, sample_weight=weight))
+
+
+def resolve_classes(y: NDArray[Any], n_outputs: int, classes: ArrayLike | None) -> NDArray[Any]:
+    """Labels in output order; a held-out fold that lacks a label must not shift the columns."""
+    present = np.unique(y)
+    if classes is not None:
+        known = np.asarray(classes)
+        if known.ndim != 1 or len(np.unique(known)) != n_outputs or len(known) != n_outputs:
+            raise ValueError(
+                f"classes must be {n_outputs} distinct labels, one per output of the module, got "
+                f"{_some(known)}."
+            )
+        unknown = np.setdiff1d(present, known)
+        if len(unknown):
+            raise ValueError(f"y holds labels that are not in classes: {_some(unknown)}.")
+        return known
+    if len(present) == n_outputs:
+        return present
+    if np.issubdtype(present.dtype, np.integer) and present[0] >= 0 and present[-1] < n_outputs:
+        return np.arange(n_outputs)
+    raise ValueError(
+        f"y can't be matched to the module's outputs: got {len(present)} distinct labels "
+        f"({_some(present)}) for {n_outputs} outputs, expected {n_outputs} labels or integers in "
+        f"[0, {n_outputs}). Give the labels in output order: classes=[...]."
+    )
+
+
+def _some(values: NDArray[Any]) -> str:
+    shown = ", ".join(repr(value) for value in values[:5].tolist())
+    return shown + (f" and {len(values) - 5} more" if len(values) > 5 else "")

@@ -1,0 +1,167 @@
+"""A fitted soup, out of Python: files, folders, a report, a net of skorch."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from sklearn.utils.validation import check_is_fitted
+from skorch import NeuralNetClassifier, NeuralNetRegressor
+from torch import nn
+
+from ..checkpoints.collection import CheckpointCollection
+from ..checkpoints.hub import copy_companions, hub_folder
+from ..checkpoints.write import new_folder, write_text
+from ..data.outputs import Task
+from ..displays.report import render
+from ..exceptions import CheckpointError
+from ..mixing.mix import cast
+from ..mixing.recipe import Recipe
+from ..runtime.distributed import rank
+
+
+class ExportMixin:
+    """Give away the weights of the fitted ``module_``, and the ``recipe_`` with them."""
+
+    task: Task
+    module_: nn.Module
+    checkpoints_: CheckpointCollection
+    recipe_: Recipe
+    _dtypes: dict[str, torch.dtype]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the soup's weights.
+
+        Returns
+        -------
+        state_dict : dict of str to Tensor
+            Copies on the CPU, in the dtypes of the checkpoints: bit for bit
+            ``mix(soup.checkpoints_, soup.coef_, layers=soup.layers_)``, but for ``recalibrated_``.
+        """
+        check_is_fitted(self, "coef_")
+        state = self.module_.state_dict()
+        return {
+            name: cast(name, state[name].detach().cpu().clone(), dtype)
+            for name, dtype in self._dtypes.items()
+        }
+
+    def save(self, path: str | os.PathLike[str], card: bool = False) -> None:
+        """Write weights and recipe to one ``.safetensors`` file, atomically.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Ends in ``.safetensors``; an existing file is replaced, by the whole new one or not at
+            all. ``Recipe.load(path).cook(checkpoints)`` rebuilds the weights. In a distributed job
+            rank 0 writes, and the others do not wait.
+        card : bool, default=False
+            Whether to write a model card beside it, with the suffix ``.md``.
+
+        Raises
+        ------
+        ValueError
+            Another suffix.
+        """
+        check_is_fitted(self, "coef_")
+        if rank():
+            return
+        self.recipe_.save_weights(Path(path), self.state_dict())
+        if card:
+            write_text(Path(path).with_suffix(".md"), self.recipe_.to_card())
+
+    def report(self, path: str | os.PathLike[str], comparison: Any = None) -> None:
+        """Write one HTML file about the soup, to read in any browser, without a network.
+
+        What was mixed, how well it does, the coefficients, how they were found, what to look at
+        and what to do about it.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Ends in ``.html``; an existing file is replaced.
+        comparison : SoupComparison or None, default=None
+            What `sksoup.inspection.compare_soups` measured, to show the soup beside the others.
+
+        Raises
+        ------
+        ValueError
+            Another suffix.
+        ImportError
+            matplotlib is not installed.
+        """
+        check_is_fitted(self, "module_")
+        if Path(path).suffix != ".html":
+            raise ValueError(f"{os.fspath(path)!r} must end in .html: the report is a web page.")
+        if not rank():
+            write_text(Path(path), render(self, comparison))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write a Hugging Face folder: weights, recipe, card, and the ingredients' configuration.
+
+        Parameters
+        ----------
+        folder : str or path-like
+            A new folder; it appears once all of it is written. ``from_pretrained`` of transformers
+            reads it. ``config.json`` and the tokenizer's files are those of the first checkpoint
+            that lies in a folder of Hugging Face.
+
+        Raises
+        ------
+        CheckpointError
+            The ingredients did not come from Hugging Face folders.
+        FileExistsError
+            The folder is there and not empty.
+        """
+        check_is_fitted(self, "coef_")
+        if rank():
+            return
+        paths = [self.checkpoints_.path(name) for name in self.checkpoints_]
+        sources = [hub_folder(path) for path in paths if path is not None]
+        source = next((source for source in sources if source is not None), None)
+        if source is None:
+            raise CheckpointError(
+                f"{os.fspath(folder)!r} can't become a Hugging Face folder: no ingredient lies "
+                f"beside a config.json that could be copied. Use save(path)."
+            )
+        with new_folder(Path(folder)) as temporary:
+            copy_companions(source, temporary)
+            self.recipe_.save_weights(temporary / "model.safetensors", self.state_dict())
+            write_text(temporary / "README.md", self.recipe_.to_card())
+
+    def to_skorch(self, **kwargs: Any) -> Any:
+        """Give a skorch net with the soup's weights, initialised: to train on, or to hand over.
+
+        Parameters
+        ----------
+        **kwargs : dict
+            Parameters of the net; by default a criterion that fits ``task`` and the soup's device.
+
+        Returns
+        -------
+        net : skorch.NeuralNetClassifier, or skorch.NeuralNetRegressor for ``task="regression"``
+            Its module is a copy. ``net.partial_fit(X, y)`` trains from these weights; ``fit`` does
+            so with ``warm_start=True``.
+
+        Raises
+        ------
+        ValueError
+            ``task="multilabel"``, for which skorch has no net.
+
+        Notes
+        -----
+        skorch wants labels 0 to n_outputs - 1; its ``predict`` gives them, not ``classes_``.
+        """
+        check_is_fitted(self, "module_")
+        if self.task == "multilabel":
+            raise ValueError(
+                "skorch has no net for task='multilabel'; give module_ to a skorch.NeuralNet."
+            )
+        is_regression = self.task == "regression"
+        kind = NeuralNetRegressor if is_regression else NeuralNetClassifier
+        criterion = nn.MSELoss if is_regression else nn.CrossEntropyLoss
+        device = next(self.module_.parameters()).device.type
+        module = copy.deepcopy(self.module_).train()
+        return kind(module, **{"criterion": criterion, "device": device, **kwargs}).initialize()

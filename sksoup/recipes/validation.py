@@ -1,0 +1,416 @@
+"""What users give, checked by scikit-learn's rules before any work is done."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.metrics import check_scoring
+from sklearn.utils import check_array, check_scalar, check_X_y
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_consistent_length, validate_data
+from torch import nn
+
+from ..checkpoints.collection import CheckpointCollection
+from ..data.loaders import as_batches, from_lists, is_apart, read_loader
+from ..data.outputs import IGNORED, TASKS, Outputs, Task, is_dense
+from ..data.rows import (
+    HeldOut,
+    fits,
+    is_loader,
+    is_multiple,
+    map_inputs,
+    n_rows,
+    parts_of,
+    resolve_device,
+    to_inputs,
+    to_tensor,
+)
+from ..engine.batch_norm import check_rows, statistics
+from ..engine.deltas import resolve_delta_dtype
+from ..engine.descent import Room, Settings
+from ..engine.objective import Criterion, Forward, Objective, feed, module_dtype, prepare_module
+from ..engine.problem import Problem, Step
+from ..engine.scores import Evaluator
+from ..mixing.layers import Layerwise, group_layers
+from ..runtime.cache import Cache
+from ..runtime.distributed import world_size
+from ..runtime.fingerprint import encode_module
+from ..runtime.memory import parse_bytes
+
+DEFAULT_SCORING = {"classification": "accuracy", "multilabel": "accuracy", "regression": "r2"}
+
+INTEGERS = [np.int64, np.int32, np.int16, np.int8, np.uint8, np.bool_]
+FLOATS_AND_INTEGERS = [np.float64, np.float32, *INTEGERS]
+
+
+def validate_rows(
+    estimator: Any, X: Any, y: Any, task: Task, sample_weight: Any = None
+) -> tuple[Any, NDArray[Any], NDArray[np.float64] | None]:
+    """Check rows, targets and weights; note the features; what is on a device stays there."""
+    if isinstance(X, Mapping):
+        X = as_batches(X, y)
+    if is_loader(X):
+        X, y = read_loader(X, y, ordered=is_apart(y) or is_apart(sample_weight))
+    _refuse_checkpoints(X, y)
+    wants = {"multi_output": task != "classification", "y_numeric": task == "regression"}
+    y = to_numpy(y)
+    estimator.input_names_ = input_names(X)
+    if task == "classification" and y is not None and is_dense(np.asarray(y)):
+        X, y = _validate_dense(estimator, X, np.asarray(y))
+        return X, y, _check_weight(sample_weight, len(y))
+    if is_multiple(X):
+        X = _check_parts(X)
+        check_consistent_length(*parts_of(X), y)
+        _, y = check_X_y(np.zeros((n_rows(X), 1)), y, **wants)
+    elif isinstance(X, torch.Tensor) and X.device.type != "cpu":
+        check_consistent_length(X, y)
+        estimator.n_features_in_ = X.shape[1]
+    else:
+        X, y = validate_data(
+            estimator, to_numpy(X), y, allow_nd=True, dtype=FLOATS_AND_INTEGERS, **wants
+        )
+    if task == "classification":
+        check_classification_targets(y)
+    return X, y, None if sample_weight is None else _check_weight(sample_weight, len(y))
+
+
+def _validate_dense(estimator: Any, X: Any, y: NDArray[Any]) -> tuple[Any, NDArray[Any]]:
+    """Check rows with labels at several positions each; scikit-learn knows no such targets."""
+    if is_multiple(X):
+        X = _check_parts(X)
+    elif not (isinstance(X, torch.Tensor) and X.device.type != "cpu"):
+        X = validate_data(estimator, to_numpy(X), allow_nd=True, dtype=FLOATS_AND_INTEGERS)
+    check_consistent_length(*parts_of(X), y)
+    if y.dtype.kind not in "iu":
+        raise ValueError(
+            f"y has shape {y.shape} and dtype {y.dtype}: labels at several positions of a row must "
+            f"be integers, {IGNORED} where one is left out."
+        )
+    if (y == IGNORED).all():
+        raise ValueError(f"y holds nothing but {IGNORED}, which leaves out every position.")
+    return X, y
+
+
+def validate_inputs(estimator: Any, X: Any) -> Any:
+    """Check rows to predict for: the same inputs as in `fit`."""
+    if (got := input_names(X)) != (expected := estimator.input_names_):
+        raise ValueError(
+            f"X has other inputs than in fit: got {_named(got)}, expected {_named(expected)}."
+        )
+    if is_multiple(X):
+        return _check_parts(X)
+    if isinstance(X, torch.Tensor) and X.device.type != "cpu":
+        return X
+    return validate_data(
+        estimator, to_numpy(X), reset=False, allow_nd=True, dtype=FLOATS_AND_INTEGERS
+    )
+
+
+def input_names(X: Any) -> tuple[str, ...] | int | None:
+    """The names of several inputs, or their number; None for one input."""
+    if not is_multiple(X):
+        return None
+    return tuple(X) if isinstance(X, Mapping) else len(X)
+
+
+def _named(names: tuple[str, ...] | int | None) -> str:
+    if isinstance(names, tuple):
+        return f"a mapping with {', '.join(map(repr, names))}"
+    return "one array" if names is None else f"a tuple of {names} arrays"
+
+
+def _check_parts(X: Any) -> Any:
+    """Check several inputs: as many rows in each, finite numbers."""
+
+    def check(part: Any) -> Any:
+        if isinstance(part, torch.Tensor) and part.device.type != "cpu":
+            return part
+        part = from_lists(part) if isinstance(part, (list, tuple)) else to_numpy(part)
+        return check_array(part, ensure_2d=False, allow_nd=True, dtype=FLOATS_AND_INTEGERS)
+
+    X = map_inputs(check, X)
+    check_consistent_length(*parts_of(X))
+    return X
+
+
+def _or_texts(item: Any) -> str:
+    return ", or texts, which have to be tokenised first" if isinstance(item, str) else ""
+
+
+def _refuse_checkpoints(X: Any, y: Any) -> None:
+    """Say what went wrong when checkpoints stand where X should."""
+    if is_multiple(X) and y is not None:
+        lengths = {len(part) if getattr(part, "ndim", 1) else 0 for part in parts_of(X)}
+        if lengths == {len(y)}:
+            return
+    items = list(X[:1]) if isinstance(X, (list, tuple)) else [X]
+    for item in items:
+        is_state = isinstance(item, Mapping) and any(
+            isinstance(value, torch.Tensor) for value in item.values()
+        )
+        if isinstance(item, (str, os.PathLike, nn.Module)) or is_state:
+            raise TypeError(
+                f"X holds {'a state dict' if is_state else type(item).__name__} where rows of "
+                f"data were expected: these look like checkpoints{_or_texts(item)}. Call "
+                f"fit(checkpoints, X, y), or "
+                f"wrap them: fit(CheckpointCollection(checkpoints, module=...), X)."
+            )
+
+
+def to_numpy(values: Any) -> Any:
+    """A tensor as an array, from any device; anything else as it is."""
+    if not isinstance(values, torch.Tensor):
+        return values
+    values = values.float() if values.dtype == torch.bfloat16 else values  # which numpy lacks
+    return values.detach().cpu().numpy()
+
+
+def _check_weight(sample_weight: Any, n_samples: int) -> NDArray[np.float64] | None:
+    if sample_weight is None:
+        return None
+    weight = np.asarray(to_numpy(sample_weight), dtype=np.float64)
+    if weight.shape != (n_samples,):
+        raise ValueError(
+            f"sample_weight has shape {weight.shape}, expected ({n_samples},), one per row of X."
+        )
+    if not np.isfinite(weight).all() or (weight < 0).any() or not weight.any():
+        raise ValueError("sample_weight must be finite, not negative, and not zero everywhere.")
+    return weight
+
+
+def check_choice(value: Any, name: str, choices: tuple[Any, ...]) -> None:
+    """Refuse what is none of the values that a parameter may have."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_common(task: Task, batch_size: int | None, forward: Forward | None) -> None:
+    """Check what every recipe and every measurement of one takes."""
+    check_choice(task, "task", TASKS)
+    if batch_size is not None:
+        check_scalar(batch_size, "batch_size", Integral, min_val=1)
+    if forward is not None and not callable(forward):
+        raise TypeError(f"forward must be a callable (module, X) or None, got {forward!r}.")
+
+
+def check_fraction(fraction: float | None, name: str) -> None:
+    """Check the part of the rows that is set aside for a purpose, if any is."""
+    if fraction is not None:
+        check_scalar(
+            fraction, name, float, min_val=0.0, max_val=1.0, include_boundaries="neither"
+        )  # fmt: skip
+
+
+def collect(
+    checkpoints: Any, X: Any, y: Any, weight: NDArray[np.float64] | None, who: str
+) -> CheckpointCollection:
+    """The collection that ``fit`` was given, or makes from what it was given."""
+    if checkpoints is None:
+        raise ValueError(
+            f"{who} has no checkpoints: give them to the constructor, {who}(checkpoints).fit(X, "
+            f"y), or to fit(checkpoints, X, y)."
+        )
+    if isinstance(checkpoints, CheckpointCollection):
+        return checkpoints
+    if callable(checkpoints) and not isinstance(checkpoints, nn.Module):
+        takes_weight = "sample_weight" in inspect.signature(checkpoints).parameters
+        made = checkpoints(X, y, **({"sample_weight": weight} if takes_weight else {}))
+        if not isinstance(made, CheckpointCollection):
+            raise TypeError(
+                f"checkpoints={checkpoints!r} returned a {type(made).__name__}, expected a "
+                f"CheckpointCollection."
+            )
+        return made
+    return CheckpointCollection(checkpoints)
+
+
+def prepare_problem(
+    checkpoints: CheckpointCollection,
+    X: Any,
+    y: NDArray[Any],
+    weight: NDArray[np.float64] | None = None,
+    *,
+    task: Task,
+    classes: ArrayLike | None = None,
+    criterion: Criterion | None = None,
+    forward: Forward | None = None,
+    layerwise: Layerwise = False,
+    batch_size: int | None = 128,
+    device: str | torch.device = "auto",
+    precision: str = "fp32",
+    compile: bool = False,
+    cache: Cache | None = None,
+    progress: Callable[[nn.Module, str, int], AbstractContextManager[Step]] | None = None,
+) -> Problem:
+    """Make what a search is given from rows that `validate_rows` has checked.
+
+    Builds the module, puts it and the rows on the device, and feeds it one row, whose output
+    decides how outputs are read.
+    """
+    where = resolve_device(device)
+    module = prepare_module(checkpoints.build_module(), checkpoints, where)
+    dtype = module_dtype(module)
+    row = to_inputs(map_inputs(lambda part: to_tensor(part[:1]).clone(), X), dtype, where)
+    outputs = Outputs.of(_probe(module, row, forward), y, task, classes, criterion)
+    targets = outputs.encode(y, dtype, where)
+    is_streamed = not fits(X, where)
+    inputs = to_inputs(X, dtype, torch.device("cpu") if is_streamed else where)
+    weights = None if weight is None else to_tensor(weight).to(where, dtype)
+    data = HeldOut(inputs, targets, weights, is_streamed, outputs.counted(targets))
+    if data.amounts is not None and not bool(data.amounts.any()):
+        raise ValueError("sample_weight is 0 for all rows that have a label.")
+    if cache is not None:
+        predicts = list(encode_module(module)), forward, task, outputs.one_logit, outputs.classes
+        cache = cache.within(data.X, data.y, weight, y, *predicts, batch_size, precision)
+    objective = Objective(module, criterion, outputs, precision, compile, forward)
+    return Problem(
+        checkpoints,
+        group_layers(module, checkpoints.layout, layerwise),
+        data,
+        objective,
+        Evaluator(objective, data, batch_size, y, weight, cache=cache),
+        no_progress if progress is None else partial(progress, module),
+        cache,
+    )
+
+
+@contextmanager
+def no_progress(name: str, n_steps: int) -> Iterator[Step]:
+    """No-op progress callback."""
+    yield lambda weights=None: None
+
+
+def _probe(module: nn.Module, row: Any, forward: Any) -> torch.Tensor:
+    """Output for one row; says what was fed when the module can't take it."""
+    try:
+        with torch.no_grad():
+            return feed(module, row, forward)
+    except (RuntimeError, IndexError, TypeError) as error:  # what torch raises on what does not fit
+        if isinstance(error, TypeError) and "module returned" in str(error):
+            raise
+        fed = map_inputs(lambda part: f"shape {tuple(part.shape)} and dtype {part.dtype}", row)
+        fed = ", ".join(f"{k}: {v}" for k, v in fed.items()) if isinstance(fed, dict) else fed
+        raise ValueError(
+            f"The module can't take X: fed one row of {fed}, it raised {type(error).__name__}: "
+            f"{error}. Floating inputs are fed as the module's dtype, integers as they are, a "
+            f"mapping by name and a tuple by position."
+        ) from error
+
+
+@dataclass(frozen=True)
+class SoupScorer:
+    """A scorer of scikit-learn on the held-out rows; ``soup`` is a fitted one to look at."""
+
+    soup: Any
+    scorer: Callable[..., float]
+    X: Any
+    y: NDArray[Any]
+    weight: NDArray[np.float64] | None
+
+    def __call__(self, module: nn.Module) -> float:
+        soup = copy.copy(self.soup)
+        soup.module_ = module
+        extra = {} if self.weight is None else {"sample_weight": self.weight}
+        return float(self.scorer(soup, self.X, self.y, **extra))
+
+    def on(self, rows: NDArray[np.int64]) -> SoupScorer:
+        """The same on some of the rows."""
+        weight = None if self.weight is None else self.weight[rows]
+        X = map_inputs(lambda part: part[rows], self.X)
+        return replace(self, X=X, y=self.y[rows], weight=weight)
+
+
+def scored_by(soup: Any, scoring: Any, problem: Problem, X: Any) -> Problem:
+    """The problem with scores by another metric than the task's own."""
+    evaluate = problem.evaluate
+    if scoring == DEFAULT_SCORING[problem.objective.outputs.task]:
+        return problem
+    scorer = SoupScorer(soup, check_scoring(soup, scoring), X, evaluate.y, evaluate.weight)
+    cache = None if evaluate.cache is None else evaluate.cache.within(scoring)
+    return replace(problem, evaluate=replace(evaluate, scorer=scorer, cache=cache))
+
+
+# ---------------------------------------------------------------- recipes that descend
+
+
+def check_descent(soup: Any) -> None:
+    """Check the parameters of a recipe that descends on coefficients."""
+    check_choice(soup.optimizer, "optimizer", ("adamw", "sgd"))
+    check_choice(soup.schedule, "schedule", ("cosine", "constant"))
+    check_choice(soup.precision, "precision", ("fp32", "bf16"))
+    if not (isinstance(soup.lr, Real) and math.isfinite(soup.lr) and float(soup.lr) > 0):
+        raise ValueError(f"lr must be a finite number > 0, got {soup.lr!r}.")
+    check_scalar(soup.weight_decay, "weight_decay", Real, min_val=0)
+    resolve_delta_dtype(soup.delta_dtype, torch.float32)
+    for name in ("max_epochs", "model_epochs", "accumulate"):
+        value = getattr(soup, name)
+        if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+    if soup.memory_limit is not None:
+        parse_bytes(soup.memory_limit)
+
+
+def check_minibatches(soup: Any, problem: Problem, aside: HeldOut | None = None) -> None:
+    """Check that BatchNorm can normalise by the minibatches of a search, where it is to."""
+    if soup.batch_norm != "recalibrate":
+        return
+    for rows in (problem.data, aside):
+        if rows is not None:
+            check_rows(problem.objective.module, len(rows), soup.batch_size)
+    if world_size() > 1 and statistics(problem.objective.module):
+        raise ValueError(
+            "batch_norm='recalibrate' normalises by each minibatch, which the ranks of a "
+            "distributed job share out. Search with batch_norm='auto' or 'average'."
+        )
+
+
+def settings_of(soup: Any) -> Settings:
+    """How a recipe descends."""
+    return Settings(
+        soup.optimizer,
+        soup.schedule,
+        float(soup.lr),
+        int(soup.max_epochs),
+        None if soup.batch_size is None else int(soup.batch_size),
+        soup.shuffle,
+        int(soup.accumulate),
+        soup.batch_norm == "recalibrate",
+        float(soup.weight_decay),
+    )
+
+
+def room_for(soup: Any, problem: Problem, n_ahead: int = 0) -> Room:
+    """How a recipe holds deltas; reading ahead is for files."""
+    checkpoints = problem.checkpoints
+    has_files = any(checkpoints.path(name) is not None for name in checkpoints)
+    limit = None if soup.memory_limit is None else parse_bytes(soup.memory_limit)
+    return Room(limit, soup.delta_dtype, soup.shard_deltas, n_ahead if has_files else 0)
+
+
+def search_cache(soup: Any, problem: Problem, *more: Any) -> Cache | None:
+    """The cache for all that distinguishes one descent from another, beside its seed."""
+    if problem.cache is None:  # checkpoints in memory would be hashed for nothing
+        return None
+    return problem.cache.within(
+        type(soup).__name__,
+        [problem.checkpoints.identity(name) for name in problem.checkpoints],
+        problem.layers.rows,
+        problem.objective.criterion,
+        vars(settings_of(soup)),
+        soup.precision,
+        soup.compile,
+        str(soup.delta_dtype),
+        *more,
+    )

@@ -1,0 +1,123 @@
+"""Digests of values: equal for equal values, in any process."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import pickle
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def tensor_bytes(value: torch.Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order; not copied where it lies so on the CPU."""
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def fingerprint(*values: Any) -> str:
+    """SHA-256 of values: equal for equal values, in any process."""
+    digest = hashlib.sha256()
+    for part in encode(list(values)):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def encode(value: Any) -> Iterator[Any]:
+    """Bytes that tell a value from others; bytes-like pieces, so that arrays are not copied."""
+    value = value.item() if isinstance(value, np.generic) else value
+    yield f"{type(value).__qualname__}(".encode()
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        yield repr(value).encode()
+    elif isinstance(value, (bytes, memoryview)):
+        yield value
+    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        yield f"{value.dtype}{value.shape}".encode()
+        yield np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
+    elif isinstance(value, torch.Tensor):
+        yield f"{value.dtype}{tuple(value.shape)}".encode()
+        yield tensor_bytes(value)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from encode(part)
+    elif isinstance(value, (set, frozenset)):
+        yield from encode(sorted(value, key=repr))
+    elif isinstance(value, Mapping):
+        for name in sorted(value, key=repr):
+            yield from encode(name)
+            yield from encode(value[name])
+    elif isinstance(value, type):
+        yield f"{value.__module__}.{value.__qualname__}".encode()
+    elif isinstance(value, nn.Module):
+        yield from encode_module(value)
+        yield from encode(dict(value.state_dict()))
+    else:
+        yield from encode_function(value) if callable(value) else encode_other(value)
+    yield b")"
+
+
+def encode_module(module: nn.Module) -> Iterator[Any]:
+    """A module by the types and settings of all its parts, without its weights.
+
+    Buffers outside the state dict are settings.
+    """
+    saved = module.state_dict()
+    for name, part in module.named_modules():
+        yield from encode([name, type(part)])
+        if type(part).__module__.partition(".")[0] != "torch":
+            yield from encode_function(type(part).forward)
+        yield from encode({k: b for k, b in part.named_buffers(name, False) if k not in saved})
+        for key, value in sorted(vars(part).items()):
+            if not key.startswith("_") and key != "training":
+                yield from encode(key)
+                try:
+                    yield from encode(value)
+                except TypeError:  # a part of the user's that does not pickle
+                    yield from encode(type(value))
+
+
+def encode_function(function: Any) -> Iterator[Any]:
+    """A function by its code, defaults and what it encloses; other callables by their pickle."""
+    if isinstance(function, functools.partial):
+        yield from encode([function.func, function.args, function.keywords])
+    elif isinstance(function, types.MethodType):
+        yield from encode([function.__func__, function.__self__])
+    elif isinstance(function, types.FunctionType):
+        yield function.__qualname__.encode()
+        yield from encode_code(function.__code__)
+        yield from encode([function.__defaults__, function.__kwdefaults__])
+        for cell in function.__closure__ or ():
+            yield from encode(cell.cell_contents)
+    else:
+        called = type(function).__call__
+        if isinstance(called, types.FunctionType):
+            yield from encode_function(called)
+        yield from encode_other(function)
+
+
+def encode_code(code: types.CodeType) -> Iterator[Any]:
+    """A function by its bytecode and what that refers to."""
+    yield code.co_code
+    yield from encode([code.co_names, code.co_varnames])
+    for constant in code.co_consts:
+        is_code = isinstance(constant, types.CodeType)
+        yield from encode_code(constant) if is_code else encode(constant)
+
+
+def encode_other(value: Any) -> Iterator[Any]:
+    """A value by its pickle."""
+    try:
+        yield pickle.dumps(value)
+    except Exception as error:  # pickling raises anything
+        raise TypeError(
+            f"memory= can't tell whether {value!r} has changed, since it can't be pickled "
+            f"({error}). Give something that can, or memory=None."
+        ) from error
+    for part in getattr(value, "__dict__", {}).values():
+        if isinstance(part, types.FunctionType):  # a pickle holds its name alone
+            yield from encode_function(part)
