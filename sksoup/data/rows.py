@@ -69,15 +69,11 @@ class Batch:
     weight: torch.Tensor | None
     counted: torch.Tensor | None  # (n,), as in `HeldOut`
     amounts: torch.Tensor | None  # (n,), how much a row counts; None where all are equal
+    amount: torch.Tensor | int  # their sum: n where all are equal
     total: torch.Tensor | int  # amount of the whole minibatch, over all ranks
 
     def __len__(self) -> int:
         return len(self.y)
-
-    @property
-    def amount(self) -> torch.Tensor | int:
-        """How much these rows count: their number, where all are equal."""
-        return len(self.y) if self.amounts is None else self.amounts.sum()
 
 
 @dataclass(frozen=True)
@@ -157,7 +153,8 @@ class HeldOut:
             counted = None if self.counted is None else self.counted[rows]
             total = stop - start if amounts is None else amounts[whole].sum()
             each = None if amounts is None else amounts[rows]
-            return Batch(X, self.y[rows], weight, counted, each, total)
+            amount = last - first if each is None else each.sum()
+            return Batch(X, self.y[rows], weight, counted, each, amount, total)
 
         starts = range(0, n, size)
         yield from one_ahead(batch, starts) if self.is_streamed else map(batch, starts)

@@ -56,6 +56,6 @@ def shortened(names: Sequence[str]) -> list[str]:
     ]
 
 
-def room_for(names: Sequence[str]) -> float:
+def storage_for(names: Sequence[str]) -> float:
     """Height of rotated labels in inches."""
     return 0.075 * max(map(len, shortened(names)))

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
-from .axes import BLUE, ORANGE, RED, label_ticks, new_axes, room_for
+from .axes import BLUE, ORANGE, RED, label_ticks, new_axes, storage_for
 
 
 class GreedyPathDisplay:
@@ -77,7 +77,7 @@ class GreedyPathDisplay:
         """
         n = len(self.path)
         names = [tried["candidate"] for tried in self.path]
-        wide, tall = min(max(0.22 * n + 3.5, 5.5), 15.0), 3.6 + room_for(names)
+        wide, tall = min(max(0.22 * n + 3.5, 5.5), 15.0), 3.6 + storage_for(names)
         self.figure_, self.ax_ = new_axes(ax, wide, tall)
         scores = np.array([tried["score"] for tried in self.path])
         kept = np.array([tried["kept"] for tried in self.path])

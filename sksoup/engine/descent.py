@@ -63,6 +63,9 @@ class Descent:
         self.problem, self.settings = problem, settings
         self.generator = generator  # of the order of the rows
         self.aside = aside
+        # BatchNorm uses the minibatch's statistics where the soup's will be measured
+        batchwise = partial(batch_statistics, problem.objective.module)
+        self._normalizing = batchwise if settings.normalize_by_batch else nullcontext
 
     def run(
         self,
@@ -159,12 +162,6 @@ class Descent:
         steps, norm = all_reduce(torch.stack(measured)), torch.stack(norms)  # fetched at once
         scores = {"score": steps[:, 1].tolist()} if objective.has_score else {}
         return {"loss": steps[:, 0].tolist(), "grad_norm": norm.tolist(), **scores}
-
-    def _normalizing(self) -> AbstractContextManager[None]:
-        """Have BatchNorm use the minibatch's statistics, where the soup's will be measured."""
-        if not self.settings.normalize_by_batch:
-            return nullcontext()
-        return batch_statistics(self.problem.objective.module)
 
 
 class State:
@@ -264,8 +261,8 @@ def coefficient_dtype(device: torch.device) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class Room:
-    """How deltas are held: what decides how many models are in memory."""
+class DeltaStorage:
+    """How deltas are held, which decides how many models fit into memory."""
 
     limit: int | None  # bytes; None is half of what the device has free
     delta_dtype: str | torch.dtype | None
@@ -311,11 +308,11 @@ class Room:
                 batch.release()
 
 
-class NotKept(Exception):
+class NotCached(Exception):
     """Raised where a replay would have to run something."""
 
 
-class Unopened:
+class ReplayedDeltas:
     """The deltas of a finished search that is replayed from the cache: nothing is read for them."""
 
     def load(self, names: Sequence[str]) -> None:
@@ -325,7 +322,7 @@ class Unopened:
         """Nothing is computed."""
 
     def __getattr__(self, name: str) -> Any:
-        raise NotKept(f"{name} was asked for in a replay")
+        raise NotCached(f"{name} was asked for in a replay")
 
 
 OpenDeltas: TypeAlias = Callable[[Sequence[Sequence[str]]], AbstractContextManager[Any]]
@@ -335,7 +332,7 @@ Search: TypeAlias = Callable[[int, OpenDeltas], Found]  # (models in memory, ...
 def within_memory(
     problem: Problem,
     search: Search,
-    room: Room,
+    storage: DeltaStorage,
     wanted: int | str | None,
     cache: Cache | None,
     on_halved: Callable[[int], None] = lambda n_models: None,
@@ -345,22 +342,24 @@ def within_memory(
     A search that an earlier fit finished is replayed from the cache before any file is opened.
     Gives None where all checkpoints are equal, so that there is nothing to search.
     """
-    key = ("models in memory", wanted, room.limit, room.n_ahead)
+    key = ("models in memory", wanted, storage.limit, storage.n_ahead)
     n_models = None if cache is None else cache.find(*key)
     if cache is not None and n_models is not None:
         n_models = _after_halving(n_models, cache)
-        if n_models == 0 or cache.find("finished", n_models):
-            with suppress(NotKept):  # a callback asks for weights, or an entry is damaged
-                return search(n_models, lambda _: nullcontext(Unopened())) if n_models else None
+        if not n_models:
+            return None
+        if cache.find("finished", n_models):
+            with suppress(NotCached):  # a callback asks for weights, or an entry is damaged
+                return search(n_models, lambda batches: nullcontext(ReplayedDeltas()))
     with centered(problem) as center:
         if n_models is None:
-            n_models = 0 if center is None else room.n_models(wanted, center)
+            n_models = 0 if center is None else storage.n_models(wanted, center)
             if cache is not None:
                 cache.keep(n_models, *key)
                 n_models = _after_halving(n_models, cache)
         while center is not None and n_models:
             try:
-                found = search(n_models, partial(room.deltas, center, n_models))
+                found = search(n_models, partial(storage.deltas, center, n_models))
             except (MemoryError, RuntimeError) as error:
                 if n_models == 1 or world_size() > 1 or not is_out_of_memory(error):
                     raise

@@ -17,7 +17,7 @@ from ..data.outputs import Task
 from ..engine.objective import Criterion, Forward, load_weights
 from ..mixing.mix import mix
 from ..recipes.baselines import UniformSoup
-from ..recipes.validation import check_common, prepare_problem, validate_rows
+from ..recipes.validation import prepare_problem, validate_rows
 from ..tables import Table
 
 
@@ -156,8 +156,9 @@ def loss_barrier(
         pairs = [pairs[i] for i in sorted(rng.choice(len(pairs), n_pairs, replace=False))]
     ends: list[tuple[str, str | None]] = [*pairs, *((name, None) for name in checkpoints)]
     alpha = np.linspace(0, 1, n_points)
-    check_common(task, batch_size, forward)
-    X, y, _ = validate_rows(UniformSoup(task=task), X, y, task)
+    like = UniformSoup(forward=forward, task=task, batch_size=batch_size)  # takes the same rows
+    like._check_params()
+    X, y, _ = validate_rows(like, X, y, task)
     problem = prepare_problem(
         checkpoints, X, y, task=task, classes=classes, criterion=criterion, forward=forward,
         batch_size=batch_size, device=device,

@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, metadata, version
+from numbers import Integral
 from types import FrameType
 from typing import Any, Self, overload
 
@@ -19,12 +20,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
 from sklearn.callback import CallbackSupportMixin, with_callbacks
-from sklearn.utils import ClassifierTags, RegressorTags, Tags
+from sklearn.utils import ClassifierTags, RegressorTags, Tags, check_scalar
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.describe import judge
-from ..data.outputs import Task
+from ..data.outputs import TASKS, Task
 from ..engine.batch_norm import POLICIES, BatchNormPolicy, check_policy, settle
 from ..engine.objective import Criterion, Forward, load_weights
 from ..engine.problem import Found, Problem, Step, Weights
@@ -37,7 +38,6 @@ from .export import ExportMixin
 from .prediction import PredictionMixin
 from .validation import (
     check_choice,
-    check_common,
     collect,
     prepare_problem,
     scored_by,
@@ -207,13 +207,21 @@ class BaseSoup(
 
     def _check_params(self) -> None:
         """Check the parameters all recipes share; recipes add theirs."""
-        check_common(self.task, self.batch_size, self.forward)
+        check_choice(self.task, "task", TASKS)
         check_choice(self.batch_norm, "batch_norm", POLICIES)
+        if self.batch_size is not None:
+            check_scalar(self.batch_size, "batch_size", Integral, min_val=1)
+        if self.forward is not None and not callable(self.forward):
+            raise TypeError(
+                f"forward must be a callable (module, X) or None, got {self.forward!r}."
+            )
+        if self.memory is not None:  # refused before any work
+            open_cache(self.memory)
 
     def _problem(
         self, collection: CheckpointCollection, X: Any, y: Any, weight: NDArray[np.float64] | None
     ) -> Problem:
-        """What the search is given: the problem, with this soup's metric and callbacks."""
+        """The problem with this soup's metric and callbacks; sets what reads its outputs."""
         data = {"X": X, "y": y, "metadata": {} if weight is None else {"sample_weight": weight}}
         problem = prepare_problem(
             collection, X, y, weight,
@@ -229,11 +237,11 @@ class BaseSoup(
         if self.batch_norm == "recalibrate":
             check_policy(problem, self.batch_size)
         if self.scoring is not None:
-            problem = scored_by(self._to_look_at(problem), self.scoring, problem, X)
+            problem = scored_by(self._fitted_view(problem), self.scoring, problem, X)
         return problem
 
-    def _to_look_at(self, problem: Problem) -> Any:
-        """A fitted soup for the scorers of scikit-learn, without checkpoints and callbacks."""
+    def _fitted_view(self, problem: Problem) -> Any:
+        """A fitted soup as scorers of scikit-learn take one, without checkpoints and callbacks."""
         soup = copy.copy(self)
         for name in [name for name in vars(self) if "callback" in name]:
             delattr(soup, name)
@@ -251,21 +259,18 @@ class BaseSoup(
         self.checkpoints_ = collection
         self.history_ = found.history
         self.counts_ = problem.objective.counts
-        mixed = self.ingredients_
         for name, value in found.attributes.items():
             setattr(self, name, value)
         if self._has_recipe:
-            self._keep_soup(problem, coef, mixed)
+            self._keep_soup(problem, coef)
 
-    def _keep_soup(
-        self, problem: Problem, coef: NDArray[np.float64], ingredients: tuple[str, ...]
-    ) -> None:
+    def _keep_soup(self, problem: Problem, coef: NDArray[np.float64]) -> None:
         collection, module = problem.checkpoints, problem.objective.module
         weights = mix(collection, coef, layers=problem.layers.rows)
         load_weights(module, weights)
         self._dtypes = {name: w.dtype for name, w in weights.items()}
-        self._warn_of_strangers(collection, ingredients)
-        settles = self.batch_norm != "average" and len(ingredients) > 1
+        self._warn_of_strangers(collection, self.ingredients_)
+        settles = self.batch_norm != "average" and len(self.ingredients_) > 1
         self.recalibrated_ = settle(problem, self.batch_norm, self.batch_size) if settles else ()
         if (coef < 0).any():
             self._warn_of_variances(problem, coef)

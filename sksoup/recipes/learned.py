@@ -15,7 +15,7 @@ from ..engine.objective import Criterion, Forward
 from ..engine.problem import Found, Problem
 from ..mixing.layers import Layerwise
 from .base import BaseSoup
-from .validation import check_descent, check_minibatches, room_for, search_cache, settings_of
+from .validation import check_descent, check_minibatches, search_cache, settings_of, storage_for
 
 __all__ = ["LearnedSoup"]
 
@@ -246,7 +246,7 @@ class LearnedSoup(BaseSoup):
             coef = coef / coef.sum(axis=1, keepdims=True)
             return Found(coef, history, {"temperature_": float(beta.detach())})
 
-        found = within_memory(problem, search, room_for(self, problem), "auto", cache)
+        found = within_memory(problem, search, storage_for(self, problem), "auto", cache)
         # None where all checkpoints are equal
         return found or Found(np.full((n_rows, n), 1 / n), attributes={"temperature_": 1.0})
 

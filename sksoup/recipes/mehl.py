@@ -37,9 +37,9 @@ from .validation import (
     check_fraction,
     check_minibatches,
     no_progress,
-    room_for,
     search_cache,
     settings_of,
+    storage_for,
 )
 
 __all__ = ["MEHLSoup"]
@@ -62,7 +62,7 @@ def draw_model_batches(
         yield from (order[start : start + b] for start in range(0, n, b))
 
 
-class Moves:
+class Displacement:
     """How far alpha_B has moved from where an outer iteration began: (b, n_searched).
 
     A function of v, with alpha_B = v, or v / |delta| where ``norms`` are given.
@@ -342,24 +342,22 @@ class MEHLSoup(BaseSoup):
         if self.validation_fraction is not None:
             problem, aside = self._set_aside(whole, self.validation_fraction, generator)
         check_minibatches(self, problem, aside)
-        start = np.zeros((len(problem.checkpoints), problem.layers.n_searched))
-        if self.start != "mean":
-            start = self._start(whole, start)
-        search = partial(
-            self._block_coordinate_descent,
-            descent=Descent(problem, settings_of(self), generator, aside),
-            seed=seed,
-            start=start,
-            cache=None if cache is None else cache.within(seed, start),
-        )
-        room, cache = room_for(self, problem, self.prefetch), search.keywords["cache"]
+        shape = len(problem.checkpoints), problem.layers.n_searched
+        start = np.zeros(shape) if self.start == "mean" else self._start(whole)
+        cache = None if cache is None else cache.within(seed, start)
+        descent = Descent(problem, settings_of(self), generator, aside)
         found = within_memory(
-            problem, search, room, self.model_batch_size, cache, self._warn_of_halving
+            problem,
+            partial(
+                self._block_coordinate_descent, descent=descent, seed=seed, start=start, cache=cache
+            ),
+            storage_for(self, problem, self.prefetch),
+            self.model_batch_size,
+            cache,
+            self._warn_of_halving,
         )
-        if found is None:  # all checkpoints are equal
-            n = len(problem.checkpoints)
-            return Found(affine_coef(start.T), attributes={"model_batch_size_": n})
-        return found
+        # None where all checkpoints are equal
+        return found or Found(affine_coef(start.T), attributes={"model_batch_size_": shape[0]})
 
     def _block_coordinate_descent(
         self,
@@ -383,13 +381,13 @@ class MEHLSoup(BaseSoup):
             open_deltas([names[batch].tolist() for batch in (*first, *batches)]) as deltas,
             descent.problem.progress("epoch", len(batches) * self.max_epochs) as step,
         ):
-            for batch in first:  # from w-bar to where alpha starts; in the paper that is w-bar
+            for batch in first:  # from w-bar to where alpha starts: the same point in the paper
                 deltas.load(names[batch])
                 deltas.commit(torch.as_tensor(alpha[batch]))
             for outer, batch in enumerate(batches):  # outer iterations
                 deltas.load(names[batch])  # w_k - w-bar for k in B
                 kept = None if cache is None else cache.within(b, outer)
-                moved = Moves(alpha[batch], self._norms(deltas, kept), device)
+                moved = Displacement(alpha[batch], self._norms(deltas, kept), device)
                 records = descent.run(  # inner iterations on alpha_B: Eq. 6 and AdamW
                     deltas, moved, [moved.v], step=step, cache=kept,
                     soup_coef=partial(moved.affine_coef, alpha, batch),
@@ -407,8 +405,9 @@ class MEHLSoup(BaseSoup):
             return None
         return deltas.norms() if cache is None else cache(("norms",), lambda: deltas.norms())
 
-    def _start(self, problem: Problem, alpha: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _start(self, problem: Problem) -> NDArray[np.float64]:
         """(K, n_searched): the alphas of the best checkpoint, or of the greedy soup."""
+        alpha = np.zeros((len(problem.checkpoints), problem.layers.n_searched))
         if self.start == "best":
             problem.checkpoints.check()
             scores = rank_checkpoints(problem, lambda weights=None: None).scores
@@ -417,8 +416,8 @@ class MEHLSoup(BaseSoup):
             greedy = GreedySoup(
                 task=self.task, batch_norm=self.batch_norm, batch_size=self.batch_size
             )
-            found = greedy.find(replace(problem, progress=no_progress))
-            alpha += found.coef.T  # sums to 1, as alphas of the mean of a subset do
+            # sums to 1, as alphas of the mean of a subset do
+            alpha += greedy.find(replace(problem, progress=no_progress)).coef.T
         return alpha
 
     def _set_aside(

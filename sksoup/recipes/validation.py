@@ -24,7 +24,7 @@ from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
 from ..data.loaders import as_batches, from_lists, is_apart, read_loader
-from ..data.outputs import IGNORED, TASKS, Outputs, Task, is_dense
+from ..data.outputs import IGNORED, Outputs, Task, is_dense
 from ..data.rows import (
     HeldOut,
     fits,
@@ -39,7 +39,7 @@ from ..data.rows import (
 )
 from ..engine.batch_norm import check_rows, statistics
 from ..engine.deltas import resolve_delta_dtype
-from ..engine.descent import Room, Settings
+from ..engine.descent import DeltaStorage, Settings
 from ..engine.objective import Criterion, Forward, Objective, feed, module_dtype, prepare_module
 from ..engine.problem import Problem, Step
 from ..engine.scores import Evaluator
@@ -194,15 +194,6 @@ def check_choice(value: Any, name: str, choices: tuple[Any, ...]) -> None:
     """Refuse what is none of the values that a parameter may have."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-
-def check_common(task: Task, batch_size: int | None, forward: Forward | None) -> None:
-    """Check what every recipe and every measurement of one takes."""
-    check_choice(task, "task", TASKS)
-    if batch_size is not None:
-        check_scalar(batch_size, "batch_size", Integral, min_val=1)
-    if forward is not None and not callable(forward):
-        raise TypeError(f"forward must be a callable (module, X) or None, got {forward!r}.")
 
 
 def check_fraction(fraction: float | None, name: str) -> None:
@@ -391,12 +382,12 @@ def settings_of(soup: Any) -> Settings:
     )
 
 
-def room_for(soup: Any, problem: Problem, n_ahead: int = 0) -> Room:
+def storage_for(soup: Any, problem: Problem, n_ahead: int = 0) -> DeltaStorage:
     """How a recipe holds deltas; reading ahead is for files."""
     checkpoints = problem.checkpoints
     has_files = any(checkpoints.path(name) is not None for name in checkpoints)
     limit = None if soup.memory_limit is None else parse_bytes(soup.memory_limit)
-    return Room(limit, soup.delta_dtype, soup.shard_deltas, n_ahead if has_files else 0)
+    return DeltaStorage(limit, soup.delta_dtype, soup.shard_deltas, n_ahead if has_files else 0)
 
 
 def search_cache(soup: Any, problem: Problem, *more: Any) -> Cache | None:
