@@ -239,7 +239,15 @@ def _per_row(
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Copy weights into a module, in place: ties and unsaved buffers survive."""
+    """Copy weights into a module, in place: ties and unsaved buffers survive.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Changed.
+    weights : mapping of str to Tensor
+        Some or all of its state dict.
+    """
     with torch.no_grad():
         for name, value in module.state_dict(keep_vars=True).items():
             if name in weights:

@@ -110,6 +110,22 @@ def rank_checkpoints(
     What the cache has is not evaluated. Ranks of a distributed job share the others out, and so
     do workers; each has a module of its own and runs with this process's number of threads, so
     that the scores do not depend on how many there are.
+
+    Parameters
+    ----------
+    problem : Problem
+        Whose checkpoints are scored.
+    step : callable
+        Called after each, as ``problem.progress`` gives it.
+    n_jobs : int or None, default=None
+        Workers of joblib.
+    evaluate : Evaluator or None, default=None
+        What scores them; by default ``problem.evaluate``.
+
+    Returns
+    -------
+    ranking : Ranking
+        ``ranking.scores`` is a dict of str to float, in collection order.
     """
     checkpoints, evaluate = problem.checkpoints, evaluate or problem.evaluate
     if checkpoints.scores is not None:

@@ -1,4 +1,4 @@
-"""Held-out scores of the module's weights, whole or only as far as they matter."""
+"""Held-out scores of the module's weights, stopped early when the rest can't change a decision."""
 
 from __future__ import annotations
 

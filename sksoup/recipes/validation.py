@@ -39,7 +39,7 @@ from ..data.rows import (
 )
 from ..engine.batch_norm import check_rows, statistics
 from ..engine.deltas import resolve_delta_dtype
-from ..engine.descent import DeltaStorage, Settings
+from ..engine.descent import OPTIMIZERS, SCHEDULES, DeltaStorage, Settings
 from ..engine.objective import Criterion, Forward, Objective, feed, module_dtype, prepare_module
 from ..engine.problem import Problem, Step
 from ..engine.scores import Evaluator
@@ -338,8 +338,8 @@ def scored_by(soup: Any, scoring: Any, problem: Problem, X: Any) -> Problem:
 
 def check_descent(soup: Any) -> None:
     """Check the parameters of a recipe that descends on coefficients."""
-    check_choice(soup.optimizer, "optimizer", ("adamw", "sgd"))
-    check_choice(soup.schedule, "schedule", ("cosine", "constant"))
+    check_choice(soup.optimizer, "optimizer", tuple(OPTIMIZERS))
+    check_choice(soup.schedule, "schedule", SCHEDULES)
     check_choice(soup.precision, "precision", ("fp32", "bf16"))
     if not (isinstance(soup.lr, Real) and math.isfinite(soup.lr) and float(soup.lr) > 0):
         raise ValueError(f"lr must be a finite number > 0, got {soup.lr!r}.")
