@@ -39,29 +39,7 @@ SCHEDULES = ("cosine", "constant")  # see `lr_factor`
 
 @dataclass(frozen=True)
 class Settings:
-    """Hold how to descend.
-
-    Parameters
-    ----------
-    optimizer : {"adamw", "sgd"}
-        Starts afresh with each run.
-    schedule : {"cosine", "constant"}
-        Cosine warms up over the first fifth of the steps.
-    lr : float
-        Learning rate.
-    max_epochs : int
-        Passes over the held-out rows.
-    batch_size : int or None
-        Rows per forward and backward pass; None for all.
-    shuffle : bool
-        Whether to visit the rows in a new random order each epoch.
-    accumulate : int
-        Minibatches per step.
-    normalize_by_batch : bool
-        Whether BatchNorm uses the statistics of the minibatch.
-    weight_decay : float, default=0.0
-        Of the optimizer.
-    """
+    """How to descend; the same for all recipes that do."""
 
     optimizer: str
     schedule: str
@@ -70,28 +48,15 @@ class Settings:
     batch_size: int | None
     shuffle: bool
     accumulate: int
-    normalize_by_batch: bool
+    normalize_by_batch: bool  # BatchNorm, during the search
     weight_decay: float = 0.0
 
 
 class Descent:
-    """Minimise the held-out loss over the coefficients of some deltas, by minibatch steps.
+    """Minimises the held-out loss over the coefficients of some deltas, by minibatch steps.
 
-    Parameters
-    ----------
-    problem : Problem
-        Whose loss is minimised.
-    settings : Settings
-        How.
-    generator : torch.Generator
-        Draws the order of the rows.
-    aside : HeldOut or None, default=None
-        Rows that take no part in the gradients: a run ends at the epoch (or the start) where the
-        loss on them was least.
-
-    References
-    ----------
-    Li et al., arXiv:2407.03641, Eq. 6: the gradient with respect to a coefficient.
+    With ``aside``, rows that take no part in the gradients, a run ends at the epoch (or the start)
+    where the loss on them was least.
     """
 
     def __init__(
@@ -102,7 +67,7 @@ class Descent:
         aside: HeldOut | None = None,
     ) -> None:
         self.problem, self.settings = problem, settings
-        self.generator = generator
+        self.generator = generator  # of the order of the rows
         self.aside = aside
         # BatchNorm uses the minibatch's statistics where the soup's will be measured
         batchwise = partial(batch_statistics, problem.objective.module)
@@ -122,34 +87,10 @@ class Descent:
     ) -> list[dict[str, Any]]:
         """Minimise the loss of ``start + sum_k coef_k delta_k`` over ``leaves``, in place.
 
-        Parameters
-        ----------
-        deltas : Deltas
-            As `within_memory` opens them, loaded.
-        coef : callable
-            Gives coefficients, Tensor of shape (b, n_searched), as a function of the leaves.
-        leaves : sequence of Tensor
-            What the optimizer changes; they require a gradient.
-        soup_coef : callable
-            Turns an ndarray of such coefficients into those of the soup, (n_searched, K).
-        step : callable
-            Called after each epoch, as ``problem.progress`` gives it.
-        cache : Cache or None, default=None
-            An epoch that it has is not run again; the state after it is restored.
-        scale : Tensor or None, default=None
-            One of the leaves, a factor on the outputs.
-        where : str, default=""
-            Begins the place that an error names.
-
-        Returns
-        -------
-        records : list of dict
-            One per epoch: ``epoch``; ``loss``, ``grad_norm`` and perhaps ``score`` at every step.
-
-        Raises
-        ------
-        DivergenceError
-            The loss or the coefficients stopped being finite.
+        ``coef()`` gives (b, n_searched) as a function of the leaves, ``soup_coef`` turns that into
+        the coefficients (n_searched, K) of the whole soup. Returns one record per epoch, with its
+        loss and gradient norm at every step. An epoch that the cache has is not run again: what it
+        left the leaves, the optimizer and the generator at is restored.
         """
         settings, data = self.settings, self.problem.data
         n_steps = data.n_batches(settings.batch_size, settings.accumulate) * settings.max_epochs
@@ -327,24 +268,12 @@ def coefficient_dtype(device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class DeltaStorage:
-    """Hold how deltas are stored, which decides how many models fit into memory.
+    """How deltas are held, which decides how many models fit into memory."""
 
-    Parameters
-    ----------
-    limit : int or None
-        Bytes; None is half of what the device has free.
-    delta_dtype : str, torch.dtype or None
-        None is that of the weights.
-    is_shared : bool
-        Whether each rank of a distributed job holds a part of them.
-    n_ahead : int, default=0
-        Models that are read before they are needed.
-    """
-
-    limit: int | None
+    limit: int | None  # bytes; None is half of what the device has free
     delta_dtype: str | torch.dtype | None
-    is_shared: bool
-    n_ahead: int = 0
+    is_shared: bool  # the ranks share the deltas out
+    n_ahead: int = 0  # models read before they are needed
 
     def n_models(self, wanted: int | str | None, center: Center) -> int:
         """How many deltas to hold: as asked, None for all, "auto" for what fits."""
@@ -417,32 +346,7 @@ def within_memory(
     """Run a search with as many models as memory holds; half as many whenever it runs out.
 
     A search that an earlier fit finished is replayed from the cache before any file is opened.
-
-    Parameters
-    ----------
-    problem : Problem
-        Whose checkpoints are searched.
-    search : callable
-        ``search(n_models, open_deltas) -> Found``; ``with open_deltas(batches) as deltas`` opens
-        deltas that are loaded in these batches of names. It is called again from the beginning when
-        memory runs out.
-    storage : DeltaStorage
-        How deltas are stored.
-    wanted : int, None or "auto"
-        Models in memory at a time; None for all, "auto" for as many as fit.
-    cache : Cache or None
-        With all that the search depends on.
-    on_halved : callable, default=no-op
-        Called with the smaller number before the search is run again.
-
-    Returns
-    -------
-    found : Found or None
-        None where all checkpoints are equal, so that there is nothing to search.
-
-    Notes
-    -----
-    One read of the checkpoints for their mean. Memory: ``n_models`` + 2 models.
+    Gives None where all checkpoints are equal, so that there is nothing to search.
     """
     key = ("models in memory", wanted, storage.limit, storage.n_ahead)
     n_models = None if cache is None else cache.find(*key)
