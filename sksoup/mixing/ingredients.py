@@ -49,7 +49,7 @@ def select_ingredients(
 ) -> CheckpointCollection:
     """The checkpoints of the ingredients that are used; their tensors are those of the recipe."""
     found = {one.name: find_ingredient(one, checkpoints) for one in compress(ingredients, is_used)}
-    chosen = checkpoints._aliased(found)._named_as(layers)
+    chosen = checkpoints._renamed(found, layers)
     if unlike := sorted(chosen.layout.keys() ^ layers.keys()):
         raise RecipeError(
             f"The checkpoints hold other tensors than the recipe: {unlike[0]!r} is in one of "
