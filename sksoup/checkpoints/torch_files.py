@@ -17,10 +17,11 @@ from .in_memory import check_state_dict
 from .protocol import Read, TensorInfo
 from .read import SUFFIXES, CheckpointFile
 
-# modules whose names a pickle has no harmless use for, whatever they are called
-_NEVER = ("builtins", "os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "importlib",
-          "runpy", "pty", "ctypes", "code", "pdb", "webbrowser", "pickle", "operator", "functools",
-          "multiprocessing", "asyncio", "signal", "platform", "pip", "torch")  # fmt: skip
+# modules whose names a pickle has no harmless use for, also by their names in Python 2
+_NEVER = ("builtins", "__builtin__", "os", "posix", "nt", "sys", "subprocess", "commands", "shutil",
+          "socket", "importlib", "runpy", "pty", "ctypes", "code", "pdb", "webbrowser", "pickle",
+          "cPickle", "operator", "functools", "multiprocessing", "asyncio", "signal", "platform",
+          "pip", "torch")  # fmt: skip
 
 
 class TorchFile(CheckpointFile):
