@@ -139,7 +139,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         key: str | None = None,
         prefix: str | None = None,
     ) -> Self:
-        """Open the checkpoints of a folder or a glob pattern, in natural order.
+        """Open the checkpoints of a folder or a glob pattern: ``ft2`` comes before ``ft10``.
 
         Parameters
         ----------
@@ -149,11 +149,6 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             one file or Hugging Face folder.
         module, scores, key, prefix
             As in the constructor.
-
-        Returns
-        -------
-        collection : CheckpointCollection
-            Ordered so that ``ft2`` comes before ``ft10``.
 
         Raises
         ------
@@ -251,15 +246,6 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Notes
         -----
         Two reads of all files; memory of two models in float64 and one tensor.
-
-        Examples
-        --------
-        >>> import torch
-        >>> from sksoup import CheckpointCollection
-        >>> start = torch.nn.Linear(20, 20).state_dict()
-        >>> tuned = [{k: v + 0.01 * i for k, v in start.items()} for i in range(3)]
-        >>> print(CheckpointCollection(tuned).describe().verdict[0])
-        These ingredients lie close together, as fine-tunings of one start do: good to mix.
         """
         return describe(self)
 
@@ -291,13 +277,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         return self._with({name: self._entries[name] for name in chosen})
 
     def drop(self, names: str | Iterable[str]) -> CheckpointCollection:
-        """Return a collection without these checkpoints: the others, in order.
-
-        Raises
-        ------
-        KeyError
-            A name is not in the collection.
-        """
+        """Return a collection of the other checkpoints, in order; errors are those of `select`."""
         dropped = self.select(names)
         return self.select(name for name in self if name not in dropped)
 
@@ -322,15 +302,8 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     def save(self, folder: str | os.PathLike[str]) -> CheckpointCollection:
         """Write every checkpoint to ``folder`` as ``<name>.safetensors`` and open those files.
 
-        Parameters
-        ----------
-        folder : str or path-like
-            Created when missing.
-
-        Returns
-        -------
-        collection : CheckpointCollection
-            Path-backed: pickles small and holds nothing in memory.
+        The folder is created where it is missing. The new collection holds nothing in memory, so
+        its pickle is small.
 
         Raises
         ------
@@ -354,12 +327,9 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         return CheckpointCollection(paths, module=self.module, scores=self.scores)
 
     def build_module(self) -> nn.Module:
-        """Build a fresh module of the architecture; global random state stays as it is.
+        """Build a new module on the CPU, initialised at random or with the weights of ``module``.
 
-        Returns
-        -------
-        module : nn.Module
-            On the CPU, with whatever weights the factory gives.
+        The global random state stays as it is.
 
         Raises
         ------
@@ -405,7 +375,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         self._entries[name].checkpoint.warm()
 
     def identity(self, name: str) -> tuple[Any, ...]:
-        """Return sizes, modification times and inodes of its files; in memory, the SHA-256."""
+        """Return size, modification time and inode of a file, or the SHA-256 of one in memory."""
         entry = self._entries[name]
         return (entry.prefix, *entry.checkpoint.identity())
 

@@ -53,33 +53,34 @@ def naming(path: Path) -> Iterator[None]:
 def unreadable(path: Path, error: Exception) -> CheckpointError:
     """The error for a file on which a reader has failed, with a remedy for the reason."""
     text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    line = text.splitlines()[0] if text else ""
     if "Weights only load failed" in str(error) and re.search("GLOBAL|allowlisted", text):
-        named = re.search(r"GLOBAL ([\w.]+)", text)
-        return CheckpointError(
-            f"{str(path)!r} can't be read: it holds more than tensors"
-            f"{f' ({named[1]})' if named else ''}, and reading it could run code. sksoup never "
-            f"unpickles code; save the state dict alone: torch.save(module.state_dict(), path)."
-        )
-    if "Unsupported operand" in text:
-        return CheckpointError(
-            f"{str(path)!r} can't be read safely: it was written with a pickle protocol that torch "
-            f"reads only by running code. Save it anew, without pickle_protocol=."
-        )
-    if "Can only " in text:
-        return CheckpointError(
-            f"{str(path)!r} can't be read: it holds objects beside tensors that can't be read "
-            f"without running code ({text.splitlines()[0]}). Save the state dict alone: "
+        found = re.search(r"GLOBAL ([\w.]+)", text)
+        wrong = (
+            f"can't be read: it holds more than tensors{f' ({found[1]})' if found else ''}, and "
+            f"reading it could run code. sksoup never unpickles code; save the state dict alone: "
             f"torch.save(module.state_dict(), path)."
         )
-    reason = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}".rstrip(": .")
-    short = isinstance(error, MemoryError) or "allocate memory" in text
-    remedy = (
-        "There is too little memory, or its header is damaged"
-        if short
-        else "The file is damaged, incomplete or of another format: copy or write it again, or "
-        "leave it out"
-    )
-    return CheckpointError(f"{str(path)!r} can't be read: {reason}. {remedy}.")
+    elif "Unsupported operand" in text:
+        wrong = (
+            "can't be read safely: it was written with a pickle protocol that torch reads only by "
+            "running code. Save it anew, without pickle_protocol=."
+        )
+    elif "Can only " in text:
+        wrong = (
+            f"can't be read: it holds objects beside tensors that can't be read without running "
+            f"code ({line}). Save the state dict alone: torch.save(module.state_dict(), path)."
+        )
+    else:
+        wrong = f"can't be read: {f'{type(error).__name__}: {line}'.rstrip(': .')}. "
+        if isinstance(error, MemoryError) or "allocate memory" in text:
+            wrong += "There is too little memory, or its header is damaged."
+        else:
+            wrong += (
+                "The file is damaged, incomplete or of another format: copy or write it again, or "
+                "leave it out."
+            )
+    return CheckpointError(f"{str(path)!r} {wrong}")
 
 
 class CheckpointFile(Checkpoint):

@@ -177,27 +177,24 @@ class Recipe:
                 versions=dict(document.get("versions", {})),
                 classes=tuple(document.get("classes", ())),
             )
+            recipe._check()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RecipeError(f"{source} is not a whole sksoup recipe: {error!r}.") from error
-        recipe._check(source)
+            wrong = f"it has no {error}." if isinstance(error, KeyError) else error
+            raise RecipeError(f"{source} is not a whole sksoup recipe: {wrong}") from error
         return recipe
 
-    def _check(self, source: str) -> None:
-        """Raise an error if the fields contradict each other."""
+    def _check(self) -> None:
+        """Raise a ValueError if the fields contradict each other."""
         rows, names = self.layers.values(), [i.name for i in self.ingredients]
-        try:
-            check_coef(self.coef, len(names))
-        except ValueError as error:
-            raise RecipeError(f"{source} is not a whole sksoup recipe: {error}") from error
-        wrong = None
+        check_coef(self.coef, len(names))
         if self.coef.ndim != 2 or len(self.coef) != len(self.layer_names):
-            wrong = f"coef has shape {self.coef.shape} for {len(self.layer_names)} layers"
-        elif rows and not (min(rows) >= 0 and max(rows) < len(self.coef)):
-            wrong = f"layers name row {max(rows)} of {len(self.coef)}"
-        elif len(set(names)) < len(names):
-            wrong = "two ingredients have the same name"
-        if wrong is not None:
-            raise RecipeError(f"{source} is not a whole sksoup recipe: {wrong}.")
+            raise ValueError(
+                f"coef has shape {self.coef.shape} for {len(self.layer_names)} layers."
+            )
+        if rows and not (min(rows) >= 0 and max(rows) < len(self.coef)):
+            raise ValueError(f"layers name row {max(rows)} of {len(self.coef)}.")
+        if len(set(names)) < len(names):
+            raise ValueError("two ingredients have the same name.")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
