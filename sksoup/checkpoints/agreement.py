@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -48,9 +49,9 @@ def check_names(names: Sequence[str], n_checkpoints: int) -> None:
     wrong = next((name for name in names if not isinstance(name, str) or not name), None)
     if wrong is not None:
         raise TypeError(f"names must be non-empty strings, got {wrong!r}.")
-    repeated = next((name for name in names if list(names).count(name) > 1), None)
-    if repeated is not None:
-        raise ValueError(f"names must be unique, got {repeated!r} more than once.")
+    repeated = [name for name, n in Counter(names).items() if n > 1]
+    if repeated:
+        raise ValueError(f"names must be unique, got {repeated[0]!r} more than once.")
     if not names:
         raise CheckpointError("No checkpoints are left: expected at least one.")
 

@@ -41,8 +41,9 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     checkpoints : iterable or mapping
         Paths of files (``.safetensors``, ``.pt``, ``.pth``, ``.bin``, ``.ckpt``, an
         ``.index.json`` of shards) or of Hugging Face and skorch ``Checkpoint`` folders; modules,
-        fitted skorch nets, or state dicts, which are copied to the CPU; or a collection, opened
-        again without a read, to give it a module or scores. A mapping gives them names.
+        fitted skorch nets, or state dicts, which are copied to the CPU; objects that satisfy the
+        protocol ``sksoup.checkpoints.protocol.Checkpoint``; or a collection, opened again without
+        a read, to give it a module or scores. A mapping gives them names.
     module : callable, nn.Module, skorch net or None, default=None
         The architecture: a factory without arguments, a module (copied before use) or a skorch
         net. By default that of the first module or net given, or of the ``config.json`` of the
@@ -83,11 +84,11 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     Notes
     -----
     Nothing is ever unpickled unsafely and no option allows it; harmless classes that a container
-    holds beside its weights become inert placeholders. Pickling a collection carries the
-    paths of files (not their contents) and the tensors of in-memory checkpoints. Two collections
-    are equal only if they are the same object, and ``sklearn.base.clone`` returns the same
-    object. An infinite value is accepted only where it is the same in every checkpoint, as in a
-    buffer that masks attention; NaN never is.
+    holds beside its weights become inert placeholders. A pickle of a collection holds the paths of
+    files (not their contents) and the tensors of in-memory checkpoints. Two collections are equal
+    only if they are the same object, and ``sklearn.base.clone`` returns the same object. An
+    infinite value is accepted only where it is the same in every checkpoint, as in a buffer that
+    masks attention; NaN never is.
 
     Examples
     --------
@@ -233,19 +234,9 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     def describe(self) -> CollectionSummary:
         """Compare the checkpoints: distances, directions, duplicates, frozen parts, a verdict.
 
-        Returns
-        -------
-        summary : CollectionSummary
-            Print it, or use ``to_dict()``.
-
-        Raises
-        ------
-        CheckpointError
-            As `open`.
-
         Notes
         -----
-        Two reads of all files; memory of two models in float64 and one tensor.
+        Two reads of all files (errors: see `open`); memory of two models in float64 and a tensor.
         """
         return describe(self)
 
@@ -277,7 +268,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         return self._with({name: self._entries[name] for name in chosen})
 
     def drop(self, names: str | Iterable[str]) -> CheckpointCollection:
-        """Return a collection of the other checkpoints, in order; errors are those of `select`."""
+        """Return a collection of the other checkpoints, in order; raise `KeyError` as `select`."""
         dropped = self.select(names)
         return self.select(name for name in self if name not in dropped)
 

@@ -72,7 +72,8 @@ def unreadable(path: Path, error: Exception) -> CheckpointError:
             f"code ({line}). Save the state dict alone: torch.save(module.state_dict(), path)."
         )
     else:
-        wrong = f"can't be read: {f'{type(error).__name__}: {line}'.rstrip(': .')}. "
+        reason = f"{type(error).__name__}: {line}".rstrip(": .")
+        wrong = f"can't be read: {reason}. "
         if isinstance(error, MemoryError) or "allocate memory" in text:
             wrong += "There is too little memory, or its header is damaged."
         else:

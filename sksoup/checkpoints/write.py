@@ -115,11 +115,9 @@ def _write_one_by_one(
     tensors: Iterator[tuple[str, torch.Tensor]],
     metadata: Mapping[str, str] | None,
 ) -> None:
-    """Write a safetensors file whose tensors come one at a time, in the order of ``infos``.
-
-    The library writes from memory only. The format: the length of a JSON header as 8 bytes, the
-    header (padded to 8 bytes), then the tensors' bytes without gaps.
-    """
+    """Write a safetensors file whose tensors come one at a time, in the order of ``infos``."""
+    # the length of a JSON header as 8 bytes, the header padded to 8 bytes, then all bytes in a row;
+    # the library itself writes from memory only
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
     end = 0

@@ -101,18 +101,12 @@ class Recipe:
 
         Parameters
         ----------
-        method : str
-            Name of the method that found the coefficients.
+        method, layers, layer_names, **fields
+            As in `Recipe`; names of the rows are their numbers by default.
         checkpoints : CheckpointCollection
             What was mixed.
         coef : array-like of shape (n_checkpoints,) or (n_layers, n_checkpoints)
             Coefficients.
-        layers : mapping of str to int
-            Row of ``coef`` for every tensor name.
-        layer_names : tuple of str or None, default=None
-            Names of the rows, by default their numbers.
-        **fields
-            Any other field of `Recipe`.
         """
         rows = np.atleast_2d(np.asarray(coef, dtype=np.float64))
         ingredients = []

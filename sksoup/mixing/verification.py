@@ -66,10 +66,9 @@ class Verification:
             f"{'Verified' if self.ok else 'NOT verified'}: {same} of {self.n_tensors} tensors are "
             f"bit for bit what the recipe gives."
         ]
+        n = len(self.ingredients)
         if not lost:
-            lines.append(
-                f"{used} of {len(self.ingredients)} ingredients used, SHA-256 as recorded."
-            )
+            lines.append(f"{used} of {n} ingredients used, SHA-256 as recorded.")
         parts = {"differs": self.differing, "not checked": self.unchecked, "ingredient": lost}
         for title, found in parts.items():
             lines += [f"{title}: {name!r} {how}" for name, how in list(found.items())[:5]]
