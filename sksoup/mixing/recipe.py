@@ -101,12 +101,14 @@ class Recipe:
 
         Parameters
         ----------
-        method, layers, layer_names, **fields
+        method, layers, layer_names
             As in `Recipe`; names of the rows are their numbers by default.
         checkpoints : CheckpointCollection
             What was mixed.
         coef : array-like of shape (n_checkpoints,) or (n_layers, n_checkpoints)
             Coefficients.
+        **fields
+            Any other field of `Recipe`.
         """
         rows = np.atleast_2d(np.asarray(coef, dtype=np.float64))
         ingredients = []
