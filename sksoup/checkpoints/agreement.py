@@ -1,8 +1,9 @@
-"""What a collection demands of its checkpoints: names, scores, one architecture."""
+"""What a collection requires of its checkpoints: names, scores, one architecture."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from .protocol import Entry, TensorInfo
 def named(
     checkpoints: Iterable[Any] | Mapping[str, Any], names: Sequence[str] | None
 ) -> tuple[list[Any], Sequence[str] | None]:
-    """Split what the user gave into items and names; refuse what is one checkpoint, not many."""
+    """Split what the user gave into items and names; an error for a single checkpoint."""
     if isinstance(checkpoints, (str, os.PathLike)):
         raise TypeError(
             f"checkpoints={os.fspath(checkpoints)!r} is one path, expected several checkpoints. "
@@ -48,9 +49,9 @@ def check_names(names: Sequence[str], n_checkpoints: int) -> None:
     wrong = next((name for name in names if not isinstance(name, str) or not name), None)
     if wrong is not None:
         raise TypeError(f"names must be non-empty strings, got {wrong!r}.")
-    repeated = next((name for name in names if list(names).count(name) > 1), None)
-    if repeated is not None:
-        raise ValueError(f"names must be unique, got {repeated!r} more than once.")
+    repeated = [name for name, n in Counter(names).items() if n > 1]
+    if repeated:
+        raise ValueError(f"names must be unique, got {repeated[0]!r} more than once.")
     if not names:
         raise CheckpointError("No checkpoints are left: expected at least one.")
 
@@ -83,48 +84,46 @@ def common_layout(entries: Mapping[str, Entry]) -> dict[str, TensorInfo]:
             raise CheckpointError(
                 f"{first!r} can't be used: {tensor!r} is complex, expected floating or integer."
             )
-    for name, entry in list(entries.items())[1:]:
-        _check_same_keys(name, entry, first)
-        for tensor, info in entry.header.items():
-            expected = layout[tensor]
-            if info == expected:
-                continue
-            if info.shape != expected.shape:
-                raise CheckpointError(
-                    f"{entry!r} cannot join this collection: {tensor!r} has shape {info.shape}, "
-                    f"expected {expected.shape} as in {first!r}. All checkpoints must share one "
-                    f"architecture; leave {name!r} out."
-                )
-            if info.is_floating != expected.is_floating or info.dtype.is_complex:
-                raise CheckpointError(
-                    f"{entry!r} cannot join this collection: {tensor!r} has dtype {info.dtype}, "
-                    f"expected a {'floating' if expected.is_floating else 'integer'} one as in "
-                    f"{first!r} ({expected.dtype}); leave {name!r} out."
-                )
-            try:
-                promoted = torch.promote_types(info.dtype, expected.dtype)
-            except RuntimeError as error:  # float8 and unsigned integers promote to nothing
-                raise CheckpointError(
-                    f"{entry!r} cannot join this collection: {tensor!r} has dtype {info.dtype}, "
-                    f"which torch can't mix with {expected.dtype} as in {first!r}. Convert one of "
-                    f"them, or leave {name!r} out."
-                ) from error
-            layout[tensor] = TensorInfo(info.shape, promoted)
+    for name, entry in entries.items():
+        try:
+            _promote(layout, entry.header, first)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{entry!r} cannot join this collection: {error}. All checkpoints must share one "
+                f"architecture; leave {name!r} out."
+            ) from error
     return layout
 
 
-def _check_same_keys(name: str, entry: Entry, first: Entry) -> None:
-    if entry.header.keys() == first.header.keys():
-        return
-    lacking = [tensor for tensor in first.header if tensor not in entry.header]
-    extra = [tensor for tensor in entry.header if tensor not in first.header]
-    differences = [
-        f"it {verb} {', '.join(map(repr, keys[:5]))}"
-        + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-        for verb, keys in (("lacks", lacking), ("adds", extra))
-        if keys
-    ]
-    raise CheckpointError(
-        f"{entry!r} cannot join this collection: {' and '.join(differences)}, compared with "
-        f"{first!r}. All checkpoints must share one architecture; leave {name!r} out."
-    )
+def _promote(layout: dict[str, TensorInfo], header: Mapping[str, TensorInfo], first: Entry) -> None:
+    """Promote the dtypes of a layout to hold another checkpoint; ValueError if it does not fit."""
+    if header.keys() != layout.keys():
+        lacking = [tensor for tensor in layout if tensor not in header]
+        extra = [tensor for tensor in header if tensor not in layout]
+        differences = [
+            f"it {verb} {', '.join(map(repr, keys[:5]))}"
+            + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            for verb, keys in (("lacks", lacking), ("adds", extra))
+            if keys
+        ]
+        raise ValueError(f"{' and '.join(differences)}, compared with {first!r}")
+    for tensor, info in header.items():
+        expected = layout[tensor]
+        if info == expected:
+            continue
+        if info.shape != expected.shape:
+            raise ValueError(
+                f"{tensor!r} has shape {info.shape}, expected {expected.shape} as in {first!r}"
+            )
+        wrong = f"{tensor!r} has dtype {info.dtype}, "
+        if info.is_floating != expected.is_floating or info.dtype.is_complex:
+            kind = "a floating" if expected.is_floating else "an integer"
+            raise ValueError(f"{wrong}expected {kind} one as in {first!r}")
+        try:
+            promoted = torch.promote_types(info.dtype, expected.dtype)
+        except RuntimeError as error:  # float8 and unsigned integers promote to nothing
+            raise ValueError(
+                f"{wrong}which torch can't mix with {expected.dtype} as in {first!r}: convert one "
+                f"of them"
+            ) from error
+        layout[tensor] = TensorInfo(info.shape, promoted)

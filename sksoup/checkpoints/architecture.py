@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,19 +18,13 @@ from .hub import HubModule, hub_folder
 ModuleSource: TypeAlias = nn.Module | Callable[[], nn.Module]
 
 
-class _SkorchModule:
-    """The architecture of a skorch net: an initialised copy's module."""
-
-    def __init__(self, net: Any) -> None:
-        self.net = net
-
-    def __call__(self) -> nn.Module:
-        module: nn.Module = copy.deepcopy(self.net).initialize().module_
-        return module
+def _build_skorch_module(net: Any) -> nn.Module:
+    module: nn.Module = copy.deepcopy(net).initialize().module_
+    return module
 
 
 def find_architecture(given: Sequence[Any], module: Any) -> ModuleSource | None:
-    """The module or factory to build from: as given, else the first that the checkpoints know."""
+    """The module or factory to build from: as given, else of the first checkpoint that has one."""
     for item in [module] if module is not None else given:
         trained = getattr(item, "module_", None)
         if isinstance(item, nn.Module) or isinstance(trained, nn.Module):
@@ -38,7 +33,7 @@ def find_architecture(given: Sequence[Any], module: Any) -> ModuleSource | None:
             if isinstance(item, (str, os.PathLike)) and (folder := hub_folder(Path(item))):
                 return HubModule(folder)
         elif hasattr(item, "initialize") and hasattr(item, "get_params"):
-            return _SkorchModule(item)
+            return partial(_build_skorch_module, item)
         elif callable(item):
             factory: ModuleSource = item
             return factory
@@ -52,8 +47,10 @@ def find_architecture(given: Sequence[Any], module: Any) -> ModuleSource | None:
 
 def module_names(module: ModuleSource | None) -> set[str] | None:
     """Names in the module's state dict, built on 'meta': no memory, no initialisation."""
-    if module is None or isinstance(module, nn.Module):
-        return None if module is None else set(module.state_dict())
+    if module is None:
+        return None
+    if isinstance(module, nn.Module):
+        return set(module.state_dict())
     try:
         with preserved_random_state(), torch.device("meta"):
             return set(module().state_dict())

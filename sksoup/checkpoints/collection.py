@@ -41,14 +41,14 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     checkpoints : iterable or mapping
         Paths of files (``.safetensors``, ``.pt``, ``.pth``, ``.bin``, ``.ckpt``, an
         ``.index.json`` of shards) or of Hugging Face and skorch ``Checkpoint`` folders; modules,
-        fitted skorch nets, or state dicts; or a collection, opened again without a read, to give it
-        a module or scores. A mapping gives them names. What is in memory is copied
-        to the CPU, so training it further changes nothing here.
+        fitted skorch nets, or state dicts, which are copied to the CPU; objects that satisfy the
+        protocol ``sksoup.checkpoints.protocol.Checkpoint``; or a collection, opened again without
+        a read, to give it a module or scores. A mapping gives them names.
     module : callable, nn.Module, skorch net or None, default=None
         The architecture: a factory without arguments, a module (copied before use) or a skorch
-        net. By default that of the first module or net given, or what the ``config.json`` of the
-        first Hugging Face folder says (extra ``hub``). Needed by everything that predicts; `mix`
-        and `Recipe.cook` do without.
+        net. By default that of the first module or net given, or of the ``config.json`` of the
+        first Hugging Face folder (extra ``hub``). Needed by everything that predicts; `mix` and
+        `Recipe.cook` do without.
     names : sequence of str or None, default=None
         Unique names; by default file stems (with as much of the folder as makes them unique), or
         ``checkpoint0``, ``checkpoint1``, ...
@@ -57,7 +57,6 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         `BestCheckpoint` need not rank.
     key : str or None, default=None
         Which state dict to take out of training containers that hold several, such as ``"ema"``.
-        A container with one needs no key.
     prefix : str or None, default=None
         Take only the tensors whose names begin with this, such as ``"model."`` of a Lightning file
         that holds a loss's or a metric's tensors beside the network's, and leave it out of their
@@ -69,8 +68,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     names : tuple of str
         Names in order; the order of the last axis of ``coef_``.
     layout : dict of str to TensorInfo
-        Shape and dtype of every tensor, without reading any; the dtype is the promoted one where
-        checkpoints differ.
+        Shape and dtype of every tensor, the promoted dtype where checkpoints differ.
     nbytes : int
         Size of one model's weights in bytes.
     scores : dict of str to float or None
@@ -86,22 +84,19 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     Notes
     -----
     Nothing is ever unpickled unsafely and no option allows it; harmless classes that a container
-    holds beside its weights become inert placeholders. Pickling a collection carries the
-    paths of files (not their contents) and the tensors of in-memory checkpoints. Two collections
-    are equal only if they are the same object, and ``sklearn.base.clone`` returns the same
-    object. An infinite value is accepted only where it is the same in every checkpoint, as in a
-    buffer that masks attention; NaN never is.
+    holds beside its weights become inert placeholders. A pickle of a collection holds the paths of
+    files (not their contents) and the tensors of in-memory checkpoints. Two collections are equal
+    only if they are the same object, and ``sklearn.base.clone`` returns the same object. An
+    infinite value is accepted only where it is the same in every checkpoint, as in a buffer that
+    masks attention; NaN never is.
 
     Examples
     --------
     >>> import torch
     >>> from sksoup import CheckpointCollection
     >>> nets = [torch.nn.Linear(2, 3) for _ in range(4)]
-    >>> collection = CheckpointCollection(nets, module=lambda: torch.nn.Linear(2, 3))
-    >>> collection
+    >>> CheckpointCollection(nets, module=lambda: torch.nn.Linear(2, 3))
     CheckpointCollection(4 checkpoints, 2 tensors, 36 bytes each, in memory)
-    >>> collection.names
-    ('checkpoint0', 'checkpoint1', 'checkpoint2', 'checkpoint3')
     """
 
     module: ModuleSource | None
@@ -145,7 +140,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         key: str | None = None,
         prefix: str | None = None,
     ) -> Self:
-        """Open the checkpoints of a folder or a glob pattern, in natural order.
+        """Open the checkpoints of a folder or a glob pattern: ``ft2`` comes before ``ft10``.
 
         Parameters
         ----------
@@ -156,22 +151,10 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         module, scores, key, prefix
             As in the constructor.
 
-        Returns
-        -------
-        collection : CheckpointCollection
-            Ordered so that ``ft2`` comes before ``ft10``.
-
         Raises
         ------
         CheckpointError
             Nothing matches; a folder is a checkpoint and holds more; or as in the constructor.
-
-        Examples
-        --------
-        >>> CheckpointCollection.from_path("no/such/folder/*.pt")
-        Traceback (most recent call last):
-        ...
-        sksoup.exceptions.CheckpointError: No checkpoints found at 'no/such/folder/*.pt': ...
         """
         found = find_checkpoints(path)
         return cls(found, module=module, scores=scores, key=key, prefix=prefix)
@@ -195,41 +178,12 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointCollection:
         return self
 
-    def __sklearn_clone__(self) -> CheckpointCollection:
-        if multiprocessing.parent_process() is None:  # searches clone before they send to workers
-            self.n_threads_of_parent = torch.get_num_threads()
-        return self
-
-    @contextmanager
-    def threads_of_parent(self) -> Iterator[None]:
-        """Compute with the threads of the process that sent this collection, in a worker.
-
-        joblib gives its workers fewer, which would change the last bits of sums. (Soups are cloned
-        on the way, collections are not.)
-
-        Yields
-        ------
-        None
-            torch's number of threads is that of the parent, where there is one.
-        """
-        n, wanted = torch.get_num_threads(), getattr(self, "n_threads_of_parent", None)
-        if wanted is None or multiprocessing.parent_process() is None:
-            yield
-            return
-        torch.set_num_threads(wanted)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(n)
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_health": Health()}
 
     def __repr__(self) -> str:
-        files = sum(entry.checkpoint.path is not None for entry in self._entries.values())
-        where = (
-            "on disk" if files == len(self) else "in memory" if files == 0 else f"{files} on disk"
-        )
+        files = sum(self.path(name) is not None for name in self)
+        where = {len(self): "on disk", 0: "in memory"}.get(files, f"{files} on disk")
         return (
             f"CheckpointCollection({len(self)} checkpoint{'s' * (len(self) > 1)}, "
             f"{len(self.layout)} tensors, {self.nbytes:,} bytes each, {where})"
@@ -242,11 +196,6 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     @contextmanager
     def open(self, name: str) -> Iterator[Read]:
         """Open one checkpoint and read it tensor by tensor.
-
-        Parameters
-        ----------
-        name : str
-            Name of the checkpoint.
 
         Yields
         ------
@@ -265,97 +214,42 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             def read(tensor: str) -> torch.Tensor:
                 value = read_unchecked(entry.prefix + tensor)
                 if (bad := self._health.see(name, tensor, value)) is not None:
-                    raise self._not_finite(bad, tensor)
+                    raise CheckpointError(
+                        f"{self._entries[bad]!r} can't be used: {tensor!r} holds NaN or infinite "
+                        f"values. Its run has probably diverged: leave it out with "
+                        f"collection.drop({bad!r})."
+                    )
                 return value
 
             yield read
 
-    def warm(self, name: str) -> None:
-        """Have the operating system read a checkpoint's file into its cache, in the background.
-
-        Parameters
-        ----------
-        name : str
-            Name of the checkpoint; one in memory is warm already.
-        """
-        self._entries[name].checkpoint.warm()
-
     def check(self) -> None:
-        """Read every tensor that has not been read yet and raise where one is not finite.
-
-        Raises
-        ------
-        CheckpointError
-            As `open`, naming file and tensor.
-        """
+        """Read every tensor that has not been read yet; raise `CheckpointError` as `open` does."""
         for name in self.names:
             if unread := self._health.unread(name, self.layout):
                 with self.open(name) as read:
                     for tensor in unread:
                         read(tensor)
 
-    def strangers(self, names: Iterable[str]) -> list[str]:
-        """Tell which of these checkpoints point elsewhere than the others, from what was read.
-
-        Parameters
-        ----------
-        names : iterable of str
-            Checkpoints to compare; those that were not read are left out.
-
-        Returns
-        -------
-        strangers : list of str
-            Those whose cosine to the mean of the others, on a few numbers of each matrix, is below
-            0.5. `describe` compares all numbers.
-        """
-        return self._health.strangers(names, self.layout)
-
     def describe(self) -> CollectionSummary:
         """Compare the checkpoints: distances, directions, duplicates, frozen parts, a verdict.
 
-        Returns
-        -------
-        summary : CollectionSummary
-            Print it, or use ``to_dict()``.
-
-        Raises
-        ------
-        CheckpointError
-            As `open`.
-
         Notes
         -----
-        Two reads of all files; memory of two models in float64 and one tensor.
-
-        Examples
-        --------
-        >>> import torch
-        >>> from sksoup import CheckpointCollection
-        >>> start = torch.nn.Linear(20, 20).state_dict()
-        >>> tuned = [{k: v + 0.01 * i for k, v in start.items()} for i in range(3)]
-        >>> print(CheckpointCollection(tuned).describe().verdict[0])
-        These ingredients lie close together, as fine-tunings of one start do: good to mix.
+        Two reads of all files (errors: see `open`); memory of two models in float64 and a tensor.
         """
         return describe(self)
 
-    def _not_finite(self, name: str, tensor: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self._entries[name]!r} can't be used: {tensor!r} holds NaN or infinite values. Its "
-            f"run has probably diverged: leave it out with collection.drop({name!r})."
-        )
+    def strangers(self, names: Iterable[str]) -> list[str]:
+        """Return those of these checkpoints that point elsewhere than the others.
+
+        Their cosine to the mean of the others is below 0.5, on a few numbers of each matrix;
+        checkpoints that were not read yet are left out. `describe` compares all numbers.
+        """
+        return self._health.strangers(names, self.layout)
 
     def select(self, names: Iterable[str]) -> CheckpointCollection:
-        """Return a collection of these checkpoints only, in this order.
-
-        Parameters
-        ----------
-        names : iterable of str
-            Names of checkpoints.
-
-        Returns
-        -------
-        collection : CheckpointCollection
-            Shares files and tensors with this one; nothing is read.
+        """Return a collection of these checkpoints only, in this order, without a read.
 
         Raises
         ------
@@ -363,34 +257,30 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             A name is not in the collection.
         """
         chosen = [names] if isinstance(names, str) else list(names)
-        unknown = [name for name in chosen if name not in self._entries]
+        unknown = [name for name in chosen if name not in self]
         if unknown:
             raise KeyError(
                 f"No checkpoint named {', '.join(map(repr, unknown[:5]))} in this collection of "
                 f"{len(self)}: it holds {', '.join(map(repr, self.names[:5]))}"
                 f"{', ...' if len(self) > 5 else ''}."
             )
-        check_names(tuple(chosen), len(chosen))
+        check_names(chosen, len(chosen))
         return self._with({name: self._entries[name] for name in chosen})
 
-    def _named_as(self, tensors: Iterable[str]) -> Self:
-        """The same, with the prefixes dropped that make the names of the tensors these."""
-        wanted = set(tensors)
-        if self.layout.keys() == wanted:
-            return self
-        fitting = fit_names(list(self._entries.values()), wanted)
-        return self._with(dict(zip(self.names, fitting, strict=True)))
+    def drop(self, names: str | Iterable[str]) -> CheckpointCollection:
+        """Return a collection of the other checkpoints, in order; raise `KeyError` as `select`."""
+        dropped = self.select(names)
+        return self.select(name for name in self if name not in dropped)
 
-    def _aliased(self, names: Mapping[str, str]) -> Self:
-        """Some of the checkpoints by other names, one perhaps by several."""
-        return self._with({new: self._entries[old] for new, old in names.items()})
-
-    def _key(self, name: str) -> str | None:
-        """Which state dict of its container a checkpoint is, where that was said."""
-        return self._entries[name].checkpoint.key
+    def _renamed(self, names: Mapping[str, str], tensors: Iterable[str]) -> Self:
+        """Checkpoints by new names, without the prefixes that keep the tensors from these names."""
+        entries = [self._entries[old] for old in names.values()]
+        if self.layout.keys() != set(tensors):
+            entries = fit_names(entries, set(tensors))
+        return self._with(dict(zip(names, entries, strict=True)))
 
     def _with(self, entries: dict[str, Entry]) -> Self:
-        """Some of the checkpoints, or the same under other names of their tensors."""
+        """The same with these checkpoints, which take their scores along."""
         part = copy.copy(self)
         part.names, part._entries = tuple(entries), entries
         part.layout = common_layout(entries)
@@ -400,39 +290,11 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         part._health = Health()
         return part
 
-    def drop(self, names: str | Iterable[str]) -> CheckpointCollection:
-        """Return a collection without these checkpoints.
-
-        Parameters
-        ----------
-        names : str or iterable of str
-            Names of checkpoints to leave out.
-
-        Returns
-        -------
-        collection : CheckpointCollection
-            The others, in order.
-
-        Raises
-        ------
-        KeyError
-            A name is not in the collection.
-        """
-        dropped = self.select([names] if isinstance(names, str) else names).names
-        return self.select([name for name in self.names if name not in dropped])
-
     def save(self, folder: str | os.PathLike[str]) -> CheckpointCollection:
         """Write every checkpoint to ``folder`` as ``<name>.safetensors`` and open those files.
 
-        Parameters
-        ----------
-        folder : str or path-like
-            Created when missing.
-
-        Returns
-        -------
-        collection : CheckpointCollection
-            Path-backed: pickles small and holds nothing in memory.
+        The folder is created where it is missing. The new collection holds nothing in memory, so
+        its pickle is small.
 
         Raises
         ------
@@ -456,12 +318,9 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         return CheckpointCollection(paths, module=self.module, scores=self.scores)
 
     def build_module(self) -> nn.Module:
-        """Build a fresh module of the architecture; global random state stays as it is.
+        """Build a new module on the CPU, initialised at random or with the weights of ``module``.
 
-        Returns
-        -------
-        module : nn.Module
-            On the CPU, with whatever weights the factory gives.
+        The global random state stays as it is.
 
         Raises
         ------
@@ -485,89 +344,12 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             )
         return module.cpu()
 
-    def identity(self, name: str) -> tuple[Any, ...]:
-        """Return what tells a checkpoint from one that took its place.
-
-        Parameters
-        ----------
-        name : str
-            Name of the checkpoint.
-
-        Returns
-        -------
-        identity : tuple
-            Sizes, modification times and inodes of its files; the SHA-256 of one in memory.
-        """
-        entry = self._entries[name]
-        return (entry.prefix, *entry.checkpoint.identity())
-
-    @contextmanager
-    def hashing(self) -> Iterator[None]:
-        """Hash the checkpoints in a background thread, for as long as the context lasts.
-
-        Yields
-        ------
-        None
-            `sha256` of what the thread has hashed is known.
-        """
-        stop = threading.Event()
-
-        def run() -> None:
-            for entry in self._entries.values():
-                with suppress(Exception):  # which is raised where the digest is asked for
-                    if not stop.is_set():
-                        entry.checkpoint.sha256(entry.prefix)
-
-        threading.Thread(target=run, name="sksoup-sha256", daemon=True).start()
-        try:
-            yield
-        finally:
-            stop.set()
-
-    def sha256(self, name: str) -> str:
-        """Return the SHA-256 of a checkpoint: of its file, else of its names and values.
-
-        Parameters
-        ----------
-        name : str
-            Name of the checkpoint.
-
-        Returns
-        -------
-        digest : str
-            64 hexadecimal digits, computed once.
-        """
-        entry = self._entries[name]
-        return entry.checkpoint.sha256(entry.prefix)
-
-    def content_sha256(self, name: str) -> str:
-        """Return the SHA-256 of a checkpoint's names, dtypes, shapes and values.
-
-        Parameters
-        ----------
-        name : str
-            Name of the checkpoint.
-
-        Returns
-        -------
-        digest : str
-            64 hexadecimal digits; the same in memory and in a file of any format.
-        """
-        return content_sha256(self._entries[name])
+    def path(self, name: str) -> Path | None:
+        """Return the absolute path of a checkpoint's file, or None where it is in memory."""
+        return self._entries[name].checkpoint.path
 
     def dtypes(self, names: Iterable[str]) -> dict[str, torch.dtype]:
-        """Return the dtype that every tensor has in a mix of some of the checkpoints.
-
-        Parameters
-        ----------
-        names : iterable of str
-            Names of checkpoints.
-
-        Returns
-        -------
-        dtypes : dict of str to torch.dtype
-            Promoted over these checkpoints.
-        """
+        """Return the dtype of every tensor in a mix of these checkpoints: the promoted one."""
         headers = [self._entries[name].header for name in names]
         return {
             tensor: reduce(torch.promote_types, (header[tensor].dtype for header in headers))
@@ -575,27 +357,67 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         }
 
     def held_tensors(self) -> Iterator[torch.Tensor]:
-        """Walk the tensors that live in this collection itself, in no file.
-
-        Yields
-        ------
-        tensor : Tensor
-            Not a copy: never write to it.
-        """
+        """Yield the tensors that this collection holds in memory; never write to them."""
         for entry in self._entries.values():
             yield from entry.checkpoint.held_tensors()
 
-    def path(self, name: str) -> Path | None:
-        """Return the file of a checkpoint, or None when it lives in memory.
+    def warm(self, name: str) -> None:
+        """Have the operating system read a checkpoint's file into its cache, in the background."""
+        self._entries[name].checkpoint.warm()
 
-        Parameters
-        ----------
-        name : str
-            Name of the checkpoint.
+    def identity(self, name: str) -> tuple[Any, ...]:
+        """Return size, modification time and inode of a file, or the SHA-256 of one in memory."""
+        entry = self._entries[name]
+        return (entry.prefix, *entry.checkpoint.identity())
 
-        Returns
-        -------
-        path : Path or None
-            Absolute.
+    def sha256(self, name: str) -> str:
+        """Return the SHA-256 (hex) of a checkpoint's file; in memory, of its names and values."""
+        entry = self._entries[name]
+        return entry.checkpoint.sha256(entry.prefix)
+
+    def content_sha256(self, name: str) -> str:
+        """Return the SHA-256 (hex) of names, dtypes, shapes and values, in a file of any format."""
+        return content_sha256(self._entries[name])
+
+    def _key(self, name: str) -> str | None:
+        """Which state dict of its container a checkpoint is, where ``key`` was given."""
+        return self._entries[name].checkpoint.key
+
+    @contextmanager
+    def hashing(self) -> Iterator[None]:
+        """Compute `sha256` of the checkpoints in a background thread, until the context ends."""
+        stop = threading.Event()
+
+        def run() -> None:
+            for name in self.names:
+                with suppress(Exception):  # which is raised where the digest is asked for
+                    if not stop.is_set():
+                        self.sha256(name)
+
+        threading.Thread(target=run, name="sksoup-sha256", daemon=True).start()
+        try:
+            yield
+        finally:
+            stop.set()
+
+    def __sklearn_clone__(self) -> CheckpointCollection:
+        if multiprocessing.parent_process() is None:  # searches clone before they send to workers
+            self.n_threads_of_parent = torch.get_num_threads()
+        return self
+
+    @contextmanager
+    def threads_of_parent(self) -> Iterator[None]:
+        """In a worker, compute with as many threads as the process that sent this collection.
+
+        joblib gives its workers fewer, which would change the last bits of sums. (Soups are cloned
+        on the way, collections are not.)
         """
-        return self._entries[name].checkpoint.path
+        n, wanted = torch.get_num_threads(), getattr(self, "n_threads_of_parent", None)
+        if wanted is None or multiprocessing.parent_process() is None:
+            yield
+            return
+        torch.set_num_threads(wanted)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(n)

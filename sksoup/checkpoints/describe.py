@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -96,13 +97,7 @@ class CollectionSummary:
     verdict: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the summary as plain dicts and lists.
-
-        Returns
-        -------
-        summary : dict
-            Ready for JSON; NaN is None.
-        """
+        """Return the summary as plain dicts and lists that are ready for JSON; NaN is None."""
         plain = asdict(self)
         for row in plain["checkpoints"]:
             row["cosine"] = None if math.isnan(row["cosine"]) else row["cosine"]
@@ -133,73 +128,59 @@ class CollectionSummary:
 
 def describe(collection: Openable) -> CollectionSummary:
     """Stream all checkpoints twice: once for their mean, once for distances and digests."""
-    floating = [name for name, info in collection.layout.items() if info.is_floating]
-    mean = _mean(collection, floating)
-    names, K = collection.names, len(collection.names)
+    names, layout, K = collection.names, collection.layout, len(collection.names)
+    mean = _mean(collection)
     center = {tensor: _dot(value, value) for tensor, value in mean.items()}
     digests: dict[str, dict[str, bytes]] = {name: {} for name in names}
     # per checkpoint and tensor: |w|^2, <w, mean>, |w - mean|^2
-    sums = {name: dict.fromkeys(mean, (0.0, 0.0, 0.0)) for name in names}
+    sums: dict[str, dict[str, tuple[float, float, float]]] = {name: {} for name in names}
     for name in names:
         with collection.open(name) as read:
-            for tensor in collection.layout:
+            for tensor in layout:
                 value = read(tensor)
-                digests[name][tensor] = _digest(value)
+                digests[name][tensor] = hashlib.sha256(tensor_bytes(value)).digest()
                 if tensor in mean:
-                    w, m = value.double().flatten(), mean[tensor].flatten()
+                    w, m = value.double(), mean[tensor]
                     sums[name][tensor] = _dot(w, w), _dot(w, m), _dot(w - m, w - m)
-    first: dict[tuple[bytes, ...], str] = {}
-    same_as: list[str | None] = []
-    for name in collection.names:
-        known = first.setdefault(tuple(digests[name].values()), name)
-        same_as.append(None if known == name else known)
-    identical = tuple(
-        tensor
-        for tensor in collection.layout
-        if len({digests[name][tensor] for name in names}) == 1
-    )
-    # scales of norms start at 1 in every network: directions are told by matrices, if there are any
-    differing = [tensor for tensor in mean if tensor not in identical]
-    telling = [t for t in differing if len(collection.layout[t].shape) > 1] or differing
+    same = [tensor for tensor in layout if len({digests[name][tensor] for name in names}) == 1]
+    # scales of norms start at 1 in every network: directions are those of matrices, if any differ
+    differing = [tensor for tensor in mean if tensor not in same]
+    compared = [tensor for tensor in differing if len(layout[tensor].shape) > 1] or differing
     summaries = []
-    for name, same in zip(names, same_as, strict=True):
-        square, product, middle = (
-            sum(sums[name][t][0] for t in telling),
-            sum(sums[name][t][1] for t in telling),
-            sum(center[t] for t in telling),
-        )
+    first: dict[tuple[bytes, ...], str] = {}
+    for name in names:
+        copied = first.setdefault(tuple(digests[name].values()), name)
+        square = sum(sums[name][t][0] for t in compared)
+        product = sum(sums[name][t][1] for t in compared)
         summaries.append(
             CheckpointSummary(
                 name,
                 norm=math.sqrt(sum(values[0] for values in sums[name].values())),
                 distance=math.sqrt(sum(values[2] for values in sums[name].values())),
-                cosine=_cosine(K, square, product, middle),
+                cosine=_cosine(K, square, product, sum(center[t] for t in compared)),
                 score=None if collection.scores is None else collection.scores[name],
-                same_as=same,
+                same_as=None if copied == name else copied,
             )
         )
-    dtypes: dict[str, int] = {}
-    for info in collection.layout.values():
-        dtype = str(info.dtype).removeprefix("torch.")
-        dtypes[dtype] = dtypes.get(dtype, 0) + 1
-    n_parameters = sum(math.prod(collection.layout[tensor].shape) for tensor in floating)
+    dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in layout.values())
     return CollectionSummary(
         tuple(summaries),
-        n_parameters,
-        dtypes,
-        identical,
-        _verdict(summaries, identical, collection),
+        sum(info.size for info in layout.values() if info.is_floating),
+        dict(dtypes),
+        tuple(same),
+        _verdict(summaries, len(same), len(layout)),
     )
 
 
-def _mean(collection: Openable, floating: Sequence[str]) -> dict[str, torch.Tensor]:
+def _mean(collection: Openable) -> dict[str, torch.Tensor]:
     """Mean of the floating tensors, float64; infinite constants are left out."""
     mean: dict[str, torch.Tensor] = {}
     for name in collection.names:
         with collection.open(name) as read:
-            for tensor in floating:
-                value = read(tensor).double()
-                mean[tensor] = mean[tensor].add_(value) if tensor in mean else value.clone()
+            for tensor, info in collection.layout.items():
+                if info.is_floating:
+                    value = read(tensor).double()
+                    mean[tensor] = mean[tensor].add_(value) if tensor in mean else value.clone()
     return {
         tensor: value / len(collection.names)
         for tensor, value in mean.items()
@@ -209,10 +190,6 @@ def _mean(collection: Openable, floating: Sequence[str]) -> dict[str, torch.Tens
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(torch.dot(a.flatten(), b.flatten()))
-
-
-def _digest(value: torch.Tensor) -> bytes:
-    return hashlib.sha256(tensor_bytes(value)).digest()
 
 
 def _cosine(K: int, square: float, product: float, center: float) -> float:
@@ -225,31 +202,30 @@ def _cosine(K: int, square: float, product: float, center: float) -> float:
 
 
 def _verdict(
-    summaries: Sequence[CheckpointSummary], identical: Sequence[str], collection: Openable
+    summaries: Sequence[CheckpointSummary], n_identical: int, n_tensors: int
 ) -> tuple[str, ...]:
-    said = []
-    copies = [row.name for row in summaries if row.same_as]
     if len(summaries) == 1:
         return ("One checkpoint: nothing to mix.",)
+    copies = [row.name for row in summaries if row.same_as]
     if len(copies) == len(summaries) - 1:
         return ("All checkpoints are the same: a soup of them is that checkpoint.",)
+    verdict = []
     if copies:
-        said.append(
+        verdict.append(
             f"{_listed(copies)} {'repeats' if len(copies) == 1 else 'repeat'} other checkpoints: "
             f"in a mean, equal ones count each time."
         )
-    if identical:
-        said.append(
-            f"{len(identical)} of {len(collection.layout)} tensors are the same everywhere (frozen "
-            f"parts): they cost nothing to search."
+    if n_identical:
+        verdict.append(
+            f"{n_identical} of {n_tensors} tensors are the same everywhere (frozen parts): they "
+            f"cost nothing to search."
         )
     strangers = [row.name for row in summaries if row.cosine < UNRELATED]
-    said.append(judge(strangers, len(summaries)))
-    return tuple(said)
+    return (*verdict, judge(strangers, len(summaries)))
 
 
 def judge(strangers: Sequence[str], n: int) -> str:
-    """Say what it means that these of n checkpoints point elsewhere than the others."""
+    """What it means for a soup that these of n checkpoints point elsewhere than the others."""
     if not strangers:
         return "These ingredients lie close together, as fine-tunings of one start do: good to mix."
     if 2 * len(strangers) >= n:

@@ -67,7 +67,7 @@ def weights_of(folder: Path) -> Path:
     found = find_weights(folder)
     if found is None:
         raise CheckpointError(
-            f"{str(folder)!r} is a folder without weights sksoup knows: expected "
+            f"{str(folder)!r} is a folder without weights that sksoup reads: expected "
             f"{', '.join(FOLDER_WEIGHTS)} beside a config.json, or params.pt of skorch. For a "
             f"folder of checkpoints use CheckpointCollection.from_path."
         )

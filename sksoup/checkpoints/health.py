@@ -25,10 +25,7 @@ class Health:
         return [tensor for tensor in tensors if name not in self._finite.get(tensor, ())]
 
     def see(self, name: str, tensor: str, value: torch.Tensor) -> str | None:
-        """Look at a tensor; give the name of the checkpoint that holds NaN or Inf, if one does.
-
-        Infinity passes where the tensor is the same in every checkpoint, as masks are.
-        """
+        """Name of the checkpoint that holds NaN, or Inf in a tensor that is not the same in all."""
         seen = self._finite.setdefault(tensor, set())
         if name in seen:
             return None
@@ -52,11 +49,7 @@ class Health:
         return None
 
     def strangers(self, names: Iterable[str], tensors: Iterable[str]) -> list[str]:
-        """Checkpoints whose sampled weights point elsewhere than the mean of the others.
-
-        Of those that were read. Numbers that are the same everywhere do not count; with too few
-        others there is no verdict.
-        """
+        """Checkpoints whose samples, where they differ, point elsewhere than the others' mean."""
         read = {name: self._samples[name] for name in names if name in self._samples}
         if len(read) < 2:
             return []

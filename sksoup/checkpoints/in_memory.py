@@ -5,28 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..exceptions import CheckpointError
 from ..runtime.fingerprint import tensor_bytes
-from .protocol import HASHING, Entry, Read, TensorInfo
+from .protocol import HASHING, Checkpoint, Entry, Read, TensorInfo
 
 
-class MemoryCheckpoint:
+class MemoryCheckpoint(Checkpoint):
     """A private copy of a state dict."""
 
     def __init__(self, state: Mapping[str, torch.Tensor], label: str) -> None:
-        self.path: Path | None = None
-        self.key: str | None = None
         self.tensors = {
             name: value.detach().cpu().clone()
             for name, value in check_state_dict(state, label).items()
         }
         self.label = label
-        self.header = {n: TensorInfo(tuple(v.shape), v.dtype) for n, v in self.tensors.items()}
+        self.header = {name: TensorInfo.of(value) for name, value in self.tensors.items()}
         self._digests: dict[str, str] = {}
 
     def __repr__(self) -> str:
@@ -48,9 +45,6 @@ class MemoryCheckpoint:
                 self._digests[prefix] = content_sha256(Entry(self, prefix))
         return self._digests[prefix]
 
-    def warm(self) -> None:
-        """Nothing: it is in memory."""
-
     def held_tensors(self) -> Iterable[torch.Tensor]:
         """All tensors; never write to them."""
         return self.tensors.values()
@@ -67,7 +61,7 @@ def content_sha256(entry: Entry) -> str:
 
 
 def check_state_dict(state: Any, where: str) -> dict[str, torch.Tensor]:
-    """Return ``state`` when it is a mapping of names to dense tensors, else say what it is."""
+    """Return ``state`` if it is a mapping of names to dense tensors; raise an error if not."""
     if not isinstance(state, Mapping):
         raise CheckpointError(
             f"{where} holds a {type(state).__name__}, expected a state dict (tensor name -> "

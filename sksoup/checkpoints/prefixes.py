@@ -26,10 +26,7 @@ def take_prefix(entries: Sequence[Entry], prefix: str) -> list[Entry]:
 
 
 def drop_prefixes(entries: Sequence[Entry], module: ModuleSource | None) -> list[Entry]:
-    """Drop DDP's, compile's and Lightning's prefixes where that is what makes the names fit.
-
-    Those of another collection are chosen anew, unless the user gave them.
-    """
+    """Drop the known prefixes where that makes the names fit; those that the user gave stay."""
     if any(entry.is_given for entry in entries):
         return list(entries)
     if any(len(_prefixes(list(entry.checkpoint.header))) > 1 for entry in entries):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
 
 import torch
 
@@ -18,10 +18,14 @@ HASHING = threading.Lock()  # so that nothing is hashed twice at once
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Shape and dtype of a tensor that has not been read."""
+    """Shape and dtype of a tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Self:
+        return cls(tuple(tensor.shape), tensor.dtype)
 
     @property
     def is_floating(self) -> bool:
@@ -36,39 +40,37 @@ class TensorInfo:
         return self.size * self.dtype.itemsize
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
-    """One network's weights, wherever they are.
+    """One network's weights, in a file or computed; a collection takes any such object as it is.
 
-    A file format, or a checkpoint that is computed, is a class like this in a file of its own, and
-    a line in ``sources.KINDS``. All names are those in the file.
+    A subclass inherits what holds for a checkpoint without a file and without tensors in memory.
+    A format of files is added to ``sources.KINDS``, too. Names are those of the file.
     """
 
-    @property
-    def header(self) -> Mapping[str, TensorInfo]:
-        """Shape and dtype of every tensor, known without reading any."""
-
-    @property
-    def path(self) -> Path | None:
-        """Where it lies; None in memory."""
-
-    @property
-    def key(self) -> str | None:
-        """Which state dict of a container it is, where that was said."""
+    header: Mapping[str, TensorInfo]  # of every tensor, without reading any
+    path: Path | None = None  # of its file or folder
+    key: str | None = None  # which state dict of a container it is, where that was given
 
     def open(self) -> AbstractContextManager[Read]:
         """Give ``read(name) -> tensor``, on the CPU; perhaps a view of a file: use it promptly."""
+        raise NotImplementedError
 
     def identity(self) -> tuple[Any, ...]:
         """What distinguishes it from one that took its place, without reading it."""
+        raise NotImplementedError
 
     def sha256(self, prefix: str = "") -> str:
-        """SHA-256 of its files; in memory of names (without the prefix) and values. Once."""
+        """SHA-256 of its files; without any, `content_sha256` of what is behind the prefix."""
+        raise NotImplementedError
 
     def warm(self) -> None:
         """Have the operating system read it into its cache, if it can."""
+        return
 
     def held_tensors(self) -> Iterable[torch.Tensor]:
         """The tensors that it keeps in memory."""
+        return ()
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from abc import abstractmethod
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,47 +15,28 @@ import torch
 from safetensors import safe_open
 
 from ..exceptions import CheckpointError
-from .protocol import HASHING, Read, TensorInfo
+from .protocol import HASHING, Checkpoint, Read, TensorInfo
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
     "BOOL": torch.bool,
-}
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class FileIdentity:
-    """What tells a file from one that took its place: compared around every read."""
-
-    size: int
-    mtime_ns: int
-    inode: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileIdentity:
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise CheckpointError(
-                f"{str(path)!r} can't be opened: {error.strerror}. Check the path, or leave the "
-                f"checkpoint out of the collection."
-            ) from error
-        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino)
+def file_identity(path: Path) -> tuple[int, int, int]:
+    """Size, modification time (ns) and inode: another file in its place differs in one of them."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise CheckpointError(
+            f"{str(path)!r} can't be opened: {error.strerror}. Check the path, or leave the "
+            f"checkpoint out of the collection."
+        ) from error
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 @contextmanager
@@ -71,38 +51,40 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
-    """What to say of a file on which a reader, which raises anything, has failed."""
+    """The error for a file on which a reader has failed, with a remedy for the reason."""
     text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    line = text.splitlines()[0] if text else ""
     if "Weights only load failed" in str(error) and re.search("GLOBAL|allowlisted", text):
-        named = re.search(r"GLOBAL ([\w.]+)", text)
-        return CheckpointError(
-            f"{str(path)!r} can't be read: it holds more than tensors"
-            f"{f' ({named[1]})' if named else ''}, and reading it could run code. sksoup never "
-            f"unpickles code; save the state dict alone: torch.save(module.state_dict(), path)."
-        )
-    if "Unsupported operand" in text:
-        return CheckpointError(
-            f"{str(path)!r} can't be read safely: it was written with a pickle protocol that torch "
-            f"reads only by running code. Save it anew, without pickle_protocol=."
-        )
-    if "Can only " in text:
-        return CheckpointError(
-            f"{str(path)!r} can't be read: it holds objects beside tensors that can't be read "
-            f"without running code ({text.splitlines()[0]}). Save the state dict alone: "
+        found = re.search(r"GLOBAL ([\w.]+)", text)
+        wrong = (
+            f"can't be read: it holds more than tensors{f' ({found[1]})' if found else ''}, and "
+            f"reading it could run code. sksoup never unpickles code; save the state dict alone: "
             f"torch.save(module.state_dict(), path)."
         )
-    reason = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}".rstrip(": .")
-    short = isinstance(error, MemoryError) or "allocate memory" in text
-    remedy = (
-        "There is too little memory, or its header is damaged"
-        if short
-        else "The file is damaged, incomplete or of another format: copy or write it again, or "
-        "leave it out"
-    )
-    return CheckpointError(f"{str(path)!r} can't be read: {reason}. {remedy}.")
+    elif "Unsupported operand" in text:
+        wrong = (
+            "can't be read safely: it was written with a pickle protocol that torch reads only by "
+            "running code. Save it anew, without pickle_protocol=."
+        )
+    elif "Can only " in text:
+        wrong = (
+            f"can't be read: it holds objects beside tensors that can't be read without running "
+            f"code ({line}). Save the state dict alone: torch.save(module.state_dict(), path)."
+        )
+    else:
+        reason = f"{type(error).__name__}: {line}".rstrip(": .")
+        wrong = f"can't be read: {reason}. "
+        if isinstance(error, MemoryError) or "allocate memory" in text:
+            wrong += "There is too little memory, or its header is damaged."
+        else:
+            wrong += (
+                "The file is damaged, incomplete or of another format: copy or write it again, or "
+                "leave it out."
+            )
+    return CheckpointError(f"{str(path)!r} {wrong}")
 
 
-class CheckpointFile(ABC):
+class CheckpointFile(Checkpoint):
     """A file of tensors: its header, and what the file was when it was opened."""
 
     def __init__(self, file: Path, key: str | None = None, path: Path | None = None) -> None:
@@ -110,8 +92,8 @@ class CheckpointFile(ABC):
         self.path = file if path is None else path  # as it was given: perhaps the file's folder
         self.key = key
         self._digest: str | None = None
-        self._opened_as = FileIdentity.of(file)
-        if self._opened_as.size == 0:
+        self._opened_as = file_identity(file)
+        if self._opened_as[0] == 0:
             raise CheckpointError(
                 f"{str(file)!r} is empty (0 bytes), expected a checkpoint. It was probably cut off "
                 f"while being written: write it again, or leave it out."
@@ -142,17 +124,15 @@ class CheckpointFile(ABC):
                 get = stack.enter_context(self._open())
 
             def read(name: str) -> torch.Tensor:
-                try:
+                with naming(self.file):
                     return get(name).detach()
-                except Exception as error:
-                    raise unreadable(self.file, error) from error
 
             yield read
         self._check_identity()
 
     def identity(self) -> tuple[Any, ...]:
         """The key, and size, modification time and inode of the file."""
-        return self.key, [astuple(self._opened_as)]
+        return self.key, [self._opened_as]
 
     def sha256(self, prefix: str = "") -> str:
         """SHA-256 of the file, checked to be the one first opened."""
@@ -171,12 +151,8 @@ class CheckpointFile(ABC):
             with suppress(OSError), self.file.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
-    def held_tensors(self) -> Iterable[torch.Tensor]:
-        """None."""
-        return ()
-
     def _check_identity(self) -> None:
-        if FileIdentity.of(self.file) != self._opened_as:
+        if file_identity(self.file) != self._opened_as:
             raise CheckpointError(
                 f"{str(self.file)!r} changed on disk since the collection was opened (size, "
                 f"modification time or inode differ). Open the collection again."
@@ -187,10 +163,15 @@ class SafetensorsFile(CheckpointFile):
     """A file of safetensors; skorch also writes the format to files called ``params.pt``."""
 
     @classmethod
-    def accepts(cls, item: Any) -> bool:
-        if not isinstance(item, Path) or item.suffix not in SUFFIXES:
+    def accepts(cls, path: Path) -> bool:
+        if path.suffix == ".safetensors":
+            return True
+        if path.suffix not in SUFFIXES:
             return False
-        return item.suffix == ".safetensors" or _begins_like_safetensors(item)
+        size, *_ = file_identity(path)
+        with naming(path), path.open("rb") as file:
+            start = file.read(9)  # the length of a JSON header, and the header
+            return start[8:] == b"{" and int.from_bytes(start[:8], "little") < size
 
     def _read_header(self) -> dict[str, TensorInfo]:
         with safe_open(self.file, framework="pt") as file:
@@ -212,16 +193,8 @@ class SafetensorsFile(CheckpointFile):
             yield file.get_tensor
 
 
-def _begins_like_safetensors(path: Path) -> bool:
-    """Whether a file begins with the length of a JSON header, and the header."""
-    size = FileIdentity.of(path).size
-    with naming(path), path.open("rb") as file:
-        start = file.read(9)
-        return start[8:] == b"{" and int.from_bytes(start[:8], "little") < size
-
-
 def read_safetensors_metadata(path: Path) -> dict[str, str]:
     """The free-form metadata of a .safetensors file."""
-    FileIdentity.of(path)
+    file_identity(path)
     with naming(path), safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})

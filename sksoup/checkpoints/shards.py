@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from ..exceptions import CheckpointError
-from .protocol import Read
-from .read import CheckpointFile, FileIdentity, SafetensorsFile, naming
+from .protocol import Checkpoint, Read
+from .read import CheckpointFile, SafetensorsFile, file_identity, naming
 from .torch_files import TorchFile
 
 INDEX = ".index.json"
 
 
-class ShardedCheckpoint:
+class ShardedCheckpoint(Checkpoint):
     """The shards that an index names, opened when their first tensor is read."""
 
     def __init__(self, file: Path, key: str | None = None, path: Path | None = None) -> None:
@@ -29,9 +29,8 @@ class ShardedCheckpoint:
         self.shards: dict[str, CheckpointFile] = {}
         for name in dict.fromkeys(self.weight_map.values()):
             shard = file.parent / name
-            self.shards[name] = (SafetensorsFile if SafetensorsFile.accepts(shard) else TorchFile)(
-                shard
-            )
+            kind = SafetensorsFile if SafetensorsFile.accepts(shard) else TorchFile
+            self.shards[name] = kind(shard)
         for tensor, name in self.weight_map.items():
             if tensor not in self.shards[name].header:
                 raise CheckpointError(
@@ -44,8 +43,8 @@ class ShardedCheckpoint:
         return repr(str(self.path))
 
     @classmethod
-    def accepts(cls, item: Any) -> bool:
-        return isinstance(item, Path) and item.name.endswith(INDEX)
+    def accepts(cls, path: Path) -> bool:
+        return path.name.endswith(INDEX)
 
     @contextmanager
     def open(self) -> Iterator[Read]:
@@ -76,14 +75,10 @@ class ShardedCheckpoint:
         for shard in self.shards.values():
             shard.warm()
 
-    def held_tensors(self) -> Iterable[torch.Tensor]:
-        """None."""
-        return ()
-
 
 def weight_map(path: Path) -> dict[str, str]:
     """Tensor name -> shard file name, from an index."""
-    FileIdentity.of(path)
+    file_identity(path)
     with naming(path):
         weights = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if not isinstance(weights, dict) or not weights:

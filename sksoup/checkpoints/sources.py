@@ -36,7 +36,9 @@ def open_checkpoint(path: Path, key: str | None = None) -> Checkpoint:
 
 
 def open_source(item: Any, index: int, key: str | None) -> Entry:
-    """A checkpoint from what the user gave: a path, a module, a net, a state dict."""
+    """A checkpoint from a path, a module, a net, a state dict, or as it is."""
+    if isinstance(item, Checkpoint):
+        return Entry(item)
     if isinstance(item, Entry):  # of another collection
         found = item.checkpoint
         if key in (None, found.key) or found.path is None:

@@ -17,38 +17,36 @@ from .in_memory import check_state_dict
 from .protocol import Read, TensorInfo
 from .read import SUFFIXES, CheckpointFile
 
-# modules whose names a pickle has no harmless use for, whatever they are called
-_NEVER = ("builtins", "os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "importlib",
-          "runpy", "pty", "ctypes", "code", "pdb", "webbrowser", "pickle", "operator", "functools",
-          "multiprocessing", "asyncio", "signal", "platform", "pip", "torch")  # fmt: skip
+# modules whose names a pickle has no harmless use for, also by their names in Python 2
+_NEVER = ("builtins", "__builtin__", "os", "posix", "nt", "sys", "subprocess", "commands", "shutil",
+          "socket", "importlib", "runpy", "pty", "ctypes", "code", "pdb", "webbrowser", "pickle",
+          "cPickle", "operator", "functools", "multiprocessing", "asyncio", "signal", "platform",
+          "pip", "torch")  # fmt: skip
 
 
 class TorchFile(CheckpointFile):
     """A file of ``torch.save``: a state dict, or a training container that holds one."""
 
     @classmethod
-    def accepts(cls, item: Any) -> bool:
-        return isinstance(item, Path) and item.suffix in SUFFIXES
+    def accepts(cls, path: Path) -> bool:
+        return path.suffix in SUFFIXES
 
     def _read_header(self) -> dict[str, TensorInfo]:
         # on 'meta' the storages stay on disk; a legacy pickle is read once and dropped
         state = _load_torch(self.file, "meta", self.key)
-        return {name: TensorInfo(tuple(v.shape), v.dtype) for name, v in state.items()}
+        return {name: TensorInfo.of(value) for name, value in state.items()}
 
     @contextmanager
     def _open(self) -> Iterator[Read]:
         yield _load_torch(self.file, "cpu", self.key).__getitem__
 
 
-_ONE_AT_A_TIME = threading.Lock()  # what torch holds for safe is the same for all threads
+_ONE_AT_A_TIME = threading.Lock()  # torch has one list of safe globals for all threads
 
 
 def _load_torch(path: Path, device: str, key: str | None) -> dict[str, torch.Tensor]:
-    """Load with ``weights_only``; harmless foreign classes become inert placeholders.
-
-    Only files in zip format, torch's since 1.6, tell which classes they hold.
-    """
-    is_zip = zipfile.is_zipfile(path)
+    """Load with ``weights_only``; harmless foreign classes become inert placeholders."""
+    is_zip = zipfile.is_zipfile(path)  # torch's format since 1.6; only its classes can be listed
     with _ONE_AT_A_TIME:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
         inert: list[Any] = [(_placeholder(name), name) for name in foreign if _is_harmless(name)]
@@ -59,11 +57,9 @@ def _load_torch(path: Path, device: str, key: str | None) -> dict[str, torch.Ten
 
 @contextmanager
 def _without_a_warning_of_the_protocol() -> Iterator[None]:
-    """Ignore torch's warning of pickle protocols that it reads all the same.
-
-    In the main thread, which opens every file first: two threads that catch warnings at once would
-    leave the filters of the process in disorder.
-    """
+    """Ignore torch's warning of pickle protocols that it reads all the same."""
+    # the main thread opens every file first; catch_warnings in two threads at once would leave the
+    # filters of the process in disorder
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -97,7 +93,7 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _unwrap(state: Any, key: str | None, where: str) -> Any:
-    """Take the state dict out of a training container, where it is plain which one it is."""
+    """Take the state dict out of a training container: the only one, or the one under the key."""
     if not isinstance(state, Mapping) or (key is None and _is_state_dict(state)):
         return state
     candidates = [

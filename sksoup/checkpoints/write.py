@@ -26,11 +26,6 @@ SHARD_BYTES = 5_000_000_000  # as Hugging Face cuts them
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; it takes its place only once it is whole on disk."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"{str(path)!r} can't be written: the folder {str(path.parent)!r} does not exist. "
-            f"Create it first."
-        )
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} can't be written: it is a folder, expected a file.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -49,7 +44,12 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _unwritten(path: Path) -> Iterator[None]:
-    """Say, where a disk is full or a folder read-only, what is there and what to do."""
+    """Explain errors of the disk: no such folder, no room, no permission."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{str(path)!r} can't be written: the folder {str(path.parent)!r} does not exist. "
+            f"Create it first."
+        )
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -85,10 +85,7 @@ def write_shards(
     metadata: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the tensors that ``read(names)`` gives, in order, to shards and an index in a folder.
-
-    Each tensor is on disk before the next one is asked for. The folder is new, and appears whole.
-    """
+    """Write what ``read(names)`` yields, one tensor at a time, to shards in a new folder."""
     names = sorted(infos, key=lambda name: -infos[name].dtype.itemsize)  # so all are aligned
     shards: list[list[str]] = [[]]
     filled = 0
@@ -118,11 +115,9 @@ def _write_one_by_one(
     tensors: Iterator[tuple[str, torch.Tensor]],
     metadata: Mapping[str, str] | None,
 ) -> None:
-    """Write a safetensors file whose tensors come one at a time, in the order of ``infos``.
-
-    The library writes from memory only. The format: the length of a JSON header as 8 bytes, the
-    header (padded to 8 bytes), then the tensors' bytes without gaps.
-    """
+    """Write a safetensors file whose tensors come one at a time, in the order of ``infos``."""
+    # the length of a JSON header as 8 bytes, the header padded to 8 bytes, then all bytes in a row;
+    # the library itself writes from memory only
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
     end = 0
@@ -133,18 +128,15 @@ def _write_one_by_one(
                 f"checkpoints to another dtype."
             )
         begin, end = end, end + info.nbytes
-        header[name] = {
-            "dtype": codes[info.dtype],
-            "shape": info.shape,
-            "data_offsets": [begin, end],
-        }
+        offsets = [begin, end]
+        header[name] = {"dtype": codes[info.dtype], "shape": info.shape, "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, info in infos.items():
             given, tensor = next(tensors)
-            if given != name or TensorInfo(tuple(tensor.shape), tensor.dtype) != info:
+            if given != name or TensorInfo.of(tensor) != info:
                 raise RuntimeError(f"{given!r} came where {name!r} was to be written")
             data: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
             file.write(data)
@@ -164,11 +156,6 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or path.is_mount() or any(path.iterdir())):
         raise FileExistsError(
             f"{str(path)!r} exists and is not an empty folder. Give another name, or move it away."
-        )
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"{str(path)!r} can't be written: the folder {str(path.parent)!r} does not exist. "
-            f"Create it first."
         )
     # another host, or a container, may have the same process number
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")

@@ -49,7 +49,7 @@ def select_ingredients(
 ) -> CheckpointCollection:
     """The checkpoints of the ingredients that are used; their tensors are those of the recipe."""
     found = {one.name: find_ingredient(one, checkpoints) for one in compress(ingredients, is_used)}
-    chosen = checkpoints._aliased(found)._named_as(layers)
+    chosen = checkpoints._renamed(found, layers)
     if unlike := sorted(chosen.layout.keys() ^ layers.keys()):
         raise RecipeError(
             f"The checkpoints hold other tensors than the recipe: {unlike[0]!r} is in one of "
@@ -66,29 +66,25 @@ def find_ingredient(ingredient: Ingredient, checkpoints: CheckpointCollection) -
     digest = checkpoints.sha256 if ingredient.file else checkpoints.content_sha256
     name = ingredient.name
     if name in checkpoints:
-        if digest(name) == ingredient.sha256:
-            return _with_key(name, ingredient, checkpoints)
-        raise RecipeError(
-            f"The checkpoint {name!r} is not the one the recipe was made of: its SHA-256 is "
-            f"{digest(name)[:12]}..., expected {ingredient.sha256[:12]}.... Find the original, "
-            f"or fit the soup again."
-        )
-    match = next((other for other in checkpoints if digest(other) == ingredient.sha256), None)
+        match: str | None = name
+        if digest(name) != ingredient.sha256:
+            raise RecipeError(
+                f"The checkpoint {name!r} is not the one the recipe was made of: its SHA-256 is "
+                f"{digest(name)[:12]}..., expected {ingredient.sha256[:12]}.... Find the original, "
+                f"or fit the soup again."
+            )
+    else:
+        match = next((other for other in checkpoints if digest(other) == ingredient.sha256), None)
     if match is None:
         raise RecipeError(
             f"The recipe needs {name!r} (file {ingredient.file!r}, SHA-256 "
             f"{ingredient.sha256[:12]}...), and the {len(checkpoints)} checkpoints given hold "
             f"neither that name nor that content."
         )
-    return _with_key(match, ingredient, checkpoints)
-
-
-def _with_key(name: str, ingredient: Ingredient, checkpoints: CheckpointCollection) -> str:
-    """The name, if the collection opened the same state dict of the container as the recipe."""
-    key = checkpoints._key(name)
+    key = checkpoints._key(match)
     if None not in (key, ingredient.key) and key != ingredient.key:
         raise RecipeError(
-            f"The recipe was made of key={ingredient.key!r} of {name!r}, and the checkpoints were "
+            f"The recipe was made of key={ingredient.key!r} of {match!r}, and the checkpoints were "
             f"opened with key={key!r}."
         )
-    return name
+    return match

@@ -91,7 +91,7 @@ def _neighbours(buffer: str, parameters: Mapping[str, int]) -> tuple[str, tuple[
 def check_layers(
     layers: Mapping[str, int] | None, layout: Mapping[str, TensorInfo], n_rows: int
 ) -> dict[str, int]:
-    """Return the row of every tensor; without ``layers`` there is one row for all."""
+    """The row of every tensor; without ``layers`` there is one row for all."""
     if layers is None:
         if n_rows != 1:
             raise ValueError(

@@ -163,7 +163,7 @@ def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
 
 
 def check_coef(coef: ArrayLike, n_checkpoints: int) -> NDArray[np.float64]:
-    """Return ``coef`` as (n_rows, n_checkpoints) float64, or say what is wrong with it."""
+    """Return ``coef`` as (n_rows, n_checkpoints) float64; ValueError if it is not one."""
     given = np.asarray(coef, dtype=np.float64)
     rows = np.atleast_2d(given)
     if given.ndim not in (1, 2) or rows.shape[1] != n_checkpoints or not len(rows):
@@ -188,28 +188,31 @@ def accumulate(
     rows: Mapping[str, int],
     names: Iterable[str],
 ) -> tuple[dict[str, torch.Tensor], set[str]]:
-    """Stream these tensors of all checkpoints once; return the sums, uncast, and what differs.
+    """Read these tensors of all checkpoints once: the sums, and the names of those that differ.
 
-    ``coef`` is (n_rows, K). Tensors that are equal everywhere come in their stored dtype.
+    ``coef`` is (n_rows, K). Sums are uncast; tensors that are equal everywhere are as stored.
     """
     names = list(names)
-    floating = {name for name in names if checkpoints.layout[name].dtype.is_floating_point}
+    dtypes = {name: checkpoints.layout[name].dtype for name in names}
     leader = int(coef.mean(axis=0).argmax())
-    sums = {name: _Sum(checkpoints.layout[name]) for name in floating}
+    sums: dict[str, _Sum] = {}
     integers: dict[str, torch.Tensor] = {}
     for k, checkpoint in enumerate(checkpoints):
         if not coef[:, k].any():
             continue
         with checkpoints.open(checkpoint) as read:
             for name in names:
-                if name in floating:
-                    if (c := float(coef[rows[name], k])) != 0.0:
+                if not dtypes[name].is_floating_point:
+                    if k == leader:
+                        integers[name] = read(name).clone()
+                elif (c := float(coef[rows[name], k])) != 0.0:
+                    if name in sums:
                         sums[name].add(read(name), c)
-                elif k == leader:
-                    integers[name] = read(name).clone()
-    differing = {name for name in floating if sums[name].total is not None}
+                    else:
+                        sums[name] = _Sum(read(name), c, dtypes[name])
+    differing = {name for name, found in sums.items() if found.differs}
     return {
-        name: sums.pop(name).result() if name in floating else integers[name] for name in names
+        name: integers[name] if name in integers else sums.pop(name).value for name in names
     }, differing
 
 
@@ -229,34 +232,25 @@ def cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class _Sum:
     """sum_k c_k w_k, started only once two of the w_k differ: until then w_1 is kept as it is."""
 
-    __slots__ = ("coefs", "dtype", "first", "total")
+    __slots__ = ("coefs", "differs", "dtype", "value")
 
-    def __init__(self, info: TensorInfo) -> None:
-        self.dtype = torch.float64 if info.dtype == torch.float64 else torch.float32
-        self.first: torch.Tensor | None = None
-        self.coefs: list[float] = []
-        self.total: torch.Tensor | None = None
+    def __init__(self, w: torch.Tensor, c: float, stored: torch.dtype) -> None:
+        self.value = w.clone()
+        self.coefs = [c]
+        self.differs = False
+        self.dtype = torch.float64 if stored == torch.float64 else torch.float32
 
     def add(self, w: torch.Tensor, c: float) -> None:
-        if self.total is None:
-            if self.first is None:
-                self.first, self.coefs = w.clone(), [c]
-                return
-            if same_bits(self.first, w):
+        if not self.differs:
+            if same_bits(self.value, w):
                 self.coefs.append(c)
                 return
-            first = self.first.to(self.dtype)
-            self.total = first * self.coefs[0]
+            self.differs = True
+            first = self.value.to(self.dtype)
+            self.value = first * self.coefs[0]
             for past in self.coefs[1:]:
-                self.total += first * past
-            self.first = None
-        self.total += w.to(self.dtype) * c  # two roundings: the product, then the sum
-
-    def result(self) -> torch.Tensor:
-        value = self.first if self.total is None else self.total
-        if value is None:  # pragma: no cover - rows sum to 1, so some coefficient is not 0
-            raise RuntimeError("a tensor was never read")
-        return value
+                self.value += first * past
+        self.value += w.to(self.dtype) * c  # two roundings: the product, then the sum
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -101,23 +101,14 @@ class Recipe:
 
         Parameters
         ----------
-        method : str
-            Name of the method that found the coefficients.
+        method, layers, layer_names
+            As in `Recipe`; names of the rows are their numbers by default.
         checkpoints : CheckpointCollection
             What was mixed.
         coef : array-like of shape (n_checkpoints,) or (n_layers, n_checkpoints)
             Coefficients.
-        layers : mapping of str to int
-            Row of ``coef`` for every tensor name.
-        layer_names : tuple of str or None, default=None
-            Names of the rows, by default their numbers.
         **fields
             Any other field of `Recipe`.
-
-        Returns
-        -------
-        recipe : Recipe
-            The record.
         """
         rows = np.atleast_2d(np.asarray(coef, dtype=np.float64))
         ingredients = []
@@ -135,31 +126,20 @@ class Recipe:
         return hash(self.to_json())
 
     def to_json(self) -> str:
-        """Return the recipe as a JSON text.
-
-        Returns
-        -------
-        text : str
-            An object that includes the ``format_version``.
-        """
+        """Return the recipe as a JSON object that includes the ``format_version``."""
         document = {"format_version": FORMAT_VERSION, **asdict(self), "coef": self.coef.tolist()}
         return json.dumps(document, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str, source: str = "the text") -> Recipe:
-        """Read a recipe from JSON.
+        """Read a recipe from JSON, as `to_json` writes it.
 
         Parameters
         ----------
         text : str
-            As `to_json` writes it.
+            The JSON.
         source : str, default="the text"
             Name of the text in error messages.
-
-        Returns
-        -------
-        recipe : Recipe
-            The record.
 
         Raises
         ------
@@ -193,27 +173,24 @@ class Recipe:
                 versions=dict(document.get("versions", {})),
                 classes=tuple(document.get("classes", ())),
             )
+            recipe._check()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RecipeError(f"{source} is not a whole sksoup recipe: {error!r}.") from error
-        recipe._check(source)
+            wrong = f"it has no {error}." if isinstance(error, KeyError) else error
+            raise RecipeError(f"{source} is not a whole sksoup recipe: {wrong}") from error
         return recipe
 
-    def _check(self, source: str) -> None:
-        """Raise an error if the fields contradict each other."""
+    def _check(self) -> None:
+        """Raise a ValueError if the fields contradict each other."""
         rows, names = self.layers.values(), [i.name for i in self.ingredients]
-        try:
-            check_coef(self.coef, len(names))
-        except ValueError as error:
-            raise RecipeError(f"{source} is not a whole sksoup recipe: {error}") from error
-        wrong = None
+        check_coef(self.coef, len(names))
         if self.coef.ndim != 2 or len(self.coef) != len(self.layer_names):
-            wrong = f"coef has shape {self.coef.shape} for {len(self.layer_names)} layers"
-        elif rows and not (min(rows) >= 0 and max(rows) < len(self.coef)):
-            wrong = f"layers name row {max(rows)} of {len(self.coef)}"
-        elif len(set(names)) < len(names):
-            wrong = "two ingredients have the same name"
-        if wrong is not None:
-            raise RecipeError(f"{source} is not a whole sksoup recipe: {wrong}.")
+            raise ValueError(
+                f"coef has shape {self.coef.shape} for {len(self.layer_names)} layers."
+            )
+        if rows and not (min(rows) >= 0 and max(rows) < len(self.coef)):
+            raise ValueError(f"layers name row {max(rows)} of {len(self.coef)}.")
+        if len(set(names)) < len(names):
+            raise ValueError("two ingredients have the same name.")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
@@ -223,11 +200,6 @@ class Recipe:
         ----------
         path : str or path-like
             Where `save`, ``soup.save``, ``soup.save_pretrained`` or ``cook(out=...)`` wrote it.
-
-        Returns
-        -------
-        recipe : Recipe
-            The record.
 
         Raises
         ------
@@ -248,36 +220,23 @@ class Recipe:
                     f"{str(where)!r} holds no sksoup recipe: expected a .safetensors file or a "
                     f"folder that sksoup wrote, or a .json file."
                 ) from error
-            return cls.from_json(text, repr(str(where)))
-        metadata = read_metadata(where)
-        if METADATA_KEY not in metadata:
+        elif (found := read_metadata(where).get(METADATA_KEY)) is not None:
+            text = found
+        else:
             raise RecipeError(
                 f"{str(where)!r} holds weights but no sksoup recipe. Only files written by "
                 f"soup.save contain one."
             )
-        return cls.from_json(metadata[METADATA_KEY], repr(str(where)))
+        return cls.from_json(text, repr(str(where)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the recipe alone, as JSON, atomically.
-
-        Parameters
-        ----------
-        path : str or path-like
-            A ``.json`` file.
-        """
+        """Write the recipe alone to a ``.json`` file, atomically."""
         write_text(Path(path), self.to_json())
 
     def save_weights(
         self, path: str | os.PathLike[str], weights: Mapping[str, torch.Tensor]
     ) -> None:
-        """Write weights with this recipe in the file's metadata, atomically.
-
-        Parameters
-        ----------
-        path : str or path-like
-            A ``.safetensors`` file.
-        weights : mapping of str to Tensor
-            The soup.
+        """Write weights to a ``.safetensors`` file with this recipe in its metadata, atomically.
 
         Raises
         ------
@@ -290,12 +249,11 @@ class Recipe:
         write_safetensors(where, weights, {METADATA_KEY: self.to_json(), "format": "pt"})
 
     def is_used(self) -> NDArray[np.bool_]:
-        """Return which checkpoints are in the soup.
+        """Return which checkpoints have a coefficient other than 0.
 
         Returns
         -------
         used : ndarray of shape (n_checkpoints,), bool
-            Whether the checkpoint has a coefficient other than 0.
         """
         used: NDArray[np.bool_] = np.count_nonzero(self.coef, axis=0) > 0
         return used
@@ -389,13 +347,7 @@ class Recipe:
         return verify(self, weights, _collection(checkpoints))
 
     def to_card(self) -> str:
-        """Describe the soup in words, as a Hugging Face–style model card.
-
-        Returns
-        -------
-        card : str
-            Markdown with YAML front matter. Names of checkpoints are escaped.
-        """
+        """Return a Hugging Face–style model card: Markdown with YAML front matter, escaped."""
         return model_card(self)
 
 

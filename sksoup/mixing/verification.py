@@ -54,38 +54,23 @@ class Verification:
         return not self.differing and len(self.unchecked) < max(1, self.n_tensors)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the findings as plain dicts.
-
-        Returns
-        -------
-        findings : dict
-            Ready for JSON, with ``"ok"``.
-        """
+        """Return the findings, with ``"ok"``, as a plain dict that is ready for JSON."""
         return {"ok": self.ok, **asdict(self)}
 
     def __str__(self) -> str:
-        lost = {
-            name: state for name, state in self.ingredients.items() if state not in ("ok", "unused")
-        }
+        lost = {n: state for n, state in self.ingredients.items() if state not in ("ok", "unused")}
         used = sum(state != "unused" for state in self.ingredients.values())
-        same = (
-            self.n_tensors
-            - len(self.unchecked)
-            - sum("not in the recipe" not in how for how in self.differing.values())
-        )
+        wrong = sum("not in the recipe" not in how for how in self.differing.values())
+        same = self.n_tensors - len(self.unchecked) - wrong
         lines = [
             f"{'Verified' if self.ok else 'NOT verified'}: {same} of {self.n_tensors} tensors are "
             f"bit for bit what the recipe gives."
         ]
+        n = len(self.ingredients)
         if not lost:
-            lines.append(
-                f"{used} of {len(self.ingredients)} ingredients used, SHA-256 as recorded."
-            )
-        for title, found in (
-            ("differs", self.differing),
-            ("not checked", self.unchecked),
-            ("ingredient", lost),
-        ):
+            lines.append(f"{used} of {n} ingredients used, SHA-256 as recorded.")
+        parts = {"differs": self.differing, "not checked": self.unchecked, "ingredient": lost}
+        for title, found in parts.items():
             lines += [f"{title}: {name!r} {how}" for name, how in list(found.items())[:5]]
             if len(found) > 5:
                 lines.append(f"{title}: {len(found) - 5} more")
@@ -115,10 +100,9 @@ def verify(
     chosen = select_ingredients(recipe.ingredients, is_used, recipe.layers, checkpoints)
     coef = recipe.coef[:, is_used]
     rows = check_layers(recipe.layers, chosen.layout, len(coef))
-    differing = {}
     with _reading(weights) as (header, read):
-        differing.update({n: "is not in the recipe" for n in header if n not in recipe.layers})
-        differing.update({n: "is missing" for n in recipe.layers if n not in header})
+        differing = {n: "is not in the recipe" for n in header if n not in recipe.layers}
+        differing |= {n: "is missing" for n in recipe.layers if n not in header}
         names = [n for n in recipe.layers if n in header and n not in unchecked]
         for name, expected in mix_some(chosen, coef, rows, names):
             if how := _difference(header[name], expected, read(name)):
@@ -132,17 +116,14 @@ def _reading(
 ) -> Iterator[tuple[Mapping[str, TensorInfo], Read]]:
     """Header and reader of a state dict, a file or a folder."""
     if isinstance(weights, Mapping):
-        yield (
-            {n: TensorInfo(tuple(v.shape), v.dtype) for n, v in weights.items()},
-            weights.__getitem__,
-        )
-        return
-    opened = open_checkpoint(Path(weights))
-    with opened.open() as read:
-        yield opened.header, read
+        yield {n: TensorInfo.of(value) for n, value in weights.items()}, weights.__getitem__
+    else:
+        opened = open_checkpoint(Path(weights))
+        with opened.open() as read:
+            yield opened.header, read
 
 
 def _difference(info: TensorInfo, expected: torch.Tensor, given: torch.Tensor) -> str | None:
-    if info != (wanted := TensorInfo(tuple(expected.shape), expected.dtype)):
+    if info != (wanted := TensorInfo.of(expected)):
         return f"is {info.dtype} of shape {info.shape}, expected {wanted.dtype} of {wanted.shape}"
     return None if same_bits(expected, given.cpu()) else "has other values"

@@ -11,8 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors.torch import save_file
 
 from sksoup import CheckpointCollection, mix
+from sksoup.checkpoints.health import Health
 from sksoup.checkpoints.protocol import TensorInfo
 from sksoup.checkpoints.write import write_shards
 
@@ -210,3 +212,45 @@ def test_no_folder_is_overwritten(tmp_path):
     (tmp_path / "precious").touch()
     with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
         mix(make_states(2, seed=0), [0.5, 0.5], out=tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_half_precision_averages_in_float32_and_comes_back(tmp_path, dtype, suffix):
+    # 2048 + 1 is not a float16 and 256 + 1 no bfloat16: sums in half precision would lose the ones
+    big = 2048.0 if dtype == torch.float16 else 256.0
+    values = [big, 1.0, 1.0, big + 2 * 2 ** (dtype == torch.bfloat16)]
+    for k, value in enumerate(values):
+        state = {"w": torch.full((3,), value, dtype=dtype)}
+        path = tmp_path / f"{k}{suffix}"
+        save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    mixed = mix(CheckpointCollection.from_path(tmp_path), [0.25] * 4)["w"]
+    assert mixed.dtype == dtype
+    assert torch.equal(mixed, torch.full((3,), sum(values) / 4).to(dtype))
+
+
+def test_the_average_reads_every_byte_once(tmp_path, monkeypatch):
+    states = make_states(5, seed=0)
+    for k, state in enumerate(states):
+        save_file(state, tmp_path / f"{k}.safetensors")
+    collection = CheckpointCollection.from_path(tmp_path)
+    seen = []
+    original = Health.see
+    monkeypatch.setattr(
+        Health,
+        "see",
+        lambda self, name, tensor, value: (
+            seen.append((name, tensor)) or original(self, name, tensor, value)
+        ),
+    )
+    for read_by in (
+        lambda: mix(collection, [0.2] * 5),
+        lambda: mix(collection, [0.2] * 5, out=tmp_path / "mixed"),
+    ):
+        seen.clear()
+        read_by()
+        floating = [n for n, info in collection.layout.items() if info.is_floating]
+        assert len(seen) == len(set(seen))
+        assert {(k, n) for k, n in seen if n in floating} == {
+            (k, n) for k in collection for n in floating
+        }

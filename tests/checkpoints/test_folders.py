@@ -1,0 +1,51 @@
+"""Folders are checkpoints, or hold some."""
+
+from __future__ import annotations
+
+import pytest
+from safetensors.torch import save_file
+from skorch.callbacks import Checkpoint
+
+from sksoup import CheckpointCollection, CheckpointError, mix
+from sksoup.checkpoints import sources
+
+from ..zoo import Net, make_states, same_tensors
+from .files import STATE, fitted_net
+
+
+def test_a_peft_adapter_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file(STATE, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="holds a PEFT adapter, expected whole weights"):
+        sources.open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("safetensors", [False, True])
+def test_skorch_checkpoint_folders(tmp_path, safetensors):
+    for run in ("run2", "run10"):
+        callback = Checkpoint(dirname=tmp_path / run, use_safetensors=safetensors,
+                              f_optimizer=None, f_criterion=None)  # fmt: skip
+        fitted_net(callbacks=[callback])
+    collection = CheckpointCollection.from_path(tmp_path, module=Net)
+    assert collection.names == ("run2", "run10")
+    one = CheckpointCollection.from_path(tmp_path / "run2", module=Net)
+    assert same_tensors(one["run2"], collection["run2"])
+    assert mix(collection, [0.5, 0.5]).keys() == collection.layout.keys()
+
+
+def test_what_training_loops_leave_beside_the_weights_is_left_out(tmp_path):
+    save_file(make_states(1, seed=0)[0], tmp_path / "a.safetensors")
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"):
+        (tmp_path / name).write_bytes(b"not weights")
+    assert CheckpointCollection.from_path(tmp_path).names == ("a",)
+
+
+def test_a_folder_that_is_a_checkpoint_and_holds_more_must_be_told(tmp_path):
+    for folder in (tmp_path, tmp_path / "checkpoint-5"):
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text("{}")
+        save_file(make_states(1, seed=0)[0], folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds 1 more, such as 'checkpoint-5': say which"):
+        CheckpointCollection.from_path(tmp_path)
+    found = CheckpointCollection.from_path(tmp_path / "checkpoint-*", module=Net)
+    assert found.names == ("checkpoint-5",)

@@ -1,0 +1,228 @@
+"""State dicts are taken out of pickles, and nothing in a pickle runs."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import pathlib
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from sksoup import CheckpointCollection, CheckpointError
+from sksoup.checkpoints import sources
+
+from .files import STATE, read_all, write_file
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", ["state_dict", "model", "model_state_dict", "module", "ema", "x"])
+def test_the_one_state_dict_of_a_container_is_taken(tmp_path, name, legacy):
+    container = {name: STATE, "epoch": 3, "optimizer": {"state": {0: {"m": torch.ones(2)}}}}
+    path = write_file(tmp_path / "run.ckpt", container, legacy)
+    loaded = read_all(path)
+    assert list(loaded) == ["a", "b"]
+    assert torch.equal(loaded["a"], STATE["a"])
+
+
+def test_several_state_dicts_need_a_key(tmp_path):
+    other = {"a": STATE["a"] + 1, "b": STATE["b"]}
+    path = write_file(tmp_path / "run.pt", {"model": STATE, "ema": other, "step": 1})
+    listed = r"run\.pt' holds several state dicts: 'model' \(2 tensors\), 'ema' \(2 tensors\)"
+    with pytest.raises(CheckpointError, match=listed + r"\. Say which: key='model'"):
+        sources.open_checkpoint(path)
+    assert torch.equal(read_all(path, "ema")["a"], other["a"])
+    with pytest.raises(CheckpointError, match=r"no state dict under key='nope': it offers 'model'"):
+        sources.open_checkpoint(path, "nope")
+    plain = write_file(tmp_path / "plain.pt", STATE)
+    with pytest.raises(CheckpointError, match="it is a plain state dict"):
+        sources.open_checkpoint(plain, "ema")
+
+
+def test_a_state_dict_with_extra_state_is_no_container(tmp_path):
+    state = {"fc.weight": torch.ones(2), "fc._extra_state": {"scale": torch.ones(1)}}
+    torch.save(state, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match=r"not a plain state dict: 'fc._extra_state' is a d"):
+        sources.open_checkpoint(tmp_path / "m.pt")
+
+
+def test_numbers_beside_the_state_dict_of_a_container(tmp_path):
+    """As training scripts keep the best accuracy and the state of their generator."""
+    saved = {"state_dict": {"w": torch.ones(2)}, "epoch": 3, "best_acc1": torch.tensor(71.2),
+             "rng_state": torch.get_rng_state()}  # fmt: skip
+    torch.save(saved, tmp_path / "a.pt")
+    assert list(sources.open_checkpoint(tmp_path / "a.pt").header) == ["w"]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ({"epoch": 3}, "'epoch' is a int, expected a tensor"),
+        ([torch.ones(1)], "holds a list, expected a state dict"),
+        ({}, "holds no tensors"),
+    ],
+)
+def test_a_pickle_that_is_not_a_state_dict(tmp_path, content, match):
+    torch.save(content, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match=match):
+        CheckpointCollection([tmp_path / "odd.pt"])
+
+
+def test_zip_that_is_no_checkpoint(tmp_path):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("readme", "hello")
+    (tmp_path / "archive.pt").write_bytes(buffer.getvalue())
+    with pytest.raises(CheckpointError, match=r"archive\.pt' can't be read"):
+        CheckpointCollection([tmp_path / "archive.pt"])
+
+
+class Odd:
+    """Stands for a class that is not installed where the checkpoint is opened."""
+
+    def __init__(self, note):
+        self.note = note
+
+
+def test_harmless_foreign_classes_become_inert(tmp_path, monkeypatch):
+    container = {
+        "state_dict": STATE,
+        "args": argparse.Namespace(lr=0.1, odd=Odd("x")),
+        "best": np.float64(0.5),
+        "when": np.arange(3),
+    }
+    path = write_file(tmp_path / "run.pt", container)
+    monkeypatch.setattr(Odd, "__init__", None)  # would raise if it were called
+    assert torch.equal(read_all(path)["a"], STATE["a"])
+
+
+class Settings(dict):
+    """As configurations often are."""
+
+
+def test_objects_that_can_not_be_made_inert_are_told_from_damage(tmp_path):
+    torch.save({"model": {"w": torch.ones(2)}, "config": Settings(lr=1)}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match=r"objects beside tensors .* Save the state dict al"):
+        sources.open_checkpoint(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("function", [os.rmdir, shutil.rmtree, pathlib.Path.rmdir])
+def test_a_container_with_a_payload_is_refused(tmp_path, legacy, function):
+    canary = tmp_path / "canary"
+    canary.mkdir()
+
+    class Payload:
+        def __reduce__(self):
+            return function, (canary,)
+
+    path = write_file(tmp_path / "run.pt", {"state_dict": STATE, "hooks": [Payload()]}, legacy)
+    with pytest.raises(CheckpointError, match=r"run\.pt' can't be read: it holds more than"):
+        sources.open_checkpoint(path)
+    assert canary.exists()
+
+
+class _Payload:
+    def __init__(self, canary):
+        self.canary = str(canary)
+
+    def __reduce__(self):
+        return os.mkdir, (self.canary,)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "bare pickle"])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, kind):
+    path, canary = tmp_path / "evil.pt", tmp_path / "canary"
+    payload = {"w": torch.ones(1), "x": _Payload(canary)}
+    if kind == "bare pickle":
+        path.write_bytes(pickle.dumps({"x": _Payload(canary)}, protocol=2))
+    else:
+        write_file(path, payload, legacy=kind == "legacy")
+    with pytest.raises(CheckpointError, match=r"evil\.pt' can't be read"):
+        CheckpointCollection([path])
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "is_read"),
+    [
+        ("builtins", False),
+        ("os", False),
+        ("torch", False),
+        ("subprocess", False),
+        ("shutil", False),
+        ("runpy", False),
+        ("numpy.testing", True),
+        ("argparse", True),
+    ],
+)
+def test_no_placeholder_runs_anything(tmp_path, monkeypatch, module, is_read):
+    """Even where a name is let through, what it stands for does nothing."""
+    ran = []
+
+    class Stand:
+        def __setstate__(self, state):
+            ran.append(state)
+
+    saved = Stand()
+    saved.command = "touch"
+    Stand.__module__, Stand.__qualname__ = module, "Stand"
+    monkeypatch.setattr(f"{module}.Stand", Stand, raising=False)
+    path = write_file(tmp_path / "run.pt", {"state_dict": STATE, "x": saved})
+    if is_read:
+        assert torch.equal(read_all(path)["a"], STATE["a"])
+    else:
+        with pytest.raises(CheckpointError, match=r"more than tensors \((\w+\.)?Stand\)"):
+            read_all(path)
+    assert not ran
+    torch.load(path, weights_only=False)
+    assert ran  # by torch itself
+
+
+def test_containers_are_read_by_many_threads_and_no_warning_is_lost(tmp_path):
+    paths = [tmp_path / f"{k}.pt" for k in range(2)]
+    for path in paths:
+        torch.save({"model": {"w": torch.ones(2)}, "args": argparse.Namespace(lr=1)}, path)
+    before, errors = list(warnings.filters), []
+
+    def read(path):
+        try:
+            for _ in range(60):
+                with sources.open_checkpoint(path).open() as one:
+                    one("w")
+        except CheckpointError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=read, args=(path,)) for path in paths * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert warnings.filters == before
+
+
+def test_files_of_another_pickle_protocol_are_read_in_silence(tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.pt", pickle_protocol=3)
+    code = (
+        "import sys, pathlib, warnings; import torch, sklearn, skorch, safetensors, joblib;"
+        "before = list(warnings.filters);"
+        "import sksoup.checkpoints.sources as f; assert warnings.filters == before;"
+        "print(list(f.open_checkpoint(pathlib.Path(sys.argv[1])).header))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "a.pt"], capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("['w']\n", "")
+    torch.save({"w": torch.ones(2)}, tmp_path / "b.pt", pickle_protocol=4)
+    with pytest.raises(CheckpointError, match=r"Save it anew, without pickle_protocol="):
+        sources.open_checkpoint(tmp_path / "b.pt")
