@@ -27,7 +27,7 @@ from .mixing.recipe import Recipe
 
 EPILOG = """\
 Exit status: 0 fine; 1 a check failed (inspect: unrelated checkpoints, verify: another soup);
-2 nothing was done, and why is said. Checkpoints are never unpickled unsafely.
+2 an error, with its reason; nothing was written. Checkpoints are never unpickled unsafely.
 """
 
 

@@ -145,8 +145,7 @@ class SoupComparison:
         ]
 
     def __str__(self) -> str:
-        table = self._table().to_text(rule=True)
-        return "\n".join([table, *([self.statement] if self.statement else [])])
+        return f"{self._table().to_text(rule=True)}\n{self.statement}".rstrip()
 
     def to_markdown(self) -> str:
         """Return the table in Markdown.

@@ -17,9 +17,7 @@ from torch.overrides import TorchFunctionMode
 class LiveTensors(TorchFunctionMode):
     """Sum the bytes of tensors made in this context and still alive, and keep the peak.
 
-    Tensors made inside a module's forward pass (activations) are left out, and so is what autograd
-    makes on its way back; everything else torch functions return is counted once per storage,
-    except the storages of ``ignored`` tensors.
+    Left out are activations, what autograd makes, and the storages of ``ignored`` tensors.
     """
 
     def __init__(self, ignored: Iterable[torch.Tensor] = ()) -> None:
