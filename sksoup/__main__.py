@@ -27,7 +27,7 @@ from .mixing.recipe import Recipe
 
 EPILOG = """\
 Exit status: 0 fine; 1 a check failed (inspect: unrelated checkpoints, verify: another soup);
-2 nothing was done, and why is said. Checkpoints are never unpickled unsafely.
+2 an error, with its reason; nothing was written. Checkpoints are never unpickled unsafely.
 """
 
 
@@ -50,10 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    shape: dict[str, Any] = {
-        "epilog": EPILOG,
-        "formatter_class": argparse.RawDescriptionHelpFormatter,
-    }
+    shape: Any = {"epilog": EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(
         prog="sksoup", description="Mix checkpoints, without held-out data.", **shape
     )
@@ -65,8 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         (_cook, "RECIPE", "Rebuild a soup from its recipe (.json, or a soup that carries one)."),
         (_verify, "FILE", "Check that a soup (a file or a folder) is what its recipe gives."),
     ):
-        name = run.__name__.strip("_")
-        command = commands.add_parser(name, help=summary, description=summary, **shape)
+        command = commands.add_parser(
+            run.__name__.strip("_"), help=summary, description=summary, **shape
+        )
         command.set_defaults(run=run)
         if first is not None:
             command.add_argument("recipe", metavar=first, help="where the recipe is")
@@ -79,18 +77,10 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--json", action="store_true", help="print JSON, errors too")
         if run in (_average, _cook):
-            command.add_argument(
-                "-o",
-                "--output",
-                required=True,
-                metavar="FILE",
-                help="a .safetensors file; or a new folder, for models larger than memory",
-            )
+            where = "a .safetensors file; or a new folder, for models larger than memory"
+            command.add_argument("-o", "--output", required=True, metavar="FILE", help=where)
             command.add_argument("--force", action="store_true", help="replace an existing file")
     return parser
-
-
-# ------------------------------------------------------------------------------- commands
 
 
 def _inspect(options: argparse.Namespace) -> tuple[bool, dict[str, Any], str]:
@@ -102,15 +92,12 @@ def _inspect(options: argparse.Namespace) -> tuple[bool, dict[str, Any], str]:
 
 def _average(options: argparse.Namespace) -> tuple[bool, dict[str, Any], str]:
     with _opened(options) as collection:
-        n = len(collection)
+        coef = np.full((1, len(collection)), 1 / len(collection))
         recipe = Recipe.record(
-            "average",
-            collection,
-            np.full((1, n), 1 / n),
-            layers=dict.fromkeys(collection.layout, 0),
-            layer_names=("all",),
+            "average", collection, coef,
+            layers=dict.fromkeys(collection.layout, 0), layer_names=("all",),
             versions={"sksoup": __version__, "torch": torch.__version__},
-        )
+        )  # fmt: skip
         return _write(options, recipe, collection)
 
 
@@ -154,9 +141,6 @@ def _verify(options: argparse.Namespace) -> tuple[bool, dict[str, Any], str]:
     return not findings.ok, findings.to_dict(), str(findings)
 
 
-# --------------------------------------------------------------------------------- helpers
-
-
 def _check_output(output: Path, force: bool) -> None:
     """Refuse, before any work, what could not be written at its end."""
     if output.suffix == ".safetensors":
@@ -186,20 +170,20 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 
 class _Watched(CheckpointCollection):
-    """A collection that tells of every byte read."""
+    """A collection that reports the bytes of every tensor that is read."""
 
-    tell: Callable[[int], object]
+    report: Callable[[int], object]
 
     @contextmanager
     def open(self, name: str) -> Iterator[Read]:
         with super().open(name) as read:
 
-            def read_and_tell(tensor: str) -> torch.Tensor:
+            def read_and_report(tensor: str) -> torch.Tensor:
                 value = read(tensor)
-                self.tell(value.nbytes)
+                self.report(value.nbytes)
                 return value
 
-            yield read_and_tell
+            yield read_and_report
 
 
 @contextmanager
@@ -214,7 +198,7 @@ def _opened(
     collection = _Watched(paths, key=key, prefix=options.prefix)
     total = passes * len(collection) * collection.nbytes
     with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        collection.tell = bar.update
+        collection.report = bar.update
         yield collection
 
 

@@ -187,9 +187,9 @@ def make_digits_checkpoints(
     Notes
     -----
     Takes about 0.4 s per checkpoint on two cores. Every file is written whole or not at all: a run
-    that was cut off goes on where it stopped. No original digit serves two purposes, so variants
-    leak nothing. The same arguments give the same data anywhere, and the same weights for the same
-    number of torch threads and build.
+    that was interrupted continues where it stopped. Each original digit is in one part only. The
+    same arguments give the same data anywhere, and the same weights for the same number of torch
+    threads and build.
 
     References
     ----------
@@ -226,7 +226,7 @@ def make_digits_checkpoints(
 
 
 def _claim(root: Path, random_state: int) -> None:
-    """Mark the folder as this zoo's, or refuse it when it holds anything else."""
+    """Write the manifest to the folder; raise an error if it holds anything else."""
     root.mkdir(parents=True, exist_ok=True)
     manifest = {"zoo": "digits", "version": VERSION, "random_state": random_state}
     path = root / MANIFEST
@@ -253,17 +253,14 @@ def _digits(random_state: int) -> dict[str, tuple[Any, Any]]:
     parts = np.split(order, np.cumsum(list(ORIGINALS.values()))[:-1])
     data = {}
     for name, rows in zip(ORIGINALS, parts, strict=True):
-        y = digits.target[rows].astype(np.int64)
+        X, y = images[rows], digits.target[rows].astype(np.int64)
         if name == "pretrain":
-            clean = images[rows].reshape(len(rows), 64)
-            copies = [_distorted(images[rows], PRETRAIN_NOISE, rng) for _ in range(3)]
-            data[name] = np.concatenate([clean, *copies]), np.tile(y, 4)
+            copies = [_distorted(X, PRETRAIN_NOISE, rng) for _ in range(3)]
+            data[name] = np.concatenate([X.reshape(-1, 64), *copies]), np.tile(y, 4)
         else:
             n = VARIANTS.get(name, 1)
-            data[name] = (
-                _distorted(np.repeat(images[rows], n, axis=0), TARGET_NOISE, rng),
-                (np.repeat(y, n)),
-            )
+            X = _distorted(np.repeat(X, n, axis=0), TARGET_NOISE, rng)
+            data[name] = X, np.repeat(y, n)
     return data
 
 
@@ -296,7 +293,7 @@ def _draw(random_state: int, k: int) -> FineTuning:
 def _pretrained(
     root: Path, data: dict[str, tuple[Any, Any]], random_state: int
 ) -> dict[str, torch.Tensor]:
-    """Return the start all fine-tunings share, made once and kept beside them."""
+    """The start of all fine-tunings, made once and kept beside them."""
     path = root / "start.safetensors"
     if not path.exists():
         settings = FineTuning(3e-3, 1e-2, 0.0, 0.0, 8, random_state)

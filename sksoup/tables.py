@@ -67,5 +67,5 @@ class Table:
 
 
 def _latex(text: str) -> str:
-    """Text with the characters escaped that LaTeX takes for commands."""
+    """Escape the characters that LaTeX takes for commands."""
     return "".join(LATEX.get(character, character) for character in text)

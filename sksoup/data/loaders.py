@@ -56,12 +56,7 @@ def is_apart(values: Any) -> bool:
 def read_loader(
     X: Any, y: Any = None, *, ordered: bool = False, n_inputs: int | None = None
 ) -> tuple[Any, Any]:
-    """Walk a loader once; returns inputs and targets, as tensors on the CPU.
-
-    Targets are ``y``; or, where that is None or the name of a key, the last of a tuple (unless it
-    has just the ``n_inputs`` that are known), or that key of a mapping. ``ordered`` refuses loaders
-    whose rows do not come in order. Global random state is afterwards as it was before.
-    """
+    """Walk a loader once; inputs and targets as tensors on the CPU, targets as in `walk`."""
     inputs: list[Any] = []
     targets: list[Any] = []
     held = 0
@@ -83,23 +78,20 @@ def read_loader(
 def minibatches(
     X: Any, y: Any, size: int | None, *, ordered: bool, n_inputs: int | None
 ) -> Iterator[tuple[Any, Any]]:
-    """Walk a loader once, in minibatches of ``size`` rows whatever its own; None is one batch.
-
-    So the module is fed what it would be fed from arrays. Holds two of the larger ones.
-    """
+    """Walk a loader once, in minibatches of ``size`` rows, as from arrays; None is one batch."""
     if size is None:
         yield read_loader(X, y, ordered=ordered, n_inputs=n_inputs)
         return
-    rows: Any = None
-    labels: list[Any] = []  # of the rows that were read and not given yet
+    rows: Any = None  # that were read and not given yet
+    labels: Any = None
     for more, their in walk(X, y, ordered=ordered, n_inputs=n_inputs):
         rows = more if rows is None else _concatenate([rows, more])
-        labels = [targets_of([*labels, their], None)]
+        labels = targets_of([labels, their], None)
         while n_rows(rows) >= size:
-            yield _cut(rows, slice(size)), _cut(labels[0], slice(size))
-            rows, labels = _cut(rows, slice(size, None)), [_cut(labels[0], slice(size, None))]
+            yield _cut(rows, slice(size)), _cut(labels, slice(size))
+            rows, labels = _cut(rows, slice(size, None)), _cut(labels, slice(size, None))
     if n_rows(rows):
-        yield rows, labels[0]
+        yield rows, labels
 
 
 def _cut(X: Any, rows: slice) -> Any:
@@ -117,7 +109,12 @@ def targets_of(targets: list[Any], y: Any) -> Any:
 def walk(
     X: Any, y: Any, *, ordered: bool, n_inputs: int | None
 ) -> Iterator[tuple[Any, torch.Tensor | None]]:
-    """Inputs and targets batch by batch, as they come."""
+    """Inputs and targets batch by batch, as they come; global random state stays as it was.
+
+    Targets are in a batch if ``y`` is None or the name of a key: the last of a tuple (unless it has
+    just the ``n_inputs`` that are known), or a key of a mapping. ``ordered`` refuses loaders that
+    shuffle.
+    """
     loader = _as_loader(X)
     if ordered:
         _check_order(loader)
@@ -152,13 +149,12 @@ def _check_order(loader: Any) -> None:
             f"The DataLoader shuffles ({type(shuffling).__name__}), so its rows do not come in the "
             f"order of its data set, which matters here. Give one with shuffle=False."
         )
-    if loader.drop_last and hasattr(loader.dataset, "__len__"):
-        size = loader.batch_size or 1
-        if lost := len(loader.dataset) % size:
-            raise ValueError(
-                f"The DataLoader has drop_last=True, which leaves out {lost} of "
-                f"{len(loader.dataset)} rows. Give one with drop_last=False."
-            )
+    n = len(loader.dataset) if loader.drop_last and hasattr(loader.dataset, "__len__") else 0
+    if lost := n % (loader.batch_size or 1):
+        raise ValueError(
+            f"The DataLoader has drop_last=True, which leaves out {lost} of {n} rows. Give one "
+            f"with drop_last=False."
+        )
 
 
 def _split(batch: Any, y: Any, n_inputs: int | None) -> tuple[Any, Any]:
@@ -178,11 +174,10 @@ def _split(batch: Any, y: Any, n_inputs: int | None) -> tuple[Any, Any]:
             raise ValueError(f"y={y!r} names a key, but batches are a {type(batch).__name__}.")
         if y is not None or not parts or len(batch) == n_inputs:  # the targets are not in here
             parts, last = [*parts, last], None
-        if len(parts) == 1:
-            first = parts[0]
-            named = isinstance(first, Mapping)
-            return (map_inputs(_tensor, dict(first)) if named else _tensor(first)), last
-        return tuple(map(_tensor, parts)), last
+        if len(parts) == 1 and isinstance(parts[0], Mapping):
+            return map_inputs(_tensor, parts[0]), last
+        tensors = tuple(map(_tensor, parts))
+        return tensors[0] if len(tensors) == 1 else tensors, last
     return _tensor(batch), None
 
 

@@ -58,15 +58,11 @@ def take_rows(X: Any, rows: torch.Tensor) -> Any:
 
 @dataclass(frozen=True)
 class Batch:
-    """A few rows: inputs (n, ...), targets (n, ...), weights (n,) or None.
+    """A minibatch, or this rank's part of it, which may be empty; its inputs are copies."""
 
-    In a distributed job they are this rank's part of a minibatch, and may be none. The inputs are
-    its own, for modules that write into them.
-    """
-
-    X: Inputs
-    y: torch.Tensor
-    weight: torch.Tensor | None
+    X: Inputs  # (n, ...)
+    y: torch.Tensor  # (n, ...)
+    weight: torch.Tensor | None  # (n,)
     counted: torch.Tensor | None  # (n,), as in `HeldOut`
     amounts: torch.Tensor | None  # (n,), how much a row counts; None where all are equal
     amount: torch.Tensor | int  # their sum: n where all are equal
@@ -123,38 +119,28 @@ class HeldOut:
         generator: torch.Generator | None = None,
         part: Callable[[int], slice] = slice,
     ) -> Iterator[Batch]:
-        """Walk the rows once, shuffled when a generator is given; None is one full batch.
-
-        ``part`` tells which of a minibatch's n rows are wanted: this rank's.
-        """
+        """Walk the rows once, shuffled by a generator; ``part`` gives this rank's of n rows."""
         n, amounts = len(self.y), self.amounts  # computed once
         size = n if batch_size is None else min(batch_size, n)
-        order = None if generator is None else torch.randperm(n, generator=generator)
-        if order is not None and not self.is_streamed:
+        order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
+        if not self.is_streamed:
             order = order.to(self.y.device)
-
         mine = {many: part(many) for many in {size, n % size or size}}
 
         def batch(start: int) -> Batch:
-            stop = min(start + size, n)
-            first, last, _ = mine[min(size, n - start)].indices(stop - start)
-            rows: Any = slice(start + first, start + last)
-            whole: Any = slice(start, stop)
-            if order is not None:
-                rows, whole = order[rows], order[whole]
-            # copied, as a module may write into what it is fed
-            is_view = order is None
-            X = map_inputs(lambda part: part[rows].clone() if is_view else part[rows], self.X)
+            whole = order[start : start + size]
+            rows = whole[mine[len(whole)]]
+            # indexing copies, as a module may write into what it is fed
+            X = map_inputs(lambda part: part[rows], self.X)
             if self.is_streamed:
                 X = map_inputs(self._move, X)
-            if order is not None:
-                rows, whole = rows.to(self.y.device), whole.to(self.y.device)
-            weight = None if self.weight is None else self.weight[rows]
-            counted = None if self.counted is None else self.counted[rows]
-            total = stop - start if amounts is None else amounts[whole].sum()
-            each = None if amounts is None else amounts[rows]
-            amount = last - first if each is None else each.sum()
-            return Batch(X, self.y[rows], weight, counted, each, amount, total)
+            there, all_there = rows.to(self.y.device), whole.to(self.y.device)
+            weight = None if self.weight is None else self.weight[there]
+            counted = None if self.counted is None else self.counted[there]
+            total = len(whole) if amounts is None else amounts[all_there].sum()
+            each = None if amounts is None else amounts[there]
+            amount = len(there) if each is None else each.sum()
+            return Batch(X, self.y[there], weight, counted, each, amount, total)
 
         starts = range(0, n, size)
         yield from one_ahead(batch, starts) if self.is_streamed else map(batch, starts)
@@ -184,7 +170,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def to_tensor(values: Any) -> torch.Tensor:
-    """View an array as a tensor; copy what may not be written to (torch knows no such tensors)."""
+    """View an array as a tensor; copy a read-only one, since torch has no such tensors."""
     if isinstance(values, np.ndarray) and not values.flags.writeable:
         values = values.copy()
     return torch.as_tensor(values)

@@ -1,11 +1,12 @@
-"""Axes, colours and labels that all displays share."""
+"""What all displays share: axes, colours and labels."""
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from os.path import commonprefix
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -14,6 +15,29 @@ BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#7
 SEPARATED = re.compile(r".*[/._-]")  # up to the last separator
 INCHES_PER_LABEL = 0.17
 LONGEST_LABEL = 28  # characters
+
+
+class Display(ABC):
+    """Base of the displays: a subclass draws, and sets ``ax_`` and ``figure_``."""
+
+    def plot(self, ax: Any = None) -> Self:
+        """Draw.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes or None, default=None
+            Axes to draw on; None for those of a new figure.
+
+        Returns
+        -------
+        display : Display
+            This display, with ``ax_`` and ``figure_`` set.
+        """
+        self._draw(ax)
+        return self
+
+    @abstractmethod
+    def _draw(self, ax: Any) -> None: ...
 
 
 def new_axes(ax: Any, wide: float, tall: float) -> tuple[Any, Any]:
@@ -34,12 +58,9 @@ def label_ticks(ax: Any, which: str, names: Sequence[str]) -> None:
     box = ax.get_window_extent().transformed(ax.figure.dpi_scale_trans.inverted())
     room = box.width if which == "x" else box.height
     step = max(1, int(np.ceil(len(names) * INCHES_PER_LABEL / max(room, 0.1))))
-    texts = shortened(names)[::step]
-    ticks = range(0, len(names), step)
-    if which == "x":
-        ax.set_xticks(ticks, texts, rotation=90, fontsize=8, parse_math=False)
-    else:
-        ax.set_yticks(ticks, texts, fontsize=8, parse_math=False)
+    set_ticks, angle = (ax.set_xticks, 90) if which == "x" else (ax.set_yticks, 0)
+    texts, ticks = shortened(names)[::step], range(0, len(names), step)
+    set_ticks(ticks, texts, rotation=angle, fontsize=8, parse_math=False)
 
 
 def shortened(names: Sequence[str]) -> list[str]:
@@ -56,6 +77,6 @@ def shortened(names: Sequence[str]) -> list[str]:
     ]
 
 
-def storage_for(names: Sequence[str]) -> float:
+def room_for(names: Sequence[str]) -> float:
     """Height of rotated labels in inches."""
     return 0.075 * max(map(len, shortened(names)))

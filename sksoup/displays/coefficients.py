@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.utils.validation import check_is_fitted
 
-from .axes import BLUE, GREY, ORANGE, RED, label_ticks, new_axes, storage_for
+from .axes import BLUE, GREY, ORANGE, RED, label_ticks, new_axes, room_for
 
 
 class CoefficientsDisplay:
@@ -106,7 +106,7 @@ class CoefficientsDisplay:
         n_layers, n = self.coef.shape
         is_map = kind == "map" and n_layers > 1
         tall = min(max(0.19 * n_layers, 1.5), 10.0) if is_map else 2.8
-        tall += 0.7 if kind == "histogram" else 0.5 + storage_for(self.checkpoint_names)
+        tall += 0.7 if kind == "histogram" else 0.5 + room_for(self.checkpoint_names)
         wide = 6.0 if kind == "histogram" else min(max(0.22 * n + 3.5, 5.5), 15.0)
         self.figure_, self.ax_ = new_axes(ax, wide, tall)
         if kind == "histogram":

@@ -8,11 +8,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .axes import BLUE, GREY, label_ticks, new_axes
+from .axes import BLUE, GREY, Display, label_ticks, new_axes
 
 
-class ComparisonDisplay:
+class ComparisonDisplay(Display):
     """Show the scores of several systems on the held-out rows and on test rows.
+
+    A marker for each system and set of rows, with a bar of one standard deviation.
 
     Parameters
     ----------
@@ -99,19 +101,7 @@ class ComparisonDisplay:
             test_std=[result.test_std for result in results] if repeated else None,
         ).plot(ax=ax)
 
-    def plot(self, ax: Any = None) -> Self:
-        """Draw a marker for each system and set of rows, with a bar of one standard deviation.
-
-        Parameters
-        ----------
-        ax : matplotlib Axes or None, default=None
-            Axes to draw on; None for those of a new figure.
-
-        Returns
-        -------
-        display : ComparisonDisplay
-            This display, with ``ax_`` and ``figure_`` set.
-        """
+    def _draw(self, ax: Any) -> None:
         n = len(self.systems)
         self.figure_, self.ax_ = new_axes(ax, 6.5, min(max(0.34 * n + 1.2, 2.6), 12.0))
         y = np.arange(n)
@@ -128,4 +118,3 @@ class ComparisonDisplay:
         self.ax_.set(xlabel="score")
         self.ax_.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         label_ticks(self.ax_, "y", self.systems)
-        return self

@@ -8,10 +8,10 @@ from typing import Any, Self
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
-from .axes import BLUE, ORANGE, RED, label_ticks, new_axes, storage_for
+from .axes import BLUE, ORANGE, RED, Display, label_ticks, new_axes, room_for
 
 
-class GreedyPathDisplay:
+class GreedyPathDisplay(Display):
     """Show the candidates Greedy-Soup tried, those it kept, and the standard error of its score.
 
     Parameters
@@ -62,22 +62,10 @@ class GreedyPathDisplay:
         check_is_fitted(estimator, "path_")
         return cls(estimator.path_).plot(ax=ax)
 
-    def plot(self, ax: Any = None) -> Self:
-        """Draw the scores of the candidates and of the soup, with a band of one standard error.
-
-        Parameters
-        ----------
-        ax : matplotlib Axes or None, default=None
-            Axes to draw on; None for those of a new figure.
-
-        Returns
-        -------
-        display : GreedyPathDisplay
-            This display, with ``ax_`` and ``figure_`` set.
-        """
+    def _draw(self, ax: Any) -> None:
         n = len(self.path)
         names = [tried["candidate"] for tried in self.path]
-        wide, tall = min(max(0.22 * n + 3.5, 5.5), 15.0), 3.6 + storage_for(names)
+        wide, tall = min(max(0.22 * n + 3.5, 5.5), 15.0), 3.6 + room_for(names)
         self.figure_, self.ax_ = new_axes(ax, wide, tall)
         scores = np.array([tried["score"] for tried in self.path])
         kept = np.array([tried["kept"] for tried in self.path])
@@ -101,4 +89,3 @@ class GreedyPathDisplay:
         self.ax_.set(xlabel="tried, in order", ylabel="held-out score with it")
         self.ax_.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
         label_ticks(self.ax_, "x", names)
-        return self

@@ -9,11 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
-from .axes import BLUE, GREEN, ORANGE, RED, new_axes
+from .axes import BLUE, GREEN, ORANGE, RED, Display, new_axes
 
 
-class LearningCurveDisplay:
+class LearningCurveDisplay(Display):
     """Show the held-out loss and score over the steps of a search by gradient descent.
+
+    Values of every minibatch, means of every epoch, and a line at each change of the model batch.
 
     Parameters
     ----------
@@ -61,19 +63,7 @@ class LearningCurveDisplay:
         check_is_fitted(estimator, "history_")
         return cls(estimator.history_).plot(ax=ax)
 
-    def plot(self, ax: Any = None) -> Self:
-        """Draw loss and score of every minibatch, their epoch means, and changes of model batch.
-
-        Parameters
-        ----------
-        ax : matplotlib Axes or None, default=None
-            Axes to draw on; None for those of a new figure.
-
-        Returns
-        -------
-        display : LearningCurveDisplay
-            This display, with ``ax_`` and ``figure_`` set.
-        """
+    def _draw(self, ax: Any) -> None:
         self.figure_, self.ax_ = new_axes(ax, 7.0, 3.8)
         ends = np.cumsum([len(record["loss"]) for record in self.history])
         starts = ends - [len(record["loss"]) for record in self.history]
@@ -101,7 +91,6 @@ class LearningCurveDisplay:
         self.ax_.legend(
             frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), fontsize="small"
         )
-        return self
 
     def _curve(
         self, ax: Any, what: str, color: str, marker: str, centers: NDArray[np.float64]

@@ -39,27 +39,27 @@ li { margin: .3rem 0; } summary { cursor: pointer; }
 def render(soup: Any, comparison: Any = None) -> str:
     """The report on a fitted soup as HTML; ``comparison`` is what `compare_soups` gives."""
     recipe = soup.recipe_
-    used = [k for k, is_used in enumerate(recipe.is_used()) if is_used]
-    title = f"{recipe.method} of {len(used)} of {len(recipe.ingredients)} checkpoints"
-    sections = [
-        f"<h1>{escape(title)}</h1>",
-        "<p>One network, mixed from fine-tuned ones: its weights are their sum with the "
-        "coefficients below. It costs no more to run than any one of them.</p>",
-        _section("How well it does", _scores(soup, comparison)),
-        *([_section("Warnings", _list(soup.warnings_))] if soup.warnings_ else []),
-        _section("What to look at", _list(advice(soup, comparison))),
-        _section("Coefficients", _coefficients(soup)),
-        _section("How they were found", _search(soup)),
-        _section("What was mixed", _ingredients(recipe, used)),
-        _section("How to make it again", _reproduction(recipe)),
-    ]
+    used = recipe.is_used().sum()
+    title = f"{recipe.method} of {used} of {len(recipe.ingredients)} checkpoints"
+    sections = {
+        "How well it does": _scores(soup, comparison),
+        "Warnings": _list(soup.warnings_),
+        "What to look at": _list(advice(soup, comparison)),
+        "Coefficients": _coefficients(soup),
+        "How they were found": _search(soup),
+        "What was mixed": _ingredients(recipe),
+        "How to make it again": _reproduction(recipe),
+    }
+    body = "\n".join(f"<h2>{name}</h2>\n{html}" for name, html in sections.items() if html)
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         "<link rel='icon' href='data:,'>"
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
-        + "\n".join(sections)
-        + "\n</body></html>\n"
+        f"<h1>{escape(title)}</h1>\n"
+        "<p>One network, mixed from fine-tuned ones: its weights are their sum with the "
+        "coefficients below. It costs no more to run than any one of them.</p>\n"
+        f"{body}\n</body></html>\n"
     )
 
 
@@ -76,23 +76,22 @@ def advice(soup: Any, comparison: Any = None) -> list[str]:
             f"extrapolates. Hyperplane soups gain by this, and may overfit by it: rely on scores "
             f"on test rows, which were not used to find the coefficients."
         )
-    path = getattr(soup, "path_", None)
-    if path is not None:
-        lucky = [
-            t["candidate"] for t in path[1:]
-            if t["kept"] and t["gain_standard_error"] and t["gain"] < 2 * t["gain_standard_error"]
-        ]  # fmt: skip
-        if lucky:
-            said.append(
-                f"{len(lucky)} of the ingredients were kept for a gain of less than two standard "
-                f"errors, which may be luck. Hold out more rows, or ask for more with "
-                f"min_improvement."
-            )
-        if len(used) == 1:
-            said.append(
-                "Only the best checkpoint was kept, so this is no mixture. Fine-tune more "
-                "checkpoints from one start, or learn coefficients with MEHLSoup."
-            )
+    path = getattr(soup, "path_", [])
+    lucky = [
+        t["candidate"] for t in path[1:]
+        if t["kept"] and t["gain_standard_error"] and t["gain"] < 2 * t["gain_standard_error"]
+    ]  # fmt: skip
+    if lucky:
+        said.append(
+            f"{len(lucky)} of the ingredients were kept for a gain of less than two standard "
+            f"errors, which may be luck. Hold out more rows, or ask for more with "
+            f"min_improvement."
+        )
+    if path and len(used) == 1:
+        said.append(
+            "Only the best checkpoint was kept, so this is no mixture. Fine-tune more "
+            "checkpoints from one start, or learn coefficients with MEHLSoup."
+        )
     if recipe.recalibrated:
         said.append(
             f"{len(recipe.recalibrated)} BatchNorm tensors were re-estimated from the held-out "
@@ -105,7 +104,7 @@ def advice(soup: Any, comparison: Any = None) -> list[str]:
         )
     if comparison is None:
         said.append(
-            "This report compares with nothing. To compare with other soups: "
+            "No comparison was given. To add one, call "
             "soup.report(path, compare_soups(checkpoints, X_val, y_val, X_test, y_test))."
         )
     elif comparison.n_test is None:
@@ -115,17 +114,18 @@ def advice(soup: Any, comparison: Any = None) -> list[str]:
 
 def _scores(soup: Any, comparison: Any) -> str:
     if comparison is not None:
-        display = ComparisonDisplay.from_comparison(comparison)
-        picture = _picture(display, "Scores of all systems")
-        table = _table(Table(comparison.header, comparison.cells()))
         mine = next((name for name, one in comparison.soups.items() if one is soup), None)
         which = (
             "This soup is none of these, which were fitted beside it."
             if mine is None
-            else f"This soup is the {mine} of the table."
+            else f"This soup is the row {mine!r}."
         )
-        said = f"<p>{escape(comparison.statement)}</p><p>{escape(which)}</p>"
-        return f"{said}{table}{picture}"
+        display = ComparisonDisplay.from_comparison(comparison)
+        return (
+            f"<p>{escape(comparison.statement)}</p><p>{escape(which)}</p>"
+            f"{_table(comparison.header, comparison.cells())}"
+            f"{_picture(display, 'Scores of all systems')}"
+        )
     scores = soup.recipe_.scores
     if not scores:
         return "<p>No score was recorded with this soup.</p>"
@@ -137,12 +137,13 @@ def _scores(soup: Any, comparison: Any) -> str:
 
 
 def _coefficients(soup: Any) -> str:
-    display = CoefficientsDisplay.from_estimator(soup)
-    pictures = _picture(display, "Coefficients of every layer and checkpoint")
+    pictures = {"map": "Coefficients of every layer and checkpoint"}
     if len(np.atleast_2d(soup.coef_)) > 1:
-        histogram = CoefficientsDisplay.from_estimator(soup, kind="histogram")
-        pictures += _picture(histogram, "How often each coefficient occurs")
-    return pictures
+        pictures["histogram"] = "How often each coefficient occurs"
+    return "".join(
+        _picture(CoefficientsDisplay.from_estimator(soup, kind=kind), text)
+        for kind, text in pictures.items()
+    )
 
 
 def _search(soup: Any) -> str:
@@ -153,46 +154,42 @@ def _search(soup: Any) -> str:
     return "<p>They are given by the recipe; there was no search.</p>"
 
 
-def _ingredients(recipe: Any, used: Sequence[int]) -> str:
-    mean = recipe.coef.mean(axis=0)
+def _ingredients(recipe: Any) -> str:
+    scores = {name: f"{score:.4f}" for name, score in recipe.scores.items()}
     rows = [
-        (
-            recipe.ingredients[k].name,
-            f"{mean[k]:.4f}",
-            f"{recipe.scores[name]:.4f}" if (name := recipe.ingredients[k].name) in recipe.scores
-            else "-",
-            recipe.ingredients[k].sha256,
+        (one.name, f"{coef:.4f}", scores.get(one.name, "-"), one.sha256)
+        for one, coef, is_used in zip(
+            recipe.ingredients, recipe.coef.mean(axis=0), recipe.is_used(), strict=True
         )
-        for k in used
-    ]  # fmt: skip
+        if is_used
+    ]
     header = ("checkpoint", "mean coefficient", "held-out score", "SHA-256")
-    return _table(Table(header, rows, left=(0, 3)))
+    return _table(header, rows, left=(0, 3))
 
 
 def _reproduction(recipe: Any) -> str:
     params = "".join(
-        f"<li><code>{escape(str(name))}={escape(repr(value))}</code></li>"
+        f"<li><code>{escape(f'{name}={value!r}')}</code></li>"
         for name, value in recipe.params.items()
     )
-    versions = ", ".join(f"{escape(name)} {escape(v)}" for name, v in recipe.versions.items())
+    versions = ", ".join(f"{name} {version}" for name, version in recipe.versions.items())
     return (
         "<p>With the checkpoints and the saved soup at hand, its weights are rebuilt and compared "
         "bit for bit by <code>python -m sksoup verify FILE FOLDER</code>.</p>"
-        f"<details><summary>Parameters</summary><ul>{params}</ul></details><p>{versions}</p>"
+        f"<details><summary>Parameters</summary><ul>{params}</ul></details>"
+        f"<p>{escape(versions)}</p>"
     )
 
 
-def _section(title: str, content: str) -> str:
-    return f"<h2>{escape(title)}</h2>\n{content}"
-
-
 def _list(items: Iterable[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
+    """A list; nothing where there are no items."""
+    entries = "".join(f"<li>{escape(item)}</li>" for item in items)
+    return f"<ul>{entries}</ul>" if entries else ""
 
 
-def _table(table: Table) -> str:
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
     """A table that scrolls on a narrow screen."""
-    return f"<div class='wide'>{table.to_html()}</div>"
+    return f"<div class='wide'>{Table(header, rows, left).to_html()}</div>"
 
 
 def _picture(display: Any, text: str) -> str:

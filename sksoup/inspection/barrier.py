@@ -60,21 +60,16 @@ class LossBarrier:
 
     @property
     def barriers(self) -> NDArray[np.float64]:
-        straight = np.outer(self.losses[:, 0], 1 - self.alpha) + np.outer(
-            self.losses[:, -1], self.alpha
-        )
+        first, last = self.losses[:, :1], self.losses[:, -1:]  # (n_lines, 1) each
+        straight = first * (1 - self.alpha) + last * self.alpha
         heights: NDArray[np.float64] = (self.losses - straight).max(axis=1)
         return heights
 
     def __str__(self) -> str:
+        lines = zip(self.lines, self.losses, self.barriers, strict=True)
         rows = [
-            (
-                f"{a} - {b}",
-                f"{losses[0]:.4f} {losses[-1]:8.4f}",
-                f"{losses.max():.4f}",
-                f"{barrier:.4f}",
-            )
-            for (a, b), losses, barrier in zip(self.lines, self.losses, self.barriers, strict=True)
+            (f"{a} - {b}", f"{ls[0]:.4f} {ls[-1]:8.4f}", f"{ls.max():.4f}", f"{barrier:.4f}")
+            for (a, b), ls, barrier in lines
         ]
         return Table(("line", "loss at ends", "highest", "barrier"), rows).to_text()
 
@@ -154,7 +149,6 @@ def loss_barrier(
             random_state = int(np.random.SeedSequence().generate_state(1)[0])
         rng = check_random_state(random_state)
         pairs = [pairs[i] for i in sorted(rng.choice(len(pairs), n_pairs, replace=False))]
-    ends: list[tuple[str, str | None]] = [*pairs, *((name, None) for name in checkpoints)]
     alpha = np.linspace(0, 1, n_points)
     like = UniformSoup(forward=forward, task=task, batch_size=batch_size)  # takes the same rows
     like._check_params()
@@ -165,13 +159,15 @@ def loss_barrier(
     )  # fmt: skip
     mean = mix(checkpoints, np.full(len(checkpoints), 1 / len(checkpoints)))
 
-    def loss(ends: CheckpointCollection, t: float) -> float:
-        load_weights(problem.module, mix(ends, [1 - t, t]))
-        return problem.objective.mean_loss(problem.data, batch_size)
+    def losses(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[float]:
+        """The losses along the line from a to b."""
+        ends, found = CheckpointCollection([a, b]), []
+        for t in alpha:
+            load_weights(problem.module, mix(ends, [1 - t, t]))
+            found.append(problem.objective.mean_loss(problem.data, batch_size))
+        return found
 
-    losses = []
-    for a, b in ends:
-        pair = CheckpointCollection([checkpoints[a], mean if b is None else checkpoints[b]])
-        losses.append([loss(pair, t) for t in alpha])
-    lines = tuple((a, "mean" if b is None else b) for a, b in ends)
-    return LossBarrier(lines, alpha, np.array(losses))
+    between = [losses(checkpoints[a], checkpoints[b]) for a, b in pairs]
+    to_mean = [losses(checkpoints[name], mean) for name in checkpoints]
+    lines = (*pairs, *((name, "mean") for name in checkpoints))
+    return LossBarrier(lines, alpha, np.array([*between, *to_mean]))

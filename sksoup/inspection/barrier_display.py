@@ -7,12 +7,14 @@ from typing import Any, Self
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
-from ..displays.axes import BLUE, ORANGE, new_axes
+from ..displays.axes import BLUE, ORANGE, Display, new_axes
 from .barrier import LossBarrier, loss_barrier
 
 
-class LossBarrierDisplay:
+class LossBarrierDisplay(Display):
     """Show the loss along straight lines between checkpoints.
+
+    A curve for each line; lines to the mean of all checkpoints are dashed.
 
     Parameters
     ----------
@@ -69,19 +71,7 @@ class LossBarrierDisplay:
         measured = loss_barrier(estimator.checkpoints_.select(names), X, y, **given)
         return cls(measured).plot(ax=ax)
 
-    def plot(self, ax: Any = None) -> Self:
-        """Draw a curve for each line; lines to the mean of all are dashed.
-
-        Parameters
-        ----------
-        ax : matplotlib Axes or None, default=None
-            Axes to draw on; None for those of a new figure.
-
-        Returns
-        -------
-        display : LossBarrierDisplay
-            This display, with ``ax_`` and ``figure_`` set.
-        """
+    def _draw(self, ax: Any) -> None:
         self.figure_, self.ax_ = new_axes(ax, 6.0, 3.8)
         shown: set[str] = set()
         lines = zip(self.barrier.lines, self.barrier.losses, strict=True)
@@ -100,4 +90,3 @@ class LossBarrierDisplay:
             title=f"highest barrier {highest:.3f}",
         )  # fmt: skip
         self.ax_.legend(frameon=False)
-        return self

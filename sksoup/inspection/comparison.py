@@ -163,16 +163,15 @@ def compare_soups(
         rankings: dict[str, tuple[float, int]] = {}
         for name, recipe in (recipes or paper_systems(len(checkpoints))).items():
             ranked, cost = _ranked(recipe, checkpoints, X_val, y_val, memory, rankings)
-            soup, result = _measure(
+            soups[name], result = _measure(
                 name, ranked, cost, n_repeats, checkpoints, (X_val, y_val), test, scoring
             )
             if measure_memory:
                 memory_used = _extra_memory(ranked, checkpoints, X_val, y_val)
                 result = replace(result, extra_memory=memory_used)
             if "memory" in (params := recipe.get_params(deep=False)):
-                soup.set_params(memory=params["memory"])  # the shared one is temporary
+                soups[name].set_params(memory=params["memory"])  # the shared one is temporary
             results.append(result)
-            soups[name] = soup
             if on_result is not None:
                 on_result(result)
     n_test = None if test is None else len(y_test)
@@ -188,14 +187,11 @@ def _ranked(
     memory: str,
     rankings: dict[str, tuple[float, int]],
 ) -> tuple[BaseSoup, tuple[float, int]]:
-    """The recipe with a memory that holds the ranking, and the seconds and rows of the ranking.
-
-    Recipes that do not rank on all rows, or have a memory of their own, are left unchanged.
-    """
+    """The recipe with a memory that holds the ranking, and the seconds and rows of the ranking."""
     params = recipe.get_params(deep=False)
     ranks = isinstance(recipe, (BestCheckpoint, GreedySoup))
     if not ranks or params["memory"] is not None or params.get("ranking_fraction") is not None:
-        return clone(recipe), (0.0, 0)
+        return clone(recipe), (0.0, 0)  # no ranking on all rows, or a memory of its own
     names = BestCheckpoint().get_params(deep=False)
     shared = {name: params[name] for name in names if name not in ("checkpoints", "memory")}
     if (key := repr(shared)) not in rankings:
@@ -217,13 +213,14 @@ def _measure(
 ) -> tuple[BaseSoup, SoupResult]:
     """Fit a recipe ``n_repeats`` times; return the first soup and the mean result."""
     params = recipe.get_params(deep=False)
-    seed = params.get("random_state", "none is drawn")
     ranks_all = isinstance(recipe, GreedySoup) and recipe.ranking_fraction is None
-    is_random = seed != "none is drawn" and not ranks_all
+    if "random_state" not in params or ranks_all:  # nothing is drawn
+        n_repeats = 1
+    seed = params.get("random_state")
     fits = []
-    for repeat in range(n_repeats if is_random else 1):
+    for repeat in range(n_repeats):
         soup = clone(recipe)
-        if is_random and n_repeats > 1:
+        if n_repeats > 1:
             soup.set_params(random_state=(int(seed) if isinstance(seed, Integral) else 0) + repeat)
         begin = time.perf_counter()
         soup.fit(checkpoints, *val)
@@ -242,19 +239,16 @@ def _measure(
         backward_passes=first.counts_.rows_backward / n,
         extra_memory=None,
         n_ingredients=int(np.count_nonzero(np.atleast_2d(first.coef_).any(axis=0))),
-        held_out_std=statistics.stdev(held_out) if len(fits) > 1 else 0.0,
-        test_std=statistics.stdev(tested) if test is not None and len(fits) > 1 else 0.0,
-        n_repeats=len(fits),
+        held_out_std=statistics.stdev(held_out) if n_repeats > 1 else 0.0,
+        test_std=statistics.stdev(tested) if test is not None and n_repeats > 1 else 0.0,
+        n_repeats=n_repeats,
     )
 
 
 def _extra_memory(system: BaseSoup, checkpoints: CheckpointCollection, X: Any, y: Any) -> float:
     """Peak of live tensors in a short fit, without the module and the data, in model sizes."""
-    soup = clone(system)
-    if "memory" in soup.get_params(deep=False):
-        soup.set_params(memory=None)
-    if "max_epochs" in soup.get_params(deep=False):
-        soup.set_params(max_epochs=1)
+    params, short = system.get_params(deep=False), {"memory": None, "max_epochs": 1}
+    soup = clone(system).set_params(**{name: short[name] for name in short if name in params})
     with LiveTensors(ignored=checkpoints.held_tensors()) as live, warnings.catch_warnings():
         warnings.simplefilter("ignore", SoupWarning)  # the first fit has given them
         soup.fit(checkpoints, X, y)

@@ -95,15 +95,19 @@ class SoupComparison:
 
     @property
     def statement(self) -> str:
-        """A sentence or two on the rows and the metric behind the scores."""
+        """The rows and the metric behind the scores, in a sentence or two; empty if unknown."""
         if self.n_held_out is None:
             return ""
-        chose = f"{self.n_held_out:,} held-out rows chose the coefficients: scores on them flatter."
-        if self.scoring is not None:
-            chose = f"Scores are {self.scoring}. {chose}"
-        if self.n_test is None:
-            return f"{chose} No test rows were given."
-        return f"{chose} {self.n_test:,} test rows, which no system saw, report."
+        metric = "" if self.scoring is None else f"Scores are {self.scoring}. "
+        advice = (
+            "No test rows were given."
+            if self.n_test is None
+            else f"Compare systems on the {self.n_test:,} test rows."
+        )
+        return (
+            f"{metric}Coefficients were fitted on the {self.n_held_out:,} validation rows, so "
+            f"scores on them are optimistic. {advice}"
+        )
 
     def cells(self, plus_minus: str = "±") -> list[tuple[str, ...]]:
         """Return the rows of the table as text.
@@ -141,8 +145,7 @@ class SoupComparison:
         ]
 
     def __str__(self) -> str:
-        table = self._table().to_text(rule=True)
-        return "\n".join([table, *([self.statement] if self.statement else [])])
+        return f"{self._table().to_text(rule=True)}\n{self.statement}".rstrip()
 
     def to_markdown(self) -> str:
         """Return the table in Markdown.

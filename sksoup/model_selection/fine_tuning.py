@@ -33,18 +33,8 @@ class Candidate:
     score: float
     fit_time: float
     error: str | None = None
-    state: dict[str, torch.Tensor] | None = None
+    weights: dict[str, torch.Tensor] | Path | None = None
     module: nn.Module | None = None  # for the architecture, if there is no start
-
-
-def candidate_name(index: int) -> str:
-    """The name of a candidate's checkpoint."""
-    return f"candidate{index:03d}"
-
-
-def candidate_path(folder: Path | None, index: int) -> Path | None:
-    """The file of a candidate; None if the weights stay in memory."""
-    return None if folder is None else folder / f"{candidate_name(index)}.safetensors"
 
 
 def find_start(estimator: Any) -> nn.Module | None:
@@ -79,7 +69,7 @@ def fine_tune(
     """Fine-tune one candidate and score it; one that is on disk is read from there."""
     if path is not None and path.exists():
         record = json.loads(read_metadata(path)[RECORD])
-        return Candidate(record["score"], record["fit_time"])
+        return Candidate(record["score"], record["fit_time"], weights=path)
     X, y, X_held_out, y_held_out = parts
     begin = time.perf_counter()
     try:
@@ -105,11 +95,10 @@ def fine_tune(
         # whatever the reason, a candidate that fails is reported and left out
         return Candidate(math.nan, math.nan, f"{type(error).__name__}: {error}")
     module = copy.deepcopy(net.module_).cpu() if start is None else None
-    if path is None:
-        return Candidate(score, spent, state=state, module=module)
-    record = {"score": score, "fit_time": spent, "params": repr(dict(params))}
-    write_safetensors(path, state, {RECORD: json.dumps(record)})
-    return Candidate(score, spent, module=module)
+    if path is not None:
+        record = {"score": score, "fit_time": spent, "params": repr(dict(params))}
+        write_safetensors(path, state, {RECORD: json.dumps(record)})
+    return Candidate(score, spent, weights=path or state, module=module)
 
 
 def _load_start(module: nn.Module, start: nn.Module) -> None:

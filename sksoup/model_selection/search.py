@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,26 +17,21 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, clone, is_classifier, is_regressor
 from sklearn.exceptions import FitFailedWarning
 from sklearn.metrics import check_scoring
-from sklearn.model_selection import (
-    ParameterSampler,
-    ShuffleSplit,
-    StratifiedShuffleSplit,
-    check_cv,
-)
+from sklearn.model_selection import ParameterSampler, ShuffleSplit, StratifiedShuffleSplit, check_cv
 from sklearn.utils import Tags, check_random_state, get_tags
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
-from ..data.outputs import Outputs, Task
+from ..data.outputs import Task
 from ..data.rows import map_inputs
 from ..engine.objective import module_dtype
-from ..recipes.base import DocLinkMixin
+from ..recipes.base import BaseSoup, DocLinkMixin
 from ..recipes.baselines import UniformSoup
 from ..recipes.greedy import GreedySoup
 from ..recipes.validation import to_numpy, validate_rows
-from .fine_tuning import Candidate, candidate_name, candidate_path, find_start, fine_tune
+from .fine_tuning import Candidate, find_start, fine_tune
 from .manifest import claim, make_manifest, recorded_seed
 
 
@@ -191,31 +187,32 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         params = list(ParameterSampler(self.param_distributions, self.n_iter, random_state=rng))
         seeds = rng.randint(2**31 - 1, size=len(params))
         train, held_out = self._split(y, rng)
-        parts = [_take(values, rows) for rows in (train, held_out) for values in (X, y)]
-        numbers = parts[1::2]  # labels as nets take them: indices, for classifiers
+        parts = [
+            map_inputs(itemgetter(rows), values) for rows in (train, held_out) for values in (X, y)
+        ]
+        rows = list(parts)
         if start is not None:  # raise the errors of the soup before hours of training
             one = CheckpointCollection([start], module=start)
             trial = UniformSoup(
                 one, forward=soup.forward, task=soup.task, classes=soup.classes, device=soup.device
             )
             trial.fit(*parts[2:])
-            if soup.task == "classification":
-                numbers = [_number(labels, trial.outputs_) for labels in parts[1::2]]
+            if soup.task == "classification":  # nets take labels as indices of their outputs
+                rows[1::2] = [_indices(labels, trial) for labels in parts[1::2]]
         if folder is not None:
             claim(folder, make_manifest(self.estimator, self.scoring, seed, params, start, parts))
-        rows = [parts[0], numbers[0], parts[2], numbers[1]]
+        names = [f"candidate{index:03d}" for index in range(len(params))]
+        paths = [None if folder is None else folder / f"{name}.safetensors" for name in names]
         candidates = Parallel(n_jobs=self.n_jobs)(
-            delayed(fine_tune)(
-                self.estimator, p, int(s), start, rows, scorer, candidate_path(folder, index)
-            )
-            for index, (p, s) in enumerate(zip(params, seeds, strict=True))
+            delayed(fine_tune)(self.estimator, p, int(s), start, rows, scorer, path)
+            for p, s, path in zip(params, seeds, paths, strict=True)
         )
         self._keep_results(params, candidates)
-        self.checkpoints_ = self._collect(candidates, folder, start, soup)
-        self.soup_ = soup.fit(self.checkpoints_, *parts[2:])
+        self.checkpoints_ = self._collect(
+            {n: c for n, c in zip(names, candidates, strict=True) if c.error is None}, start, soup
+        )
+        self.soup_: BaseSoup = soup.fit(self.checkpoints_, *parts[2:])
         return self
-
-    # -------------------------------------------------------------- what fit consists of
 
     def _soup(self) -> Any:
         if not isinstance(self.n_iter, Integral) or self.n_iter < 1:
@@ -238,10 +235,10 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
 
     def _seed(self, folder: Path | None) -> int:
         """The seed of the search; without random_state that of the search in the folder."""
-        if self.random_state is None and (recorded := recorded_seed(folder)) is not None:
-            return recorded
         if self.random_state is None:
-            return int(np.random.SeedSequence().generate_state(1)[0])
+            recorded = recorded_seed(folder)
+            entropy = np.random.SeedSequence().generate_state(1)[0]
+            return int(entropy) if recorded is None else recorded
         if isinstance(self.random_state, (int, np.integer)):
             return int(self.random_state)
         return int(check_random_state(self.random_state).randint(2**31 - 1))
@@ -289,16 +286,10 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         self.best_params_ = dict(params[self.best_index_])
 
     def _collect(
-        self,
-        candidates: Sequence[Candidate],
-        folder: Path | None,
-        start: nn.Module | None,
-        soup: Any,
+        self, found: Mapping[str, Candidate], start: nn.Module | None, soup: Any
     ) -> CheckpointCollection:
-        found = {candidate_name(k): c for k, c in enumerate(candidates) if c.error is None}
-        module = start
-        if module is None:
-            module = next((c.module for c in found.values() if c.module is not None), None)
+        modules = [start, *(c.module for c in found.values())]
+        module = next((m for m in modules if m is not None), None)
         if module is None:
             raise ValueError(
                 f"All candidates were found in save_dir, and {type(self.estimator).__name__} does "
@@ -306,13 +297,10 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
                 f"it fitted again."
             )
         # the same score on the same rows need not be computed twice
-        same_score = hasattr(soup, "scoring") and soup.scoring is None is self.scoring
-        same_score = same_score and getattr(soup, "ranking_fraction", None) is None
+        ranks_alike = soup.scoring is None and getattr(soup, "ranking_fraction", None) is None
+        same_score = ranks_alike and self.scoring is None
         collection = CheckpointCollection(
-            {
-                name: c.state if folder is None else folder / f"{name}.safetensors"
-                for name, c in found.items()
-            },
+            {name: c.weights for name, c in found.items()},
             module=module,
             scores={name: c.score for name, c in found.items()} if same_score else None,
         )
@@ -327,14 +315,10 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
                 )
         return collection
 
-    # ------------------------------------------------------------------- predictions
-
     @property
     def classes_(self) -> NDArray[Any]:
         """Labels in output order."""
-        check_is_fitted(self, "soup_")
-        labels: NDArray[Any] = self.soup_.classes_
-        return labels
+        return self._fitted().classes_
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Predict with the soup.
@@ -349,9 +333,7 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         y : ndarray of shape (n_samples,) or (n_samples, n_outputs)
             Labels or targets.
         """
-        check_is_fitted(self, "soup_")
-        predicted: NDArray[Any] = self.soup_.predict(X)
-        return predicted
+        return self._fitted().predict(X)
 
     @available_if(lambda self: not is_regressor(self.estimator))  # type: ignore[untyped-decorator]
     def predict_proba(self, X: Any) -> NDArray[np.float32]:
@@ -367,8 +349,7 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         p : ndarray of shape (n_samples, n_outputs), float32
             Columns in the order of ``classes_``.
         """
-        check_is_fitted(self, "soup_")
-        probabilities: NDArray[np.float32] = self.soup_.predict_proba(X)
+        probabilities: NDArray[np.float32] = self._fitted().predict_proba(X)
         return probabilities
 
     def score(self, X: Any, y: Any) -> float:
@@ -386,8 +367,11 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         score : float
             Greater is better.
         """
+        return self._fitted().score(X, y)
+
+    def _fitted(self) -> BaseSoup:
         check_is_fitted(self, "soup_")
-        return float(self.soup_.score(X, y))
+        return self.soup_
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
@@ -400,18 +384,15 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         return tags
 
 
-def _number(labels: NDArray[Any], outputs: Outputs) -> NDArray[np.int64]:
+def _indices(labels: NDArray[Any], soup: BaseSoup) -> NDArray[np.int64]:
     """Labels as indices of the outputs."""
-    unknown = np.setdiff1d(labels, np.asarray(outputs.classes))
+    unknown = np.setdiff1d(labels, soup.classes_)
     if len(unknown):
         raise ValueError(
             f"The held-out part lacks labels that the training part has, such as {unknown[0]!r}. "
             f"Give classes= to the soup, or a cv whose first split has all of them."
         )
-    numbers: NDArray[np.int64] = outputs.encode(labels, torch.int64, torch.device("cpu")).numpy()
-    return numbers
-
-
-def _take(values: Any, rows: NDArray[np.int64]) -> Any:
-    """Some rows of an array, or of several."""
-    return map_inputs(lambda part: part[rows], values)
+    indices: NDArray[np.int64] = soup.outputs_.encode(
+        labels, torch.int64, torch.device("cpu")
+    ).numpy()
+    return indices

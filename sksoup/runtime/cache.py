@@ -23,11 +23,7 @@ T = TypeVar("T")
 
 
 class Cache:
-    """What was computed already, in a `joblib.Memory`; the key has all that a result depends on.
-
-    Values are numbers, strings, tensors, lists and dicts of them. A fit without ``memory=`` has no
-    cache (None), and computes no key.
-    """
+    """Results that `pack` can write, in a `joblib.Memory`, under keys of all they depend on."""
 
     def __init__(self, memory: joblib.Memory) -> None:
         self._entry = memory.cache(entry, ignore=["compute"])
@@ -106,10 +102,10 @@ def absent() -> bytes:
 
 def open_cache(memory: Any) -> Cache | None:
     """The cache in a folder or a `joblib.Memory` that can be written to; None for None."""
-    if isinstance(memory, joblib.Memory):
-        return Cache(memory) if memory.location is not None else None
-    if memory is None:
+    if memory is None or (isinstance(memory, joblib.Memory) and memory.location is None):
         return None
+    if isinstance(memory, joblib.Memory):
+        return Cache(memory)
     if not isinstance(memory, (str, os.PathLike)):
         raise TypeError(
             f"memory must be a folder, a joblib.Memory or None, got a {type(memory).__name__}."

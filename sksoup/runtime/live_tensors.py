@@ -17,9 +17,7 @@ from torch.overrides import TorchFunctionMode
 class LiveTensors(TorchFunctionMode):
     """Sum the bytes of tensors made in this context and still alive, and keep the peak.
 
-    Tensors made inside a module's forward pass (activations) are left out, and so is what autograd
-    makes on its way back; everything else torch functions return is counted once per storage,
-    except the storages of ``ignored`` tensors.
+    Left out are activations, what autograd makes, and the storages of ``ignored`` tensors.
     """
 
     def __init__(self, ignored: Iterable[torch.Tensor] = ()) -> None:
@@ -50,18 +48,14 @@ class LiveTensors(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self._depth == 0:
-            for tensor in _tensors(result):
-                self._see(tensor)
+        for tensor in _tensors(result) if self._depth == 0 else ():
+            storage = tensor.untyped_storage()
+            key = storage.data_ptr()
+            if key and key not in self._alive and key not in self._ignored:
+                self._alive[key] = storage.nbytes()
+                weakref.finalize(storage, self._alive.pop, key, None)
+                self.peak = max(self.peak, self.now)
         return result
-
-    def _see(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage.data_ptr()
-        if key and key not in self._alive and key not in self._ignored:
-            self._alive[key] = storage.nbytes()
-            weakref.finalize(storage, self._alive.pop, key, None)
-            self.peak = max(self.peak, self.now)
 
     def _enter_forward(self, *_: Any) -> None:
         self._depth += 1
@@ -73,9 +67,6 @@ class LiveTensors(TorchFunctionMode):
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)

@@ -37,8 +37,8 @@ def test_compares_all_ten_systems(zoo: Zoo, tmp_path):
     table = str(comparison).splitlines()
     assert len(table) == 13
     assert len(set(map(len, table[2:12]))) == 1
-    assert table[12].startswith("60 held-out rows chose the coefficients: scores on them flatter.")
-    assert table[12].endswith("30 test rows, which no system saw, report.")
+    assert table[12].startswith("Coefficients were fitted on the 60 validation rows, so scores on ")
+    assert table[12].endswith("Compare systems on the 30 test rows.")
     assert comparison.to_markdown().count("\n") == 11
 
 

@@ -1,0 +1,105 @@
+"""Digests of values: equal for equal values, different for all others."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import make_scorer
+from torch import nn
+
+from sksoup.runtime.fingerprint import fingerprint
+
+from ..zoo import Net
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+
+
+@given(PLAIN, PLAIN)
+def test_fingerprints_tell_values_apart(a, b):
+    assert fingerprint(a) == fingerprint(a)
+    assert (fingerprint(a) == fingerprint(b)) == (repr(a) == repr(b) or str_of(a) == str_of(b))
+
+
+def str_of(value) -> str:
+    """With dicts in one order, as they have none."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k!r}:{str_of(value[k])}" for k in sorted(value, key=repr)) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(str_of, value)) + "]"
+    return repr(value)
+
+
+def make_scaled(factor):
+    return lambda module, X: factor * module(X)
+
+
+def test_fingerprints_of_what_a_soup_is_given():
+    def one(module, X):
+        return module(X)
+
+    def two(module, X):
+        return module(X) * 2
+
+    assert fingerprint(one) != fingerprint(two)
+    assert fingerprint(make_scaled(2)) == fingerprint(make_scaled(2)) != fingerprint(make_scaled(3))
+    assert fingerprint(functools.partial(one, 1)) != fingerprint(functools.partial(one, 2))
+    assert fingerprint({"a", "b", "c"}) == fingerprint({"c", "b", "a"}) != fingerprint({"a"})
+    assert fingerprint(torch.ones(3)) != fingerprint(torch.ones(3, dtype=torch.bfloat16))
+    assert fingerprint(torch.ones(2, 3)) != fingerprint(torch.ones(3, 2))
+    assert fingerprint(torch.ones(0)) != fingerprint(torch.ones(()))
+    assert fingerprint(np.arange(6).reshape(2, 3).T) != fingerprint(np.arange(6).reshape(3, 2))
+    assert fingerprint("ab", "c") != fingerprint("a", "bc")
+    assert fingerprint(1) != fingerprint(True) != fingerprint(1.0)
+    loss, other = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1)
+    assert fingerprint(loss) != fingerprint(other)
+    weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0]))
+    assert fingerprint(weighted) != fingerprint(nn.CrossEntropyLoss(weight=torch.ones(2)))
+    assert fingerprint(Net) != fingerprint(nn.Linear)
+    assert fingerprint(nn.CrossEntropyLoss().forward) != fingerprint(other.forward)
+
+
+def test_code_that_changed_is_noticed():
+    """That of a module, and of an object that is called."""
+
+    def edited(name, base, body):
+        names: dict = {"__name__": "notebook"}
+        exec(f"def {name}(self, x): return {body}", names)
+        made = type("Mine", (base,), {name: names[name], "__module__": "notebook"})
+        sys.modules["notebook"].Mine = made
+        return fingerprint(made())
+
+    sys.modules["notebook"] = types.ModuleType("notebook")
+    try:
+        for name, base in (("forward", nn.Module), ("__call__", object)):
+            digests = [edited(name, base, body) for body in ("x", "2 * x", "x")]
+            assert digests[0] == digests[2] != digests[1]
+    finally:
+        del sys.modules["notebook"]
+
+
+def test_a_metric_whose_code_changed_is_noticed():
+    def metric(body):
+        names: dict = {"__name__": "notebook"}
+        exec(f"def metric(y, predicted): return {body}", names)
+        return names["metric"]
+
+    first, second = metric("(y == predicted).mean()"), metric("(y != predicted).mean()")
+    sys.modules["notebook"] = types.ModuleType("notebook")
+    try:
+        digests = []
+        for function in (first, second, first):
+            sys.modules["notebook"].metric = function
+            digests.append(fingerprint(make_scorer(function)))
+    finally:
+        del sys.modules["notebook"]
+    assert digests[0] == digests[2] != digests[1]
