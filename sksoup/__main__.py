@@ -20,8 +20,7 @@ from .checkpoints.collection import CheckpointCollection
 from .checkpoints.health import UNRELATED
 from .checkpoints.prefixes import PREFIXES
 from .checkpoints.protocol import Read
-from .checkpoints.read import SUFFIXES
-from .checkpoints.sources import find_checkpoints
+from .checkpoints.sources import SUFFIXES, find_checkpoints
 from .exceptions import CheckpointError, RecipeError
 from .mixing.recipe import Recipe
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from ..exceptions import CheckpointError
-from .read import SUFFIXES, read_safetensors_metadata
+from .read import read_safetensors_metadata
 from .shards import INDEX, weight_map
 
 # what the weights of a Hugging Face or skorch folder are called, in order of preference
@@ -38,14 +39,14 @@ def find_weights(folder: Path) -> Path | None:
     return found if is_skorch or any((folder / mark).is_file() for mark in marks) else None
 
 
-def list_weights(folder: Path) -> list[Path]:
+def list_weights(folder: Path, suffixes: Collection[str]) -> list[Path]:
     """All checkpoints in a folder (files, sharded ones once, and folders), or the one it is."""
     indices = [path for path in folder.iterdir() if path.name.endswith(INDEX)]
     shards = {folder / name for index in indices for name in set(weight_map(index).values())}
     files = [
         path
         for path in folder.iterdir()
-        if path.suffix in SUFFIXES
+        if path.suffix in suffixes
         and path.is_file()
         and path not in shards
         and not NOT_WEIGHTS.fullmatch(path.name)

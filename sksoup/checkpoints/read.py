@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
@@ -17,7 +17,7 @@ from safetensors import safe_open
 from ..exceptions import CheckpointError
 from .protocol import HASHING, Checkpoint, Read, TensorInfo
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
@@ -85,7 +85,12 @@ def unreadable(path: Path, error: Exception) -> CheckpointError:
 
 
 class CheckpointFile(Checkpoint):
-    """A file of tensors: its header, and what the file was when it was opened."""
+    """A file of tensors: its header, and what the file was when it was opened.
+
+    A format is a subclass with ``suffixes``, ``_read_header`` and ``_open``.
+    """
+
+    suffixes: ClassVar[tuple[str, ...]]
 
     def __init__(self, file: Path, key: str | None = None, path: Path | None = None) -> None:
         self.file = file
@@ -107,6 +112,11 @@ class CheckpointFile(Checkpoint):
 
     def __repr__(self) -> str:
         return repr(str(self.path))
+
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        """Whether a file has this format: by its suffix, or by how it begins."""
+        return path.suffix in cls.suffixes
 
     @abstractmethod
     def _read_header(self) -> dict[str, TensorInfo]: ...
@@ -162,12 +172,12 @@ class CheckpointFile(Checkpoint):
 class SafetensorsFile(CheckpointFile):
     """A file of safetensors; skorch also writes the format to files called ``params.pt``."""
 
+    suffixes = (".safetensors",)
+
     @classmethod
     def accepts(cls, path: Path) -> bool:
-        if path.suffix == ".safetensors":
-            return True
-        if path.suffix not in SUFFIXES:
-            return False
+        if path.suffix not in TORCH_SUFFIXES:
+            return super().accepts(path)
         size, *_ = file_identity(path)
         with naming(path), path.open("rb") as file:
             start = file.read(9)  # the length of a JSON header, and the header

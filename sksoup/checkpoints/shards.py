@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -41,6 +41,8 @@ class ShardedCheckpoint(Checkpoint):
 
     def __repr__(self) -> str:
         return repr(str(self.path))
+
+    suffixes: ClassVar[tuple[str, ...]] = ()  # an index is recognised by the end of its name
 
     @classmethod
     def accepts(cls, path: Path) -> bool:

@@ -15,12 +15,13 @@ from ..exceptions import CheckpointError
 from .folders import FOLDER_WEIGHTS, list_weights, weights_of
 from .in_memory import MemoryCheckpoint
 from .protocol import Checkpoint, Entry
-from .read import SUFFIXES, SafetensorsFile
+from .read import SafetensorsFile
 from .shards import ShardedCheckpoint
 from .torch_files import TorchFile
 
 # the formats of files: the first that accepts a file opens it
 KINDS = (ShardedCheckpoint, SafetensorsFile, TorchFile)
+SUFFIXES = tuple(suffix for kind in KINDS for suffix in kind.suffixes)
 
 
 def open_checkpoint(path: Path, key: str | None = None) -> Checkpoint:
@@ -62,7 +63,7 @@ def find_checkpoints(path: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints of a folder or a pattern, or a file, in natural order."""
     root = Path(path)
     if root.is_dir():
-        found = list_weights(root)
+        found = list_weights(root, SUFFIXES)
     elif root.is_file():
         found = [root]
     else:

@@ -15,7 +15,7 @@ import torch
 from ..exceptions import CheckpointError
 from .in_memory import check_state_dict
 from .protocol import Read, TensorInfo
-from .read import SUFFIXES, CheckpointFile
+from .read import TORCH_SUFFIXES, CheckpointFile
 
 # modules whose names a pickle has no harmless use for, also by their names in Python 2
 _NEVER = ("builtins", "__builtin__", "os", "posix", "nt", "sys", "subprocess", "commands", "shutil",
@@ -27,9 +27,7 @@ _NEVER = ("builtins", "__builtin__", "os", "posix", "nt", "sys", "subprocess", "
 class TorchFile(CheckpointFile):
     """A file of ``torch.save``: a state dict, or a training container that holds one."""
 
-    @classmethod
-    def accepts(cls, path: Path) -> bool:
-        return path.suffix in SUFFIXES
+    suffixes = TORCH_SUFFIXES
 
     def _read_header(self) -> dict[str, TensorInfo]:
         # on 'meta' the storages stay on disk; a legacy pickle is read once and dropped

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pickle
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 
-from sksoup import CheckpointCollection, GreedySoup, MEHLSoup, mix
+from sksoup import CheckpointCollection, CheckpointError, GreedySoup, MEHLSoup, mix
+from sksoup.checkpoints import sources
 from sksoup.checkpoints.in_memory import content_sha256
 from sksoup.checkpoints.protocol import Checkpoint, Entry, TensorInfo
+from sksoup.checkpoints.read import CheckpointFile
 
 from ..zoo import Net, Zoo, make_states, same_tensors
 
@@ -69,3 +73,40 @@ def test_computed_and_other_checkpoints_are_one_collection(moved, tmp_path):
     assert same_tensors(mixed["moved"], plain(moved[1]))
     assert mixed.path("moved") is None
     assert mixed.drop("state").names == ("moved",)
+
+
+class NumpyFile(CheckpointFile):
+    """Arrays of numpy, as a format that the package does not have."""
+
+    suffixes = (".npz",)
+
+    def _read_header(self):
+        with np.load(self.file) as arrays:
+            return {name: TensorInfo.of(torch.as_tensor(arrays[name])) for name in arrays}
+
+    @contextmanager
+    def _open(self):
+        with np.load(self.file) as arrays:
+            yield lambda name: torch.as_tensor(arrays[name])
+
+
+def test_a_new_format_is_a_class_and_a_line(tmp_path, zoo: Zoo):
+    states = make_states(3, seed=0)
+    for k, state in enumerate(states):
+        np.savez(tmp_path / f"ft{k}.npz", **{name: w.numpy() for name, w in state.items()})
+    with pytest.raises(CheckpointError, match="No checkpoints found"):
+        CheckpointCollection.from_path(tmp_path)
+    registered = (*sources.KINDS, NumpyFile)
+    with patch.multiple(sources, KINDS=registered, SUFFIXES=(*sources.SUFFIXES, ".npz")):
+        files = CheckpointCollection.from_path(tmp_path, module=Net)
+    assert files.names == ("ft0", "ft1", "ft2")
+    assert same_tensors(mix(files, [0.5, 0.3, 0.2]), mix(states, [0.5, 0.3, 0.2]))
+    soup = GreedySoup().fit(files, zoo.X, zoo.y)
+    assert soup.recipe_.cook(files).keys() == states[0].keys()
+    with (tmp_path / "ft1.npz").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(CheckpointError, match=r"ft1\.npz' changed on disk"):
+        files["ft1"]
+    (tmp_path / "ft2.npz").write_bytes(b"no arrays")
+    with pytest.raises(CheckpointError, match=r"ft2\.npz' can't be read"):
+        NumpyFile(tmp_path / "ft2.npz")

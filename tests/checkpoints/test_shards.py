@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from sksoup import CheckpointError
-from sksoup.checkpoints import folders, sources
+from sksoup.checkpoints import sources
 
 from .files import STATE, read_all
 
@@ -34,9 +34,9 @@ def test_shards_are_one_checkpoint(index):
     for path in (index, index.parent):
         loaded = read_all(path)
         assert all(torch.equal(loaded[name], STATE[name]) for name in STATE)
-    assert folders.list_weights(index.parent) == [index.parent]
+    assert sources.find_checkpoints(index.parent) == [index.parent]
     other = index.rename(index.with_name(f"other.{index.name}"))
-    assert folders.list_weights(index.parent) == [other]  # its shards once, by their index
+    assert sources.find_checkpoints(index.parent) == [other]  # its shards once, by their index
     index = other.rename(index)
     first = sources.open_checkpoint(index).sha256()
     shard = next(index.parent.glob("model-00001*"))
