@@ -174,7 +174,7 @@ def held_out_rows(labels: np.ndarray, index: Path | None) -> np.ndarray:
     """Rows of the training images to choose by: the published ones, else 26 of each class."""
     if index is None:
         print("No --held-out: 26 of each class are drawn. The published fine-tunings were trained "
-              "on most of them, so that scores on them flatter.")  # fmt: skip
+              "on most of them, so that scores on them are optimistic.")  # fmt: skip
         rng = np.random.default_rng(0)
         classes = (np.flatnonzero(labels == label) for label in np.unique(labels))
         return np.sort(np.concatenate([rng.permutation(rows)[:26] for rows in classes]))
