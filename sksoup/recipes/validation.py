@@ -37,7 +37,7 @@ from ..data.rows import (
     to_inputs,
     to_tensor,
 )
-from ..engine.batch_norm import check_rows, statistics
+from ..engine.batch_norm import statistics
 from ..engine.deltas import resolve_delta_dtype
 from ..engine.descent import OPTIMIZERS, SCHEDULES, DeltaStorage, Settings
 from ..engine.objective import Criterion, Forward, Objective, feed, module_dtype, prepare_module
@@ -355,12 +355,17 @@ def check_descent(soup: Any) -> None:
 
 def check_minibatches(soup: Any, problem: Problem, aside: HeldOut | None = None) -> None:
     """Check that BatchNorm can normalise by the minibatches of a search, where it is to."""
-    if soup.batch_norm != "recalibrate":
+    if soup.batch_norm != "recalibrate" or not statistics(problem.module):
         return
-    for rows in (problem.data, aside):
-        if rows is not None:
-            check_rows(problem.objective.module, len(rows), soup.batch_size)
-    if world_size() > 1 and statistics(problem.objective.module):
+    for n in (len(rows) for rows in (problem.data, aside) if rows is not None):
+        size = min(soup.batch_size or n, n)
+        if size == 1 or n % size == 1:
+            raise ValueError(
+                f"batch_norm='recalibrate' normalises by the statistics of each minibatch, which "
+                f"one row does not have: {n} rows in minibatches of {size} leave one alone. Change "
+                f"batch_size."
+            )
+    if world_size() > 1:
         raise ValueError(
             "batch_norm='recalibrate' normalises by each minibatch, which the ranks of a "
             "distributed job share out. Search with batch_norm='auto' or 'average'."
