@@ -24,7 +24,7 @@ from .batch_norm import batch_statistics
 from .deltas import Center, Deltas, ModelBatch, Reader, centered, resolve_delta_dtype
 from .problem import Found, Problem, Step
 from .sharded import ShardedBatch
-from .streamed import StreamedModels
+from .streamed import StreamedBatch
 
 Coef: TypeAlias = NDArray[np.float64]
 
@@ -291,27 +291,26 @@ class DeltaStorage:
     def deltas(
         self, center: Center, n_models: int, batches: Sequence[Sequence[str]]
     ) -> Iterator[Deltas]:
-        """Hold ``n_models`` deltas, which will be loaded in these batches.
-
-        Batches that are larger are read from their files at every step.
-        """
-        is_streamed = any(len(batch) > n_models for batch in batches)
+        """Hold ``n_models`` deltas of these batches; larger batches are read at every step."""
         is_shared = self.is_shared and world_size() > 1
-        if is_streamed and is_shared:
-            n_models = max(1, n_models // world_size())  # each rank streams all of them
-        is_shared = is_shared and not is_streamed
-        order = [k for batch in batches for k in (batch[share(len(batch))] if is_shared else batch)]
-        kind = ShardedBatch if is_shared else ModelBatch
-        reader = Reader(center, order, 0 if is_streamed else self.n_ahead, n_models)
-        batch = None
+        kind: type[ModelBatch] = ShardedBatch if is_shared else ModelBatch
+        n_ahead = self.n_ahead
+        if any(len(batch) > n_models for batch in batches):
+            kind, n_ahead = StreamedBatch, 0
+            if is_shared:
+                n_models = max(1, n_models // world_size())  # each rank streams all of them
+        elif is_shared:
+            batches = [batch[share(len(batch))] for batch in batches]
+        reader = Reader(center, [name for batch in batches for name in batch], n_ahead, n_models)
+        held = None
         try:
             dtype = resolve_delta_dtype(self.delta_dtype, center.mean.dtype)
-            batch = kind(center, n_models, dtype, reader)
-            yield StreamedModels(batch) if is_streamed else batch
+            held = kind(center, n_models, dtype, reader)
+            yield held
         finally:
             reader.close()
-            if batch is not None:
-                batch.release()
+            if held is not None:
+                held.release()
 
 
 class NotCached(Exception):
@@ -378,8 +377,7 @@ def within_memory(
                 cache.keep(half, "halved", n_models)
             on_halved(half)
             n_models = half
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # does nothing where CUDA is not in use
     return None
 
 
