@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from .base import BaseSoup
 __all__ = ["BestCheckpoint", "CheckpointEnsemble", "UniformSoup"]
 
 
+@dataclass(eq=False, repr=False)
 class UniformSoup(BaseSoup):
     r"""Average all checkpoints with equal coefficients.
 
@@ -91,24 +93,14 @@ class UniformSoup(BaseSoup):
     [0.25, 0.25, 0.25, 0.25]
     """
 
-    def __init__(
-        self,
-        checkpoints: Any = None,
-        *,
-        batch_norm: BatchNormPolicy = "average",
-        forward: Forward | None = None,
-        task: Task = "classification",
-        classes: ArrayLike | None = None,
-        batch_size: int | None = 128,
-        device: str | torch.device = "auto",
-    ) -> None:
-        self.checkpoints = checkpoints
-        self.batch_norm = batch_norm
-        self.forward = forward
-        self.task = task
-        self.classes = classes
-        self.batch_size = batch_size
-        self.device = device
+    checkpoints: Any = None
+    _: KW_ONLY
+    batch_norm: BatchNormPolicy = "average"
+    forward: Forward | None = None
+    task: Task = "classification"
+    classes: ArrayLike | None = None
+    batch_size: int | None = 128
+    device: str | torch.device = "auto"
 
     def _search(self, problem: Problem) -> Found:
         with problem.progress("average", 0):
@@ -116,6 +108,7 @@ class UniformSoup(BaseSoup):
             return Found(np.full((1, n), 1 / n))
 
 
+@dataclass(eq=False, repr=False)
 class BestCheckpoint(BaseSoup):
     """Keep the checkpoint with the highest held-out score: the usual practice, as a baseline.
 
@@ -189,28 +182,16 @@ class BestCheckpoint(BaseSoup):
     (('checkpoint1',), {'checkpoint0': 0.0, 'checkpoint1': 1.0})
     """
 
-    def __init__(
-        self,
-        checkpoints: Any = None,
-        *,
-        scoring: Any = None,
-        forward: Forward | None = None,
-        task: Task = "classification",
-        classes: ArrayLike | None = None,
-        batch_size: int | None = 128,
-        n_jobs: int | None = None,
-        device: str | torch.device = "auto",
-        memory: Any = None,
-    ) -> None:
-        self.checkpoints = checkpoints
-        self.scoring = scoring
-        self.forward = forward
-        self.task = task
-        self.classes = classes
-        self.batch_size = batch_size
-        self.n_jobs = n_jobs
-        self.device = device
-        self.memory = memory
+    checkpoints: Any = None
+    _: KW_ONLY
+    scoring: Any = None
+    forward: Forward | None = None
+    task: Task = "classification"
+    classes: ArrayLike | None = None
+    batch_size: int | None = 128
+    n_jobs: int | None = None
+    device: str | torch.device = "auto"
+    memory: Any = None
 
     def _search(self, problem: Problem) -> Found:
         checkpoints = problem.checkpoints
@@ -222,6 +203,7 @@ class BestCheckpoint(BaseSoup):
         return Found(coef, attributes={"individual_scores_": scores, "ingredients_": (best,)})
 
 
+@dataclass(eq=False, repr=False)
 class CheckpointEnsemble(BaseSoup):
     r"""Average the logits of all checkpoints: K times the inference cost of a soup.
 
@@ -273,24 +255,15 @@ class CheckpointEnsemble(BaseSoup):
     (2, 2)
     """
 
-    _has_recipe = False
+    checkpoints: Any = None
+    _: KW_ONLY
+    forward: Forward | None = None
+    task: Task = "classification"
+    classes: ArrayLike | None = None
+    batch_size: int | None = 128
+    device: str | torch.device = "auto"
 
-    def __init__(
-        self,
-        checkpoints: Any = None,
-        *,
-        forward: Forward | None = None,
-        task: Task = "classification",
-        classes: ArrayLike | None = None,
-        batch_size: int | None = 128,
-        device: str | torch.device = "auto",
-    ) -> None:
-        self.checkpoints = checkpoints
-        self.forward = forward
-        self.task = task
-        self.classes = classes
-        self.batch_size = batch_size
-        self.device = device
+    _has_recipe = False
 
     def _search(self, problem: Problem) -> Found:
         problem.checkpoints.check()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -66,6 +66,7 @@ def uniform_coef(ingredients: list[int], n_checkpoints: int) -> NDArray[np.float
     return coef
 
 
+@dataclass(eq=False, repr=False)
 class GreedySoup(BaseSoup):
     r"""Average the checkpoints that help, found greedily on the held-out score.
 
@@ -195,38 +196,21 @@ class GreedySoup(BaseSoup):
     (('checkpoint1', 'checkpoint0'), [0.5, 0.5])
     """
 
-    def __init__(
-        self,
-        checkpoints: Any = None,
-        *,
-        scoring: Any = None,
-        min_improvement: float = 0.0,
-        early_rejection: bool = True,
-        ranking_fraction: float | None = None,
-        batch_norm: BatchNormPolicy = "average",
-        forward: Forward | None = None,
-        task: Task = "classification",
-        classes: ArrayLike | None = None,
-        batch_size: int | None = 128,
-        n_jobs: int | None = None,
-        device: str | torch.device = "auto",
-        random_state: Any = None,
-        memory: Any = None,
-    ) -> None:
-        self.checkpoints = checkpoints
-        self.scoring = scoring
-        self.min_improvement = min_improvement
-        self.early_rejection = early_rejection
-        self.ranking_fraction = ranking_fraction
-        self.batch_norm = batch_norm
-        self.forward = forward
-        self.task = task
-        self.classes = classes
-        self.batch_size = batch_size
-        self.n_jobs = n_jobs
-        self.device = device
-        self.random_state = random_state
-        self.memory = memory
+    checkpoints: Any = None
+    _: KW_ONLY
+    scoring: Any = None
+    min_improvement: float = 0.0
+    early_rejection: bool = True
+    ranking_fraction: float | None = None
+    batch_norm: BatchNormPolicy = "average"
+    forward: Forward | None = None
+    task: Task = "classification"
+    classes: ArrayLike | None = None
+    batch_size: int | None = 128
+    n_jobs: int | None = None
+    device: str | torch.device = "auto"
+    random_state: Any = None
+    memory: Any = None
 
     def _check_params(self) -> None:
         super()._check_params()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from .validation import check_descent, check_minibatches, search_cache, settings
 __all__ = ["LearnedSoup"]
 
 
+@dataclass(eq=False, repr=False)
 class LearnedSoup(BaseSoup):
     r"""Learn coefficients on the simplex, and a temperature, on held-out data.
 
@@ -153,59 +155,33 @@ class LearnedSoup(BaseSoup):
     np.int64(1)
     """
 
+    checkpoints: Any = None
+    _: KW_ONLY
+    layerwise: Layerwise = False
+    temperature: bool = True
+    memory_limit: int | str | None = None
+    delta_dtype: str | torch.dtype | None = None
+    shard_deltas: bool = False
+    lr: float = 0.05
+    max_epochs: int = 5
+    batch_size: int | None = 128
+    accumulate: int = 1
+    precision: str = "fp32"
+    compile: bool = False
+    optimizer: str = "adamw"
+    schedule: str = "constant"
+    shuffle: bool = True
+    criterion: Criterion | None = None
+    batch_norm: BatchNormPolicy = "average"
+    forward: Forward | None = None
+    task: Task = "classification"
+    classes: ArrayLike | None = None
+    device: str | torch.device = "auto"
+    random_state: Any = None
+    memory: Any = None
+
     weight_decay = 0.0
     model_epochs = 1
-
-    def __init__(
-        self,
-        checkpoints: Any = None,
-        *,
-        layerwise: Layerwise = False,
-        temperature: bool = True,
-        memory_limit: int | str | None = None,
-        delta_dtype: str | torch.dtype | None = None,
-        shard_deltas: bool = False,
-        lr: float = 0.05,
-        max_epochs: int = 5,
-        batch_size: int | None = 128,
-        accumulate: int = 1,
-        precision: str = "fp32",
-        compile: bool = False,
-        optimizer: str = "adamw",
-        schedule: str = "constant",
-        shuffle: bool = True,
-        criterion: Criterion | None = None,
-        batch_norm: BatchNormPolicy = "average",
-        forward: Forward | None = None,
-        task: Task = "classification",
-        classes: ArrayLike | None = None,
-        device: str | torch.device = "auto",
-        random_state: Any = None,
-        memory: Any = None,
-    ) -> None:
-        self.checkpoints = checkpoints
-        self.layerwise = layerwise
-        self.temperature = temperature
-        self.memory_limit = memory_limit
-        self.delta_dtype = delta_dtype
-        self.shard_deltas = shard_deltas
-        self.lr = lr
-        self.max_epochs = max_epochs
-        self.batch_size = batch_size
-        self.accumulate = accumulate
-        self.precision = precision
-        self.compile = compile
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.shuffle = shuffle
-        self.criterion = criterion
-        self.batch_norm = batch_norm
-        self.forward = forward
-        self.task = task
-        self.classes = classes
-        self.device = device
-        self.random_state = random_state
-        self.memory = memory
 
     def _check_params(self) -> None:
         super()._check_params()

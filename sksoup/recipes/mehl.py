@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -90,6 +90,7 @@ class Displacement:
         return affine_coef(after.T)
 
 
+@dataclass(eq=False, repr=False)
 class MEHLSoup(BaseSoup):
     r"""Learn coefficients in the hyperplane of the checkpoints, a few checkpoints at a time.
 
@@ -258,68 +259,36 @@ class MEHLSoup(BaseSoup):
     ((4,), 1.0, 1.0)
     """
 
-    def __init__(
-        self,
-        checkpoints: Any = None,
-        *,
-        layerwise: Layerwise = False,
-        model_batch_size: int | str | None = "auto",
-        memory_limit: int | str | None = None,
-        delta_dtype: str | torch.dtype | None = None,
-        shard_deltas: bool = False,
-        prefetch: int = 1,
-        lr: float = 0.05,
-        max_epochs: int = 5,
-        model_epochs: int = 1,
-        batch_size: int | None = 128,
-        accumulate: int = 1,
-        precision: str = "fp32",
-        compile: bool = False,
-        optimizer: str = "adamw",
-        weight_decay: float = 0.0,
-        schedule: str = "cosine",
-        start: str = "mean",
-        normalize: bool = False,
-        validation_fraction: float | None = None,
-        shuffle: bool = True,
-        criterion: Criterion | None = None,
-        batch_norm: BatchNormPolicy = "average",
-        forward: Forward | None = None,
-        task: Task = "classification",
-        classes: ArrayLike | None = None,
-        device: str | torch.device = "auto",
-        random_state: Any = None,
-        memory: Any = None,
-    ) -> None:
-        self.checkpoints = checkpoints
-        self.layerwise = layerwise
-        self.model_batch_size = model_batch_size
-        self.memory_limit = memory_limit
-        self.delta_dtype = delta_dtype
-        self.shard_deltas = shard_deltas
-        self.prefetch = prefetch
-        self.lr = lr
-        self.max_epochs = max_epochs
-        self.model_epochs = model_epochs
-        self.batch_size = batch_size
-        self.accumulate = accumulate
-        self.precision = precision
-        self.compile = compile
-        self.optimizer = optimizer
-        self.weight_decay = weight_decay
-        self.schedule = schedule
-        self.start = start
-        self.normalize = normalize
-        self.validation_fraction = validation_fraction
-        self.shuffle = shuffle
-        self.criterion = criterion
-        self.batch_norm = batch_norm
-        self.forward = forward
-        self.task = task
-        self.classes = classes
-        self.device = device
-        self.random_state = random_state
-        self.memory = memory
+    checkpoints: Any = None
+    _: KW_ONLY
+    layerwise: Layerwise = False
+    model_batch_size: int | str | None = "auto"
+    memory_limit: int | str | None = None
+    delta_dtype: str | torch.dtype | None = None
+    shard_deltas: bool = False
+    prefetch: int = 1
+    lr: float = 0.05
+    max_epochs: int = 5
+    model_epochs: int = 1
+    batch_size: int | None = 128
+    accumulate: int = 1
+    precision: str = "fp32"
+    compile: bool = False
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    start: str = "mean"
+    normalize: bool = False
+    validation_fraction: float | None = None
+    shuffle: bool = True
+    criterion: Criterion | None = None
+    batch_norm: BatchNormPolicy = "average"
+    forward: Forward | None = None
+    task: Task = "classification"
+    classes: ArrayLike | None = None
+    device: str | torch.device = "auto"
+    random_state: Any = None
+    memory: Any = None
 
     def _check_params(self) -> None:
         super()._check_params()
