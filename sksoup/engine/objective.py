@@ -16,8 +16,8 @@ from ..data.outputs import Outputs, Task
 from ..data.rows import Batch, HeldOut, Inputs, map_inputs, n_rows
 from ..exceptions import CheckpointError
 
-Criterion: TypeAlias = type[nn.Module] | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
+Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Criterion: TypeAlias = type[nn.Module] | Loss
 Forward: TypeAlias = Callable[[Any, Any], Any]  # (module, X) -> outputs
 
 DEFAULT_CRITERIA: dict[Task, type[nn.Module]] = {
@@ -39,7 +39,7 @@ class Counts:
     n_reduced: int = 0  # gradient numbers that the ranks of a distributed job had to sum
 
     def add(self, other: Counts) -> None:
-        """Count what somebody else ran, too."""
+        """Add the counts of a worker."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
@@ -84,11 +84,10 @@ class Objective:
         other.counts = Counts()
         return other
 
-    def loss(self, batch: Batch, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """Mean loss of a batch; ``scale`` multiplies the outputs (Learned-Soup's beta)."""
-        return self._loss(self.forward(batch.X), batch, scale)
-
-    def _loss(self, output: torch.Tensor, batch: Batch, scale: torch.Tensor | None) -> torch.Tensor:
+    def loss(
+        self, output: torch.Tensor, batch: Batch, scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Mean loss of a batch's outputs, times ``scale`` if given (Learned-Soup's beta)."""
         y = batch.y
         if scale is not None:
             output = output * scale
@@ -119,7 +118,7 @@ class Objective:
         total = amount = 0.0
         for batch in data.batches(batch_size):
             share = float(batch.amount)
-            total += share * float(self.loss(batch))
+            total += share * float(self.loss(self.forward(batch.X), batch))
             amount += share
         return total / amount
 
@@ -139,7 +138,7 @@ class Objective:
                 continue
             share = batch.amount / total
             output = self.forward(batch.X)
-            loss = self._loss(output, batch, scale) * share
+            loss = self.loss(output, batch, scale) * share
             loss.backward()  # type: ignore[no-untyped-call]
             self.counts.n_backward += 1
             self.counts.rows_backward += len(batch.y)
@@ -172,9 +171,7 @@ class Objective:
 
 @torch.no_grad()
 def forward_in_batches(
-    forward: Callable[[Inputs], torch.Tensor],
-    X: Inputs,
-    batch_size: int | None,
+    forward: Callable[[Inputs], torch.Tensor], X: Inputs, batch_size: int | None
 ) -> torch.Tensor:
     """Apply ``forward`` to a few rows at a time and put the results together."""
     n = n_rows(X)
@@ -186,12 +183,9 @@ def forward_in_batches(
 
 
 def feed(
-    module: Callable[..., Any],
-    X: Inputs,
-    forward: Forward | None = None,
-    one_logit: bool = False,
+    module: Callable[..., Any], X: Inputs, forward: Forward | None = None, one_logit: bool = False
 ) -> torch.Tensor:
-    """Outputs of a module for one input, inputs by name or by position, or as ``forward`` says.
+    """Outputs of a module for one input, inputs by name or by position, or by ``forward``.
 
     One logit z becomes two, 0 and z: their softmax is its sigmoid.
     """
@@ -228,9 +222,7 @@ def as_output(output: Any) -> torch.Tensor:
     return output
 
 
-def _per_row(
-    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def _per_row(criterion: Loss) -> Loss:
     """The same criterion with a loss per row, where it is a module that can."""
     if isinstance(criterion, nn.Module) and getattr(criterion, "reduction", None) == "mean":
         criterion = copy.deepcopy(criterion)
@@ -286,8 +278,7 @@ def prepare_module(
             )
     wide = any(info.dtype == torch.float64 for info in checkpoints.layout.values())
     wide = wide or any(value.dtype == torch.float64 for value in state.values())
-    module = module.to(device, torch.float64 if wide else torch.float32).eval()
-    return module
+    return module.to(device, torch.float64 if wide else torch.float32).eval()
 
 
 def _remedy(wanted: list[str], found: list[str]) -> str:
