@@ -60,10 +60,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class FlatLayout:
-    """The tensors that differ between checkpoints, laid out layer by layer in one vector.
-
-    Parameters come first (their gradient is a vector of ``n_parameters``), buffers after them.
-    """
+    """The tensors that differ, layer by layer in one vector, parameters before buffers."""
 
     segments: tuple[Segment, ...]
     n_parameters: int
@@ -98,10 +95,7 @@ class FlatLayout:
 
 
 class FlatModule:
-    """A private module whose differing tensors are views into one flat vector.
-
-    ``weights`` is (size,), ``grad`` (n_parameters,): a step on the whole model is one operation.
-    """
+    """A private module whose differing tensors are views into one flat vector."""
 
     def __init__(self, module: nn.Module, layout: FlatLayout) -> None:
         self.module = module
@@ -144,10 +138,7 @@ class Center:
 
 @contextmanager
 def centered(problem: Problem) -> Iterator[Center | None]:
-    """Average all checkpoints and lay the module out flat at that center.
-
-    One sequential read of the checkpoints. Gives None when no parameter differs between them.
-    """
+    """Lay the module out flat at the mean of all checkpoints; None if no parameter differs."""
     checkpoints, module, n = problem.checkpoints, problem.objective.module, len(problem.checkpoints)
     rows = dict.fromkeys(checkpoints.layout, 0)
     mean, differing = accumulate(checkpoints, np.full((1, n), 1 / n), rows, checkpoints.layout)

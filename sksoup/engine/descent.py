@@ -209,7 +209,7 @@ class State:
         return done + min([*finite, False].index(False) + 1, n)
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything, to be kept."""
+        """All of it, for the cache."""
         scheduler = self.scheduler.state_dict()
         return {
             "leaves": self.copy(),
@@ -219,7 +219,7 @@ class State:
         }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """Be as `snapshot` was taken."""
+        """Set all to what `snapshot` returned."""
         self.put(snapshot["leaves"])
         self.optimizer.load_state_dict(snapshot["optimizer"])
         self.scheduler.load_state_dict(self.scheduler.state_dict() | snapshot["scheduler"])
@@ -237,11 +237,7 @@ def lr_factor(schedule: str, n_steps: int, step: int) -> float:
 
 
 def private_generator(random_state: Any, cache: Cache | None) -> torch.Generator:
-    """A generator of its own: an int seeds it, a RandomState is drawn from, None is entropy.
-
-    Entropy is kept in the cache, so that a fit that was stopped goes on with the same; the ranks of
-    a job share rank 0's.
-    """
+    """A generator for ``random_state``, rank 0's for all; entropy is kept in the cache."""
     generator = torch.Generator()
     if random_state is None:
         generator.seed()

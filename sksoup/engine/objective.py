@@ -45,11 +45,9 @@ class Counts:
 
 
 class Objective:
-    """The held-out loss of the module's present weights, and its gradient.
+    """The held-out loss of the module's present weights, in eval mode, and its gradient.
 
-    The module stays in eval mode: dropout is off and BatchNorm uses its (mixed) statistics, so
-    the loss that is minimised is that of the model that will be used. With ``precision="bf16"``
-    the forward pass runs under autocast; the criterion does not.
+    With ``precision="bf16"`` the forward pass runs under autocast; the criterion does not.
     """
 
     def __init__(
@@ -203,15 +201,13 @@ def feed(
 
 
 def as_output(output: Any) -> torch.Tensor:
-    """Find the output tensor: itself, ``logits``, or the first of a tuple that has rows.
-
-    (Models of Hugging Face that are given labels put the loss, a number, before the logits.)
-    """
+    """Find the output tensor: itself, ``logits``, or the first of a tuple that has rows."""
     if isinstance(output, Mapping) and "logits" in output:
         output = output["logits"]
     elif hasattr(output, "logits"):
         output = output.logits
     elif isinstance(output, (tuple, list)):
+        # models of Hugging Face that are given labels put the loss, a number, before the logits
         tensors = (part for part in output if isinstance(part, torch.Tensor) and part.ndim)
         output = next(tensors, output)
     if not isinstance(output, torch.Tensor):

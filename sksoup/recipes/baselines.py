@@ -34,13 +34,11 @@ class UniformSoup(BaseSoup):
         Running statistics of BatchNorm: mixed like the weights around them; or re-estimated from
         the held-out rows (for the result); or whichever scores better on them, mixed on ties.
     forward : callable or None, default=None
-        ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
-        (X a dict) or ``module(*X)`` (a tuple).
+        ``(module, X) -> outputs``, instead of ``module(X)``, ``(**X)`` of a dict, ``(*X)`` of a tuple.
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default the sorted labels in ``y`` when there are as many as
-        outputs, else 0, 1, ....
+        Labels in output order; by default those of ``y`` sorted, if one per output, else 0, 1, ....
     batch_size : int or None, default=128
         Rows per forward pass; None for all at once.
     device : str or torch.device, default="auto"
@@ -122,13 +120,11 @@ class BestCheckpoint(BaseSoup):
         What the search maximises, such as ``"f1_macro"``: a scorer of scikit-learn, greater is
         better; by default accuracy or R², by ``task``, which is what ``score`` returns always.
     forward : callable or None, default=None
-        ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
-        (X a dict) or ``module(*X)`` (a tuple).
+        ``(module, X) -> outputs``, instead of ``module(X)``, ``(**X)`` of a dict, ``(*X)`` of a tuple.
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default the sorted labels in ``y`` when there are as many as
-        outputs, else 0, 1, ....
+        Labels in output order; by default those of ``y`` sorted, if one per output, else 0, 1, ....
     batch_size : int or None, default=128
         Rows per forward pass; None for all at once.
     n_jobs : int or None, default=None
@@ -163,7 +159,7 @@ class BestCheckpoint(BaseSoup):
 
     Notes
     -----
-    Cost: K evaluations of N rows, none when the collection knows its ``scores``. Memory: two
+    Cost: K evaluations of N rows, none when the collection has ``scores``. Memory: two
     models; with workers, two for each.
 
     References
@@ -215,13 +211,11 @@ class CheckpointEnsemble(BaseSoup):
     checkpoints : CheckpointCollection, callable, iterable or None, default=None
         What to average; may be given to `fit` instead.
     forward : callable or None, default=None
-        ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
-        (X a dict) or ``module(*X)`` (a tuple).
+        ``(module, X) -> outputs``, instead of ``module(X)``, ``(**X)`` of a dict, ``(*X)`` of a tuple.
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default the sorted labels in ``y`` when there are as many as
-        outputs, else 0, 1, ....
+        Labels in output order; by default those of ``y`` sorted, if one per output, else 0, 1, ....
     batch_size : int or None, default=128
         Rows per forward pass; None for all at once.
     device : str or torch.device, default="auto"
@@ -272,7 +266,7 @@ class CheckpointEnsemble(BaseSoup):
             return Found(np.full((1, n), 1 / n))
 
     def _rows_at_once(self) -> int | None:
-        """All: each checkpoint is read once for all rows."""
+        """All, so that each checkpoint is read once."""
         return None
 
     def _outputs_of(self, X: Any) -> torch.Tensor:

@@ -70,10 +70,10 @@ def uniform_coef(ingredients: list[int], n_checkpoints: int) -> NDArray[np.float
 class GreedySoup(BaseSoup):
     r"""Average the checkpoints that help, found greedily on the held-out score.
 
-    Sort the checkpoints by held-out score, best first. Try each in turn: it stays if the mean of
-    those kept, :math:`w = \frac{1}{|S|} \sum_{k \in S} w_k`, scores at least as high with it as
-    without. The soup scores at least as high as the best checkpoint on the rows that decide (with
-    scores of its own and ``min_improvement`` of 0 or more).
+    Tries the checkpoints by held-out score, best first: each stays if the mean of those kept,
+    :math:`w = \frac{1}{|S|} \sum_{k \in S} w_k`, scores at least as high with it as without. So the
+    soup scores at least as high as the best checkpoint on the rows that decide (with scores of its
+    own and ``min_improvement`` of 0 or more).
 
     Parameters
     ----------
@@ -90,20 +90,18 @@ class GreedySoup(BaseSoup):
         for a score.
     ranking_fraction : float or None, default=None
         Part of the rows, drawn at random and stratified by label, that only rank the checkpoints;
-        the others only decide what is kept. None uses all rows for both, as Recipe 1. Without
-        effect where the collection knows its ``scores``.
+        the others only decide what is kept. None uses all rows for both, as Recipe 1. Not used if
+        the collection has ``scores``.
     batch_norm : {"average", "recalibrate", "auto"}, default="average"
         Running statistics of BatchNorm: mixed like the weights around them; or re-estimated from
         the held-out rows (for every candidate and the result); or whichever scores better on them,
         mixed on ties.
     forward : callable or None, default=None
-        ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
-        (X a dict) or ``module(*X)`` (a tuple).
+        ``(module, X) -> outputs``, instead of ``module(X)``, ``(**X)`` of a dict, ``(*X)`` of a tuple.
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default the sorted labels in ``y`` when there are as many as
-        outputs, else 0, 1, ....
+        Labels in output order; by default those of ``y`` sorted, if one per output, else 0, 1, ....
     batch_size : int or None, default=128
         Rows per forward pass; None for all at once.
     n_jobs : int or None, default=None
@@ -162,8 +160,8 @@ class GreedySoup(BaseSoup):
     Warns
     -----
     SoupWarning
-        No checkpoint but the best was kept; it says by how much the others lowered the score and
-        whether they look unrelated.
+        Only the best checkpoint was kept; with how much the others lowered the score and whether
+        they look unrelated.
 
     See Also
     --------
@@ -171,7 +169,7 @@ class GreedySoup(BaseSoup):
 
     Notes
     -----
-    Cost: K evaluations of N rows for the ranking, none when the collection knows its ``scores``
+    Cost: K evaluations of N rows for the ranking, none when the collection has ``scores``
     (but one for the best checkpoint), and K - 1 for the candidates. Of these most rows are spared,
     exactly: the rows are evaluated hardest first, by the margin expected of the mean (to first
     order it is the mean of the soup's and, once ranked, the candidate's own), in chunks of N / 16
@@ -284,13 +282,8 @@ class GreedySoup(BaseSoup):
         evaluate = problem.evaluate
         if self.ranking_fraction is None or is_known:
             return evaluate, evaluate
-        fraction = self.ranking_fraction
-
-        def split() -> list[torch.Tensor]:
-            return split_rows(
-                evaluate.y, self.task, evaluate.data.amounts, fraction, self.random_state
-            )
-
+        fraction, amounts = self.ranking_fraction, evaluate.data.amounts
+        split = partial(split_rows, evaluate.y, self.task, amounts, fraction, self.random_state)
         if self.random_state is None and problem.cache is not None:  # the rows it began with
             parts = problem.cache(("split", fraction), split)
         else:
@@ -299,7 +292,7 @@ class GreedySoup(BaseSoup):
         return evaluate.on(ranks), evaluate.on(accepts)
 
     def _warn_of_one(self, checkpoints: CheckpointCollection, path: list[dict[str, Any]]) -> None:
-        """Say why nothing was mixed."""
+        """Warn that nothing was mixed, and why."""
         best, *others = path
         least = max(others, key=lambda tried: tried["gain"])
         most = min(others, key=lambda tried: tried["gain"])
@@ -384,15 +377,11 @@ class CandidateTrial:
 def hardest_first(
     soup: Evaluation | None, own: torch.Tensor | None, n_ingredients: int
 ) -> torch.Tensor | None:
-    """Order the rows by the margins expected of a candidate; None where none are known.
-
-    To first order outputs are linear in the weights, so those of the mean with a candidate are
-    the mean of the soup's and the candidate's ``own``, which the ranking gave.
-    """
+    """Order the rows by the margins expected of a candidate; None where none are known."""
     if soup is None or soup.margins is None:
         return None
     margins = soup.margins
-    if own is not None:
+    if own is not None:  # the candidate's; to first order outputs are linear in the weights
         margins = margins + (own - margins) / n_ingredients
     return margins.argsort(stable=True)
 

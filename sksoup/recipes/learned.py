@@ -72,13 +72,11 @@ class LearnedSoup(BaseSoup):
         the held-out rows (for the result; the search normalises by the minibatch); or whichever
         scores better on them, mixed on ties.
     forward : callable or None, default=None
-        ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
-        (X a dict) or ``module(*X)`` (a tuple).
+        ``(module, X) -> outputs``, instead of ``module(X)``, ``(**X)`` of a dict, ``(*X)`` of a tuple.
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default the sorted labels in ``y`` when there are as many as
-        outputs, else 0, 1, ....
+        Labels in output order; by default those of ``y`` sorted, if one per output, else 0, 1, ....
     device : str or torch.device, default="auto"
         Where the module runs; "auto" is cuda, else mps, else cpu.
     random_state : int, RandomState or None, default=None
@@ -203,7 +201,11 @@ class LearnedSoup(BaseSoup):
         def search(n_models: int, open_deltas: Any) -> Found:
             self._warn_of_strangers(problem.checkpoints, names)
             if n_models < n:
-                self._warn_of_streaming(n_models, n)
+                self._warn(
+                    f"The memory holds {n_models} of {n} models: each step reads all files twice, "
+                    f"which is slow. Raise memory_limit, halve the deltas with "
+                    f"delta_dtype='bfloat16', or take MEHLSoup, which needs few at a time."
+                )
             generator.set_state(seed)
             a = torch.zeros((n, n_rows), dtype=dtype, device=device).requires_grad_()
             beta = torch.ones((), dtype=dtype, device=device).requires_grad_(learns)
@@ -225,10 +227,3 @@ class LearnedSoup(BaseSoup):
         found = within_memory(problem, search, storage_for(self, problem), "auto", cache)
         # None where all checkpoints are equal
         return found or Found(np.full((n_rows, n), 1 / n), attributes={"temperature_": 1.0})
-
-    def _warn_of_streaming(self, n_models: int, n: int) -> None:
-        self._warn(
-            f"The memory holds {n_models} of {n} models: each step reads all files twice, which is "
-            f"slow. Raise memory_limit, halve the deltas with delta_dtype='bfloat16', or take "
-            f"MEHLSoup, which needs few at a time."
-        )

@@ -166,13 +166,11 @@ class MEHLSoup(BaseSoup):
         the held-out rows (for the result; the search normalises by the minibatch); or whichever
         scores better on them, mixed on ties.
     forward : callable or None, default=None
-        ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
-        (X a dict) or ``module(*X)`` (a tuple).
+        ``(module, X) -> outputs``, instead of ``module(X)``, ``(**X)`` of a dict, ``(*X)`` of a tuple.
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default the sorted labels in ``y`` when there are as many as
-        outputs, else 0, 1, ....
+        Labels in output order; by default those of ``y`` sorted, if one per output, else 0, 1, ....
     device : str or torch.device, default="auto"
         Where the module runs; "auto" is cuda, else mps, else cpu.
     random_state : int, RandomState or None, default=None
@@ -238,7 +236,7 @@ class MEHLSoup(BaseSoup):
     ``ceil(K / b) * max_epochs * ceil(N / n)`` steps per pass over the checkpoints, which are read
     ``2 + model_epochs`` times. Memory beside the module, its gradient and its activations: b + 2
     models (the deltas, the mean, the soup), b/2 + 2 with bfloat16 deltas, and ``prefetch`` models
-    more. The docs' page on cost tells what the floor is. Dropout is off and BatchNorm uses its
+    more. The docs' page on cost has the lower limit. Dropout is off and BatchNorm uses its
     mixed statistics, which carry no gradient.
 
     References

@@ -235,11 +235,7 @@ def prepare_problem(
     cache: Cache | None = None,
     progress: Callable[[nn.Module, str, int], AbstractContextManager[Step]] | None = None,
 ) -> Problem:
-    """Make what a search is given from rows that `validate_rows` has checked.
-
-    Builds the module, puts it and the rows on the device, and feeds it one row, whose output
-    decides how outputs are read.
-    """
+    """Make what a search is given from rows that `validate_rows` has checked."""
     where = resolve_device(device)
     module = prepare_module(checkpoints.build_module(), checkpoints, where)
     dtype = module_dtype(module)
@@ -274,7 +270,7 @@ def no_progress(name: str, n_steps: int) -> Iterator[Step]:
 
 
 def _probe(module: nn.Module, row: Any, forward: Any) -> torch.Tensor:
-    """Output for one row; says what was fed when the module can't take it."""
+    """Output for one row, which decides how outputs are read."""
     try:
         with torch.no_grad():
             return feed(module, row, forward)
