@@ -34,7 +34,7 @@ class UniformSoup(BaseSoup):
         Running statistics of BatchNorm: mixed like the weights around them; or re-estimated from
         the held-out rows (for the result); or whichever scores better on them, mixed on ties.
     forward : callable or None, default=None
-        ``(module, X) -> outputs``, instead of ``module(X)``, ``(**X)`` of a dict, ``(*X)`` of a tuple.
+        ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
@@ -120,7 +120,7 @@ class BestCheckpoint(BaseSoup):
         What the search maximises, such as ``"f1_macro"``: a scorer of scikit-learn, greater is
         better; by default accuracy or R², by ``task``, which is what ``score`` returns always.
     forward : callable or None, default=None
-        ``(module, X) -> outputs``, instead of ``module(X)``, ``(**X)`` of a dict, ``(*X)`` of a tuple.
+        ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
@@ -211,7 +211,7 @@ class CheckpointEnsemble(BaseSoup):
     checkpoints : CheckpointCollection, callable, iterable or None, default=None
         What to average; may be given to `fit` instead.
     forward : callable or None, default=None
-        ``(module, X) -> outputs``, instead of ``module(X)``, ``(**X)`` of a dict, ``(*X)`` of a tuple.
+        ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None

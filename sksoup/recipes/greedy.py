@@ -97,7 +97,7 @@ class GreedySoup(BaseSoup):
         the held-out rows (for every candidate and the result); or whichever scores better on them,
         mixed on ties.
     forward : callable or None, default=None
-        ``(module, X) -> outputs``, instead of ``module(X)``, ``(**X)`` of a dict, ``(*X)`` of a tuple.
+        ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None

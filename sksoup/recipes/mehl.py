@@ -166,7 +166,7 @@ class MEHLSoup(BaseSoup):
         the held-out rows (for the result; the search normalises by the minibatch); or whichever
         scores better on them, mixed on ties.
     forward : callable or None, default=None
-        ``(module, X) -> outputs``, instead of ``module(X)``, ``(**X)`` of a dict, ``(*X)`` of a tuple.
+        ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
