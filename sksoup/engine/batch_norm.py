@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -35,11 +35,9 @@ def statistics(module: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}.{which}" if name else which for name in names for which in stored)
 
 
-@contextmanager
-def batch_statistics(module: nn.Module) -> Iterator[None]:
+def batch_statistics(module: nn.Module) -> AbstractContextManager[None]:
     """Normalise by the statistics of the minibatch, gradient included; keep the running ones."""
-    with _training(batch_norms(module), momentum=0.0):
-        yield
+    return _training(batch_norms(module), momentum=0.0)
 
 
 @torch.no_grad()
@@ -76,37 +74,28 @@ def _training(layers: dict[str, Any], momentum: float | None) -> Iterator[None]:
             layer.eval()
 
 
-def can_recalibrate(n_rows: int, batch_size: int | None) -> bool:
-    """Whether any minibatch has two rows: one has no variance."""
-    return min(n_rows, n_rows if batch_size is None else batch_size) > 1
-
-
-def check_rows(module: nn.Module, n_rows: int, batch_size: int | None) -> None:
-    """Say before the search that a minibatch of one row can't be normalised."""
-    size = n_rows if batch_size is None else min(batch_size, n_rows)
-    if batch_norms(module) and (size == 1 or n_rows % size == 1):
-        raise ValueError(
-            f"batch_norm='recalibrate' normalises by the statistics of each minibatch, which one "
-            f"row does not have: {n_rows} rows in minibatches of {size} leave one alone. Change "
-            f"batch_size."
-        )
+def can_recalibrate(module: nn.Module, n_rows: int, batch_size: int | None) -> bool:
+    """Whether there is BatchNorm, and minibatches of two rows or more: one has no variance."""
+    return bool(batch_norms(module)) and min(n_rows, batch_size or n_rows) > 1
 
 
 def check_policy(problem: Problem, batch_size: int | None) -> None:
     """Refuse rows from which ``batch_norm="recalibrate"`` can't measure variances."""
-    if statistics(problem.objective.module) and not can_recalibrate(len(problem.data), batch_size):
+    module, n = problem.objective.module, len(problem.data)
+    if batch_norms(module) and not can_recalibrate(module, n, batch_size):
         raise ValueError(
-            f"batch_norm='recalibrate' measures the variance of minibatches, and those of "
-            f"{len(problem.data)} rows with batch_size={batch_size} have one row each. Give more "
-            f"rows, a larger batch_size, or batch_norm='average'."
+            f"batch_norm='recalibrate' measures the variance of minibatches, and those of {n} rows "
+            f"with batch_size={batch_size} have one row each. Give more rows, a larger batch_size, "
+            f"or batch_norm='average'."
         )
 
 
 def settle(problem: Problem, policy: BatchNormPolicy, batch_size: int | None) -> tuple[str, ...]:
     """Re-estimate the soup's statistics, or keep the mixed ones; gives the tensors that changed."""
-    module, names = problem.objective.module, statistics(problem.objective.module)
-    if not names or not can_recalibrate(len(problem.data), batch_size):
+    module = problem.objective.module
+    if not can_recalibrate(module, len(problem.data), batch_size):
         return ()  # "auto": for "recalibrate" it was refused
+    names = statistics(module)
     state = module.state_dict()
     averages = {name: state[name].clone() for name in names}
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from .problem import Problem
 
 # numbers of a delta that are widened at a time, where deltas are half as wide as the weights
 BLOCK = {"cpu": 1 << 15, "cuda": 1 << 20}
+DELTA_DTYPES: dict[Any, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Deltas(Protocol):
@@ -53,17 +54,13 @@ class Segment:
 
     name: str
     row: int
-    start: int
-    stop: int
+    where: slice
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class FlatLayout:
-    """The tensors that differ between checkpoints, laid out layer by layer in one vector.
-
-    Parameters come first (their gradient is a vector of ``n_parameters``), buffers after them.
-    """
+    """The tensors that differ, layer by layer in one vector, parameters before buffers."""
 
     segments: tuple[Segment, ...]
     n_parameters: int
@@ -86,7 +83,7 @@ class FlatLayout:
         previous = None
         for is_buffer, row, name, value in chosen:
             stop = start + value.numel()
-            segments.append(Segment(name, row, start, stop, tuple(value.shape)))
+            segments.append(Segment(name, row, slice(start, stop), tuple(value.shape)))
             if previous == (is_buffer, row):
                 slices[-1] = (row, slices[-1][1], stop)
             else:
@@ -98,10 +95,7 @@ class FlatLayout:
 
 
 class FlatModule:
-    """A private module whose differing tensors are views into one flat vector.
-
-    ``weights`` is (size,), ``grad`` (n_parameters,): a step on the whole model is one operation.
-    """
+    """A private module whose differing tensors are views into one flat vector."""
 
     def __init__(self, module: nn.Module, layout: FlatLayout) -> None:
         self.module = module
@@ -114,15 +108,12 @@ class FlatModule:
         self._trainable = {p: p.requires_grad for p in module.parameters()}
         module.requires_grad_(False)  # what is equal everywhere needs no gradient
         for segment, tensor in zip(layout.segments, tensors, strict=True):
-            where = slice(segment.start, segment.stop)
-            self.weights[where].copy_(tensor.detach().flatten())
-            tensor.data = self.weights[where].view(segment.shape)
+            self.weights[segment.where].copy_(tensor.detach().flatten())
+            tensor.data = self.weights[segment.where].view(segment.shape)
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(True)
-                tensor.grad = self.grad[where].view(segment.shape)
-        self.variances = [
-            self.weights[s.start : s.stop] for s in layout.segments if is_variance(s.name)
-        ]
+                tensor.grad = self.grad[segment.where].view(segment.shape)
+        self.variances = [self.weights[s.where] for s in layout.segments if is_variance(s.name)]
 
     def release(self) -> None:
         """Give every tensor its own memory again and drop the gradients."""
@@ -147,10 +138,7 @@ class Center:
 
 @contextmanager
 def centered(problem: Problem) -> Iterator[Center | None]:
-    """Average all checkpoints and lay the module out flat at that center.
-
-    One sequential read of the checkpoints. Gives None when no parameter differs between them.
-    """
+    """Lay the module out flat at the mean of all checkpoints; None if no parameter differs."""
     checkpoints, module, n = problem.checkpoints, problem.objective.module, len(problem.checkpoints)
     rows = dict.fromkeys(checkpoints.layout, 0)
     mean, differing = accumulate(checkpoints, np.full((1, n), 1 / n), rows, checkpoints.layout)
@@ -163,7 +151,7 @@ def centered(problem: Problem) -> Iterator[Center | None]:
     try:
         vector = torch.empty_like(flat.weights)
         for segment in layout.segments:  # the mapping is emptied on the way
-            vector[segment.start : segment.stop].copy_(mean.pop(segment.name).flatten())
+            vector[segment.where].copy_(mean.pop(segment.name).flatten())
         mean.clear()
         yield Center(flat, vector, checkpoints, problem.layers)
     finally:
@@ -174,8 +162,7 @@ class ModelBatch:
     """``b`` deltas w_k - center as one (b, size) tensor, and the soup they are added to.
 
     Memory: b deltas, the center and the soup at the start of the outer iteration: b + 2 models, or
-    b/2 + 2 with deltas of half the width. These are widened a block at a time. ``reader`` reads
-    the checkpoints ahead, in the order in which they will be loaded.
+    b/2 + 2 with deltas of half the width, which are widened a block at a time.
     """
 
     def __init__(
@@ -191,12 +178,12 @@ class ModelBatch:
         self.start = center.mean.clone()  # (size,), the soup before this outer iteration
         self._layers = center.layers
         self._reader = Reader(center) if reader is None else reader
-        self._buffer = center.mean.new_empty((capacity, self.layout.size), dtype=delta_dtype)
-        self.deltas = self._buffer[:0]
         step = self.layout.size
+        self._buffer = center.mean.new_empty((capacity, step), dtype=delta_dtype)
+        self.deltas = self._buffer[:0]
         if delta_dtype != center.mean.dtype:  # a block of all is at most a quarter of a model
             most = BLOCK.get(center.mean.device.type, 1 << 18)
-            step = min(most, max(1024, self.layout.size // (4 * capacity)))
+            step = min(most, max(1024, step // (4 * capacity)))
         self._blocks = [
             (row, low, min(low + step, stop))
             for row, start, stop in self.layout.row_slices
@@ -217,9 +204,9 @@ class ModelBatch:
         for delta, name in zip(self.deltas, names, strict=True):
             with self._reader.take(name) as parts:
                 for segment, weights in parts:
-                    center = self.center[segment.start : segment.stop]
+                    center = self.center[segment.where]
                     weights = weights.to(center.device, center.dtype, non_blocking=True)
-                    torch.sub(weights, center, out=delta[segment.start : segment.stop])
+                    torch.sub(weights, center, out=delta[segment.where])
 
     @torch.no_grad()
     def combine(self, coef: torch.Tensor) -> None:
@@ -262,12 +249,10 @@ class ModelBatch:
 
 
 class Reader:
-    """Read checkpoints in a known order, in one thread, ``n_ahead`` of them before they are asked.
+    """Read checkpoints in a known order, ``n_ahead`` of them before they are needed, in a thread.
 
-    While it waits, it has the operating system read the files of the next ``window`` checkpoints
-    into the page cache, which takes none of this process's memory. What is read, and in which
-    order it is used, does not depend on timing. Memory: ``n_ahead`` models, pinned for CUDA; with
-    none ahead there is no thread, and each checkpoint is read when it is taken.
+    While it waits, the operating system reads the files of the next ``window`` checkpoints into the
+    page cache. Memory: ``n_ahead`` models, pinned for CUDA. Without a thread if ``n_ahead`` is 0.
     """
 
     def __init__(
@@ -310,7 +295,7 @@ class Reader:
         if known != name:  # pragma: no cover - the order is that of the search
             raise RuntimeError(f"the reader has {known!r}, asked for {name!r}")
         try:
-            yield ((segment, weights[segment.start : segment.stop]) for segment in segments)
+            yield ((segment, weights[segment.where]) for segment in segments)
         finally:
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()  # copied out of pinned memory
@@ -319,35 +304,28 @@ class Reader:
     def _run(self) -> None:
         try:
             for index, name in enumerate(self._order):
-                if self._free.empty():
-                    self._warm(index)
+                for following in self._order[index : index + self._window]:
+                    if self._free.empty():
+                        self._checkpoints.warm(following)
                 weights = self._free.get()
                 if weights is None or not self._order:
                     return
                 with self._checkpoints.open(name) as read:
                     for segment in self._layout.segments:
-                        where = slice(segment.start, segment.stop)
-                        weights[where].copy_(read(segment.name).flatten())
+                        weights[segment.where].copy_(read(segment.name).flatten())
                 self._ready.put((name, weights))
         except BaseException as error:  # raised where the weights are asked for
             self._ready.put(error)
-
-    def _warm(self, index: int) -> None:
-        for name in self._order[index : index + self._window]:
-            if self._free.empty():
-                self._checkpoints.warm(name)
 
 
 def resolve_delta_dtype(delta_dtype: str | torch.dtype | None, weights: torch.dtype) -> torch.dtype:
     """The dtype of deltas: None is that of the weights."""
     if delta_dtype is None:
         return weights
-    known: dict[str | torch.dtype, torch.dtype] = {"float32": torch.float32}
-    known["bfloat16"] = torch.bfloat16
-    known |= {dtype: dtype for dtype in known.values()}
-    if delta_dtype not in known:
+    dtype: torch.dtype = DELTA_DTYPES.get(delta_dtype, delta_dtype)
+    if dtype not in DELTA_DTYPES.values():
         raise ValueError(
             f"delta_dtype must be None (that of the weights), 'float32' or 'bfloat16', got "
             f"{delta_dtype!r}."
         )
-    return known[delta_dtype]
+    return dtype

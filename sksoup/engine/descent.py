@@ -24,7 +24,7 @@ from .batch_norm import batch_statistics
 from .deltas import Center, Deltas, ModelBatch, Reader, centered, resolve_delta_dtype
 from .problem import Found, Problem, Step
 from .sharded import ShardedBatch
-from .streamed import StreamedModels
+from .streamed import StreamedBatch
 
 Coef: TypeAlias = NDArray[np.float64]
 
@@ -209,7 +209,7 @@ class State:
         return done + min([*finite, False].index(False) + 1, n)
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything, to be kept."""
+        """All of it, for the cache."""
         scheduler = self.scheduler.state_dict()
         return {
             "leaves": self.copy(),
@@ -219,7 +219,7 @@ class State:
         }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """Be as `snapshot` was taken."""
+        """Set all to what `snapshot` returned."""
         self.put(snapshot["leaves"])
         self.optimizer.load_state_dict(snapshot["optimizer"])
         self.scheduler.load_state_dict(self.scheduler.state_dict() | snapshot["scheduler"])
@@ -237,11 +237,7 @@ def lr_factor(schedule: str, n_steps: int, step: int) -> float:
 
 
 def private_generator(random_state: Any, cache: Cache | None) -> torch.Generator:
-    """A generator of its own: an int seeds it, a RandomState is drawn from, None is entropy.
-
-    Entropy is kept in the cache, so that a fit that was stopped goes on with the same; the ranks of
-    a job share rank 0's.
-    """
+    """A generator for ``random_state``, rank 0's for all; entropy is kept in the cache."""
     generator = torch.Generator()
     if random_state is None:
         generator.seed()
@@ -291,27 +287,26 @@ class DeltaStorage:
     def deltas(
         self, center: Center, n_models: int, batches: Sequence[Sequence[str]]
     ) -> Iterator[Deltas]:
-        """Hold ``n_models`` deltas, which will be loaded in these batches.
-
-        Batches that are larger are read from their files at every step.
-        """
-        is_streamed = any(len(batch) > n_models for batch in batches)
+        """Hold ``n_models`` deltas of these batches; larger batches are read at every step."""
         is_shared = self.is_shared and world_size() > 1
-        if is_streamed and is_shared:
-            n_models = max(1, n_models // world_size())  # each rank streams all of them
-        is_shared = is_shared and not is_streamed
-        order = [k for batch in batches for k in (batch[share(len(batch))] if is_shared else batch)]
-        kind = ShardedBatch if is_shared else ModelBatch
-        reader = Reader(center, order, 0 if is_streamed else self.n_ahead, n_models)
-        batch = None
+        kind: type[ModelBatch] = ShardedBatch if is_shared else ModelBatch
+        n_ahead = self.n_ahead
+        if any(len(batch) > n_models for batch in batches):
+            kind, n_ahead = StreamedBatch, 0
+            if is_shared:
+                n_models = max(1, n_models // world_size())  # each rank streams all of them
+        elif is_shared:
+            batches = [batch[share(len(batch))] for batch in batches]
+        reader = Reader(center, [name for batch in batches for name in batch], n_ahead, n_models)
+        held = None
         try:
             dtype = resolve_delta_dtype(self.delta_dtype, center.mean.dtype)
-            batch = kind(center, n_models, dtype, reader)
-            yield StreamedModels(batch) if is_streamed else batch
+            held = kind(center, n_models, dtype, reader)
+            yield held
         finally:
             reader.close()
-            if batch is not None:
-                batch.release()
+            if held is not None:
+                held.release()
 
 
 class NotCached(Exception):
@@ -378,8 +373,7 @@ def within_memory(
                 cache.keep(half, "halved", n_models)
             on_halved(half)
             n_models = half
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # does nothing where CUDA is not in use
     return None
 
 

@@ -16,8 +16,8 @@ from ..data.outputs import Outputs, Task
 from ..data.rows import Batch, HeldOut, Inputs, map_inputs, n_rows
 from ..exceptions import CheckpointError
 
-Criterion: TypeAlias = type[nn.Module] | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
+Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Criterion: TypeAlias = type[nn.Module] | Loss
 Forward: TypeAlias = Callable[[Any, Any], Any]  # (module, X) -> outputs
 
 DEFAULT_CRITERIA: dict[Task, type[nn.Module]] = {
@@ -39,17 +39,15 @@ class Counts:
     n_reduced: int = 0  # gradient numbers that the ranks of a distributed job had to sum
 
     def add(self, other: Counts) -> None:
-        """Count what somebody else ran, too."""
+        """Add the counts of a worker."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
 
 class Objective:
-    """The held-out loss of the module's present weights, and its gradient.
+    """The held-out loss of the module's present weights, in eval mode, and its gradient.
 
-    The module stays in eval mode: dropout is off and BatchNorm uses its (mixed) statistics, so
-    the loss that is minimised is that of the model that will be used. With ``precision="bf16"``
-    the forward pass runs under autocast; the criterion does not.
+    With ``precision="bf16"`` the forward pass runs under autocast; the criterion does not.
     """
 
     def __init__(
@@ -84,11 +82,10 @@ class Objective:
         other.counts = Counts()
         return other
 
-    def loss(self, batch: Batch, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """Mean loss of a batch; ``scale`` multiplies the outputs (Learned-Soup's beta)."""
-        return self._loss(self.forward(batch.X), batch, scale)
-
-    def _loss(self, output: torch.Tensor, batch: Batch, scale: torch.Tensor | None) -> torch.Tensor:
+    def loss(
+        self, output: torch.Tensor, batch: Batch, scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Mean loss of a batch's outputs, times ``scale`` if given (Learned-Soup's beta)."""
         y = batch.y
         if scale is not None:
             output = output * scale
@@ -119,7 +116,7 @@ class Objective:
         total = amount = 0.0
         for batch in data.batches(batch_size):
             share = float(batch.amount)
-            total += share * float(self.loss(batch))
+            total += share * float(self.loss(self.forward(batch.X), batch))
             amount += share
         return total / amount
 
@@ -139,7 +136,7 @@ class Objective:
                 continue
             share = batch.amount / total
             output = self.forward(batch.X)
-            loss = self._loss(output, batch, scale) * share
+            loss = self.loss(output, batch, scale) * share
             loss.backward()  # type: ignore[no-untyped-call]
             self.counts.n_backward += 1
             self.counts.rows_backward += len(batch.y)
@@ -172,9 +169,7 @@ class Objective:
 
 @torch.no_grad()
 def forward_in_batches(
-    forward: Callable[[Inputs], torch.Tensor],
-    X: Inputs,
-    batch_size: int | None,
+    forward: Callable[[Inputs], torch.Tensor], X: Inputs, batch_size: int | None
 ) -> torch.Tensor:
     """Apply ``forward`` to a few rows at a time and put the results together."""
     n = n_rows(X)
@@ -186,12 +181,9 @@ def forward_in_batches(
 
 
 def feed(
-    module: Callable[..., Any],
-    X: Inputs,
-    forward: Forward | None = None,
-    one_logit: bool = False,
+    module: Callable[..., Any], X: Inputs, forward: Forward | None = None, one_logit: bool = False
 ) -> torch.Tensor:
-    """Outputs of a module for one input, inputs by name or by position, or as ``forward`` says.
+    """Outputs of a module for one input, inputs by name or by position, or by ``forward``.
 
     One logit z becomes two, 0 and z: their softmax is its sigmoid.
     """
@@ -209,15 +201,13 @@ def feed(
 
 
 def as_output(output: Any) -> torch.Tensor:
-    """Find the output tensor: itself, ``logits``, or the first of a tuple that has rows.
-
-    (Models of Hugging Face that are given labels put the loss, a number, before the logits.)
-    """
+    """Find the output tensor: itself, ``logits``, or the first of a tuple that has rows."""
     if isinstance(output, Mapping) and "logits" in output:
         output = output["logits"]
     elif hasattr(output, "logits"):
         output = output.logits
     elif isinstance(output, (tuple, list)):
+        # models of Hugging Face that are given labels put the loss, a number, before the logits
         tensors = (part for part in output if isinstance(part, torch.Tensor) and part.ndim)
         output = next(tensors, output)
     if not isinstance(output, torch.Tensor):
@@ -228,9 +218,7 @@ def as_output(output: Any) -> torch.Tensor:
     return output
 
 
-def _per_row(
-    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def _per_row(criterion: Loss) -> Loss:
     """The same criterion with a loss per row, where it is a module that can."""
     if isinstance(criterion, nn.Module) and getattr(criterion, "reduction", None) == "mean":
         criterion = copy.deepcopy(criterion)
@@ -286,8 +274,7 @@ def prepare_module(
             )
     wide = any(info.dtype == torch.float64 for info in checkpoints.layout.values())
     wide = wide or any(value.dtype == torch.float64 for value in state.values())
-    module = module.to(device, torch.float64 if wide else torch.float32).eval()
-    return module
+    return module.to(device, torch.float64 if wide else torch.float32).eval()
 
 
 def _remedy(wanted: list[str], found: list[str]) -> str:

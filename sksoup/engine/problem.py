@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,9 +18,8 @@ from ..checkpoints.collection import CheckpointCollection
 from ..data.rows import HeldOut
 from ..mixing.layers import Layers
 from ..runtime.cache import Cache
-from ..runtime.distributed import world_size
 from .objective import Objective, load_weights
-from .parallel import everywhere
+from .parallel import evaluate_all
 from .scores import Evaluation, Evaluator, evaluate_named
 
 # gives the weights of the soup as if the search stopped here; None: the module has them (now)
@@ -130,56 +129,35 @@ def rank_checkpoints(
     checkpoints, evaluate = problem.checkpoints, evaluate or problem.evaluate
     if checkpoints.scores is not None:
         return Ranking(dict(checkpoints.scores), None)
-    found: dict[str, Evaluation] = {}
-    if evaluate.cache is not None:
-        for name in checkpoints:
-            kept = evaluate.cache.find("score", checkpoints.identity(name))
-            found |= {} if kept is None else {name: Evaluation(**kept)}
-    missing = [name for name in checkpoints.names if name not in found]
-    n_workers = min(effective_n_jobs(n_jobs), len(missing))
-    if missing and (world_size() > 1 or n_workers > 1):
-
-        def job(names: Sequence[str]) -> Callable[[Evaluator], dict[str, Evaluation]]:
-            return partial(evaluate_each, checkpoints.select(names))
-
-        found |= everywhere(job, missing, evaluate, n_workers)
     scores: dict[str, float] = {}
     margins: dict[str, torch.Tensor] = {}
     best, best_name = None, ""
-    for name, following in with_following(checkpoints.names):
-        if name not in found:
-            found[name] = evaluate_one(checkpoints, evaluate, name, following)
-        one = found.pop(name)
-        scores[name] = one.score
-        if one.margins is not None:
-            margins[name] = one.margins
-        if best is None or one.score > best.score:  # the first on ties
-            best, best_name = one, name
+    trial, n_workers = CheckpointTrial(checkpoints), effective_n_jobs(n_jobs)
+    for name, found in evaluate_all(trial, checkpoints.names, evaluate, n_workers):
+        scores[name] = found.score
+        if found.margins is not None:
+            margins[name] = found.margins
+        if best is None or found.score > best.score:  # the first on ties
+            best, best_name = found, name
         step(partial(checkpoints.__getitem__, best_name))
     return Ranking(scores, best, margins)
 
 
-def evaluate_each(checkpoints: CheckpointCollection, evaluate: Evaluator) -> dict[str, Evaluation]:
-    """Score checkpoints one after the other."""
-    return {
-        name: evaluate_one(checkpoints, evaluate, name, following)
-        for name, following in with_following(checkpoints.names)
-    }
+@dataclass(frozen=True)
+class CheckpointTrial:
+    """Scores single checkpoints; the system reads the next into its cache meanwhile."""
 
+    checkpoints: CheckpointCollection
 
-def with_following(names: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Each name and the one after it; None follows the last."""
-    return zip(names, [*names[1:], None], strict=True)
+    def __call__(self, name: str, evaluate: Evaluator) -> Evaluation:
+        load_weights(evaluate.objective.module, self.checkpoints[name])
+        names = self.checkpoints.names
+        for following in names[names.index(name) + 1 :][:1]:
+            self.checkpoints.warm(following)
+        return evaluate_named(evaluate, name)
 
+    def key(self, name: str) -> tuple[Any, ...]:
+        return "score", self.checkpoints.identity(name)
 
-def evaluate_one(
-    checkpoints: CheckpointCollection, evaluate: Evaluator, name: str, following: str | None
-) -> Evaluation:
-    """Score a checkpoint; the operating system reads the following one into its cache meanwhile."""
-    load_weights(evaluate.objective.module, checkpoints[name])
-    if following is not None:
-        checkpoints.warm(following)
-    found = evaluate_named(evaluate, name)
-    if evaluate.cache is not None:
-        evaluate.cache.keep(vars(found), "score", checkpoints.identity(name), everywhere=True)
-    return found
+    def only(self, names: Sequence[str]) -> CheckpointTrial:
+        return CheckpointTrial(self.checkpoints.select(names))

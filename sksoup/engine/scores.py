@@ -23,10 +23,7 @@ SLACK = 1e-9  # far above what float64 sums of penalties are off by, far below w
 
 @dataclass(frozen=True)
 class RowScore:
-    """A score that is 1 minus a sum of penalties >= 0, one per row: accuracy, R².
-
-    So the rows seen so far bound it from above. Everything is on the CPU, in float64.
-    """
+    """A score that is 1 minus a sum of penalties >= 0, one per row: accuracy, R²; on the CPU."""
 
     task: Task
     y: torch.Tensor  # (N,) class indices, else (N, n_outputs)
@@ -162,8 +159,7 @@ class Evaluator:
         """Score the rows in this order until it is certain that less than ``needed`` comes out.
 
         ``size`` at a time, the last chunk filled up to that; whole minibatches as long as a bound
-        can't decide anything, and once it has not three times. Nothing is decided by a bound that
-        the score of all rows would not have decided.
+        can't decide anything, and after three inconclusive checks.
         """
         if self.rows is None:
             raise ValueError("this score has no bound")
@@ -194,7 +190,7 @@ class Evaluator:
 
 
 def evaluate_named(evaluate: Callable[[], Evaluation], what: str) -> Evaluation:
-    """Evaluate; an error says what was being scored."""
+    """Evaluate; errors name what was scored."""
     try:
         found = evaluate()
     except Exception as error:

@@ -11,11 +11,7 @@ from .deltas import Center, ModelBatch, Reader
 
 
 class ShardedBatch(ModelBatch):
-    """A model batch of which every rank holds b / world_size deltas.
-
-    A step sends the weights and the gradient, 2 D numbers, which a whole batch on every rank does
-    not need to.
-    """
+    """A model batch of which every rank holds b / world_size deltas; a step sends 2 D numbers."""
 
     def __init__(
         self,
@@ -33,27 +29,23 @@ class ShardedBatch(ModelBatch):
         self._mine, self._n_models = share(len(names)), len(names)
         super().load(names[self._mine])
 
-    def norms(self) -> torch.Tensor:
-        """As `ModelBatch.norms`, of all deltas."""
-        return all_reduce(self._placed(super().norms()))
-
-    @torch.no_grad()
-    def combine(self, coef: torch.Tensor) -> None:
-        """As `ModelBatch.combine`: each rank adds its deltas, and the sum is taken."""
+    def add(self, base: torch.Tensor, coef: torch.Tensor) -> None:
+        """Each rank adds its deltas, rank 0 to the base, and the sum is taken."""
         if rank():
             self.flat.weights.zero_()
         else:
-            self.flat.weights.copy_(self.start)
-        self.add(self.flat.weights, coef[self._mine])
+            self.flat.weights.copy_(base)
+        super().add(self.flat.weights, coef[self._mine])
         all_reduce(self.flat.weights)
-        for variance in self.flat.variances:
-            variance.clamp_(min=0)
 
     @torch.no_grad()
     def project(self) -> torch.Tensor:
         """(b, n_searched): rows of this rank's deltas; the sum over the ranks is the projection."""
         all_reduce(self.flat.grad)
         return self._placed(super().project())
+
+    def norms(self) -> torch.Tensor:
+        return all_reduce(self._placed(super().norms()))
 
     def _placed(self, mine: torch.Tensor) -> torch.Tensor:
         """(b, ...) with this rank's rows in their place and zeros elsewhere."""

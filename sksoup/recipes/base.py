@@ -36,16 +36,11 @@ from ..mixing.recipe import Recipe
 from ..runtime.cache import open_cache
 from .export import ExportMixin
 from .prediction import PredictionMixin
-from .validation import (
-    check_choice,
-    collect,
-    prepare_problem,
-    scored_by,
-    validate_rows,
-)
+from .validation import check_choice, collect, prepare_problem, scored_by, validate_rows
 
 INSIDE = {"sksoup", "sklearn", "joblib", "contextlib", "torch"}  # not who called fit
 NOT_IN_RECIPES = ("checkpoints", "memory")  # parameters that change no result
+PLAIN = (bool, int, float, str)  # what JSON can hold
 PACKAGES = ("sksoup", "torch", "numpy", "scikit-learn", "safetensors")
 
 
@@ -73,10 +68,7 @@ def _package(frame: FrameType) -> str:
 
 
 class DocLinkMixin:
-    """Where scikit-learn's HTML display links to: the documentation the package's metadata names.
-
-    No link where it names none.
-    """
+    """Links of scikit-learn's HTML display, where the package's metadata has a documentation."""
 
     _doc_link_module = "sksoup"
 
@@ -298,7 +290,7 @@ class BaseSoup(
     # ------------------------------------------------------------------ warnings
 
     def _warn(self, message: str) -> None:
-        """Warn whoever called from outside, and keep what was said in ``warnings_``."""
+        """Warn at the caller's line, and keep the message in ``warnings_``."""
         self.warnings_ = (*self.warnings_, message)
         frame, level = inspect.currentframe(), 1
         while frame and frame.f_back and _package(frame) in INSIDE:
@@ -306,14 +298,14 @@ class BaseSoup(
         warnings.warn(message, SoupWarning, stacklevel=level)
 
     def _warn_of_strangers(self, collection: CheckpointCollection, names: Sequence[str]) -> None:
-        """Say which of these do not belong, of those that were read; once in a fit."""
+        """Warn of checkpoints that share no start with the others; once in a fit."""
         strangers = collection.strangers(names)
         if strangers and not any("share a start" in said for said in self.warnings_):
             said = judge(strangers, len(names))
             self._warn(f"{said} collection.describe() tells more.")
 
     def _warn_of_variances(self, problem: Problem, coef: NDArray[np.float64]) -> None:
-        """Say where extrapolation left a running variance at 0, which ruins the outputs."""
+        """Warn where extrapolation left a running variance at 0, which ruins the outputs."""
         rows = problem.layers.rows
         clamped = {
             name: int((value <= 0).sum())
@@ -392,15 +384,10 @@ def versions() -> Mapping[str, str]:
 def _labels(classes: Any) -> tuple[Any, ...]:
     """Labels of the outputs, where JSON can hold them."""
     labels = np.asarray(classes).tolist()
-    return tuple(labels) if all(isinstance(c, (bool, int, float, str)) for c in labels) else ()
+    return tuple(labels) if all(isinstance(label, PLAIN) for label in labels) else ()
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values as JSON can hold them; anything else by its repr."""
-    plain: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, np.generic):
-            value = value.item()
-        simple = value is None or isinstance(value, (bool, int, float, str))
-        plain[name] = value if simple else repr(value)
-    return plain
+    items = {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
+    return {k: v if v is None or isinstance(v, PLAIN) else repr(v) for k, v in items.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from .base import BaseSoup
 __all__ = ["BestCheckpoint", "CheckpointEnsemble", "UniformSoup"]
 
 
+@dataclass(eq=False, repr=False)
 class UniformSoup(BaseSoup):
     r"""Average all checkpoints with equal coefficients.
 
@@ -32,13 +34,11 @@ class UniformSoup(BaseSoup):
         Running statistics of BatchNorm: mixed like the weights around them; or re-estimated from
         the held-out rows (for the result); or whichever scores better on them, mixed on ties.
     forward : callable or None, default=None
-        ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
-        (X a dict) or ``module(*X)`` (a tuple).
+        ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default the sorted labels in ``y`` when there are as many as
-        outputs, else 0, 1, ....
+        Labels in output order; by default those of ``y`` sorted, if one per output, else 0, 1, ....
     batch_size : int or None, default=128
         Rows per forward pass; None for all at once.
     device : str or torch.device, default="auto"
@@ -91,24 +91,14 @@ class UniformSoup(BaseSoup):
     [0.25, 0.25, 0.25, 0.25]
     """
 
-    def __init__(
-        self,
-        checkpoints: Any = None,
-        *,
-        batch_norm: BatchNormPolicy = "average",
-        forward: Forward | None = None,
-        task: Task = "classification",
-        classes: ArrayLike | None = None,
-        batch_size: int | None = 128,
-        device: str | torch.device = "auto",
-    ) -> None:
-        self.checkpoints = checkpoints
-        self.batch_norm = batch_norm
-        self.forward = forward
-        self.task = task
-        self.classes = classes
-        self.batch_size = batch_size
-        self.device = device
+    checkpoints: Any = None
+    _: KW_ONLY
+    batch_norm: BatchNormPolicy = "average"
+    forward: Forward | None = None
+    task: Task = "classification"
+    classes: ArrayLike | None = None
+    batch_size: int | None = 128
+    device: str | torch.device = "auto"
 
     def _search(self, problem: Problem) -> Found:
         with problem.progress("average", 0):
@@ -116,6 +106,7 @@ class UniformSoup(BaseSoup):
             return Found(np.full((1, n), 1 / n))
 
 
+@dataclass(eq=False, repr=False)
 class BestCheckpoint(BaseSoup):
     """Keep the checkpoint with the highest held-out score: the usual practice, as a baseline.
 
@@ -129,13 +120,11 @@ class BestCheckpoint(BaseSoup):
         What the search maximises, such as ``"f1_macro"``: a scorer of scikit-learn, greater is
         better; by default accuracy or R², by ``task``, which is what ``score`` returns always.
     forward : callable or None, default=None
-        ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
-        (X a dict) or ``module(*X)`` (a tuple).
+        ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default the sorted labels in ``y`` when there are as many as
-        outputs, else 0, 1, ....
+        Labels in output order; by default those of ``y`` sorted, if one per output, else 0, 1, ....
     batch_size : int or None, default=128
         Rows per forward pass; None for all at once.
     n_jobs : int or None, default=None
@@ -170,7 +159,7 @@ class BestCheckpoint(BaseSoup):
 
     Notes
     -----
-    Cost: K evaluations of N rows, none when the collection knows its ``scores``. Memory: two
+    Cost: K evaluations of N rows, none when the collection has ``scores``. Memory: two
     models; with workers, two for each.
 
     References
@@ -189,28 +178,16 @@ class BestCheckpoint(BaseSoup):
     (('checkpoint1',), {'checkpoint0': 0.0, 'checkpoint1': 1.0})
     """
 
-    def __init__(
-        self,
-        checkpoints: Any = None,
-        *,
-        scoring: Any = None,
-        forward: Forward | None = None,
-        task: Task = "classification",
-        classes: ArrayLike | None = None,
-        batch_size: int | None = 128,
-        n_jobs: int | None = None,
-        device: str | torch.device = "auto",
-        memory: Any = None,
-    ) -> None:
-        self.checkpoints = checkpoints
-        self.scoring = scoring
-        self.forward = forward
-        self.task = task
-        self.classes = classes
-        self.batch_size = batch_size
-        self.n_jobs = n_jobs
-        self.device = device
-        self.memory = memory
+    checkpoints: Any = None
+    _: KW_ONLY
+    scoring: Any = None
+    forward: Forward | None = None
+    task: Task = "classification"
+    classes: ArrayLike | None = None
+    batch_size: int | None = 128
+    n_jobs: int | None = None
+    device: str | torch.device = "auto"
+    memory: Any = None
 
     def _search(self, problem: Problem) -> Found:
         checkpoints = problem.checkpoints
@@ -222,6 +199,7 @@ class BestCheckpoint(BaseSoup):
         return Found(coef, attributes={"individual_scores_": scores, "ingredients_": (best,)})
 
 
+@dataclass(eq=False, repr=False)
 class CheckpointEnsemble(BaseSoup):
     r"""Average the logits of all checkpoints: K times the inference cost of a soup.
 
@@ -233,13 +211,11 @@ class CheckpointEnsemble(BaseSoup):
     checkpoints : CheckpointCollection, callable, iterable or None, default=None
         What to average; may be given to `fit` instead.
     forward : callable or None, default=None
-        ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
-        (X a dict) or ``module(*X)`` (a tuple).
+        ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default the sorted labels in ``y`` when there are as many as
-        outputs, else 0, 1, ....
+        Labels in output order; by default those of ``y`` sorted, if one per output, else 0, 1, ....
     batch_size : int or None, default=128
         Rows per forward pass; None for all at once.
     device : str or torch.device, default="auto"
@@ -273,24 +249,15 @@ class CheckpointEnsemble(BaseSoup):
     (2, 2)
     """
 
-    _has_recipe = False
+    checkpoints: Any = None
+    _: KW_ONLY
+    forward: Forward | None = None
+    task: Task = "classification"
+    classes: ArrayLike | None = None
+    batch_size: int | None = 128
+    device: str | torch.device = "auto"
 
-    def __init__(
-        self,
-        checkpoints: Any = None,
-        *,
-        forward: Forward | None = None,
-        task: Task = "classification",
-        classes: ArrayLike | None = None,
-        batch_size: int | None = 128,
-        device: str | torch.device = "auto",
-    ) -> None:
-        self.checkpoints = checkpoints
-        self.forward = forward
-        self.task = task
-        self.classes = classes
-        self.batch_size = batch_size
-        self.device = device
+    _has_recipe = False
 
     def _search(self, problem: Problem) -> Found:
         problem.checkpoints.check()
@@ -299,7 +266,7 @@ class CheckpointEnsemble(BaseSoup):
             return Found(np.full((1, n), 1 / n))
 
     def _rows_at_once(self) -> int | None:
-        """All: each checkpoint is read once for all rows."""
+        """All, so that each checkpoint is read once."""
         return None
 
     def _outputs_of(self, X: Any) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -20,10 +20,10 @@ from ..checkpoints.describe import judge
 from ..data.outputs import Task
 from ..data.rows import HeldOut
 from ..data.split import split_rows
-from ..engine.batch_norm import BatchNormPolicy, can_recalibrate, recalibrate, statistics
+from ..engine.batch_norm import BatchNormPolicy, can_recalibrate, recalibrate
 from ..engine.objective import Forward, load_weights
-from ..engine.parallel import everywhere
-from ..engine.problem import Found, Problem, rank_checkpoints
+from ..engine.parallel import evaluate_all
+from ..engine.problem import Found, Problem, Ranking, rank_checkpoints
 from ..engine.scores import Evaluation, Evaluator, RowScore, evaluate_named
 from ..mixing.mix import mix
 from ..runtime.distributed import broadcast, world_size
@@ -66,13 +66,14 @@ def uniform_coef(ingredients: list[int], n_checkpoints: int) -> NDArray[np.float
     return coef
 
 
+@dataclass(eq=False, repr=False)
 class GreedySoup(BaseSoup):
     r"""Average the checkpoints that help, found greedily on the held-out score.
 
-    Sort the checkpoints by held-out score, best first. Try each in turn: it stays if the mean of
-    those kept, :math:`w = \frac{1}{|S|} \sum_{k \in S} w_k`, scores at least as high with it as
-    without. The soup scores at least as high as the best checkpoint on the rows that decide (with
-    scores of its own and ``min_improvement`` of 0 or more).
+    Tries the checkpoints by held-out score, best first: each stays if the mean of those kept,
+    :math:`w = \frac{1}{|S|} \sum_{k \in S} w_k`, scores at least as high with it as without. So the
+    soup scores at least as high as the best checkpoint on the rows that decide (with scores of its
+    own and ``min_improvement`` of 0 or more).
 
     Parameters
     ----------
@@ -89,20 +90,18 @@ class GreedySoup(BaseSoup):
         for a score.
     ranking_fraction : float or None, default=None
         Part of the rows, drawn at random and stratified by label, that only rank the checkpoints;
-        the others only decide what is kept. None uses all rows for both, as Recipe 1. Without
-        effect where the collection knows its ``scores``.
+        the others only decide what is kept. None uses all rows for both, as Recipe 1. Not used if
+        the collection has ``scores``.
     batch_norm : {"average", "recalibrate", "auto"}, default="average"
         Running statistics of BatchNorm: mixed like the weights around them; or re-estimated from
         the held-out rows (for every candidate and the result); or whichever scores better on them,
         mixed on ties.
     forward : callable or None, default=None
-        ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
-        (X a dict) or ``module(*X)`` (a tuple).
+        ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default the sorted labels in ``y`` when there are as many as
-        outputs, else 0, 1, ....
+        Labels in output order; by default those of ``y`` sorted, if one per output, else 0, 1, ....
     batch_size : int or None, default=128
         Rows per forward pass; None for all at once.
     n_jobs : int or None, default=None
@@ -161,8 +160,8 @@ class GreedySoup(BaseSoup):
     Warns
     -----
     SoupWarning
-        No checkpoint but the best was kept; it says by how much the others lowered the score and
-        whether they look unrelated.
+        Only the best checkpoint was kept; with how much the others lowered the score and whether
+        they look unrelated.
 
     See Also
     --------
@@ -170,7 +169,7 @@ class GreedySoup(BaseSoup):
 
     Notes
     -----
-    Cost: K evaluations of N rows for the ranking, none when the collection knows its ``scores``
+    Cost: K evaluations of N rows for the ranking, none when the collection has ``scores``
     (but one for the best checkpoint), and K - 1 for the candidates. Of these most rows are spared,
     exactly: the rows are evaluated hardest first, by the margin expected of the mean (to first
     order it is the mean of the soup's and, once ranked, the candidate's own), in chunks of N / 16
@@ -195,38 +194,21 @@ class GreedySoup(BaseSoup):
     (('checkpoint1', 'checkpoint0'), [0.5, 0.5])
     """
 
-    def __init__(
-        self,
-        checkpoints: Any = None,
-        *,
-        scoring: Any = None,
-        min_improvement: float = 0.0,
-        early_rejection: bool = True,
-        ranking_fraction: float | None = None,
-        batch_norm: BatchNormPolicy = "average",
-        forward: Forward | None = None,
-        task: Task = "classification",
-        classes: ArrayLike | None = None,
-        batch_size: int | None = 128,
-        n_jobs: int | None = None,
-        device: str | torch.device = "auto",
-        random_state: Any = None,
-        memory: Any = None,
-    ) -> None:
-        self.checkpoints = checkpoints
-        self.scoring = scoring
-        self.min_improvement = min_improvement
-        self.early_rejection = early_rejection
-        self.ranking_fraction = ranking_fraction
-        self.batch_norm = batch_norm
-        self.forward = forward
-        self.task = task
-        self.classes = classes
-        self.batch_size = batch_size
-        self.n_jobs = n_jobs
-        self.device = device
-        self.random_state = random_state
-        self.memory = memory
+    checkpoints: Any = None
+    _: KW_ONLY
+    scoring: Any = None
+    min_improvement: float = 0.0
+    early_rejection: bool = True
+    ranking_fraction: float | None = None
+    batch_norm: BatchNormPolicy = "average"
+    forward: Forward | None = None
+    task: Task = "classification"
+    classes: ArrayLike | None = None
+    batch_size: int | None = 128
+    n_jobs: int | None = None
+    device: str | torch.device = "auto"
+    random_state: Any = None
+    memory: Any = None
 
     def _check_params(self) -> None:
         super()._check_params()
@@ -250,31 +232,30 @@ class GreedySoup(BaseSoup):
         to_rank, to_accept = self._split(problem, is_known=not n_ranked)
         with problem.progress("evaluation", n_ranked + n) as step:
             ranking = rank_checkpoints(problem, step, n_jobs=self.n_jobs, evaluate=to_rank)
-            # scores given by the user may stem from other rows or another metric
-            best = ranking.best if to_rank is to_accept else None
-            margins = ranking.margins if to_rank is to_accept else {}
             scores = ranking.scores
+            if to_rank is not to_accept:
+                ranking = Ranking(scores, None)  # evaluations of other rows accept nothing
             # stable: equal scores stay in collection order
             ranked = sorted(range(n), key=lambda k: -scores[names[k]])
-            trial = Trial(
-                checkpoints, to_accept, problem.data, margins, self.batch_norm, self.early_rejection
-            )
-            n_workers = min(effective_n_jobs(self.n_jobs), n)
+            n_workers = effective_n_jobs(self.n_jobs)
             ahead: dict[int, Evaluation] = {}  # of candidates for the soup so far
 
             def evaluate(
                 ingredients: list[int], needed: float, soup: Evaluation | None
             ) -> Evaluation:
                 *kept, candidate = ingredients
-                if soup is None:
-                    known = best or trial.known(ingredients, needed, soup)
-                    return known or trial(ingredients, needed, soup)
+                if soup is None and ranking.best is not None:
+                    return ranking.best
                 if candidate not in ahead:
-                    n_ahead = max(n_workers, world_size())
+                    n_ahead = 1 if soup is None else max(n_workers, world_size())
                     following = ranked[ranked.index(candidate) :]
                     for later in following[n_ahead : n_ahead + 1]:
                         checkpoints.warm(names[later])
-                    ahead.update(trial.together(kept, following[:n_ahead], needed, soup))
+                    trial = CandidateTrial(
+                        checkpoints, problem.data, ranking.margins, self.batch_norm,
+                        self.early_rejection, kept, needed, soup,
+                    )  # fmt: skip
+                    ahead.update(evaluate_all(trial, following[:n_ahead], to_accept, n_workers))
                 found = ahead.pop(candidate)
                 if found.score >= needed:
                     ahead.clear()  # they were for a soup without this one
@@ -301,13 +282,8 @@ class GreedySoup(BaseSoup):
         evaluate = problem.evaluate
         if self.ranking_fraction is None or is_known:
             return evaluate, evaluate
-        fraction = self.ranking_fraction
-
-        def split() -> list[torch.Tensor]:
-            return split_rows(
-                evaluate.y, self.task, evaluate.data.amounts, fraction, self.random_state
-            )
-
+        fraction, amounts = self.ranking_fraction, evaluate.data.amounts
+        split = partial(split_rows, evaluate.y, self.task, amounts, fraction, self.random_state)
         if self.random_state is None and problem.cache is not None:  # the rows it began with
             parts = problem.cache(("split", fraction), split)
         else:
@@ -316,7 +292,7 @@ class GreedySoup(BaseSoup):
         return evaluate.on(ranks), evaluate.on(accepts)
 
     def _warn_of_one(self, checkpoints: CheckpointCollection, path: list[dict[str, Any]]) -> None:
-        """Say why nothing was mixed."""
+        """Warn that nothing was mixed, and why."""
         best, *others = path
         least = max(others, key=lambda tried: tried["gain"])
         most = min(others, key=lambda tried: tried["gain"])
@@ -337,131 +313,77 @@ def mean_of(checkpoints: CheckpointCollection, ingredients: list[int]) -> dict[s
 
 
 @dataclass(frozen=True)
-class Trial:
-    """Scores means with a candidate; has all it needs, so that a worker can, too."""
+class CandidateTrial:
+    """Scores the means of a soup's ingredients and one candidate each."""
 
     checkpoints: CheckpointCollection
-    evaluate: Evaluator
     data: HeldOut  # all rows, which re-estimate BatchNorm
     margins: Mapping[str, torch.Tensor]  # of single checkpoints, where known
     batch_norm: BatchNormPolicy
     early_rejection: bool
+    kept: list[int]
+    needed: float
+    soup: Evaluation | None  # of those kept; None for the first candidate
 
-    def __call__(
-        self, ingredients: list[int], needed: float, soup: Evaluation | None
-    ) -> Evaluation:
-        """Score the mean of the ingredients, the last of which is the candidate."""
-        load_weights(self.evaluate.objective.module, mean_of(self.checkpoints, ingredients))
-        order = self._order(ingredients, soup)
-        candidate = self.checkpoints.names[ingredients[-1]]
-        found = evaluate_named(lambda: self._score(needed, order), candidate)
-        if self.evaluate.cache is not None:
-            key = self._key(ingredients, needed, soup)
-            self.evaluate.cache.keep(vars(found), *key, everywhere=True)
-        return found
+    def __call__(self, candidate: int, evaluate: Evaluator) -> Evaluation:
+        mean = mean_of(self.checkpoints, [*self.kept, candidate])
+        load_weights(evaluate.objective.module, mean)
+        score = partial(self._score, self._order(candidate), evaluate)
+        return evaluate_named(score, self.checkpoints.names[candidate])
 
-    def known(
-        self, ingredients: list[int], needed: float, soup: Evaluation | None
-    ) -> Evaluation | None:
-        """What the cache has of this mean."""
-        if self.evaluate.cache is None:
-            return None
-        found = self.evaluate.cache.find(*self._key(ingredients, needed, soup))
-        return None if found is None else Evaluation(**found)
+    def key(self, candidate: int) -> tuple[Any, ...]:
+        names, ingredients = self.checkpoints.names, sorted([*self.kept, candidate])
+        identities = [self.checkpoints.identity(names[k]) for k in ingredients]
+        settings = self.needed, self._order(candidate), self.early_rejection, self.batch_norm
+        return "candidate", identities, *settings
 
-    def together(
-        self, kept: list[int], candidates: list[int], needed: float, soup: Evaluation
-    ) -> dict[int, Evaluation]:
-        """Score several candidates for the same soup: on all ranks, or in workers."""
-        known = {k: self.known([*kept, k], needed, soup) for k in candidates}
-        missing = [k for k, one in known.items() if one is None]
-
-        def job(some: Sequence[int]) -> Callable[[Evaluator], dict[int, Evaluation]]:
-            trial = self.only(some) if len(missing) > 1 else self
-            return partial(try_each, trial, kept, list(some), needed, soup)
-
-        found = everywhere(job, missing, self.evaluate, len(missing)) if missing else {}
-        return found | {k: one for k, one in known.items() if one is not None}
-
-    def only(self, candidates: Sequence[int]) -> Trial:
-        """The same with no more than some candidates need: less to send."""
+    def only(self, candidates: Sequence[int]) -> CandidateTrial:
         names = {self.checkpoints.names[k] for k in candidates}
         return replace(self, margins={n: m for n, m in self.margins.items() if n in names})
 
-    def _key(
-        self, ingredients: list[int], needed: float, soup: Evaluation | None
-    ) -> tuple[Any, ...]:
-        names = self.checkpoints.names
-        identities = [self.checkpoints.identity(names[k]) for k in sorted(ingredients)]
-        order = self._order(ingredients, soup)
-        return "candidate", identities, needed, order, self.early_rejection, self.batch_norm
+    def _order(self, candidate: int) -> torch.Tensor | None:
+        own = self.margins.get(self.checkpoints.names[candidate])
+        return hardest_first(self.soup, own, len(self.kept) + 1)
 
-    def _order(self, ingredients: list[int], soup: Evaluation | None) -> torch.Tensor | None:
-        own = self.margins.get(self.checkpoints.names[ingredients[-1]])
-        return hardest_first(soup, own, len(ingredients))
+    def _score(self, order: torch.Tensor | None, evaluate: Evaluator) -> Evaluation:
+        """Evaluate with BatchNorm's statistics as mixed, re-estimated, or the better of the two."""
 
-    def _score(self, needed: float, order: torch.Tensor | None) -> Evaluation:
-        """Evaluate a candidate; its BatchNorm statistics as mixed, re-estimated, or the better."""
-        evaluate, is_first = self.evaluate, needed == -math.inf
-        objective = evaluate.objective
+        def score() -> Evaluation:
+            if not self.early_rejection or order is None:
+                return evaluate()
+            n = len(order)
+            # rows evaluated before the next look at the bound
+            size = min(max(32, -(-n // 16)), n, evaluate.batch_size or n)
+            return evaluate.until(self.needed, order, size)
+
+        objective, batch_size = evaluate.objective, evaluate.batch_size
         if (
-            is_first
+            self.soup is None
             or self.batch_norm == "average"
-            or not statistics(objective.module)
-            or not can_recalibrate(len(self.data), evaluate.batch_size)
+            or not can_recalibrate(objective.module, len(self.data), batch_size)
         ):
-            return self._evaluate(needed, order)
-        mixed: Evaluation | None = None
-        if self.batch_norm == "auto":
-            mixed = self._evaluate(needed, order)
-            if mixed.score >= needed:
-                return mixed
-        recalibrate(objective, self.data, evaluate.batch_size)
-        found = self._evaluate(needed, order)
+            return score()
+        mixed = score() if self.batch_norm == "auto" else None
+        if mixed is not None and mixed.score >= self.needed:
+            return mixed
+        recalibrate(objective, self.data, batch_size)
+        found = score()
         if mixed is None:
             return found
         better = found if found.score > mixed.score else mixed
         return replace(better, n_rows=found.n_rows + mixed.n_rows)
 
-    def _evaluate(self, needed: float, order: torch.Tensor | None) -> Evaluation:
-        if not self.early_rejection or order is None:
-            return self.evaluate()
-        size = chunk_size(len(order), self.evaluate.batch_size)
-        return self.evaluate.until(needed, order, size)
-
-
-def try_each(
-    trial: Trial,
-    kept: list[int],
-    candidates: list[int],
-    needed: float,
-    soup: Evaluation,
-    evaluate: Evaluator,
-) -> dict[int, Evaluation]:
-    """Score candidates one after the other."""
-    trial = replace(trial, evaluate=evaluate)
-    return {k: trial([*kept, k], needed, soup) for k in candidates}
-
 
 def hardest_first(
     soup: Evaluation | None, own: torch.Tensor | None, n_ingredients: int
 ) -> torch.Tensor | None:
-    """Order the rows by the margins expected of a candidate; None where none are known.
-
-    To first order outputs are linear in the weights, so those of the mean with a candidate are
-    the mean of the soup's and the candidate's ``own``, which its ranking has told.
-    """
+    """Order the rows by the margins expected of a candidate; None where none are known."""
     if soup is None or soup.margins is None:
         return None
     margins = soup.margins
-    if own is not None:
+    if own is not None:  # the candidate's; to first order outputs are linear in the weights
         margins = margins + (own - margins) / n_ingredients
     return margins.argsort(stable=True)
-
-
-def chunk_size(n: int, batch_size: int | None) -> int:
-    """Rows evaluated before the next look at the bound."""
-    return min(max(32, -(-n // 16)), n, batch_size or n)
 
 
 def describe_path(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from .validation import check_descent, check_minibatches, search_cache, settings
 __all__ = ["LearnedSoup"]
 
 
+@dataclass(eq=False, repr=False)
 class LearnedSoup(BaseSoup):
     r"""Learn coefficients on the simplex, and a temperature, on held-out data.
 
@@ -70,13 +72,11 @@ class LearnedSoup(BaseSoup):
         the held-out rows (for the result; the search normalises by the minibatch); or whichever
         scores better on them, mixed on ties.
     forward : callable or None, default=None
-        ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
-        (X a dict) or ``module(*X)`` (a tuple).
+        ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default the sorted labels in ``y`` when there are as many as
-        outputs, else 0, 1, ....
+        Labels in output order; by default those of ``y`` sorted, if one per output, else 0, 1, ....
     device : str or torch.device, default="auto"
         Where the module runs; "auto" is cuda, else mps, else cpu.
     random_state : int, RandomState or None, default=None
@@ -153,59 +153,33 @@ class LearnedSoup(BaseSoup):
     np.int64(1)
     """
 
+    checkpoints: Any = None
+    _: KW_ONLY
+    layerwise: Layerwise = False
+    temperature: bool = True
+    memory_limit: int | str | None = None
+    delta_dtype: str | torch.dtype | None = None
+    shard_deltas: bool = False
+    lr: float = 0.05
+    max_epochs: int = 5
+    batch_size: int | None = 128
+    accumulate: int = 1
+    precision: str = "fp32"
+    compile: bool = False
+    optimizer: str = "adamw"
+    schedule: str = "constant"
+    shuffle: bool = True
+    criterion: Criterion | None = None
+    batch_norm: BatchNormPolicy = "average"
+    forward: Forward | None = None
+    task: Task = "classification"
+    classes: ArrayLike | None = None
+    device: str | torch.device = "auto"
+    random_state: Any = None
+    memory: Any = None
+
     weight_decay = 0.0
     model_epochs = 1
-
-    def __init__(
-        self,
-        checkpoints: Any = None,
-        *,
-        layerwise: Layerwise = False,
-        temperature: bool = True,
-        memory_limit: int | str | None = None,
-        delta_dtype: str | torch.dtype | None = None,
-        shard_deltas: bool = False,
-        lr: float = 0.05,
-        max_epochs: int = 5,
-        batch_size: int | None = 128,
-        accumulate: int = 1,
-        precision: str = "fp32",
-        compile: bool = False,
-        optimizer: str = "adamw",
-        schedule: str = "constant",
-        shuffle: bool = True,
-        criterion: Criterion | None = None,
-        batch_norm: BatchNormPolicy = "average",
-        forward: Forward | None = None,
-        task: Task = "classification",
-        classes: ArrayLike | None = None,
-        device: str | torch.device = "auto",
-        random_state: Any = None,
-        memory: Any = None,
-    ) -> None:
-        self.checkpoints = checkpoints
-        self.layerwise = layerwise
-        self.temperature = temperature
-        self.memory_limit = memory_limit
-        self.delta_dtype = delta_dtype
-        self.shard_deltas = shard_deltas
-        self.lr = lr
-        self.max_epochs = max_epochs
-        self.batch_size = batch_size
-        self.accumulate = accumulate
-        self.precision = precision
-        self.compile = compile
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.shuffle = shuffle
-        self.criterion = criterion
-        self.batch_norm = batch_norm
-        self.forward = forward
-        self.task = task
-        self.classes = classes
-        self.device = device
-        self.random_state = random_state
-        self.memory = memory
 
     def _check_params(self) -> None:
         super()._check_params()
@@ -227,7 +201,11 @@ class LearnedSoup(BaseSoup):
         def search(n_models: int, open_deltas: Any) -> Found:
             self._warn_of_strangers(problem.checkpoints, names)
             if n_models < n:
-                self._warn_of_streaming(n_models, n)
+                self._warn(
+                    f"The memory holds {n_models} of {n} models: each step reads all files twice, "
+                    f"which is slow. Raise memory_limit, halve the deltas with "
+                    f"delta_dtype='bfloat16', or take MEHLSoup, which needs few at a time."
+                )
             generator.set_state(seed)
             a = torch.zeros((n, n_rows), dtype=dtype, device=device).requires_grad_()
             beta = torch.ones((), dtype=dtype, device=device).requires_grad_(learns)
@@ -249,10 +227,3 @@ class LearnedSoup(BaseSoup):
         found = within_memory(problem, search, storage_for(self, problem), "auto", cache)
         # None where all checkpoints are equal
         return found or Found(np.full((n_rows, n), 1 / n), attributes={"temperature_": 1.0})
-
-    def _warn_of_streaming(self, n_models: int, n: int) -> None:
-        self._warn(
-            f"The memory holds {n_models} of {n} models: each step reads all files twice, which is "
-            f"slow. Raise memory_limit, halve the deltas with delta_dtype='bfloat16', or take "
-            f"MEHLSoup, which needs few at a time."
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -90,6 +90,7 @@ class Displacement:
         return affine_coef(after.T)
 
 
+@dataclass(eq=False, repr=False)
 class MEHLSoup(BaseSoup):
     r"""Learn coefficients in the hyperplane of the checkpoints, a few checkpoints at a time.
 
@@ -165,13 +166,11 @@ class MEHLSoup(BaseSoup):
         the held-out rows (for the result; the search normalises by the minibatch); or whichever
         scores better on them, mixed on ties.
     forward : callable or None, default=None
-        ``(module, X) -> outputs`` for modules that are not called as ``module(X)``, ``module(**X)``
-        (X a dict) or ``module(*X)`` (a tuple).
+        ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default the sorted labels in ``y`` when there are as many as
-        outputs, else 0, 1, ....
+        Labels in output order; by default those of ``y`` sorted, if one per output, else 0, 1, ....
     device : str or torch.device, default="auto"
         Where the module runs; "auto" is cuda, else mps, else cpu.
     random_state : int, RandomState or None, default=None
@@ -237,7 +236,7 @@ class MEHLSoup(BaseSoup):
     ``ceil(K / b) * max_epochs * ceil(N / n)`` steps per pass over the checkpoints, which are read
     ``2 + model_epochs`` times. Memory beside the module, its gradient and its activations: b + 2
     models (the deltas, the mean, the soup), b/2 + 2 with bfloat16 deltas, and ``prefetch`` models
-    more. The docs' page on cost tells what the floor is. Dropout is off and BatchNorm uses its
+    more. The docs' page on cost has the lower limit. Dropout is off and BatchNorm uses its
     mixed statistics, which carry no gradient.
 
     References
@@ -258,68 +257,36 @@ class MEHLSoup(BaseSoup):
     ((4,), 1.0, 1.0)
     """
 
-    def __init__(
-        self,
-        checkpoints: Any = None,
-        *,
-        layerwise: Layerwise = False,
-        model_batch_size: int | str | None = "auto",
-        memory_limit: int | str | None = None,
-        delta_dtype: str | torch.dtype | None = None,
-        shard_deltas: bool = False,
-        prefetch: int = 1,
-        lr: float = 0.05,
-        max_epochs: int = 5,
-        model_epochs: int = 1,
-        batch_size: int | None = 128,
-        accumulate: int = 1,
-        precision: str = "fp32",
-        compile: bool = False,
-        optimizer: str = "adamw",
-        weight_decay: float = 0.0,
-        schedule: str = "cosine",
-        start: str = "mean",
-        normalize: bool = False,
-        validation_fraction: float | None = None,
-        shuffle: bool = True,
-        criterion: Criterion | None = None,
-        batch_norm: BatchNormPolicy = "average",
-        forward: Forward | None = None,
-        task: Task = "classification",
-        classes: ArrayLike | None = None,
-        device: str | torch.device = "auto",
-        random_state: Any = None,
-        memory: Any = None,
-    ) -> None:
-        self.checkpoints = checkpoints
-        self.layerwise = layerwise
-        self.model_batch_size = model_batch_size
-        self.memory_limit = memory_limit
-        self.delta_dtype = delta_dtype
-        self.shard_deltas = shard_deltas
-        self.prefetch = prefetch
-        self.lr = lr
-        self.max_epochs = max_epochs
-        self.model_epochs = model_epochs
-        self.batch_size = batch_size
-        self.accumulate = accumulate
-        self.precision = precision
-        self.compile = compile
-        self.optimizer = optimizer
-        self.weight_decay = weight_decay
-        self.schedule = schedule
-        self.start = start
-        self.normalize = normalize
-        self.validation_fraction = validation_fraction
-        self.shuffle = shuffle
-        self.criterion = criterion
-        self.batch_norm = batch_norm
-        self.forward = forward
-        self.task = task
-        self.classes = classes
-        self.device = device
-        self.random_state = random_state
-        self.memory = memory
+    checkpoints: Any = None
+    _: KW_ONLY
+    layerwise: Layerwise = False
+    model_batch_size: int | str | None = "auto"
+    memory_limit: int | str | None = None
+    delta_dtype: str | torch.dtype | None = None
+    shard_deltas: bool = False
+    prefetch: int = 1
+    lr: float = 0.05
+    max_epochs: int = 5
+    model_epochs: int = 1
+    batch_size: int | None = 128
+    accumulate: int = 1
+    precision: str = "fp32"
+    compile: bool = False
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    start: str = "mean"
+    normalize: bool = False
+    validation_fraction: float | None = None
+    shuffle: bool = True
+    criterion: Criterion | None = None
+    batch_norm: BatchNormPolicy = "average"
+    forward: Forward | None = None
+    task: Task = "classification"
+    classes: ArrayLike | None = None
+    device: str | torch.device = "auto"
+    random_state: Any = None
+    memory: Any = None
 
     def _check_params(self) -> None:
         super()._check_params()

@@ -37,7 +37,7 @@ from ..data.rows import (
     to_inputs,
     to_tensor,
 )
-from ..engine.batch_norm import check_rows, statistics
+from ..engine.batch_norm import statistics
 from ..engine.deltas import resolve_delta_dtype
 from ..engine.descent import OPTIMIZERS, SCHEDULES, DeltaStorage, Settings
 from ..engine.objective import Criterion, Forward, Objective, feed, module_dtype, prepare_module
@@ -68,8 +68,9 @@ def validate_rows(
     y = to_numpy(y)
     estimator.input_names_ = input_names(X)
     if task == "classification" and y is not None and is_dense(np.asarray(y)):
-        X, y = _validate_dense(estimator, X, np.asarray(y))
-        return X, y, _check_weight(sample_weight, len(y))
+        X, y = validate_inputs(estimator, X, reset=True), _check_dense(np.asarray(y))
+        check_consistent_length(*parts_of(X), y)
+        return X, y, _check_weight(sample_weight, y)
     if is_multiple(X):
         X = _check_parts(X)
         check_consistent_length(*parts_of(X), y)
@@ -83,16 +84,11 @@ def validate_rows(
         )
     if task == "classification":
         check_classification_targets(y)
-    return X, y, None if sample_weight is None else _check_weight(sample_weight, len(y))
+    return X, y, None if sample_weight is None else _check_weight(sample_weight, y)
 
 
-def _validate_dense(estimator: Any, X: Any, y: NDArray[Any]) -> tuple[Any, NDArray[Any]]:
-    """Check rows with labels at several positions each; scikit-learn knows no such targets."""
-    if is_multiple(X):
-        X = _check_parts(X)
-    elif not (isinstance(X, torch.Tensor) and X.device.type != "cpu"):
-        X = validate_data(estimator, to_numpy(X), allow_nd=True, dtype=FLOATS_AND_INTEGERS)
-    check_consistent_length(*parts_of(X), y)
+def _check_dense(y: NDArray[Any]) -> NDArray[Any]:
+    """Check labels at several positions of a row; scikit-learn has no such targets."""
     if y.dtype.kind not in "iu":
         raise ValueError(
             f"y has shape {y.shape} and dtype {y.dtype}: labels at several positions of a row must "
@@ -100,11 +96,11 @@ def _validate_dense(estimator: Any, X: Any, y: NDArray[Any]) -> tuple[Any, NDArr
         )
     if (y == IGNORED).all():
         raise ValueError(f"y holds nothing but {IGNORED}, which leaves out every position.")
-    return X, y
+    return y
 
 
-def validate_inputs(estimator: Any, X: Any) -> Any:
-    """Check rows to predict for: the same inputs as in `fit`."""
+def validate_inputs(estimator: Any, X: Any, reset: bool = False) -> Any:
+    """Check rows to predict for: the same inputs as in `fit`; ``reset`` notes their features."""
     if (got := input_names(X)) != (expected := estimator.input_names_):
         raise ValueError(
             f"X has other inputs than in fit: got {_named(got)}, expected {_named(expected)}."
@@ -114,7 +110,7 @@ def validate_inputs(estimator: Any, X: Any) -> Any:
     if isinstance(X, torch.Tensor) and X.device.type != "cpu":
         return X
     return validate_data(
-        estimator, to_numpy(X), reset=False, allow_nd=True, dtype=FLOATS_AND_INTEGERS
+        estimator, to_numpy(X), reset=reset, allow_nd=True, dtype=FLOATS_AND_INTEGERS
     )
 
 
@@ -145,12 +141,8 @@ def _check_parts(X: Any) -> Any:
     return X
 
 
-def _or_texts(item: Any) -> str:
-    return ", or texts, which have to be tokenised first" if isinstance(item, str) else ""
-
-
 def _refuse_checkpoints(X: Any, y: Any) -> None:
-    """Say what went wrong when checkpoints stand where X should."""
+    """Raise an error that explains it where X holds checkpoints."""
     if is_multiple(X) and y is not None:
         lengths = {len(part) if getattr(part, "ndim", 1) else 0 for part in parts_of(X)}
         if lengths == {len(y)}:
@@ -161,11 +153,11 @@ def _refuse_checkpoints(X: Any, y: Any) -> None:
             isinstance(value, torch.Tensor) for value in item.values()
         )
         if isinstance(item, (str, os.PathLike, nn.Module)) or is_state:
+            texts = ", or texts, which have to be tokenised first" if isinstance(item, str) else ""
             raise TypeError(
-                f"X holds {'a state dict' if is_state else type(item).__name__} where rows of "
-                f"data were expected: these look like checkpoints{_or_texts(item)}. Call "
-                f"fit(checkpoints, X, y), or "
-                f"wrap them: fit(CheckpointCollection(checkpoints, module=...), X)."
+                f"X holds {'a state dict' if is_state else type(item).__name__} where rows of data "
+                f"were expected: these look like checkpoints{texts}. Call fit(checkpoints, X, y), "
+                f"or wrap them: fit(CheckpointCollection(checkpoints, module=...), X)."
             )
 
 
@@ -177,13 +169,13 @@ def to_numpy(values: Any) -> Any:
     return values.detach().cpu().numpy()
 
 
-def _check_weight(sample_weight: Any, n_samples: int) -> NDArray[np.float64] | None:
+def _check_weight(sample_weight: Any, y: Any) -> NDArray[np.float64] | None:
     if sample_weight is None:
         return None
     weight = np.asarray(to_numpy(sample_weight), dtype=np.float64)
-    if weight.shape != (n_samples,):
+    if weight.shape != (len(y),):
         raise ValueError(
-            f"sample_weight has shape {weight.shape}, expected ({n_samples},), one per row of X."
+            f"sample_weight has shape {weight.shape}, expected ({len(y)},), one per row of X."
         )
     if not np.isfinite(weight).all() or (weight < 0).any() or not weight.any():
         raise ValueError("sample_weight must be finite, not negative, and not zero everywhere.")
@@ -199,9 +191,7 @@ def check_choice(value: Any, name: str, choices: tuple[Any, ...]) -> None:
 def check_fraction(fraction: float | None, name: str) -> None:
     """Check the part of the rows that is set aside for a purpose, if any is."""
     if fraction is not None:
-        check_scalar(
-            fraction, name, float, min_val=0.0, max_val=1.0, include_boundaries="neither"
-        )  # fmt: skip
+        check_scalar(fraction, name, float, min_val=0, max_val=1, include_boundaries="neither")
 
 
 def collect(
@@ -215,16 +205,16 @@ def collect(
         )
     if isinstance(checkpoints, CheckpointCollection):
         return checkpoints
-    if callable(checkpoints) and not isinstance(checkpoints, nn.Module):
-        takes_weight = "sample_weight" in inspect.signature(checkpoints).parameters
-        made = checkpoints(X, y, **({"sample_weight": weight} if takes_weight else {}))
-        if not isinstance(made, CheckpointCollection):
-            raise TypeError(
-                f"checkpoints={checkpoints!r} returned a {type(made).__name__}, expected a "
-                f"CheckpointCollection."
-            )
-        return made
-    return CheckpointCollection(checkpoints)
+    if not callable(checkpoints) or isinstance(checkpoints, nn.Module):
+        return CheckpointCollection(checkpoints)
+    takes_weight = "sample_weight" in inspect.signature(checkpoints).parameters
+    made = checkpoints(X, y, **({"sample_weight": weight} if takes_weight else {}))
+    if not isinstance(made, CheckpointCollection):
+        raise TypeError(
+            f"checkpoints={checkpoints!r} returned a {type(made).__name__}, expected a "
+            f"CheckpointCollection."
+        )
+    return made
 
 
 def prepare_problem(
@@ -245,11 +235,7 @@ def prepare_problem(
     cache: Cache | None = None,
     progress: Callable[[nn.Module, str, int], AbstractContextManager[Step]] | None = None,
 ) -> Problem:
-    """Make what a search is given from rows that `validate_rows` has checked.
-
-    Builds the module, puts it and the rows on the device, and feeds it one row, whose output
-    decides how outputs are read.
-    """
+    """Make what a search is given from rows that `validate_rows` has checked."""
     where = resolve_device(device)
     module = prepare_module(checkpoints.build_module(), checkpoints, where)
     dtype = module_dtype(module)
@@ -284,7 +270,7 @@ def no_progress(name: str, n_steps: int) -> Iterator[Step]:
 
 
 def _probe(module: nn.Module, row: Any, forward: Any) -> torch.Tensor:
-    """Output for one row; says what was fed when the module can't take it."""
+    """Output for one row, which decides how outputs are read."""
     try:
         with torch.no_grad():
             return feed(module, row, forward)
@@ -355,12 +341,17 @@ def check_descent(soup: Any) -> None:
 
 def check_minibatches(soup: Any, problem: Problem, aside: HeldOut | None = None) -> None:
     """Check that BatchNorm can normalise by the minibatches of a search, where it is to."""
-    if soup.batch_norm != "recalibrate":
+    if soup.batch_norm != "recalibrate" or not statistics(problem.module):
         return
-    for rows in (problem.data, aside):
-        if rows is not None:
-            check_rows(problem.objective.module, len(rows), soup.batch_size)
-    if world_size() > 1 and statistics(problem.objective.module):
+    for n in (len(rows) for rows in (problem.data, aside) if rows is not None):
+        size = min(soup.batch_size or n, n)
+        if size == 1 or n % size == 1:
+            raise ValueError(
+                f"batch_norm='recalibrate' normalises by the statistics of each minibatch, which "
+                f"one row does not have: {n} rows in minibatches of {size} leave one alone. Change "
+                f"batch_size."
+            )
+    if world_size() > 1:
         raise ValueError(
             "batch_norm='recalibrate' normalises by each minibatch, which the ranks of a "
             "distributed job share out. Search with batch_norm='auto' or 'average'."

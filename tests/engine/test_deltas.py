@@ -15,7 +15,7 @@ from torch.func import functional_call
 from sksoup import CheckpointCollection
 from sksoup.engine.deltas import FlatLayout, ModelBatch, centered, resolve_delta_dtype
 from sksoup.engine.objective import load_weights
-from sksoup.engine.streamed import StreamedModels
+from sksoup.engine.streamed import StreamedBatch
 from sksoup.mixing.layers import group_layers
 
 from ..references import stacked
@@ -28,13 +28,13 @@ class Net64BatchNorm(Net):
 
 
 @contextmanager
-def model_batch(problem, b, delta_dtype=None):
+def model_batch(problem, b, delta_dtype=None, kind=ModelBatch):
     with centered(problem) as center:
         if center is None:
             yield None
             return
         dtype = delta_dtype or center.mean.dtype
-        batch = ModelBatch(center, b or len(problem.checkpoints), dtype)
+        batch = kind(center, b or len(problem.checkpoints), dtype)
         try:
             yield batch
         finally:
@@ -71,7 +71,7 @@ def test_flat_layout_is_contiguous_per_row_parameters_first():
     assert flat.row_slices[0] == (0, 0, 42)
     assert flat.n_parameters == sum(p.numel() for p in module.parameters())
     assert flat.size == flat.n_parameters + 12
-    ends = [(s.start, s.stop) for s in flat.segments]
+    ends = [(s.where.start, s.where.stop) for s in flat.segments]
     assert all(a[1] == b[0] for a, b in pairwise(ends))
 
 
@@ -202,12 +202,11 @@ def test_streamed_models_are_the_same_two_operations(capacity):
         batch.commit(coef)
         batch.combine(coef)
         twice = batch.flat.weights.clone()
-    with model_batch(problem, capacity) as batch:
-        streamed = StreamedModels(batch)
+    with model_batch(problem, capacity, kind=StreamedBatch) as streamed:
         streamed.load(checkpoints.names)
         streamed.combine(coef)
         torch.testing.assert_close(streamed.flat.weights, weights)
-        streamed.flat.grad.copy_(weights[: len(batch.flat.grad)])
+        streamed.flat.grad.copy_(weights[: len(streamed.flat.grad)])
         torch.testing.assert_close(streamed.project(), gradient)
         torch.testing.assert_close(streamed.norms(), norms)
         streamed.commit(coef)

@@ -25,7 +25,6 @@ from sksoup import (
     mix,
 )
 from sksoup.engine.deltas import ModelBatch
-from sksoup.engine.streamed import StreamedModels
 from sksoup.recipes.mehl import affine_coef, draw_model_batches
 from sksoup.runtime.live_tensors import LiveTensors
 from sksoup.runtime.memory import Budget
@@ -463,7 +462,6 @@ def test_out_of_memory_with_one_model_is_an_error(zoo: Zoo, monkeypatch, soup):
         raise MemoryError("not enough memory")
 
     monkeypatch.setattr(ModelBatch, "combine", combine)
-    monkeypatch.setattr(StreamedModels, "combine", combine)
     monkeypatch.setattr(Budget, "resolve", lambda self, wanted, n: 1)
     with pytest.raises(MemoryError):
         soup.fit(zoo.checkpoints, zoo.X, zoo.y)
