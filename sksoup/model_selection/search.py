@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from numbers import Integral
 from operator import itemgetter
 from pathlib import Path
@@ -35,6 +36,7 @@ from .fine_tuning import Candidate, find_start, fine_tune
 from .manifest import claim, make_manifest, recorded_seed
 
 
+@dataclass(eq=False, repr=False)
 class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
     """Fine-tune a network many times with sampled hyper-parameters, then soup the results.
 
@@ -136,28 +138,16 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
     (3, (60,))
     """
 
-    def __init__(
-        self,
-        estimator: Any,
-        param_distributions: Any,
-        *,
-        soup: Any = None,
-        n_iter: int = 10,
-        scoring: Any = None,
-        cv: Any = None,
-        n_jobs: int | None = None,
-        random_state: Any = None,
-        save_dir: str | os.PathLike[str] | None = None,
-    ) -> None:
-        self.estimator = estimator
-        self.param_distributions = param_distributions
-        self.soup = soup
-        self.n_iter = n_iter
-        self.scoring = scoring
-        self.cv = cv
-        self.n_jobs = n_jobs
-        self.random_state = random_state
-        self.save_dir = save_dir
+    estimator: Any
+    param_distributions: Any
+    _: KW_ONLY
+    soup: Any = None
+    n_iter: int = 10
+    scoring: Any = None
+    cv: Any = None
+    n_jobs: int | None = None
+    random_state: Any = None
+    save_dir: str | os.PathLike[str] | None = None
 
     def fit(self, X: Any, y: Any = None) -> Self:
         """Fine-tune the candidates and mix them.
