@@ -89,13 +89,13 @@ def _neighbours(buffer: str, parameters: Mapping[str, int]) -> tuple[str, tuple[
 
 
 def check_layers(
-    layers: Mapping[str, int] | None, layout: Mapping[str, TensorInfo], n_rows: int
+    layers: Mapping[str, int] | None, layout: Mapping[str, TensorInfo], n_layers: int
 ) -> dict[str, int]:
     """The row of every tensor; without ``layers`` there is one row for all."""
     if layers is None:
-        if n_rows != 1:
+        if n_layers != 1:
             raise ValueError(
-                f"coef has {n_rows} rows but layers is None: say which tensor takes which row, "
+                f"coef has {n_layers} rows but layers is None: say which tensor takes which row, "
                 f"layers={{tensor name: row}}, as in soup.layers_."
             )
         return dict.fromkeys(layout, 0)
@@ -105,10 +105,10 @@ def check_layers(
             f"layers lacks {', '.join(map(repr, missing[:5]))} ({len(missing)} of {len(layout)} "
             f"tensors): map every tensor of the checkpoints to a row of coef."
         )
-    wrong = next((name for name in layout if not 0 <= layers[name] < n_rows), None)
+    wrong = next((name for name in layout if not 0 <= layers[name] < n_layers), None)
     if wrong is not None:
         raise ValueError(
-            f"layers[{wrong!r}] is {layers[wrong]}, expected a row of coef in [0, {n_rows})."
+            f"layers[{wrong!r}] is {layers[wrong]}, expected a row of coef in [0, {n_layers})."
         )
     return {name: int(layers[name]) for name in layout}
 

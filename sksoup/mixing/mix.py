@@ -163,7 +163,7 @@ def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
 
 
 def check_coef(coef: ArrayLike, n_checkpoints: int) -> NDArray[np.float64]:
-    """Return ``coef`` as (n_rows, n_checkpoints) float64; ValueError if it is not one."""
+    """Return ``coef`` as (n_layers, n_checkpoints) float64; ValueError if it is not one."""
     given = np.asarray(coef, dtype=np.float64)
     rows = np.atleast_2d(given)
     if given.ndim not in (1, 2) or rows.shape[1] != n_checkpoints or not len(rows):
@@ -190,7 +190,7 @@ def accumulate(
 ) -> tuple[dict[str, torch.Tensor], set[str]]:
     """Read these tensors of all checkpoints once: the sums, and the names of those that differ.
 
-    ``coef`` is (n_rows, K). Sums are uncast; tensors that are equal everywhere are as stored.
+    ``coef`` is (n_layers, K). Sums are uncast; tensors that are equal everywhere are as stored.
     """
     names = list(names)
     dtypes = {name: checkpoints.layout[name].dtype for name in names}

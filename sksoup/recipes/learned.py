@@ -192,7 +192,7 @@ class LearnedSoup(BaseSoup):
         generator = private_generator(self.random_state, cache)
         seed = generator.get_state()
         cache = None if cache is None else cache.within(seed)
-        names, n_rows = problem.checkpoints.names, problem.layers.n_searched
+        names, n_layers = problem.checkpoints.names, problem.layers.n_searched
         device, n = problem.data.y.device, len(names)
         dtype = coefficient_dtype(device)
         learns = self.temperature and self.task != "regression"
@@ -207,7 +207,7 @@ class LearnedSoup(BaseSoup):
                     f"delta_dtype='bfloat16', or take MEHLSoup, which needs few at a time."
                 )
             generator.set_state(seed)
-            a = torch.zeros((n, n_rows), dtype=dtype, device=device).requires_grad_()
+            a = torch.zeros((n, n_layers), dtype=dtype, device=device).requires_grad_()
             beta = torch.ones((), dtype=dtype, device=device).requires_grad_(learns)
             with open_deltas([names]) as deltas, problem.progress("epoch", self.max_epochs) as step:
                 deltas.load(names)
@@ -226,4 +226,4 @@ class LearnedSoup(BaseSoup):
 
         found = within_memory(problem, search, storage_for(self, problem), "auto", cache)
         # None where all checkpoints are equal
-        return found or Found(np.full((n_rows, n), 1 / n), attributes={"temperature_": 1.0})
+        return found or Found(np.full((n_layers, n), 1 / n), attributes={"temperature_": 1.0})

@@ -48,7 +48,7 @@ STARTS = ("mean", "greedy", "best")
 
 
 def affine_coef(alpha: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Coefficients of w-bar + sum_k alpha_k (w_k - w-bar): (n_rows, K), rows sum to 1."""
+    """Coefficients of w-bar + sum_k alpha_k (w_k - w-bar): (n_layers, K), rows sum to 1."""
     coef: NDArray[np.float64] = alpha + (1 - alpha.sum(axis=1, keepdims=True)) / alpha.shape[1]
     return coef
 
