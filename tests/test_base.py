@@ -36,3 +36,18 @@ def test_a_recipe_in_one_file(zoo):
     assert sorted(soup.coef_)[-3:] == [0, 0.5, 0.5]
     assert soup.recipe_.cook(zoo.checkpoints).keys() == soup.state_dict().keys()
     assert len(soup.ingredients_) == 2
+
+
+class FirstTwo(BaseSoup):
+    """A recipe without a parameter: those of all recipes have defaults."""
+
+    def _search(self, problem: Problem) -> Found:
+        coef = np.zeros((1, len(problem.checkpoints)))
+        coef[0, :2] = 0.5
+        return Found(coef)
+
+
+def test_a_recipe_needs_no_parameter(zoo):
+    soup = FirstTwo().fit(zoo.checkpoints, zoo.X, zoo.y)
+    assert soup.coef_.tolist() == [0.5, 0.5, 0, 0, 0, 0, 0]
+    assert 0 <= soup.score(zoo.X, zoo.y) <= 1

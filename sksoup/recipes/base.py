@@ -96,9 +96,8 @@ class BaseSoup(
     """Base of all soups: everything but the search for coefficients.
 
     A recipe is a subclass with its parameters in ``__init__`` and one method, ``_search``, that
-    gets a `Problem` and returns `Found` coefficients. It has to have the parameters
-    ``checkpoints``, ``task``, ``classes``, ``batch_size`` and ``device``; those below are for
-    recipes that want them.
+    gets a `Problem` and returns `Found` coefficients. The parameters below have defaults here: a
+    recipe names those that it offers.
 
     Attributes
     ----------
@@ -110,12 +109,11 @@ class BaseSoup(
         The record that `save` writes.
     """
 
-    checkpoints: Any
-    task: Task
-    classes: ArrayLike | None
-    batch_size: int | None
-    device: str | torch.device
-
+    checkpoints: Any = None
+    task: Task = "classification"
+    classes: ArrayLike | None = None
+    batch_size: int | None = 128
+    device: str | torch.device = "auto"
     layerwise: Layerwise = False
     criterion: Criterion | None = None
     forward: Forward | None = None
