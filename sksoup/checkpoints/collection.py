@@ -140,7 +140,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         key: str | None = None,
         prefix: str | None = None,
     ) -> Self:
-        """Open the checkpoints of a folder or a glob pattern: ``ft2`` comes before ``ft10``.
+        """Open the checkpoints of a folder or a glob pattern, in natural order.
 
         Parameters
         ----------
@@ -151,10 +151,22 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         module, scores, key, prefix
             As in the constructor.
 
+        Returns
+        -------
+        collection : CheckpointCollection
+            Ordered so that ``ft2`` comes before ``ft10``.
+
         Raises
         ------
         CheckpointError
             Nothing matches; a folder is a checkpoint and holds more; or as in the constructor.
+
+        Examples
+        --------
+        >>> CheckpointCollection.from_path("no/such/folder/*.pt")
+        Traceback (most recent call last):
+        ...
+        sksoup.exceptions.CheckpointError: No checkpoints found at 'no/such/folder/*.pt': ...
         """
         found = find_checkpoints(path)
         return cls(found, module=module, scores=scores, key=key, prefix=prefix)
@@ -197,6 +209,11 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     def open(self, name: str) -> Iterator[Read]:
         """Open one checkpoint and read it tensor by tensor.
 
+        Parameters
+        ----------
+        name : str
+            Name of the checkpoint.
+
         Yields
         ------
         read : callable, tensor name -> tensor
@@ -224,7 +241,13 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             yield read
 
     def check(self) -> None:
-        """Read every tensor that has not been read yet; raise `CheckpointError` as `open` does."""
+        """Read every tensor that has not been read yet and raise where one is not finite.
+
+        Raises
+        ------
+        CheckpointError
+            As `open`, naming file and tensor.
+        """
         for name in self.names:
             if unread := self._health.unread(name, self.layout):
                 with self.open(name) as read:
@@ -234,22 +257,59 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     def describe(self) -> CollectionSummary:
         """Compare the checkpoints: distances, directions, duplicates, frozen parts, a verdict.
 
+        Returns
+        -------
+        summary : CollectionSummary
+            Print it, or use ``to_dict()``.
+
+        Raises
+        ------
+        CheckpointError
+            As `open`.
+
         Notes
         -----
-        Two reads of all files (errors: see `open`); memory of two models in float64 and a tensor.
+        Two reads of all files; memory of two models in float64 and one tensor.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from sksoup import CheckpointCollection
+        >>> start = torch.nn.Linear(20, 20).state_dict()
+        >>> tuned = [{k: v + 0.01 * i for k, v in start.items()} for i in range(3)]
+        >>> print(CheckpointCollection(tuned).describe().verdict[0])
+        These ingredients lie close together, as fine-tunings of one start do: good to mix.
         """
         return describe(self)
 
     def strangers(self, names: Iterable[str]) -> list[str]:
         """Return those of these checkpoints that point elsewhere than the others.
 
-        Their cosine to the mean of the others is below 0.5, on a few numbers of each matrix;
-        checkpoints that were not read yet are left out. `describe` compares all numbers.
+        Parameters
+        ----------
+        names : iterable of str
+            Checkpoints to compare; those that were not read yet are left out.
+
+        Returns
+        -------
+        strangers : list of str
+            Those whose cosine to the mean of the others, on a few numbers of each matrix, is below
+            0.5. `describe` compares all numbers.
         """
         return self._health.strangers(names, self.layout)
 
     def select(self, names: Iterable[str]) -> CheckpointCollection:
-        """Return a collection of these checkpoints only, in this order, without a read.
+        """Return a collection of these checkpoints only, in this order.
+
+        Parameters
+        ----------
+        names : iterable of str
+            Names of checkpoints.
+
+        Returns
+        -------
+        collection : CheckpointCollection
+            Shares files and tensors with this one; nothing is read.
 
         Raises
         ------
@@ -268,7 +328,23 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         return self._with({name: self._entries[name] for name in chosen})
 
     def drop(self, names: str | Iterable[str]) -> CheckpointCollection:
-        """Return a collection of the other checkpoints, in order; raise `KeyError` as `select`."""
+        """Return a collection without these checkpoints.
+
+        Parameters
+        ----------
+        names : str or iterable of str
+            Names of checkpoints to leave out.
+
+        Returns
+        -------
+        collection : CheckpointCollection
+            The others, in order.
+
+        Raises
+        ------
+        KeyError
+            A name is not in the collection.
+        """
         dropped = self.select(names)
         return self.select(name for name in self if name not in dropped)
 
@@ -293,8 +369,15 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     def save(self, folder: str | os.PathLike[str]) -> CheckpointCollection:
         """Write every checkpoint to ``folder`` as ``<name>.safetensors`` and open those files.
 
-        The folder is created where it is missing. The new collection holds nothing in memory, so
-        its pickle is small.
+        Parameters
+        ----------
+        folder : str or path-like
+            Created when missing.
+
+        Returns
+        -------
+        collection : CheckpointCollection
+            Path-backed: pickles small and holds nothing in memory.
 
         Raises
         ------
@@ -318,9 +401,12 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         return CheckpointCollection(paths, module=self.module, scores=self.scores)
 
     def build_module(self) -> nn.Module:
-        """Build a new module on the CPU, initialised at random or with the weights of ``module``.
+        """Build a fresh module of the architecture; global random state stays as it is.
 
-        The global random state stays as it is.
+        Returns
+        -------
+        module : nn.Module
+            On the CPU, with whatever weights the factory gives.
 
         Raises
         ------
@@ -345,7 +431,18 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         return module.cpu()
 
     def path(self, name: str) -> Path | None:
-        """Return the absolute path of a checkpoint's file, or None where it is in memory."""
+        """Return the file of a checkpoint, or None when it lives in memory.
+
+        Parameters
+        ----------
+        name : str
+            Name of the checkpoint.
+
+        Returns
+        -------
+        path : Path or None
+            Absolute.
+        """
         return self._entries[name].checkpoint.path
 
     def dtypes(self, names: Iterable[str]) -> dict[str, torch.dtype]:
@@ -357,26 +454,71 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         }
 
     def held_tensors(self) -> Iterator[torch.Tensor]:
-        """Yield the tensors that this collection holds in memory; never write to them."""
+        """Walk the tensors that live in this collection itself, in no file.
+
+        Yields
+        ------
+        tensor : Tensor
+            Not a copy: never write to it.
+        """
         for entry in self._entries.values():
             yield from entry.checkpoint.held_tensors()
 
     def warm(self, name: str) -> None:
-        """Have the operating system read a checkpoint's file into its cache, in the background."""
+        """Have the operating system read a checkpoint's file into its cache, in the background.
+
+        Parameters
+        ----------
+        name : str
+            Name of the checkpoint; one in memory is warm already.
+        """
         self._entries[name].checkpoint.warm()
 
     def identity(self, name: str) -> tuple[Any, ...]:
-        """Return size, modification time and inode of a file, or the SHA-256 of one in memory."""
+        """Return what distinguishes a checkpoint from one that took its place.
+
+        Parameters
+        ----------
+        name : str
+            Name of the checkpoint.
+
+        Returns
+        -------
+        identity : tuple
+            Sizes, modification times and inodes of its files; the SHA-256 of one in memory.
+        """
         entry = self._entries[name]
         return (entry.prefix, *entry.checkpoint.identity())
 
     def sha256(self, name: str) -> str:
-        """Return the SHA-256 (hex) of a checkpoint's file; in memory, of its names and values."""
+        """Return the SHA-256 of a checkpoint: of its file, else of its names and values.
+
+        Parameters
+        ----------
+        name : str
+            Name of the checkpoint.
+
+        Returns
+        -------
+        digest : str
+            64 hexadecimal digits, computed once.
+        """
         entry = self._entries[name]
         return entry.checkpoint.sha256(entry.prefix)
 
     def content_sha256(self, name: str) -> str:
-        """Return the SHA-256 (hex) of names, dtypes, shapes and values, in a file of any format."""
+        """Return the SHA-256 of a checkpoint's names, dtypes, shapes and values.
+
+        Parameters
+        ----------
+        name : str
+            Name of the checkpoint.
+
+        Returns
+        -------
+        digest : str
+            64 hexadecimal digits; the same in memory and in a file of any format.
+        """
         return content_sha256(self._entries[name])
 
     def _key(self, name: str) -> str | None:

@@ -97,7 +97,13 @@ class CollectionSummary:
     verdict: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the summary as plain dicts and lists that are ready for JSON; NaN is None."""
+        """Return the summary as plain dicts and lists.
+
+        Returns
+        -------
+        summary : dict
+            Ready for JSON; NaN is None.
+        """
         plain = asdict(self)
         for row in plain["checkpoints"]:
             row["cosine"] = None if math.isnan(row["cosine"]) else row["cosine"]

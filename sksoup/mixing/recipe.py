@@ -101,14 +101,23 @@ class Recipe:
 
         Parameters
         ----------
-        method, layers, layer_names
-            As in `Recipe`; names of the rows are their numbers by default.
+        method : str
+            Where the coefficients come from.
         checkpoints : CheckpointCollection
             What was mixed.
         coef : array-like of shape (n_checkpoints,) or (n_layers, n_checkpoints)
             Coefficients.
+        layers : mapping of str to int
+            Row of ``coef`` for every tensor name.
+        layer_names : tuple of str or None, default=None
+            Names of the rows, by default their numbers.
         **fields
             Any other field of `Recipe`.
+
+        Returns
+        -------
+        recipe : Recipe
+            The record.
         """
         rows = np.atleast_2d(np.asarray(coef, dtype=np.float64))
         ingredients = []
@@ -126,20 +135,31 @@ class Recipe:
         return hash(self.to_json())
 
     def to_json(self) -> str:
-        """Return the recipe as a JSON object that includes the ``format_version``."""
+        """Return the recipe as a JSON text.
+
+        Returns
+        -------
+        text : str
+            One object; ``format_version`` says how to read it.
+        """
         document = {"format_version": FORMAT_VERSION, **asdict(self), "coef": self.coef.tolist()}
         return json.dumps(document, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str, source: str = "the text") -> Recipe:
-        """Read a recipe from JSON, as `to_json` writes it.
+        """Read a recipe from JSON.
 
         Parameters
         ----------
         text : str
-            The JSON.
+            As `to_json` writes it.
         source : str, default="the text"
-            Name of the text in error messages.
+            What to call it in errors.
+
+        Returns
+        -------
+        recipe : Recipe
+            The record.
 
         Raises
         ------
@@ -201,6 +221,11 @@ class Recipe:
         path : str or path-like
             Where `save`, ``soup.save``, ``soup.save_pretrained`` or ``cook(out=...)`` wrote it.
 
+        Returns
+        -------
+        recipe : Recipe
+            The record.
+
         Raises
         ------
         RecipeError
@@ -230,18 +255,31 @@ class Recipe:
         return cls.from_json(text, repr(str(where)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the recipe alone to a ``.json`` file, atomically."""
+        """Write the recipe alone, as JSON, atomically.
+
+        Parameters
+        ----------
+        path : str or path-like
+            A ``.json`` file.
+        """
         write_text(Path(path), self.to_json())
 
     def save_weights(
         self, path: str | os.PathLike[str], weights: Mapping[str, torch.Tensor]
     ) -> None:
-        """Write weights to a ``.safetensors`` file with this recipe in its metadata, atomically.
+        """Write weights with this recipe in the file's metadata, atomically.
+
+        Parameters
+        ----------
+        path : str or path-like
+            A ``.safetensors`` file.
+        weights : mapping of str to Tensor
+            The soup.
 
         Raises
         ------
         ValueError
-            ``path`` has another suffix.
+            Another suffix.
         """
         where = Path(path)
         if where.suffix != ".safetensors":
@@ -347,7 +385,13 @@ class Recipe:
         return verify(self, weights, _collection(checkpoints))
 
     def to_card(self) -> str:
-        """Return a Hugging Face–style model card: Markdown with YAML front matter, escaped."""
+        """Describe the soup in words, as a Hugging Face–style model card.
+
+        Returns
+        -------
+        card : str
+            Markdown with YAML front matter. Names of checkpoints are escaped.
+        """
         return model_card(self)
 
 

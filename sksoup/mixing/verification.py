@@ -54,7 +54,13 @@ class Verification:
         return not self.differing and len(self.unchecked) < max(1, self.n_tensors)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the findings, with ``"ok"``, as a plain dict that is ready for JSON."""
+        """Return the findings as plain dicts.
+
+        Returns
+        -------
+        findings : dict
+            Ready for JSON, with ``"ok"``.
+        """
         return {"ok": self.ok, **asdict(self)}
 
     def __str__(self) -> str:
