@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import nn
 
-from ..checkpoints.collection import CheckpointCollection
-from ..mixing.layers import Layers, is_variance
-from ..mixing.mix import accumulate
-from .objective import load_weights
-from .problem import Problem
+from .center import Center, FlatModule, Segment
 
 # numbers of a delta that are widened at a time, where deltas are half as wide as the weights
 BLOCK = {"cpu": 1 << 15, "cuda": 1 << 20}
@@ -48,116 +41,6 @@ class Deltas(Protocol):
         """Combine, and take the result as the start of the next outer iteration."""
 
 
-@dataclass(frozen=True)
-class Segment:
-    """One tensor's place in a flat vector."""
-
-    name: str
-    row: int
-    where: slice
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class FlatLayout:
-    """The tensors that differ, layer by layer in one vector, parameters before buffers."""
-
-    segments: tuple[Segment, ...]
-    n_parameters: int
-    size: int
-    row_slices: tuple[tuple[int, int, int], ...]  # (row, start, stop), each row contiguous
-
-    @classmethod
-    def of(cls, module: nn.Module, layers: Layers, differing: Collection[str]) -> FlatLayout:
-        chosen: list[tuple[bool, int, str, torch.Tensor]] = []
-        seen: set[int] = set()
-        for name, value in module.state_dict(keep_vars=True).items():
-            if name in differing and value.is_floating_point() and id(value) not in seen:
-                seen.add(id(value))
-                is_buffer = not isinstance(value, nn.Parameter)
-                chosen.append((is_buffer, layers.rows[name], name, value))
-        chosen.sort(key=lambda item: item[:2])  # stable: the module's order within a row
-        segments: list[Segment] = []
-        slices: list[tuple[int, int, int]] = []
-        start = n_parameters = 0
-        previous = None
-        for is_buffer, row, name, value in chosen:
-            stop = start + value.numel()
-            segments.append(Segment(name, row, slice(start, stop), tuple(value.shape)))
-            if previous == (is_buffer, row):
-                slices[-1] = (row, slices[-1][1], stop)
-            else:
-                slices.append((row, start, stop))
-            previous = (is_buffer, row)
-            n_parameters = n_parameters if is_buffer else stop
-            start = stop
-        return cls(tuple(segments), n_parameters, start, tuple(slices))
-
-
-class FlatModule:
-    """A private module whose differing tensors are views into one flat vector."""
-
-    def __init__(self, module: nn.Module, layout: FlatLayout) -> None:
-        self.module = module
-        self.layout = layout
-        state = module.state_dict(keep_vars=True)
-        tensors = [state[segment.name] for segment in layout.segments]
-        example = tensors[0]
-        self.weights = torch.empty(layout.size, dtype=example.dtype, device=example.device)
-        self.grad = self.weights.new_zeros(layout.n_parameters)
-        self._trainable = {p: p.requires_grad for p in module.parameters()}
-        module.requires_grad_(False)  # what is equal everywhere needs no gradient
-        for segment, tensor in zip(layout.segments, tensors, strict=True):
-            self.weights[segment.where].copy_(tensor.detach().flatten())
-            tensor.data = self.weights[segment.where].view(segment.shape)
-            if isinstance(tensor, nn.Parameter):
-                tensor.requires_grad_(True)
-                tensor.grad = self.grad[segment.where].view(segment.shape)
-        self.variances = [self.weights[s.where] for s in layout.segments if is_variance(s.name)]
-
-    def release(self) -> None:
-        """Give every tensor its own memory again and drop the gradients."""
-        state = self.module.state_dict(keep_vars=True)
-        for segment in self.layout.segments:
-            tensor = state[segment.name]
-            tensor.grad = None
-            tensor.data = tensor.data.clone()
-        for parameter, trainable in self._trainable.items():
-            parameter.requires_grad_(trainable)
-
-
-@dataclass(frozen=True)
-class Center:
-    """The point that deltas are taken from, and the module that is laid out like it."""
-
-    flat: FlatModule
-    mean: torch.Tensor  # (size,), w-bar
-    checkpoints: CheckpointCollection
-    layers: Layers
-
-
-@contextmanager
-def centered(problem: Problem) -> Iterator[Center | None]:
-    """Lay the module out flat at the mean of all checkpoints; None if no parameter differs."""
-    checkpoints, module, n = problem.checkpoints, problem.objective.module, len(problem.checkpoints)
-    rows = dict.fromkeys(checkpoints.layout, 0)
-    mean, differing = accumulate(checkpoints, np.full((1, n), 1 / n), rows, checkpoints.layout)
-    load_weights(module, mean)
-    layout = FlatLayout.of(module, problem.layers, differing)
-    if not layout.n_parameters:
-        yield None
-        return
-    flat = FlatModule(module, layout)
-    try:
-        vector = torch.empty_like(flat.weights)
-        for segment in layout.segments:  # the mapping is emptied on the way
-            vector[segment.where].copy_(mean.pop(segment.name).flatten())
-        mean.clear()
-        yield Center(flat, vector, checkpoints, problem.layers)
-    finally:
-        flat.release()
-
-
 class ModelBatch:
     """``b`` deltas w_k - center as one (b, size) tensor, and the soup they are added to.
 
@@ -174,15 +57,15 @@ class ModelBatch:
     ) -> None:
         self.flat = center.flat
         self.layout = center.flat.layout
-        self.center = center.mean  # (size,), w-bar
-        self.start = center.mean.clone()  # (size,), the soup before this outer iteration
+        self.center = center.weights  # (size,), g
+        self.start = center.weights.clone()  # (size,), the soup before this outer iteration
         self._layers = center.layers
         self._reader = Reader(center) if reader is None else reader
         step = self.layout.size
-        self._buffer = center.mean.new_empty((capacity, step), dtype=delta_dtype)
+        self._buffer = center.weights.new_empty((capacity, step), dtype=delta_dtype)
         self.deltas = self._buffer[:0]
-        if delta_dtype != center.mean.dtype:  # a block of all is at most a quarter of a model
-            most = BLOCK.get(center.mean.device.type, 1 << 18)
+        if delta_dtype != center.weights.dtype:  # a block of all is at most a quarter of a model
+            most = BLOCK.get(center.weights.device.type, 1 << 18)
             step = min(most, max(1024, step // (4 * capacity)))
         self._blocks = [
             (row, low, min(low + step, stop))
@@ -261,14 +144,14 @@ class Reader:
         self._checkpoints, self._layout = center.checkpoints, center.flat.layout
         self._order = order
         self._window = window
-        self._device = center.mean.device
+        self._device = center.weights.device
         self._free: SimpleQueue[torch.Tensor | None] = SimpleQueue()
         self._ready: SimpleQueue[tuple[str, torch.Tensor] | BaseException] = SimpleQueue()
         self._thread: Thread | None = None
         if n_ahead:
-            pin = center.mean.is_cuda
+            pin = center.weights.is_cuda
             for _ in range(min(n_ahead, len(order))):
-                vector = torch.empty(self._layout.size, dtype=center.mean.dtype, pin_memory=pin)
+                vector = torch.empty(self._layout.size, dtype=center.weights.dtype, pin_memory=pin)
                 self._free.put(vector)
             self._thread = Thread(target=self._run, name="sksoup-reader", daemon=True)
             self._thread.start()

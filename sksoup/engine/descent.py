@@ -21,7 +21,8 @@ from ..runtime.cache import Cache
 from ..runtime.distributed import all_reduce, broadcast, share, smallest, world_size
 from ..runtime.memory import Budget, is_out_of_memory
 from .batch_norm import batch_statistics
-from .deltas import Center, Deltas, ModelBatch, Reader, centered, resolve_delta_dtype
+from .center import Anchor, Center, centered
+from .deltas import Deltas, ModelBatch, Reader, resolve_delta_dtype
 from .problem import Found, Problem, Step
 from .sharded import ShardedBatch
 from .streamed import StreamedBatch
@@ -273,14 +274,14 @@ class DeltaStorage:
 
     def n_models(self, wanted: int | str | None, center: Center) -> int:
         """How many deltas to hold: as asked, None for all, "auto" for what fits."""
-        n_checkpoints, mean = len(center.checkpoints), center.mean
+        n_checkpoints, weights = len(center.checkpoints), center.weights
         if self.limit is None and wanted != "auto":
             return n_checkpoints if wanted is None else min(int(wanted), n_checkpoints)
-        dtype = resolve_delta_dtype(self.delta_dtype, mean.dtype)
-        delta_bytes = len(mean) * dtype.itemsize // (world_size() if self.is_shared else 1)
+        dtype = resolve_delta_dtype(self.delta_dtype, weights.dtype)
+        delta_bytes = len(weights) * dtype.itemsize // (world_size() if self.is_shared else 1)
         # beside the deltas: the center, the soup, and what is read ahead into the host's memory
-        n_fixed = 2 + (self.n_ahead if mean.device.type == "cpu" else 0)
-        budget = Budget(self.limit, mean.nbytes, delta_bytes, n_fixed, mean.device)
+        n_fixed = 2 + (self.n_ahead if weights.device.type == "cpu" else 0)
+        budget = Budget(self.limit, weights.nbytes, delta_bytes, n_fixed, weights.device)
         return smallest(budget.resolve(wanted, n_checkpoints))
 
     @contextmanager
@@ -300,7 +301,7 @@ class DeltaStorage:
         reader = Reader(center, [name for batch in batches for name in batch], n_ahead, n_models)
         held = None
         try:
-            dtype = resolve_delta_dtype(self.delta_dtype, center.mean.dtype)
+            dtype = resolve_delta_dtype(self.delta_dtype, center.weights.dtype)
             held = kind(center, n_models, dtype, reader)
             yield held
         finally:
@@ -327,11 +328,13 @@ class ReplayedDeltas:
 
 
 OpenDeltas: TypeAlias = Callable[[Sequence[Sequence[str]]], AbstractContextManager[Any]]
-Search: TypeAlias = Callable[[int, OpenDeltas], Found]  # (models in memory, ...)
+# (models in memory, ..., what each delta is multiplied by: (K, n_searched))
+Search: TypeAlias = Callable[[int, OpenDeltas, Coef], Found]
 
 
 def within_memory(
     problem: Problem,
+    anchor: Anchor,
     search: Search,
     storage: DeltaStorage,
     wanted: int | str | None,
@@ -349,10 +352,11 @@ def within_memory(
         n_models = _after_halving(n_models, cache)
         if not n_models:
             return None
-        if cache.find("finished", n_models):
+        if cache.find("finished", n_models) and (factors := cache.find("factors")) is not None:
             with suppress(NotCached):  # a callback asks for weights, or an entry is damaged
-                return search(n_models, lambda batches: nullcontext(ReplayedDeltas()))
-    with centered(problem) as center:
+                replayed = nullcontext(ReplayedDeltas())
+                return search(n_models, lambda batches: replayed, factors.numpy())
+    with centered(problem, anchor, cache) as center:
         if n_models is None:
             n_models = 0 if center is None else storage.n_models(wanted, center)
             if cache is not None:
@@ -360,7 +364,7 @@ def within_memory(
                 n_models = _after_halving(n_models, cache)
         while center is not None and n_models:
             try:
-                found = search(n_models, partial(storage.deltas, center, n_models))
+                found = search(n_models, partial(storage.deltas, center, n_models), center.factors)
             except (MemoryError, RuntimeError) as error:
                 if n_models == 1 or world_size() > 1 or not is_out_of_memory(error):
                     raise

@@ -81,11 +81,15 @@ class Found:
         What ``history_`` will be.
     attributes : dict of str
         Fitted attributes of the recipe's own, by name.
+    rivals : dict of str to ndarray of shape (n_searched, n_checkpoints)
+        Other coefficients, by what they are: they are mixed and scored on all held-out rows, too,
+        and the best is the soup.
     """
 
     coef: NDArray[np.float64]
     history: list[dict[str, Any]] = field(default_factory=list)
     attributes: dict[str, Any] = field(default_factory=dict)
+    rivals: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from ..runtime.distributed import all_reduce, rank, share, world_size
-from .deltas import Center, ModelBatch, Reader
+from .center import Center
+from .deltas import ModelBatch, Reader
 
 
 class ShardedBatch(ModelBatch):

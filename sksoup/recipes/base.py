@@ -241,30 +241,68 @@ class BaseSoup(
     def _keep(self, problem: Problem, found: Found) -> None:
         """Set the fitted attributes; the soup is mixed from the coefficients alone."""
         layers, collection = problem.layers, problem.checkpoints
-        coef = layers.expand(found.coef)
+        for name, value in found.attributes.items():
+            setattr(self, name, value)
+        best = self._mix_best(problem, found) if self._has_recipe else found.coef
+        coef = layers.expand(best)
         self.coef_ = coef if self.layerwise else coef[0]
         self.layers_ = dict(layers.rows)
         self.layer_names_ = layers.names
-        self.ingredients_ = tuple(n for n, c in zip(collection, coef.T, strict=True) if c.any())
+        ingredients = tuple(n for n, c in zip(collection, coef.T, strict=True) if c.any())
+        self.ingredients_ = found.attributes.get("ingredients_", ingredients)
         self.checkpoints_ = collection
         self.history_ = found.history
         self.counts_ = problem.objective.counts
-        for name, value in found.attributes.items():
-            setattr(self, name, value)
         if self._has_recipe:
             self._keep_soup(problem, coef)
 
-    def _keep_soup(self, problem: Problem, coef: NDArray[np.float64]) -> None:
-        collection, module = problem.checkpoints, problem.objective.module
-        weights = mix(collection, coef, layers=problem.layers.rows)
-        load_weights(module, weights)
+    def _mix_best(self, problem: Problem, found: Found) -> NDArray[np.float64]:
+        """Mix what was found, or the rival that scores higher on all held-out rows: its coef."""
+        if not found.rivals:
+            self._mix(problem, found.coef)
+            return found.coef
+        candidates = {**found.rivals, "soup": found.coef}  # the soup last: it mostly stays
+        scores = {}
+        for name, coef in candidates.items():
+            self._mix(problem, coef)
+            scores[name] = self._held_out_score(problem, coef)
+        best = max(reversed(scores), key=scores.__getitem__)  # the soup where it is level
+        if best != "soup":
+            what = {"center": "the center that it was searched from", "best": "the best checkpoint"}
+            self._warn(
+                f"What the search found scores {scores['soup']:.4f} on the held-out rows, "
+                f"{what[best]} {scores[best]:.4f}: the soup is that. held_out_scores_ has all."
+            )
+            self._mix(problem, candidates[best])
+            if "temperature_" in found.attributes:
+                self.temperature_ = 1.0  # what was found belongs to the soup
+        self.held_out_scores_ = dict(reversed(scores.items()))
+        return candidates[best]
+
+    def _mix(self, problem: Problem, searched: NDArray[np.float64]) -> None:
+        """Mix these coefficients into the module, and settle BatchNorm's statistics."""
+        coef = problem.layers.expand(searched)
+        weights = mix(problem.checkpoints, coef, layers=problem.layers.rows)
+        load_weights(problem.module, weights)
         self._dtypes = {name: w.dtype for name, w in weights.items()}
-        self._warn_of_strangers(collection, self.ingredients_)
-        settles = self.batch_norm != "average" and len(self.ingredients_) > 1
+        settles = self.batch_norm != "average" and np.count_nonzero(coef.any(axis=0)) > 1
         self.recalibrated_ = settle(problem, self.batch_norm, self.batch_size) if settles else ()
+
+    def _held_out_score(self, problem: Problem, coef: NDArray[np.float64]) -> float:
+        """The score of the mixed module on all held-out rows."""
+        cache, collection = problem.evaluate.cache, problem.checkpoints
+        if cache is None:
+            return problem.evaluate().score
+        identities = [collection.identity(name) for name in collection]
+        key = "mixed", identities, problem.layers.rows, coef, self.batch_norm
+        return cache(key, lambda: problem.evaluate().score)
+
+    def _keep_soup(self, problem: Problem, coef: NDArray[np.float64]) -> None:
+        collection = problem.checkpoints
+        self._warn_of_strangers(collection, self.ingredients_)
         if (coef < 0).any():
             self._warn_of_variances(problem, coef)
-        self.module_ = module
+        self.module_ = problem.module
         params = self.get_params(deep=False)
         self.recipe_ = Recipe.record(
             type(self).__name__,

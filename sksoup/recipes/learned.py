@@ -7,15 +7,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from ..data.outputs import Task
 from ..engine.batch_norm import BatchNormPolicy
-from ..engine.descent import Descent, coefficient_dtype, private_generator, within_memory
+from ..engine.center import Anchor
+from ..engine.descent import (
+    Descent,
+    OpenDeltas,
+    coefficient_dtype,
+    private_generator,
+    within_memory,
+)
 from ..engine.objective import Criterion, Forward
 from ..engine.problem import Found, Problem
+from ..exceptions import DivergenceError
 from ..mixing.layers import Layerwise
+from ..runtime.cache import Cache
 from .base import BaseSoup
+from .center import center_instead, check_center, choose_center
 from .validation import check_descent, check_minibatches, search_cache, settings_of, storage_for
 
 __all__ = ["LearnedSoup"]
@@ -156,6 +166,9 @@ class LearnedSoup(BaseSoup):
     checkpoints: Any = None
     _: KW_ONLY
     layerwise: Layerwise = False
+    center: str | ArrayLike = "top"
+    ranking_rows: int | None = 128
+    clip_deltas: str | None = "median"
     temperature: bool = True
     memory_limit: int | str | None = None
     delta_dtype: str | torch.dtype | None = None
@@ -184,46 +197,71 @@ class LearnedSoup(BaseSoup):
     def _check_params(self) -> None:
         super()._check_params()
         check_descent(self)
+        check_center(self)
 
     def _search(self, problem: Problem) -> Found:
-        """Descend on a (K, n_searched) with c = softmax(a), from c = 1/K [W22, Appendix I]."""
+        """Descend on a (K, n_searched) with c = softmax(a) [W22, Appendix I]."""
         check_minibatches(self, problem)
         cache = search_cache(self, problem, self.temperature)
         generator = private_generator(self.random_state, cache)
         seed = generator.get_state()
-        cache = None if cache is None else cache.within(seed)
-        names, n_layers = problem.checkpoints.names, problem.layers.n_searched
-        device, n = problem.data.y.device, len(names)
-        dtype = coefficient_dtype(device)
-        learns = self.temperature and self.task != "regression"
-        descent = Descent(problem, settings_of(self), generator)
+        chosen = choose_center(self, problem, generator)
+        anchor, names = chosen.anchor, problem.checkpoints.names
+        cache = None if cache is None else cache.within(seed, anchor.weights, anchor.clips)
+        descent = Descent(problem, settings_of(self, problem), generator)
 
-        def search(n_models: int, open_deltas: Any) -> Found:
+        def search(n_models: int, open_deltas: OpenDeltas, factors: NDArray[np.float64]) -> Found:
             self._warn_of_strangers(problem.checkpoints, names)
-            if n_models < n:
+            if n_models < len(names):
                 self._warn(
-                    f"The memory holds {n_models} of {n} models: each step reads all files twice, "
-                    f"which is slow. Raise memory_limit, halve the deltas with "
+                    f"The memory holds {n_models} of {len(names)} models: each step reads all "
+                    f"files twice, which is slow. Raise memory_limit, halve the deltas with "
                     f"delta_dtype='bfloat16', or take MEHLSoup, which needs few at a time."
                 )
             generator.set_state(seed)
-            a = torch.zeros((n, n_layers), dtype=dtype, device=device).requires_grad_()
-            beta = torch.ones((), dtype=dtype, device=device).requires_grad_(learns)
-            with open_deltas([names]) as deltas, problem.progress("epoch", self.max_epochs) as step:
-                deltas.load(names)
-                history = descent.run(
-                    deltas,
-                    lambda: a.softmax(dim=0),
-                    [a, beta] if learns else [a],
-                    soup_coef=lambda coef: coef.T,
-                    step=step,
-                    cache=None if cache is None else cache.within(n_models),
-                    scale=beta if learns else None,
-                )
-            coef = a.detach().softmax(dim=0).T.cpu().double().numpy()  # (n_searched, K)
-            coef = coef / coef.sum(axis=1, keepdims=True)
-            return Found(coef, history, {"temperature_": float(beta.detach())})
+            kept = None if cache is None else cache.within(n_models)
+            try:
+                return self._descend(open_deltas, descent, anchor, factors, kept, chosen.attributes)
+            except DivergenceError as error:
+                attributes = {"temperature_": 1.0, **chosen.attributes}
+                return center_instead(self, chosen, problem, error, attributes)
 
-        found = within_memory(problem, search, storage_for(self, problem), "auto", cache)
-        # None where all checkpoints are equal
-        return found or Found(np.full((n_layers, n), 1 / n), attributes={"temperature_": 1.0})
+        found = within_memory(problem, anchor, search, storage_for(self, problem), "auto", cache)
+        if found is None:  # all checkpoints are equal
+            attributes = {"temperature_": 1.0, **chosen.attributes}
+            found = Found(chosen.coef(problem), attributes=attributes)
+        return chosen.checked(found, problem)
+
+    def _descend(
+        self,
+        open_deltas: OpenDeltas,
+        descent: Descent,
+        anchor: Anchor,
+        factors: NDArray[np.float64],
+        cache: Cache | None,
+        attributes: dict[str, Any],
+    ) -> Found:
+        problem = descent.problem
+        names, device = problem.checkpoints.names, problem.data.y.device
+        dtype = coefficient_dtype(device)
+        a = torch.zeros(factors.shape, dtype=dtype, device=device).requires_grad_()
+        s = torch.as_tensor(factors, dtype=dtype, device=device)
+        learns = self.temperature and self.task != "regression"
+        beta = torch.ones((), dtype=dtype, device=device).requires_grad_(learns)
+        with open_deltas([names]) as deltas, problem.progress("epoch", self.max_epochs) as step:
+            deltas.load(names)
+            history = descent.run(
+                deltas,
+                lambda: a.softmax(dim=0) * s,
+                [a, beta] if learns else [a],
+                soup_coef=lambda shortened: anchor.affine_coef(shortened.T),
+                step=step,
+                cache=cache,
+                scale=beta if learns else None,
+            )
+        coef = a.detach().softmax(dim=0).T.cpu().double().numpy()  # (n_searched, K)
+        coef = coef / coef.sum(axis=1, keepdims=True)
+        clipped = coef * factors.T  # the rest goes to the center: 0 where nothing is clipped
+        rest = (coef * (1 - factors.T)).sum(axis=1, keepdims=True)
+        attributes = {"temperature_": float(beta.detach()), **attributes}
+        return Found(clipped + rest * anchor.q, history, attributes)

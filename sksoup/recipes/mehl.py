@@ -17,6 +17,7 @@ from ..data.outputs import Task
 from ..data.rows import HeldOut
 from ..data.split import split_rows
 from ..engine.batch_norm import BatchNormPolicy
+from ..engine.center import Anchor
 from ..engine.deltas import Deltas
 from ..engine.descent import (
     Descent,
@@ -26,31 +27,22 @@ from ..engine.descent import (
     within_memory,
 )
 from ..engine.objective import Criterion, Forward
-from ..engine.problem import Found, Problem, rank_checkpoints
+from ..engine.problem import Found, Problem
+from ..exceptions import DivergenceError
 from ..mixing.layers import Layerwise
 from ..runtime.cache import Cache
 from .base import BaseSoup
-from .greedy import GreedySoup
+from .center import center_instead, check_center, choose_center
 from .validation import (
-    check_choice,
     check_descent,
     check_fraction,
     check_minibatches,
-    no_progress,
     search_cache,
     settings_of,
     storage_for,
 )
 
 __all__ = ["MEHLSoup"]
-
-STARTS = ("mean", "greedy", "best")
-
-
-def affine_coef(alpha: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Coefficients of w-bar + sum_k alpha_k (w_k - w-bar): (n_layers, K), rows sum to 1."""
-    coef: NDArray[np.float64] = alpha + (1 - alpha.sum(axis=1, keepdims=True)) / alpha.shape[1]
-    return coef
 
 
 def draw_model_batches(
@@ -65,29 +57,37 @@ def draw_model_batches(
 class Displacement:
     """How far alpha_B has moved from where an outer iteration began: (b, n_searched).
 
-    A function of v, with alpha_B = v, or v / |delta| where ``norms`` are given.
+    A function of v, with alpha_B = s v, or s v / |delta| where ``norms`` are given.
     """
 
     def __init__(
-        self, start: NDArray[np.float64], norms: torch.Tensor | None, device: torch.device
+        self,
+        start: NDArray[np.float64],
+        factors: NDArray[np.float64],
+        norms: torch.Tensor | None,
+        device: torch.device,
     ) -> None:
         dtype = coefficient_dtype(device)
         self.start = torch.as_tensor(start, dtype=dtype, device=device)
-        one = torch.ones_like(self.start)
-        self.unit = one if norms is None else norms.to(self.start).reciprocal()
+        self.unit = torch.as_tensor(factors, dtype=dtype, device=device)
+        if norms is not None:
+            self.unit = self.unit * norms.to(self.start).reciprocal()
         self.v = (self.start / self.unit).requires_grad_()
 
     def __call__(self) -> torch.Tensor:
         return self.v * self.unit - self.start
 
-    @staticmethod
-    def affine_coef(
-        alpha: NDArray[np.float64], batch: Sequence[int], moved: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
-        """Coefficients of the soup once alpha_B has moved."""
-        after = alpha.copy()
-        after[batch] += moved
-        return affine_coef(after.T)
+
+def coef_after(
+    anchor: Anchor,
+    alpha: NDArray[np.float64],
+    batch: Sequence[int],
+    moved: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Coefficients of the soup once alpha_B has moved."""
+    after = alpha.copy()
+    after[batch] += moved
+    return anchor.affine_coef(after.T)
 
 
 @dataclass(eq=False, repr=False)
@@ -260,6 +260,9 @@ class MEHLSoup(BaseSoup):
     checkpoints: Any = None
     _: KW_ONLY
     layerwise: Layerwise = False
+    center: str | ArrayLike = "top"
+    ranking_rows: int | None = 128
+    clip_deltas: str | None = "median"
     model_batch_size: int | str | None = "auto"
     memory_limit: int | str | None = None
     delta_dtype: str | torch.dtype | None = None
@@ -273,9 +276,8 @@ class MEHLSoup(BaseSoup):
     precision: str = "fp32"
     compile: bool = False
     optimizer: str = "adamw"
-    weight_decay: float = 0.0
+    weight_decay: float | str = "auto"
     schedule: str = "cosine"
-    start: str = "mean"
     normalize: bool = False
     validation_fraction: float | None = None
     shuffle: bool = True
@@ -296,96 +298,86 @@ class MEHLSoup(BaseSoup):
         if not (b is None or b == "auto" or is_count):
             raise ValueError(f"model_batch_size must be an int >= 1, None or 'auto', got {b!r}.")
         check_scalar(self.prefetch, "prefetch", Integral, min_val=0)
-        check_choice(self.start, "start", STARTS)
+        check_center(self)
         check_fraction(self.validation_fraction, "validation_fraction")
 
     def _search(self, problem: Problem) -> Found:
         cache = search_cache(
-            self, problem, self.normalize, self.model_epochs, self.start, self.validation_fraction
+            self, problem, self.normalize, self.model_epochs, self.validation_fraction
         )
         generator = private_generator(self.random_state, cache)
         seed = generator.get_state()
-        whole, aside = problem, None
+        aside = None
         if self.validation_fraction is not None:
-            problem, aside = self._set_aside(whole, self.validation_fraction, generator)
+            problem, aside = self._set_aside(problem, self.validation_fraction, generator)
         check_minibatches(self, problem, aside)
-        shape = len(problem.checkpoints), problem.layers.n_searched
-        start = np.zeros(shape) if self.start == "mean" else self._start(whole)
-        cache = None if cache is None else cache.within(seed, start)
-        descent = Descent(problem, settings_of(self), generator, aside)
+        chosen = choose_center(self, problem, generator)
+        anchor, n = chosen.anchor, len(problem.checkpoints)
+        cache = None if cache is None else cache.within(seed, anchor.weights, anchor.clips)
+        descent = Descent(problem, settings_of(self, problem), generator, aside)
+
+        def search(b: int, open_deltas: OpenDeltas, factors: NDArray[np.float64]) -> Found:
+            """Algorithm 1 with model batches of b."""
+            attributes = {"model_batch_size_": b, **chosen.attributes}
+            try:
+                generator.set_state(seed)
+                alpha, history = self._block_coordinate_descent(
+                    b, open_deltas, descent, anchor, factors, cache
+                )
+            except DivergenceError as error:
+                return center_instead(self, chosen, problem, error, attributes)
+            return Found(anchor.affine_coef(alpha.T), history, attributes)
+
         found = within_memory(
-            problem,
-            partial(
-                self._block_coordinate_descent, descent=descent, seed=seed, start=start, cache=cache
-            ),
-            storage_for(self, problem, self.prefetch),
-            self.model_batch_size,
-            cache,
-            self._warn_of_halving,
-        )
-        # None where all checkpoints are equal
-        return found or Found(affine_coef(start.T), attributes={"model_batch_size_": shape[0]})
+            problem, anchor, search, storage_for(self, problem, self.prefetch),
+            self.model_batch_size, cache, self._warn_of_halving,
+        )  # fmt: skip
+        if found is None:  # all checkpoints are equal
+            found = Found(
+                chosen.coef(problem), attributes={"model_batch_size_": n, **chosen.attributes}
+            )
+        return chosen.checked(found, problem)
 
     def _block_coordinate_descent(
         self,
         b: int,
         open_deltas: OpenDeltas,
         descent: Descent,
-        seed: torch.Tensor,
-        start: NDArray[np.float64],
+        anchor: Anchor,
+        factors: NDArray[np.float64],
         cache: Cache | None,
-    ) -> Found:
-        """Algorithm 1 of [L24]; alpha (K, n_searched) persists between model batches B of b."""
+    ) -> tuple[NDArray[np.float64], list[dict[str, Any]]]:
+        """Algorithm 1 of [L24]; s alpha (K, n_searched) persists between model batches B of b."""
         checkpoints, device = descent.problem.checkpoints, descent.problem.data.y.device
         names = np.array(checkpoints.names, dtype=object)
-        alpha, history = start.copy(), list[dict[str, Any]]()
+        alpha, history = np.zeros_like(factors), list[dict[str, Any]]()
         self._warn_of_strangers(checkpoints, checkpoints.names)
-        descent.generator.set_state(seed)
-        begun = np.flatnonzero(start.any(axis=1)).tolist()
-        first = [begun[i : i + b] for i in range(0, len(begun), b)]
         batches = list(draw_model_batches(len(names), b, self.model_epochs, descent.generator))
         with (
-            open_deltas([names[batch].tolist() for batch in (*first, *batches)]) as deltas,
+            open_deltas([names[batch].tolist() for batch in batches]) as deltas,
             descent.problem.progress("epoch", len(batches) * self.max_epochs) as step,
         ):
-            for batch in first:  # from w-bar to where alpha starts: the same point in the paper
-                deltas.load(names[batch])
-                deltas.commit(torch.as_tensor(alpha[batch]))
             for outer, batch in enumerate(batches):  # outer iterations
-                deltas.load(names[batch])  # w_k - w-bar for k in B
+                deltas.load(names[batch])  # w_k - g for k in B; in the paper g is w-bar
                 kept = None if cache is None else cache.within(b, outer)
-                moved = Displacement(alpha[batch], self._norms(deltas, kept), device)
+                norms = self._norms(deltas, kept)
+                moved = Displacement(alpha[batch], factors[batch], norms, device)
                 records = descent.run(  # inner iterations on alpha_B: Eq. 6 and AdamW
                     deltas, moved, [moved.v], step=step, cache=kept,
-                    soup_coef=partial(moved.affine_coef, alpha, batch),
+                    soup_coef=partial(coef_after, anchor, alpha, batch),
                     where=f"outer iteration {outer + 1} of {len(batches)}, ",
                 )  # fmt: skip
                 deltas.commit(moved().detach())  # w <- w + sum_{k in B} moved_k delta_k: Eq. 8
                 alpha[batch] += moved().detach().cpu().double().numpy()
                 models = {"outer": outer, "models": tuple(names[batch])}
                 history += [{**models, **record} for record in records]
-        return Found(affine_coef(alpha.T), history, {"model_batch_size_": b})
+        return alpha, history
 
     def _norms(self, deltas: Deltas, cache: Cache | None) -> torch.Tensor | None:
         """(b, n_searched), |delta| of each layer, with ``normalize``."""
         if not self.normalize:
             return None
         return deltas.norms() if cache is None else cache(("norms",), lambda: deltas.norms())
-
-    def _start(self, problem: Problem) -> NDArray[np.float64]:
-        """(K, n_searched): the alphas of the best checkpoint, or of the greedy soup."""
-        alpha = np.zeros((len(problem.checkpoints), problem.layers.n_searched))
-        if self.start == "best":
-            problem.checkpoints.check()
-            scores = rank_checkpoints(problem, lambda weights=None: None).scores
-            alpha[list(scores).index(max(scores, key=scores.__getitem__))] = 1
-        else:
-            greedy = GreedySoup(
-                task=self.task, batch_norm=self.batch_norm, batch_size=self.batch_size
-            )
-            # sums to 1, as alphas of the mean of a subset do
-            alpha += greedy.find(replace(problem, progress=no_progress)).coef.T
-        return alpha
 
     def _set_aside(
         self, problem: Problem, fraction: float, generator: torch.Generator
@@ -394,7 +386,8 @@ class MEHLSoup(BaseSoup):
         seed = int(torch.randint(2**31, (), generator=generator))
         y, data = problem.evaluate.y, problem.data
         aside, rest = split_rows(y, self.task, data.amounts, fraction, seed)
-        return replace(problem, data=data.select(rest)), data.select(aside)
+        evaluate = problem.evaluate.on(rest.numpy())
+        return replace(problem, data=data.select(rest), evaluate=evaluate), data.select(aside)
 
     def _warn_of_halving(self, b: int) -> None:
         self._warn(

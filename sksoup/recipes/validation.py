@@ -50,6 +50,7 @@ from ..runtime.fingerprint import encode_module
 from ..runtime.memory import parse_bytes
 
 DEFAULT_SCORING = {"classification": "accuracy", "multilabel": "accuracy", "regression": "r2"}
+DECAY_ROWS = 1000  # weight_decay="auto" is this / N: 1 for a thousand held-out rows
 
 INTEGERS = [np.int64, np.int32, np.int16, np.int8, np.uint8, np.bool_]
 FLOATS_AND_INTEGERS = [np.float64, np.float32, *INTEGERS]
@@ -329,7 +330,8 @@ def check_descent(soup: Any) -> None:
     check_choice(soup.precision, "precision", ("fp32", "bf16"))
     if not (isinstance(soup.lr, Real) and math.isfinite(soup.lr) and float(soup.lr) > 0):
         raise ValueError(f"lr must be a finite number > 0, got {soup.lr!r}.")
-    check_scalar(soup.weight_decay, "weight_decay", Real, min_val=0)
+    if soup.weight_decay != "auto":
+        check_scalar(soup.weight_decay, "weight_decay", Real, min_val=0)
     resolve_delta_dtype(soup.delta_dtype, torch.float32)
     for name in ("max_epochs", "model_epochs", "accumulate"):
         value = getattr(soup, name)
@@ -358,7 +360,19 @@ def check_minibatches(soup: Any, problem: Problem, aside: HeldOut | None = None)
         )
 
 
-def settings_of(soup: Any) -> Settings:
+def weight_decay_of(soup: Any, problem: Problem) -> float:
+    """The weight decay: as given, or that of a prior, which weighs 1 / N against the mean loss.
+
+    ``lr * weight_decay`` is at most 1, where a step forgets all those before.
+    """
+    if soup.weight_decay != "auto":
+        return float(soup.weight_decay)
+    amounts = problem.data.amounts
+    n = len(problem.data) if amounts is None else int((amounts > 0).sum())
+    return min(DECAY_ROWS / n, 1 / float(soup.lr))
+
+
+def settings_of(soup: Any, problem: Problem) -> Settings:
     """How a recipe descends."""
     return Settings(
         soup.optimizer,
@@ -369,7 +383,7 @@ def settings_of(soup: Any) -> Settings:
         soup.shuffle,
         int(soup.accumulate),
         soup.batch_norm == "recalibrate",
-        float(soup.weight_decay),
+        weight_decay_of(soup, problem),
     )
 
 
@@ -390,7 +404,7 @@ def search_cache(soup: Any, problem: Problem, *more: Any) -> Cache | None:
         [problem.checkpoints.identity(name) for name in problem.checkpoints],
         problem.layers.rows,
         problem.objective.criterion,
-        vars(settings_of(soup)),
+        vars(settings_of(soup, problem)),
         soup.precision,
         soup.compile,
         str(soup.delta_dtype),

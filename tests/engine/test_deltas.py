@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch.func import functional_call
 
 from sksoup import CheckpointCollection
-from sksoup.engine.deltas import FlatLayout, ModelBatch, centered, resolve_delta_dtype
+from sksoup.engine.center import Anchor, FlatLayout, centered
+from sksoup.engine.deltas import ModelBatch, resolve_delta_dtype
 from sksoup.engine.objective import load_weights
 from sksoup.engine.streamed import StreamedBatch
 from sksoup.mixing.layers import group_layers
@@ -29,11 +30,11 @@ class Net64BatchNorm(Net):
 
 @contextmanager
 def model_batch(problem, b, delta_dtype=None, kind=ModelBatch):
-    with centered(problem) as center:
+    with centered(problem, Anchor.mean(len(problem.checkpoints))) as center:
         if center is None:
             yield None
             return
-        dtype = delta_dtype or center.mean.dtype
+        dtype = delta_dtype or center.weights.dtype
         batch = kind(center, b or len(problem.checkpoints), dtype)
         try:
             yield batch

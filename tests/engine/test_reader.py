@@ -14,7 +14,8 @@ import torch
 
 from sksoup import CheckpointCollection, CheckpointError, MEHLSoup
 from sksoup.checkpoints.health import Health
-from sksoup.engine.deltas import FlatLayout, Reader
+from sksoup.engine.center import FlatLayout
+from sksoup.engine.deltas import Reader
 from sksoup.mixing.layers import group_layers
 
 from ..zoo import Net, Zoo, make_states, same_tensors
@@ -31,7 +32,7 @@ def reading(files, order, n_ahead, window):
     module = files.build_module()
     layout = FlatLayout.of(module, group_layers(module, files.layout, True), set(files.layout))
     flat = SimpleNamespace(layout=layout)
-    center = SimpleNamespace(checkpoints=files, flat=flat, mean=torch.empty(0))
+    center = SimpleNamespace(checkpoints=files, flat=flat, weights=torch.empty(0))
     reader = Reader(center, order, n_ahead, window)
     try:
         yield reader

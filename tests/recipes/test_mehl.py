@@ -25,7 +25,8 @@ from sksoup import (
     mix,
 )
 from sksoup.engine.deltas import ModelBatch
-from sksoup.recipes.mehl import affine_coef, draw_model_batches
+from sksoup.engine.center import Anchor
+from sksoup.recipes.mehl import draw_model_batches
 from sksoup.runtime.live_tensors import LiveTensors
 from sksoup.runtime.memory import Budget
 
@@ -100,7 +101,9 @@ def test_mehl_equals_a_reference_that_moves_one_block_at_a_time(zoo64: Zoo):
         shuffle=False,
         random_state=3,
     ).fit(zoo64.checkpoints, zoo64.X, zoo64.y)
-    np.testing.assert_allclose(soup.coef_, affine_coef(alpha.numpy())[0], rtol=0, atol=1e-8)
+    np.testing.assert_allclose(
+        soup.coef_, Anchor.mean(alpha.shape[1]).affine_coef(alpha.numpy())[0], rtol=0, atol=1e-8
+    )
 
 
 def test_normalize_is_a_change_of_units(zoo64: Zoo):

@@ -1,0 +1,147 @@
+"""The center of a learned soup: a good point to search from, found by a cheap ranking, or given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.utils import check_scalar
+
+from ..data.split import split_rows
+from ..engine.center import Anchor
+from ..engine.problem import Found, Problem, rank_checkpoints
+from ..engine.scores import Evaluator
+from ..exceptions import DivergenceError
+from .greedy import GreedySoup
+from .validation import check_choice, no_progress
+
+CENTERS = ("top", "best", "greedy", "mean")
+TOP = 1 / 4  # of the checkpoints, by rank
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The center of a search, and how the checkpoints ranked."""
+
+    anchor: Anchor
+    best: int | None = None  # the checkpoint that ranks first; None where none were ranked
+    scores: dict[str, float] = field(default_factory=dict)  # that were measured for it
+    evaluate: Evaluator | None = None  # on these rows
+    is_checked: bool = True  # whether what is found is compared with the center
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Fitted attributes that tell of it."""
+        return {"center_": self.anchor.q}
+
+    def coef(self, problem: Problem) -> NDArray[np.float64]:
+        """(n_searched, K): the center's coefficients."""
+        return np.tile(self.anchor.q, (problem.layers.n_searched, 1))
+
+    def checked(self, found: Found, problem: Problem) -> Found:
+        """What was found, to be compared with the center and with the best-ranked checkpoint."""
+        if not self.is_checked:
+            return found
+        rivals = {"center": self.coef(problem)}
+        if self.best is not None:
+            best = np.zeros_like(found.coef)
+            best[:, self.best] = 1
+            if not np.array_equal(best, rivals["center"]):
+                rivals["best"] = best
+        return replace(found, rivals=rivals)
+
+
+def check_center(soup: Any) -> None:
+    """Check the parameters that say where a learned soup is searched from."""
+    if isinstance(soup.center, str):
+        check_choice(soup.center, "center", CENTERS)
+    else:
+        _given(soup.center)
+    check_choice(soup.clip_deltas, "clip_deltas", ("median", None))
+    if soup.ranking_rows is not None:
+        check_scalar(soup.ranking_rows, "ranking_rows", Integral, min_val=1)
+
+
+def _given(center: Any) -> NDArray[np.float64]:
+    """The coefficients of a center that the user gives."""
+    try:
+        q = np.asarray(center, dtype=np.float64)
+    except (TypeError, ValueError):
+        q = np.empty((0, 0))
+    if q.ndim != 1 or not np.isfinite(q).all() or abs(q.sum() - 1) > 1e-6:
+        raise ValueError(
+            f"center must be one of {', '.join(map(repr, CENTERS))}, or one finite coefficient "
+            f"per checkpoint that sum to 1, got {center!r}."
+        )
+    return q
+
+
+def choose_center(soup: Any, problem: Problem, generator: torch.Generator) -> Chosen:
+    """Choose the center of a soup's search; the generator draws the rows that rank."""
+    checkpoints, center = problem.checkpoints, soup.center
+    n, clips = len(checkpoints), soup.clip_deltas is not None
+    known = checkpoints.scores
+    if isinstance(center, str) and center == "mean":
+        return Chosen(Anchor(np.ones(n), clips), is_checked=False)
+    if not isinstance(center, str):
+        q = _given(center)
+        if len(q) != n:
+            raise ValueError(
+                f"center has {len(q)} coefficients, expected {n}: one per checkpoint, in the "
+                f"collection's order."
+            )
+        best = None if known is None else ranked(known, checkpoints.names)[0]
+        return Chosen(Anchor(q, clips), best)
+    if center == "greedy":
+        greedy = GreedySoup(
+            task=soup.task, batch_norm=soup.batch_norm, batch_size=soup.batch_size
+        ).find(replace(problem, progress=no_progress))
+        scores = greedy.attributes["individual_scores_"]
+        best = checkpoints.names.index(greedy.attributes["ingredients_"][0])
+        evaluate = problem.evaluate if known is None else None
+        return Chosen(Anchor((greedy.coef[0] > 0).astype(float), clips), best, scores, evaluate)
+    evaluate = None
+    if known is None:
+        checkpoints.check()
+        evaluate = rows_to_rank(problem, soup.ranking_rows, generator)
+    scores = rank_checkpoints(problem, lambda weights=None: None, evaluate=evaluate).scores
+    order = ranked(scores, checkpoints.names)
+    weights = np.zeros(n)
+    weights[order[: 1 if center == "best" else -(-n // round(1 / TOP))]] = 1
+    return Chosen(Anchor(weights, clips), order[0], scores, evaluate)
+
+
+def center_instead(
+    soup: Any, chosen: Chosen, problem: Problem, error: DivergenceError, attributes: dict[str, Any]
+) -> Found:
+    """The center, and a warning, where a search diverged; from the mean it is an error."""
+    if not chosen.is_checked:
+        raise error
+    soup._warn(f"{error} The soup is the center that the search began at.")
+    return Found(chosen.coef(problem), attributes=attributes)
+
+
+def ranked(scores: dict[str, float], names: Sequence[str]) -> list[int]:
+    """Checkpoints by score, best first; equal ones in collection order."""
+    return sorted(range(len(names)), key=lambda k: -scores[names[k]])
+
+
+def rows_to_rank(problem: Problem, n_rows: int | None, generator: torch.Generator) -> Evaluator:
+    """An evaluation of ``n_rows`` rows that count, stratified by label; of all where few do."""
+    evaluate = problem.evaluate
+    amounts = evaluate.data.amounts
+    counting = np.arange(len(evaluate.data))
+    if amounts is not None:
+        counting = counting[amounts.cpu().numpy() > 0]
+    if n_rows is None or n_rows >= len(counting):
+        return evaluate
+    seed = int(torch.randint(2**31, (), generator=generator))
+    fraction = (n_rows + 0.5) / len(counting)  # a half: rounding must not take one away
+    task = problem.objective.outputs.task
+    drawn, _ = split_rows(evaluate.y[counting], task, None, fraction, seed)
+    return evaluate.on(counting[drawn.numpy()])
