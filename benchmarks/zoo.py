@@ -445,11 +445,14 @@ def _computed_failures(
 def with_noise(
     state: Mapping[str, torch.Tensor], times: float, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Add noise to every floating tensor, ``times`` its root mean square."""
+    """Add noise to every floating tensor, ``times`` its root mean square.
+
+    BatchNorm's statistics stay as they are: a variance can't be negative.
+    """
     generator = torch.Generator().manual_seed(seed)
     return {
         name: w + times * w.square().mean().sqrt() * torch.randn(w.shape, generator=generator)
-        if w.is_floating_point()
+        if w.is_floating_point() and "running_" not in name
         else w
         for name, w in state.items()
     }
