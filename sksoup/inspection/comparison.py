@@ -29,8 +29,8 @@ from ..runtime.live_tensors import LiveTensors
 from .results import SoupComparison, SoupResult
 
 # the papers' own settings, where the recipes have other defaults
-LEARNED: dict[str, Any] = {}
-MEHL: dict[str, Any] = {}
+LEARNED: dict[str, Any] = {"center": "mean", "clip_deltas": None}
+MEHL: dict[str, Any] = {**LEARNED, "weight_decay": 0.0, "max_epochs": 5, "lr": 0.05}
 
 
 def paper_systems(
