@@ -2,7 +2,7 @@
 
     python -m benchmarks bits [--folder FOLDER]
 
-Fits the ten systems on the digits zoo (24 checkpoints, seed 0; MEHL-Soup with b = 6), recalibrated
+Fits all systems on the digits zoo (24 checkpoints, seed 0; MEHL-Soup with b = 6), recalibrated
 BatchNorm on residual networks, fits that are stopped and resumed, and fits on two ranks; prints the
 digests of ``coef_`` and of ``state_dict()``. The lines depend on the processor and on torch's
 build, so compare two runs on one machine, with the same ``--folder`` for the zoos.
@@ -24,9 +24,9 @@ import torch
 from sklearn.base import clone
 from torch import distributed
 
-from sksoup import CheckpointCollection, GreedySoup, LearnedSoup, MEHLSoup, UniformSoup
+from sksoup import CheckpointCollection
 from sksoup.datasets import make_digits_checkpoints
-from sksoup.inspection import paper_systems
+from sksoup.inspection import centered_systems, paper_systems
 
 from .networks import SmallResNet
 from .zoo import fine_tune
@@ -85,13 +85,11 @@ def on_ranks(folder: Path) -> None:
     """One rank of two; rank 0 prints."""
     distributed.init_process_group("gloo")
     zoo = make_digits_checkpoints(folder / "digits", 24, random_state=0)
+    systems = paper_systems(24)
+    shards = clone(systems["MEHL-Soup+"]).set_params(shard_deltas=True)
     for name, soup in {
-        "Greedy-Soup": GreedySoup(),
-        "Learned-Soup+": LearnedSoup(layerwise=True, random_state=0),
-        "MEHL-Soup+": MEHLSoup(layerwise=True, model_batch_size=6, random_state=0),
-        "MEHL-Soup+, shards": MEHLSoup(
-            layerwise=True, model_batch_size=6, shard_deltas=True, random_state=0
-        ),
+        **{name: systems[name] for name in ("Greedy-Soup", "Learned-Soup+", "MEHL-Soup+")},
+        "MEHL-Soup+, shards": shards,
     }.items():
         soup.fit(zoo.checkpoints, zoo.X_val, zoo.y_val)
         if distributed.get_rank() == 0:
@@ -103,12 +101,12 @@ def everything(folder: Path) -> None:
     zoo = make_digits_checkpoints(folder / "digits", 24, random_state=0)
     digits = zoo.checkpoints, zoo.X_val, zoo.y_val
     systems = paper_systems(24)
-    for name, system in systems.items():
+    for name, system in {**systems, **centered_systems(24)}.items():
         show(name, clone(system).fit(*digits))
     for name, options in {
         "validation_fraction": {"validation_fraction": 0.2},
-        "start=best": {"start": "best"},
-        "start=greedy": {"start": "greedy"},
+        "center=best": {"center": "best"},
+        "center=greedy": {"center": "greedy"},
         "normalize": {"normalize": True, "lr": 0.01},
         "bf16 deltas": {"delta_dtype": "bfloat16"},
         "sgd, accumulate": {"optimizer": "sgd", "accumulate": 2, "schedule": "constant"},
@@ -116,18 +114,14 @@ def everything(folder: Path) -> None:
         show(f"MEHL-Soup+, {name}", clone(systems["MEHL-Soup+"]).set_params(**options).fit(*digits))
     for name, after in {"Greedy-Soup": 30, "Learned-Soup+": 3, "MEHL-Soup+": 8}.items():
         show(f"{name}, resumed", resumed(systems[name], after, *digits))
-    streamed = LearnedSoup(memory_limit="3MB", max_epochs=1, random_state=0)
+    streamed = clone(systems["Learned-Soup"]).set_params(memory_limit="3MB", max_epochs=1)
     show("Learned-Soup, streamed", streamed.fit(*digits))
     with_batch_norm = fine_tune(folder / "resnet", 6, 0, SmallResNet, epochs=2)
     rows = zoo.X_val[:300], zoo.y_val[:300]
-    for name, soup in {
-        "Uniform-Soup": UniformSoup(),
-        "Greedy-Soup": GreedySoup(),
-        "Learned-Soup+": LearnedSoup(layerwise=True, random_state=0),
-        "MEHL-Soup+": MEHLSoup(layerwise=True, model_batch_size=2, random_state=0),
-    }.items():
+    systems = paper_systems(6)  # b = 2
+    for name in ("Uniform-Soup", "Greedy-Soup", "Learned-Soup+", "MEHL-Soup+"):
         for policy in ("average", "recalibrate", "auto"):
-            fitted = clone(soup).set_params(batch_norm=policy)
+            fitted = clone(systems[name]).set_params(batch_norm=policy)
             fitted.fit(CheckpointCollection(with_batch_norm), *rows)
             show(f"{name}, {policy}", fitted)
 

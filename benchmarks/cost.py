@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import multiprocessing
 import platform
 import tempfile
@@ -26,6 +27,8 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
+from itertools import cycle, islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -36,21 +39,18 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from sksoup import (
-    BestCheckpoint,
     CheckpointCollection,
-    GreedySoup,
-    LearnedSoup,
-    MEHLSoup,
     SoupWarning,
-    UniformSoup,
 )
+from sksoup.inspection import centered_systems, paper_systems
 from sksoup.runtime.live_tensors import LiveTensors
 
 from . import reference, zoo
 
 SYSTEMS = (
     "Best checkpoint", "Uniform-Soup", "Greedy-Soup", "Learned-Soup", "Learned-Soup+", "HL-Soup",
-    "HL-Soup+", "MEHL-Soup", "MEHL-Soup+", "MEHL-Soup+ bf16 deltas",
+    "HL-Soup+", "MEHL-Soup", "MEHL-Soup+", "MEHL-Soup+ bf16 deltas", "Centered-Soup+",
+    "Centered-Soup+, b",
 )  # fmt: skip
 LEGEND = """
 forward, backward: passes of one model over the rows. tensors, memory: peak in models, above that of
@@ -74,9 +74,9 @@ class Passes:
     """
 
     def __init__(
-        self, run: Callable[[], Any], n: int, clock: Callable[[Callable[[], Any]], float]
+        self, runs: list[Callable[[], Any]], clock: Callable[[Callable[[], Any]], float]
     ) -> None:
-        self.run, self.remaining, self.clock = run, n, clock
+        self.runs, self.clock = runs, clock
         self.seconds = 0.0
 
     def setup(self, estimator: Any, context: Any) -> None: ...
@@ -86,16 +86,14 @@ class Passes:
     def on_fit_task_begin(self, estimator: Any, context: Any, **unused: Any) -> None: ...
 
     def on_fit_task_end(self, estimator: Any, context: Any, **unused: Any) -> bool:
-        if context.task_name in ("epoch", "evaluation") and self.remaining:
-            self.remaining -= 1
-            self.seconds += self.clock(self.run)
+        if context.task_name in ("epoch", "evaluation") and self.runs:
+            self.seconds += self.clock(self.runs.pop())
         return False
 
     def finish(self, until: int = 0) -> float:
         """Run what the fit gave no occasion for, or some of it; returns the seconds of all."""
-        while self.remaining > until:
-            self.remaining -= 1
-            self.seconds += self.clock(self.run)
+        while len(self.runs) > until:
+            self.seconds += self.clock(self.runs.pop())
         return self.seconds
 
 
@@ -115,20 +113,21 @@ class Run:
     # ---------------------------------------------------------------- what is measured
 
     def soup(self, max_epochs: int | None = None) -> Any:
-        o = self.options
-        common = {"batch_size": o.batch_size, "device": o.device}
-        descent = {**common, "max_epochs": max_epochs or o.epochs, "random_state": 0}
-        plus = o.run.removesuffix(" bf16 deltas").endswith("+")
-        if o.run.startswith("Learned"):
-            return LearnedSoup(layerwise=plus, memory_limit="1000GB", **descent)
-        if o.run.startswith("HL"):
-            return MEHLSoup(layerwise=plus, model_batch_size=None, prefetch=0, **descent)
-        if o.run.startswith("MEHL"):
+        o, K = self.options, len(self.paths)
+        name = o.run.removesuffix(" bf16 deltas").removesuffix(", b")
+        soup = {**paper_systems(K), **centered_systems(K)}[name]
+        params = {"batch_size": o.batch_size, "device": o.device,
+                  "max_epochs": max_epochs or o.epochs}  # fmt: skip
+        if name.startswith("Learned"):
+            params["memory_limit"] = "1000GB"
+        elif o.run.startswith("MEHL") or o.run.endswith(", b"):
             width = "bfloat16" if "bf16" in o.run else None
-            return MEHLSoup(layerwise=plus, model_batch_size=o.model_batch, prefetch=o.prefetch,
-                            delta_dtype=width, **descent)  # fmt: skip
-        kinds = {"Best checkpoint": BestCheckpoint, "Uniform-Soup": UniformSoup}
-        return kinds.get(o.run, GreedySoup)(**common)
+            params |= {"model_batch_size": o.model_batch, "prefetch": o.prefetch,
+                       "delta_dtype": width}  # fmt: skip
+        elif name.startswith(("HL", "Centered")):
+            params |= {"model_batch_size": None, "prefetch": 0}
+        known = soup.get_params(deep=False)
+        return soup.set_params(**{n: value for n, value in params.items() if n in known})
 
     def fit(self, max_epochs: int | None = None, callback: Any = None) -> Any:
         collection = CheckpointCollection(self.paths, module=self.collection.module)
@@ -160,13 +159,18 @@ class Run:
 
     # -------------------------------------------------------------------------- floor
 
-    def floor(self) -> tuple[int, int, int]:
+    def floor(self) -> tuple[int, int, float]:
         """Epochs, evaluations, and reads of all files the method can't do without."""
         o, K = self.options, len(self.paths)
         if o.run.startswith(("Learned", "HL", "learned")):
             return o.epochs, 0, 3
         if o.run.lower().startswith("mehl"):
             return -(-K // o.model_batch) * o.epochs, 0, 3
+        if o.run.startswith("Centered"):
+            n_batches = -(-K // o.model_batch) if o.run.endswith(", b") else 1
+            ranked = min(self.soup().ranking_rows, o.rows) / o.rows
+            # all rows for the check at the end; a read per stage, a quarter of one for the center
+            return n_batches * o.epochs, math.ceil(K * ranked) + 3, 4.25
         if o.run == "Best checkpoint":
             return 0, K, 2
         return (0, 0, 1) if o.run == "Uniform-Soup" else (0, 2 * K - 1, 2)
@@ -181,9 +185,9 @@ class Run:
                     self.module.zero_grad()
                     cross_entropy(output, self.y[i : i + size]).backward()
 
-    def read_files(self) -> None:
+    def read_files(self, times: float) -> None:
         buffer = np.empty(1 << 22, np.uint8)
-        for path in self.paths:
+        for path in islice(cycle(self.paths), round(times * len(self.paths))):
             with path.open("rb", buffering=0) as file:
                 while file.readinto(buffer):
                     pass
@@ -206,7 +210,8 @@ class Run:
             self.run_pass(backward=True)
         n_epochs, n_evaluations, n_reads = self.floor()
         n = n_epochs + n_evaluations
-        passes = Passes(lambda: self.run_pass(n_epochs > 0), n, self.seconds)
+        runs = [partial(self.run_pass, i < n_epochs) for i in range(n)]  # run from the end
+        passes = Passes(runs, self.seconds)
         if self.options.run in REFERENCES:
             run = self.reference()
             passes.finish(n // 2)
@@ -215,7 +220,7 @@ class Run:
             return {"seconds": spent, "floor_seconds": floor, "ratio_to_floor": spent / floor}
         soups: list[Any] = []
         spent = self.seconds(lambda: soups.append(self.fit(callback=passes))) - passes.seconds
-        floor = passes.finish() + self.seconds(lambda: [self.read_files() for _ in range(n_reads)])
+        floor = passes.finish() + self.seconds(lambda: self.read_files(n_reads))
         counts = soups[0].counts_
         return {
             "seconds": spent,

@@ -124,16 +124,27 @@ def fine_tune_each(
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         data, start = _digits(seed), folder / "start.safetensors"
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            net = build()
         if not start.exists():
-            how = FineTuning(3e-3, 1e-2, 0.0, 0.2, epochs, seed)
-            _save(start, _train(net, *data["pretrain"], how))
+            _pretrain(start, data["pretrain"], seed, build, epochs)
+        net = _new_net(build, seed)
         for name in missing:
             net.load_state_dict(CheckpointCollection([start])["start"])
             _save(paths[name], _train(net, *data["finetune"], tunings[name]))
     return CheckpointCollection(paths, module=build)
+
+
+def _pretrain(
+    path: Path, rows: tuple[Any, Any], seed: int, build: Callable[[], nn.Module], epochs: int
+) -> None:
+    """Train a new network; the seed is that of its weights and of the order of the rows."""
+    how = FineTuning(3e-3, 1e-2, 0.0, 0.2, epochs, seed)
+    _save(path, _train(_new_net(build, seed), *rows, how))
+
+
+def _new_net(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build()
 
 
 def _save(path: Path, state: dict[str, torch.Tensor]) -> None:
@@ -288,6 +299,7 @@ class Zoo:
     checkpoints: CheckpointCollection
     val: tuple[Any, Any]
     test: tuple[Any, Any]
+    failures: Callable[[], Mapping[str, CheckpointCollection]] | None = None
 
 
 @dataclass(frozen=True)
@@ -303,7 +315,8 @@ class Kind:
 def convnets(folder: Path, n: int, seed: int) -> Zoo:
     digits = make_digits_checkpoints(folder / f"convnet-{seed}", n, random_state=seed)
     return Zoo(
-        digits.checkpoints, (digits.X_val, digits.y_val), (digits.X_test, digits.y_test)
+        digits.checkpoints, (digits.X_val, digits.y_val), (digits.X_test, digits.y_test),
+        partial(failures, folder, "convnet", seed),
     )  # fmt: skip
 
 
@@ -318,7 +331,8 @@ class Digits:
     def __call__(self, folder: Path, n: int, seed: int) -> Zoo:
         here, data = folder / f"{self.name}-{seed}", _digits(seed)
         return Zoo(
-            fine_tune(here, n, seed, self.build, self.epochs), data["val"], data["test"]
+            fine_tune(here, n, seed, self.build, self.epochs), data["val"], data["test"],
+            partial(failures, folder, self.name, seed),
         )  # fmt: skip
 
 
@@ -359,10 +373,96 @@ def failing(folder: Path, n: int, seed: int) -> Zoo:
     return Zoo(checkpoints, data["val"], data["test"])
 
 
+VIT = Digits("vit", partial(SmallViT, 64, 3, 2), 60)
 KINDS = {
     "convnet": Kind("convolutional network", 48, convnets),
-    "vit": Kind("vision transformer", 24, Digits("vit", partial(SmallViT, 64, 3, 2), 60)),
+    "vit": Kind("vision transformer", 24, VIT),
     "resnet": Kind("ResNet with BatchNorm", 24, Digits("resnet", SmallResNet, 15)),
     "text": Kind("text encoder", 16, TextRows(), TEXT_SEED),
     "diverged": Kind("convolutional network, a fifth diverged", 20, failing),
 }
+
+# ---------------------------------------------------------------- failures, one at a time
+
+N_FAILURES_ZOO = 24  # ingredients that the failed one is added to
+RATES, NOISES = (10, 100, 1000), (0.5, 1, 5, 20)
+FAILURES = (
+    *(f"Adam at {times:,} times the rate" for times in RATES),
+    "weights times 30",
+    *(f"noise of {times:g} times the weights" for times in NOISES),
+    "another start", "a copy of an ingredient", "zeros",
+)  # fmt: skip
+FAILURE_KINDS: dict[str, tuple[Callable[[], nn.Module], int, float]] = {
+    "convnet": (DigitsConvNet, 8, 1.0),  # build, epochs of pretraining, rates are multiplied by
+    "vit": (VIT.build, VIT.epochs, 0.5),
+}
+
+
+def failures(folder: Path, kind: str, seed: int) -> dict[str, CheckpointCollection]:
+    """Make collections of 24 ingredients of a zoo and one failure each, by what failed.
+
+    What failed is a fine-tuning that the 24 do not hold. The zoo has to be in the folder; failures
+    are kept beside it.
+    """
+    build, epochs, rate = FAILURE_KINDS[kind]
+    zoo, here = folder / f"{kind}-{seed}", folder / f"failures-{kind}-{seed}"
+    paths = {f"ft{k:02d}": zoo / f"ft{k:02d}.safetensors" for k in range(N_FAILURES_ZOO)}
+    failed = {name: here / f"{re.sub('[ ,]+', '-', name)}.safetensors" for name in FAILURES}
+    if not all(path.exists() for path in failed.values()):
+        how = _draw(seed, N_FAILURES_ZOO)
+        how = replace(how, lr=rate * how.lr)
+        here.mkdir(parents=True, exist_ok=True)
+        if not (here / "start.safetensors").exists():
+            _save(
+                here / "start.safetensors",
+                CheckpointCollection([zoo / "start.safetensors"])["start"],
+            )
+        tunings = {failed[f"Adam at {n:,} times the rate"].stem: replace(how, lr=n * how.lr)
+                   for n in RATES}  # fmt: skip
+        tuned = fine_tune_each(here, {"healthy": how, **tunings}, seed, build, epochs)
+        made = _computed_failures(tuned["healthy"], CheckpointCollection([paths["ft00"]])["ft00"])
+        made["another start"] = _of_another_start(here / "another", how, seed, build, epochs)
+        for name, state in made.items():
+            _save(failed[name], state)
+    return {
+        name: CheckpointCollection({**paths, "failed": path}, module=build)
+        for name, path in failed.items()
+    }
+
+
+def _computed_failures(
+    healthy: Mapping[str, torch.Tensor], ingredient: Mapping[str, torch.Tensor]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The failures that need no training."""
+    return {
+        "weights times 30": {name: 30 * w for name, w in healthy.items()},
+        **{f"noise of {n:g} times the weights": with_noise(healthy, n) for n in NOISES},
+        "a copy of an ingredient": dict(ingredient),
+        "zeros": {name: torch.zeros_like(w) for name, w in healthy.items()},
+    }
+
+
+def with_noise(
+    state: Mapping[str, torch.Tensor], times: float, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Add noise to every floating tensor, ``times`` its root mean square.
+
+    BatchNorm's statistics stay as they are: a variance can't be negative.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: w + times * w.square().mean().sqrt() * torch.randn(w.shape, generator=generator)
+        if w.is_floating_point() and "running_" not in name
+        else w
+        for name, w in state.items()
+    }
+
+
+def _of_another_start(
+    folder: Path, how: FineTuning, seed: int, build: Callable[[], nn.Module], epochs: int
+) -> dict[str, torch.Tensor]:
+    """Fine-tune a network that was pretrained on the same rows from other random weights."""
+    folder.mkdir(exist_ok=True)
+    if not (start := folder / "start.safetensors").exists():
+        _pretrain(start, _digits(seed)["pretrain"], seed + 1000, build, epochs)
+    return dict(fine_tune_each(folder, {"other": how}, seed, build, epochs)["other"])

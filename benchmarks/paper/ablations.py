@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sksoup import MEHLSoup
+from sksoup.inspection import paper_systems
 
 from .. import reference
 from ..zoo import Zoo
@@ -29,9 +29,8 @@ def measure(zoo: Zoo, seed: int) -> dict[str, Any]:
     variants |= {f"{n} inner epochs": {"max_epochs": n} for n in (2, 10)}
     found = {}
     for name, change in variants.items():
-        params = {"model_batch_size": -(-K // 4), **change}
-        soup = MEHLSoup(layerwise=True, random_state=seed, **params).fit(zoo.checkpoints, *zoo.val)
-        found[name] = common.percent(soup, zoo.test)
+        soup = paper_systems(K, random_state=seed)["MEHL-Soup+"].set_params(**change)
+        found[name] = common.percent(soup.fit(zoo.checkpoints, *zoo.val), zoo.test)
     for lr in LRS:
         for differences in (True, False):
             name = f"script, {'differences' if differences else 'plain weights'}, lr={lr}"

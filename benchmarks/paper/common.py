@@ -18,8 +18,11 @@ import numpy as np
 import torch
 from joblib import Parallel, delayed
 from scipy.stats import t as student
+from sklearn.metrics import log_loss as sklearn_log_loss
+from sklearn.model_selection import train_test_split
 
-from sksoup import SoupWarning
+from sksoup import DivergenceError, LearnedSoup, SoupWarning
+from sksoup.inspection import centered_systems, paper_systems
 
 from .. import zoo
 
@@ -138,6 +141,50 @@ def _measure(measure: Measure, kind: zoo.Kind, seed: int, folder: Path, path: Pa
 
 def percent(soup: Any, rows: tuple[Any, Any]) -> float:
     return round(100 * float(soup.score(*rows)), 4)
+
+
+def log_loss(soup: Any, rows: tuple[Any, Any]) -> float:
+    """Cross-entropy of the probabilities, which scikit-learn clips to what their dtype tells."""
+    X, y = rows
+    labels = soup.classes_
+    return round(float(sklearn_log_loss(np.asarray(y), soup.predict_proba(X), labels=labels)), 5)
+
+
+def scores(soup: Any, made: zoo.Zoo, rows: tuple[Any, Any] | None = None) -> dict[str, Any] | None:
+    """Fit on the held-out rows, or on these of them; None where the search diverged."""
+    rows = made.val if rows is None else rows
+    try:
+        soup.fit(made.checkpoints, *rows)
+    except DivergenceError:
+        return None
+    return {
+        "held_out": percent(soup, rows),
+        "test": percent(soup, made.test),
+        "log_loss": log_loss(soup, made.test),
+    }
+
+
+def systems(n_checkpoints: int, seed: int, names: Sequence[str]) -> dict[str, Any]:
+    """The systems of these names, unfitted: the papers' ten, and those with a center of their own.
+
+    Learned-Soup is the paper's; "centered" is that with the defaults of `LearnedSoup`.
+    """
+    every = {
+        **paper_systems(n_checkpoints, random_state=seed),
+        **centered_systems(n_checkpoints, random_state=seed),
+        "Learned-Soup, centered": LearnedSoup(random_state=seed),
+        "Learned-Soup+, centered": LearnedSoup(layerwise=True, random_state=seed),
+    }
+    return {name: every[name] for name in names}
+
+
+def draw_rows(rows: tuple[Any, Any], n: int, seed: int) -> tuple[Any, Any]:
+    """Draw n rows, stratified by label."""
+    X, y = rows
+    if n >= len(y):
+        return rows
+    X, _, y, _ = train_test_split(X, y, train_size=n, stratify=y, random_state=seed)
+    return X, y
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:

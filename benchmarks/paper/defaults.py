@@ -1,72 +1,110 @@
-"""Which defaults: variants of MEHL-Soup+ on development zoos, which no published table uses.
+"""Which defaults: variants of MEHLSoup on development zoos, which no published table uses.
 
-    python -m benchmarks paper.defaults [--folder zoos] [--kinds convnet vit] [--seeds 100 101 102]
+    python -m benchmarks paper.defaults [--folder zoos] [--kinds ...] [--seeds 100 101 102]
 
-Test accuracy of each variant; and how many held-out rows layer-wise coefficients need.
+Test accuracy, test log-loss and passes over the held-out rows of each variant, on the zoos as they
+are and with five ruined ingredients added; and what the weight decay does with few held-out rows.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from sklearn.model_selection import train_test_split
+from sksoup import CheckpointCollection, MEHLSoup
 
-from sksoup import GreedySoup, MEHLSoup
-
-from ..zoo import DEVELOPMENT_SEEDS, Zoo
+from ..zoo import DEVELOPMENT_SEEDS, Zoo, with_noise
 from . import common
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "the defaults": {},
-    "lr=0.01": {"lr": 0.01},
-    "lr=0.02": {"lr": 0.02},
-    "lr=0.1": {"lr": 0.1},
-    "lr=0.2": {"lr": 0.2},
-    "normalize, lr=0.01": {"normalize": True, "lr": 0.01},
-    "normalize, lr=0.05": {"normalize": True, "lr": 0.05},
-    "normalize, lr=0.1": {"normalize": True, "lr": 0.1},
-    "start='greedy'": {"start": "greedy"},
-    "start='best'": {"start": "best"},
-    "validation_fraction=0.2": {"validation_fraction": 0.2},
-    "weight_decay=0.01": {"weight_decay": 0.01},
-    "weight_decay=0.1": {"weight_decay": 0.1},
+    "center='mean'": {"center": "mean"},
+    "center='top'": {"center": "top"},
+    "center='best'": {"center": "best"},
+    "center='greedy'": {"center": "greedy"},
+    "ranking_rows=32": {"ranking_rows": 32},
+    "ranking_rows=64": {"ranking_rows": 64},
+    "ranking_rows=128": {"ranking_rows": 128},
+    "ranking_rows=256": {"ranking_rows": 256},
+    "ranking_rows=1000, all": {"ranking_rows": 1000},
+    "clip_deltas=None": {"clip_deltas": None},
+    "clip_deltas='median'": {"clip_deltas": "median"},
+    "weight_decay=0": {"weight_decay": 0.0},
+    "weight_decay=0.3": {"weight_decay": 0.3},
     "weight_decay=1": {"weight_decay": 1.0},
-    "schedule='constant'": {"schedule": "constant"},
-    "max_epochs=2": {"max_epochs": 2},
+    "weight_decay=3": {"weight_decay": 3.0},
+    "weight_decay='auto'": {"weight_decay": "auto"},
+    "max_epochs=3": {"max_epochs": 3},
+    "max_epochs=5": {"max_epochs": 5},
     "max_epochs=10": {"max_epochs": 10},
     "max_epochs=20": {"max_epochs": 20},
-    "model_epochs=2": {"model_epochs": 2},
-    "batch_size=32": {"batch_size": 32},
-    "optimizer='sgd', lr=1": {"optimizer": "sgd", "lr": 1.0},
-    "MEHL-Soup, one row": {"layerwise": False},
+    "lr=0.02": {"lr": 0.02},
+    "lr=0.05": {"lr": 0.05},
+    "lr=0.1": {"lr": 0.1},
+    "one number per checkpoint": {"layerwise": False},
+    "model_batch_size=None": {"model_batch_size": None},
+    "model_batch_size=K/2": {"model_batch_size": 2},  # parts of K
+    "model_batch_size=K/4": {"model_batch_size": 4},
 }
-ROWS = (50, 100, 200, 400, 1000)
+RUINED = (0.5, 1, 5, 10, 20)  # noise, in root mean squares of the tensors
+FEW_ROWS = (50, 100, 200)
 
 
 def measure(zoo: Zoo, seed: int) -> dict[str, Any]:
-    b = -(-len(zoo.checkpoints) // 4)
-    base = MEHLSoup(zoo.checkpoints, layerwise=True, model_batch_size=b, random_state=seed)
-    variants = {}
-    for name, params in VARIANTS.items():
-        soup = type(base)(**{**base.get_params(deep=False), **params}).fit(*zoo.val)
-        variants[name] = [common.percent(soup, zoo.val), common.percent(soup, zoo.test)]
-    rows = {}
-    for n in ROWS:
-        X, y = zoo.val
-        if n < len(y):
-            X, _, y, _ = train_test_split(X, y, train_size=n, stratify=y, random_state=seed)
-        soups = {
-            "Greedy-Soup": GreedySoup(zoo.checkpoints),
-            "MEHL-Soup": base.__class__(**{**base.get_params(deep=False), "layerwise": False}),
-            "MEHL-Soup+": base,
+    zoos = {"clean": zoo, "ruined": replace(zoo, checkpoints=with_ruined(zoo.checkpoints))}
+    found: dict[str, Any] = {}
+    for condition, one in zoos.items():
+        found[condition] = {
+            name: with_passes(variant(change, len(one.checkpoints), seed), one)
+            for name, change in VARIANTS.items()
+            if not change or not is_default(change)
         }
-        rows[str(n)] = {
-            name: common.percent(soup.fit(X, y), zoo.test) for name, soup in soups.items()
-        }
-    return {"variants": variants, "rows": rows}
+    return {**found, "rows": few_rows(zoo, seed)}
 
 
-EXPERIMENT = common.Experiment("defaults", measure, ["convnet", "vit"], DEVELOPMENT_SEEDS)
+def with_ruined(checkpoints: CheckpointCollection) -> CheckpointCollection:
+    """Add copies of the first five, with noise."""
+    noisy = {
+        f"ruined-{times:g}": with_noise(checkpoints[name], times)
+        for name, times in zip(checkpoints.names, RUINED, strict=False)
+    }
+    return CheckpointCollection({**checkpoints, **noisy}, module=checkpoints.build_module)
+
+
+def variant(change: dict[str, Any], n_checkpoints: int, seed: int) -> MEHLSoup:
+    params = {"layerwise": True, "random_state": seed, **change}
+    if params.get("model_batch_size") is not None:
+        params["model_batch_size"] = -(-n_checkpoints // params["model_batch_size"])
+    return MEHLSoup(**params)
+
+
+def is_default(change: dict[str, Any]) -> bool:
+    default = MEHLSoup(layerwise=True).get_params(deep=False)
+    return all(default[name] == value for name, value in change.items())
+
+
+def with_passes(soup: MEHLSoup, zoo: Zoo) -> dict[str, Any] | None:
+    found = common.scores(soup, zoo)
+    if found is not None:
+        n_rows = soup.counts_.rows_forward + soup.counts_.rows_backward
+        found["passes"] = round(n_rows / len(zoo.val[1]), 2)
+    return found
+
+
+def few_rows(zoo: Zoo, seed: int) -> dict[str, Any]:
+    K, found = len(zoo.checkpoints), {}
+    for n in FEW_ROWS:
+        systems = {
+            **common.systems(K, seed, ("Greedy-Soup", "MEHL-Soup+", "Centered-Soup+")),
+            "weight_decay=1": variant({"weight_decay": 1.0}, K, seed),
+            "weight_decay='auto'": variant({"weight_decay": "auto"}, K, seed),
+        }
+        rows = common.draw_rows(zoo.val, n, seed)
+        found[str(n)] = {name: common.scores(soup, zoo, rows) for name, soup in systems.items()}
+    return found
+
+
+EXPERIMENT = common.Experiment("defaults", measure, ["convnet", "vit", "resnet"], DEVELOPMENT_SEEDS)
 
 
 def main() -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import time
 
 from ..zoo import SEEDS
-from . import ablations, appendix_c, common, diverged, table_3, tables_1_2
+from . import ablations, appendix_c, common, diverged, failures, few_rows, table_3, tables_1_2
 
 EXPERIMENTS = [
-    module.EXPERIMENT for module in (tables_1_2, table_3, ablations, appendix_c, diverged)
+    module.EXPERIMENT
+    for module in (tables_1_2, table_3, ablations, appendix_c, diverged, failures, few_rows)
 ]
 
 

@@ -31,6 +31,8 @@ PAPER = {
     "MEHL-Soup+": ("81.62", "808", "19 GB"),
     "Ensemble": ("81.19", "", ""),
 }
+CENTERED, CENTERED_PLUS = "Centered-Soup", "Centered-Soup+"
+SYSTEMS = (*PAPER, CENTERED, CENTERED_PLUS)
 PAPER_REMOVED = {  # of 72: share removed -> Greedy-Soup, MEHL-Soup+
     "0": ("81.03", "81.62"),
     "2": ("80.78", "81.58"),
@@ -43,8 +45,11 @@ RIVALS = ("Best checkpoint", "Greedy-Soup", "Learned-Soup+", "HL-Soup+", "Ensemb
 TITLES = {"convnet": "ConvNet", "vit": "ViT", "resnet": "ResNet", "text": "Text encoder"}
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- made by benchmarks/paper/page.py: -->", "<!-- : -->"  # its table in the readme
-BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#767676"
-STYLES = (("Best checkpoint", GREY, "s"), ("Greedy-Soup", ORANGE, "^"), (PLUS, BLUE, "o"))
+BLUE, ORANGE, GREY, GREEN = "#0072B2", "#E69F00", "#767676", "#009E73"
+STYLES = (
+    ("Best checkpoint", GREY, "s"), ("Greedy-Soup", ORANGE, "^"), (PLUS, BLUE, "o"),
+    (CENTERED_PLUS, GREEN, "D"),
+)  # fmt: skip
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> str:
@@ -60,9 +65,33 @@ def pm(values: Sequence[float], digits: int = 2) -> str:
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
-def signed(values: Sequence[float]) -> str:
+def signed(values: Sequence[float], digits: int = 2) -> str:
     mean, half = common.mean_and_interval(values)
-    return f"{mean:+.2f} ± {half:.2f}"
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
+
+
+def cell(values: Sequence[float | None], show: Callable[[Sequence[float]], str]) -> str:
+    """Show the values; a search that diverged has none."""
+    there = [value for value in values if value is not None]
+    if len(there) < len(values):
+        return f"diverged on {len(values) - len(there)} of {len(values)} seeds"
+    return show(there)
+
+
+def paired(
+    seeds: Sequence[Mapping[str, Any]], one: str, other: str, measure: str = "test"
+) -> list[float | None]:
+    """Difference of two systems, seed by seed."""
+    return [
+        seed[one][measure] - seed[other][measure] if seed[one] and seed[other] else None
+        for seed in seeds
+    ]
+
+
+def mean_of(values: Iterable[float | None]) -> float:
+    """The mean of those that did not diverge."""
+    there = [value for value in values if value is not None]
+    return statistics.mean(there) if there else float("nan")
 
 
 def memory(seeds: Sequence[Mapping[str, Any]]) -> str:
@@ -82,21 +111,33 @@ class Page:
     def test(self, kind: str, system: str) -> list[float]:
         return [100 * seed["systems"][system]["test"] for seed in self.ten[kind]]
 
-    def gain(self, kind: str, rival: str) -> list[float]:
+    def gain(self, kind: str, rival: str, system: str = PLUS) -> list[float]:
         """Paired by seed."""
-        return [a - b for a, b in zip(self.test(kind, PLUS), self.test(kind, rival), strict=True)]
+        return [a - b for a, b in zip(self.test(kind, system), self.test(kind, rival), strict=True)]
 
-    def all_gains(self, rival: str) -> list[float]:
+    def all_gains(self, rival: str, system: str = PLUS) -> list[float]:
         """The mean over the zoos of each seed: seeds are what varies."""
-        return [statistics.mean(gains) for gains in
-                zip(*(self.gain(kind, rival) for kind in self.kinds), strict=True)]  # fmt: skip
+        return [statistics.mean(gains) for gains in zip(
+            *(self.gain(kind, rival, system) for kind in self.kinds), strict=True)]  # fmt: skip
+
+    def loss(self, kind: str, system: str, part: str = "log_loss") -> list[float]:
+        return [seed["systems"][system][part] for seed in self.ten[kind]]
+
+    def loss_gain(self, kind: str, rival: str) -> list[float]:
+        """How much lower the test log-loss of Centered-Soup+ is."""
+        pairs = zip(self.loss(kind, CENTERED_PLUS), self.loss(kind, rival), strict=True)
+        return [theirs - ours for ours, theirs in pairs]
 
     # ------------------------------------------------------------ sections
 
     def accuracy(self) -> str:
         rows = [
-            [system, *(pm(self.test(kind, system)) for kind in self.kinds), PAPER[system][0]]
-            for system in PAPER
+            [
+                system,
+                *(pm(self.test(kind, system)) for kind in self.kinds),
+                PAPER.get(system, ("–",))[0],
+            ]
+            for system in SYSTEMS
         ]
         header = ["system", *(TITLES[kind] for kind in self.kinds), "ImageNet, ViT-B/32 (paper)"]
         gains = [
@@ -105,16 +146,34 @@ class Page:
              f"{float(PAPER[PLUS][0]) - float(PAPER[rival][0]):+.2f}"]
             for rival in RIVALS
         ]  # fmt: skip
+        centered = [
+            [f"over {rival}", *(signed(self.gain(kind, rival, CENTERED_PLUS))
+             for kind in self.kinds), signed(self.all_gains(rival, CENTERED_PLUS))]
+            for rival in (*RIVALS, PLUS)
+        ]  # fmt: skip
         return "\n".join([
             table(header, rows),
             f"What {PLUS} gains, in points, paired by seed:\n",
             table(["", *header[1:-1], "mean", "paper"], gains),
+            f"What {CENTERED_PLUS} gains:\n",
+            table(["", *header[1:-1], "mean"], centered),
         ])  # fmt: skip
+
+    def log_loss(self) -> str:
+        """Cross-entropy on the test rows, and on the held-out ones."""
+        header = ["system", *(TITLES[kind] for kind in self.kinds)]
+        return "\n".join(
+            table(header, [[system, *(pm(self.loss(kind, system, part), 3) for kind in self.kinds)]
+                           for system in SYSTEMS], title)
+            for part, title in (("log_loss", "Test"), ("held_out_log_loss", "Held-out"))
+        )  # fmt: skip
 
     def readme(self) -> str:
         """The readme, with the table of accuracy that these results give."""
         header = ["test accuracy, %", *(TITLES[kind] for kind in self.kinds)]
-        rows = [[system, *(pm(self.test(kind, system)) for kind in self.kinds)] for system in PAPER]
+        rows = [
+            [system, *(pm(self.test(kind, system)) for kind in self.kinds)] for system in SYSTEMS
+        ]
         lines = [" | ".join(row) for row in [header, ["---"] * len(header), *rows]]
         before, rest = README.read_text(encoding="utf-8").split(BEGIN)
         _, after = rest.split(END)
@@ -122,7 +181,8 @@ class Page:
 
     def cost(self) -> str:
         rows = []
-        for system in PAPER:
+        for system in SYSTEMS:
+            paper = PAPER.get(system, ("–", "–", "–"))
             runs = [[seed["systems"][system] for seed in self.ten[kind]] for kind in self.kinds]
 
             def each(get: Callable[[Any], float], digits: int, runs: Any = runs) -> str:
@@ -137,8 +197,8 @@ class Page:
                 if epochs else "–",
                 each(lambda r: r["forward_passes"], 0),
                 " / ".join(map(memory, runs)),
-                PAPER[system][1],
-                PAPER[system][2],
+                paper[1],
+                paper[2],
             ])  # fmt: skip
         header = ["system", "seconds", "epochs", "seconds per epoch", "forward passes",
                   "memory, models", "paper: seconds", "paper: memory"]  # fmt: skip
@@ -152,11 +212,14 @@ class Page:
             for n in seeds[0]["removed"]:
                 by_system = {system: [seed["removed"][n][system] for seed in seeds]
                              for system in seeds[0]["removed"][n]}  # fmt: skip
-                gains = [a - b for a, b in
-                         zip(by_system[PLUS], by_system["Greedy-Soup"], strict=True)]  # fmt: skip
-                rows.append([n, *(pm(values) for values in by_system.values()), signed(gains)])
-            parts.append(table(["removed", "Best checkpoint", "Greedy-Soup", PLUS,
-                                f"{PLUS} over Greedy-Soup"], rows, TITLES[kind]))  # fmt: skip
+                gains = [
+                    signed([a - b for a, b in
+                            zip(by_system[system], by_system["Greedy-Soup"], strict=True)])
+                    for system in (PLUS, CENTERED_PLUS)
+                ]  # fmt: skip
+                rows.append([n, *(pm(values) for values in by_system.values()), *gains])
+            parts.append(table(["removed", *by_system, *(f"{system} over Greedy-Soup" for system in
+                                (PLUS, CENTERED_PLUS))], rows, TITLES[kind]))  # fmt: skip
         rows = [[n, *values] for n, values in PAPER_REMOVED.items()]
         parts.append(table(["removed of 72", "Greedy-Soup", PLUS], rows, "The paper, ImageNet"))
         return "\n".join(parts)
@@ -165,7 +228,7 @@ class Page:
         """How many ingredients each soup needs, as the number on the curve tells."""
         found, rows = self.found["table_3"]["results"], []
         for kind, seeds in found.items():
-            for system in ("Greedy-Soup", PLUS):
+            for system in ("Greedy-Soup", PLUS, CENTERED_PLUS):
                 rows.append([f"{TITLES[kind]}, {system}",
                              *(pm([s["kept"][n][system] for s in seeds])
                                for n in seeds[0]["kept"])])  # fmt: skip
@@ -204,60 +267,120 @@ class Page:
 
     def defaults(self) -> str:
         found = self.found["defaults"]["results"]
-        first = next(iter(found.values()))[0]
-        base = next(iter(first["variants"]))
+        seeds = [seed for some in found.values() for seed in some]
+        base, *rest = seeds[0]["clean"]
 
-        def mean_gain(name: str) -> float:
-            return statistics.mean(
-                s["variants"][name][1] - s["variants"][base][1]
-                for seeds in found.values() for s in seeds
-            )  # fmt: skip
+        def mean(name: str, condition: str, measure: str) -> float:
+            return mean_of(s[condition][name] and s[condition][name][measure] for s in seeds)
 
+        columns = [
+            (condition, measure, digits)
+            for condition in ("clean", "ruined")
+            for measure, digits in (("test", 2), ("log_loss", 4), ("passes", 1))
+        ]
+        names = sorted([base, *rest], key=lambda name: -mean(name, "clean", "test"))
         rows = [
-            [name, *(cell for seeds in found.values() for cell in
-                     (f"{statistics.mean(s['variants'][name][1] for s in seeds):.2f}",
-                      signed([s["variants"][name][1] - s["variants"][base][1] for s in seeds]))),
-             f"{mean_gain(name):+.2f}"]
-            for name in sorted(first["variants"], key=mean_gain, reverse=True)
+            [name, *(f"{mean(name, condition, measure):.{digits}f}"
+                     for condition, measure, digits in columns),
+             *(cell(paired([s[condition] for s in seeds], name, base), signed)
+               for condition in ("clean", "ruined"))]
+            for name in names
         ]  # fmt: skip
-        header = ["variant", *(cell for kind in found for cell in (TITLES[kind], "difference")),
-                  "mean"]  # fmt: skip
+        words = {"test": "accuracy, %", "log_loss": "log-loss", "passes": "passes"}
+        header = ["variant", *(f"{condition}: {words[name]}" for condition, name, _ in columns),
+                  "clean: difference", "ruined: difference"]  # fmt: skip
+        zoos = ", ".join(TITLES[kind] for kind in found)
 
-        def is_clearly_better(name: str) -> bool:
-            for seeds in found.values():
-                gains = [s["variants"][name][1] - s["variants"][base][1] for s in seeds]
-                mean, half = common.mean_and_interval(gains)
-                if mean > half:
-                    return True
-            return False
+        def with_few(n: str, name: str, measure: str) -> float:
+            return mean_of(s["rows"][n][name] and s["rows"][n][name][measure] for s in seeds)
 
-        better = [f"*{name}*" for name in first["variants"] if is_clearly_better(name)]
-        said = (
-            f"Better than it on a zoo by more than the interval: {', '.join(better) or 'none'}.\n"
-        )
-        parts = [table(header, rows), said]
-        systems = list(next(iter(first["rows"].values())))
-        rows = [
-            [n, *(f"{statistics.mean(s['rows'][n][system] for s in seeds):.2f}"
-                  for seeds in found.values() for system in systems)]
-            for n in first["rows"]
+        few = [
+            [f"{n}, {name}", f"{with_few(n, name, 'test'):.2f}",
+             f"{with_few(n, name, 'log_loss'):.4f}"]
+            for n in seeds[0]["rows"] for name in seeds[0]["rows"][n]
         ]  # fmt: skip
-        header = ["held-out rows", *(f"{TITLES[kind]}: {s}" for kind in found for s in systems)]
-        return "\n".join([*parts, "How many held-out rows the coefficients need:\n",
-                          table(header, rows)])  # fmt: skip
+        return "\n".join([
+            f"Means over the zoos {zoos} and their seeds:\n", table(header, rows),
+            "With few held-out rows:\n", table(["rows, system", "accuracy, %", "log-loss"], few),
+        ])  # fmt: skip
 
     def diverged(self) -> str:
         seeds = self.found["diverged"]["results"]["diverged"]
-        rows = [[name, pm([s["test"][name] for s in seeds])] for name in seeds[0]["test"]]
+        rows = [[name, cell([s["test"][name] for s in seeds], pm)] for name in seeds[0]["test"]]
         failed = [name for s in seeds for name in s["failed"] if name in s["named"]]
         wrong = [name for s in seeds for name in s["named"] if name not in s["failed"]]
         n_failed = sum(len(s["failed"]) for s in seeds)
+        gains = [s["over_greedy"] for s in seeds]
+        worst = min(gains, key=lambda gain: gain["mean"])
         return "\n".join([
             table(["recipe", "test accuracy, %"], rows),
+            f"{CENTERED_PLUS} is {signed([gain['mean'] for gain in gains])} points from "
+            f"Greedy-Soup, paired by seed; on its worst seed {worst['mean']:+.2f}, with a standard "
+            f"error over the test rows of {worst['standard_error']:.2f}.\n",
             f"Before its search {PLUS} warned and named {len(failed)} of the {n_failed} failed "
             f"ingredients of all seeds, and {len(wrong)} that had not failed: *leave out with "
             f"collection.drop(...)*. The last row does that.",
         ])  # fmt: skip
+
+    def failures(self) -> str:
+        parts, below = [], []
+        for kind, seeds in self.found["failures"]["results"].items():
+            others = [name for name in seeds[0]["none"] if name != "Greedy-Soup"]
+            rows = []
+            for failure in seeds[0]:
+                some = [seed[failure] for seed in seeds]
+                gains = {name: paired(some, name, "Greedy-Soup") for name in others}
+                greedy = [s["Greedy-Soup"] and s["Greedy-Soup"]["test"] for s in some]
+                rows.append([failure, cell(greedy, pm),
+                             *(cell(gains[name], signed) for name in others)])  # fmt: skip
+                mean = mean_of(gains[CENTERED_PLUS])
+                if not mean >= -0.5:
+                    below.append(f"{TITLES[kind]}, {failure} ({mean:+.2f})")
+            header = ["failure", "Greedy-Soup, %", *(f"{name} over it" for name in others)]
+            parts.append(table(header, rows, TITLES[kind]))
+        said = "; ".join(below) or "none"
+        parts.append(f"{CENTERED_PLUS} is more than 0.5 points below Greedy-Soup with: {said}.")
+        return "\n".join(parts)
+
+    def few_rows(self) -> str:
+        found = self.found["few_rows"]["results"]
+        parts = []
+        for kind, seeds in found.items():
+            systems = list(next(iter(seeds[0].values())))
+            against = [name for name in systems if name != "Greedy-Soup"]
+            for measure, title, digits in (("test", "accuracy, %", 2), ("log_loss", "log-loss", 3)):
+                rows = []
+                for n in seeds[0]:
+                    some = [seed[n] for seed in seeds]
+                    means = [cell([s[name] and s[name][measure] for s in some],
+                                  lambda values, d=digits: pm(values, d))
+                             for name in systems]  # fmt: skip
+                    gains = [cell(paired(some, name, "Greedy-Soup", measure),
+                                  lambda values, d=digits: signed(values, d))
+                             for name in against]  # fmt: skip
+                    rows.append([n, *means, *gains])
+                header = ["held-out rows", *systems, *(f"{n} – Greedy-Soup" for n in against)]
+                parts.append(table(header, rows, f"{TITLES[kind]}, test {title}"))
+        parts.append(self._least_rows(found))
+        return "\n".join(parts)
+
+    @staticmethod
+    def _least_rows(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+        """From how many rows on Centered-Soup+ is at least level with every other system."""
+        seeds = [seed for some in found.values() for seed in some]
+        sizes = list(seeds[0])
+
+        def is_level(n: str) -> bool:
+            mean = {name: mean_of(s[n][name] and s[n][name]["test"] for s in seeds)
+                    for name in seeds[0][n]}  # fmt: skip
+            return all(mean[CENTERED_PLUS] >= value for value in mean.values() if value == value)
+
+        level = [is_level(n) for n in sizes]
+        if not level[-1]:
+            return f"With {sizes[-1]} rows another system is above {CENTERED_PLUS} on the mean."
+        first = max((i + 1 for i, good in enumerate(level) if not good), default=0)
+        return (f"From {sizes[first]} rows on {CENTERED_PLUS} is at least level with every other "
+                f"system in mean test accuracy over the zoos.")  # fmt: skip
 
     # -------------------------------------------------------------- claims
 
@@ -296,6 +419,11 @@ class Page:
         claim("HL-Soup is above Learned-Soup: extrapolation helps",
               lambda kind: [a - b for a, b in zip(self.test(kind, "HL-Soup"),
               self.test(kind, "Learned-Soup"), strict=True)])  # fmt: skip
+        for rival in ("Greedy-Soup", PLUS):
+            claim(f"{CENTERED_PLUS} is above {rival}",
+                  lambda kind, r=rival: self.gain(kind, r, CENTERED_PLUS))  # fmt: skip
+            claim(f"{CENTERED_PLUS} has a lower log-loss than {rival}",
+                  lambda kind, r=rival: self.loss_gain(kind, r))  # fmt: skip
         claim("Greedy-Soup is above the best checkpoint",
               lambda kind: [a - b for a, b in zip(self.test(kind, "Greedy-Soup"),
               self.test(kind, "Best checkpoint"), strict=True)])  # fmt: skip
@@ -307,14 +435,16 @@ class Page:
             return [s["removed"][list(s["removed"])[-1]][PLUS] - s["removed"]["0"][PLUS]
                     for s in removed[kind]]  # fmt: skip
 
-        def beats(kind: str) -> list[float] | None:
+        def beats(kind: str, system: str = PLUS) -> list[float] | None:
             if kind not in removed:
                 return None
             half = [s["removed"][list(s["removed"])[-1]] for s in removed[kind]]
-            return [found[PLUS] - found["Greedy-Soup"] for found in half]
+            return [found[system] - found["Greedy-Soup"] for found in half]
 
         claim(f"{PLUS} keeps within 0.6 points without the better half", lost, -0.6)
         claim(f"without the better half {PLUS} beats Greedy-Soup by a point", beats, 1.0)
+        claim(f"without the better half {CENTERED_PLUS} beats Greedy-Soup by a point",
+              lambda kind: beats(kind, CENTERED_PLUS), 1.0)  # fmt: skip
         header = ["claim", *(TITLES[kind] for kind in kinds), "mean"]
         lines = [table(header, rows)]
         for column, name in enumerate(header[1:], start=1):
@@ -348,7 +478,7 @@ class Page:
         figure, axes = plt.subplots(1, len(found), figsize=(10, 3), layout="constrained")
         for ax, (kind, seeds) in zip(axes, found.items(), strict=True):
             sizes = [int(n) for n in seeds[0]["kept"]]
-            for shift, (name, color, marker) in zip((-0.01, 0, 0.01), STYLES, strict=True):
+            for shift, (name, color, marker) in zip((-0.01, 0, 0.01, 0.02), STYLES, strict=True):
                 stats = [
                     common.mean_and_interval([s["kept"][str(n)][name] for s in seeds])
                     for n in sizes
@@ -358,7 +488,7 @@ class Page:
                 ax.errorbar(x, means, halves, color=color, marker=marker, capsize=2, label=name)
             ax.set(title=TITLES[kind], xlabel="ingredients", ylabel="test accuracy, %")
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+        figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
         self._save(figure, folder / "paper_cost_curve.svg")
 
     @staticmethod
@@ -387,8 +517,9 @@ class Page:
 
     def text(self) -> str:
         template = (Path(__file__).parent / "page.rst.in").read_text(encoding="utf-8")
-        for name in ("commands", "accuracy", "cost", "removed", "curve", "outside", "ablations",
-                     "batch_norm", "defaults", "diverged", "claims"):  # fmt: skip
+        for name in ("commands", "accuracy", "log_loss", "cost", "removed", "curve", "outside",
+                     "ablations", "batch_norm", "defaults", "diverged", "failures", "few_rows",
+                     "claims"):  # fmt: skip
             template = template.replace(f"@{name}@", getattr(self, name)().strip())
         return template
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks paper.table_3 [--folder zoos] [--kinds convnet vit] [--seeds ...]
 
-Test accuracy of the best checkpoint, Greedy-Soup and MEHL-Soup+ without the n that score best on
-the held-out rows; and with the first n of the zoo, the curve of fine-tuning cost.
+Test accuracy of the best checkpoint, Greedy-Soup, MEHL-Soup+ and Centered-Soup+ without the n that
+score best on the held-out rows; and with the first n of the zoo, the curve of fine-tuning cost.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-from sksoup import BestCheckpoint, CheckpointCollection, GreedySoup, MEHLSoup
+from sksoup import BestCheckpoint, CheckpointCollection
 
 from ..zoo import Zoo
 from . import common
 
 REMOVED = (0.0, 1 / 8, 1 / 4, 1 / 2)  # parts of the zoo
+SYSTEMS = ("Best checkpoint", "Greedy-Soup", "MEHL-Soup+", "Centered-Soup+")
 KEPT = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 
 
@@ -29,12 +30,9 @@ def measure(zoo: Zoo, seed: int) -> dict[str, Any]:
         ranked = sorted(names, key=lambda name: -scores[name])
 
         def soups(some: CheckpointCollection) -> dict[str, float]:
-            b = -(-len(some) // 4)
-            systems = {
-                "Best checkpoint": BestCheckpoint(memory=memory),
-                "Greedy-Soup": GreedySoup(memory=memory),
-                "MEHL-Soup+": MEHLSoup(layerwise=True, model_batch_size=b, random_state=seed),
-            }
+            systems = common.systems(len(some), seed, SYSTEMS)
+            for name in ("Best checkpoint", "Greedy-Soup"):
+                systems[name].set_params(memory=memory)
             return {
                 name: common.percent(soup.fit(some, *zoo.val), zoo.test)
                 for name, soup in systems.items()

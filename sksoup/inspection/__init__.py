@@ -6,7 +6,7 @@ from ..displays.greedy_path import GreedyPathDisplay
 from ..displays.learning_curve import LearningCurveDisplay
 from .barrier import LossBarrier, loss_barrier
 from .barrier_display import LossBarrierDisplay
-from .comparison import compare_soups, paper_systems
+from .comparison import centered_systems, compare_soups, paper_systems
 from .results import SoupComparison, SoupResult
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "LossBarrierDisplay",
     "SoupComparison",
     "SoupResult",
+    "centered_systems",
     "compare_soups",
     "loss_barrier",
     "paper_systems",

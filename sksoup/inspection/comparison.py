@@ -28,11 +28,15 @@ from ..recipes.mehl import MEHLSoup
 from ..runtime.live_tensors import LiveTensors
 from .results import SoupComparison, SoupResult
 
+# the papers' own settings, where the recipes have other defaults
+LEARNED: dict[str, Any] = {"center": "mean", "clip_deltas": None}
+MEHL: dict[str, Any] = {**LEARNED, "weight_decay": 0.0, "max_epochs": 5, "lr": 0.05}
+
 
 def paper_systems(
     n_checkpoints: int, *, task: Task = "classification", random_state: Any = 0
 ) -> dict[str, BaseSoup]:
-    """Make the ten systems of the two papers, unfitted.
+    """Make the ten systems of the two papers, with the papers' settings, unfitted.
 
     MEHL-Soup takes a quarter of the checkpoints at a time; with all of them it would be HL-Soup.
 
@@ -50,6 +54,10 @@ def paper_systems(
     systems : dict of str to estimator
         In the order of the papers' tables.
 
+    See Also
+    --------
+    centered_systems : `MEHLSoup` with its defaults, rows eleven and twelve.
+
     References
     ----------
     Wortsman et al., arXiv:2203.05482; Li et al., arXiv:2407.03641, Table 1.
@@ -62,17 +70,57 @@ def paper_systems(
     """
     b = -(-n_checkpoints // 4)
     seed = {"task": task, "random_state": random_state}
+    learned, mehl = {**LEARNED, **seed}, {**MEHL, **seed}
     return {
         "Best checkpoint": BestCheckpoint(task=task),
         "Uniform-Soup": UniformSoup(task=task),
         "Greedy-Soup": GreedySoup(task=task),
-        "Learned-Soup": LearnedSoup(**seed),
-        "Learned-Soup+": LearnedSoup(layerwise=True, **seed),
-        "HL-Soup": MEHLSoup(model_batch_size=None, **seed),
-        "HL-Soup+": MEHLSoup(model_batch_size=None, layerwise=True, **seed),
-        "MEHL-Soup": MEHLSoup(model_batch_size=b, **seed),
-        "MEHL-Soup+": MEHLSoup(model_batch_size=b, layerwise=True, **seed),
+        "Learned-Soup": LearnedSoup(**learned),
+        "Learned-Soup+": LearnedSoup(layerwise=True, **learned),
+        "HL-Soup": MEHLSoup(model_batch_size=None, **mehl),
+        "HL-Soup+": MEHLSoup(model_batch_size=None, layerwise=True, **mehl),
+        "MEHL-Soup": MEHLSoup(model_batch_size=b, **mehl),
+        "MEHL-Soup+": MEHLSoup(model_batch_size=b, layerwise=True, **mehl),
         "Ensemble": CheckpointEnsemble(task=task),
+    }
+
+
+def centered_systems(
+    n_checkpoints: int, *, task: Task = "classification", random_state: Any = 0
+) -> dict[str, BaseSoup]:
+    """Make the two systems that `MEHLSoup` is with its defaults, unfitted.
+
+    Where the papers' systems start from the mean of all checkpoints, these have a center that one
+    failed checkpoint can't move. Centered-Soup has one coefficient per checkpoint, Centered-Soup+
+    one per checkpoint and layer.
+
+    Parameters
+    ----------
+    n_checkpoints : int
+        K; the defaults do not depend on it, it is here so that the call is that of `paper_systems`.
+    task : {"classification", "regression", "multilabel"}, default="classification"
+        What the outputs mean.
+    random_state : int or None, default=0
+        Seed of the order of rows.
+
+    Returns
+    -------
+    systems : dict of str to estimator
+        "Centered-Soup" and "Centered-Soup+".
+
+    See Also
+    --------
+    paper_systems : The ten systems of the papers.
+
+    Examples
+    --------
+    >>> from sksoup.inspection import centered_systems
+    >>> list(centered_systems(24))
+    ['Centered-Soup', 'Centered-Soup+']
+    """
+    return {
+        "Centered-Soup": MEHLSoup(task=task, random_state=random_state),
+        "Centered-Soup+": MEHLSoup(layerwise=True, task=task, random_state=random_state),
     }
 
 
@@ -100,8 +148,9 @@ def compare_soups(
     X_test, y_test : array-like or Tensor, or None, default=None
         Test rows, which are used for scores only.
     recipes : mapping of str to estimator or None, default=None
-        Unfitted soups by name; they are cloned. By default the ten of `paper_systems` for
-        classification; for another task give ``recipes=paper_systems(K, task=...)``.
+        Unfitted soups by name; they are cloned. By default the ten of `paper_systems` and the two
+        of `centered_systems` for classification; for another task give
+        ``recipes=paper_systems(K, task=...)``.
     scoring : str, callable or None, default=None
         Metric of the results, as in scikit-learn; by default accuracy or R². It does not change
         the searches: `GreedySoup` has a ``scoring`` of its own, and the learned ones use a loss.
@@ -127,8 +176,9 @@ def compare_soups(
 
     Notes
     -----
-    Checkpoints are ranked once for all recipes that rank in the same way; the time and passes of
-    the ranking are added to each of them, so that seconds can be compared. Memory is counted in a
+    Checkpoints are ranked once for all recipes that rank them on all rows in the same way; the time
+    and passes of the ranking are added to each of them, so that seconds can be compared. A recipe
+    that ranks on some of the rows does so itself. Memory is counted in a
     second fit, so that counting does not slow the first; a recipe that uses gradient descent runs
     one inner epoch in it.
 
@@ -161,7 +211,8 @@ def compare_soups(
     test = None if X_test is None else (X_test, y_test)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as memory:
         rankings: dict[str, tuple[float, int]] = {}
-        for name, recipe in (recipes or paper_systems(len(checkpoints))).items():
+        K = len(checkpoints)
+        for name, recipe in (recipes or {**paper_systems(K), **centered_systems(K)}).items():
             ranked, cost = _ranked(recipe, checkpoints, X_val, y_val, memory, rankings)
             soups[name], result = _measure(
                 name, ranked, cost, n_repeats, checkpoints, (X_val, y_val), test, scoring

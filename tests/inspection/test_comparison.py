@@ -9,18 +9,23 @@ from sklearn.metrics import f1_score, make_scorer
 from torch.nn.modules.module import register_module_forward_hook
 
 from sksoup import BestCheckpoint, GreedySoup, MEHLSoup, UniformSoup
-from sksoup.inspection import ComparisonDisplay, compare_soups, paper_systems
+from sksoup.inspection import (
+    ComparisonDisplay,
+    centered_systems,
+    compare_soups,
+    paper_systems,
+)
 
 from ..zoo import Net, Zoo
 
 
-def test_compares_all_ten_systems(zoo: Zoo, tmp_path):
+def test_compares_all_twelve_systems(zoo: Zoo, tmp_path):
     checkpoints = zoo.checkpoints.save(tmp_path / "zoo")
     seen = []
     comparison = compare_soups(
         checkpoints, zoo.X, zoo.y, zoo.X[:30], zoo.y[:30], on_result=seen.append
     )
-    assert [r.system for r in comparison.results] == list(paper_systems(7))
+    assert [r.system for r in comparison.results] == [*paper_systems(7), *centered_systems(7)]
     assert tuple(seen) == comparison.results
     for result in comparison.results:
         soup = comparison.soups[result.system]
@@ -35,11 +40,11 @@ def test_compares_all_ten_systems(zoo: Zoo, tmp_path):
     assert by_name["MEHL-Soup"].backward_passes == 20  # 4 model batches of 5 epochs
     assert by_name["Learned-Soup"].extra_memory > by_name["MEHL-Soup"].extra_memory + 3
     table = str(comparison).splitlines()
-    assert len(table) == 13
-    assert len(set(map(len, table[2:12]))) == 1
-    assert table[12].startswith("Coefficients were fitted on the 60 validation rows, so scores on ")
-    assert table[12].endswith("Compare systems on the 30 test rows.")
-    assert comparison.to_markdown().count("\n") == 11
+    assert len(table) == 15
+    assert len(set(map(len, table[2:14]))) == 1
+    assert table[14].startswith("Coefficients were fitted on the 60 validation rows, so scores on ")
+    assert table[14].endswith("Compare systems on the 30 test rows.")
+    assert comparison.to_markdown().count("\n") == 13
 
 
 def test_checkpoints_are_ranked_once_and_everybody_pays(zoo: Zoo):
