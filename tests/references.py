@@ -66,6 +66,7 @@ def descent_reference(
     batch_size: int,
     schedule: str = "constant",
     scale: torch.Tensor | None = None,
+    weight_decay: float = 0.0,
 ) -> np.ndarray:
     """Autograd through the graph over all K models; parameters only, rows in order.
 
@@ -74,7 +75,7 @@ def descent_reference(
     weights = stacked(checkpoints)
     names = list(weights)
     module = checkpoints.build_module().eval()
-    optimizer = torch.optim.AdamW(leaves, lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(leaves, lr=lr, weight_decay=weight_decay)
     n_steps = max_epochs * math.ceil(len(X) / batch_size)
     step = 0
     for _ in range(max_epochs):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
-from sksoup import CheckpointCollection
+from sksoup import CheckpointCollection, LearnedSoup, MEHLSoup
+
+# the papers' own settings
+PaperLearned = partial(LearnedSoup, center="mean", clip_deltas=None)
+PaperMEHL = partial(MEHLSoup, center="mean", clip_deltas=None, weight_decay=0.0)
 
 
 class Net(nn.Module):

@@ -94,12 +94,17 @@ def coef_after(
 class MEHLSoup(BaseSoup):
     r"""Learn coefficients in the hyperplane of the checkpoints, a few checkpoints at a time.
 
-    Minimises the held-out loss of :math:`\bar w + \sum_k \alpha_k (w_k - \bar w)` with
-    :math:`\bar w` the mean and :math:`\alpha` free, so coefficients may be negative or exceed 1,
-    yet sum to 1: :math:`c_k = \alpha_k + (1 - \sum_j \alpha_j) / K`. Each outer iteration loads
+    Minimises the held-out loss of :math:`g + \sum_k \alpha_k s_k (w_k - g)` from :math:`\alpha =
+    0`, with :math:`g = \sum_k q_k w_k` a good point (the center) and :math:`s_k \le 1` a bound for
+    long deltas. :math:`\alpha` is free, so coefficients may be negative or exceed 1, yet sum to 1:
+    :math:`c_k = s_k \alpha_k + (1 - \sum_j s_j \alpha_j) q_k`. Each outer iteration loads
     ``model_batch_size`` checkpoints and runs minibatch gradient steps on their :math:`\alpha` only
     (block coordinate descent). ``layerwise`` gives every layer its own (MEHL-Soup+);
-    ``model_batch_size=None`` takes all checkpoints at once (HL-Soup).
+    ``model_batch_size=None`` takes all checkpoints at once (HL-Soup). The soup, its center and the
+    best checkpoint are compared on all held-out rows, and the best of them is the result.
+
+    ``MEHLSoup(center="mean", clip_deltas=None, weight_decay=0)`` is the paper's: :math:`q_k = 1/K`,
+    :math:`s_k = 1`, and nothing is compared.
 
     Parameters
     ----------
@@ -108,6 +113,19 @@ class MEHLSoup(BaseSoup):
     layerwise : bool or callable, default=False
         True gives every parameter tensor its own coefficients; a callable maps a parameter's name
         to the label of its layer.
+    center : {"top", "best", "greedy", "mean"} or array-like of shape (n_checkpoints,), \
+            default="top"
+        Coefficients :math:`q` of the point that the search begins at and that deltas are taken
+        from: the mean of the quarter of the checkpoints that rank best, or the best one, by a
+        ranking on ``ranking_rows`` (none where the collection has ``scores``); the `GreedySoup`;
+        the mean of all, as in the paper; or as given, with sum 1.
+    ranking_rows : int or None, default=128
+        Held-out rows, drawn at random and stratified by label, that rank the checkpoints for
+        ``center="top"`` or ``"best"``; None, or more than there are, for all.
+    clip_deltas : {"median"} or None, default="median"
+        "median" multiplies a delta that is longer than is usual in a layer so that it is as long as
+        the median, in the search and in the coefficients: a failed run can move the soup no further
+        than the others do. None leaves deltas as they are, as in the paper.
     model_batch_size : int, None or "auto", default="auto"
         Checkpoints in memory at a time, b; None for all; "auto" for as many as ``memory_limit``
         holds.
@@ -146,8 +164,9 @@ class MEHLSoup(BaseSoup):
         Whether to run the search through ``torch.compile``.
     optimizer : {"adamw", "sgd"}, default="adamw"
         Starts afresh with each model batch.
-    weight_decay : float, default=0.0
-        Of the optimizer, on :math:`\alpha`: towards the mean of all checkpoints.
+    weight_decay : float or "auto", default="auto"
+        Of the optimizer, on :math:`\alpha`: towards the center. "auto" is 1000 / N, at most
+        1 / ``lr``: against the mean loss of N rows a prior on :math:`\alpha` weighs 1 / N.
     schedule : {"cosine", "constant"}, default="cosine"
         Per model batch; cosine warms up over the first fifth of its steps.
     normalize : bool, default=False
@@ -182,6 +201,11 @@ class MEHLSoup(BaseSoup):
     ----------
     coef_ : ndarray of shape (n_checkpoints,) or (n_layers, n_checkpoints), float64
         Coefficients; rows sum to 1.
+    center_ : ndarray of shape (n_checkpoints,), float64
+        Coefficients :math:`q` of the center.
+    held_out_scores_ : dict of str to float
+        Task's score on all held-out rows of what was searched for ("soup"), of its "center", and of
+        the "best" ranked checkpoint; not with ``center="mean"``, where nothing is compared.
     model_batch_size_ : int
         The resolved b, after any halving for lack of memory.
     module_ : nn.Module
@@ -212,16 +236,20 @@ class MEHLSoup(BaseSoup):
     Raises
     ------
     DivergenceError
-        The loss or the coefficients stopped being finite; its ``coef`` are those before that epoch.
+        With ``center="mean"``, the loss or the coefficients stopped being finite; its ``coef`` are
+        those before that epoch.
     ValueError
-        ``memory_limit`` does not hold the model batch asked for.
+        ``memory_limit`` does not hold the model batch asked for; ``center`` has another number of
+        coefficients than there are checkpoints.
 
     Warns
     -----
     SoupWarning
         Memory ran out: the search starts again with half the model batch, and gives what it would
-        have given with that size from the beginning. Or extrapolation made a mixed variance of
-        BatchNorm negative, which is set to 0.
+        have given with that size from the beginning. Or the loss stopped being finite, or what was
+        found scores lower on the held-out rows than its center or the best checkpoint, which is the
+        soup instead. Or extrapolation made a mixed variance of BatchNorm negative, which is set
+        to 0.
 
     See Also
     --------
@@ -231,13 +259,21 @@ class MEHLSoup(BaseSoup):
     Notes
     -----
     The gradient needs no graph over K models: :math:`\partial L / \partial \alpha_k = \langle
-    \nabla_w L(w), w_k - \bar w \rangle` (Eq. 6), one forward and backward pass of one model and an
-    inner product per step. With D parameters, N held-out rows and ``batch_size`` n there are
-    ``ceil(K / b) * max_epochs * ceil(N / n)`` steps per pass over the checkpoints, which are read
-    ``2 + model_epochs`` times. Memory beside the module, its gradient and its activations: b + 2
-    models (the deltas, the mean, the soup), b/2 + 2 with bfloat16 deltas, and ``prefetch`` models
-    more. The docs' page on cost has the lower limit. Dropout is off and BatchNorm uses its
-    mixed statistics, which carry no gradient.
+    \nabla_w L(w), s_k (w_k - g) \rangle` (Eq. 6), one forward and backward pass of one model and
+    an inner product per step. With D parameters, N held-out rows and ``batch_size`` n there are
+    ``ceil(K / b) * max_epochs * ceil(N / n)`` steps per pass over the checkpoints; the ranking
+    takes ``K * ranking_rows`` forward rows, the comparison 3 N. All files are read once to be
+    checked and once to be ranked (neither with ``center="mean"``), those in the center once more,
+    all once for the lengths of their deltas (not with the paper's settings), once per pass over
+    the checkpoints, and once for the last `mix`. Memory beside the module, its gradient and its
+    activations: b + 2 models (the deltas, the center, the soup), b/2 + 2 with bfloat16 deltas, and
+    ``prefetch`` models more. The docs' page on cost has the lower limit. Dropout is off and
+    BatchNorm uses its mixed statistics, which carry no gradient.
+
+    The bound is :math:`s_{kl} = \min(1, \mathrm{median}_j \lVert \delta_{jl} \rVert / \lVert
+    \delta_{kl} \rVert)` with :math:`\delta_k = w_k - g`, over the lengths that are not 0. A
+    layer's length is that of all the tensors that its coefficients mix, BatchNorm's statistics
+    included. With ``validation_fraction`` the rows set aside take no part in choosing the center.
 
     References
     ----------

@@ -23,13 +23,13 @@ from sksoup import (
     mix,
 )
 
-from ..zoo import Net, Zoo, make_zoo, same_tensors
+from ..zoo import Net, PaperLearned, PaperMEHL, Zoo, make_zoo, same_tensors
 
 SOUPS = [
     UniformSoup(),
     GreedySoup(),
-    LearnedSoup(max_epochs=2, random_state=0),
-    MEHLSoup(layerwise=True, model_batch_size=3, max_epochs=2, random_state=0),
+    PaperLearned(max_epochs=2, random_state=0),
+    PaperMEHL(layerwise=True, model_batch_size=3, max_epochs=2, random_state=0),
 ]
 every_soup = pytest.mark.parametrize("soup", SOUPS, ids=lambda soup: type(soup).__name__)
 STATISTICS = ("norm.running_mean", "norm.running_var")
@@ -132,7 +132,7 @@ def test_rows_sorted_by_label_give_the_same_variances(zoo: Zoo):
 
 def test_the_search_normalises_by_the_minibatch(zoo: Zoo):
     """The first loss is that of the mean in train mode, dropout off."""
-    soup = MEHLSoup(batch_norm="recalibrate", batch_size=None, max_epochs=1, shuffle=False)
+    soup = PaperMEHL(batch_norm="recalibrate", batch_size=None, max_epochs=1, shuffle=False)
     soup.fit(zoo.checkpoints, zoo.X, zoo.y)
     module = zoo.checkpoints.build_module().eval()
     module.load_state_dict(mix(zoo.checkpoints, np.full(7, 1 / 7)))
@@ -142,7 +142,7 @@ def test_the_search_normalises_by_the_minibatch(zoo: Zoo):
 
 
 def test_variances_that_extrapolation_would_make_negative_are_told(zoo: Zoo):
-    soup = MEHLSoup(layerwise=True, lr=5.0, max_epochs=3, random_state=0)
+    soup = PaperMEHL(layerwise=True, lr=5.0, max_epochs=3, random_state=0)
     with pytest.warns(SoupWarning, match=r"BatchNorm's variances in 'norm.running_var' would be"):
         soup.fit(zoo.checkpoints, zoo.X, zoo.y)
     variances = soup.module_.norm.running_var
@@ -163,9 +163,9 @@ def test_a_minibatch_of_one_row_is_refused_before_the_search(zoo: Zoo, kind, bat
 
 @pytest.mark.parametrize("policy", ["recalibrate", "auto"])
 def test_networks_without_batch_norm_do_not_care(zoo64: Zoo, policy):
-    soup = MEHLSoup(batch_norm=policy, max_epochs=1, random_state=0, batch_size=59)
+    soup = PaperMEHL(batch_norm=policy, max_epochs=1, random_state=0, batch_size=59)
     soup.fit(zoo64.checkpoints, zoo64.X, zoo64.y)
-    plain = MEHLSoup(max_epochs=1, random_state=0, batch_size=59)
+    plain = PaperMEHL(max_epochs=1, random_state=0, batch_size=59)
     plain.fit(zoo64.checkpoints, zoo64.X, zoo64.y)
     assert np.array_equal(soup.coef_, plain.coef_)
     assert soup.recalibrated_ == ()
@@ -221,7 +221,7 @@ def test_the_iterate_is_chosen_by_statistics_like_those_of_the_soup(zoo: Zoo):
     for state in states:
         state["norm.running_mean"] = torch.full((6,), 50.0)
     checkpoints = CheckpointCollection(states, module=Net)
-    soup = MEHLSoup(batch_norm="recalibrate", validation_fraction=0.3, max_epochs=3, lr=0.2,
+    soup = PaperMEHL(batch_norm="recalibrate", validation_fraction=0.3, max_epochs=3, lr=0.2,
                     batch_size=None, random_state=0)  # fmt: skip
     soup.fit(checkpoints, zoo.X, zoo.y)
     assert soup.history_[0]["validation_loss"] < 5
@@ -229,7 +229,7 @@ def test_the_iterate_is_chosen_by_statistics_like_those_of_the_soup(zoo: Zoo):
 
 
 def test_rows_are_counted_once_some_are_set_aside(zoo: Zoo):
-    soup = MEHLSoup(batch_norm="recalibrate", validation_fraction=0.15, max_epochs=1)
+    soup = PaperMEHL(batch_norm="recalibrate", validation_fraction=0.15, max_epochs=1)
     with pytest.raises(ValueError, match="9 rows in minibatches of 4 leave one alone"):
         clone(soup).set_params(batch_size=4).fit(zoo.checkpoints, zoo.X, zoo.y)
     clone(soup).set_params(batch_size=59).fit(zoo.checkpoints, zoo.X, zoo.y)  # 51 and 9

@@ -1,4 +1,4 @@
-"""Where MEHL-Soup starts, which iterate it keeps, and what each step tells."""
+"""Which iterate MEHL-Soup keeps, and what each step records."""
 
 from __future__ import annotations
 
@@ -11,71 +11,15 @@ from sklearn.model_selection import GridSearchCV
 from torch import nn
 
 from sksoup import (
-    BestCheckpoint,
     CheckpointCollection,
     CheckpointError,
     GreedySoup,
-    LearnedSoup,
     MEHLSoup,
     mix,
 )
 from sksoup.inspection import loss_barrier
 
-from ..zoo import Net, Zoo, same_tensors
-
-STANDING = {"lr": 1e-12, "max_epochs": 1, "random_state": 0}  # does not leave the start
-
-
-@pytest.mark.parametrize("b", [1, 2, None])
-@pytest.mark.parametrize("layerwise", [False, True])
-@pytest.mark.parametrize("start", ["greedy", "best"])
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_it_starts_where_it_is_told(zoo: Zoo, tmp_path, b, layerwise, start, on_disk):
-    checkpoints = zoo.checkpoints.save(tmp_path) if on_disk else zoo.checkpoints
-    other = (GreedySoup() if start == "greedy" else BestCheckpoint()).fit(checkpoints, zoo.X, zoo.y)
-    soup = MEHLSoup(start=start, model_batch_size=b, layerwise=layerwise, **STANDING)
-    soup.fit(checkpoints, zoo.X, zoo.y)
-    wanted = other.coef_ if not layerwise else np.tile(other.coef_, (len(soup.coef_), 1))
-    np.testing.assert_allclose(soup.coef_, wanted, rtol=0, atol=1e-10)
-    # the weights that were searched from are those of the start, not only the coefficients
-    first = soup.history_[0]["loss"][0]
-    rows = MEHLSoup(model_batch_size=None, start=start, batch_size=128, **STANDING)
-    assert first == pytest.approx(rows.fit(checkpoints, zoo.X, zoo.y).history_[0]["loss"][0])
-    mixed = mix(checkpoints, soup.coef_, layers=soup.layers_)
-    assert same_tensors(soup.state_dict(), mixed)
-
-
-def test_the_start_decides_the_loss_it_begins_with(zoo: Zoo):
-    def first_loss(start: str) -> float:
-        soup = MEHLSoup(start=start, model_batch_size=2, batch_size=None, **STANDING)
-        return soup.fit(zoo.checkpoints, zoo.X, zoo.y).history_[0]["loss"][0]
-
-    losses = {start: first_loss(start) for start in ("mean", "greedy", "best")}
-    for start, recipe in (("best", BestCheckpoint()), ("greedy", GreedySoup())):
-        module = recipe.fit(zoo.checkpoints, zoo.X, zoo.y).module_
-        outputs = module(torch.as_tensor(zoo.X, dtype=torch.float32))
-        expected = nn.functional.cross_entropy(outputs, torch.as_tensor(zoo.y))
-        assert losses[start] == pytest.approx(float(expected.detach()), rel=1e-5)
-    assert losses["mean"] != losses["best"]
-
-
-def test_known_scores_spare_the_ranking(zoo: Zoo):
-    n = len(zoo.checkpoints)
-    known = CheckpointCollection(
-        dict(zoo.checkpoints), module=zoo.checkpoints.build_module,
-        scores={name: float(k) for k, name in enumerate(zoo.checkpoints.names)},
-    )  # fmt: skip
-    soup = MEHLSoup(start="best", model_batch_size=2, **STANDING).fit(known, zoo.X, zoo.y)
-    assert soup.coef_.argmax() == n - 1
-    passes = -(-n // 2)  # of one epoch each; nothing was ranked
-    assert soup.counts_.rows_forward == passes * len(zoo.y)
-
-
-def test_all_equal_checkpoints_start_anywhere(zoo: Zoo):
-    state = zoo.checkpoints[zoo.checkpoints.names[0]]
-    equal = CheckpointCollection([state, state], module=zoo.checkpoints.build_module)
-    soup = MEHLSoup(start="greedy", random_state=0).fit(equal, zoo.X, zoo.y)
-    assert soup.coef_.tolist() == [0.5, 0.5]
+from ..zoo import Net, PaperLearned, PaperMEHL, Zoo
 
 
 def test_rows_set_aside_choose_the_epoch(zoo: Zoo):
@@ -95,7 +39,7 @@ def test_rows_set_aside_choose_the_epoch(zoo: Zoo):
 
 
 def test_when_every_epoch_is_worse_the_start_is_kept(zoo: Zoo):
-    soup = MEHLSoup(
+    soup = PaperMEHL(
         model_batch_size=2, optimizer="sgd", lr=1e4, schedule="constant", max_epochs=2,
         validation_fraction=0.3, random_state=0,
     ).fit(zoo.checkpoints, zoo.X, zoo.y)  # fmt: skip
@@ -104,9 +48,9 @@ def test_when_every_epoch_is_worse_the_start_is_kept(zoo: Zoo):
     np.testing.assert_allclose(soup.coef_, 1 / len(zoo.checkpoints), rtol=0, atol=1e-12)
 
 
-def test_weight_decay_pulls_towards_the_mean(zoo: Zoo):
+def test_weight_decay_pulls_towards_the_center(zoo: Zoo):
     def distance(weight_decay: float) -> float:
-        soup = MEHLSoup(
+        soup = PaperMEHL(
             model_batch_size=None, lr=0.05, weight_decay=weight_decay, max_epochs=20, random_state=0
         ).fit(zoo.checkpoints, zoo.X, zoo.y)  # fmt: skip
         return float(np.abs(soup.coef_ - 1 / len(zoo.checkpoints)).sum())
@@ -115,7 +59,7 @@ def test_weight_decay_pulls_towards_the_mean(zoo: Zoo):
     assert free > 1.2 * pulled > 1.2 * 1.2 * held
 
 
-@pytest.mark.parametrize("soup", [MEHLSoup, LearnedSoup])
+@pytest.mark.parametrize("soup", [PaperMEHL, PaperLearned])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_score_of_a_step_is_that_of_the_soup_at_the_time(zoo: Zoo, soup, weighted):
     weight = np.linspace(0.1, 2, len(zoo.y)) if weighted else None
@@ -132,7 +76,7 @@ def test_the_score_of_a_step_is_that_of_the_soup_at_the_time(zoo: Zoo, soup, wei
 
 def test_accumulated_steps_score_all_their_rows(zoo: Zoo):
     def scores(**how) -> list[float]:
-        soup = MEHLSoup(max_epochs=1, shuffle=False, random_state=0, **how)
+        soup = PaperMEHL(max_epochs=1, shuffle=False, random_state=0, **how)
         return soup.fit(zoo.checkpoints, zoo.X, zoo.y).history_[0]["score"]
 
     assert scores(batch_size=20, accumulate=3) == pytest.approx(scores(batch_size=None))
@@ -146,10 +90,10 @@ def test_scores_of_other_tasks():
     mean = nn.Linear(3, 2)
     mean.load_state_dict(mix(CheckpointCollection(nets), [1 / 3] * 3))
     targets = (torch.randn(30, 2) > 0).float()
-    soup = MEHLSoup(CheckpointCollection(nets), task="multilabel", **settings).fit(X, targets)
+    soup = PaperMEHL(CheckpointCollection(nets), task="multilabel", **settings).fit(X, targets)
     right = ((mean(X) > 0) == (targets > 0)).all(dim=1).float().mean()
     assert soup.history_[0]["score"] == [pytest.approx(float(right))]
-    soup = MEHLSoup(CheckpointCollection(nets), task="regression", **settings).fit(X, targets)
+    soup = PaperMEHL(CheckpointCollection(nets), task="regression", **settings).fit(X, targets)
     assert "score" not in soup.history_[0]
 
     class Tokens(nn.Module):  # (n, 4) numbers -> (n, 2, 4) logits
@@ -163,7 +107,7 @@ def test_scores_of_other_tasks():
     tokens = [Tokens() for _ in range(3)]
     X, y = torch.randn(20, 4), torch.randint(2, (20, 4))
     y[:, 3] = -100
-    soup = MEHLSoup(CheckpointCollection(tokens), **settings).fit(X, y)
+    soup = PaperMEHL(CheckpointCollection(tokens), **settings).fit(X, y)
     net = Tokens()
     net.load_state_dict(mix(CheckpointCollection(tokens), [1 / 3] * 3))
     hits = (net(X).argmax(dim=1) == y)[:, :3].float().mean()
@@ -173,7 +117,6 @@ def test_scores_of_other_tasks():
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"start": "worst"}, "start must be one of 'mean', 'greedy', 'best', got 'worst'"),
         ({"weight_decay": -1}, "weight_decay"),
         ({"validation_fraction": 1.0}, "validation_fraction"),
         ({"validation_fraction": 0.0}, "validation_fraction"),
@@ -181,11 +124,11 @@ def test_scores_of_other_tasks():
 )
 def test_bad_options(zoo: Zoo, kwargs, match):
     with pytest.raises(ValueError, match=match):
-        MEHLSoup(**kwargs).fit(zoo.checkpoints, zoo.X, zoo.y)
+        PaperMEHL(**kwargs).fit(zoo.checkpoints, zoo.X, zoo.y)
 
 
 @pytest.mark.parametrize("soup", [
-    MEHLSoup(validation_fraction=0.1, max_epochs=1), GreedySoup(ranking_fraction=0.1),
+    PaperMEHL(validation_fraction=0.1, max_epochs=1), GreedySoup(ranking_fraction=0.1),
 ])  # fmt: skip
 def test_parts_smaller_than_the_number_of_labels(zoo: Zoo, soup):
     rows = np.arange(20)
@@ -193,7 +136,7 @@ def test_parts_smaller_than_the_number_of_labels(zoo: Zoo, soup):
 
 
 @pytest.mark.parametrize("soup", [
-    MEHLSoup(validation_fraction=0.5, max_epochs=1, random_state=0),
+    PaperMEHL(validation_fraction=0.5, max_epochs=1, random_state=0),
     GreedySoup(ranking_fraction=0.5, random_state=0),
 ])  # fmt: skip
 def test_parts_without_weight_are_refused(zoo: Zoo, soup):
@@ -204,14 +147,14 @@ def test_parts_without_weight_are_refused(zoo: Zoo, soup):
 
 
 def test_numbers_of_numpy_are_numbers(zoo: Zoo):
-    soup = MEHLSoup(model_batch_size=2, max_epochs=2, batch_size=30, random_state=3)
+    soup = PaperMEHL(model_batch_size=2, max_epochs=2, batch_size=30, random_state=3)
     expected = clone(soup).fit(zoo.checkpoints, zoo.X, zoo.y).coef_
     names = ("model_batch_size", "max_epochs", "batch_size", "random_state", "prefetch")
     soup.set_params(**{name: np.int64(getattr(soup, name)) for name in names})
     soup.set_params(lr=np.float32(0.05), weight_decay=np.float64(0))
     found = soup.fit(zoo.checkpoints, zoo.X, zoo.y).coef_
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    soup = MEHLSoup(zoo.checkpoints, random_state=0)
+    soup = PaperMEHL(zoo.checkpoints, random_state=0)
     search = GridSearchCV(soup, {"max_epochs": np.arange(1, 3)}, cv=2).fit(zoo.X, zoo.y)
     assert search.best_params_["max_epochs"] in (1, 2)
 
@@ -227,12 +170,12 @@ def test_rows_drawn_without_a_seed_leave_the_state_of_numpy(zoo: Zoo):
     assert drawn[0] != drawn[1]  # of 60 rows, twice
 
 
-def test_a_start_at_the_best_looks_for_nan_first(zoo: Zoo):
+def test_a_ranking_looks_for_nan_first(zoo: Zoo):
     states = [dict(zoo.checkpoints[name]) for name in zoo.checkpoints]
     states[3]["head.weight"] = torch.full_like(states[3]["head.weight"], torch.nan)
     checkpoints = CheckpointCollection(states, module=Unrun)
     with pytest.raises(CheckpointError, match="holds NaN"):
-        MEHLSoup(start="best", max_epochs=1).fit(checkpoints, zoo.X, zoo.y)
+        MEHLSoup(center="best", max_epochs=1).fit(checkpoints, zoo.X, zoo.y)
 
 
 class Unrun(Net):

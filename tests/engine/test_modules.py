@@ -10,15 +10,15 @@ from sklearn.base import clone
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from sksoup import CheckpointCollection, GreedySoup, LearnedSoup, MEHLSoup, UniformSoup, mix
+from sksoup import CheckpointCollection, GreedySoup, UniformSoup, mix
 
-from ..zoo import Zoo, around, same_tensors
+from ..zoo import PaperLearned, PaperMEHL, Zoo, around, same_tensors
 
 SOUPS = [
     UniformSoup(),
     GreedySoup(),
-    LearnedSoup(max_epochs=2, random_state=0),
-    MEHLSoup(layerwise=True, model_batch_size=2, max_epochs=2, random_state=0),
+    PaperLearned(max_epochs=2, random_state=0),
+    PaperMEHL(layerwise=True, model_batch_size=2, max_epochs=2, random_state=0),
 ]
 
 
@@ -132,7 +132,7 @@ def test_soups_of(kind, soup, zoo: Zoo):
 def test_gradients_pass_through_parametrisations(zoo: Zoo):
     """The loss falls: coefficients of what a parametrisation is made of are learned."""
     checkpoints = CheckpointCollection(modules_of(Weighted))
-    soup = MEHLSoup(model_batch_size=None, max_epochs=10, random_state=0)
+    soup = PaperMEHL(model_batch_size=None, max_epochs=10, random_state=0)
     soup.fit(checkpoints, zoo.X, zoo.y)
     assert soup.history_[-1]["loss"][-1] < soup.history_[0]["loss"][0]
 
@@ -147,7 +147,7 @@ def test_dropout_is_off_during_the_search(zoo: Zoo):
             return self.layers(X)
 
     states = [module.state_dict() for module in around(Dropped(), 3, 0.2)]
-    soup = MEHLSoup(max_epochs=2, random_state=0)
+    soup = PaperMEHL(max_epochs=2, random_state=0)
     dropped = clone(soup).fit(CheckpointCollection(states, module=Dropped), zoo.X, zoo.y)
     plain = clone(soup).fit(CheckpointCollection(states, module=lambda: Dropped(0.0)), zoo.X, zoo.y)
     assert np.array_equal(dropped.coef_, plain.coef_)

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from sksoup import CheckpointCollection, CheckpointError, MEHLSoup
+from sksoup import CheckpointCollection, CheckpointError
 from sksoup.checkpoints.health import Health
 from sksoup.engine.center import FlatLayout
 from sksoup.engine.deltas import Reader
 from sksoup.mixing.layers import group_layers
 
-from ..zoo import Net, Zoo, make_states, same_tensors
+from ..zoo import Net, PaperMEHL, Zoo, make_states, same_tensors
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_a_file_that_is_replaced_during_the_fit_stops_it(files, zoo: Zoo):
             replace()
             return super().forward(output, y)
 
-    soup = MEHLSoup(model_batch_size=1, criterion=Replacing(), random_state=0)
+    soup = PaperMEHL(model_batch_size=1, criterion=Replacing(), random_state=0)
     with pytest.raises(CheckpointError, match=r"checkpoint5\.safetensors' changed on disk"):
         soup.fit(files, zoo.X, zoo.y)
     assert not running()
@@ -123,7 +123,7 @@ def test_a_file_that_is_replaced_during_the_fit_stops_it(files, zoo: Zoo):
 def test_the_same_bits_whatever_the_timing(files, zoo: Zoo, monkeypatch, prefetch, delta_dtype):
     settings = {"layerwise": True, "model_batch_size": 3, "model_epochs": 2, "max_epochs": 2,
                 "batch_size": 20, "random_state": 0, "delta_dtype": delta_dtype}  # fmt: skip
-    plain = MEHLSoup(prefetch=0, **settings).fit(files, zoo.X, zoo.y)
+    plain = PaperMEHL(prefetch=0, **settings).fit(files, zoo.X, zoo.y)
     original = Health.see
     rng = random.Random(0)
 
@@ -132,7 +132,7 @@ def test_the_same_bits_whatever_the_timing(files, zoo: Zoo, monkeypatch, prefetc
         return original(self, *arguments)
 
     monkeypatch.setattr(Health, "see", slow)
-    soup = MEHLSoup(prefetch=prefetch, **settings).fit(files, zoo.X, zoo.y)
+    soup = PaperMEHL(prefetch=prefetch, **settings).fit(files, zoo.X, zoo.y)
     assert np.array_equal(soup.coef_, plain.coef_)
     assert same_tensors(soup.state_dict(), plain.state_dict())
     assert soup.history_ == plain.history_
@@ -140,4 +140,4 @@ def test_the_same_bits_whatever_the_timing(files, zoo: Zoo, monkeypatch, prefetc
 
 def test_checkpoints_in_memory_need_no_thread(zoo: Zoo, monkeypatch):
     monkeypatch.setattr("sksoup.engine.deltas.Thread", None)  # would fail if one were made
-    MEHLSoup(model_batch_size=3, random_state=0).fit(zoo.checkpoints, zoo.X, zoo.y)
+    PaperMEHL(model_batch_size=3, random_state=0).fit(zoo.checkpoints, zoo.X, zoo.y)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy.special import softmax
 
-from sksoup import CheckpointCollection, DivergenceError, LearnedSoup, SoupWarning
+from sksoup import CheckpointCollection, DivergenceError, SoupWarning
 
 from ..references import descent_reference
-from ..zoo import Zoo
+from ..zoo import PaperLearned, Zoo
 from .test_mehl import ONE_TENSOR_AND_DATA, peak_models
 
 
@@ -36,7 +36,7 @@ def test_equals_the_naive_softmax_graph_step_for_step(
         batch_size=32,
         scale=beta if temperature else None,
     )
-    soup = LearnedSoup(
+    soup = PaperLearned(
         layerwise=layerwise,
         temperature=temperature,
         max_epochs=max_epochs,
@@ -49,14 +49,14 @@ def test_equals_the_naive_softmax_graph_step_for_step(
 
 
 def test_coefficients_stay_on_the_simplex(zoo: Zoo):
-    soup = LearnedSoup(layerwise=True, lr=2.0, max_epochs=20, random_state=0)
+    soup = PaperLearned(layerwise=True, lr=2.0, max_epochs=20, random_state=0)
     soup.fit(zoo.checkpoints, zoo.X, zoo.y)
     assert soup.coef_.min() >= 0
     assert soup.coef_.max() > 0.5
 
 
 def test_temperature_scales_probabilities_and_is_never_folded_into_the_weights(zoo: Zoo):
-    soup = LearnedSoup(lr=0.3, max_epochs=10, random_state=0)
+    soup = PaperLearned(lr=0.3, max_epochs=10, random_state=0)
     soup.fit(zoo.checkpoints, zoo.X, zoo.y)
     assert abs(soup.temperature_ - 1) > 0.01
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_divergence_is_an_error_with_the_last_good_coefficients(zoo: Zoo):
         return torch.nn.functional.cross_entropy(output, y) * float("inf")
 
     with pytest.raises(DivergenceError, match=r"at step 1\. Lower lr") as caught:
-        LearnedSoup(criterion=broken).fit(zoo.checkpoints, zoo.X, zoo.y)
+        PaperLearned(criterion=broken).fit(zoo.checkpoints, zoo.X, zoo.y)
     np.testing.assert_allclose(caught.value.coef.sum(axis=1), 1)
 
 
@@ -81,8 +81,8 @@ def test_divergence_is_an_error_with_the_last_good_coefficients(zoo: Zoo):
 def test_models_that_do_not_fit_are_streamed(tmp_path, zoo64: Zoo, layerwise, capacity):
     files = zoo64.checkpoints.save(tmp_path / "zoo")
     settings = {"layerwise": layerwise, "max_epochs": 2, "batch_size": 30, "shuffle": False}
-    resident = LearnedSoup(**settings).fit(files, zoo64.X, zoo64.y)
-    soup = LearnedSoup(memory_limit=files.nbytes * (2 + capacity), **settings)
+    resident = PaperLearned(**settings).fit(files, zoo64.X, zoo64.y)
+    soup = PaperLearned(memory_limit=files.nbytes * (2 + capacity), **settings)
     reads = []
     original = CheckpointCollection.open
 
@@ -102,9 +102,9 @@ def test_models_that_do_not_fit_are_streamed(tmp_path, zoo64: Zoo, layerwise, ca
 
 
 def test_memory_is_that_of_all_models_and_two(tmp_path):
-    peak, _ = peak_models(tmp_path, LearnedSoup(layerwise=True, max_epochs=1, random_state=0))
+    peak, _ = peak_models(tmp_path, PaperLearned(layerwise=True, max_epochs=1, random_state=0))
     assert 10.9 < peak <= 9 + 2 + ONE_TENSOR_AND_DATA
-    half = LearnedSoup(layerwise=True, max_epochs=1, delta_dtype="bfloat16", random_state=0)
+    half = PaperLearned(layerwise=True, max_epochs=1, delta_dtype="bfloat16", random_state=0)
     peak, _ = peak_models(tmp_path / "half", half)
     assert peak <= 4.5 + 2 + ONE_TENSOR_AND_DATA
 
@@ -117,7 +117,7 @@ def test_a_regression_learns_no_factor_that_no_prediction_applies():
         torch.nn.init.constant_(net.weight, slope)
         torch.nn.init.zeros_(net.bias)
         nets.append(net)
-    soup = LearnedSoup(task="regression", max_epochs=300, random_state=0)
+    soup = PaperLearned(task="regression", max_epochs=300, random_state=0)
     soup.fit(CheckpointCollection(nets), X.numpy(), 2.6 * X[:, 0].numpy())
     assert soup.temperature_ == 1
     assert soup.coef_ == pytest.approx([0.2, 0.8], abs=0.01)

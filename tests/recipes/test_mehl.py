@@ -24,14 +24,14 @@ from sksoup import (
     SoupWarning,
     mix,
 )
-from sksoup.engine.deltas import ModelBatch
 from sksoup.engine.center import Anchor
+from sksoup.engine.deltas import ModelBatch
 from sksoup.recipes.mehl import draw_model_batches
 from sksoup.runtime.live_tensors import LiveTensors
 from sksoup.runtime.memory import Budget
 
 from ..references import descent_reference
-from ..zoo import Net, Zoo, around, same_tensors
+from ..zoo import Net, PaperLearned, PaperMEHL, Zoo, around, same_tensors
 
 # ---------------------------------------------------------------- against the slow version
 
@@ -53,7 +53,7 @@ def test_all_models_at_once_equals_hl_reference(zoo64: Zoo, layerwise):
         batch_size=32,
         schedule="cosine",
     )
-    soup = MEHLSoup(
+    soup = PaperMEHL(
         model_batch_size=None,
         layerwise=layerwise,
         lr=0.1,
@@ -92,7 +92,7 @@ def test_mehl_equals_a_reference_that_moves_one_block_at_a_time(zoo64: Zoo):
             schedule="cosine",
         )
         alpha[:, members] = leaf.detach()
-    soup = MEHLSoup(
+    soup = PaperMEHL(
         model_batch_size=b,
         model_epochs=2,
         lr=0.1,
@@ -116,8 +116,8 @@ def test_normalize_is_a_change_of_units(zoo64: Zoo):
         "batch_size": None,
         "lr": 0.1,
     }
-    raw = MEHLSoup(**settings).fit(zoo64.checkpoints, zoo64.X, zoo64.y)
-    unit = MEHLSoup(**settings, normalize=True).fit(zoo64.checkpoints, zoo64.X, zoo64.y)
+    raw = PaperMEHL(**settings).fit(zoo64.checkpoints, zoo64.X, zoo64.y)
+    unit = PaperMEHL(**settings, normalize=True).fit(zoo64.checkpoints, zoo64.X, zoo64.y)
     K = len(zoo64.checkpoints)
     states = [torch.cat([v.flatten() for v in s.values()]) for s in zoo64.checkpoints.values()]
     norms = torch.stack([s - sum(states) / K for s in states]).norm(dim=1).numpy()
@@ -169,7 +169,7 @@ quadratics = given(
 
 
 def fit_quadratic(checkpoints, X, y, *, b, L, model_epochs, max_epochs, seed):
-    return MEHLSoup(
+    return PaperMEHL(
         model_batch_size=b,
         optimizer="sgd",
         schedule="constant",
@@ -242,7 +242,7 @@ def test_never_more_memory_than_promised(tmp_path, b, layerwise, prefetch, delta
     """Counted: b + 2 models, b/2 + 2 with bfloat16 deltas, and those read ahead."""
     peak, rest = peak_models(
         tmp_path,
-        MEHLSoup(model_batch_size=b, layerwise=layerwise, prefetch=prefetch, max_epochs=1,
+        PaperMEHL(model_batch_size=b, layerwise=layerwise, prefetch=prefetch, max_epochs=1,
                  delta_dtype=delta_dtype, random_state=0),
     )  # fmt: skip
     promised = b * width + 2 + prefetch
@@ -260,7 +260,7 @@ def test_model_batches_cover_all_models_in_new_orders():
 
 
 def test_history_tells_the_story(zoo: Zoo):
-    soup = MEHLSoup(model_batch_size=3, max_epochs=2, batch_size=25, random_state=0)
+    soup = PaperMEHL(model_batch_size=3, max_epochs=2, batch_size=25, random_state=0)
     soup.fit(zoo.checkpoints, zoo.X, zoo.y)
     assert [(r["outer"], r["epoch"]) for r in soup.history_] == [
         (0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1),
@@ -272,7 +272,7 @@ def test_history_tells_the_story(zoo: Zoo):
 
 
 def test_extrapolates(zoo: Zoo):
-    soup = MEHLSoup(layerwise=True, lr=0.5, max_epochs=20, random_state=0)
+    soup = PaperMEHL(layerwise=True, lr=0.5, max_epochs=20, random_state=0)
     soup.fit(zoo.checkpoints, zoo.X, zoo.y)
     assert soup.coef_.min() < 0
     assert soup.coef_.max() > 1
@@ -280,7 +280,7 @@ def test_extrapolates(zoo: Zoo):
 
 def test_the_same_seed_gives_the_same_bits(zoo: Zoo):
     def fit(seed):
-        soup = MEHLSoup(model_batch_size=2, layerwise=True, random_state=seed)
+        soup = PaperMEHL(model_batch_size=2, layerwise=True, random_state=seed)
         return soup.fit(zoo.checkpoints, zoo.X, zoo.y)
 
     first, again, other = fit(0), fit(0), fit(1)
@@ -297,7 +297,7 @@ def test_frozen_layers_keep_equal_coefficients():
         state["hidden.weight"] = states[0]["hidden.weight"].clone()
     zoo = make_zoo(4, seed=0)
     checkpoints = CheckpointCollection(states, module=Net)
-    soup = MEHLSoup(layerwise=True, model_batch_size=2, random_state=0)
+    soup = PaperMEHL(layerwise=True, model_batch_size=2, random_state=0)
     soup.fit(checkpoints, zoo.X, zoo.y)
     assert soup.coef_[soup.layers_["hidden.weight"]].tolist() == [0.25] * 4
     assert torch.equal(soup.state_dict()["hidden.weight"], states[0]["hidden.weight"])
@@ -310,7 +310,7 @@ def test_divergence_names_the_outer_iteration_and_keeps_the_last_good_coefficien
         return loss * (float("nan") if len(calls) == 8 else 1.0)
 
     calls: list[int] = []
-    soup = MEHLSoup(
+    soup = PaperMEHL(
         model_batch_size=2, max_epochs=1, batch_size=20, criterion=breaks_late, random_state=0
     )
     with pytest.raises(
@@ -325,7 +325,7 @@ def test_divergence_names_the_outer_iteration_and_keeps_the_last_good_coefficien
 
 def test_a_learning_rate_that_is_too_high_is_named():
     checkpoints, X, y, L, *_ = quadratic_zoo(4, 5.0, seed=0)
-    soup = MEHLSoup(
+    soup = PaperMEHL(
         optimizer="sgd",
         schedule="constant",
         lr=1e40 / L,
@@ -357,12 +357,12 @@ def test_a_learning_rate_that_is_too_high_is_named():
 )
 def test_bad_parameters(zoo: Zoo, kwargs, match):
     with pytest.raises(ValueError, match=match):
-        MEHLSoup(**kwargs).fit(zoo.checkpoints, zoo.X, zoo.y)
+        PaperMEHL(**kwargs).fit(zoo.checkpoints, zoo.X, zoo.y)
 
 
 def test_bad_random_state(zoo: Zoo):
     with pytest.raises(TypeError, match="random_state must be"):
-        MEHLSoup(random_state="seed").fit(zoo.checkpoints, zoo.X, zoo.y)
+        PaperMEHL(random_state="seed").fit(zoo.checkpoints, zoo.X, zoo.y)
 
 
 # -------------------------------------------------------------------------------- options
@@ -376,7 +376,7 @@ def test_accumulated_minibatches_are_one(zoo64: Zoo, layerwise, weighted):
     weight = np.linspace(0, 1, len(zoo64.y)) if weighted else None
 
     def fit(**settings):
-        soup = MEHLSoup(layerwise=layerwise, **PLAIN, **settings)
+        soup = PaperMEHL(layerwise=layerwise, **PLAIN, **settings)
         return soup.fit(zoo64.checkpoints, zoo64.X, zoo64.y, sample_weight=weight)
 
     whole, parts = fit(batch_size=28), fit(batch_size=7, accumulate=4)  # 60 rows: 28, 28, 4
@@ -389,8 +389,8 @@ def test_accumulated_minibatches_are_one(zoo64: Zoo, layerwise, weighted):
 
 def test_bfloat16_deltas_are_close(zoo: Zoo):
     settings = {"layerwise": True, **PLAIN}
-    full = MEHLSoup(**settings).fit(zoo.checkpoints, zoo.X, zoo.y)
-    half = MEHLSoup(delta_dtype=torch.bfloat16, **settings).fit(zoo.checkpoints, zoo.X, zoo.y)
+    full = PaperMEHL(**settings).fit(zoo.checkpoints, zoo.X, zoo.y)
+    half = PaperMEHL(delta_dtype=torch.bfloat16, **settings).fit(zoo.checkpoints, zoo.X, zoo.y)
     assert 0 < np.abs(half.coef_ - full.coef_).max() < 0.05
     rebuilt = mix(zoo.checkpoints, half.coef_, layers=half.layers_)
     assert same_tensors(half.state_dict(), rebuilt)  # the deltas alone are rounded
@@ -417,8 +417,8 @@ def test_bf16_runs_the_forward_pass_under_autocast(zoo: Zoo, soup):
 
 
 def test_autocast_leaves_float64_alone(zoo64: Zoo):
-    full = MEHLSoup(**PLAIN).fit(zoo64.checkpoints, zoo64.X, zoo64.y)
-    half = MEHLSoup(precision="bf16", **PLAIN)
+    full = PaperMEHL(**PLAIN).fit(zoo64.checkpoints, zoo64.X, zoo64.y)
+    half = PaperMEHL(precision="bf16", **PLAIN)
     # autocast gives float32 back, so the loss alone is rounded
     assert np.abs(half.fit(zoo64.checkpoints, zoo64.X, zoo64.y).coef_ - full.coef_).max() < 1e-4
 
@@ -426,7 +426,7 @@ def test_autocast_leaves_float64_alone(zoo64: Zoo):
 @pytest.mark.skipif(which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
 def test_a_compiled_search_finds_the_same(zoo64: Zoo):
-    plain = MEHLSoup(layerwise=True, batch_size=30, **PLAIN)
+    plain = PaperMEHL(layerwise=True, batch_size=30, **PLAIN)
     plain.fit(zoo64.checkpoints, zoo64.X, zoo64.y)
     compiled = clone(plain).set_params(compile=True).fit(zoo64.checkpoints, zoo64.X, zoo64.y)
     np.testing.assert_allclose(compiled.coef_, plain.coef_, rtol=0, atol=1e-6)
@@ -436,7 +436,7 @@ def test_a_compiled_search_finds_the_same(zoo64: Zoo):
 
 def test_out_of_memory_halves_the_model_batch(zoo: Zoo, monkeypatch):
     """It starts again, and ends as if the smaller size had been given."""
-    expected = MEHLSoup(layerwise=True, model_batch_size=2, random_state=0)
+    expected = PaperMEHL(layerwise=True, model_batch_size=2, random_state=0)
     expected.fit(zoo.checkpoints, zoo.X, zoo.y)
     steps = []
     original = ModelBatch.combine
@@ -449,7 +449,7 @@ def test_out_of_memory_halves_the_model_batch(zoo: Zoo, monkeypatch):
 
     monkeypatch.setattr(ModelBatch, "combine", combine)
     bar = ProgressBar()
-    soup = MEHLSoup(layerwise=True, model_batch_size=None, random_state=0).set_callbacks(bar)
+    soup = PaperMEHL(layerwise=True, model_batch_size=None, random_state=0).set_callbacks(bar)
     with pytest.warns(SoupWarning, match="Memory ran out: starting again") as caught:
         soup.fit(zoo.checkpoints, zoo.X, zoo.y)
     assert [str(w.message).split("=")[1][0] for w in caught] == ["4", "2"]
@@ -458,7 +458,7 @@ def test_out_of_memory_halves_the_model_batch(zoo: Zoo, monkeypatch):
     assert np.array_equal(soup.coef_, expected.coef_)
 
 
-@pytest.mark.parametrize("soup", [MEHLSoup(), LearnedSoup()])
+@pytest.mark.parametrize("soup", [PaperMEHL(), PaperLearned()])
 @pytest.mark.filterwarnings("ignore::sksoup.SoupWarning")  # Learned-Soup streams one model
 def test_out_of_memory_with_one_model_is_an_error(zoo: Zoo, monkeypatch, soup):
     def combine(self, coef):
@@ -475,7 +475,7 @@ def test_another_error_is_not_mistaken_for_lack_of_memory(zoo: Zoo, monkeypatch)
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(ModelBatch, "combine", combine)
-    for soup in (MEHLSoup(), LearnedSoup()):
+    for soup in (PaperMEHL(), PaperLearned()):
         with pytest.raises(RuntimeError, match="shapes do not match"):
             soup.fit(zoo.checkpoints, zoo.X, zoo.y)
 
@@ -489,10 +489,10 @@ def test_the_limit_decides_the_model_batch(tmp_path, zoo: Zoo):
         ({"delta_dtype": "bfloat16"}, 6),
         ({"model_batch_size": 2}, 2),
     ):
-        soup = MEHLSoup(memory_limit=6 * model, random_state=0, **options)
+        soup = PaperMEHL(memory_limit=6 * model, random_state=0, **options)
         assert soup.fit(files, zoo.X, zoo.y).model_batch_size_ == expected
     with pytest.raises(ValueError, match="does not hold a model batch of 7"):
-        MEHLSoup(memory_limit=6 * model, model_batch_size=None).fit(files, zoo.X, zoo.y)
+        PaperMEHL(memory_limit=6 * model, model_batch_size=None).fit(files, zoo.X, zoo.y)
 
 
 @pytest.mark.parametrize(
@@ -508,13 +508,13 @@ def test_options_that_are_none(zoo: Zoo, soup, settings, match):
     with pytest.raises(ValueError, match=match):
         soup(**settings).fit(zoo.checkpoints, zoo.X, zoo.y)
     with pytest.raises(ValueError, match="prefetch == -1, must be >= 0"):
-        MEHLSoup(prefetch=-1).fit(zoo.checkpoints, zoo.X, zoo.y)
+        PaperMEHL(prefetch=-1).fit(zoo.checkpoints, zoo.X, zoo.y)
 
 
 def test_held_out_rows_that_stay_on_the_host_give_the_same_bits(zoo: Zoo, monkeypatch):
-    resident = MEHLSoup(batch_size=16, random_state=0).fit(zoo.checkpoints, zoo.X, zoo.y)
+    resident = PaperMEHL(batch_size=16, random_state=0).fit(zoo.checkpoints, zoo.X, zoo.y)
     monkeypatch.setattr("sksoup.recipes.validation.fits", lambda rows, device: False)
-    streamed = MEHLSoup(batch_size=16, random_state=0).fit(zoo.checkpoints, zoo.X, zoo.y)
+    streamed = PaperMEHL(batch_size=16, random_state=0).fit(zoo.checkpoints, zoo.X, zoo.y)
     assert np.array_equal(streamed.coef_, resident.coef_)
     assert not [t for t in threading.enumerate() if t.name.startswith("sksoup-batches")]
 
@@ -524,7 +524,7 @@ def test_the_weights_are_those_of_a_plain_script(zoo64: Zoo, layerwise):
     """Algorithm 1 as `benchmarks.reference` writes it: loops over the models and parameters."""
     from benchmarks import reference
 
-    soup = MEHLSoup(layerwise=layerwise, schedule="constant", batch_size=25, **PLAIN)
+    soup = PaperMEHL(layerwise=layerwise, schedule="constant", batch_size=25, **PLAIN)
     soup.fit(zoo64.checkpoints, zoo64.X, zoo64.y)
     names = zoo64.checkpoints.names
     order = [names.index(n) for r in soup.history_ if r["epoch"] == 0 for n in r["models"]]

@@ -54,11 +54,11 @@ SOUPS = {
         normalize=True, batch_norm="auto", random_state=0, accumulate=2,
     ),
     "MEHL from greedy": MEHLSoup(
-        start="greedy", model_batch_size=3, max_epochs=2, batch_size=20,
+        center="greedy", model_batch_size=3, max_epochs=2, batch_size=20,
         random_state=0,
     ),
     "MEHL chosen": MEHLSoup(
-        start="best", model_batch_size=3, max_epochs=3, batch_size=20, validation_fraction=0.3,
+        center="best", model_batch_size=3, max_epochs=3, batch_size=20, validation_fraction=0.3,
         random_state=0,
     ),
     "MEHL sgd": MEHLSoup(
@@ -458,19 +458,19 @@ def test_where_a_search_starts_is_noticed(tmp_path, files, zoo: Zoo):
 
     for k in (0, 3):
         scores = {name: float(i == k) for i, name in enumerate(files)}
-        remembered = fitted(tmp_path / "memory", scores, start="best")
-        assert np.array_equal(remembered, fitted(None, scores, start="best"))
+        remembered = fitted(tmp_path / "memory", scores, center="best")
+        assert np.array_equal(remembered, fitted(None, scores, center="best"))
     for policy in ("average", "auto"):
-        remembered = fitted(tmp_path / "memory", None, start="greedy", batch_norm=policy)
+        remembered = fitted(tmp_path / "memory", None, center="greedy", batch_norm=policy)
         assert np.array_equal(
-            remembered, fitted(None, None, start="greedy", batch_norm=policy)
+            remembered, fitted(None, None, center="greedy", batch_norm=policy)
         )  # fmt: skip
 
 
 def test_scores_of_another_precision_are_not_taken(tmp_path, files, zoo: Zoo):
     memory = tmp_path / "memory"
     with quiet():
-        MEHLSoup(start="best", precision="bf16", max_epochs=1, memory=memory).fit(
+        MEHLSoup(center="best", precision="bf16", max_epochs=1, memory=memory).fit(
             files, zoo.X, zoo.y
         )
     best = BestCheckpoint(scoring="neg_log_loss", memory=memory)
