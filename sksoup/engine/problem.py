@@ -81,11 +81,15 @@ class Found:
         What ``history_`` will be.
     attributes : dict of str
         Fitted attributes of the recipe's own, by name.
+    decided : (Evaluator, float) or None, default=None
+        The score that the search decided by, and what measures it: the mix, which is rounded in
+        another way, is scored again, and a lower score is warned of.
     """
 
     coef: NDArray[np.float64]
     history: list[dict[str, Any]] = field(default_factory=list)
     attributes: dict[str, Any] = field(default_factory=dict)
+    decided: tuple[Evaluator, float] | None = None
 
 
 @dataclass(frozen=True)
