@@ -234,7 +234,11 @@ class GreedySoup(BaseSoup):
         n_ranked = 0 if checkpoints.scores is not None else n
         to_rank, to_accept = self._split(problem, is_known=not n_ranked)
         with problem.progress("evaluation", n_ranked + n) as step:
-            ranking = rank_checkpoints(problem, step, n_jobs=self.n_jobs, evaluate=to_rank)
+            try:
+                ranking = rank_checkpoints(problem, step, n_jobs=self.n_jobs, evaluate=to_rank)
+            except ValueError:
+                checkpoints.check()  # infinite weights are the cause
+                raise
             checkpoints.check()  # those that were not read for the ranking
             scores = ranking.scores
             if to_rank is not to_accept:
