@@ -75,7 +75,7 @@ class GreedySoup(BaseSoup):
     Tries the checkpoints by held-out score, best first: each stays if the mean of those kept,
     :math:`w = \frac{1}{|S|} \sum_{k \in S} w_k`, scores at least as high with it as without. So the
     soup scores at least as high as the best checkpoint on the rows that decide (with scores of its
-    own and ``min_improvement`` of 0 or more).
+    own and ``min_improvement`` of 0 or more; but for rounding, of which a warning tells).
 
     Parameters
     ----------
@@ -108,7 +108,10 @@ class GreedySoup(BaseSoup):
         Rows per forward pass; None for all at once.
     n_jobs : int or None, default=None
         Checkpoints ranked, and candidates tried, side by side, by joblib; the soup is the same for
-        any number. Candidates tried ahead of their turn may be for nothing; two models per worker.
+        any number. Candidates tried ahead of their turn may be for nothing. The running sum is sent
+        to every worker for each, on one machine as a file that joblib maps; a worker holds the
+        module and the mean, and reads no file but its candidates', so that a file is read
+        ``n_jobs + 4`` times at most.
     device : str or torch.device, default="auto"
         Where the module runs; "auto" is cuda, else mps, else cpu.
     random_state : int, RandomState or None, default=None
@@ -163,7 +166,8 @@ class GreedySoup(BaseSoup):
     -----
     SoupWarning
         Only the best checkpoint was kept; with how much the others lowered the score and whether
-        they look unrelated.
+        they look unrelated. Rounding left the soup more than 1e-6 below the score that its last
+        ingredient was accepted with; with both scores.
 
     See Also
     --------
@@ -177,8 +181,16 @@ class GreedySoup(BaseSoup):
     order it is the mean of the soup's and, once ranked, the candidate's own), in chunks of N / 16
     rows (at least 32; whole minibatches as long as no bound can decide anything), until even a
     perfect remainder would not reach the score needed.
-    A candidate has exactly the values that `mix` gives, so it is mixed anew from its n files:
-    K n / 2 reads in all at worst. Memory: two models, and K N margins on the CPU.
+
+    A candidate is the mean of a running sum and its file, cast once, so a file is read three times
+    at most: to rank it, to try it, to mix it. A fit that is resumed reads a kept one no more often.
+    The sum is in float64, in float32 for weights of two bytes or fewer. The soup itself is what
+    `mix` gives, which accumulates in float32; with two ingredients or more it is scored once more
+    on the rows that decided, N rows.
+
+    Memory, in models of float32: the module, the sum (2), the mean that is loaded (1), and three of
+    the largest tensor in float64; K N margins on the CPU. A legacy pickle is whole in memory while
+    it is evaluated, one model more.
 
     References
     ----------

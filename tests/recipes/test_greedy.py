@@ -367,7 +367,9 @@ def test_a_file_is_opened_to_rank_it_to_try_it_and_to_mix_it(tmp_path, zoo, give
     files = zoo.checkpoints.save(tmp_path / "zoo")
     known = BestCheckpoint().fit(files, zoo.X, zoo.y).individual_scores_
     files = CheckpointCollection(
-        [files.path(name) for name in files], module=Net, scores=known if given == "scores" else None
+        [files.path(name) for name in files],
+        module=Net,
+        scores=known if given == "scores" else None,
     )
     soup = GreedySoup(min_improvement=min_improvement, random_state=0)
     if given == "ranking_fraction":

@@ -39,7 +39,7 @@ from sksoup.checkpoints.in_memory import content_sha256
 from sksoup.checkpoints.read import SafetensorsFile
 from sksoup.runtime.cache import Cache
 
-from ..zoo import Net, Zoo, make_states, reads, same_tensors
+from ..zoo import Net, Zoo, make_states, make_zoo, reads, same_tensors
 
 SOUPS = {
     "best": BestCheckpoint(),
@@ -168,12 +168,14 @@ def test_a_fit_that_was_stopped_goes_on_with_the_same_bits(tmp_path, files, zoo:
         assert max(opened.values()) <= 3  # the mean, a model batch, the last mix
 
 
-def test_greedy_goes_on_from_any_step(tmp_path, files, zoo: Zoo):
+def test_greedy_goes_on_from_any_step(tmp_path):
     """Those that were kept before the stop are read once more, and only if one is left to try."""
-    soup = GreedySoup(min_improvement=-0.02)
+    zoo = make_zoo(7, seed=2)
+    files = zoo.checkpoints.save(tmp_path / "zoo")
+    soup = GreedySoup(min_improvement=-0.1, scoring="neg_log_loss")  # any bit shows
     plain = clone(soup).fit(files, zoo.X, zoo.y)
     assert 2 < len(plain.ingredients_) < 7  # so sums of a few, in another order than the files
-    for n in range(1, 7 + 6 + 1):  # scores, candidates, the last mix
+    for n in range(1, 7 + 6 + 2):  # scores, candidates, the last mix
         resumed = clone(soup).set_params(memory=tmp_path / f"memory{n}")
         with stopped_after(n):
             resumed.fit(files, zoo.X, zoo.y)
