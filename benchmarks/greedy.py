@@ -12,7 +12,7 @@ that were evaluated, "least" what no exact method can do without: all rows of a 
 kept, and of a rejected one as many wrong rows as the soup has, and one more. "soup" tells whether
 full evaluation by sksoup, and the reference with its running mean, kept the same ingredients.
 
-With ``--kept``: opens of files and seconds per checkpoint, for K tiny checkpoints that are all kept.
+With ``--kept``: opens of files and time per checkpoint, for K tiny checkpoints that are all kept.
 """
 
 from __future__ import annotations
