@@ -1,6 +1,7 @@
 """Greedy-Soup against the plain script: rows evaluated, time, and whether the soup is the same.
 
     python -m benchmarks greedy [--seeds 0 1 2] [--zoos convnet transformer]
+    python -m benchmarks greedy --kept 24 200 2000
 
 Two zoos of real fine-tunings on digits: 24 convnets and 16 vision transformers. Ours and the
 reference (`reference.greedy`, 2K - 1 full evaluations) take turns; a ratio is the median over the
@@ -10,6 +11,8 @@ that are known against the script. "second stage" is the part of the candidates'
 that were evaluated, "least" what no exact method can do without: all rows of a candidate that is
 kept, and of a rejected one as many wrong rows as the soup has, and one more. "soup" tells whether
 full evaluation by sksoup, and the reference with its running mean, kept the same ingredients.
+
+With ``--kept``: opens of files and time per checkpoint, for K tiny checkpoints that are all kept.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sksoup import CheckpointCollection, GreedySoup
 from sksoup.datasets import make_digits_checkpoints
@@ -99,13 +103,55 @@ def compare(checkpoints: CheckpointCollection, X: Any, y: Any, turns: int) -> di
     }
 
 
+def all_kept(folder: Path, n: int) -> tuple[int, float, float]:
+    """Opens, seconds of a fit, and of opening the collection, for n files that are all kept."""
+    torch.manual_seed(0)
+
+    def build() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+
+    start, X, y = build().state_dict(), torch.randn(64, 8), torch.arange(64) % 3
+    folder.mkdir()
+    for k in range(n):
+        state = {name: w + 0.01 * torch.randn_like(w) for name, w in start.items()}
+        save_file(state, folder / f"{k}.safetensors")
+    begin = time.perf_counter()
+    files = CheckpointCollection.from_path(folder, module=build)
+    opening, opened, original = time.perf_counter() - begin, 0, CheckpointCollection.open
+
+    def counting(self: CheckpointCollection, name: str) -> Any:
+        nonlocal opened
+        opened += 1
+        return original(self, name)
+
+    with patch.object(CheckpointCollection, "open", counting):
+        taken = seconds(lambda: GreedySoup(min_improvement=-1.0).fit(files, X, y))
+    return opened, taken, opening
+
+
+def print_all_kept(sizes: list[int]) -> None:
+    print("    K  opens  per checkpoint  fit, s  ms per checkpoint  opening the collection, s")
+    with tempfile.TemporaryDirectory() as folder:
+        for n in sizes:
+            opened, taken, opening = all_kept(Path(folder) / str(n), n)
+            print(
+                f"{n:5}  {opened:5}  {opened / n:14.2f}  {taken:6.2f}  {1e3 * taken / n:17.2f}  "
+                f"{opening:25.2f}",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--zoos", nargs="+", default=["convnet", "transformer"])
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--kept", type=int, nargs="+", metavar="K")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    if options.kept:
+        print_all_kept(options.kept)
+        return
     print(
         "zoo          seed  held-out  kept  second stage  least  x script  known scores  "
         "x in memory  soup: full, reference  models"

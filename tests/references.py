@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -109,3 +110,16 @@ def greedy_reference(
         if not ingredients or score_of_subset([*ingredients, k]) >= score_of_subset(ingredients):
             ingredients.append(k)
     return ingredients
+
+
+def mean_reference(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Average stacked float64 tensors and cast once; integers are the first's."""
+    means = {}
+    for name, first in states[0].items():
+        values = [state[name] for state in states]
+        dtype = functools.reduce(torch.promote_types, (w.dtype for w in values))
+        mean = first
+        if first.is_floating_point() and not all(torch.equal(first, w) for w in values):
+            mean = torch.stack([w.double() for w in values]).sum(0) / len(values)
+        means[name] = (mean.clamp(min=0) if name.endswith("running_var") else mean).to(dtype)
+    return means

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -98,3 +100,17 @@ def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool
     return list(a) == list(b) and all(
         a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
     )
+
+
+@contextmanager
+def reads():
+    """Count how often each checkpoint is opened."""
+    opened: dict[str, int] = {}
+    original = CheckpointCollection.open
+
+    def counting(self, name):
+        opened[name] = opened.get(name, 0) + 1
+        return original(self, name)
+
+    with patch.object(CheckpointCollection, "open", counting):
+        yield opened

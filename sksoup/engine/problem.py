@@ -84,12 +84,16 @@ class Found:
     rivals : dict of str to ndarray of shape (n_searched, n_checkpoints)
         Other coefficients, by what they are: they are mixed and scored on all held-out rows, too,
         and the best is the soup.
+    decided : (Evaluator, float) or None, default=None
+        The score that the search decided by, and what measures it: the mix, which is rounded in
+        another way, is scored again, and a lower score is warned of.
     """
 
     coef: NDArray[np.float64]
     history: list[dict[str, Any]] = field(default_factory=list)
     attributes: dict[str, Any] = field(default_factory=dict)
     rivals: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    decided: tuple[Evaluator, float] | None = None
 
 
 @dataclass(frozen=True)

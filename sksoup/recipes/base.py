@@ -29,6 +29,7 @@ from ..data.outputs import TASKS, Task
 from ..engine.batch_norm import POLICIES, BatchNormPolicy, check_policy, settle
 from ..engine.objective import Criterion, Forward, load_weights
 from ..engine.problem import Found, Problem, Step, Weights
+from ..engine.scores import Evaluator
 from ..exceptions import SoupWarning
 from ..mixing.layers import Layerwise, is_variance
 from ..mixing.mix import mix
@@ -40,6 +41,7 @@ from .validation import check_choice, collect, prepare_problem, scored_by, valid
 
 INSIDE = {"sksoup", "sklearn", "joblib", "contextlib", "torch"}  # not who called fit
 NOT_IN_RECIPES = ("checkpoints", "memory")  # parameters that change no result
+ROUNDING = 1e-6  # of a score: what float32 outputs are off by; less is not worth a warning
 PLAIN = (bool, int, float, str)  # what JSON can hold
 PACKAGES = ("sksoup", "torch", "numpy", "scikit-learn", "safetensors")
 
@@ -255,6 +257,8 @@ class BaseSoup(
         self.counts_ = problem.objective.counts
         if self._has_recipe:
             self._keep_soup(problem, coef)
+        if found.decided is not None:
+            self._warn_of_rounding(*found.decided)
 
     def _mix_best(self, problem: Problem, found: Found) -> NDArray[np.float64]:
         """Mix what was found, or the rival that scores higher on all held-out rows: its coef."""
@@ -339,6 +343,17 @@ class BaseSoup(
         if strangers and not any("share a start" in said for said in self.warnings_):
             said = judge(strangers, len(names))
             self._warn(f"{said} collection.describe() tells more.")
+
+    def _warn_of_rounding(self, evaluate: Evaluator, decided: float) -> None:
+        """Warn where rounding left the mix below the score that the search decided by."""
+        score = evaluate.of_weights()
+        if score < decided - ROUNDING * max(1.0, abs(decided)):
+            self._warn(
+                f"The soup scores {score:.7g} on the rows that decided, less than the "
+                f"{decided:.7g} that its ingredients were accepted with: `mix` rounds in another "
+                f"way than the search, and some rows are that close. Hold out more rows, or store "
+                f"the checkpoints in a wider dtype."
+            )
 
     def _warn_of_variances(self, problem: Problem, coef: NDArray[np.float64]) -> None:
         """Warn where extrapolation left a running variance at 0, which ruins the outputs."""

@@ -26,7 +26,9 @@ from ..engine.parallel import evaluate_all
 from ..engine.problem import Found, Problem, Ranking, rank_checkpoints
 from ..engine.scores import Evaluation, Evaluator, RowScore, evaluate_named
 from ..mixing.mix import mix
+from ..mixing.running_mean import RunningMean
 from ..runtime.distributed import broadcast, world_size
+from ..runtime.fingerprint import fingerprint
 from .base import BaseSoup
 from .validation import check_fraction
 
@@ -73,7 +75,7 @@ class GreedySoup(BaseSoup):
     Tries the checkpoints by held-out score, best first: each stays if the mean of those kept,
     :math:`w = \frac{1}{|S|} \sum_{k \in S} w_k`, scores at least as high with it as without. So the
     soup scores at least as high as the best checkpoint on the rows that decide (with scores of its
-    own and ``min_improvement`` of 0 or more).
+    own and ``min_improvement`` of 0 or more; but for rounding, of which a warning tells).
 
     Parameters
     ----------
@@ -106,7 +108,10 @@ class GreedySoup(BaseSoup):
         Rows per forward pass; None for all at once.
     n_jobs : int or None, default=None
         Checkpoints ranked, and candidates tried, side by side, by joblib; the soup is the same for
-        any number. Candidates tried ahead of their turn may be for nothing; two models per worker.
+        any number. Candidates tried ahead of their turn may be for nothing. The running sum is sent
+        to every worker for each, on one machine as a file that joblib maps; a worker holds the
+        module and the mean, and reads no file but its candidates', so that a file is read
+        ``n_jobs + 4`` times at most.
     device : str or torch.device, default="auto"
         Where the module runs; "auto" is cuda, else mps, else cpu.
     random_state : int, RandomState or None, default=None
@@ -161,7 +166,8 @@ class GreedySoup(BaseSoup):
     -----
     SoupWarning
         Only the best checkpoint was kept; with how much the others lowered the score and whether
-        they look unrelated.
+        they look unrelated. Rounding left the soup more than 1e-6 below the score that its last
+        ingredient was accepted with; with both scores.
 
     See Also
     --------
@@ -175,8 +181,16 @@ class GreedySoup(BaseSoup):
     order it is the mean of the soup's and, once ranked, the candidate's own), in chunks of N / 16
     rows (at least 32; whole minibatches as long as no bound can decide anything), until even a
     perfect remainder would not reach the score needed.
-    A candidate has exactly the values that `mix` gives, so it is mixed anew from its n files:
-    K n / 2 reads in all at worst. Memory: two models, and K N margins on the CPU.
+
+    A candidate is the mean of a running sum and its file, cast once, so a file is read three times
+    at most: to rank it, to try it, to mix it. A fit that is resumed reads a kept one no more often.
+    The sum is in float64, in float32 for weights of two bytes or fewer. The soup itself is what
+    `mix` gives, which accumulates in float32; with two ingredients or more it is scored once more
+    on the rows that decided, N rows.
+
+    Memory, in models of float32: the module, the sum (2), the mean that is loaded (1), and three of
+    the largest tensor in float64; K N margins on the CPU. A legacy pickle is whole in memory while
+    it is evaluated, one model more.
 
     References
     ----------
@@ -227,45 +241,28 @@ class GreedySoup(BaseSoup):
         """The search, without a warning: MEHL-Soup may start at what it finds."""
         checkpoints = problem.checkpoints
         names, n = checkpoints.names, len(checkpoints)
-        checkpoints.check()
+        if max(effective_n_jobs(self.n_jobs), world_size()) > 1:
+            checkpoints.check()  # workers read some each, and can't compare constants
         n_ranked = 0 if checkpoints.scores is not None else n
         to_rank, to_accept = self._split(problem, is_known=not n_ranked)
         with problem.progress("evaluation", n_ranked + n) as step:
-            ranking = rank_checkpoints(problem, step, n_jobs=self.n_jobs, evaluate=to_rank)
+            try:
+                ranking = rank_checkpoints(problem, step, n_jobs=self.n_jobs, evaluate=to_rank)
+            except ValueError:
+                checkpoints.check()  # infinite weights are the cause
+                raise
+            checkpoints.check()  # those that were not read for the ranking
             scores = ranking.scores
             if to_rank is not to_accept:
                 ranking = Ranking(scores, None)  # evaluations of other rows accept nothing
             # stable: equal scores stay in collection order
             ranked = sorted(range(n), key=lambda k: -scores[names[k]])
-            n_workers = effective_n_jobs(self.n_jobs)
-            ahead: dict[int, Evaluation] = {}  # of candidates for the soup so far
-
-            def evaluate(
-                ingredients: list[int], needed: float, soup: Evaluation | None
-            ) -> Evaluation:
-                *kept, candidate = ingredients
-                if soup is None and ranking.best is not None:
-                    return ranking.best
-                if candidate not in ahead:
-                    n_ahead = 1 if soup is None else max(n_workers, world_size())
-                    following = ranked[ranked.index(candidate) :]
-                    for later in following[n_ahead : n_ahead + 1]:
-                        checkpoints.warm(names[later])
-                    trial = CandidateTrial(
-                        checkpoints, problem.data, ranking.margins, self.batch_norm,
-                        self.early_rejection, kept, needed, soup,
-                    )  # fmt: skip
-                    ahead.update(evaluate_all(trial, following[:n_ahead], to_accept, n_workers))
-                found = ahead.pop(candidate)
-                if found.score >= needed:
-                    ahead.clear()  # they were for a soup without this one
-                return found
-
             ingredients, tried = greedy(
-                ranked, evaluate, self.min_improvement,
+                ranked, Candidates(self, problem, ranking, ranked, to_accept), self.min_improvement,
                 on_step=lambda kept: step(lambda: mean_of(checkpoints, kept)),
             )  # fmt: skip
         path = describe_path(tried, names, to_accept.rows)
+        decided = [found.score for _, found, kept in tried if kept][-1]
         return Found(
             uniform_coef(ingredients, n),
             history=path,
@@ -275,6 +272,7 @@ class GreedySoup(BaseSoup):
                 "path_": path,
                 "n_rows_evaluated_": sum(found.n_rows for _, found, _ in tried[1:]),
             },
+            decided=(to_accept, decided) if len(ingredients) > 1 else None,
         )
 
     def _split(self, problem: Problem, is_known: bool) -> tuple[Evaluator, Evaluator]:
@@ -312,37 +310,107 @@ def mean_of(checkpoints: CheckpointCollection, ingredients: list[int]) -> dict[s
     return mix(checkpoints, uniform_coef(ingredients, len(checkpoints)))
 
 
+class Candidates:
+    """Evaluates candidates in their turn, and with several workers some ahead of it."""
+
+    def __init__(
+        self,
+        recipe: GreedySoup,
+        problem: Problem,
+        ranking: Ranking,
+        ranked: list[int],
+        evaluate: Evaluator,
+    ) -> None:
+        self.recipe, self.problem, self.ranking = recipe, problem, ranking
+        self.ranked, self.evaluate = ranked, evaluate
+        self.mean = RunningMean(problem.checkpoints.layout)
+        self.n_workers = effective_n_jobs(recipe.n_jobs)
+        self.ahead: dict[int, Evaluation] = {}  # of candidates for the soup so far
+        self.digests: list[str] = []  # of the soup after each that was kept
+
+    def __call__(
+        self, ingredients: list[int], needed: float, soup: Evaluation | None
+    ) -> Evaluation:
+        *kept, candidate = ingredients
+        if soup is None and self.ranking.best is not None:
+            return self.ranking.best
+        if candidate not in self.ahead:
+            checkpoints = self.problem.checkpoints
+            n_ahead = 1 if soup is None else max(self.n_workers, world_size())
+            following = self.ranked[self.ranked.index(candidate) :]
+            for later in following[n_ahead : n_ahead + 1]:
+                checkpoints.warm(checkpoints.names[later])
+            trial = CandidateTrial(
+                checkpoints, dict(enumerate(checkpoints.names)), self.problem.data,
+                self.ranking.margins, self.recipe.batch_norm, self.recipe.early_rejection,
+                kept, self._digest(kept), self.mean, needed, soup, is_alone=n_ahead == 1,
+            )  # fmt: skip
+            found = evaluate_all(trial, following[:n_ahead], self.evaluate, self.n_workers)
+            self.ahead.update(found)
+        evaluation = self.ahead.pop(candidate)
+        if evaluation.score >= needed:
+            self.ahead.clear()  # they were for a soup without this one
+        return evaluation
+
+    def _digest(self, kept: list[int]) -> str:
+        """What the soup so far depends on, for the cache: sums are rounded in this order."""
+        checkpoints, digests = self.problem.checkpoints, self.digests
+        if self.evaluate.cache is None:
+            return ""
+        if not digests:  # sums are in dtypes promoted over the collection
+            digests.append(fingerprint([info.dtype for info in checkpoints.layout.values()]))
+        for i in range(len(digests) - 1, len(kept)):
+            leads = kept[i] == min(kept[: i + 1])  # its integers are taken
+            own = checkpoints.identity(checkpoints.names[kept[i]])
+            digests.append(fingerprint(digests[-1], own, leads))
+        return digests[-1]
+
+
 @dataclass(frozen=True)
 class CandidateTrial:
     """Scores the means of a soup's ingredients and one candidate each."""
 
     checkpoints: CheckpointCollection
+    names: Mapping[int, str]  # of the candidates
     data: HeldOut  # all rows, which re-estimate BatchNorm
     margins: Mapping[str, torch.Tensor]  # of single checkpoints, where known
     batch_norm: BatchNormPolicy
     early_rejection: bool
     kept: list[int]
+    digest: str  # of those kept, where there is a cache
+    mean: RunningMean  # brought up to those kept when a candidate has to be evaluated
     needed: float
     soup: Evaluation | None  # of those kept; None for the first candidate
+    is_alone: bool  # no candidate before it is undecided: it is added where its score suffices
 
     def __call__(self, candidate: int, evaluate: Evaluator) -> Evaluation:
-        mean = mean_of(self.checkpoints, [*self.kept, candidate])
-        load_weights(evaluate.objective.module, mean)
-        score = partial(self._score, self._order(candidate), evaluate)
-        return evaluate_named(score, self.checkpoints.names[candidate])
+        self.mean.extend(self.checkpoints, self.kept)
+        name, score = self.names[candidate], partial(self._score, self._order(candidate), evaluate)
+        with self.checkpoints.open(name) as read:
+            load_weights(evaluate.objective.module, self.mean.mean_with(candidate, read))
+            found = evaluate_named(score, name)
+            if self.is_alone and found.score >= self.needed:
+                self.mean.add(candidate, read)  # its file is open
+        return found
 
     def key(self, candidate: int) -> tuple[Any, ...]:
-        names, ingredients = self.checkpoints.names, sorted([*self.kept, candidate])
-        identities = [self.checkpoints.identity(names[k]) for k in ingredients]
+        own = self.checkpoints.identity(self.names[candidate])
+        leads = candidate < min(self.kept, default=candidate)
         settings = self.needed, self._order(candidate), self.early_rejection, self.batch_norm
-        return "candidate", identities, *settings
+        return "candidate", self.digest, own, leads, *settings
 
     def only(self, candidates: Sequence[int]) -> CandidateTrial:
-        names = {self.checkpoints.names[k] for k in candidates}
-        return replace(self, margins={n: m for n, m in self.margins.items() if n in names})
+        self.mean.extend(self.checkpoints, self.kept)  # once, not in every worker
+        names = {k: self.names[k] for k in candidates}
+        return replace(
+            self,
+            checkpoints=self.checkpoints.select(names.values()),
+            names=names,
+            margins={n: m for n, m in self.margins.items() if n in names.values()},
+        )
 
     def _order(self, candidate: int) -> torch.Tensor | None:
-        own = self.margins.get(self.checkpoints.names[candidate])
+        own = self.margins.get(self.names[candidate])
         return hardest_first(self.soup, own, len(self.kept) + 1)
 
     def _score(self, order: torch.Tensor | None, evaluate: Evaluator) -> Evaluation:

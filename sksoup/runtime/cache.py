@@ -17,7 +17,7 @@ from ..exceptions import SoupWarning
 from .distributed import broadcast, rank
 from .fingerprint import fingerprint
 
-ALGORITHM = 3  # counted up whenever the same inputs give other results than before
+ALGORITHM = 4  # counted up whenever the same inputs give other results than before
 
 T = TypeVar("T")
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from sklearn.metrics import accuracy_score, log_loss, make_scorer
 from sksoup import (
     BestCheckpoint,
     CheckpointCollection,
+    CheckpointError,
     GreedySoup,
     SoupWarning,
     UniformSoup,
@@ -24,8 +27,8 @@ from sksoup.engine.scores import Evaluation, Evaluator
 from sksoup.recipes.greedy import greedy, hardest_first, uniform_coef
 from sksoup.runtime.live_tensors import LiveTensors
 
-from ..references import greedy_reference
-from ..zoo import Net, Zoo, around, make_states, make_zoo
+from ..references import greedy_reference, mean_reference
+from ..zoo import Net, Zoo, around, make_states, make_zoo, reads, same_tensors
 
 
 def accuracy_of(checkpoints, X, y, subset):
@@ -138,7 +141,8 @@ def test_estimator_equals_the_obvious_implementation(n, seed):
     tried = soup.path_[1:]
     assert soup.n_rows_evaluated_ == sum(found["n_rows"] for found in tried)
     chunks = sum(-(-found["n_rows"] // 32) for found in tried)  # the last is filled up
-    assert soup.counts_.rows_forward == n * len(zoo.X) + 32 * chunks
+    mixed = len(zoo.X) if len(kept) > 1 else 0  # the last mix is scored, too
+    assert soup.counts_.rows_forward == n * len(zoo.X) + 32 * chunks + mixed
     full = GreedySoup(early_rejection=False).fit(zoo.checkpoints, zoo.X, zoo.y)
     assert full.ingredients_ == soup.ingredients_
     assert full.n_rows_evaluated_ == (n - 1) * len(zoo.X)
@@ -338,18 +342,159 @@ def test_bad_ranking_fraction(zoo: Zoo, value):
         GreedySoup(ranking_fraction=value).fit(zoo.checkpoints, zoo.X, zoo.y)
 
 
-def test_memory_is_two_models(tmp_path):
-    """The module, and a mean that is being made; what is read ahead comes before that."""
+def deep():
+    return torch.nn.Sequential(*(torch.nn.Linear(100, 100) for _ in range(12)))
 
-    def deep():
-        return torch.nn.Sequential(*(torch.nn.Linear(100, 100) for _ in range(12)))
 
-    files = CheckpointCollection(around(deep(), 6), module=deep).save(tmp_path / "deep")
+@pytest.mark.parametrize(("dtype", "models"), [(torch.float32, 4), (torch.float64, 3)])
+def test_memory_is_the_module_a_sum_in_float64_and_a_mean(tmp_path, dtype, models):
+    modules = around(deep(), 6)
+    files = CheckpointCollection(
+        [net.to(dtype) for net in modules], module=lambda: deep().to(dtype)
+    ).save(tmp_path / "deep")
     X, y = torch.randn(40, 100), torch.arange(40) % 10
     with LiveTensors() as live:
-        GreedySoup().fit(files, X, y)
-    largest, outputs = 100 * 100 * 4, 40 * 100 * 8
-    assert live.peak <= 2 * files.nbytes + 3 * largest + 4 * outputs
+        soup = GreedySoup(min_improvement=-1.0).fit(files, X, y)
+    assert len(soup.ingredients_) == 6
+    largest, outputs = 100 * 100 * 8, 40 * 100 * 8
+    assert live.peak <= models * files.nbytes + 3 * largest + 4 * outputs
+
+
+@pytest.mark.parametrize("min_improvement", [-1.0, 0.0, 2.0])
+@pytest.mark.parametrize("given", ["nothing", "scores", "ranking_fraction"])
+@pytest.mark.filterwarnings("ignore:Only")
+def test_a_file_is_opened_to_rank_it_to_try_it_and_to_mix_it(tmp_path, zoo, given, min_improvement):
+    files = zoo.checkpoints.save(tmp_path / "zoo")
+    known = BestCheckpoint().fit(files, zoo.X, zoo.y).individual_scores_
+    files = CheckpointCollection(
+        [files.path(name) for name in files],
+        module=Net,
+        scores=known if given == "scores" else None,
+    )
+    soup = GreedySoup(min_improvement=min_improvement, random_state=0)
+    if given == "ranking_fraction":
+        soup.set_params(ranking_fraction=0.5)
+    with reads() as opened:
+        soup.fit(files, zoo.X, zoo.y)
+    # the ranking reads a file, or the search for NaN where scores are known
+    assert opened == {name: 2 + (name in soup.ingredients_) for name in files}
+    if min_improvement == -1:
+        assert opened == dict.fromkeys(files, 3)
+
+
+@pytest.mark.parametrize("n_jobs", [2, 3])
+def test_workers_read_their_candidates_only(tmp_path, n_jobs):
+    zoo = make_zoo(12, seed=0)
+    files = zoo.checkpoints.save(tmp_path / "zoo")
+    with reads() as opened, parallel_config(backend="threading"):
+        GreedySoup(min_improvement=-1.0, n_jobs=n_jobs).fit(files, zoo.X, zoo.y)
+    assert max(opened.values()) <= 4 + n_jobs
+
+
+def test_sums_that_workers_map_change_nothing(tmp_path):
+    zoo = make_zoo(8, seed=2)
+    files = zoo.checkpoints.save(tmp_path / "zoo")
+    soup = GreedySoup(min_improvement=-0.05, scoring="neg_log_loss")  # any bit shows
+    plain = clone(soup).fit(files, zoo.X, zoo.y)
+    assert len(plain.ingredients_) > 3
+    with parallel_config(backend="loky", max_nbytes=1):
+        mapped = clone(soup).set_params(n_jobs=2).fit(files, zoo.X, zoo.y)
+    assert mapped.path_ == plain.path_
+    assert same_tensors(mapped.state_dict(), plain.state_dict())
+
+
+@settings(max_examples=30)
+@given(
+    dtypes=st.lists(
+        st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+        min_size=2, max_size=6,
+    ),
+    is_mixed=st.booleans(), seed=st.integers(0, 999), min_improvement=st.sampled_from([0.0, -0.05]),
+    data=st.data(),
+)  # fmt: skip
+def test_decides_as_a_mean_of_all_that_were_kept(dtypes, is_mixed, seed, min_improvement, data):
+    """For stored dtypes of any width, equal tensors and copies of whole checkpoints."""
+    zoo = make_zoo(len(dtypes), seed)
+    states: list[dict[str, torch.Tensor]] = []
+    for k, made in enumerate(make_states(len(dtypes), seed)):
+        dtype = dtypes[k if is_mixed else 0]
+        state = {n: w.to(dtype) if w.is_floating_point() else w for n, w in made.items()}
+        if states and data.draw(st.booleans()):
+            state["head.weight"] = states[0]["head.weight"]
+        states.append(data.draw(st.sampled_from([state, state, *states])))
+    checkpoints = CheckpointCollection(states, module=Net)
+    soup = GreedySoup(min_improvement=min_improvement, early_rejection=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SoupWarning)
+        soup.fit(checkpoints, zoo.X, zoo.y)
+    module = soup.module_
+
+    def score_of(subset):
+        load_weights(module, mean_reference([states[k] for k in sorted(subset)]))
+        with torch.no_grad():
+            outputs = module(torch.as_tensor(zoo.X, dtype=module.head.weight.dtype))
+        return accuracy_score(zoo.y, outputs.argmax(1).numpy())
+
+    weights = soup.state_dict()
+    scores = [score_of([k]) for k in range(len(states))]
+    order = sorted(range(len(states)), key=lambda k: -scores[k])
+    kept, path = greedy(order, lambda subset, *_: evaluation_of(score_of(subset)), min_improvement)
+    assert soup.ingredients_ == tuple(checkpoints.names[k] for k in kept)
+    assert [found["score"] for found in soup.path_] == [found.score for _, found, _ in path]
+    assert same_tensors(weights, mix(checkpoints, uniform_coef(kept, len(states))))
+
+
+def test_masks_stay_infinite_in_every_candidate(zoo: Zoo):
+    class Masked(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", torch.tensor([0.0, -torch.inf, 0.0]))
+
+        def forward(self, x):
+            assert not self.mask.isnan().any()
+            return super().forward(x) + self.mask
+
+    states = [{**state, "mask": Masked().mask} for state in make_states(7, seed=0)]
+    y = np.where(zoo.y == 1, 0, zoo.y)
+    checkpoints = CheckpointCollection(states, module=Masked)
+    soup = GreedySoup(min_improvement=-1.0, classes=[0, 1, 2]).fit(checkpoints, zoo.X, y)
+    assert soup.module_.mask.tolist() == [0.0, -torch.inf, 0.0]
+    assert len(soup.ingredients_) == 7
+
+
+def test_infinite_weights_are_named_though_they_ruin_a_score(zoo: Zoo):
+    states = make_states(3, seed=0)
+    states[0]["head.weight"] = torch.full_like(states[0]["head.weight"], torch.inf)
+    checkpoints = CheckpointCollection(states, module=Net)
+    with pytest.raises(CheckpointError, match=r"checkpoint 0 .*can't be used: 'head.weight'"):
+        GreedySoup(scoring="neg_log_loss").fit(checkpoints, zoo.X, zoo.y)
+
+
+def scores_in_turn(*scores):
+    """A metric that gives these scores, one after the other."""
+    remaining = iter(scores)
+    return lambda soup, X, y: next(remaining)
+
+
+@pytest.mark.parametrize(("last", "is_warned"), [(0.5, True), (0.9, False), (0.9 - 1e-8, False)])
+def test_a_mix_that_scores_less_than_what_was_decided_on_is_warned_of(zoo: Zoo, last, is_warned):
+    three = zoo.checkpoints.select(zoo.checkpoints.names[:3])
+    soup = GreedySoup(scoring=scores_in_turn(0.7, 0.7, 0.7, 0.8, 0.9, last))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        soup.fit(three, zoo.X, zoo.y)
+    said = [str(warning.message) for warning in caught]
+    assert len(said) == is_warned == len(soup.warnings_)
+    assert not said or "scores 0.5 on the rows that decided, less than the 0.9 " in said[0]
+    assert soup.path_[-1]["score"] == 0.9
+
+
+def test_one_ingredient_is_not_scored_again(zoo: Zoo):
+    two = zoo.checkpoints.select(zoo.checkpoints.names[:2])
+    soup = GreedySoup(scoring=scores_in_turn(0.7, 0.6, 0.5))
+    with pytest.warns(SoupWarning, match="Only"):
+        soup.fit(two, zoo.X, zoo.y)
+    assert soup.counts_.rows_forward == 3 * 60
 
 
 def test_known_scores_save_the_ranking(zoo: Zoo):

@@ -39,7 +39,7 @@ from sksoup.checkpoints.in_memory import content_sha256
 from sksoup.checkpoints.read import SafetensorsFile
 from sksoup.runtime.cache import Cache
 
-from ..zoo import Net, Zoo, make_states, same_tensors
+from ..zoo import Net, Zoo, make_states, make_zoo, reads, same_tensors
 
 SOUPS = {
     "best": BestCheckpoint(),
@@ -105,20 +105,6 @@ def rows_through(module_type=Net):
         handle.remove()
 
 
-@contextmanager
-def reads():
-    """Count how often each checkpoint is opened."""
-    opened: dict[str, int] = {}
-    original = CheckpointCollection.open
-
-    def counting(self, name):
-        opened[name] = opened.get(name, 0) + 1
-        return original(self, name)
-
-    with patch.object(CheckpointCollection, "open", counting):
-        yield opened
-
-
 def assert_same(a, b):
     assert np.array_equal(a.coef_, b.coef_)
     assert a.history_ == b.history_
@@ -180,6 +166,23 @@ def test_a_fit_that_was_stopped_goes_on_with_the_same_bits(tmp_path, files, zoo:
     assert done < everything if n == 4 else done <= everything
     if name in ("HL", "MEHL", "learned"):
         assert max(opened.values()) <= 3  # the mean, a model batch, the last mix
+
+
+def test_greedy_goes_on_from_any_step(tmp_path):
+    """Those that were kept before the stop are read once more, and only if one is left to try."""
+    zoo = make_zoo(7, seed=2)
+    files = zoo.checkpoints.save(tmp_path / "zoo")
+    soup = GreedySoup(min_improvement=-0.1, scoring="neg_log_loss")  # any bit shows
+    plain = clone(soup).fit(files, zoo.X, zoo.y)
+    assert 2 < len(plain.ingredients_) < 7  # so sums of a few, in another order than the files
+    for n in range(1, 7 + 6 + 2):  # scores, candidates, the last mix
+        resumed = clone(soup).set_params(memory=tmp_path / f"memory{n}")
+        with stopped_after(n):
+            resumed.fit(files, zoo.X, zoo.y)
+        with reads() as opened:
+            resumed.set_params(n_jobs=2 if n % 4 == 0 else None).fit(files, zoo.X, zoo.y)
+        assert_same(resumed, plain)
+        assert max(opened.values()) <= (3 if n < 13 else 2)
 
 
 def test_no_seed_goes_on_with_the_one_it_began_with(tmp_path, zoo: Zoo):

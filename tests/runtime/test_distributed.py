@@ -30,6 +30,7 @@ from ..zoo import Net, Net64, PlainNet, make_states, make_zoo
 SOUPS = {
     "best 32": BestCheckpoint(),
     "greedy 64": GreedySoup(batch_size=25),
+    "greedy all 32": GreedySoup(min_improvement=-1.0, batch_size=25),
     "greedy split 32": GreedySoup(ranking_fraction=0.5, random_state=0),
     "learned 64": LearnedSoup(max_epochs=2, batch_size=25, random_state=0),
     "learned+ 32": LearnedSoup(layerwise=True, max_epochs=2, batch_size=25, random_state=0),

@@ -1,0 +1,77 @@
+"""The mean of checkpoints that are kept one after the other; each file is read once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from ..checkpoints.collection import CheckpointCollection
+from ..checkpoints.protocol import Read, TensorInfo
+from .mix import cast, same_bits
+
+
+class RunningMean:
+    """A sum over the checkpoints kept so far, which gives their mean with one more.
+
+    Sums are in float64, those of floats of two bytes or fewer in float32: two models' memory at
+    most. They are numpy arrays, which joblib maps into the memory of its workers.
+    """
+
+    def __init__(self, layout: Mapping[str, TensorInfo]) -> None:
+        self._layout = layout
+        self._kept: list[int] = []  # places in the collection
+        # sums; while all are equal the value itself, so that infinite constants stay as they are
+        self._values: dict[str, NDArray[Any]] = {}
+        self._differing: set[str] = set()  # tensors whose value is a sum
+        self._dtypes: dict[str, torch.dtype] = {}  # promoted over those kept
+
+    def extend(self, checkpoints: CheckpointCollection, kept: Sequence[int]) -> None:
+        """Read and add those of ``kept`` that are not in the sum yet."""
+        for k in kept[len(self._kept) :]:
+            with checkpoints.open(checkpoints.names[k]) as read:
+                self.add(k, read)
+
+    def add(self, k: int, read: Read) -> None:
+        """Add the k-th checkpoint of the collection, which is open."""
+        for tensor in self._layout:
+            w = read(tensor)
+            dtype = self._promoted(tensor, w)
+            value, is_sum = self._with(tensor, k, w)
+            self._values[tensor], self._dtypes[tensor] = value.numpy(), dtype
+            if is_sum:
+                self._differing.add(tensor)
+        self._kept.append(k)
+
+    def mean_with(self, k: int, read: Read) -> dict[str, torch.Tensor]:
+        """The mean of those kept and of the k-th checkpoint, which is open; nothing is added."""
+        means: dict[str, torch.Tensor] = {}
+        for tensor in self._layout:
+            w = read(tensor)
+            value, is_sum = self._with(tensor, k, w)
+            if is_sum:
+                value /= len(self._kept) + 1
+            means[tensor] = cast(tensor, value, self._promoted(tensor, w))
+        return means
+
+    def _with(self, tensor: str, k: int, w: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """A new tensor: the sum with ``w``, and True; or the value that all have, and False."""
+        n, is_float = len(self._kept), w.is_floating_point()
+        if not is_float and n and k > min(self._kept):  # `mix` takes the first in the collection
+            return torch.tensor(self._values[tensor]), False
+        wide = torch.float64 if self._layout[tensor].dtype.itemsize > 2 else torch.float32
+        own = w.to(wide if is_float else w.dtype, copy=True)
+        if not is_float or not n:
+            return own, False
+        value = torch.tensor(self._values[tensor])
+        if tensor not in self._differing:
+            if same_bits(value, own):
+                return value, False
+            value *= n
+        value += own
+        return value, True
+
+    def _promoted(self, tensor: str, w: torch.Tensor) -> torch.dtype:
+        return torch.promote_types(self._dtypes.get(tensor, w.dtype), w.dtype)
