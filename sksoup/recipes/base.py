@@ -24,7 +24,7 @@ from sklearn.utils import ClassifierTags, RegressorTags, Tags, check_scalar
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.describe import judge
+from ..checkpoints.survey import MORE, judge
 from ..data.outputs import TASKS, Task
 from ..engine.batch_norm import POLICIES, BatchNormPolicy, check_policy, settle
 from ..engine.objective import Criterion, Forward, load_weights
@@ -297,10 +297,9 @@ class BaseSoup(
 
     def _warn_of_strangers(self, collection: CheckpointCollection, names: Sequence[str]) -> None:
         """Warn of checkpoints that share no start with the others; once in a fit."""
-        strangers = collection.strangers(names)
-        if strangers and not any("share a start" in said for said in self.warnings_):
-            said = judge(strangers, len(names))
-            self._warn(f"{said} collection.describe() tells more.")
+        relations = collection.relations(names)
+        if relations.unrelated and not any(MORE in said for said in self.warnings_):
+            self._warn(f"{judge(relations)} {MORE}")
 
     def _warn_of_variances(self, problem: Problem, coef: NDArray[np.float64]) -> None:
         """Warn where extrapolation left a running variance at 0, which ruins the outputs."""

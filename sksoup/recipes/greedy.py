@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.utils import check_scalar
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.describe import judge
+from ..checkpoints.survey import judge
 from ..data.outputs import Task
 from ..data.rows import HeldOut
 from ..data.split import split_rows
@@ -296,7 +296,7 @@ class GreedySoup(BaseSoup):
         best, *others = path
         least = max(others, key=lambda tried: tried["gain"])
         most = min(others, key=lambda tried: tried["gain"])
-        related = judge(checkpoints.strangers(checkpoints.names), len(checkpoints))
+        related = judge(checkpoints.relations(checkpoints.names))
         bounds = " at most" if any(tried["is_bound"] for tried in others) else ""
         self._warn(
             f"Only {best['candidate']!r}, the best checkpoint, is in the greedy soup: each of the "
