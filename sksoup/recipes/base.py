@@ -27,8 +27,10 @@ from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.survey import MORE, judge
 from ..data.outputs import TASKS, Task
 from ..engine.batch_norm import POLICIES, BatchNormPolicy, check_policy, settle
+from ..engine.chance import judge_scores
 from ..engine.objective import Criterion, Forward, load_weights
 from ..engine.problem import Found, Problem, Step, Weights
+from ..engine.scores import Evaluator
 from ..exceptions import SoupWarning
 from ..mixing.layers import Layerwise, is_variance
 from ..mixing.mix import mix
@@ -300,6 +302,15 @@ class BaseSoup(
         relations = collection.relations(names)
         if relations.unrelated and not any(MORE in said for said in self.warnings_):
             self._warn(f"{judge(relations)} {MORE}")
+
+    def _warn_of_chance(self, scores: Mapping[str, float], evaluate: Evaluator) -> None:
+        """Warn where no score is better than a guess: labels in another order; once in a fit.
+
+        ``scores`` were measured by ``evaluate``: those that the user gave are not judged.
+        """
+        said = judge_scores(scores, evaluate)
+        if said is not None and said not in self.warnings_:
+            self._warn(said)
 
     def _warn_of_variances(self, problem: Problem, coef: NDArray[np.float64]) -> None:
         """Warn where extrapolation left a running variance at 0, which ruins the outputs."""
