@@ -194,6 +194,16 @@ def test_a_file_that_can_not_be_read_any_more_is_left_out(tmp_path):
         assert files.healthy().names == ("checkpoint0", "checkpoint2", "checkpoint3")
 
 
+def test_the_remedy_for_a_file_that_was_cut_off_works(tmp_path):
+    files = CheckpointCollection(good_states(4, 0)).save(tmp_path / "zoo")
+    path = files.path("checkpoint1")
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(CheckpointError, match=r"checkpoint1\.safe.*move it to another folder, or"):
+        CheckpointCollection.from_path(tmp_path / "zoo")
+    path.rename(tmp_path / path.name)
+    assert len(CheckpointCollection.from_path(tmp_path / "zoo")) == 3
+
+
 def test_reads_each_file_once(tmp_path, monkeypatch):
     files = CheckpointCollection(good_states(4, 0)).save(tmp_path)
     opened = []
