@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from ..data.outputs import IGNORED
 from .scores import Evaluator
 
-MIN_ROWS = 30  # with fewer, chance explains any score
+MIN_ROWS = {"classification": 30, "regression": 100}  # with fewer, nothing is certain
 ERRORS = 2.0  # standard errors of a guess's accuracy
+WIDEST = 0.1  # they are at most so much, or a weak network might be taken for a guess
 
 
 def judge_scores(scores: Mapping[str, float], evaluate: Evaluator) -> str | None:
@@ -22,13 +23,14 @@ def judge_scores(scores: Mapping[str, float], evaluate: Evaluator) -> str | None
     labels per row, and too few rows to be certain.
     """
     outputs, n = evaluate.objective.outputs, _effective(evaluate.weight, len(evaluate.y))
-    if not scores or evaluate.scorer is not None or n < MIN_ROWS:
+    least = MIN_ROWS.get(outputs.task, math.inf)
+    if not scores or evaluate.scorer is not None or n < least:
         return None
     name = max(scores, key=scores.__getitem__)
     best = scores[name]
     if outputs.task == "classification":
         return _of_accuracy(name, best, evaluate, n)
-    if outputs.task == "regression" and evaluate.rows is not None and best < 0:
+    if evaluate.rows is not None and best < 0:
         return (
             f"No checkpoint predicts these held-out rows better than the mean of y does: the "
             f"highest R² is {best:.4f} ({name!r}), expected more than 0. The scale of y may differ "
@@ -41,9 +43,13 @@ def judge_scores(scores: Mapping[str, float], evaluate: Evaluator) -> str | None
 def _of_accuracy(name: str, best: float, evaluate: Evaluator, n: float) -> str | None:
     n_classes = evaluate.objective.outputs.n_outputs
     chance, share = 1 / n_classes, _largest_share(evaluate)
-    if best <= chance + ERRORS * math.sqrt(chance * (1 - chance) / n):
+
+    def error(accuracy: float) -> float:
+        return ERRORS * math.sqrt(accuracy * (1 - accuracy) / n)
+
+    if best <= chance + error(chance) and error(chance) <= WIDEST:
         level = f"a guess among {n_classes} classes is right on {chance:.4f}"
-    elif best < share - ERRORS * math.sqrt(share * (1 - share) / n):
+    elif best < share - error(share) and error(share) <= WIDEST:
         level = f"the most frequent class alone is {share:.4f}"
     else:
         return None
