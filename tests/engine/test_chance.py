@@ -71,7 +71,7 @@ def test_few_rows_and_known_scores_and_other_metrics_are_not_judged(kind):
 
 @pytest.mark.parametrize(("n_classes", "n"), [(2, 100), (3, 89), (10, 36), (40, 30)])
 def test_how_many_rows_are_certain(n_classes, n):
-    y = np.arange(n) % n_classes
+    y = np.arange(n) % min(n_classes, 10)
     for rows in (slice(n - 1), slice(n)):
         X, wrong = one_hot(y[rows], n_classes), (y[rows] + 1) % n_classes
         if rows.stop == n:
