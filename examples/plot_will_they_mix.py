@@ -12,8 +12,9 @@ without any data, on a folder that mixes well and on one that does not.
 # A folder that mixes
 # -------------------
 # Six networks, fine-tuned from one pretrained start with random hyper-parameters. ``describe``
-# streams the files twice and compares the weights. The cosine is that between a checkpoint and the
-# mean of the others: near 1 for relatives.
+# streams the files once and compares the weights, pair by pair. The cosine is the median of those
+# between a checkpoint and each of the others: near 1 for relatives, whatever a few bad runs among
+# them are like.
 
 import warnings
 

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from . import __version__
 from .checkpoints.collection import CheckpointCollection
-from .checkpoints.health import UNRELATED
 from .checkpoints.prefixes import PREFIXES
 from .checkpoints.protocol import Read
 from .checkpoints.sources import SUFFIXES, find_checkpoints
@@ -25,7 +24,7 @@ from .exceptions import CheckpointError, RecipeError
 from .mixing.recipe import Recipe
 
 EPILOG = """\
-Exit status: 0 fine; 1 a check failed (inspect: unrelated checkpoints, verify: another soup);
+Exit status: 0 fine; 1 a check failed (inspect: bad or unrelated checkpoints, verify: another soup);
 2 an error, with its reason; nothing was written. Checkpoints are never unpickled unsafely.
 """
 
@@ -83,10 +82,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(options: argparse.Namespace) -> tuple[bool, dict[str, Any], str]:
-    with _opened(options, passes=2) as collection:
+    with _opened(options) as collection:
         summary = collection.describe()
-    unrelated = any(row.cosine < UNRELATED for row in summary.checkpoints)
-    return unrelated, summary.to_dict(), str(summary)
+    bad = any(row.problem for row in summary.checkpoints)
+    return bad, summary.to_dict(), str(summary)
 
 
 def _average(options: argparse.Namespace) -> tuple[bool, dict[str, Any], str]:
@@ -187,7 +186,7 @@ class _Watched(CheckpointCollection):
 
 @contextmanager
 def _opened(
-    options: argparse.Namespace, passes: int = 1, recipe: Recipe | None = None
+    options: argparse.Namespace, recipe: Recipe | None = None
 ) -> Iterator[CheckpointCollection]:
     """Open the checkpoints, with a progress bar on a terminal (and nothing elsewhere)."""
     found = [path for source in options.sources for path in find_checkpoints(source)]
@@ -195,7 +194,7 @@ def _opened(
     keys = set() if recipe is None else {one.key for one in recipe.ingredients}
     key = keys.pop() if options.key is None and len(keys) == 1 else options.key
     collection = _Watched(paths, key=key, prefix=options.prefix)
-    total = passes * len(collection) * collection.nbytes
+    total = len(collection) * collection.nbytes
     with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         collection.report = bar.update
         yield collection

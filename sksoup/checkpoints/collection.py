@@ -6,6 +6,7 @@ import copy
 import multiprocessing
 import os
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import reduce
@@ -15,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from ..exceptions import CheckpointError
+from ..exceptions import CheckpointError, SoupWarning
 from ..runtime.random_state import preserved_random_state
 from .agreement import check_names, check_scores, common_layout, named
 from .architecture import ModuleSource, find_architecture
@@ -24,7 +25,9 @@ from .health import Health
 from .in_memory import content_sha256
 from .prefixes import drop_prefixes, fit_names, take_prefix
 from .protocol import Entry, Read, TensorInfo
+from .relations import Relations
 from .sources import default_names, find_checkpoints, open_source
+from .survey import reasons, survey, usable
 from .write import write_safetensors
 
 __all__ = ["CheckpointCollection"]
@@ -128,7 +131,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         self._entries: dict[str, Entry] = dict(zip(self.names, entries, strict=True))
         self.layout: dict[str, TensorInfo] = common_layout(self._entries)
         self.scores = check_scores(scores, self.names)
-        self._health = Health()
+        self.health = Health()
 
     @classmethod
     def from_path(
@@ -191,7 +194,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_health": Health()}
+        return {**self.__dict__, "health": Health()}
 
     def __repr__(self) -> str:
         files = sum(self.path(name) is not None for name in self)
@@ -230,11 +233,11 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
 
             def read(tensor: str) -> torch.Tensor:
                 value = read_unchecked(entry.prefix + tensor)
-                if (bad := self._health.see(name, tensor, value)) is not None:
+                if (bad := self.health.see(name, tensor, value)) is not None:
                     raise CheckpointError(
                         f"{self._entries[bad]!r} can't be used: {tensor!r} holds NaN or infinite "
                         f"values. Its run has probably diverged: leave it out with "
-                        f"collection.drop({bad!r})."
+                        f"collection.drop({bad!r}), or all such with collection.healthy()."
                     )
                 return value
 
@@ -249,7 +252,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             As `open`, naming file and tensor.
         """
         for name in self.names:
-            if unread := self._health.unread(name, self.layout):
+            if unread := self.health.unread(name, self.layout):
                 with self.open(name) as read:
                     for tensor in unread:
                         read(tensor)
@@ -262,14 +265,14 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         summary : CollectionSummary
             Print it, or use ``to_dict()``.
 
-        Raises
-        ------
-        CheckpointError
-            As `open`.
-
         Notes
         -----
-        Two reads of all files; memory of two models in float64 and one tensor.
+        One read of all files; memory of one tensor, and of 256 numbers of each tensor of every
+        checkpoint. Checkpoints are compared pair by pair and with their median, so that the related
+        ones are recognised as long as they are the majority, however bad the others are: a
+        checkpoint is unrelated whose median cosine to the others is below 0.5, or that lies more
+        than 10 times as far from the median as is usual (more where the distances of a wide sweep
+        are spread more). One that can't be read, or holds NaN, is a row with its ``problem``.
 
         Examples
         --------
@@ -282,8 +285,89 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         """
         return describe(self)
 
+    def healthy(self) -> CheckpointCollection:
+        """Return the collection without the checkpoints that would spoil a soup.
+
+        Left out, with a warning that says why, is a checkpoint that can't be read, that holds NaN
+        or infinite values, or that is unrelated to the others: one that `describe` says points
+        elsewhere or lies far from them, such as a run that diverged.
+
+        Returns
+        -------
+        collection : CheckpointCollection
+            The others, in order, with their scores; this same object if nothing is wrong.
+
+        Raises
+        ------
+        CheckpointError
+            No checkpoint would be left.
+
+        Warns
+        -----
+        SoupWarning
+            Names what was left out.
+
+        See Also
+        --------
+        drop : Leaves out by name.
+
+        Notes
+        -----
+        One read of all files; nothing is changed. An infinite tensor that most checkpoints share,
+        such as an attention mask, is allowed.
+
+        Examples
+        --------
+        >>> import warnings
+        >>> import torch
+        >>> from sksoup import CheckpointCollection
+        >>> start = torch.nn.Linear(20, 20).state_dict()
+        >>> runs = [{k: v + 0.01 * i for k, v in start.items()} for i in range(4)]
+        >>> runs[2]["weight"][0, 0] = float("nan")
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     print(CheckpointCollection(runs).healthy().names)
+        ('checkpoint0', 'checkpoint1', 'checkpoint3')
+        >>> print(caught[0].message)
+        Left out 1 of 4 checkpoints: 'checkpoint2' ('weight' holds NaN).
+        """
+        found = survey(self)
+        names = usable(self, found)
+        unrelated = found.relations(names, self.layout, least=1).unrelated
+        bad = {n: found.problems.get(n) or unrelated.get(n) for n in self.names}
+        why = {name: reason for name, reason in bad.items() if reason}
+        if not why:
+            return self
+        said = reasons(why)
+        if len(why) == len(self):
+            raise CheckpointError(
+                f"No checkpoint of this collection is healthy: {said}. Most of them must be "
+                f"readable, finite, and fine-tuned from one start: check how they were made."
+            )
+        warnings.warn(
+            f"Left out {len(why)} of {len(self)} checkpoints: {said}.", SoupWarning, stacklevel=2
+        )
+        return self.drop(why)
+
+    def relations(self, names: Iterable[str]) -> Relations:
+        """Compare those of these checkpoints that were read, by a few numbers of each matrix.
+
+        Parameters
+        ----------
+        names : iterable of str
+            Checkpoints to compare.
+
+        Returns
+        -------
+        relations : Relations
+            ``relations.unrelated`` is a dict from names to what was measured. `describe` judges in
+            the same way; here nothing is read, and networks with fewer than 64 numbers that differ
+            are not judged.
+        """
+        return self.health.relations(names, self.layout)
+
     def strangers(self, names: Iterable[str]) -> list[str]:
-        """Return those of these checkpoints that point elsewhere than the others.
+        """Return those of these checkpoints that point elsewhere than the others, or lie far off.
 
         Parameters
         ----------
@@ -293,10 +377,26 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Returns
         -------
         strangers : list of str
-            Those whose cosine to the mean of the others, on a few numbers of each matrix, is below
-            0.5. `describe` compares all numbers.
+            Names, as in ``relations(names).unrelated``.
         """
-        return self._health.strangers(names, self.layout)
+        return list(self.relations(names).unrelated)
+
+    def judged_by(self, health: Health) -> Self:
+        """Return the same collection, with what is read given to another judge.
+
+        Parameters
+        ----------
+        health : Health
+            Sees every tensor that is read.
+
+        Returns
+        -------
+        collection : CheckpointCollection
+            Shares files and tensors with this one.
+        """
+        part = copy.copy(self)
+        part.health = health
+        return part
 
     def select(self, names: Iterable[str]) -> CheckpointCollection:
         """Return a collection of these checkpoints only, in this order.
@@ -363,7 +463,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         if self.scores is not None:
             known = {name: score for name, score in self.scores.items() if name in entries}
             part.scores = known if len(known) == len(entries) else None
-        part._health = Health()
+        part.health = Health()
         return part
 
     def save(self, folder: str | os.PathLike[str]) -> CheckpointCollection:

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from ..runtime.fingerprint import tensor_bytes
 from ..tables import Table
-from .health import UNRELATED
-from .protocol import Read, TensorInfo
-
-
-class Openable(Protocol):
-    """What a description needs of a collection."""
-
-    names: tuple[str, ...]
-    layout: dict[str, TensorInfo]
-    scores: dict[str, float] | None
-
-    def open(self, name: str) -> AbstractContextManager[Read]: ...
+from .relations import Relations
+from .survey import Openable, judge, listed, remedy, survey, usable
 
 
 @dataclass(frozen=True)
@@ -37,17 +26,22 @@ class CheckpointSummary:
     name : str
         Its name.
     norm : float
-        Length of its weight vector.
+        Length of its weight vector; NaN where that can't be read.
     distance : float
-        Length of its delta: distance to the mean of all checkpoints.
+        Distance to the median of all checkpoints, over the matrices that differ. Estimated from 256
+        numbers of each matrix, exact where none has more; the median is taken number by number, so
+        that a few bad checkpoints do not move it. NaN where its weights can't be used.
     cosine : float
-        Between its weights and the mean of the others' weights, over the matrices that differ;
-        near 1 for fine-tunings of one start, near 0 for networks that share none. NaN for a single
-        checkpoint.
+        Median of the cosines between its weights and those of each other checkpoint, from the same
+        numbers; near 1 for fine-tunings of one start, near 0 for networks that share none. NaN for
+        a single checkpoint, and where its weights can't be used.
     score : float or None
         Known held-out score.
     same_as : str or None
         The first checkpoint with the same weights.
+    problem : str or None
+        Why it should be left out, if it should: it holds NaN or infinite values, can't be read,
+        points elsewhere than the others or lies far from them.
 
     Examples
     --------
@@ -63,6 +57,7 @@ class CheckpointSummary:
     cosine: float
     score: float | None
     same_as: str | None
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,18 +101,19 @@ class CollectionSummary:
         """
         plain = asdict(self)
         for row in plain["checkpoints"]:
-            row["cosine"] = None if math.isnan(row["cosine"]) else row["cosine"]
+            for number in ("norm", "distance", "cosine"):
+                row[number] = row[number] if math.isfinite(row[number]) else None
         return plain
 
     def __str__(self) -> str:
         rows = [
             (
                 row.name,
-                f"{row.norm:.4g}",
-                f"{row.distance:.4g}",
-                "-" if math.isnan(row.cosine) else f"{row.cosine:.4f}",
+                _number(row.norm, ".4g"),
+                _number(row.distance, ".4g"),
+                _number(row.cosine, ".4f"),
                 "-" if row.score is None else f"{row.score:.4f}",
-                f"same as {row.same_as}" if row.same_as else "",
+                _short(row.problem or (f"same as {row.same_as}" if row.same_as else "")),
             )
             for row in self.checkpoints
         ]
@@ -128,88 +124,85 @@ class CollectionSummary:
             f"{self.n_parameters:,} floating numbers each; tensors: {kinds}; "
             f"{len(self.identical)} identical everywhere"
         )
-        lines.append("distance: to the mean of all; cosine: to the mean of the others")
+        lines.append(
+            "distance: to the median of all; cosine: median of those to each other checkpoint"
+        )
         return "\n".join([*lines, *self.verdict])
 
 
 def describe(collection: Openable) -> CollectionSummary:
-    """Stream all checkpoints twice: once for their mean, once for distances and digests."""
-    names, layout, K = collection.names, collection.layout, len(collection.names)
-    mean = _mean(collection)
-    center = {tensor: _dot(value, value) for tensor, value in mean.items()}
-    digests: dict[str, dict[str, bytes]] = {name: {} for name in names}
-    # per checkpoint and tensor: |w|^2, <w, mean>, |w - mean|^2
-    sums: dict[str, dict[str, tuple[float, float, float]]] = {name: {} for name in names}
-    for name in names:
-        with collection.open(name) as read:
-            for tensor in layout:
-                value = read(tensor)
-                digests[name][tensor] = hashlib.sha256(tensor_bytes(value)).digest()
-                if tensor in mean:
-                    w, m = value.double(), mean[tensor]
-                    sums[name][tensor] = _dot(w, w), _dot(w, m), _dot(w - m, w - m)
-    same = [tensor for tensor in layout if len({digests[name][tensor] for name in names}) == 1]
-    # scales of norms start at 1 in every network: directions are those of matrices, if any differ
-    differing = [tensor for tensor in mean if tensor not in same]
-    compared = [tensor for tensor in differing if len(layout[tensor].shape) > 1] or differing
-    summaries = []
+    """Read all checkpoints once: norms, digests, and a few numbers of every tensor."""
+    squares: dict[str, float] = defaultdict(float)
+    digests: dict[str, dict[str, bytes]] = {name: {} for name in collection.names}
+
+    def visit(name: str, tensor: str, value: torch.Tensor) -> None:
+        digests[name][tensor] = hashlib.sha256(tensor_bytes(value)).digest()
+        if value.is_floating_point():
+            flat = value.double().flatten()
+            square = float(torch.dot(flat, flat))
+            squares[name] += square if math.isfinite(square) else 0.0  # of an infinite constant
+
+    found = survey(collection, visit)
+    names, layout = usable(collection, found), collection.layout
+    relations = found.relations(names, layout, least=1)
+    same = [t for t in layout if names and len({digests[name][t] for name in names}) == 1]
     first: dict[tuple[bytes, ...], str] = {}
-    for name in names:
-        copied = first.setdefault(tuple(digests[name].values()), name)
-        square = sum(sums[name][t][0] for t in compared)
-        product = sum(sums[name][t][1] for t in compared)
-        summaries.append(
-            CheckpointSummary(
-                name,
-                norm=math.sqrt(sum(values[0] for values in sums[name].values())),
-                distance=math.sqrt(sum(values[2] for values in sums[name].values())),
-                cosine=_cosine(K, square, product, sum(center[t] for t in compared)),
-                score=None if collection.scores is None else collection.scores[name],
-                same_as=None if copied == name else copied,
-            )
+    copied = {n: first.setdefault(tuple(digests[n].values()), n) for n in names}
+    problems, unrelated = found.problems, relations.unrelated
+    at = {name: k for k, name in enumerate(relations.names)}
+    summaries = tuple(
+        CheckpointSummary(
+            name,
+            norm=math.sqrt(squares[name]) if name in copied else math.nan,
+            distance=float(relations.distances[at[name]]) if name in at else math.nan,
+            cosine=float(relations.cosines[at[name]]) if name in at else math.nan,
+            score=None if collection.scores is None else collection.scores[name],
+            same_as=None if copied.get(name, name) == name else copied[name],
+            problem=problems.get(name) or unrelated.get(name),
         )
+        for name in collection.names
+    )
     dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in layout.values())
     return CollectionSummary(
-        tuple(summaries),
+        summaries,
         sum(info.size for info in layout.values() if info.is_floating),
         dict(dtypes),
         tuple(same),
-        _verdict(summaries, len(same), len(layout)),
+        (
+            *_unusable(problems),
+            *_verdict([s for s in summaries if s.name in copied], relations, same, layout),
+        ),
     )
 
 
-def _mean(collection: Openable) -> dict[str, torch.Tensor]:
-    """Mean of the floating tensors, float64; infinite constants are left out."""
-    mean: dict[str, torch.Tensor] = {}
-    for name in collection.names:
-        with collection.open(name) as read:
-            for tensor, info in collection.layout.items():
-                if info.is_floating:
-                    value = read(tensor).double()
-                    mean[tensor] = mean[tensor].add_(value) if tensor in mean else value.clone()
-    return {
-        tensor: value / len(collection.names)
-        for tensor, value in mean.items()
-        if bool(torch.isfinite(value).all())
-    }
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
 
 
-def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float(torch.dot(a.flatten(), b.flatten()))
+def _short(text: str) -> str:
+    """One line of a table; the verdict has the whole."""
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _cosine(K: int, square: float, product: float, center: float) -> float:
-    """cos(w_k, mean of the others) from |w_k|^2, <w_k, mean of all> and |mean of all|^2."""
-    if K < 2:
-        return math.nan
-    others = (K * product - square) / (K - 1)  # <w_k, m>
-    length = math.sqrt(max(0.0, K**2 * center - 2 * K * product + square)) / (K - 1)  # |m|
-    return others / (math.sqrt(square) * length) if square > 0 and length > 0 else 1.0
+def _unusable(problems: Mapping[str, str]) -> tuple[str, ...]:
+    """A sentence on each checkpoint that can't be used; five at most."""
+    if not problems:
+        return ()
+    said = [f"{name!r} can't be used: {why.rstrip('.')}." for name, why in problems.items()]
+    rest = [f"{listed(list(problems)[5:])} can't be used either."] if len(said) > 5 else []
+    which = "it" if len(problems) == 1 else "them"
+    what = remedy(list(problems)).replace("leave out", f"Leave {which} out")
+    return (*said[:5], *rest, f"{what}.")
 
 
 def _verdict(
-    summaries: Sequence[CheckpointSummary], n_identical: int, n_tensors: int
+    summaries: Sequence[CheckpointSummary],
+    relations: Relations,
+    identical: Sequence[str],
+    tensors: Mapping[str, Any],
 ) -> tuple[str, ...]:
+    if not summaries:
+        return ("No checkpoint is left: nothing to mix.",)
     if len(summaries) == 1:
         return ("One checkpoint: nothing to mix.",)
     copies = [row.name for row in summaries if row.same_as]
@@ -218,34 +211,12 @@ def _verdict(
     verdict = []
     if copies:
         verdict.append(
-            f"{_listed(copies)} {'repeats' if len(copies) == 1 else 'repeat'} other checkpoints: "
+            f"{listed(copies)} {'repeats' if len(copies) == 1 else 'repeat'} other checkpoints: "
             f"in a mean, equal ones count each time."
         )
-    if n_identical:
+    if identical:
         verdict.append(
-            f"{n_identical} of {n_tensors} tensors are the same everywhere (frozen parts): they "
-            f"cost nothing to search."
+            f"{len(identical)} of {len(tensors)} tensors are the same everywhere (frozen parts): "
+            f"they cost nothing to search."
         )
-    strangers = [row.name for row in summaries if row.cosine < UNRELATED]
-    return (*verdict, judge(strangers, len(summaries)))
-
-
-def judge(strangers: Sequence[str], n: int) -> str:
-    """What it means for a soup that these of n checkpoints point elsewhere than the others."""
-    if not strangers:
-        return "These ingredients lie close together, as fine-tunings of one start do: good to mix."
-    if 2 * len(strangers) >= n:
-        return (
-            f"These ingredients do not share a start: {len(strangers)} of {n} point elsewhere than "
-            f"the others (cosine below {UNRELATED}). A soup of them will be noise. Fine-tune all "
-            f"from one pretrained start, with lower learning rates."
-        )
-    return (
-        f"{_listed(strangers)} {'does' if len(strangers) == 1 else 'do'} not share a start with "
-        f"the others (cosine below {UNRELATED}): leave out with collection.drop(...)."
-    )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(map(repr, names[:5])) + more
+    return (*verdict, judge(relations))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-UNRELATED = 0.5  # cosine to the others below which two networks hardly share a start
-SAMPLE = 64  # numbers kept of each matrix
+from .relations import LEAST, Relations, relate
+
+SAMPLE = 256  # numbers kept of each tensor
+GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it are evenly spread, and in step with no row length
 
 
 class Health:
@@ -19,6 +22,8 @@ class Health:
         self._finite: dict[str, set[str]] = {}  # tensor -> checkpoints that passed
         self._infinite: dict[str, tuple[str, torch.Tensor]] = {}  # constants, and whose
         self._samples: dict[str, dict[str, NDArray[np.float64]]] = {}  # checkpoint -> tensor
+        self._largest: dict[str, dict[str, float]] = {}  # magnitudes: checkpoint -> tensor
+        self._is_matrix: dict[str, bool] = {}
 
     def unread(self, name: str, tensors: Iterable[str]) -> list[str]:
         """The tensors of a checkpoint that have not been seen."""
@@ -29,37 +34,60 @@ class Health:
         seen = self._finite.setdefault(tensor, set())
         if name in seen:
             return None
-        if value.is_floating_point() and value.numel():
-            # two numbers per tensor: NaN propagates into both
-            low, high = torch.aminmax(value if value.dtype.itemsize > 1 else value.float())
-            if value.ndim > 1:  # a few numbers of a matrix, evenly spread
-                flat = value.flatten()
-                few = flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE]
-                self._samples.setdefault(name, {})[tensor] = few.double().numpy().copy()
-            if bool(torch.isnan(low) | torch.isnan(high)):
-                return name
-            infinite = bool(torch.isinf(low) | torch.isinf(high))
-            if infinite and not seen:
-                self._infinite[tensor] = (name, value.clone())
-            elif infinite or tensor in self._infinite:
-                first, constant = self._infinite.get(tensor, (name, None))
-                if constant is None or not torch.equal(constant, value):
-                    return name if infinite else first
+        largest = self._look(name, tensor, value)
+        if math.isnan(largest):
+            return name
+        infinite = math.isinf(largest)
+        if infinite and not seen:
+            self._infinite[tensor] = (name, value.clone())
+        elif infinite or tensor in self._infinite:
+            first, constant = self._infinite.get(tensor, (name, None))
+            if constant is None or not torch.equal(constant, value):
+                return name if infinite else first
         seen.add(name)
         return None
 
-    def strangers(self, names: Iterable[str], tensors: Iterable[str]) -> list[str]:
-        """Checkpoints whose samples, where they differ, point elsewhere than the others' mean."""
-        read = {name: self._samples[name] for name in names if name in self._samples}
-        if len(read) < 2:
-            return []
-        shared = [t for t in tensors if all(t in samples for samples in read.values())]
-        parts = ([s[t] for t in shared] for s in read.values())
-        S = np.stack([np.concatenate([*part, np.empty(0)]) for part in parts])  # (K, n)
-        S = S[:, (S[0] != S).any(axis=0)]
-        if S.shape[1] < SAMPLE:
-            return []
-        others = (S.sum(axis=0) - S) / (len(read) - 1)
-        lengths = np.linalg.norm(S, axis=1) * np.linalg.norm(others, axis=1)
-        cosines = (S * others).sum(axis=1) / np.where(lengths > 0, lengths, 1)
-        return [name for name, cosine in zip(read, cosines, strict=True) if cosine < UNRELATED]
+    def _look(self, name: str, tensor: str, value: torch.Tensor) -> float:
+        """The largest magnitude, perhaps NaN or Inf; keeps some numbers of a finite tensor."""
+        if not value.is_floating_point() or not value.numel():
+            return 0.0
+        # two numbers per tensor: NaN propagates into both
+        low, high = torch.aminmax(value if value.dtype.itemsize > 1 else value.float())
+        largest = max(abs(float(low)), abs(float(high)))
+        if math.isfinite(largest) and not math.isnan(float(low)):
+            self._samples.setdefault(name, {})[tensor] = sample(value)
+            self._largest.setdefault(name, {})[tensor] = largest
+            self._is_matrix[tensor] = value.ndim > 1
+            return largest
+        return math.nan if math.isnan(float(low)) else math.inf
+
+    def relations(
+        self, names: Iterable[str], tensors: Iterable[str], least: int = LEAST
+    ) -> Relations:
+        """Compare the checkpoints that were read, by the numbers kept of them."""
+        read = [name for name in names if name in self._samples]
+        seen = [self._samples[name] for name in read]
+        shared = [t for t in tensors if seen and all(t in samples for samples in seen)]
+        # scales of norms start at 1 in every network: directions are those of matrices, if any
+        # differ
+        matrices = self._points(read, [t for t in shared if self._is_matrix[t]])
+        points = matrices if matrices.shape[1] else self._points(read, shared)
+        largest = {t: np.array([self._largest[name][t] for name in read]) for t in shared}
+        return relate(read, points, largest, least)
+
+    def _points(self, names: Sequence[str], tensors: Sequence[str]) -> NDArray[np.float64]:
+        """(K, n): the numbers kept of those of these tensors that differ."""
+        parts = [np.stack([self._samples[name][t] for name in names]) for t in tensors]
+        differing = [part for part in parts if (part[:1] != part).any()]
+        return np.concatenate([*differing, np.empty((len(names), 0))], axis=1)
+
+
+def sample(value: torch.Tensor) -> NDArray[np.float64]:
+    """Some numbers of a tensor, evenly spread, scaled so that their length is that of all."""
+    flat = value.detach().reshape(-1)
+    n = len(flat)
+    if n <= SAMPLE:
+        return flat.double().numpy().copy()
+    where = (np.arange(SAMPLE) * GOLDEN % 1 * n).astype(np.int64)
+    few: NDArray[np.float64] = flat[torch.as_tensor(where)].double().numpy()
+    return few * math.sqrt(n / SAMPLE)

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from ..exceptions import CheckpointError
 from .protocol import HASHING, Checkpoint, Read, TensorInfo
 
+LEAVE_OUT = "leave it out: move it to another folder, or give the paths of the others only"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -78,8 +79,8 @@ def unreadable(path: Path, error: Exception) -> CheckpointError:
             wrong += "There is too little memory, or its header is damaged."
         else:
             wrong += (
-                "The file is damaged, incomplete or of another format: copy or write it again, or "
-                "leave it out."
+                f"The file is damaged, incomplete or of another format: copy or write it again, "
+                f"or {LEAVE_OUT}."
             )
     return CheckpointError(f"{str(path)!r} {wrong}")
 
@@ -101,7 +102,7 @@ class CheckpointFile(Checkpoint):
         if self._opened_as[0] == 0:
             raise CheckpointError(
                 f"{str(file)!r} is empty (0 bytes), expected a checkpoint. It was probably cut off "
-                f"while being written: write it again, or leave it out."
+                f"while being written: write it again, or {LEAVE_OUT}."
             )
         with naming(file):
             self.header = self._read_header()

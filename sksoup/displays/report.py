@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoints.describe import judge
+from ..checkpoints.survey import MORE, judge
 from ..tables import Table
 from .coefficients import CoefficientsDisplay
 from .comparison import ComparisonDisplay
@@ -67,8 +67,8 @@ def advice(soup: Any, comparison: Any = None) -> list[str]:
     """Remarks on the soup, each with what to do about it."""
     recipe, collection = soup.recipe_, soup.checkpoints_
     used = [i.name for i, u in zip(recipe.ingredients, recipe.is_used(), strict=True) if u]
-    is_judged = any("share a start" in warning for warning in soup.warnings_)
-    said = [] if is_judged or len(used) < 2 else [judge(collection.strangers(used), len(used))]
+    is_judged = any(MORE in warning for warning in soup.warnings_)
+    said = [] if is_judged or len(used) < 2 else [judge(collection.relations(used))]
     outside = CoefficientsDisplay(recipe.coef, collection.names, recipe.layer_names).outside
     if outside:
         said.append(

@@ -24,9 +24,10 @@ from sklearn.utils import ClassifierTags, RegressorTags, Tags, check_scalar
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.describe import judge
+from ..checkpoints.survey import MORE, judge
 from ..data.outputs import TASKS, Task
 from ..engine.batch_norm import POLICIES, BatchNormPolicy, check_policy, settle
+from ..engine.chance import judge_scores
 from ..engine.objective import Criterion, Forward, load_weights
 from ..engine.problem import Found, Problem, Step, Weights
 from ..engine.scores import Evaluator
@@ -339,10 +340,18 @@ class BaseSoup(
 
     def _warn_of_strangers(self, collection: CheckpointCollection, names: Sequence[str]) -> None:
         """Warn of checkpoints that share no start with the others; once in a fit."""
-        strangers = collection.strangers(names)
-        if strangers and not any("share a start" in said for said in self.warnings_):
-            said = judge(strangers, len(names))
-            self._warn(f"{said} collection.describe() tells more.")
+        relations = collection.relations(names)
+        if relations.unrelated and not any(MORE in said for said in self.warnings_):
+            self._warn(f"{judge(relations)} {MORE}")
+
+    def _warn_of_chance(self, scores: Mapping[str, float], evaluate: Evaluator) -> None:
+        """Warn where no score is better than a guess: labels in another order; once in a fit.
+
+        ``scores`` were measured by ``evaluate``: those that the user gave are not judged.
+        """
+        said = judge_scores(scores, evaluate)
+        if said is not None and said not in self.warnings_:
+            self._warn(said)
 
     def _warn_of_rounding(self, evaluate: Evaluator, decided: float) -> None:
         """Warn where rounding left the mix below the score that the search decided by."""

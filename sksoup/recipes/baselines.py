@@ -194,6 +194,8 @@ class BestCheckpoint(BaseSoup):
         checkpoints.check()
         with problem.progress("evaluation", 0 if checkpoints.scores else len(checkpoints)) as step:
             scores = rank_checkpoints(problem, step, n_jobs=self.n_jobs).scores
+        if checkpoints.scores is None:
+            self._warn_of_chance(scores, problem.evaluate)
         best = max(checkpoints.names, key=scores.__getitem__)  # the first on ties
         coef = np.array([[float(name == best) for name in checkpoints]])
         return Found(coef, attributes={"individual_scores_": scores, "ingredients_": (best,)})

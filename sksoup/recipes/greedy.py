@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.utils import check_scalar
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.describe import judge
+from ..checkpoints.survey import judge
 from ..data.outputs import Task
 from ..data.rows import HeldOut
 from ..data.split import split_rows
@@ -232,19 +232,26 @@ class GreedySoup(BaseSoup):
         check_fraction(self.ranking_fraction, "ranking_fraction")
 
     def _search(self, problem: Problem) -> Found:
-        found = self.find(problem)
+        is_known = problem.checkpoints.scores is not None
+        parts = self._split(problem, is_known)
+        found = self.find(problem, parts)
+        if not is_known:
+            self._warn_of_chance(found.attributes["individual_scores_"], parts[0])
         if len(found.attributes["ingredients_"]) == 1 < len(problem.checkpoints):
             self._warn_of_one(problem.checkpoints, found.history)
         return found
 
-    def find(self, problem: Problem) -> Found:
-        """The search, without a warning: MEHL-Soup may start at what it finds."""
+    def find(self, problem: Problem, parts: tuple[Evaluator, Evaluator] | None = None) -> Found:
+        """The search, without a warning: MEHL-Soup may start at what it finds.
+
+        ``parts`` are what ranks and what accepts, drawn here by default.
+        """
         checkpoints = problem.checkpoints
         names, n = checkpoints.names, len(checkpoints)
         if max(effective_n_jobs(self.n_jobs), world_size()) > 1:
             checkpoints.check()  # workers read some each, and can't compare constants
         n_ranked = 0 if checkpoints.scores is not None else n
-        to_rank, to_accept = self._split(problem, is_known=not n_ranked)
+        to_rank, to_accept = parts or self._split(problem, is_known=not n_ranked)
         with problem.progress("evaluation", n_ranked + n) as step:
             try:
                 ranking = rank_checkpoints(problem, step, n_jobs=self.n_jobs, evaluate=to_rank)
@@ -294,7 +301,7 @@ class GreedySoup(BaseSoup):
         best, *others = path
         least = max(others, key=lambda tried: tried["gain"])
         most = min(others, key=lambda tried: tried["gain"])
-        related = judge(checkpoints.strangers(checkpoints.names), len(checkpoints))
+        related = judge(checkpoints.relations(checkpoints.names))
         bounds = " at most" if any(tried["is_bound"] for tried in others) else ""
         self._warn(
             f"Only {best['candidate']!r}, the best checkpoint, is in the greedy soup: each of the "

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import warnings
 
 import numpy as np
@@ -11,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from sksoup import BestCheckpoint, CheckpointCollection, GreedySoup, SoupWarning, UniformSoup
+from sksoup import (
+    BestCheckpoint,
+    CheckpointCollection,
+    CheckpointError,
+    GreedySoup,
+    SoupWarning,
+    UniformSoup,
+)
 
 from ..zoo import Zoo, around
 
@@ -27,10 +35,10 @@ def test_numbers_are_those_of_plain_linear_algebra(n, seed):
     states = [{"w": torch.as_tensor(row.reshape(3, 4)), "frozen": torch.ones(2)} for row in W]
     summary = CheckpointCollection(states).describe()
     for k, row in enumerate(summary.checkpoints):
-        others = np.delete(W, k, axis=0).mean(axis=0)
-        cosine = W[k] @ others / np.linalg.norm(W[k]) / np.linalg.norm(others)
-        assert row.cosine == pytest.approx(cosine, abs=1e-9)
-        assert row.distance == pytest.approx(np.linalg.norm(W[k] - W.mean(axis=0)))
+        others = np.delete(W, k, axis=0)
+        cosines = others @ W[k] / np.linalg.norm(W[k]) / np.linalg.norm(others, axis=1)
+        assert row.cosine == pytest.approx(sorted(cosines)[(n - 1) // 2], abs=1e-9)
+        assert row.distance == pytest.approx(np.linalg.norm(W[k] - np.median(W, axis=0)))
         assert row.norm == pytest.approx(np.sqrt(W[k] @ W[k] + 2))
     assert summary.identical == ("frozen",)
     assert summary.n_parameters == 14
@@ -80,10 +88,52 @@ def test_the_table_has_a_column_for_every_number_and_a_note_of_copies():
     )
     assert str(collection.describe()).splitlines()[:4] == [
         "name   norm  distance  cosine   score",
-        "a         6         2  0.8660  0.5000",
-        "b         6         4  0.5000  1.0000",
-        "again     6         2  0.8660  0.5000  same as a",
+        "a         6         0  1.0000  0.5000",
+        "b         6         6  0.5000  1.0000  25 times as far from them as is usual",
+        "again     6         0  1.0000  0.5000  same as a",
     ]
+
+
+def test_a_checkpoint_that_is_not_finite_is_a_row_with_its_problem():
+    torch.manual_seed(0)
+    states = {name: net.state_dict() for name, net in zip("abcd", around(wide(), 4), strict=True)}
+    states["b"]["2.weight"][1, 1] = torch.nan
+    collection = CheckpointCollection(states, scores=dict.fromkeys("abcd", 0.5))
+    summary = collection.describe()
+    assert [row.problem for row in summary.checkpoints] == [
+        None,
+        "'2.weight' holds NaN",
+        None,
+        None,
+    ]
+    assert summary.verdict[0] == "'b' can't be used: '2.weight' holds NaN."
+    assert "collection.drop('b') or collection.healthy()" in summary.verdict[1]
+    assert summary.verdict[-1].endswith("good to mix.")
+    row = str(summary).splitlines()[2].split(maxsplit=5)
+    assert row == ["b", "-", "-", "-", "0.5000", "'2.weight' holds NaN"]
+    document = json.loads(json.dumps(summary.to_dict(), allow_nan=False))["checkpoints"][1]
+    assert document["norm"] is document["distance"] is document["cosine"] is None
+    with pytest.raises(CheckpointError, match=r"'2\.weight'.*collection\.healthy\(\)"):
+        collection.check()  # what describe has seen of it is not taken for good
+
+
+def test_nothing_usable_is_described_all_the_same():
+    states = [{"w": torch.full((2, 2), torch.nan)}] * 7
+    summary = CheckpointCollection(states).describe()
+    assert summary.identical == ()
+    assert "'checkpoint5', 'checkpoint6' can't be used either." in summary.verdict
+    assert summary.verdict[-1] == "No checkpoint is left: nothing to mix."
+
+
+def test_a_file_that_can_not_be_read_is_a_row_with_its_problem(tmp_path):
+    torch.manual_seed(0)
+    files = CheckpointCollection(around(wide(), 4)).save(tmp_path)
+    path = files.path("checkpoint2")
+    path.write_bytes(path.read_bytes()[:-50])
+    summary = files.describe()
+    assert "checkpoint2.safetensors" in summary.checkpoints[2].problem
+    assert math.isnan(summary.checkpoints[2].norm)
+    assert summary.verdict[-1].endswith("good to mix.")
 
 
 def test_ready_for_json():

@@ -1,0 +1,152 @@
+"""Read all checkpoints, the bad ones too, and find out which they are."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol, Self
+
+import torch
+
+from ..exceptions import CheckpointError
+from .health import Health
+from .protocol import Read, TensorInfo
+from .relations import UNRELATED, Relations
+
+MORE = "collection.describe() tells more."
+
+
+class Openable(Protocol):
+    """What a survey needs of a collection."""
+
+    names: tuple[str, ...]
+    layout: dict[str, TensorInfo]
+    scores: dict[str, float] | None
+    health: Health
+
+    def open(self, name: str) -> AbstractContextManager[Read]: ...
+
+    def judged_by(self, health: Health) -> Self: ...
+
+
+class Survey(Health):
+    """Health of checkpoints some of which are expected to be bad: judged when all were read."""
+
+    def __init__(self, health: Health) -> None:
+        self.__dict__.update(health.__dict__)  # what is seen here need not be seen again
+        self.problems: dict[str, str] = {}  # checkpoint -> why it can't be used
+        self._constants: dict[str, dict[str, bytes]] = defaultdict(dict)  # tensor -> checkpoint
+
+    def see(self, name: str, tensor: str, value: torch.Tensor) -> None:
+        """Note what a tensor holds, without a judgement."""
+        if tensor in self._samples.get(name, ()):
+            return  # it was finite
+        largest = self._look(name, tensor, value)
+        if math.isnan(largest):
+            self.problems.setdefault(name, f"{tensor!r} holds NaN")
+        elif math.isinf(largest):
+            # adding 0 makes -0 and 0 the same bits
+            self._constants[tensor][name] = (value.double() + 0).numpy().tobytes()
+        else:
+            self._finite.setdefault(tensor, set()).add(name)
+
+    def judge_infinities(self, names: Sequence[str]) -> None:
+        """An infinite tensor is a constant if most checkpoints have it; the others are bad."""
+        left = [name for name in names if name not in self.problems]
+        for tensor, values in self._constants.items():
+            held = {name: values[name] for name in left if name in values}
+            constant, n = Counter(held.values()).most_common(1)[0] if held else (b"", 0)
+            is_constant = 2 * n > len(left)
+            for name in left:
+                if name in held and not (is_constant and held[name] == constant):
+                    self.problems.setdefault(name, f"{tensor!r} holds infinite values")
+                elif name not in held and is_constant:
+                    wrong = f"{tensor!r} is finite, and infinite in most others"
+                    self.problems.setdefault(name, wrong)
+
+
+def survey(
+    collection: Openable, visit: Callable[[str, str, torch.Tensor], None] | None = None
+) -> Survey:
+    """Read every checkpoint once; ``visit(name, tensor, value)`` sees what is read."""
+    found = Survey(collection.health)
+    reading = collection.judged_by(found)
+    for name in collection.names:
+        try:
+            with reading.open(name) as read:
+                for tensor in collection.layout:
+                    value = read(tensor)
+                    if visit is not None:
+                        visit(name, tensor, value)
+        except (CheckpointError, OSError) as error:
+            found.problems.setdefault(name, str(error))
+    found.judge_infinities(collection.names)
+    return found
+
+
+def usable(collection: Openable, found: Survey) -> list[str]:
+    """Names of those that could be read and are finite."""
+    return [name for name in collection.names if name not in found.problems]
+
+
+def judge(relations: Relations) -> str:
+    """What it means for a soup how its ingredients lie to each other."""
+    elsewhere, far = list(relations.elsewhere), list(relations.far)
+    only_far = [name for name in far if name not in relations.elsewhere]
+    bad, n = list(relations.unrelated), len(relations.names)
+    if not bad:
+        return "These ingredients lie close together, as fine-tunings of one start do: good to mix."
+    if 2 * len(bad) >= n:
+        parts = []
+        if elsewhere:
+            parts.append(
+                f"{len(elsewhere)} of {n} point elsewhere than the others (median cosine below "
+                f"{UNRELATED})"
+            )
+        if only_far:
+            parts.append(
+                f"{len(only_far)} of {n} lie far from the others ({relations.far[only_far[0]]})"
+            )
+        return (
+            f"These ingredients do not share a start: {' and '.join(parts)}. A soup of them will "
+            f"be noise. Fine-tune all from one pretrained start, with lower learning rates."
+        )
+    parts = []
+    if elsewhere:
+        measured = relations.elsewhere[elsewhere[0]]
+        if elsewhere[0] in relations.far:
+            measured += f"; {relations.far[elsewhere[0]]}"
+        parts.append(
+            f"{listed(elsewhere)} {'does' if len(elsewhere) == 1 else 'do'} not share a start with "
+            f"the others, or diverged ({_of(elsewhere)}{measured})"
+        )
+    if only_far:
+        parts.append(
+            f"{listed(only_far)} {'is' if len(only_far) == 1 else 'are'} far from the others, and "
+            f"probably diverged ({_of(only_far)}{relations.far[only_far[0]]})"
+        )
+    return f"{'; '.join(parts)}: {remedy(bad)}."
+
+
+def remedy(names: Sequence[str]) -> str:
+    """What to do about bad checkpoints."""
+    which = repr(names[0]) if len(names) == 1 else "[...]"
+    return f"leave out with collection.drop({which}) or collection.healthy()"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Five names at most, and the count of the rest."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(repr, names[:5])) + more
+
+
+def reasons(problems: Mapping[str, str]) -> str:
+    """Five checkpoints at most, each with what is wrong with it."""
+    more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+    return "; ".join(f"{name!r} ({why})" for name, why in list(problems.items())[:5]) + more
+
+
+def _of(names: Sequence[str]) -> str:
+    return f"{names[0]!r}: " if len(names) > 1 else ""

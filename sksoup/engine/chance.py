@@ -1,0 +1,82 @@
+"""Whether the best of all checkpoints is no better than a guess: labels or targets are off."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..data.outputs import IGNORED
+from .scores import Evaluator
+
+MIN_ROWS = {"classification": 30, "regression": 100}  # with fewer, nothing is certain
+ERRORS = 2.0  # standard errors of a guess's accuracy
+WIDEST = 0.1  # they are at most so much, or a weak network might be taken for a guess
+
+
+def judge_scores(scores: Mapping[str, float], evaluate: Evaluator) -> str | None:
+    """What is probably wrong where no score is better than a guess on the rows of ``evaluate``.
+
+    ``scores`` are those that ``evaluate`` measured. None for metrics of the user's own, several
+    labels per row, and too few rows to be certain.
+    """
+    outputs, n = evaluate.objective.outputs, _effective(evaluate.weight, len(evaluate.y))
+    least = MIN_ROWS.get(outputs.task, math.inf)
+    if not scores or evaluate.scorer is not None or n < least:
+        return None
+    name = max(scores, key=scores.__getitem__)
+    best = scores[name]
+    if outputs.task == "classification":
+        return _of_accuracy(name, best, evaluate, n)
+    if evaluate.rows is not None and best < 0:
+        return (
+            f"No checkpoint predicts these held-out rows better than the mean of y does: the "
+            f"highest R² is {best:.4f} ({name!r}), expected more than 0. The scale of y may differ "
+            f"from the one in training, as where targets were standardised: transform y, or the "
+            f"outputs with forward=."
+        )
+    return None
+
+
+def _of_accuracy(name: str, best: float, evaluate: Evaluator, n: float) -> str | None:
+    n_classes = evaluate.objective.outputs.n_outputs
+    chance, share = 1 / n_classes, _largest_share(evaluate)
+
+    def error(accuracy: float) -> float:
+        return ERRORS * math.sqrt(accuracy * (1 - accuracy) / n)
+
+    if best <= chance + error(chance) and error(chance) <= WIDEST:
+        level = f"a guess among {n_classes} classes is right on {chance:.4f}"
+    elif best < share - error(share) and error(share) <= WIDEST:
+        level = f"the most frequent class alone is {share:.4f}"
+    else:
+        return None
+    return (
+        f"No checkpoint is better than a guess on these held-out rows: the highest accuracy is "
+        f"{best:.4f} ({name!r}), and {level} of them. The labels may be in another order than the "
+        f"module's outputs: give them in output order, classes=[...]; or X may be prepared in "
+        f"another way than in training."
+    )
+
+
+def _effective(weight: NDArray[np.float64] | None, n: int) -> float:
+    """How many rows of equal weight have the standard error of these."""
+    if weight is None:
+        return float(n)
+    square = float(np.square(weight).sum())
+    return float(weight.sum()) ** 2 / square if square > 0 else 0.0
+
+
+def _largest_share(evaluate: Evaluator) -> float:
+    """Weighted share of the most frequent class among the labels that count."""
+    y = np.asarray(evaluate.y).reshape(len(evaluate.y), -1)  # (N, positions)
+    weight = np.ones(len(y)) if evaluate.weight is None else evaluate.weight
+    weights = np.broadcast_to(weight[:, None], y.shape)
+    if evaluate.objective.outputs.is_dense:
+        used = y != IGNORED
+        y, weights = y[used], weights[used]
+    _, where = np.unique(y.ravel(), return_inverse=True)
+    counts = np.bincount(where.ravel(), weights=weights.ravel())
+    return float(counts.max() / counts.sum()) if len(counts) and counts.sum() > 0 else 0.0
