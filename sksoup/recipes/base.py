@@ -270,7 +270,7 @@ class BaseSoup(
         scores = {}
         for name, coef in candidates.items():
             self._mix(problem, coef)
-            scores[name] = self._held_out_score(problem, coef)
+            scores[name] = problem.evaluate.of_weights()
         best = max(reversed(scores), key=scores.__getitem__)  # the soup where it is level
         if best != "soup":
             what = {"center": "the center that it was searched from", "best": "the best checkpoint"}
@@ -292,15 +292,6 @@ class BaseSoup(
         self._dtypes = {name: w.dtype for name, w in weights.items()}
         settles = self.batch_norm != "average" and np.count_nonzero(coef.any(axis=0)) > 1
         self.recalibrated_ = settle(problem, self.batch_norm, self.batch_size) if settles else ()
-
-    def _held_out_score(self, problem: Problem, coef: NDArray[np.float64]) -> float:
-        """The score of the mixed module on all held-out rows."""
-        cache, collection = problem.evaluate.cache, problem.checkpoints
-        if cache is None:
-            return problem.evaluate().score
-        identities = [collection.identity(name) for name in collection]
-        key = "mixed", identities, problem.layers.rows, coef, self.batch_norm
-        return cache(key, lambda: problem.evaluate().score)
 
     def _keep_soup(self, problem: Problem, coef: NDArray[np.float64]) -> None:
         collection = problem.checkpoints

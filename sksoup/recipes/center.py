@@ -82,7 +82,17 @@ def _given(center: Any) -> NDArray[np.float64]:
 
 
 def choose_center(soup: Any, problem: Problem, generator: torch.Generator) -> Chosen:
-    """Choose the center of a soup's search; the generator draws the rows that rank."""
+    """Choose the center of a soup's search, and warn where no checkpoint beats a guess.
+
+    The generator draws the rows that rank.
+    """
+    chosen = _choose(soup, problem, generator)
+    if chosen.evaluate is not None:
+        soup._warn_of_chance(chosen.scores, chosen.evaluate)
+    return chosen
+
+
+def _choose(soup: Any, problem: Problem, generator: torch.Generator) -> Chosen:
     checkpoints, center = problem.checkpoints, soup.center
     n, clips = len(checkpoints), soup.clip_deltas is not None
     known = checkpoints.scores

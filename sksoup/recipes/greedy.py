@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -18,18 +18,15 @@ from sklearn.utils import check_scalar
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.survey import judge
 from ..data.outputs import Task
-from ..data.rows import HeldOut
 from ..data.split import split_rows
-from ..engine.batch_norm import BatchNormPolicy, can_recalibrate, recalibrate
-from ..engine.objective import Forward, load_weights
-from ..engine.parallel import evaluate_all
+from ..engine.batch_norm import BatchNormPolicy
+from ..engine.objective import Forward
 from ..engine.problem import Found, Problem, Ranking, rank_checkpoints
-from ..engine.scores import Evaluation, Evaluator, RowScore, evaluate_named
+from ..engine.scores import Evaluation, Evaluator, RowScore
 from ..mixing.mix import mix
-from ..mixing.running_mean import RunningMean
 from ..runtime.distributed import broadcast, world_size
-from ..runtime.fingerprint import fingerprint
 from .base import BaseSoup
+from .candidates import Candidates
 from .validation import check_fraction
 
 __all__ = ["GreedySoup"]
@@ -264,8 +261,12 @@ class GreedySoup(BaseSoup):
                 ranking = Ranking(scores, None)  # evaluations of other rows accept nothing
             # stable: equal scores stay in collection order
             ranked = sorted(range(n), key=lambda k: -scores[names[k]])
+            candidates = Candidates(
+                problem, ranking, ranked, to_accept, effective_n_jobs(self.n_jobs),
+                self.batch_norm, self.early_rejection,
+            )  # fmt: skip
             ingredients, tried = greedy(
-                ranked, Candidates(self, problem, ranking, ranked, to_accept), self.min_improvement,
+                ranked, candidates, self.min_improvement,
                 on_step=lambda kept: step(lambda: mean_of(checkpoints, kept)),
             )  # fmt: skip
         path = describe_path(tried, names, to_accept.rows)
@@ -315,150 +316,6 @@ class GreedySoup(BaseSoup):
 def mean_of(checkpoints: CheckpointCollection, ingredients: list[int]) -> dict[str, torch.Tensor]:
     """The mean of these checkpoints, in the bits that `mix` gives."""
     return mix(checkpoints, uniform_coef(ingredients, len(checkpoints)))
-
-
-class Candidates:
-    """Evaluates candidates in their turn, and with several workers some ahead of it."""
-
-    def __init__(
-        self,
-        recipe: GreedySoup,
-        problem: Problem,
-        ranking: Ranking,
-        ranked: list[int],
-        evaluate: Evaluator,
-    ) -> None:
-        self.recipe, self.problem, self.ranking = recipe, problem, ranking
-        self.ranked, self.evaluate = ranked, evaluate
-        self.mean = RunningMean(problem.checkpoints.layout)
-        self.n_workers = effective_n_jobs(recipe.n_jobs)
-        self.ahead: dict[int, Evaluation] = {}  # of candidates for the soup so far
-        self.digests: list[str] = []  # of the soup after each that was kept
-
-    def __call__(
-        self, ingredients: list[int], needed: float, soup: Evaluation | None
-    ) -> Evaluation:
-        *kept, candidate = ingredients
-        if soup is None and self.ranking.best is not None:
-            return self.ranking.best
-        if candidate not in self.ahead:
-            checkpoints = self.problem.checkpoints
-            n_ahead = 1 if soup is None else max(self.n_workers, world_size())
-            following = self.ranked[self.ranked.index(candidate) :]
-            for later in following[n_ahead : n_ahead + 1]:
-                checkpoints.warm(checkpoints.names[later])
-            trial = CandidateTrial(
-                checkpoints, dict(enumerate(checkpoints.names)), self.problem.data,
-                self.ranking.margins, self.recipe.batch_norm, self.recipe.early_rejection,
-                kept, self._digest(kept), self.mean, needed, soup, is_alone=n_ahead == 1,
-            )  # fmt: skip
-            found = evaluate_all(trial, following[:n_ahead], self.evaluate, self.n_workers)
-            self.ahead.update(found)
-        evaluation = self.ahead.pop(candidate)
-        if evaluation.score >= needed:
-            self.ahead.clear()  # they were for a soup without this one
-        return evaluation
-
-    def _digest(self, kept: list[int]) -> str:
-        """What the soup so far depends on, for the cache: sums are rounded in this order."""
-        checkpoints, digests = self.problem.checkpoints, self.digests
-        if self.evaluate.cache is None:
-            return ""
-        if not digests:  # sums are in dtypes promoted over the collection
-            digests.append(fingerprint([info.dtype for info in checkpoints.layout.values()]))
-        for i in range(len(digests) - 1, len(kept)):
-            leads = kept[i] == min(kept[: i + 1])  # its integers are taken
-            own = checkpoints.identity(checkpoints.names[kept[i]])
-            digests.append(fingerprint(digests[-1], own, leads))
-        return digests[-1]
-
-
-@dataclass(frozen=True)
-class CandidateTrial:
-    """Scores the means of a soup's ingredients and one candidate each."""
-
-    checkpoints: CheckpointCollection
-    names: Mapping[int, str]  # of the candidates
-    data: HeldOut  # all rows, which re-estimate BatchNorm
-    margins: Mapping[str, torch.Tensor]  # of single checkpoints, where known
-    batch_norm: BatchNormPolicy
-    early_rejection: bool
-    kept: list[int]
-    digest: str  # of those kept, where there is a cache
-    mean: RunningMean  # brought up to those kept when a candidate has to be evaluated
-    needed: float
-    soup: Evaluation | None  # of those kept; None for the first candidate
-    is_alone: bool  # no candidate before it is undecided: it is added where its score suffices
-
-    def __call__(self, candidate: int, evaluate: Evaluator) -> Evaluation:
-        self.mean.extend(self.checkpoints, self.kept)
-        name, score = self.names[candidate], partial(self._score, self._order(candidate), evaluate)
-        with self.checkpoints.open(name) as read:
-            load_weights(evaluate.objective.module, self.mean.mean_with(candidate, read))
-            found = evaluate_named(score, name)
-            if self.is_alone and found.score >= self.needed:
-                self.mean.add(candidate, read)  # its file is open
-        return found
-
-    def key(self, candidate: int) -> tuple[Any, ...]:
-        own = self.checkpoints.identity(self.names[candidate])
-        leads = candidate < min(self.kept, default=candidate)
-        settings = self.needed, self._order(candidate), self.early_rejection, self.batch_norm
-        return "candidate", self.digest, own, leads, *settings
-
-    def only(self, candidates: Sequence[int]) -> CandidateTrial:
-        self.mean.extend(self.checkpoints, self.kept)  # once, not in every worker
-        names = {k: self.names[k] for k in candidates}
-        return replace(
-            self,
-            checkpoints=self.checkpoints.select(names.values()),
-            names=names,
-            margins={n: m for n, m in self.margins.items() if n in names.values()},
-        )
-
-    def _order(self, candidate: int) -> torch.Tensor | None:
-        own = self.margins.get(self.names[candidate])
-        return hardest_first(self.soup, own, len(self.kept) + 1)
-
-    def _score(self, order: torch.Tensor | None, evaluate: Evaluator) -> Evaluation:
-        """Evaluate with BatchNorm's statistics as mixed, re-estimated, or the better of the two."""
-
-        def score() -> Evaluation:
-            if not self.early_rejection or order is None:
-                return evaluate()
-            n = len(order)
-            # rows evaluated before the next look at the bound
-            size = min(max(32, -(-n // 16)), n, evaluate.batch_size or n)
-            return evaluate.until(self.needed, order, size)
-
-        objective, batch_size = evaluate.objective, evaluate.batch_size
-        if (
-            self.soup is None
-            or self.batch_norm == "average"
-            or not can_recalibrate(objective.module, len(self.data), batch_size)
-        ):
-            return score()
-        mixed = score() if self.batch_norm == "auto" else None
-        if mixed is not None and mixed.score >= self.needed:
-            return mixed
-        recalibrate(objective, self.data, batch_size)
-        found = score()
-        if mixed is None:
-            return found
-        better = found if found.score > mixed.score else mixed
-        return replace(better, n_rows=found.n_rows + mixed.n_rows)
-
-
-def hardest_first(
-    soup: Evaluation | None, own: torch.Tensor | None, n_ingredients: int
-) -> torch.Tensor | None:
-    """Order the rows by the margins expected of a candidate; None where none are known."""
-    if soup is None or soup.margins is None:
-        return None
-    margins = soup.margins
-    if own is not None:  # the candidate's; to first order outputs are linear in the weights
-        margins = margins + (own - margins) / n_ingredients
-    return margins.argsort(stable=True)
 
 
 def describe_path(
