@@ -22,7 +22,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "center='top'": {"center": "top"},
     "center='best'": {"center": "best"},
     "center='greedy'": {"center": "greedy"},
-    "ranking_rows=32": {"ranking_rows": 32},
     "ranking_rows=64": {"ranking_rows": 64},
     "ranking_rows=128": {"ranking_rows": 128},
     "ranking_rows=256": {"ranking_rows": 256},
@@ -34,17 +33,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "weight_decay=1": {"weight_decay": 1.0},
     "weight_decay=3": {"weight_decay": 3.0},
     "weight_decay='auto'": {"weight_decay": "auto"},
-    "max_epochs=3": {"max_epochs": 3},
     "max_epochs=5": {"max_epochs": 5},
     "max_epochs=10": {"max_epochs": 10},
-    "max_epochs=20": {"max_epochs": 20},
     "lr=0.02": {"lr": 0.02},
     "lr=0.05": {"lr": 0.05},
     "lr=0.1": {"lr": 0.1},
     "one number per checkpoint": {"layerwise": False},
     "model_batch_size=None": {"model_batch_size": None},
-    "model_batch_size=K/2": {"model_batch_size": 2},  # parts of K
-    "model_batch_size=K/4": {"model_batch_size": 4},
+    "model_batch_size=K/4": {"model_batch_size": 4},  # parts of K
 }
 RUINED = (0.5, 1, 5, 10, 20)  # noise, in root mean squares of the tensors
 FEW_ROWS = (50, 100, 200)

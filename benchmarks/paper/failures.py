@@ -15,10 +15,7 @@ from typing import Any
 from ..zoo import N_FAILURES_ZOO, Zoo
 from . import common
 
-SYSTEMS = (
-    "Greedy-Soup", "Learned-Soup", "Learned-Soup, centered", "MEHL-Soup+", "Centered-Soup",
-    "Centered-Soup+",
-)  # fmt: skip
+SYSTEMS = ("Greedy-Soup", "Learned-Soup, centered", "Centered-Soup", "Centered-Soup+")
 
 
 def measure(zoo: Zoo, seed: int) -> dict[str, Any]:

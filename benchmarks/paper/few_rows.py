@@ -1,4 +1,4 @@
-"""Few held-out rows: what is left of each system with 25 to 1,000 of them.
+"""Few held-out rows: what is left of each system with 50 to 1,000 of them.
 
     python -m benchmarks paper.few_rows [--folder zoos] [--kinds convnet vit] [--seeds ...]
 
@@ -13,7 +13,7 @@ from typing import Any
 from ..zoo import Zoo
 from . import common
 
-ROWS = (25, 50, 100, 200, 400, 1000)
+ROWS = (50, 100, 200, 400, 1000)
 SYSTEMS = ("Best checkpoint", "Greedy-Soup", "MEHL-Soup+", "Centered-Soup", "Centered-Soup+")
 
 
