@@ -7,11 +7,14 @@ import hashlib
 import pickle
 import types
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import nn
+
+
+Functions: TypeAlias = tuple[types.FunctionType, ...]  # that are being encoded
 
 
 def tensor_bytes(value: torch.Tensor) -> memoryview:
@@ -28,7 +31,7 @@ def fingerprint(*values: Any) -> str:
     return digest.hexdigest()
 
 
-def encode(value: Any) -> Iterator[Any]:
+def encode(value: Any, within: Functions = ()) -> Iterator[Any]:
     """Bytes that tell a value from others; bytes-like pieces, so that arrays are not copied."""
     value = value.item() if isinstance(value, np.generic) else value
     yield f"{type(value).__qualname__}(".encode()
@@ -44,72 +47,79 @@ def encode(value: Any) -> Iterator[Any]:
         yield tensor_bytes(value)
     elif isinstance(value, (list, tuple)):
         for part in value:
-            yield from encode(part)
+            yield from encode(part, within)
     elif isinstance(value, (set, frozenset)):
-        yield from encode(sorted(value, key=repr))
+        yield from encode(sorted(value, key=repr), within)
     elif isinstance(value, Mapping):
         for name in sorted(value, key=repr):
-            yield from encode(name)
-            yield from encode(value[name])
+            yield from encode(name, within)
+            yield from encode(value[name], within)
     elif isinstance(value, type):
         yield f"{value.__module__}.{value.__qualname__}".encode()
     elif isinstance(value, nn.Module):
-        yield from encode_module(value)
-        yield from encode(dict(value.state_dict()))
+        yield from encode_module(value, within)
+        yield from encode(dict(value.state_dict()), within)
     else:
-        yield from encode_function(value) if callable(value) else encode_other(value)
+        yield from (
+            encode_function(value, within) if callable(value) else encode_other(value, within)
+        )
     yield b")"
 
 
-def encode_module(module: nn.Module) -> Iterator[Any]:
+def encode_module(module: nn.Module, within: Functions = ()) -> Iterator[Any]:
     """A module by the types and settings of all its parts, without its weights.
 
     Buffers outside the state dict are settings.
     """
     saved = module.state_dict()
     for name, part in module.named_modules():
-        yield from encode([name, type(part)])
+        yield from encode([name, type(part)], within)
         if type(part).__module__.partition(".")[0] != "torch":
-            yield from encode_function(type(part).forward)
-        yield from encode({k: b for k, b in part.named_buffers(name, False) if k not in saved})
+            yield from encode_function(type(part).forward, within)
+        yield from encode(
+            {k: b for k, b in part.named_buffers(name, False) if k not in saved}, within
+        )
         for key, value in sorted(vars(part).items()):
             if not key.startswith("_") and key != "training":
-                yield from encode(key)
+                yield from encode(key, within)
                 try:
-                    yield from encode(value)
+                    yield from encode(value, within)
                 except TypeError:  # a part of the user's that does not pickle
-                    yield from encode(type(value))
+                    yield from encode(type(value), within)
 
 
-def encode_function(function: Any) -> Iterator[Any]:
+def encode_function(function: Any, within: Functions = ()) -> Iterator[Any]:
     """A function by its code, defaults and what it encloses; other callables by their pickle."""
     if isinstance(function, functools.partial):
-        yield from encode([function.func, function.args, function.keywords])
+        yield from encode([function.func, function.args, function.keywords], within)
     elif isinstance(function, types.MethodType):
-        yield from encode([function.__func__, function.__self__])
+        yield from encode([function.__func__, function.__self__], within)
+    elif function in within:  # a function that encloses itself
+        yield b"itself"
     elif isinstance(function, types.FunctionType):
+        within = (*within, function)
         yield function.__qualname__.encode()
-        yield from encode_code(function.__code__)
-        yield from encode([function.__defaults__, function.__kwdefaults__])
+        yield from encode_code(function.__code__, within)
+        yield from encode([function.__defaults__, function.__kwdefaults__], within)
         for cell in function.__closure__ or ():
-            yield from encode(cell.cell_contents)
+            yield from encode(cell.cell_contents, within)
     else:
         called = type(function).__call__
         if isinstance(called, types.FunctionType):
-            yield from encode_function(called)
-        yield from encode_other(function)
+            yield from encode_function(called, within)
+        yield from encode_other(function, within)
 
 
-def encode_code(code: types.CodeType) -> Iterator[Any]:
+def encode_code(code: types.CodeType, within: Functions = ()) -> Iterator[Any]:
     """A function by its bytecode and what that refers to."""
     yield code.co_code
-    yield from encode([code.co_names, code.co_varnames])
+    yield from encode([code.co_names, code.co_varnames], within)
     for constant in code.co_consts:
         is_code = isinstance(constant, types.CodeType)
-        yield from encode_code(constant) if is_code else encode(constant)
+        yield from encode_code(constant, within) if is_code else encode(constant, within)
 
 
-def encode_other(value: Any) -> Iterator[Any]:
+def encode_other(value: Any, within: Functions = ()) -> Iterator[Any]:
     """A value by its pickle."""
     try:
         yield pickle.dumps(value)
@@ -120,4 +130,4 @@ def encode_other(value: Any) -> Iterator[Any]:
         ) from error
     for part in getattr(value, "__dict__", {}).values():
         if isinstance(part, types.FunctionType):  # a pickle holds its name alone
-            yield from encode_function(part)
+            yield from encode_function(part, within)

@@ -103,3 +103,19 @@ def test_a_metric_whose_code_changed_is_noticed():
     finally:
         del sys.modules["notebook"]
     assert digests[0] == digests[2] != digests[1]
+
+
+def test_a_function_that_encloses_itself_is_told_from_another():
+    """As decorators of transformers leave them: the wrapped forward encloses the wrapper."""
+
+    def wrapped(constant):
+        def forward(x):
+            return wrapper if x is None else x + constant
+
+        def wrapper(x):
+            return forward(x)
+
+        return wrapper
+
+    assert fingerprint(wrapped(1)) == fingerprint(wrapped(1))
+    assert fingerprint(wrapped(1)) != fingerprint(wrapped(2))
