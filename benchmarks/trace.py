@@ -1,6 +1,6 @@
 """How much of the package a small fit walks through: functions, files, depth, lines.
 
-    python -m benchmarks trace [--list]
+    python -m benchmarks trace [--list] [--paper]
 
 MEHL-Soup+ on four files, two at a time, for one epoch; calls are counted by ``sys.setprofile`` in
 the calling thread, lambdas and comprehensions left out. ``--list`` names them, file by file, with
@@ -54,7 +54,11 @@ class Trace:
         found[0], found[1] = found[0] + 1, max(found[1], depth)
 
 
-def small_fit() -> Trace:
+PAPER = {"center": "mean", "clip_deltas": None, "weight_decay": 0.0}  # Algorithm 1 alone
+
+
+def small_fit(**settings: Any) -> Trace:
+    """Trace a fit of MEHL-Soup+ over four tiny files."""
     torch.manual_seed(0)
     start = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     X, y = torch.randn(32, 4), torch.arange(32) % 3
@@ -64,7 +68,8 @@ def small_fit() -> Trace:
             for _ in range(4)
         ]
         files = CheckpointCollection(states, module=start).save(folder)
-        soup = MEHLSoup(layerwise=True, model_batch_size=2, max_epochs=1, random_state=0)
+        how = {"layerwise": True, "model_batch_size": 2, "max_epochs": 1, "random_state": 0}
+        soup = MEHLSoup(**how, **settings)
         with Trace() as trace:
             soup.fit(files, X, y)
     return trace
@@ -73,8 +78,9 @@ def small_fit() -> Trace:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--list", action="store_true", help="name the functions")
+    parser.add_argument("--paper", action="store_true", help="the paper's form, without a center")
     options = parser.parse_args()
-    calls = small_fit().calls
+    calls = small_fit(**(PAPER if options.paper else {})).calls
     if options.list:
         for (file, name), (n, depth) in sorted(calls.items()):
             print(f"{file:32}{name:56}{n:6} calls, depth {depth}")

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import nn
 
-
 Functions: TypeAlias = tuple[types.FunctionType, ...]  # that are being encoded
 
 

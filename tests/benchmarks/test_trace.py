@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from benchmarks.trace import small_fit
+import pytest
+
+from benchmarks.trace import PAPER, small_fit
 
 
-def test_a_small_fit_enters_few_functions_and_files_and_is_not_deep():
-    calls = small_fit().calls
+@pytest.mark.parametrize(
+    ("settings", "n_functions", "n_files", "depth"),
+    [(PAPER, 150, 19, 11), ({}, 185, 22, 15)],  # the default also ranks, measures and compares
+)
+def test_a_small_fit_enters_few_functions_and_files_and_is_not_deep(
+    settings, n_functions, n_files, depth
+):
+    calls = small_fit(**settings).calls
     files = {file for file, _ in calls}
     assert "recipes/mehl.py" in files  # it is the package that was traced
-    assert len(calls) <= 130, sorted(calls)
-    assert len(files) <= 15, sorted(files)
-    assert max(depth for _, depth in calls.values()) <= 10
+    assert len(calls) <= n_functions, sorted(calls)
+    assert len(files) <= n_files, sorted(files)
+    assert max(deep for _, deep in calls.values()) <= depth

@@ -25,8 +25,7 @@ from sksoup.engine.center import Anchor, clip_factors
 from sksoup.mixing.layers import group_layers
 
 from ..references import descent_reference, stacked
-from ..runtime.test_cache import reads
-from ..zoo import Net64, PaperMEHL, Zoo, make_states, same_tensors
+from ..zoo import Net64, PaperMEHL, Zoo, make_states, reads, same_tensors
 
 STANDING = {"lr": 1e-12, "max_epochs": 1, "random_state": 0}  # does not leave the center
 CENTERS = ("top", "best", "greedy")

@@ -24,7 +24,8 @@ from sksoup.data.outputs import Outputs
 from sksoup.data.rows import HeldOut
 from sksoup.engine.objective import load_weights
 from sksoup.engine.scores import Evaluation, Evaluator
-from sksoup.recipes.greedy import greedy, hardest_first, uniform_coef
+from sksoup.recipes.candidates import hardest_first
+from sksoup.recipes.greedy import greedy, uniform_coef
 from sksoup.runtime.live_tensors import LiveTensors
 
 from ..references import greedy_reference, mean_reference
