@@ -57,9 +57,9 @@ def clip_factors(lengths: NDArray[np.float64]) -> NDArray[np.float64]:
     """s_kl = min(1, median_j |delta_jl| / |delta_kl|) for (K, n_layers), over lengths not 0."""
     factors = np.ones_like(lengths)
     for length, factor in zip(lengths.T, factors.T, strict=True):
-        moves = length > 0
-        if moves.any():
-            factor[moves] = np.minimum(1, np.median(length[moves]) / length[moves])
+        if (moves := length > 0).any():
+            usual = np.median(length[moves])
+            factor[moves] = usual / np.maximum(length[moves], usual)
     return factors
 
 

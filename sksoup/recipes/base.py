@@ -267,10 +267,16 @@ class BaseSoup(
             self._mix(problem, found.coef)
             return found.coef
         candidates = {**found.rivals, "soup": found.coef}  # the soup last: it mostly stays
-        scores = {}
+        scores, mixed = dict[str, float](), ""
         for name, coef in candidates.items():
-            self._mix(problem, coef)
-            scores[name] = problem.evaluate.of_weights()
+            known, key = problem.evaluate.cache, self._key_of_mix(problem, coef)
+            score = None if known is None else known.find(*key)
+            if score is None:
+                self._mix(problem, coef)
+                score, mixed = problem.evaluate().score, name
+                if known is not None:
+                    known.keep(score, *key)
+            scores[name] = score
         best = max(reversed(scores), key=scores.__getitem__)  # the soup where it is level
         if best != "soup":
             what = {"center": "the center that it was searched from", "best": "the best checkpoint"}
@@ -278,11 +284,20 @@ class BaseSoup(
                 f"What the search found scores {scores['soup']:.4f} on the held-out rows, "
                 f"{what[best]} {scores[best]:.4f}: the soup is that. held_out_scores_ has all."
             )
-            self._mix(problem, candidates[best])
             if "temperature_" in found.attributes:
                 self.temperature_ = 1.0  # what was found belongs to the soup
+        if best != mixed:
+            self._mix(problem, candidates[best])
         self.held_out_scores_ = dict(reversed(scores.items()))
         return candidates[best]
+
+    def _key_of_mix(self, problem: Problem, coef: NDArray[np.float64]) -> tuple[Any, ...]:
+        """What the score of a mix depends on, beside the rows."""
+        if problem.evaluate.cache is None:  # checkpoints in memory would be hashed for nothing
+            return ()
+        collection = problem.checkpoints
+        identities = [collection.identity(name) for name in collection]
+        return "mix", identities, problem.layers.rows, coef, self.batch_norm
 
     def _mix(self, problem: Problem, searched: NDArray[np.float64]) -> None:
         """Mix these coefficients into the module, and settle BatchNorm's statistics."""

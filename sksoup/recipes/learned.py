@@ -35,8 +35,15 @@ __all__ = ["LearnedSoup"]
 class LearnedSoup(BaseSoup):
     r"""Learn coefficients on the simplex, and a temperature, on held-out data.
 
-    Gradient descent on :math:`c = \mathrm{softmax}(a)`, from :math:`c_k = 1/K`, for the loss of
-    :math:`\beta f(x; \sum_k c_k w_k)`; one softmax per layer with ``layerwise`` (Learned-Soup+).
+    Gradient descent on :math:`p = \mathrm{softmax}(a)`, from :math:`p_k = 1/K`, for the loss of
+    :math:`\beta f(x; g + \sum_k p_k s_k (w_k - g))`, with :math:`g = \sum_k q_k w_k` a good point
+    (the center) and :math:`s_k \le 1` a bound for long deltas; one softmax per layer with
+    ``layerwise`` (Learned-Soup+). The coefficients :math:`c_k = s_k p_k + (1 - \sum_j s_j p_j) q_k`
+    stay on the simplex. The soup, its center and the best checkpoint are compared on all held-out
+    rows, and the best of them is the result.
+
+    ``LearnedSoup(center="mean", clip_deltas=None)`` is the paper's: :math:`c` is the softmax, and
+    nothing is compared.
 
     Parameters
     ----------
@@ -45,6 +52,19 @@ class LearnedSoup(BaseSoup):
     layerwise : bool or callable, default=False
         True gives every parameter tensor its own coefficients; a callable maps a parameter's name
         to the label of its layer.
+    center : {"top", "best", "greedy", "mean"} or array-like of shape (n_checkpoints,), \
+            default="top"
+        Coefficients :math:`q` of the point that the search begins at and that deltas are taken
+        from: the mean of the quarter of the checkpoints that rank best, or the best one, by a
+        ranking on ``ranking_rows`` (none where the collection has ``scores``); the `GreedySoup`;
+        the mean of all, as in the paper; or as given, with sum 1.
+    ranking_rows : int or None, default=128
+        Held-out rows, drawn at random and stratified by label, that rank the checkpoints for
+        ``center="top"`` or ``"best"``; None, or more than there are, for all.
+    clip_deltas : {"median"} or None, default="median"
+        "median" multiplies a delta that is longer than is usual in a layer so that it is as long as
+        the median, in the search and in the coefficients: a failed run can move the soup no further
+        than the others do. None leaves deltas as they are, as in the paper.
     temperature : bool, default=True
         Also learn a factor :math:`\beta` on the logits; regressions have none.
     memory_limit : int, str or None, default=None
@@ -98,6 +118,11 @@ class LearnedSoup(BaseSoup):
     ----------
     coef_ : ndarray of shape (n_checkpoints,) or (n_layers, n_checkpoints), float64
         Coefficients in [0, 1]; rows sum to 1.
+    center_ : ndarray of shape (n_checkpoints,), float64
+        Coefficients :math:`q` of the center.
+    held_out_scores_ : dict of str to float
+        Task's score on all held-out rows of what was searched for ("soup"), of its "center", and of
+        the "best" ranked checkpoint; not with ``center="mean"``, where nothing is compared.
     temperature_ : float
         :math:`\beta`: multiplies the logits in `predict_proba`, never folded into the weights.
     module_ : nn.Module
@@ -127,12 +152,16 @@ class LearnedSoup(BaseSoup):
     Raises
     ------
     DivergenceError
-        The loss or the coefficients stopped being finite.
+        With ``center="mean"``, the loss or the coefficients stopped being finite.
+    ValueError
+        ``center`` has another number of coefficients than there are checkpoints, or negative ones.
 
     Warns
     -----
     SoupWarning
-        The memory does not hold K models: each step reads all files twice, which is slow.
+        The memory does not hold K models: each step reads all files twice, which is slow. Or the
+        loss stopped being finite, or what was found scores lower on the held-out rows than its
+        center or the best checkpoint, which is the soup instead.
 
     See Also
     --------
@@ -140,12 +169,12 @@ class LearnedSoup(BaseSoup):
 
     Notes
     -----
-    No graph over K models is built: with :math:`\bar w` the mean, :math:`\sum_k c_k w_k = \bar w +
-    \sum_k c_k (w_k - \bar w)`, and :math:`\partial L / \partial c_k = \langle \nabla_w L, w_k -
-    \bar w \rangle` up to a constant that the softmax cancels. Cost: a forward and a backward pass
-    per step, three reads of the checkpoints. Memory: K + 2 models beside the module, its gradient
-    and its activations, K/2 + 2 with bfloat16 deltas. Dropout is off and BatchNorm uses its mixed
-    statistics, which carry no gradient.
+    No graph over K models is built: :math:`\partial L / \partial p_k = \langle \nabla_w L, s_k (w_k
+    - g) \rangle` up to a constant that the softmax cancels. Cost: a forward and a backward pass
+    per step, as for `MEHLSoup` those of ranking and comparing, and the same reads with one pass
+    over the checkpoints. Memory: K + 2 models beside the module, its gradient and its activations,
+    K/2 + 2 with bfloat16 deltas. Dropout is off and BatchNorm uses its mixed statistics, which
+    carry no gradient. The bound is that of `MEHLSoup`.
 
     References
     ----------
@@ -198,6 +227,11 @@ class LearnedSoup(BaseSoup):
         super()._check_params()
         check_descent(self)
         check_center(self)
+        if not isinstance(self.center, str) and np.min(self.center) < 0:
+            raise ValueError(
+                f"center must not have negative coefficients, which no softmax gives, got "
+                f"{self.center!r}. MEHLSoup takes them."
+            )
 
     def _search(self, problem: Problem) -> Found:
         """Descend on a (K, n_searched) with c = softmax(a) [W22, Appendix I]."""
