@@ -21,7 +21,7 @@ from sksoup import (
 from sksoup.recipes.greedy import uniform_coef
 
 from ..references import greedy_reference
-from ..zoo import Zoo, around
+from ..zoo import PaperMEHL, Zoo, around
 
 SOUPS = [
     CheckpointEnsemble(),
@@ -90,7 +90,7 @@ def test_greedy_is_the_obvious_one(pixels):
 
 def test_ignored_positions_are_out_of_loss_and_score(pixels):
     checkpoints, X, y = pixels
-    soup = MEHLSoup(max_epochs=1, batch_size=None, shuffle=False).fit(checkpoints, X, y)
+    soup = PaperMEHL(max_epochs=1, batch_size=None, shuffle=False).fit(checkpoints, X, y)
     module = checkpoints.build_module()
     module.load_state_dict(mix(checkpoints, np.full(4, 0.25)))
     with torch.no_grad():

@@ -26,7 +26,7 @@ from sksoup import (
 from sksoup.inspection import loss_barrier
 from sksoup.model_selection import SoupSearchCV
 
-from ..zoo import Zoo, around
+from ..zoo import PaperMEHL, Zoo, around
 
 SOUPS = [
     CheckpointEnsemble(),
@@ -252,7 +252,7 @@ def test_one_logit_tells_two_labels_apart(zoo: Zoo):
 def test_class_weights_and_label_smoothing(named, zoo: Zoo):
     weight = torch.tensor([1.0, 5.0, 0.2])
     criterion = nn.CrossEntropyLoss(weight=weight, label_smoothing=0.1)
-    soup = MEHLSoup(max_epochs=2, random_state=0)
+    soup = PaperMEHL(max_epochs=2, random_state=0)
     by_instance = clone(soup).set_params(criterion=criterion).fit(named, zoo.X, zoo.y)
 
     def loss(output, y):

@@ -20,7 +20,7 @@ from sksoup import (
 from sksoup.displays.report import advice
 from sksoup.inspection import compare_soups
 
-from ..zoo import Net, Zoo, make_states
+from ..zoo import Net, PaperMEHL, Zoo, make_states
 
 HOSTILE = "<script>alert('x')</script>\"&amp;$x_$.."
 VOID = {"meta", "link", "img"}
@@ -102,7 +102,7 @@ def test_what_to_look_at(zoo: Zoo):
     kept = [t for t in greedy.path_[1:] if t["kept"]]
     lucky = [t for t in kept if t["gain"] < 2 * (t["gain_standard_error"] or 0)]
     assert ("may be luck" in said) == bool(lucky)
-    mehl = MEHLSoup(max_epochs=1, lr=0.3, batch_norm="recalibrate", random_state=0)
+    mehl = PaperMEHL(max_epochs=1, lr=0.3, batch_norm="recalibrate", random_state=0)
     mehl.fit(zoo.checkpoints, zoo.X, zoo.y)
     said = " ".join(advice(mehl))
     assert "the soup extrapolates" in said
@@ -128,7 +128,7 @@ def test_what_fitting_warned_of(tmp_path):
     for net in nets:
         net.weight.data += 0.01 * torch.randn_like(net.weight)
     X, y = torch.randn(40, 30), torch.arange(40) % 3
-    soup = MEHLSoup([*nets, stranger], max_epochs=1, random_state=0)
+    soup = PaperMEHL([*nets, stranger], max_epochs=1, random_state=0)
     with pytest.warns(SoupWarning, match="share a start") as caught:
         soup.fit(X, y)
     assert caught[0].filename == __file__  # who called fit, however deep the warning is
@@ -137,7 +137,7 @@ def test_what_fitting_warned_of(tmp_path):
     page = Page((tmp_path / "soup.html").read_text())
     assert "Warnings" in page.texts
     assert sum("share a start" in part for part in page.texts) == 1
-    good = MEHLSoup(nets, max_epochs=1, random_state=0).fit(X, y)
+    good = PaperMEHL(nets, max_epochs=1, random_state=0).fit(X, y)
     assert good.warnings_ == ()
     good.report(tmp_path / "good.html")
     assert "Warnings" not in Page((tmp_path / "good.html").read_text()).texts

@@ -27,11 +27,11 @@ def test_rows_set_aside_choose_the_epoch(zoo: Zoo):
         "model_batch_size": None, "batch_size": None, "schedule": "constant", "lr": 0.3,
         "validation_fraction": 0.25, "random_state": 0,
     }  # fmt: skip
-    soup = MEHLSoup(max_epochs=12, **shared).fit(zoo.checkpoints, zoo.X, zoo.y)
+    soup = PaperMEHL(max_epochs=12, **shared).fit(zoo.checkpoints, zoo.X, zoo.y)
     losses = [record["validation_loss"] for record in soup.history_]
     best = int(np.argmin(losses))
     assert best < 11  # the last is not the best here, so something was chosen
-    until = MEHLSoup(max_epochs=best + 1, **shared).fit(zoo.checkpoints, zoo.X, zoo.y)
+    until = PaperMEHL(max_epochs=best + 1, **shared).fit(zoo.checkpoints, zoo.X, zoo.y)
     np.testing.assert_array_equal(soup.coef_, until.coef_)
     n_fit = len(zoo.y) - round(0.25 * len(zoo.y))
     assert soup.counts_.rows_backward == 12 * n_fit

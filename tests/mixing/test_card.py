@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from sksoup import CheckpointCollection, GreedySoup, LearnedSoup, Recipe
+from sksoup import CheckpointCollection, GreedySoup, Recipe
 
-from ..zoo import Zoo, make_states
+from ..zoo import PaperLearned, Zoo, make_states
 
 
 def test_the_card_tells_what_was_mixed(files, zoo: Zoo, tmp_path):
@@ -36,7 +36,7 @@ def test_names_can_not_break_out_of_the_card():
 
 
 def test_the_learned_temperature_is_in_the_card(zoo: Zoo):
-    soup = LearnedSoup(random_state=0).fit(zoo.checkpoints, zoo.X, zoo.y)
+    soup = PaperLearned(random_state=0).fit(zoo.checkpoints, zoo.X, zoo.y)
     assert f"Multiply the logits by {soup.temperature_:.6g}" in soup.recipe_.to_card()
     recalibrated = dataclasses.replace(soup.recipe_, recalibrated=("a", "b"))
     assert "2 tensors were re-estimated from data" in recalibrated.to_card()

@@ -8,14 +8,13 @@ import pytest
 from sksoup import (
     CheckpointError,
     GreedySoup,
-    LearnedSoup,
     MEHLSoup,
     Recipe,
     RecipeError,
     UniformSoup,
 )
 
-from ..zoo import Zoo, same_tensors
+from ..zoo import PaperLearned, PaperMEHL, Zoo, same_tensors
 
 
 def test_records_what_was_mixed(files, zoo: Zoo, tmp_path):
@@ -140,6 +139,13 @@ def test_the_recipe_and_the_card_have_the_labels(files, zoo: Zoo, tmp_path):
     assert json.loads(numbers.to_json())["classes"] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("soup", [UniformSoup(), LearnedSoup(max_epochs=1), MEHLSoup(max_epochs=1)])
+@pytest.mark.parametrize(
+    "soup",
+    [
+        UniformSoup(),
+        PaperLearned(max_epochs=1),
+        PaperMEHL(max_epochs=1),
+    ],
+)
 def test_every_soup_names_its_ingredients(files, zoo: Zoo, soup):
     assert soup.fit(files, zoo.X, zoo.y).ingredients_ == files.names

@@ -24,7 +24,7 @@ from sksoup import (
     UniformSoup,
 )
 
-from ..zoo import Net, Zoo, around, make_states, same_tensors
+from ..zoo import Net, PaperMEHL, Zoo, around, make_states, same_tensors
 
 
 class Counting(Net):
@@ -257,7 +257,7 @@ def linear_zoo(n_outputs):
     return CheckpointCollection(states, module=lambda: nn.Linear(4, n_outputs)), X, X @ W.T
 
 
-@pytest.mark.parametrize("soup", [GreedySoup(), LearnedSoup(), MEHLSoup(random_state=0)])
+@pytest.mark.parametrize("soup", [GreedySoup(), LearnedSoup(), PaperMEHL(random_state=0)])
 @pytest.mark.parametrize("n_outputs", [1, 2])
 def test_regression(soup, n_outputs):
     checkpoints, X, y = linear_zoo(n_outputs)
@@ -269,7 +269,7 @@ def test_regression(soup, n_outputs):
     assert soup.score(X, y) > max(0.5, uniform.score(X, y) - 1e-6)
 
 
-@pytest.mark.parametrize("soup", [GreedySoup(), LearnedSoup(), MEHLSoup(random_state=0)])
+@pytest.mark.parametrize("soup", [GreedySoup(), LearnedSoup(), PaperMEHL(random_state=0)])
 def test_multilabel(soup):
     checkpoints, X, scores = linear_zoo(3)
     y = (scores > 0).astype(int)

@@ -396,7 +396,7 @@ def test_bfloat16_deltas_are_close(zoo: Zoo):
     assert same_tensors(half.state_dict(), rebuilt)  # the deltas alone are rounded
 
 
-@pytest.mark.parametrize("soup", [MEHLSoup, LearnedSoup])
+@pytest.mark.parametrize("soup", [PaperMEHL, PaperLearned])
 def test_bf16_runs_the_forward_pass_under_autocast(zoo: Zoo, soup):
     seen = set()
 

@@ -42,9 +42,9 @@ from sksoup import (
 )
 from sksoup.model_selection import SoupSearchCV
 
-from ..zoo import Net, Zoo, make_states, same_tensors
+from ..zoo import Net, PaperLearned, PaperMEHL, Zoo, make_states, same_tensors
 
-MEHL = MEHLSoup(max_epochs=1, model_batch_size=3, random_state=0)
+MEHL = PaperMEHL(max_epochs=1, model_batch_size=3, random_state=0)
 
 
 @pytest.fixture
@@ -242,8 +242,8 @@ def test_progress_bar_alone_and_in_a_grid_search(files, zoo: Zoo, capsys):
 
 @pytest.mark.parametrize(
     ("soup", "n_steps"),
-    [(MEHLSoup(model_batch_size=3, max_epochs=2, random_state=0), 6),
-     (LearnedSoup(max_epochs=3, random_state=0), 3), (GreedySoup(), 14)],
+    [(PaperMEHL(model_batch_size=3, max_epochs=2, random_state=0), 6),
+     (PaperLearned(max_epochs=3, random_state=0), 3), (GreedySoup(), 14)],
 )  # fmt: skip
 def test_scoring_monitor_scores_the_soup_so_far(files, zoo: Zoo, soup, n_steps):
     monitor = ScoringMonitor(scoring="accuracy")
@@ -259,7 +259,7 @@ def test_scoring_monitor_scores_the_soup_so_far(files, zoo: Zoo, soup, n_steps):
 
 def test_scoring_monitor_sees_weights_of_rows(files, zoo: Zoo):
     monitor = ScoringMonitor(scoring="accuracy")
-    soup = LearnedSoup(files, max_epochs=1, random_state=0).set_callbacks(monitor)
+    soup = PaperLearned(files, max_epochs=1, random_state=0).set_callbacks(monitor)
     weight = np.arange(60) % 2.0
     soup.fit(zoo.X, zoo.y, sample_weight=weight)
     (entry,) = monitor.get_logs().data

@@ -39,7 +39,7 @@ from sksoup.checkpoints.in_memory import content_sha256
 from sksoup.checkpoints.read import SafetensorsFile
 from sksoup.runtime.cache import Cache
 
-from ..zoo import Net, Zoo, make_states, make_zoo, reads, same_tensors
+from ..zoo import Net, PaperMEHL, Zoo, make_states, make_zoo, reads, same_tensors
 
 SOUPS = {
     "best": BestCheckpoint(),
@@ -125,8 +125,7 @@ def test_a_finished_fit_is_replayed_without_a_pass(tmp_path, files, zoo: Zoo, na
     assert_same(again, plain)
     assert not any(vars(again.counts_).values())
     assert rows == [1]  # the one that tells the shape of the outputs
-    ranks = name in ("best", "greedy", "greedy split", "MEHL from greedy", "MEHL chosen")
-    assert max(opened.values()) <= 1 + ranks  # the last mix; a ranking looks for NaN first
+    assert max(opened.values()) <= 2  # the last mix; a ranking looks for NaN first
 
 
 class Stopped(BaseException):
@@ -165,7 +164,8 @@ def test_a_fit_that_was_stopped_goes_on_with_the_same_bits(tmp_path, files, zoo:
     done, everything = sum(vars(soup.counts_).values()), sum(vars(plain.counts_).values())
     assert done < everything if n == 4 else done <= everything
     if name in ("HL", "MEHL", "learned"):
-        assert max(opened.values()) <= 3  # the mean, a model batch, the last mix
+        # checked, in the center, measured, a model batch, compared twice, the last mix
+        assert max(opened.values()) <= 7
 
 
 def test_greedy_goes_on_from_any_step(tmp_path):
@@ -186,7 +186,7 @@ def test_greedy_goes_on_from_any_step(tmp_path):
 
 
 def test_no_seed_goes_on_with_the_one_it_began_with(tmp_path, zoo: Zoo):
-    soup = MEHLSoup(model_batch_size=3, max_epochs=1, batch_size=20, memory=tmp_path)
+    soup = PaperMEHL(model_batch_size=3, max_epochs=1, batch_size=20, memory=tmp_path)
     first = soup.fit(zoo.checkpoints, zoo.X, zoo.y).coef_
     assert np.array_equal(clone(soup).fit(zoo.checkpoints, zoo.X, zoo.y).coef_, first)
     greedy = GreedySoup(ranking_fraction=0.5, memory=tmp_path)
@@ -347,7 +347,7 @@ def test_a_full_disk_stops_no_fit(tmp_path, files, zoo: Zoo):
         pytest.warns(SoupWarning, match=r"could not keep.*No space left.*Make room") as caught,
     ):
         soup = recipe("MEHL", memory, files).fit(files, zoo.X, zoo.y)
-    assert len(caught) == 1
+    assert sum("could not keep" in str(warning.message) for warning in caught) == 1
     assert_same(soup, plain)
     assert not entries(memory)  # nothing half-written
     assert_same(recipe("MEHL", memory, files).fit(files, zoo.X, zoo.y), plain)
@@ -383,7 +383,7 @@ def test_what_can_not_be_told_apart_is_refused(tmp_path, files, zoo: Zoo):
 
 
 def test_a_loss_that_is_not_finite_is_not_kept(tmp_path, files, zoo: Zoo):
-    soup = recipe("MEHL", tmp_path / "memory", files).set_params(lr=1e300)
+    soup = recipe("MEHL", tmp_path / "memory", files).set_params(lr=1e300, center="mean")
     for _ in range(2):
         with pytest.raises(DivergenceError, match="Lower lr"):
             soup.fit(files, zoo.X, zoo.y)
@@ -658,7 +658,7 @@ def test_a_fit_is_replayed_by_another_process(tmp_path, files, zoo: Zoo, name):
 
 
 def test_numbers_of_numpy_are_kept_and_found(tmp_path, files, zoo: Zoo):
-    soup = MEHLSoup(max_epochs=np.int64(10), batch_size=np.int64(20), random_state=np.int64(0),
+    soup = PaperMEHL(max_epochs=np.int64(10), batch_size=np.int64(20), random_state=np.int64(0),
                     memory=tmp_path)  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("error")
