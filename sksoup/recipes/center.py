@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -115,14 +116,15 @@ def _choose(soup: Any, problem: Problem, generator: torch.Generator) -> Chosen:
         best = checkpoints.names.index(greedy.attributes["ingredients_"][0])
         evaluate = problem.evaluate if known is None else None
         return Chosen(Anchor((greedy.coef[0] > 0).astype(float), clips), best, scores, evaluate)
-    evaluate = None
-    if known is None:
-        checkpoints.check()
-        evaluate = rows_to_rank(problem, soup.ranking_rows, generator)
+    checkpoints.check()  # and see which of them are unrelated to the others
+    evaluate = None if known is not None else rows_to_rank(problem, soup.ranking_rows, generator)
     scores = rank_checkpoints(problem, lambda weights=None: None, evaluate=evaluate).scores
     order = ranked(scores, checkpoints.names)
+    unrelated = set(checkpoints.strangers(checkpoints.names))
+    # a network from another start may rank high, and would spoil the mean
+    related = [k for k in order if checkpoints.names[k] not in unrelated] or order
     weights = np.zeros(n)
-    weights[order[: 1 if center == "best" else -(-n // round(1 / TOP))]] = 1
+    weights[related[: math.ceil(TOP * n)] if center == "top" else order[:1]] = 1
     return Chosen(Anchor(weights, clips), order[0], scores, evaluate)
 
 

@@ -440,3 +440,30 @@ def test_the_decay_is_that_of_a_prior():
     assert weight_decay_of(MEHLSoup(weight_decay=0.5), problem(10)) == 0.5
     amounts = torch.tensor([0.0, 2.0, 1.0])
     assert weight_decay_of(MEHLSoup(lr=1e-4), problem(3, amounts)) == 500.0
+
+
+def test_a_good_network_from_another_start_does_not_spoil_the_center():
+    """It ranks first, but its mean with the others is noise."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(200, 30, generator=generator)
+    y = (X[:, :1].sum(dim=1) > 0).long()
+
+    def net(start: int, k: int) -> nn.Module:
+        torch.manual_seed(start)
+        module = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 2))
+        optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+        for _ in range(10 + k):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(module(X), y).backward()
+            optimizer.step()
+        return module
+
+    nets = {f"ft{k}": net(0, k) for k in range(7)} | {"other": net(1, 30)}
+    checkpoints = CheckpointCollection(nets)
+    for known in (None, {name: float(name == "other") for name in nets}):
+        some = checkpoints if known is None else CheckpointCollection(checkpoints, scores=known)
+        soup = quietly(MEHLSoup(ranking_rows=None, **STANDING), some, X, y)
+        assert soup.center_[checkpoints.names.index("other")] == 0
+        assert np.count_nonzero(soup.center_) == 2
+    best = quietly(MEHLSoup(center="best", **STANDING), some, X, y)  # what is asked for
+    assert best.center_[checkpoints.names.index("other")] == 1
