@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 		-e '.[plot,progress,test,lint,docs]'
 	touch $@
 
-demo: $(STAMP)  ## All ten systems on a real zoo of digit networks
+demo: $(STAMP)  ## All systems on a real zoo of digit networks
 	$(BIN)/python examples/plot_quickstart.py
 
 test: $(STAMP)  ## Tests and doctests

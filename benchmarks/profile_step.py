@@ -106,7 +106,7 @@ def main() -> None:
         soup = MEHLSoup(
             layerwise=True, model_batch_size=options.model_batch, max_epochs=options.epochs,
             batch_size=options.batch_size, delta_dtype=options.delta_dtype, random_state=0,
-            prefetch=0, device=options.device,
+            prefetch=0, device=options.device, center="mean", clip_deltas=None, weight_decay=0.0,
         )  # fmt: skip
         soup.fit(collection.select(collection.names[:2]), X[:128], y[:128])  # warm up
         undo = [clock.wrap(*part) for part in PARTS]

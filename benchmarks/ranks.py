@@ -66,7 +66,14 @@ def job(folder: Path) -> None:
     files = CheckpointCollection.from_path(folder / "vit", module=SmallViT)
     X, y = make_rows("vit", N)
     soup = MEHLSoup(
-        layerwise=True, model_batch_size=B, max_epochs=1, batch_size=BATCH, random_state=0
+        layerwise=True,
+        model_batch_size=B,
+        max_epochs=1,
+        batch_size=BATCH,
+        random_state=0,
+        center="mean",
+        clip_deltas=None,
+        weight_decay=0.0,
     )
     soup.fit(files, X, y)
     distributed.barrier()

@@ -102,7 +102,7 @@ def main() -> None:
         def fit(prefetch: int) -> Callable[[], Any]:
             soup = MEHLSoup(
                 layerwise=True, model_batch_size=b, max_epochs=options.epochs, prefetch=prefetch,
-                random_state=0, device="cpu",
+                random_state=0, device="cpu", center="mean", clip_deltas=None, weight_decay=0.0,
             )  # fmt: skip
             collection = CheckpointCollection(paths, module=SmallViT)
             return lambda: soup.fit(collection, X, y)

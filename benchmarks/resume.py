@@ -94,7 +94,14 @@ def main() -> None:
         files = CheckpointCollection.from_path(Path(folder) / "vit", module=SmallViT)
         X, y = make_rows("vit", 256)
         soup = MEHLSoup(
-            layerwise=True, model_batch_size=6, max_epochs=5, batch_size=128, random_state=0
+            layerwise=True,
+            model_batch_size=6,
+            max_epochs=5,
+            batch_size=128,
+            random_state=0,
+            center="mean",
+            clip_deltas=None,
+            weight_decay=0.0,
         )
         measure("MEHL-Soup+", soup, options.turns, files, X, y)
         tuned = fine_tune_vits(Path(folder) / "tuned", 16, 0)

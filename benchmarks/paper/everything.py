@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 
-from ..zoo import SEEDS
 from . import ablations, appendix_c, common, diverged, failures, few_rows, table_3, tables_1_2
 
 EXPERIMENTS = [
@@ -20,14 +19,10 @@ EXPERIMENTS = [
 
 def main() -> None:
     options = common.arguments(__doc__).parse_args()
-    from_nothing = not (options.folder / "measured").exists()
     begin = time.perf_counter()
     minutes = common.run(EXPERIMENTS, options)
     elapsed = (time.perf_counter() - begin) / 60
     print(f"{elapsed:.1f} minutes, {minutes:.1f} of processor time for the zoos")
-    if from_nothing:
-        common.write(options.out, "everything", SEEDS, minutes, elapsed=round(elapsed, 1),
-                     jobs=options.jobs)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -506,13 +506,10 @@ class Page:
                 f"{run['minutes']}",
             ]
             for name, run in sorted(self.found.items())
-            if name != "everything"
         ]
-        whole = self.found["everything"]
         return table(header, rows) + (
-            f"\n``make paper`` makes all of it but the defaults (``make paper-defaults``). From "
-            f"nothing it took {whole['elapsed']:.0f} minutes with {whole['jobs']} processes of a "
-            f"thread each; {whole['minutes']:.0f} processor minutes of that made the zoos."
+            "\n``make paper`` makes all of it, and the zoos, but the defaults "
+            "(``make paper-defaults``)."
         )
 
     def text(self) -> str:
