@@ -130,11 +130,6 @@ class MEHLSoup(BaseSoup):
     model_batch_size : int, None or "auto", default="auto"
         Checkpoints in memory at a time, b; None for all; "auto" for as many as ``memory_limit``
         holds.
-    start : {"mean", "greedy", "best"}, default="mean"
-        Where :math:`\alpha` begins: at 0, the mean of all checkpoints, as in the paper; at the
-        `GreedySoup`; or at the best checkpoint. "best" costs a ranking (none when the collection
-        has ``scores``), "greedy" that and its candidates. The deltas are those from the mean of all
-        throughout, failed ones included.
     memory_limit : int, str or None, default=None
         Bytes, or a string such as "8GB", for b + 2 models and those read ahead: it decides
         ``model_batch_size="auto"``, and a given model batch that it does not hold is an error. None
