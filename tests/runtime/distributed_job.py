@@ -16,7 +16,7 @@ import torch
 from sklearn.base import clone
 from torch import distributed
 
-from sksoup import CheckpointCollection, RankError
+from sksoup import CheckpointCollection, RankError, SoupWarning
 from sksoup.runtime.cache import Cache
 
 from ..zoo import Net64, PlainNet
@@ -79,6 +79,7 @@ def fit_with_a_fault(folder: Path, case: str) -> dict[str, object]:
 def main() -> None:
     folder, case = Path(sys.argv[1]), sys.argv[2]
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "What the search found scores", SoupWarning)
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT.get(case, 120)))
     rank = distributed.get_rank()

@@ -25,37 +25,43 @@ from sksoup import (
 from sksoup.data.rows import resolve_device
 from sksoup.runtime.distributed import share
 
-from ..zoo import Net, Net64, PlainNet, make_states, make_zoo
+from ..zoo import Net, Net64, PaperLearned, PaperMEHL, PlainNet, make_states, make_zoo
 
 SOUPS = {
     "best 32": BestCheckpoint(),
     "greedy 64": GreedySoup(batch_size=25),
     "greedy all 32": GreedySoup(min_improvement=-1.0, batch_size=25),
     "greedy split 32": GreedySoup(ranking_fraction=0.5, random_state=0),
-    "learned 64": LearnedSoup(max_epochs=2, batch_size=25, random_state=0),
-    "learned+ 32": LearnedSoup(layerwise=True, max_epochs=2, batch_size=25, random_state=0),
+    "learned 64": PaperLearned(max_epochs=2, batch_size=25, random_state=0),
+    "learned+ 32": PaperLearned(layerwise=True, max_epochs=2, batch_size=25, random_state=0),
     # 61 rows in minibatches of 20: the last has one row, and one rank has none
-    "MEHL 64": MEHLSoup(model_batch_size=2, max_epochs=2, batch_size=20, random_state=0),
-    "MEHL+ 64": MEHLSoup(
+    "MEHL 64": PaperMEHL(model_batch_size=2, max_epochs=2, batch_size=20, random_state=0),
+    "MEHL+ 64": PaperMEHL(
         layerwise=True, model_batch_size=2, max_epochs=2, batch_size=20, random_state=0
     ),
-    "MEHL+ weighted 64": MEHLSoup(
+    "MEHL+ weighted 64": PaperMEHL(
         layerwise=True, model_batch_size=2, max_epochs=1, batch_size=20, random_state=0,
         accumulate=2,
     ),
-    "MEHL+ sharded 64": MEHLSoup(
+    "MEHL+ sharded 64": PaperMEHL(
         layerwise=True, model_batch_size=3, max_epochs=2, batch_size=20, random_state=0,
         shard_deltas=True, normalize=True,
     ),
-    "learned sharded 64": LearnedSoup(
+    "learned sharded 64": PaperLearned(
         max_epochs=2, batch_size=25, random_state=0, shard_deltas=True
     ),
-    "MEHL unseeded 64": MEHLSoup(model_batch_size=2, max_epochs=1, batch_size=20),
-    "learned unseeded 32": LearnedSoup(max_epochs=1, batch_size=20),
+    "MEHL unseeded 64": PaperMEHL(model_batch_size=2, max_epochs=1, batch_size=20),
+    "learned unseeded 32": PaperLearned(max_epochs=1, batch_size=20),
     "greedy split unseeded 32": GreedySoup(ranking_fraction=0.5),
-    "MEHL+ 32": MEHLSoup(
+    "MEHL+ 32": PaperMEHL(
         layerwise=True, model_batch_size=2, max_epochs=2, batch_size=20, random_state=0
     ),
+    "centered 64": MEHLSoup(
+        layerwise=True, model_batch_size=2, max_epochs=2, batch_size=20, random_state=0,
+        ranking_rows=30,
+    ),
+    "centered learned 64": LearnedSoup(max_epochs=2, batch_size=25, random_state=0),
+    "centered on greedy 64": MEHLSoup(center="greedy", max_epochs=1, random_state=0),
 }  # fmt: skip
 ROOT = Path(__file__).parents[2]
 
@@ -143,6 +149,9 @@ def test_ranks_find_what_one_process_finds(folder, n_ranks):
 def _assert_shared_out(name, counts, alone):
     """The ranks together evaluate the rows once; a step sends b x L numbers."""
     rows = [c["rows_forward"] for c in counts]
+    if name.startswith("centered"):  # every rank compares the soup on all rows
+        assert sum(c["rows_backward"] for c in counts) == alone.counts_.rows_backward
+        return
     if not name.startswith("greedy"):  # which looks ahead
         assert sum(rows) == alone.counts_.rows_forward
         assert sum(c["rows_backward"] for c in counts) == alone.counts_.rows_backward
