@@ -271,7 +271,9 @@ class Page:
         base, *rest = seeds[0]["clean"]
 
         def mean(name: str, condition: str, measure: str) -> float:
-            return mean_of(s[condition][name] and s[condition][name][measure] for s in seeds)
+            """NaN for what was not measured with ruined ingredients."""
+            found = [s[condition].get(name) for s in seeds]
+            return mean_of(one and one[measure] for one in found)
 
         columns = [
             (condition, measure, digits)
@@ -280,10 +282,10 @@ class Page:
         ]
         names = sorted([base, *rest], key=lambda name: -mean(name, "clean", "test"))
         rows = [
-            [name, *(f"{mean(name, condition, measure):.{digits}f}"
+            [name, *(f"{mean(name, condition, measure):.{digits}f}".replace("nan", "–")
                      for condition, measure, digits in columns),
              *(cell(paired([s[condition] for s in seeds], name, base), signed)
-               for condition in ("clean", "ruined"))]
+               if name in seeds[0][condition] else "–" for condition in ("clean", "ruined"))]
             for name in names
         ]  # fmt: skip
         words = {"test": "accuracy, %", "log_loss": "log-loss", "passes": "passes"}
