@@ -113,10 +113,9 @@ class MEHLSoup(BaseSoup):
     layerwise : bool or callable, default=False
         True gives every parameter tensor its own coefficients; a callable maps a parameter's name
         to the label of its layer.
-    center : {"top", "best", "greedy", "mean"} or array-like of shape (n_checkpoints,), \
-            default="top"
-        Coefficients :math:`q` of the point that the search begins at and that deltas are taken
-        from: the mean of the quarter of the checkpoints that rank best, or the best one, by a
+    center : {"top", "best", "greedy", "mean"} or array-like, default="top"
+        Coefficients :math:`q`, shape (n_checkpoints,), of the point that the search begins at and
+        that deltas are taken from: the mean of the quarter of the checkpoints that rank best, or the best one, by a
         ranking on ``ranking_rows`` (none where the collection has ``scores``); the `GreedySoup`;
         the mean of all, as in the paper; or as given, with sum 1. "top" leaves out checkpoints
         that are unrelated to the others (`CheckpointCollection.strangers`).
