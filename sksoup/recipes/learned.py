@@ -54,10 +54,10 @@ class LearnedSoup(BaseSoup):
         to the label of its layer.
     center : {"top", "best", "greedy", "mean"} or array-like, default="top"
         Coefficients :math:`q`, shape (n_checkpoints,), of the point that the search begins at and
-        that deltas are taken from: the mean of the quarter of the checkpoints that rank best, or the best one, by a
-        ranking on ``ranking_rows`` (none where the collection has ``scores``); the `GreedySoup`;
-        the mean of all, as in the paper; or as given, with sum 1. "top" leaves out checkpoints
-        that are unrelated to the others (`CheckpointCollection.strangers`).
+        that deltas are taken from: the mean of the quarter of the checkpoints that rank best, or
+        the best one, by a ranking on ``ranking_rows`` (none where the collection has ``scores``);
+        the `GreedySoup`; the mean of all, as in the paper; or as given, with sum 1. "top" leaves
+        out checkpoints that are unrelated to the others (`CheckpointCollection.strangers`).
     ranking_rows : int or None, default=128
         Held-out rows, drawn at random and stratified by label, that rank the checkpoints for
         ``center="top"`` or ``"best"``; None, or more than there are, for all.
