@@ -104,6 +104,12 @@ class Ranking:
     best: Evaluation | None  # of the first with the highest score; None where scores were known
     margins: dict[str, torch.Tensor] = field(default_factory=dict)  # (N,) each, where known
 
+    @property
+    def order(self) -> list[int]:
+        """Places of the checkpoints in the collection, best first; equal scores stay in order."""
+        scores = list(self.scores.values())
+        return sorted(range(len(scores)), key=lambda k: -scores[k])
+
 
 def rank_checkpoints(
     problem: Problem,
@@ -136,7 +142,8 @@ def rank_checkpoints(
     """
     checkpoints, evaluate = problem.checkpoints, evaluate or problem.evaluate
     if checkpoints.scores is not None:
-        return Ranking(dict(checkpoints.scores), None)
+        known = checkpoints.scores
+        return Ranking({name: known[name] for name in checkpoints.names}, None)
     scores: dict[str, float] = {}
     margins: dict[str, torch.Tensor] = {}
     best, best_name = None, ""

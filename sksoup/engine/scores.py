@@ -142,13 +142,6 @@ class Evaluator:
             return Evaluation(float(self.scorer(self.objective.module)), n)
         return self._evaluation(self.objective.outputs_of(self.data.X, self.batch_size))
 
-    def of_weights(self) -> float:
-        """The score, kept in the cache under the module's present weights themselves."""
-        if self.cache is None:
-            return self().score
-        weights = dict(self.objective.module.state_dict())
-        return self.cache.within(weights)(("weights",), lambda: self().score)
-
     def _evaluation(self, outputs: torch.Tensor) -> Evaluation:
         n, rows, reads = len(outputs), self.rows, self.objective.outputs
         if rows is None or rows.task == "regression":

@@ -259,7 +259,7 @@ class BaseSoup(
         if self._has_recipe:
             self._keep_soup(problem, coef)
         if found.decided is not None:
-            self._warn_of_rounding(*found.decided)
+            self._warn_of_rounding(problem, best, *found.decided)
 
     def _mix_best(self, problem: Problem, found: Found) -> NDArray[np.float64]:
         """Mix what was found, or the rival that scores higher on all held-out rows: its coef."""
@@ -267,16 +267,18 @@ class BaseSoup(
             self._mix(problem, found.coef)
             return found.coef
         candidates = {**found.rivals, "soup": found.coef}  # the soup last: it mostly stays
-        scores, mixed = dict[str, float](), ""
-        for name, coef in candidates.items():
-            known, key = problem.evaluate.cache, self._key_of_mix(problem, coef)
-            score = None if known is None else known.find(*key)
-            if score is None:
-                self._mix(problem, coef)
-                score, mixed = problem.evaluate().score, name
-                if known is not None:
-                    known.keep(score, *key)
-            scores[name] = score
+        mixed: list[str] = []
+
+        def mix_it(name: str) -> None:
+            self._mix(problem, candidates[name])
+            mixed.append(name)
+
+        scores = {
+            name: self._score_of(
+                problem, coef, problem.evaluate, prepare=functools.partial(mix_it, name)
+            )
+            for name, coef in candidates.items()
+        }
         best = max(reversed(scores), key=scores.__getitem__)  # the soup where it is level
         if best != "soup":
             what = {"center": "the center that it was searched from", "best": "the best checkpoint"}
@@ -286,18 +288,30 @@ class BaseSoup(
             )
             if "temperature_" in found.attributes:
                 self.temperature_ = 1.0  # what was found belongs to the soup
-        if best != mixed:
-            self._mix(problem, candidates[best])
+        if mixed[-1:] != [best]:
+            mix_it(best)
         self.held_out_scores_ = dict(reversed(scores.items()))
         return candidates[best]
 
-    def _key_of_mix(self, problem: Problem, coef: NDArray[np.float64]) -> tuple[Any, ...]:
-        """What the score of a mix depends on, beside the rows."""
-        if problem.evaluate.cache is None:  # checkpoints in memory would be hashed for nothing
-            return ()
+    def _score_of(
+        self,
+        problem: Problem,
+        coef: NDArray[np.float64],
+        evaluate: Evaluator,
+        prepare: Callable[[], None] = lambda: None,
+    ) -> float:
+        """The score of a mix, which ``prepare`` makes where the cache does not have it."""
+
+        def score() -> float:
+            prepare()
+            return evaluate().score
+
+        if evaluate.cache is None:  # checkpoints in memory would be hashed for nothing
+            return score()
         collection = problem.checkpoints
         identities = [collection.identity(name) for name in collection]
-        return "mix", identities, problem.layers.rows, coef, self.batch_norm
+        key = "mix", identities, problem.layers.rows, coef, self.batch_norm
+        return evaluate.cache(key, score)
 
     def _mix(self, problem: Problem, searched: NDArray[np.float64]) -> None:
         """Mix these coefficients into the module, and settle BatchNorm's statistics."""
@@ -359,9 +373,11 @@ class BaseSoup(
         if said is not None and said not in self.warnings_:
             self._warn(said)
 
-    def _warn_of_rounding(self, evaluate: Evaluator, decided: float) -> None:
+    def _warn_of_rounding(
+        self, problem: Problem, coef: NDArray[np.float64], evaluate: Evaluator, decided: float
+    ) -> None:
         """Warn where rounding left the mix below the score that the search decided by."""
-        score = evaluate.of_weights()
+        score = self._score_of(problem, coef, evaluate)
         if score < decided - ROUNDING * max(1.0, abs(decided)):
             self._warn(
                 f"The soup scores {score:.7g} on the rows that decided, less than the "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
@@ -15,7 +14,7 @@ from sklearn.utils import check_scalar
 
 from ..data.split import split_rows
 from ..engine.center import Anchor
-from ..engine.problem import Found, Problem, rank_checkpoints
+from ..engine.problem import Found, Problem, Weights, rank_checkpoints
 from ..engine.scores import Evaluator
 from ..exceptions import DivergenceError
 from .greedy import GreedySoup
@@ -106,7 +105,7 @@ def _choose(soup: Any, problem: Problem, generator: torch.Generator) -> Chosen:
                 f"center has {len(q)} coefficients, expected {n}: one per checkpoint, in the "
                 f"collection's order."
             )
-        best = None if known is None else ranked(known, checkpoints.names)[0]
+        best = None if known is None else rank_checkpoints(problem, no_step).order[0]
         return Chosen(Anchor(q, clips), best)
     if center == "greedy":
         greedy = GreedySoup(
@@ -118,14 +117,14 @@ def _choose(soup: Any, problem: Problem, generator: torch.Generator) -> Chosen:
         return Chosen(Anchor((greedy.coef[0] > 0).astype(float), clips), best, scores, evaluate)
     checkpoints.check()  # and see which of them are unrelated to the others
     evaluate = None if known is not None else rows_to_rank(problem, soup.ranking_rows, generator)
-    scores = rank_checkpoints(problem, lambda weights=None: None, evaluate=evaluate).scores
-    order = ranked(scores, checkpoints.names)
+    ranking = rank_checkpoints(problem, no_step, evaluate=evaluate)
+    order = ranking.order
     unrelated = set(checkpoints.strangers(checkpoints.names))
     # a network from another start may rank high, and would spoil the mean
     related = [k for k in order if checkpoints.names[k] not in unrelated] or order
     weights = np.zeros(n)
     weights[related[: math.ceil(TOP * n)] if center == "top" else order[:1]] = 1
-    return Chosen(Anchor(weights, clips), order[0], scores, evaluate)
+    return Chosen(Anchor(weights, clips), order[0], ranking.scores, evaluate)
 
 
 def center_instead(
@@ -138,9 +137,8 @@ def center_instead(
     return Found(chosen.coef(problem), attributes=attributes)
 
 
-def ranked(scores: dict[str, float], names: Sequence[str]) -> list[int]:
-    """Checkpoints by score, best first; equal ones in collection order."""
-    return sorted(range(len(names)), key=lambda k: -scores[names[k]])
+def no_step(weights: Weights | None = None) -> None:
+    """No-op progress of a ranking, which is a small part of a fit."""
 
 
 def rows_to_rank(problem: Problem, n_rows: int | None, generator: torch.Generator) -> Evaluator:

@@ -259,8 +259,7 @@ class GreedySoup(BaseSoup):
             scores = ranking.scores
             if to_rank is not to_accept:
                 ranking = Ranking(scores, None)  # evaluations of other rows accept nothing
-            # stable: equal scores stay in collection order
-            ranked = sorted(range(n), key=lambda k: -scores[names[k]])
+            ranked = ranking.order
             candidates = Candidates(
                 problem, ranking, ranked, to_accept, effective_n_jobs(self.n_jobs),
                 self.batch_norm, self.early_rejection,
