@@ -72,8 +72,8 @@ def measure(name: str, soup: Any, turns: int, *args: Any) -> None:
             ratios.append(whole / plain)
             again = clone(kept)
             replays.append(seconds(again, *args) / plain)
-            size = sum(path.stat().st_size for path in Path(memory).rglob("output.pkl"))
-            n = len(list(Path(memory).rglob("output.pkl")))
+            size = sum(path.stat().st_size for path in Path(memory).rglob("*.safetensors"))
+            n = len(list(Path(memory).rglob("*.safetensors")))
             passes = again.counts_.n_forward + again.counts_.n_backward
     print(
         f"{name:12}{100 * statistics.median(shares):11.2f} %{statistics.median(ratios):14.3f}"

@@ -1,0 +1,1 @@
+"""What someone who writes to the user's folders can try."""
