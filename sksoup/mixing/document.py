@@ -101,12 +101,20 @@ def _parsed(text: str, source: str) -> tuple[dict[str, Any], str]:
     except RecursionError as error:
         raise RecipeError(f"{source} is not a sksoup recipe: it is nested too deeply.") from error
     except (*WRONG, AttributeError) as error:
-        raise RecipeError(f"{source} is not a sksoup recipe: {error!r}.") from error
+        raise RecipeError(f"{source} is not a sksoup recipe: {_wrong(error)}") from error
     return document, digest
 
 
 def _wrong(error: Exception) -> str:
-    return f"it has no {error}." if isinstance(error, KeyError) else str(error)
+    if isinstance(error, KeyError):
+        return f"it has no {error}."
+    if isinstance(error, UnicodeEncodeError):  # whose text is the whole document
+        near = error.object[max(0, error.start - 40) : error.end]
+        return (
+            f"{near!r} holds half a surrogate, which is no text. If it is the name of a file, "
+            f"rename that, or open the collection with names=."
+        )
+    return str(error)
 
 
 def _refused(constant: str) -> None:

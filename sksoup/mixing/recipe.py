@@ -263,8 +263,7 @@ class Recipe:
         ValueError
             Another suffix.
         RecipeError
-            As `to_json`, or the header of the file would be larger than 100 MB, which no reader
-            accepts.
+            As `to_json`, or the header of the file would be larger than 100 MB.
         """
         where = Path(path)
         if where.suffix != ".safetensors":
