@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from .checkpoints.protocol import Read
 from .checkpoints.sources import SUFFIXES, find_checkpoints
 from .exceptions import CheckpointError, RecipeError
 from .mixing.recipe import Recipe
+from .tables import printable
 
 EPILOG = """\
 Exit status: 0 fine; 1 a check failed (inspect: bad or unrelated checkpoints, verify: another soup);
 2 an error, with its reason; nothing was written. Checkpoints are never unpickled unsafely.
+verify rebuilds the tensors from the checkpoints. A SHA-256 is no signature: it shows accidents.
 """
 
 
@@ -41,10 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.json:
             print(json.dumps({"error": said}))
         else:
-            print(f"sksoup: {said}", file=sys.stderr)
+            print(f"sksoup: {_shown(said)}", file=sys.stderr)
         return 2
-    print(json.dumps(document, indent=1, allow_nan=False) if options.json else text)
+    print(json.dumps(document, indent=1, allow_nan=False) if options.json else _shown(text))
     return int(status)
+
+
+def _shown(text: str) -> str:
+    """Lines for a terminal, which obeys escape sequences in names of files and tensors."""
+    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,7 +125,8 @@ def _write(
             f"it away first."
         )
     if output.suffix == ".safetensors":
-        recipe.save_weights(output, recipe.cook(collection))
+        cooked = recipe.cook(collection)
+        replace(recipe, recalibrated=()).save_weights(output, cooked)
     else:
         recipe.cook(collection, out=output)
     done = {"output": str(output), "ingredients": n, "recalibrated": list(recipe.recalibrated)}

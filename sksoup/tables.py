@@ -26,7 +26,7 @@ class Table:
 
     def to_text(self, rule: bool = False) -> str:
         """Padded columns, two spaces apart; ``rule`` draws a line below the header."""
-        table = [self.header, *self.rows]
+        table = [[printable(cell) for cell in row] for row in [self.header, *self.rows]]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(self._padded(row, widths)).rstrip() for row in table]
         if rule:
@@ -64,6 +64,16 @@ class Table:
             for k, cell in enumerate(row)
         )
         return f"<tr>{''.join(cells)}</tr>"
+
+
+def printable(text: str) -> str:
+    """Text with escapes for what a terminal obeys or does not show.
+
+    Control characters, those that turn the direction of writing, halves of surrogates.
+    """
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 def _latex(text: str) -> str:

@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
-from ..tables import Table
+from ..tables import Table, printable
 
 FRONT_MATTER = """\
 ---
@@ -30,7 +30,7 @@ def model_card(recipe: Any) -> str:
     """A recipe in words, as a Hugging Face–style model card; texts from the recipe are escaped."""
     mean = recipe.coef.mean(axis=0)
     rows = [
-        (_plain(one.name), f"{c:.4f}", _score(recipe.scores.get(one.name)), f"`{one.sha256}`")
+        (_plain(one.name), f"{c:.4f}", _score(recipe.scores.get(one.name)), _code(one.sha256))
         for one, c, is_used in zip(recipe.ingredients, mean, recipe.is_used(), strict=True)
         if is_used
     ]
@@ -41,13 +41,13 @@ def model_card(recipe: Any) -> str:
         FRONT_MATTER,
         f"# {_plain(recipe.method)} of {len(rows)} checkpoint{'s' * (len(rows) > 1)}\n",
         f"One network mixed from {len(rows)} of {len(recipe.ingredients)} checkpoints that were "
-        f"fine-tuned from one start, by `{_plain(recipe.method)}` of sksoup: its weights are "
+        f"fine-tuned from one start, by {_code(recipe.method)} of sksoup: its weights are "
         f"their sum with the coefficients below, which sum to 1. It costs no more to run than "
         f"any one of them.\n",
         Table(header, rows, left=(0, 3)).to_markdown() + "\n",
     ]
     if recipe.classes:
-        labels = ", ".join(f"`{_plain(str(label))}`" for label in recipe.classes)
+        labels = ", ".join(_code(str(label)) for label in recipe.classes)
         parts.append(f"Outputs, in order: {labels}.\n")
     if recipe.temperature != 1.0:
         parts.append(f"Multiply the logits by {recipe.temperature:.6g} for probabilities.\n")
@@ -63,8 +63,17 @@ def model_card(recipe: Any) -> str:
 
 def _plain(text: str) -> str:
     """Text that can't break out of a cell of a Markdown table, or into HTML."""
-    safe = html.escape(" ".join(text.split()), quote=False)
+    safe = html.escape(_one_line(text), quote=False)
     return "".join(f"\\{c}" if c in "\\`*_[]|#~!" else c for c in safe)
+
+
+def _code(text: str) -> str:
+    """Text as a span of code, which it can't end: escapes mean nothing in there, so none are."""
+    return f"`{html.escape(_one_line(text), quote=False).replace('`', chr(39))}`"
+
+
+def _one_line(text: str) -> str:
+    return printable(" ".join(text.split()))
 
 
 def _score(score: float | None) -> str:

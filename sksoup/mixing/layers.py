@@ -116,3 +116,8 @@ def check_layers(
 def is_variance(name: str) -> bool:
     """Whether a tensor is a running variance, which extrapolation must not make negative."""
     return name.rpartition(".")[2] == "running_var"
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a tensor is a statistic of BatchNorm, which can be re-estimated from data."""
+    return name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.protocol import TensorInfo
 from ..checkpoints.write import write_shards
+from ..exceptions import CheckpointError
 from .layers import check_layers, is_variance
 
 __all__ = ["mix"]
@@ -77,7 +79,7 @@ def mix(
         ``coef`` has another shape, is not finite, or a row does not sum to 1; ``layers`` does not
         map every tensor to a row.
     CheckpointError
-        A checkpoint can't be read or holds NaN.
+        A checkpoint can't be read; a mixed tensor is not finite, or too large for its dtype.
     FileExistsError
         ``out`` is there and not an empty folder; nothing is read.
 
@@ -115,9 +117,12 @@ def mix(
     rows = check_layers(layers, checkpoints.layout, len(weights))
     if out is not None:
         return mix_into(Path(out), checkpoints, weights, rows)
-    mixed, _ = accumulate(checkpoints, weights, rows, checkpoints.layout)
+    mixed, differing = accumulate(checkpoints, weights, rows, checkpoints.layout)
     dtypes = stored_dtypes(checkpoints, weights)
-    return {name: cast(name, mixed.pop(name), dtypes[name]) for name in checkpoints.layout}
+    return {
+        name: _finished(name, mixed.pop(name), dtypes[name], name in differing)
+        for name in checkpoints.layout
+    }
 
 
 def mix_into(
@@ -145,9 +150,9 @@ def mix_some(
     """Mix these tensors a few at a time: never more in memory than the largest takes."""
     dtypes = stored_dtypes(checkpoints, coef)
     for group in _groups({name: checkpoints.layout[name].size for name in names}):
-        mixed, _ = accumulate(checkpoints, coef, rows, group)
+        mixed, differing = accumulate(checkpoints, coef, rows, group)
         for name in group:
-            yield name, cast(name, mixed.pop(name), dtypes[name])
+            yield name, _finished(name, mixed.pop(name), dtypes[name], name in differing)
 
 
 def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
@@ -164,8 +169,8 @@ def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
 
 def check_coef(coef: ArrayLike, n_checkpoints: int) -> NDArray[np.float64]:
     """Return ``coef`` as (n_layers, n_checkpoints) float64; ValueError if it is not one."""
-    given = np.asarray(coef, dtype=np.float64)
-    rows = np.atleast_2d(given)
+    given = np.asarray(coef)
+    rows = np.atleast_2d(given).astype(np.float64)
     if given.ndim not in (1, 2) or rows.shape[1] != n_checkpoints or not len(rows):
         raise ValueError(
             f"coef has shape {given.shape}, expected ({n_checkpoints},) or (n_layers, "
@@ -173,8 +178,13 @@ def check_coef(coef: ArrayLike, n_checkpoints: int) -> NDArray[np.float64]:
         )
     if not np.isfinite(rows).all():
         raise ValueError("coef holds NaN or infinite values, expected finite coefficients.")
-    off = np.abs(rows.sum(axis=1) - 1).max()
-    if off > 1e-6 * max(1.0, float(np.abs(rows).max())):
+    # a few units in the last place of the numbers given; past 1e-3 nothing is left of the sum
+    eps = np.finfo(given.dtype if given.dtype.kind == "f" else np.float64).eps
+    with np.errstate(over="ignore"):
+        off = np.abs(rows.sum(axis=1) - 1)
+        rounding = 8 * eps * np.abs(rows).sum(axis=1)
+    if (off > np.minimum(1e-6 + rounding, 1e-3)).any():
+        off = off.max()
         raise ValueError(
             f"coef must sum to 1 along the last axis, got a row that is off by {off:.2g}. Divide "
             f"by the sum, or add the pretrained start as a checkpoint that takes the rest."
@@ -227,6 +237,35 @@ def stored_dtypes(
 def cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """One rounding to the stored dtype; variances stay >= 0."""
     return (value.clamp_(min=0) if is_variance(name) else value).to(dtype)
+
+
+def _finished(name: str, value: torch.Tensor, dtype: torch.dtype, is_sum: bool) -> torch.Tensor:
+    """`cast`; a sum has to fit the dtype, while what all checkpoints share may be infinite."""
+    stored = cast(name, value, dtype)
+    if is_sum and value.numel():
+        _check_range(name, value, dtype)
+    return stored
+
+
+def _check_range(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise an error if a sum is not finite, or is too large for the dtype it is stored in."""
+    # NaN propagates into both; a twentieth of what isfinite takes
+    low, high = (float(end) for end in torch.aminmax(value))
+    kind = torch.finfo(dtype)
+    most = kind.max * (1 + kind.eps / 4)  # a little above the largest number is rounded to it
+    if -most <= low and high <= most:
+        return
+    if math.isfinite(low) and math.isfinite(high):
+        raise CheckpointError(
+            f"The mix of {name!r} can't be stored: it reaches {max(-low, high):.6g}, and the "
+            f"largest number of {dtype} is {kind.max:.6g}. Convert the checkpoints to a wider "
+            f"dtype, or use coefficients closer to [0, 1]."
+        )
+    raise CheckpointError(
+        f"The mix of {name!r} holds NaN or infinite values, expected finite ones. Leave out "
+        f"checkpoints that hold such values (collection.healthy() does), or use coefficients "
+        f"closer to [0, 1]."
+    )
 
 
 class _Sum:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,15 +15,16 @@ from numpy.typing import NDArray
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.folders import read_metadata
 from ..checkpoints.shards import INDEX
+from ..checkpoints.texts import read_text
 from ..checkpoints.write import write_safetensors, write_text
 from ..exceptions import CheckpointError, RecipeError
 from .card import model_card
+from .document import MOST_BYTES, check_header, read_document, write_document
 from .ingredients import Ingredient, select_ingredients
 from .layers import check_layers
-from .mix import check_coef, mix, mix_into
-from .verification import Verification, verify
+from .mix import mix, mix_into
+from .verification import Verification, digest_of_tensors, verify
 
-FORMAT_VERSION = 1
 METADATA_KEY = "sksoup"
 
 
@@ -51,17 +51,27 @@ class Recipe:
     temperature : float, default=1.0
         Learned-Soup's factor on the logits; never folded into the weights.
     recalibrated : tuple of str, default=()
-        Tensors that were re-estimated from data and that `cook` can't rebuild.
+        Tensors that were re-estimated from data and that `cook` can't rebuild: statistics of
+        BatchNorm, and nothing else.
     versions : dict of str to str
         Versions of sksoup, torch, ...
     classes : tuple, default=()
         Labels of the outputs, in their order, where JSON can hold them.
+    weights_sha256 : str or None, default=None
+        SHA-256 of the soup's tensors as they were written: names, dtypes, shapes and bytes. `save`
+        of a soup fills it in; in a folder of shards, whose recipe is written before the tensors,
+        it is None. Recipes that differ in it alone are equal.
 
     Notes
     -----
     Stored as JSON in the metadata of the soup's ``.safetensors`` file, or as a ``.json`` file.
-    Coefficients are written with 17 significant digits, which float64 survives exactly. Unknown
+    Coefficients are written with 17 significant digits, which float64 survives exactly, or, if
+    there are more than 4,096 of them, as the bytes of little-endian float64 in Base64. Unknown
     fields are ignored on reading; a newer format version is an error.
+
+    The document contains its own SHA-256 (``sha256``: of the JSON without it, with sorted keys and
+    no spaces), which is compared on reading. It shows accidental changes. It is not a signature:
+    those who change a recipe on purpose can write the SHA-256 that fits. Format version 1 had none.
 
     Examples
     --------
@@ -85,6 +95,7 @@ class Recipe:
     recalibrated: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     classes: tuple[Any, ...] = ()
+    weights_sha256: str | None = None
 
     @classmethod
     def record(
@@ -129,10 +140,14 @@ class Recipe:
         return cls(method, tuple(ingredients), rows, dict(layers), names, **fields)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Recipe) and self.to_json() == other.to_json()
+        return isinstance(other, Recipe) and self._unsaved() == other._unsaved()
 
     def __hash__(self) -> int:
-        return hash(self.to_json())
+        return hash(self._unsaved())
+
+    def _unsaved(self) -> str:
+        """What two recipes are compared by: all that does not come from saving the weights."""
+        return replace(self, weights_sha256=None).to_json()
 
     def to_json(self) -> str:
         """Return the recipe as a JSON text.
@@ -141,9 +156,14 @@ class Recipe:
         -------
         text : str
             One object; ``format_version`` says how to read it.
+
+        Raises
+        ------
+        RecipeError
+            The fields contradict each other, so that no one could read the text, or it would be
+            larger than 100 MB.
         """
-        document = {"format_version": FORMAT_VERSION, **asdict(self), "coef": self.coef.tolist()}
-        return json.dumps(document, indent=1, allow_nan=False)
+        return write_document(self)
 
     @classmethod
     def from_json(cls, text: str, source: str = "the text") -> Recipe:
@@ -164,53 +184,10 @@ class Recipe:
         Raises
         ------
         RecipeError
-            Not JSON, not a recipe, or written by a newer format version.
+            Not JSON, not a recipe, written by a newer format version, or changed after it was
+            written. All fields are checked before any is used.
         """
-        try:
-            document = json.loads(text)
-            version = document["format_version"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise RecipeError(f"{source} is not a sksoup recipe: {error!r}.") from error
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise RecipeError(
-                f"{source} has recipe format {version!r}, expected at most {FORMAT_VERSION}. "
-                f"Read it with a newer sksoup."
-            )
-        try:
-            recipe = cls(
-                method=str(document["method"]),
-                ingredients=tuple(
-                    Ingredient(i["name"], i["sha256"], i.get("file"), i.get("key"))
-                    for i in document["ingredients"]
-                ),
-                coef=np.array(document["coef"], dtype=np.float64),
-                layers={str(name): int(row) for name, row in document["layers"].items()},
-                layer_names=tuple(document["layer_names"]),
-                params=dict(document.get("params", {})),
-                scores=dict(document.get("scores", {})),
-                temperature=float(document.get("temperature", 1.0)),
-                recalibrated=tuple(document.get("recalibrated", ())),
-                versions=dict(document.get("versions", {})),
-                classes=tuple(document.get("classes", ())),
-            )
-            recipe._check()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            wrong = f"it has no {error}." if isinstance(error, KeyError) else error
-            raise RecipeError(f"{source} is not a whole sksoup recipe: {wrong}") from error
-        return recipe
-
-    def _check(self) -> None:
-        """Raise a ValueError if the fields contradict each other."""
-        rows, names = self.layers.values(), [i.name for i in self.ingredients]
-        check_coef(self.coef, len(names))
-        if self.coef.ndim != 2 or len(self.coef) != len(self.layer_names):
-            raise ValueError(
-                f"coef has shape {self.coef.shape} for {len(self.layer_names)} layers."
-            )
-        if rows and not (min(rows) >= 0 and max(rows) < len(self.coef)):
-            raise ValueError(f"layers name row {max(rows)} of {len(self.coef)}.")
-        if len(set(names)) < len(names):
-            raise ValueError("two ingredients have the same name.")
+        return cls(**read_document(text, source))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
@@ -229,7 +206,7 @@ class Recipe:
         Raises
         ------
         RecipeError
-            The file holds no recipe.
+            The file holds no recipe, or one that `from_json` refuses.
         CheckpointError
             The file can't be read.
         """
@@ -237,10 +214,10 @@ class Recipe:
         is_text = where.suffix != ".safetensors" and not where.name.endswith(INDEX)
         if is_text and not where.is_dir():
             try:
-                text = where.read_text(encoding="utf-8")
-            except OSError as error:
-                raise CheckpointError(f"{str(where)!r} can't be read: {error}.") from error
-            except UnicodeDecodeError as error:
+                text = read_text(where, MOST_BYTES)
+            except CheckpointError as error:
+                if not isinstance(error.__cause__, UnicodeDecodeError):
+                    raise
                 raise RecipeError(
                     f"{str(where)!r} holds no sksoup recipe: expected a .safetensors file or a "
                     f"folder that sksoup wrote, or a .json file."
@@ -261,13 +238,18 @@ class Recipe:
         ----------
         path : str or path-like
             A ``.json`` file.
+
+        Raises
+        ------
+        RecipeError
+            As `to_json`.
         """
         write_text(Path(path), self.to_json())
 
     def save_weights(
         self, path: str | os.PathLike[str], weights: Mapping[str, torch.Tensor]
     ) -> None:
-        """Write weights with this recipe in the file's metadata, atomically.
+        """Write weights with this recipe and their SHA-256 in the file's metadata, atomically.
 
         Parameters
         ----------
@@ -280,11 +262,15 @@ class Recipe:
         ------
         ValueError
             Another suffix.
+        RecipeError
+            As `to_json`, or the header of the file would be larger than 100 MB.
         """
         where = Path(path)
         if where.suffix != ".safetensors":
             raise ValueError(f"{str(where)!r} must end in '.safetensors', got {where.suffix!r}.")
-        write_safetensors(where, weights, {METADATA_KEY: self.to_json(), "format": "pt"})
+        text = replace(self, weights_sha256=digest_of_tensors(weights)).to_json()
+        check_header(text, weights)
+        write_safetensors(where, weights, {METADATA_KEY: text, "format": "pt"})
 
     def is_used(self) -> NDArray[np.bool_]:
         """Return which checkpoints have a coefficient other than 0.
@@ -317,8 +303,8 @@ class Recipe:
             Or anything its constructor takes. Ingredients are found by name, else by hash; those
             with coefficient 0 throughout may be missing. Further checkpoints are ignored.
         out : str or path-like, default=None
-            A new folder to write the weights to, in shards that contain this recipe, for models
-            larger than memory (see `mix`).
+            A new folder to write the weights to, in shards that contain the recipe, for models
+            larger than memory (see `mix`). There it has no ``recalibrated`` tensors: all are mixed.
 
         Returns
         -------
@@ -329,7 +315,8 @@ class Recipe:
         Raises
         ------
         RecipeError
-            An ingredient is missing, or its contents are not those the soup was made of.
+            An ingredient is missing, its contents are not those the soup was made of, or the recipe
+            is too large for the header of a shard.
 
         Notes
         -----
@@ -341,14 +328,23 @@ class Recipe:
         if out is None:
             return mix(chosen, coef, layers=self.layers)
         rows = check_layers(self.layers, chosen.layout, len(coef))
-        return mix_into(Path(out), chosen, coef, rows, {METADATA_KEY: self.to_json()})
+        mixed = replace(self, recalibrated=(), weights_sha256=None)
+        text = (mixed if self.recalibrated else self).to_json()
+        check_header(text, self.layers)
+        return mix_into(Path(out), chosen, coef, rows, {METADATA_KEY: text})
 
     def verify(
         self,
         weights: Mapping[str, torch.Tensor] | str | os.PathLike[str],
         checkpoints: CheckpointCollection | Any,
     ) -> Verification:
-        """Rebuild a soup tensor by tensor and compare it bit for bit.
+        """Rebuild a soup tensor by tensor and compare it bit for bit; compare its SHA-256.
+
+        What this proves: the ingredients, with the coefficients of the recipe, give the tensors
+        that are not in `Verification.unchecked`. All else (scores, temperature, classes, method,
+        versions, tensors that were re-estimated from data) can't be rebuilt from the ingredients:
+        it is covered by the SHA-256 that the recipe contains, which shows accidental changes. No
+        signature is involved: a file from a source that you don't trust may have any SHA-256.
 
         Parameters
         ----------
@@ -365,11 +361,14 @@ class Recipe:
         Raises
         ------
         CheckpointError
-            A file can't be read.
+            A file can't be read, or a mix is not finite.
+        RecipeError
+            The ingredients hold other tensors than the recipe.
 
         Notes
         -----
-        Reads each used file twice. Memory: a few tensors.
+        Reads each used file twice, and the soup twice where its SHA-256 was recorded. Memory: a few
+        tensors.
 
         Examples
         --------

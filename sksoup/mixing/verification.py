@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,15 @@ from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.protocol import Read, TensorInfo
 from ..checkpoints.sources import open_checkpoint
 from ..exceptions import RecipeError
+from ..runtime.fingerprint import tensor_bytes
 from .ingredients import find_ingredient, select_ingredients
-from .layers import check_layers
-from .mix import mix_some, same_bits
+from .layers import check_layers, is_statistic
+from .mix import mix_some, same_bits, stored_dtypes
+
+LIMITS = (
+    "Scores, temperature, labels and versions can't be rebuilt.\n"
+    "A SHA-256 shows accidental changes; it is not a signature."
+)
 
 
 @dataclass(frozen=True)
@@ -34,24 +42,32 @@ class Verification:
         For every checkpoint of the recipe ``"ok"``, ``"unused"``, or what is wrong with it.
     n_tensors : int
         Tensors in the recipe.
+    sha256 : str, default="not recorded"
+        ``"ok"`` or ``"differs"``: the SHA-256 of the soup's tensors, of those in ``unchecked``,
+        too, against the one in the recipe; ``"not recorded"`` where the recipe has none.
 
     Examples
     --------
     >>> from sksoup.recipe import Verification
-    >>> print(Verification({}, {}, {"a": "ok", "b": "unused"}, 4))
+    >>> print(Verification({}, {}, {"a": "ok", "b": "unused"}, 4, "ok"))
     Verified: 4 of 4 tensors are bit for bit what the recipe gives.
     1 of 2 ingredients used, SHA-256 as recorded.
+    SHA-256 of the tensors: as recorded.
+    Scores, temperature, labels and versions can't be rebuilt.
+    A SHA-256 shows accidental changes; it is not a signature.
     """
 
     differing: dict[str, str]
     unchecked: dict[str, str]
     ingredients: dict[str, str]
     n_tensors: int
+    sha256: str = "not recorded"
 
     @property
     def ok(self) -> bool:
-        """Whether at least one tensor was checked, and none differs."""
-        return not self.differing and len(self.unchecked) < max(1, self.n_tensors)
+        """Whether at least one tensor was checked, none differs, and neither does the SHA-256."""
+        n_least = max(1, self.n_tensors)
+        return not self.differing and len(self.unchecked) < n_least and self.sha256 != "differs"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the findings as plain dicts.
@@ -80,7 +96,9 @@ class Verification:
             lines += [f"{title}: {name!r} {how}" for name, how in list(found.items())[:5]]
             if len(found) > 5:
                 lines.append(f"{title}: {len(found) - 5} more")
-        return "\n".join(lines)
+        states = {"ok": "as recorded", "not recorded": "not recorded, so it was not checked"}
+        lines.append(f"SHA-256 of the tensors: {states.get(self.sha256, 'NOT as recorded')}.")
+        return "\n".join([*lines, LIMITS])
 
 
 def verify(
@@ -97,23 +115,54 @@ def verify(
                 find_ingredient(ingredient, checkpoints)
         except RecipeError as error:
             ingredients[ingredient.name] = str(error)
-    unchecked = dict.fromkeys(
-        recipe.recalibrated, "was re-estimated from data, which no recipe can rebuild"
-    )
-    if set(ingredients.values()) - {"ok", "unused"}:
-        lost = dict.fromkeys(recipe.layers, "can't be rebuilt without all its ingredients")
-        return Verification({}, lost | unchecked, ingredients, len(recipe.layers))
-    chosen = select_ingredients(recipe.ingredients, is_used, recipe.layers, checkpoints)
-    coef = recipe.coef[:, is_used]
-    rows = check_layers(recipe.layers, chosen.layout, len(coef))
+    names = [name for name in recipe.recalibrated if is_statistic(name)]
+    unchecked = dict.fromkeys(names, "was re-estimated from data, which no recipe can rebuild")
     with _reading(weights) as (header, read):
+        digest = _compared(recipe.weights_sha256, header, read)
+        if set(ingredients.values()) - {"ok", "unused"}:
+            lost = dict.fromkeys(recipe.layers, "can't be rebuilt without all its ingredients")
+            return Verification({}, lost | unchecked, ingredients, len(recipe.layers), digest)
+        chosen = select_ingredients(recipe.ingredients, is_used, recipe.layers, checkpoints)
+        coef = recipe.coef[:, is_used]
+        rows = check_layers(recipe.layers, chosen.layout, len(coef))
         differing = {n: "is not in the recipe" for n in header if n not in recipe.layers}
         differing |= {n: "is missing" for n in recipe.layers if n not in header}
-        names = [n for n in recipe.layers if n in header and n not in unchecked]
-        for name, expected in mix_some(chosen, coef, rows, names):
+        present = [n for n in recipe.layers if n in header]
+        dtypes = stored_dtypes(chosen, coef)
+        for name in unchecked.keys() & set(present):
+            if how := _other_kind(
+                header[name], TensorInfo(chosen.layout[name].shape, dtypes[name])
+            ):
+                differing[name] = how
+        for name, expected in mix_some(
+            chosen, coef, rows, [n for n in present if n not in unchecked]
+        ):
             if how := _difference(header[name], expected, read(name)):
                 differing[name] = how
-    return Verification(differing, unchecked, ingredients, len(recipe.layers))
+    return Verification(differing, unchecked, ingredients, len(recipe.layers), digest)
+
+
+def digest_of_tensors(weights: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of a state dict: names, dtypes, shapes and bytes, as `verify` compares it."""
+    with _reading(weights) as (header, read):
+        return _digest(header, read)
+
+
+def _digest(header: Mapping[str, TensorInfo], read: Read) -> str:
+    digest = sha256()
+    for name, info in sorted(header.items()):
+        entry = json.dumps(
+            [name, str(info.dtype), list(info.shape)]
+        )  # JSON: where it ends is clear
+        digest.update(entry.encode())
+        digest.update(tensor_bytes(read(name)))
+    return digest.hexdigest()
+
+
+def _compared(recorded: str | None, header: Mapping[str, TensorInfo], read: Read) -> str:
+    if recorded is None:
+        return "not recorded"
+    return "ok" if _digest(header, read) == recorded else "differs"
 
 
 @contextmanager
@@ -130,6 +179,12 @@ def _reading(
 
 
 def _difference(info: TensorInfo, expected: torch.Tensor, given: torch.Tensor) -> str | None:
-    if info != (wanted := TensorInfo.of(expected)):
-        return f"is {info.dtype} of shape {info.shape}, expected {wanted.dtype} of {wanted.shape}"
+    if how := _other_kind(info, TensorInfo.of(expected)):
+        return how
     return None if same_bits(expected, given.cpu()) else "has other values"
+
+
+def _other_kind(info: TensorInfo, wanted: TensorInfo) -> str | None:
+    if info == wanted:
+        return None
+    return f"is {info.dtype} of shape {info.shape}, expected {wanted.dtype} of {wanted.shape}"

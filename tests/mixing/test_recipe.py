@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -63,7 +64,7 @@ def test_the_suffix_says_the_format(files, zoo: Zoo, tmp_path):
         ("hello", "is not a sksoup recipe"),
         ("[]", "is not a sksoup recipe"),
         ("{}", "is not a sksoup recipe"),
-        ('{"format_version": 99}', "recipe format 99, expected at most 1"),
+        ('{"format_version": 99}', "recipe format 99, expected 1 to 2"),
         ('{"format_version": 1}', "is not a whole sksoup recipe"),
     ],
 )
@@ -75,7 +76,8 @@ def test_files_that_are_no_recipe(text, match, tmp_path):
 
 def test_unknown_fields_of_newer_versions_are_ignored(files, zoo: Zoo):
     recipe = UniformSoup().fit(files, zoo.X, zoo.y).recipe_
-    document = {**json.loads(recipe.to_json()), "something_new": [1, 2]}
+    document = {**json.loads(recipe.to_json()), "something_new": [1, 2], "format_version": 1}
+    del document["sha256"]
     assert Recipe.from_json(json.dumps(document)).to_json() == recipe.to_json()
 
 
@@ -97,13 +99,24 @@ def test_cooking_into_a_folder_carries_the_recipe(files, zoo: Zoo, tmp_path):
     assert Recipe.load(folder / "model.safetensors.index.json").method == "MEHLSoup"
 
 
+def test_what_is_cooked_into_a_folder_is_all_mixed(files, zoo: Zoo, tmp_path):
+    soup = UniformSoup().fit(files, zoo.X, zoo.y)
+    recipe = dataclasses.replace(soup.recipe_, recalibrated=("norm.running_mean",))
+    folder = recipe.cook(files, out=tmp_path / "sharded")
+    findings = Recipe.load(folder).verify(folder, files)
+    assert findings.ok
+    assert findings.unchecked == {}
+    assert findings.sha256 == "not recorded"
+    assert "SHA-256 of the tensors: not recorded, so it was not checked." in str(findings)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"coef": [0.5, 0.5, 0, 0]}, r"coef has shape \(4,\)"),
+        ({"coef": [0.5, 0.5, 0, 0]}, "a row of coef is 0.5, expected a list"),
         ({"coef": [[0.5, 0.5, 0.0]]}, r"coef has shape \(1, 3\), expected \(4,\)"),
         ({"coef": [[0.5, 0.5, 0.1, 0.0]]}, "must sum to 1"),
-        ({"layers": {"head.weight": 5}}, "layers name row 5 of 1"),
+        ({"layers": {"head.weight": 5}}, r"'\] is 5, expected a row of coef in \[0, 1\)"),
         ({"layer_names": ["all", "more"]}, "for 2 layers"),
     ],
 )
@@ -124,6 +137,7 @@ def test_recipes_are_compared_by_what_they_say(files):
     )
     assert one == same != other
     assert len({one, same, other}) == 2
+    assert dataclasses.replace(one, weights_sha256="0" * 64) == one
     assert one != "a recipe"
 
 
