@@ -23,7 +23,9 @@ def _build_skorch_module(net: Any) -> nn.Module:
     return module
 
 
-def find_architecture(given: Sequence[Any], module: Any) -> ModuleSource | None:
+def find_architecture(
+    given: Sequence[Any], module: Any, key: str | None = None
+) -> ModuleSource | None:
     """The module or factory to build from: as given, else of the first checkpoint that has one."""
     for item in [module] if module is not None else given:
         trained = getattr(item, "module_", None)
@@ -31,7 +33,7 @@ def find_architecture(given: Sequence[Any], module: Any) -> ModuleSource | None:
             return copy.deepcopy(item if isinstance(item, nn.Module) else trained)
         if module is None:
             if isinstance(item, (str, os.PathLike)) and (folder := hub_folder(Path(item))):
-                return HubModule(folder)
+                return HubModule(folder, Path(item).absolute(), key)
         elif hasattr(item, "initialize") and hasattr(item, "get_params"):
             return partial(_build_skorch_module, item)
         elif callable(item):
@@ -54,5 +56,5 @@ def module_names(module: ModuleSource | None) -> set[str] | None:
     try:
         with preserved_random_state(), torch.device("meta"):
             return set(module().state_dict())
-    except Exception:  # a factory that can't be built so is built for real later
+    except Exception:  # one that can't be built so is built for real later, or never: to average
         return None

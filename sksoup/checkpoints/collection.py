@@ -120,7 +120,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             scores = checkpoints.scores if scores is None and names is None else scores
             checkpoints = checkpoints._entries
         given, names = named(checkpoints, names)
-        self.module = find_architecture(given, module)
+        self.module = find_architecture(given, module, key)
         entries = [open_source(item, index, key) for index, item in enumerate(given)]
         if prefix is None:
             entries = drop_prefixes(entries, self.module)

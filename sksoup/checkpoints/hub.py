@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from ..exceptions import CheckpointError
+from .growth import bounded_growth
+from .hub_config import read_config
+from .sources import open_checkpoint
 
 # what a model folder holds beside its weights: configuration, tokenizer, processor
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -22,10 +30,15 @@ def hub_folder(path: Path) -> Path | None:
 
 
 class HubModule:
-    """A factory for the architecture in a folder's config.json, through transformers, offline."""
+    """A factory for the architecture in a folder's config.json, through transformers, offline.
 
-    def __init__(self, folder: Path) -> None:
+    The module is at most as large as the weights at ``path``, which are the folder's own.
+    """
+
+    def __init__(self, folder: Path, path: Path | None = None, key: str | None = None) -> None:
         self.folder = folder
+        self.path = folder if path is None else path
+        self.key = key
 
     def __repr__(self) -> str:
         return f"HubModule({str(self.folder)!r})"
@@ -39,32 +52,96 @@ class HubModule:
                 f"installed: pip install 'sksoup[hub]', or give module=build_model."
             ) from error
         path = self.folder / "config.json"
+        header = open_checkpoint(self.path, self.key).header
+        described = read_config(path, header)
         try:
-            described = json.loads(path.read_text(encoding="utf-8"))
-            names = described.get("architectures") or []
-        except (OSError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{str(path)!r} can't be read: {error}.") from error
-        if "auto_map" in described:
+            with offline():
+                architecture = find_class(described.get("architectures"), path)
+                kind = described.get("model_type")
+                if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+                    raise CheckpointError(
+                        f"{str(path)!r} names the model type {kind!r}, which transformers "
+                        f"{transformers.__version__} does not have. Give module=build_model."
+                    )
+
+                def build() -> nn.Module:
+                    config = transformers.CONFIG_MAPPING[kind].from_dict(copy.deepcopy(described))
+                    config.name_or_path = str(self.folder)
+                    module: nn.Module = architecture(config)
+                    return module
+
+                # first where nothing is allocated, to see how large it becomes
+                with bounded_growth(header, path), torch.device("meta"):
+                    build()
+                return build()
+        except CheckpointError:
+            raise
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
             raise CheckpointError(
-                f"{str(path)!r} names code of its own ('auto_map'), which sksoup never runs. Give "
-                f"the architecture: module=build_model."
-            )
-        architecture = getattr(transformers, str(names[0]), None) if names else None
-        if architecture is None:
-            raise CheckpointError(
-                f"{str(path)!r} names the architecture {names[0] if names else None!r}, which "
-                f"transformers {transformers.__version__} does not have. Give module=build_model."
-            )
-        config = transformers.AutoConfig.from_pretrained(
-            self.folder, local_files_only=True, trust_remote_code=False
+                f"{str(path)!r} can't be built by transformers {transformers.__version__}: "
+                f"{type(error).__name__}: {lines[0].rstrip('.')}. Correct the file, or give "
+                f"module=build_model."
+            ) from error
+
+
+def find_class(names: Any, path: Path) -> Any:
+    """The class of a model that a config names: one of transformers, and nothing else in it."""
+    import transformers
+
+    name = names[0] if isinstance(names, list) and names else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if (
+        not isinstance(found, type)
+        or not issubclass(found, transformers.PreTrainedModel)
+        or not found.__module__.startswith("transformers.")
+    ):
+        raise CheckpointError(
+            f"{str(path)!r} names the architecture {name!r}, which is not a model that "
+            f"transformers {transformers.__version__} has. Give module=build_model."
         )
-        module: nn.Module = architecture(config)
-        return module
+    return found
+
+
+_switching = threading.RLock()
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Switch off all requests of huggingface_hub meanwhile, whatever a config may make it do."""
+    from huggingface_hub import constants
+
+    with _switching:  # the switch is one for all threads
+        before = constants.HF_HUB_OFFLINE
+        constants.HF_HUB_OFFLINE = True
+        try:
+            yield
+        finally:
+            constants.HF_HUB_OFFLINE = before
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy configuration and tokenizer files from one model folder to another."""
-    for pattern in COMPANIONS:
-        for path in source.glob(pattern):
-            if path.is_file() and not any(path.match(other) for other in NOT_COMPANIONS):
-                shutil.copyfile(path, target / path.name)
+    """Copy configuration and tokenizer files from one model folder to another.
+
+    Links may stay in the folder or lead to the blobs of the Hugging Face cache that it lies in
+    (models--x/snapshots/y/config.json -> ../../blobs/z). One that leads elsewhere is an error: the
+    file of another owner or purpose would be published with the soup.
+    """
+    source = source.resolve()
+    owned = [source]
+    if source.parent.name == "snapshots":
+        owned.append(source.parents[1] / "blobs")
+    found = {
+        path
+        for pattern in COMPANIONS
+        for path in source.glob(pattern)
+        if path.is_file() and not any(path.match(other) for other in NOT_COMPANIONS)
+    }
+    for path in found:
+        if not any(path.resolve().is_relative_to(folder) for folder in owned):
+            raise CheckpointError(
+                f"{str(path)!r} can't be copied: it is a link to {str(path.resolve())!r}, outside "
+                f"its folder. Put the file itself in its place, or use save(path)."
+            )
+    for path in found:
+        shutil.copyfile(path, target / path.name)

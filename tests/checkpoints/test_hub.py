@@ -117,6 +117,17 @@ def test_folders_that_do_not_tell_their_architecture(runs, tmp_path, monkeypatch
     assert repr(HubModule(target)) == f"HubModule({str(target)!r})"
 
 
+def test_a_file_in_such_a_folder_is_built_as_large_as_its_key(runs, tmp_path):
+    whole = CheckpointCollection.from_path(runs / "checkpoint-500")
+    (tmp_path / "config.json").write_text((runs / "checkpoint-500" / "config.json").read_text())
+    state = whole["checkpoint-500"]
+    torch.save(
+        {"model": state, "ema": {f"ema.{n}": w for n, w in state.items()}}, tmp_path / "a.pt"
+    )
+    collection = CheckpointCollection([tmp_path / "a.pt"], key="ema")
+    assert type(collection.build_module()).__name__ == "BertForSequenceClassification"
+
+
 def test_only_what_came_from_such_a_folder_goes_back(tmp_path, zoo):
     soup = UniformSoup().fit(zoo.checkpoints, zoo.X, zoo.y)
     with pytest.raises(CheckpointError, match="no ingredient lies beside a config"):

@@ -1,0 +1,121 @@
+"""A Hugging Face folder's config.json: read, and freed of what would fetch, load or run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..exceptions import CheckpointError
+from .protocol import TensorInfo
+from .texts import read_text
+
+LIMIT = 8 << 20  # bytes; with 20,000 labels a config has about 1 MB
+MANY = 1 << 21  # layers, labels: transformers makes lists of so many before it makes any layer
+COUNTS = re.compile(r"layer|depth|block|stage|expert|label|head|group")
+FOREIGN_CODE = ("auto_map", "custom_pipelines")
+# how attention and experts are computed is no part of the weights, and other names than those of
+# functions in transformers make it fetch and run a kernel: dropped, so that its default is used
+KERNELS = ("attn_implementation", "experts_implementation")
+BUILT_IN = ("eager", "sdpa", "grouped_mm", "batched_mm")
+# an 'attribute_map' would give other fields these names
+DROPPED = ("attribute_map", "name_or_path", "_name_or_path")
+# timm reads files and the hub by options, and by names like 'hf-hub:org/name', 'local-dir:/folder'
+TIMM_NAME = re.compile(r"[\w.]+")
+TIMM_OPTIONS = ("model_args", "backbone_kwargs", "timm_default_kwargs")
+TIMM_LOADS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path")
+
+
+def read_config(path: Path, header: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """What a config.json holds, safe to build from; an error where that is impossible."""
+    try:
+        config = json.loads(read_text(path, LIMIT), object_hook=_decode_float)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{str(path)!r} can't be read: {error}.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"{str(path)!r} can't be used: it holds a {type(config).__name__}, expected an object "
+            f"with 'architectures' and 'model_type'."
+        )
+    most = max([MANY, *(size for info in header.values() for size in info.shape)])
+    for part in _parts(config):
+        _refuse_what_acts(part, path)
+        _refuse_counts(part, most, path)
+        _drop_what_acts(part)
+    return config
+
+
+def _decode_float(part: dict[str, Any]) -> Any:
+    """Transformers writes an infinite float as {"__float__": "Infinity"}."""
+    value = part.get("__float__")
+    return float(value) if len(part) == 1 and isinstance(value, str) else part
+
+
+def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """All objects in a config, at any depth."""
+    todo: list[Any] = [config]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, dict):
+            yield part
+            todo.extend(part.values())
+        elif isinstance(part, list):
+            todo.extend(part)
+
+
+def _refuse_what_acts(part: dict[str, Any], path: Path) -> None:
+    """Refuse code, other repositories and quantized weights: none can be left out."""
+    for field in FOREIGN_CODE:
+        if part.get(field):
+            raise CheckpointError(
+                f"{str(path)!r} names code of its own ({field!r}), which sksoup never runs. Give "
+                f"the architecture: module=build_model."
+            )
+    if part.get("quantization_config"):
+        raise CheckpointError(
+            f"{str(path)!r} can't be built: its weights are quantized ('quantization_config'). "
+            f"Save the checkpoint dequantized (transformers: model.dequantize()), or give "
+            f"module=build_model."
+        )
+    is_timm = part.get("use_timm_backbone") is True or part.get("model_type") == "timm_backbone"
+    for field in ("backbone", "default_backbone", "architecture"):
+        name = part.get(field)
+        if not isinstance(name, str) or (field == "backbone" and part.get("backbone_config")):
+            continue
+        if not TIMM_NAME.fullmatch(name) or (field != "architecture" and not is_timm):
+            raise CheckpointError(
+                f"{str(path)!r} names another model ({field!r}: {name!r}), whose configuration "
+                f"would have to be fetched, which sksoup never does. Write that configuration "
+                f"into 'backbone_config', or give module=build_model."
+            )
+
+
+def _refuse_counts(part: dict[str, Any], most: int, path: Path) -> None:
+    """Refuse counts of parts that no weights have, since lists are made of so many."""
+    for field, value in part.items():
+        if COUNTS.search(field):
+            numbers = [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
+            if sum(map(abs, numbers)) > most:
+                raise CheckpointError(
+                    f"{str(path)!r} can't be built: {field!r} is more than {most}, too many for "
+                    f"these weights. Correct the file, or give module=build_model."
+                )
+
+
+def _drop_what_acts(part: dict[str, Any]) -> None:
+    """Drop what would load, fetch or run something that the checkpoint's weights do not need."""
+    for field in (*KERNELS, *("_" + field for field in KERNELS)):
+        if part.get(field) not in BUILT_IN:
+            part.pop(field, None)
+        part.pop(f"{field}_internal", None)
+    for field in DROPPED:
+        part.pop(field, None)
+    if "use_pretrained_backbone" in part:  # its weights are the checkpoint's
+        part["use_pretrained_backbone"] = False
+    for field in TIMM_OPTIONS:
+        if isinstance(options := part.get(field), dict):
+            part[field] = {k: v for k, v in options.items() if k not in TIMM_LOADS}

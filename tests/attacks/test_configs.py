@@ -1,0 +1,369 @@
+"""Hostile config.json: nothing is fetched or run, nothing hangs, and every error names the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from sksoup import CheckpointCollection, CheckpointError
+from sksoup.checkpoints import hub
+from sksoup.checkpoints.hub import copy_companions
+
+transformers = pytest.importorskip("transformers")
+
+BERT = {
+    "architectures": ["BertModel"], "model_type": "bert", "vocab_size": 100, "hidden_size": 32,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 37,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 100,
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 37,
+    "max_position_embeddings": 131072,
+}  # fmt: skip
+RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8], "depths": [1]}
+DETR = {
+    "architectures": ["DetrForObjectDetection"], "model_type": "detr", "d_model": 16,
+    "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 4,
+    "use_timm_backbone": False, "use_pretrained_backbone": True,
+}  # fmt: skip
+BACKBONE = {"backbone": "microsoft/resnet-18"}
+UPERNET = {"architectures": ["UperNetForSemanticSegmentation"], "model_type": "upernet"}
+DPT = {"architectures": ["DPTForDepthEstimation"], "model_type": "dpt"}
+KERNEL = "kernels-community/evil"
+CLIP = {
+    "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 8,
+    "text_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                    "intermediate_size": 16, "vocab_size": 50, "attn_implementation": KERNEL},
+    "vision_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                      "intermediate_size": 16, "image_size": 8, "patch_size": 4,
+                      "_attn_implementation": KERNEL},
+}  # fmt: skip
+
+
+@pytest.fixture
+def attempts(monkeypatch):
+    """What asks for an address or a connection, which it does not get."""
+    found = []
+
+    def refuse(*args, **kwargs):
+        found.append(args)
+        raise OSError("no network here")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    for name in ("getaddrinfo", "gethostbyname"):
+        monkeypatch.setattr(socket, name, refuse)
+    return found
+
+
+def write(folder: Path, config, tensors=None) -> Path:
+    """A folder with weights whose names begin with 'model.', so that opening it builds, too."""
+    folder.mkdir(exist_ok=True)
+    save_file(tensors or {"model.w": torch.ones(40, 40)}, folder / "model.safetensors")
+    text = config if isinstance(config, str) else json.dumps(config)
+    (folder / "config.json").write_text(text)
+    return folder
+
+
+def build(folder: Path) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of transformers, on what is odd in a config
+        return CheckpointCollection([folder]).build_module()
+
+
+def refused(folder: Path, match: str) -> CheckpointError:
+    with pytest.raises(CheckpointError, match=match) as caught:
+        build(folder)
+    assert str(folder / "config.json") in str(caught.value)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DETR | BACKBONE,
+        DETR | BACKBONE | {"use_timm_backbone": True},
+        DETR | {"backbone": "resnet50", "backbone_kwargs": {"a": 1}},
+        UPERNET | BACKBONE,
+        UPERNET | {"backbone": "resnet18"},
+        DPT | BACKBONE | {"backbone_config": None},
+        UPERNET | {"default_backbone": "microsoft/resnet-18"},
+        CLIP | {"vision_config": BACKBONE},
+        {"architectures": ["TimmWrapperModel"], "model_type": "timm_wrapper",
+         "architecture": "hf-hub:evil/model"},
+    ],
+)  # fmt: skip
+def test_a_backbone_that_would_be_fetched_is_refused(config, tmp_path, attempts):
+    refused(write(tmp_path / "ft", config), r"names another model \('\w+': '.*module=build_model")
+    assert attempts == []
+
+
+def test_transformers_alone_asks_the_network(tmp_path, attempts):
+    """So that the tests above can fail: the fake sees what transformers does by itself."""
+    with suppress(Exception):
+        transformers.AutoConfig.from_pretrained(write(tmp_path / "ft", DPT | BACKBONE))
+    assert attempts
+
+
+def test_the_switch_refuses_what_no_field_tells(tmp_path, attempts):
+    config = DETR | {"backbone": "resnet50", "use_timm_backbone": True, "backbone_kwargs": {"a": 1}}
+    error = refused(write(tmp_path / "ft", config), "OfflineModeIsEnabled")
+    assert error.__cause__ is not None
+    assert attempts == []
+
+
+def test_the_switch_is_put_back(monkeypatch):
+    from huggingface_hub import constants
+
+    for before in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", before)
+        with suppress(KeyboardInterrupt), hub.offline():
+            assert constants.HF_HUB_OFFLINE
+            raise KeyboardInterrupt
+        assert constants.HF_HUB_OFFLINE is before
+
+
+def test_a_detector_with_all_its_weights_opens(tmp_path, attempts):
+    config = transformers.DetrConfig(**DETR, backbone_config=RESNET | {"out_features": ["stage1"]})
+    transformers.DetrForObjectDetection(config).save_pretrained(tmp_path / "ft")
+    path = tmp_path / "ft" / "config.json"
+    saved = json.loads(path.read_text()) | {"use_pretrained_backbone": True} | BACKBONE
+    path.write_text(json.dumps(saved))
+    module = build(tmp_path / "ft")
+    assert type(module) is transformers.DetrForObjectDetection
+    assert hub.read_config(path, {})["use_pretrained_backbone"] is False
+    assert attempts == []
+
+
+@pytest.mark.parametrize("name", [KERNEL, "evil/kernel:f", "flash_attention_2", 3, {"": KERNEL}])
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
+def test_kernels_are_not_fetched_but_left_out(field, name, tmp_path, attempts):
+    module = build(write(tmp_path / "ft", BERT | {field: name}))
+    assert module.config._attn_implementation == "sdpa"
+    assert attempts == []
+
+
+def test_kernels_are_left_out_of_all_parts(tmp_path, attempts):
+    hidden = {"attribute_map": {"kernel": "_attn_implementation_internal"}, "kernel": KERNEL}
+    for config in (CLIP, BERT | hidden, BERT | {"_attn_implementation_internal": KERNEL}):
+        module = build(write(tmp_path / "ft", config))
+        for part in (module.config, *module.modules()):
+            used = getattr(getattr(part, "config", part), "_attn_implementation", None)
+            assert used in (None, "sdpa")
+    assert attempts == []
+
+
+def test_built_in_attention_stays(tmp_path):
+    module = build(write(tmp_path / "ft", BERT | {"attn_implementation": "eager"}))
+    assert module.config._attn_implementation == "eager"
+
+
+def test_options_of_timm_that_load_files_are_left_out(tmp_path):
+    options = {"checkpoint_path": "/etc/passwd", "pretrained_cfg": {"url": "x"}, "depth": 3}
+    path = write(tmp_path / "ft", BERT | {"model_args": options}) / "config.json"
+    assert hub.read_config(path, {})["model_args"] == {"depth": 3}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BERT | {"auto_map": {"AutoModel": "evil.Model"}},
+        BERT | {"custom_pipelines": {"x": {"impl": "evil.Pipeline"}}},
+        CLIP | {"text_config": {"auto_map": {"AutoConfig": "evil.Config"}}},
+        BERT | {"x": [[{"auto_map": {"AutoConfig": "evil.Config"}}]]},
+    ],
+)
+def test_code_at_any_depth_is_refused(config, tmp_path):
+    refused(write(tmp_path / "ft", config), "names code of its own")
+
+
+def test_only_models_of_transformers_are_built(tmp_path, monkeypatch):
+    class Foreign(transformers.BertModel):
+        pass
+
+    monkeypatch.setattr(transformers, "ForeignModel", Foreign, raising=False)
+    monkeypatch.setattr(transformers, "nasty", lambda *_: pytest.fail("called"), raising=False)
+    for names in (
+        ["pipeline"], ["AutoModel"], ["BertConfig"], ["BertTokenizer"], ["models"], ["__name__"],
+        ["ForeignModel"], ["nasty"], ["no.such"], [3], [None], 3, None, {}, "BertModel", [],
+    ):  # fmt: skip
+        refused(write(tmp_path / "ft", BERT | {"architectures": names}), "names the architecture")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 10**8},
+        {"num_hidden_layers": 2_000_000},
+        {"num_labels": 10**9},
+        {"vocab_size": 10**12},
+        {"vocab_size": 10**30},
+        {"hidden_size": 10**9},
+        {"intermediate_size": 10**11},
+        {"max_position_embeddings": 10**13},
+        {"type_vocab_size": 10**13},
+    ],
+)
+def test_a_module_is_no_larger_than_its_weights(change, tmp_path):
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(write(tmp_path / "ft", BERT | change), "larger module|is more than|can't be built")
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory  # kB
+    assert grown < 200_000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers": [10**6] * 1000},
+        {"text_config": {"num_labels": 10**10}},
+        {"num_experts": -(10**10)},
+    ],
+)
+def test_counts_are_bounded_before_lists_are_made_of_them(change, tmp_path):
+    refused(write(tmp_path / "ft", BERT | change), "is more than 2097152")
+
+
+def test_large_numbers_that_make_no_parts_are_fine(tmp_path):
+    harmless = {
+        "rope_theta": 10**7, "model_max_length": 10**30, "seq_length": 10**9, "use_cache": True,
+        "block_size": 1 << 20, "layer_norm_eps": 1e-5, "total_flos": 10**20,
+        "problem_type": "evil",
+    }  # fmt: skip
+    build(write(tmp_path / "ft", LLAMA | {"max_position_embeddings": 10**7}))
+    module = build(write(tmp_path / "ft", LLAMA | harmless))
+    assert type(module) is transformers.LlamaForCausalLM
+    assert next(module.parameters()).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]", "3", '"text"', "null", "NaN", "{", "", "\udcff".encode("utf-8", "replace").decode(),
+        "[" * 100_000, '{"a":' * 100_000, "1" * 5_000, '{"__float__": [1]}',
+        '{"x": {"__float__": "evil"}}',
+    ],
+)  # fmt: skip
+def test_what_is_no_config_is_named(text, tmp_path):
+    refused(write(tmp_path / "ft", text), "can't be read|can't be used|names the architecture")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "evil"}, {"model_type": None}, {"model_type": ["bert"]},
+        {"model_type": "resnet"}, {"hidden_size": -32}, {"hidden_size": "32"},
+        {"hidden_size": float("nan")}, {"hidden_size": 1e300}, {"hidden_size": None},
+        {"num_attention_heads": 3}, {"num_attention_heads": 0}, {"hidden_act": "evil"},
+        {"num_hidden_layers": "2"}, {"num_hidden_layers": 1e8}, {"vocab_size": [1]},
+        {"torch_dtype": "evil"}, {"id2label": [1, 2]},
+        {"id2label": {"a": "b"}}, {"id2label": 3}, {"num_labels": "3"},
+        {"quantization_config": {"quant_method": "gptq"}}, {"pad_token_id": 1000},
+        {"hidden_dropout_prob": 7.0}, {"layer_norm_eps": "x"},
+    ],
+)  # fmt: skip
+def test_what_can_not_be_built_is_named(change, tmp_path):
+    error = refused(write(tmp_path / "ft", BERT | change), "build_model|can't be")
+    if "can't be built by" in str(error):
+        assert error.__cause__ is not None
+
+
+def test_layer_types_of_a_wrong_number_are_named(tmp_path):
+    config = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    change = {"layer_types": ["full_attention"] * 5}
+    refused(write(tmp_path / "ft", config | change), "can't be built by transformers")
+
+
+def test_an_interruption_passes_through(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transformers.BertModel, "__init__", interrupt)
+    collection = CheckpointCollection([write(tmp_path / "ft", BERT, {"w": torch.ones(40)})])
+    with pytest.raises(KeyboardInterrupt):
+        collection.build_module()
+
+
+def test_what_is_not_a_regular_file_is_not_read(tmp_path):
+    path = write(tmp_path / "ft", BERT) / "config.json"
+    with path.open("r+b") as file:
+        file.truncate(1 << 40)
+    refused(tmp_path / "ft", "larger than 8,388,608 bytes")
+    for name in ("pipe", "device"):
+        path = write(tmp_path / name, BERT) / "config.json"
+        path.unlink()
+        os.mkfifo(path) if name == "pipe" else path.symlink_to("/dev/zero")
+    program = (
+        "import sys; from sksoup import CheckpointCollection\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: CheckpointCollection([path]).build_module()\n"
+        "    except ValueError as error: print(type(error).__name__)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "pipe", tmp_path / "device"],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert out.stdout == "CheckpointError\n" * 2
+
+
+@pytest.fixture
+def cached(tmp_path):
+    """A model as the cache of the hub has it: links in snapshots to files in blobs."""
+    folder = tmp_path / "models--a--b" / "snapshots" / "0123"
+    folder.mkdir(parents=True)
+    blobs = folder.parents[1] / "blobs"
+    blobs.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (blobs / f"sha-{name}").write_text(name)
+        (folder / name).symlink_to(f"../../blobs/sha-{name}")
+    return folder
+
+
+def test_companions_in_the_cache_of_the_hub_are_copied(cached, tmp_path):
+    (cached / "vocab.txt").write_text("a")
+    (cached / "merges.txt").symlink_to("vocab.txt")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to(cached)
+    copy_companions(tmp_path / "link", tmp_path / "out")
+    copied = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+    assert copied == {
+        "config.json": "config.json", "tokenizer.json": "tokenizer.json",
+        "vocab.txt": "a", "merges.txt": "a",
+    }  # fmt: skip
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_companions_that_are_elsewhere_are_not_published(cached, tmp_path):
+    (tmp_path / "out").mkdir()
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "secret").write_text("x")
+    for folder, target in ((cached, "/etc/passwd"), (plain, "../blobs/secret")):
+        (folder / "vocab.txt").symlink_to(target)
+        with pytest.raises(CheckpointError, match=r"vocab\.txt' can't be copied: it is a link to"):
+            copy_companions(folder, tmp_path / "out")
+        assert list((tmp_path / "out").iterdir()) == []  # nothing half-written
+
+
+def test_companions_that_are_no_files_are_left_out(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    os.mkfifo(source / "tokenizer.json")
+    (source / "vocab.txt").symlink_to("/dev/zero")
+    copy_companions(source, out)
+    assert list(out.iterdir()) == []

@@ -1,0 +1,40 @@
+"""A module that is being built is counted, and stopped where weights could not fill it."""
+
+from __future__ import annotations
+
+from threading import Thread
+
+import pytest
+import torch
+from torch import nn
+
+from sksoup import CheckpointError
+from sksoup.checkpoints.growth import bounded_growth
+from sksoup.checkpoints.protocol import TensorInfo
+
+
+def test_only_this_threads_modules_are_counted(tmp_path):
+    path = tmp_path / "config.json"
+    with bounded_growth({}, path):
+        other = Thread(target=lambda: made.append(nn.Sequential(*map(nn.Identity, range(2_001)))))
+        made: list[nn.Module] = []
+        other.start()
+        other.join()
+        assert made
+        with pytest.raises(CheckpointError, match="more than 2000 modules"):
+            nn.Sequential(*map(nn.Identity, range(2_001)))
+        with pytest.raises(CheckpointError, match="more than 16777216 elements"):
+            nn.Linear(1 << 13, 1 << 12, device="meta")
+    nn.Sequential(*map(nn.Identity, range(2_001)))  # nothing is counted any more
+
+
+def test_the_bound_grows_with_the_weights(tmp_path):
+    header = {str(k): TensorInfo((1 << 20,), torch.float32) for k in range(4)}
+    with bounded_growth(header, tmp_path / "config.json"), torch.device("meta"):
+        nn.Linear(1 << 12, 1 << 13, bias=False)  # 8 * 4 * 2**20 elements
+        nn.Sequential(*map(nn.Identity, range(2_080)))
+        with pytest.raises(CheckpointError, match="2080 modules, for weights of 4 tensors"):
+            nn.Sequential(nn.Identity())
+        nn.BatchNorm1d(1 << 10)  # of its buffers, one is None elsewhere
+        with pytest.raises(CheckpointError, match="50331648 elements"):
+            nn.Module().register_buffer("mask", torch.ones(1 << 12, 1 << 12))
