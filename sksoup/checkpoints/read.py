@@ -106,10 +106,6 @@ class CheckpointFile(Checkpoint):
             )
         with naming(file):
             self.header = self._read_header()
-        if not self.header:
-            raise CheckpointError(
-                f"{str(file)!r} holds no tensors, expected a state dict (tensor name -> tensor)."
-            )
 
     def __repr__(self) -> str:
         return repr(str(self.path))
