@@ -1,0 +1,39 @@
+"""Small text files beside weights (configs, indices), read without trust in what the path is."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from ..exceptions import CheckpointError
+
+
+def read_text(path: Path, limit: int) -> str:
+    """The UTF-8 text of a regular file (or a link to one) of at most ``limit`` bytes."""
+    try:
+        # opening a pipe or a device may wait for ever, or change it: looked at first, and again
+        # once open, since it may have been replaced in between
+        _check_regular(path, os.stat(path))
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with open(descriptor, "rb") as file:
+            _check_regular(path, os.fstat(descriptor))
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise CheckpointError(
+                f"{str(path)!r} can't be used: it is larger than {limit:,} bytes, which no such "
+                f"file needs."
+            )
+        return content.decode("utf-8")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, a path with a null byte
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{str(path)!r} can't be read: {error}.") from error
+
+
+def _check_regular(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(
+            f"{str(path)!r} can't be used: it is a pipe, a device or a folder, expected a regular "
+            f"file."
+        )
