@@ -20,6 +20,8 @@ from .protocol import HASHING, Checkpoint, Read, TensorInfo, is_text
 
 LEAVE_OUT = "leave it out: move it to another folder, or give the paths of the others only"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+# what torch makes of Ctrl-C while it takes over the bytes of a safetensors file, whatever they are
+SWALLOWED = "could not determine the shape of object type 'torch.storage.UntypedStorage'"
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
@@ -58,6 +60,8 @@ def naming(path: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
+        if SWALLOWED in str(error):
+            raise KeyboardInterrupt from error
         raise unreadable(path, error) from error
 
 

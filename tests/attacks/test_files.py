@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import zipfile
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from torch import nn
 from sksoup import CheckpointCollection, CheckpointError, mix
 from sksoup.checkpoints import prefixes
 from sksoup.checkpoints.prefixes import CHAIN, _prefixes
+from sksoup.checkpoints.read import SafetensorsFile
+from sksoup.checkpoints.torch_files import TorchFile
 
 
 class Counted(tuple):
@@ -279,3 +282,30 @@ def test_a_file_whose_name_is_not_unicode(tmp_path):
 def test_a_path_with_a_null_byte(tmp_path):
     with pytest.raises(CheckpointError, match=r"a\\x00b\.pt' can't be opened: embedded null"):
         CheckpointCollection([tmp_path / "a\0b.pt"])
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        KeyboardInterrupt(),
+        # by torch.asarray, where the signal comes while it looks at the storage
+        ValueError(
+            "could not determine the shape of object type 'torch.storage.UntypedStorage'"
+        ),
+    ],
+    ids=repr,
+)  # fmt: skip
+@pytest.mark.parametrize("kind", [SafetensorsFile, TorchFile])
+def test_an_interrupt_while_reading_is_no_damaged_file(tmp_path, monkeypatch, kind, raised):
+    path = tmp_path / f"a{kind.suffixes[0]}"
+    save_file({"w": torch.ones(2)}, path) if kind is SafetensorsFile else torch.save(
+        {"w": torch.ones(2)}, path
+    )
+    collection = CheckpointCollection([path])
+
+    def get(name):
+        raise raised
+
+    monkeypatch.setattr(kind, "_open", lambda self: nullcontext(get))
+    with pytest.raises(KeyboardInterrupt):
+        collection["a"]
