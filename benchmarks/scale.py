@@ -2,9 +2,9 @@
 
     python -m benchmarks scale [--tensors 20000 200000] [--files 500 5000]
 
-Three checkpoints of many tensors of four numbers, in safetensors and by torch.save, and many files of
-four small tensors. Each line is a process of its own; the last column is the growth from the line
-before, as a power of the growth in size: 1 is straight, 2 is a square.
+Three checkpoints of many tensors of four numbers, in safetensors and by torch.save, and many files
+of four small tensors. Each line is a process of its own; the last column is the growth from the
+line before, as a power of the growth in size: 1 is straight, 2 is a square.
 """
 
 from __future__ import annotations
