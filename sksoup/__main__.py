@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -151,14 +152,14 @@ def _verify(options: argparse.Namespace) -> tuple[bool, dict[str, Any], str]:
 def _check_output(output: Path, force: bool) -> None:
     """Refuse, before any work, what could not be written at its end."""
     if output.suffix == ".safetensors":
-        if output.exists() and not force:
+        if os.path.lexists(output) and not force:  # also a link to nothing
             raise FileExistsError(f"{str(output)!r} exists. Give another name, or --force.")
     elif output.suffix in (*SUFFIXES, ".json"):  # other dots are those of a folder's name
         raise CheckpointError(
             f"{str(output)!r} can't be written: got the suffix {output.suffix!r}, expected "
             f".safetensors, or a folder."
         )
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+    elif os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(
             f"{str(output)!r} exists and is not an empty folder. Give another name, or move it "
             f"away: --force replaces files only."

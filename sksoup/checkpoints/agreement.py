@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..exceptions import CheckpointError
-from .protocol import Entry, TensorInfo
+from .protocol import Entry, TensorInfo, is_text
 
 
 def named(
@@ -49,6 +49,11 @@ def check_names(names: Sequence[str], n_checkpoints: int) -> None:
     wrong = next((name for name in names if not isinstance(name, str) or not name), None)
     if wrong is not None:
         raise TypeError(f"names must be non-empty strings, got {wrong!r}.")
+    if odd := [name for name in names if not is_text(name)]:
+        raise CheckpointError(
+            f"{odd[0]!r} can't name a checkpoint: it is not valid Unicode, so no recipe can be "
+            f"written with it. Rename the file, or give names=."
+        )
     repeated = [name for name, n in Counter(names).items() if n > 1]
     if repeated:
         raise ValueError(f"names must be unique, got {repeated[0]!r} more than once.")

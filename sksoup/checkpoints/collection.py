@@ -491,7 +491,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         for path in paths.values():
             if root.resolve() not in path.resolve().parents:
                 raise ValueError(f"{str(path)!r} would be outside {str(root)!r}: change its name.")
-            if path.exists():
+            if os.path.lexists(path):
                 raise FileExistsError(
                     f"{str(path)!r} exists. Save the collection to another folder, or move it away."
                 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..exceptions import CheckpointError
 from .read import read_safetensors_metadata
 from .shards import INDEX, weight_map
+from .workplace import MARK
 
 # what the weights of a Hugging Face or skorch folder are called, in order of preference
 FOLDER_WEIGHTS = (
@@ -41,17 +42,18 @@ def find_weights(folder: Path) -> Path | None:
 
 def list_weights(folder: Path, suffixes: Collection[str]) -> list[Path]:
     """All checkpoints in a folder (files, sharded ones once, and folders), or the one it is."""
-    indices = [path for path in folder.iterdir() if path.name.endswith(INDEX)]
+    paths = [path for path in folder.iterdir() if not path.name.startswith(MARK)]
+    indices = [path for path in paths if path.name.endswith(INDEX)]
     shards = {folder / name for index in indices for name in set(weight_map(index).values())}
     files = [
         path
-        for path in folder.iterdir()
+        for path in paths
         if path.suffix in suffixes
         and path.is_file()
         and path not in shards
         and not NOT_WEIGHTS.fullmatch(path.name)
     ]
-    folders = [path for path in folder.iterdir() if path.is_dir() and find_weights(path)]
+    folders = [path for path in paths if path.is_dir() and find_weights(path)]
     if find_weights(folder):
         if not folders:
             return [folder]

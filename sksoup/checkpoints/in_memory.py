@@ -11,17 +11,20 @@ import torch
 
 from ..exceptions import CheckpointError
 from ..runtime.fingerprint import tensor_bytes
-from .protocol import HASHING, Checkpoint, Entry, Read, TensorInfo
+from .protocol import HASHING, Checkpoint, Entry, Read, TensorInfo, is_text
 
 
 class MemoryCheckpoint(Checkpoint):
     """A private copy of a state dict."""
 
     def __init__(self, state: Mapping[str, torch.Tensor], label: str) -> None:
-        self.tensors = {
-            name: value.detach().cpu().clone()
-            for name, value in check_state_dict(state, label).items()
-        }
+        given = check_state_dict(state, label)
+        if empty := [name for name, value in given.items() if value.is_meta]:
+            raise CheckpointError(
+                f"{label} can't be used: {empty[0]!r} is on the device 'meta', where tensors have "
+                f"no values. Load the weights before."
+            )
+        self.tensors = {name: value.detach().cpu().clone() for name, value in given.items()}
         self.label = label
         self.header = {name: TensorInfo.of(value) for name, value in self.tensors.items()}
         self._digests: dict[str, str] = {}
@@ -73,9 +76,14 @@ def check_state_dict(state: Any, where: str) -> dict[str, torch.Tensor]:
                 f"{where} is not a plain state dict: {name!r} is a {type(value).__name__}, "
                 f"expected a tensor. Save module.state_dict() by itself."
             )
-        if value.layout is not torch.strided or value.is_quantized:
+        if value.layout is not torch.strided or value.is_quantized or value.is_nested:
             raise CheckpointError(
-                f"{where} can't be used: {name!r} is a sparse or quantized tensor, expected a "
-                f"dense one."
+                f"{where} can't be used: {name!r} is a sparse, quantized or nested tensor, "
+                f"expected a dense one."
+            )
+        if not is_text(name):
+            raise CheckpointError(
+                f"{where} can't be used: the name {name!r} is not valid Unicode, so it can't be "
+                f"written to a file. Rename the tensor."
             )
     return dict(state)

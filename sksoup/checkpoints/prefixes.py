@@ -10,6 +10,7 @@ from .architecture import ModuleSource, module_names
 from .protocol import Entry
 
 PREFIXES = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, Lightning
+CHAIN = 8  # wrappers around each other, at most
 
 
 def take_prefix(entries: Sequence[Entry], prefix: str) -> list[Entry]:
@@ -58,11 +59,12 @@ def fit_names(entries: Sequence[Entry], wanted: set[str] | None) -> list[Entry]:
 def _prefixes(names: Sequence[str]) -> list[str]:
     """Every chain of known prefixes that all names begin with, the empty one first."""
     found = [""]
-    while True:
+    while names and len(found) <= CHAIN:
         longer = next(
             (found[-1] + p for p in PREFIXES if all(n.startswith(found[-1] + p) for n in names)),
             None,
         )
         if longer is None:
-            return found
+            break
         found.append(longer)
+    return found

@@ -40,6 +40,15 @@ class TensorInfo:
         return self.size * self.dtype.itemsize
 
 
+def is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8: it holds no half of a surrogate pair."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @runtime_checkable
 class Checkpoint(Protocol):
     """One network's weights, in a file or computed; a collection takes any such object as it is.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -15,10 +16,12 @@ import torch
 from safetensors import safe_open
 
 from ..exceptions import CheckpointError
-from .protocol import HASHING, Checkpoint, Read, TensorInfo
+from .protocol import HASHING, Checkpoint, Read, TensorInfo, is_text
 
 LEAVE_OUT = "leave it out: move it to another folder, or give the paths of the others only"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+# what torch makes of Ctrl-C while it takes over the bytes of a safetensors file, whatever they are
+SWALLOWED = "could not determine the shape of object type 'torch.storage.UntypedStorage'"
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
@@ -31,13 +34,22 @@ SAFETENSORS_DTYPES = {
 def file_identity(path: Path) -> tuple[int, int, int]:
     """Size, modification time (ns) and inode: another file in its place differs in one of them."""
     try:
-        stat = path.stat()
-    except OSError as error:
+        found = path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a NUL or half a character in the name
         raise CheckpointError(
-            f"{str(path)!r} can't be opened: {error.strerror}. Check the path, or leave the "
-            f"checkpoint out of the collection."
+            f"{str(path)!r} can't be opened: {getattr(error, 'strerror', None) or error}. Check "
+            f"the path, or leave the checkpoint out of the collection."
         ) from error
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+    if not is_text(str(path)):  # safetensors and torch read none of these
+        raise CheckpointError(
+            f"{str(path)!r} can't be opened: its name is not valid Unicode (UTF-8). Rename it."
+        )
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(
+            f"{str(path)!r} can't be opened: it is a pipe, a device or a folder, expected a "
+            f"regular file. Check the path, or leave the checkpoint out of the collection."
+        )
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 @contextmanager
@@ -48,6 +60,8 @@ def naming(path: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
+        if SWALLOWED in str(error):
+            raise KeyboardInterrupt from error
         raise unreadable(path, error) from error
 
 
@@ -106,10 +120,6 @@ class CheckpointFile(Checkpoint):
             )
         with naming(file):
             self.header = self._read_header()
-        if not self.header:
-            raise CheckpointError(
-                f"{str(file)!r} holds no tensors, expected a state dict (tensor name -> tensor)."
-            )
 
     def __repr__(self) -> str:
         return repr(str(self.path))

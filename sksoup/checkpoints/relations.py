@@ -15,6 +15,7 @@ SPREAD = 3.0  # a wide sweep raises FAR: e^(SPREAD * spread of the log-distances
 FAR_AT_MOST = 100.0  # however wide the sweep is
 NEAR = 0.04  # of the weights' length: distances below are usual, whatever their median is
 HUGE = 1000.0  # times the largest value that is usual in a tensor
+BLOCK = 256  # checkpoints compared with all others at a time: memory does not grow as their square
 LEAST = 64  # numbers that differ, with fewer of which a fit does not warn
 
 
@@ -78,10 +79,23 @@ def median_cosines(points: NDArray[np.float64]) -> NDArray[np.float64]:
     unit = points / np.where(most > 0, most, 1)
     lengths = np.linalg.norm(unit, axis=1, keepdims=True)
     unit = unit / np.where(lengths > 0, lengths, 1)
-    cosines = unit @ unit.T
     zero = lengths[:, 0] == 0
-    cosines[np.ix_(zero, zero)] = 1  # zeros are like zeros, and like nothing else
-    others = cosines[~np.eye(K, dtype=bool)].reshape(K, K - 1)
+    found = [
+        _medians(unit[k : k + BLOCK] @ unit.T, zero[k : k + BLOCK, None] & zero, k)
+        for k in range(0, K, BLOCK)
+    ]
+    return np.concatenate(found)
+
+
+def _medians(
+    cosines: NDArray[np.float64], both_zero: NDArray[np.bool_], first: int
+) -> NDArray[np.float64]:
+    """(n,): medians of rows of the cosines (n, K), but for that of each with itself."""
+    n, K = cosines.shape
+    cosines[both_zero] = 1  # zeros are like zeros, and like nothing else
+    is_other = np.ones((n, K), dtype=bool)
+    is_other[np.arange(n), first + np.arange(n)] = False
+    others = cosines[is_other].reshape(n, K - 1)
     return np.clip(np.sort(others, axis=1)[:, (K - 1) // 2], -1, 1)
 
 

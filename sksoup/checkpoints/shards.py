@@ -13,10 +13,12 @@ import torch
 
 from ..exceptions import CheckpointError
 from .protocol import Checkpoint, Read
-from .read import CheckpointFile, SafetensorsFile, file_identity, naming
+from .read import CheckpointFile, SafetensorsFile, naming
+from .texts import read_text
 from .torch_files import TorchFile
 
 INDEX = ".index.json"
+INDEX_BYTES = 100_000_000  # at most, as the header of a .safetensors file
 
 
 class ShardedCheckpoint(Checkpoint):
@@ -80,13 +82,12 @@ class ShardedCheckpoint(Checkpoint):
 
 def weight_map(path: Path) -> dict[str, str]:
     """Tensor name -> shard file name, from an index."""
-    file_identity(path)
     with naming(path):
-        weights = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weights = json.loads(read_text(path, INDEX_BYTES))["weight_map"]
         if not isinstance(weights, dict) or not weights:
             raise CheckpointError(f"{str(path)!r} has no weights in its 'weight_map'.")
         for tensor, name in weights.items():
-            if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
+            if not isinstance(name, str) or name != Path(name).name or not name.strip("."):
                 raise CheckpointError(
                     f"{str(path)!r} names the shard {name!r} for {tensor!r}, expected the name of "
                     f"a file beside it."

@@ -37,7 +37,16 @@ def open_checkpoint(path: Path, key: str | None = None) -> Checkpoint:
 
 
 def open_source(item: Any, index: int, key: str | None) -> Entry:
-    """A checkpoint from a path, a module, a net, a state dict, or as it is."""
+    """A checkpoint from a path, a module, a net, a state dict, or as it is; not an empty one."""
+    entry = _entry(item, index, key)
+    if not entry.checkpoint.header:
+        raise CheckpointError(
+            f"{entry!r} holds no tensors, expected a state dict (tensor name -> tensor)."
+        )
+    return entry
+
+
+def _entry(item: Any, index: int, key: str | None) -> Entry:
     if isinstance(item, Checkpoint):
         return Entry(item)
     if isinstance(item, Entry):  # of another collection

@@ -14,9 +14,11 @@ import torch
 
 from ..exceptions import CheckpointError
 from .in_memory import check_state_dict
+from .pickles import check_pickles
 from .protocol import Read, TensorInfo
 from .read import TORCH_SUFFIXES, CheckpointFile
 
+REPEATED = 100  # how often the numbers in a file may occur in its tensors
 # modules whose names a pickle has no harmless use for, also by their names in Python 2
 _NEVER = ("builtins", "__builtin__", "os", "posix", "nt", "sys", "subprocess", "commands", "shutil",
           "socket", "importlib", "runpy", "pty", "ctypes", "code", "pdb", "webbrowser", "pickle",
@@ -30,9 +32,19 @@ class TorchFile(CheckpointFile):
     suffixes = TORCH_SUFFIXES
 
     def _read_header(self) -> dict[str, TensorInfo]:
+        check_pickles(self.file)
         # on 'meta' the storages stay on disk; a legacy pickle is read once and dropped
         state = _load_torch(self.file, "meta", self.key)
-        return {name: TensorInfo.of(value) for name, value in state.items()}
+        header = {name: TensorInfo.of(value) for name, value in state.items()}
+        # tied and expanded tensors are larger than their file, but not by far
+        nbytes, size = sum(info.nbytes for info in header.values()), self.file.stat().st_size
+        if nbytes > REPEATED * max(size, 2**20):
+            raise CheckpointError(
+                f"{str(self.file)!r} can't be used: its tensors have {nbytes:,} bytes, expected at "
+                f"most {REPEATED} times the {size:,} of the file. Save clones of tensors that were "
+                f"expanded: tensor.clone()."
+            )
+        return header
 
     @contextmanager
     def _open(self) -> Iterator[Read]:

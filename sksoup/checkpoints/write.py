@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +17,25 @@ from ..exceptions import CheckpointError
 from .protocol import TensorInfo
 from .read import SAFETENSORS_DTYPES
 from .shards import INDEX
+from .workplace import sync_folder, workplace
 
 SHARD_BYTES = 5_000_000_000  # as Hugging Face cuts them
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; it takes its place only once it is whole on disk."""
+    """Give a temporary path; what is there takes the place of ``path`` once it is whole on disk."""
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} can't be written: it is a folder, expected a file.")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with _unwritten(path):
-            temporary.touch()
-            mode = temporary.stat().st_mode  # of new files; safetensors lets only the owner read
-            yield temporary
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            temporary.chmod(mode)
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _unwritten(path), workplace(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # of new files; safetensors lets only the owner read
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(mode)
+        temporary.replace(path)
+        sync_folder(path.parent)
 
 
 @contextmanager
@@ -51,6 +47,8 @@ def _unwritten(path: Path) -> Iterator[None]:
             f"Create it first."
         )
     try:
+        with suppress(FileNotFoundError):
+            path.lstat()  # raises for a name that can't be one, before any work
         yield
     except (OSError, SafetensorError) as error:
         error.add_note(
@@ -153,16 +151,12 @@ def write_text(path: Path, text: str) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside ``path`` that becomes it once all is written."""
     path = path.resolve()  # a link stays, and what it points to becomes the folder
-    if path.exists() and (not path.is_dir() or path.is_mount() or any(path.iterdir())):
+    if os.path.lexists(path) and (not path.is_dir() or path.is_mount() or any(path.iterdir())):
         raise FileExistsError(
             f"{str(path)!r} exists and is not an empty folder. Give another name, or move it away."
         )
-    # another host, or a container, may have the same process number
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    with _unwritten(path):
+    with _unwritten(path), workplace(path) as temporary:
         temporary.mkdir()
-        try:
-            yield temporary
-            temporary.replace(path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        yield temporary
+        temporary.replace(path)
+        sync_folder(path.parent)

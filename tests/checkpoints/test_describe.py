@@ -20,6 +20,7 @@ from sksoup import (
     SoupWarning,
     UniformSoup,
 )
+from sksoup.checkpoints import relations
 
 from ..zoo import Zoo, around
 
@@ -200,3 +201,15 @@ def test_a_regression_soup_of_strangers_is_called_noise(shared):
         soup.fit(checkpoints, *val)
     assert soup.score(*val) < 0.5
     assert GreedySoup(task="regression").fit(checkpoints, *val).score(*val) >= best
+
+
+def test_medians_of_cosines_are_those_of_all_at_once(monkeypatch):
+    points = np.random.default_rng(0).normal(size=(11, 5))
+    points[[2, 9]] = 0
+    whole = relations.median_cosines(points)
+    for block in (1, 4, 11):
+        monkeypatch.setattr(relations, "BLOCK", block)
+        np.testing.assert_allclose(relations.median_cosines(points), whole, atol=1e-15)
+    unit = points[0] / np.linalg.norm(points[0])
+    others = [p @ unit / (np.linalg.norm(p) or 1) for p in points[1:]]
+    assert np.isclose(whole[0], sorted(others)[5])

@@ -1,0 +1,134 @@
+"""What a pickle would build, seen from its opcodes: nothing is built, and nothing runs."""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from ..exceptions import CheckpointError
+
+# torch's reader allows these, but what they build may have any size, or no values
+_REFUSED = ("bytearray", "_rebuild_meta_tensor_no_storage", "_rebuild_wrapper_subclass",
+            "_rebuild_nested_tensor", "_rebuild_device_tensor_from_cpu_tensor",
+            "_rebuild_device_tensor_from_numpy", "_rebuild_xla_tensor")  # fmt: skip
+_LITERALS = ("NONE", "NEWFALSE", "NEWTRUE", "EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET",
+             "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1")  # fmt: skip
+NESTED = 10_000  # tuples within a tuple, each time it occurs: the hash of a tuple visits all
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+@dataclass(frozen=True)
+class _Global:
+    """A name of a class or function."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Tuple:
+    """A tuple and how many tuples are in it, each as often as it occurs."""
+
+    items: tuple[Any, ...]
+    weight: int
+
+
+def check_pickles(path: Path) -> None:
+    """Refuse a file of torch.save that would fill memory, or never end, while it is read."""
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            for _ in range(5):  # magic number, version, system, the object, keys of storages
+                _check(file, path)
+        return
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+        # names of members are compared without case
+        found = [m for m in members if m.filename.lower().rpartition("/")[2] == "data.pkl"]
+        if packed or archive.comment or len(found) > 1:
+            raise CheckpointError(
+                f"{str(path)!r} can't be read: it is a zip archive that torch.save does not write: "
+                f"{'its members are compressed' if packed else 'it holds more than one pickle'}. "
+                f"Load and save it with torch again."
+            )
+        for member in found:
+            _check(io.BytesIO(archive.read(member)), path)
+
+
+def _check(file: IO[bytes], path: Path) -> None:
+    """Follow one pickle: a stack of texts, names, tuples, and None for all else."""
+    stack: list[Any] = []
+    marks: list[list[Any]] = []
+    memo: dict[Any, Any] = {}
+    for op, arg, _ in pickletools.genops(file):
+        name = op.name
+        if name in ("BINPUT", "LONG_BINPUT"):
+            memo[arg] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo.get(arg))
+        elif name == "MARK":
+            marks.append(stack)
+            stack = []
+        elif name in ("BINUNICODE", "SHORT_BINSTRING"):
+            stack.append(arg)
+        elif name in _LITERALS:
+            stack.append(None)
+        elif name == "TUPLE":
+            items, stack = stack, marks.pop()
+            stack.append(_nested(items, path))
+        elif name in _TUPLES:
+            n = _TUPLES[name]
+            stack[-n:] = [_nested(stack[-n:], path)]
+        elif name in ("REDUCE", "NEWOBJ"):
+            arguments = stack.pop()
+            _check_call(stack.pop(), arguments, path)
+            stack.append(None)
+        elif name in ("APPENDS", "SETITEMS"):
+            stack = marks.pop()
+        elif name in ("APPEND", "BUILD"):
+            stack.pop()
+        elif name == "SETITEM":
+            del stack[-2:]
+        elif name == "BINPERSID":
+            stack[-1] = None
+        elif name == "GLOBAL":
+            stack.append(_Global(_checked_name(str(arg), path)))
+        elif name != "PROTO":
+            return  # the end, or an opcode that torch's reader refuses
+
+
+def _nested(items: list[Any], path: Path) -> _Tuple:
+    """A tuple of these; an error for one that is made of itself, over and over."""
+    weight = 1 + sum(item.weight for item in items if isinstance(item, _Tuple))
+    if weight > NESTED:
+        raise _refused(path, "tuples nested so that a reader would never end")
+    return _Tuple(tuple(items), weight)
+
+
+def _checked_name(name: str, path: Path) -> str:
+    """A module and a name in it; an error for what may have any size."""
+    module, _, attribute = name.rpartition(" ")
+    if attribute in _REFUSED:
+        raise _refused(path, f"more than dense tensors ({module}.{attribute})")
+    return f"{module}.{attribute}"
+
+
+def _check_call(called: Any, arguments: Any, path: Path) -> None:
+    """Refuse calls of what is no name, and all encodings but the one that bytes are saved with."""
+    if not isinstance(called, _Global):
+        raise _refused(path, "more than tensors (a call of what is no class or function)")
+    if called.name == "_codecs.encode":
+        items = arguments.items if isinstance(arguments, _Tuple) else ()
+        # others, such as hex, double the size each time
+        if len(items) != 2 or not isinstance(items[0], str) or items[1] != "latin1":
+            raise _refused(path, "an encoding that torch.save does not write")
+
+
+def _refused(path: Path, found: str) -> CheckpointError:
+    return CheckpointError(
+        f"{str(path)!r} can't be read: it holds {found}, which could fill the memory or hang. Save "
+        f"the state dict alone: torch.save(module.state_dict(), path)."
+    )

@@ -1,0 +1,311 @@
+"""What files can do to the process that opens them: at most, be refused with their name."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zipfile
+from contextlib import nullcontext
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from sksoup import CheckpointCollection, CheckpointError, mix
+from sksoup.checkpoints import prefixes
+from sksoup.checkpoints.prefixes import CHAIN, _prefixes
+from sksoup.checkpoints.read import SafetensorsFile
+from sksoup.checkpoints.torch_files import TorchFile
+
+
+class Counted(tuple):
+    """Prefixes that can be looked through a few times only."""
+
+    looks = 0
+
+    def __iter__(self):
+        self.looks += 1
+        assert self.looks < 50, "prefixes are sought without end"
+        return super().__iter__()
+
+
+@pytest.fixture
+def few_looks(monkeypatch):
+    counted = Counted(prefixes.PREFIXES)
+    monkeypatch.setattr(prefixes, "PREFIXES", counted)
+    return counted
+
+
+@pytest.mark.parametrize(
+    "given",
+    [[{}, {}], [nn.ReLU(), nn.ReLU()], [{"w": torch.ones(2)}, {}], [{}]],
+    ids=["dicts", "modules", "second", "one"],
+)
+def test_a_checkpoint_without_tensors_is_refused(given, few_looks):
+    """Once, a chain of prefixes was sought in no names at all, without end."""
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint [01] \(in memory\) holds no tensors, exp"
+    ):
+        mix(given, [1 / len(given)] * len(given))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_a_file_without_tensors_is_refused(tmp_path, suffix):
+    path = tmp_path / f"empty.{suffix}"
+    torch.save({}, path) if suffix == "pt" else save_file({}, path)
+    with pytest.raises(CheckpointError, match=rf"empty\.{suffix}' holds no tensors, expected"):
+        CheckpointCollection([path])
+
+
+def test_no_names_and_long_ones_have_few_prefixes(few_looks):
+    assert _prefixes([]) == [""]
+    assert len(_prefixes([few_looks[0] * 100_000])) == CHAIN + 1
+
+
+# Pickles, opcode by opcode
+
+
+def name(path):
+    return f"c{path.rpartition('.')[0]}\n{path.rpartition('.')[2]}\n".encode()
+
+
+def text(value):
+    encoded = value.encode("utf-8", "surrogatepass")
+    return b"X" + struct.pack("<I", len(encoded)) + encoded
+
+
+def number(value):
+    return b"\x8a\x09" + value.to_bytes(9, "little")
+
+
+def tensor(size, stride):
+    """A tensor over the four numbers of storage 0."""
+    storage = b"(" + text("storage") + name("torch.FloatStorage") + text("0") + text("cpu")
+    storage += number(4) + b"tQ"
+    return (
+        name("torch._utils._rebuild_tensor_v2")
+        + (b"(" + storage + number(0) + number(size) + b"\x85" + number(stride) + b"\x85\x89")
+        + (name("collections.OrderedDict") + b")RtR")
+    )
+
+
+def pickled(*items):
+    """A dict of names (opcodes) and values."""
+    return b"\x80\x02}" + b"".join(key + value + b"s" for key, value in items) + b"."
+
+
+def write_zip(path, *members, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for member, content in [*members, ("version", b"3\n")]:
+            archive.writestr(f"archive/{member}", content)
+    return path
+
+
+NUMBERS = ("data/0", struct.pack("<4f", 1, 2, 3, 4))
+WEIGHT = (text("w"), tensor(4, 1))
+HEX = name("_codecs.encode") * 40 + text("a") * 1 + text("latin1") + b"\x86R"
+HEX += (text("hex") + b"\x86R") * 39
+SHARED = b")q\x00" + b"h\x00\x86q\x00" * 40  # a tuple of the last one, twice
+
+
+def test_the_pickles_of_these_tests_are_well_formed(tmp_path):
+    path = write_zip(tmp_path / "a.pt", ("data.pkl", pickled(WEIGHT)), NUMBERS)
+    assert CheckpointCollection([path])["a"]["w"].tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (pickled((text("w"), tensor(10**12, 0))), "its tensors have 4,000,000,000,000 bytes"),
+        (pickled((text("w"), tensor(10**12, 1))), "its tensors have 4,000,000,000,000 bytes"),
+        (
+            pickled((text("w"), name("torch.Tensor") + number(10**9) + b"\x85R")),
+            "its tensors have 4,000,000,000 bytes, expected at most 100 times",
+        ),
+        (
+            pickled(WEIGHT, (text("x"), name("__builtin__.bytearray") + number(2**31) + b"\x85R")),
+            r"more than dense tensors \(__builtin__\.bytearray\)",
+        ),
+        (pickled(WEIGHT, (text("x"), HEX)), "an encoding that torch.save does not write"),
+        (pickled(WEIGHT, (SHARED, number(1))), "tuples nested so that a reader would never end"),
+        (pickled(WEIGHT, (text("x"), SHARED + b"b")[:2]), "tuples nested so that"),
+        (pickled(WEIGHT, (text("x"), b"]]\x85R")), "a call of what is no class or function"),
+        (b"\x80\x02}X\xff\xff\xff\x7fabc", "can't be read: ValueError: expected 2147483647 bytes"),
+        (b"\x80\x02}r\xff\xff\xff\x7f.", "holds no tensors"),  # a memo of 2**31 entries
+        (pickled(WEIGHT, (text("x"), b"\x8d" + bytes([255] * 8))), "can't be read"),
+        (pickled(WEIGHT, (text("x"), b"\x96" + bytes([255] * 8))), "can't be read"),
+        (pickled(WEIGHT, (text("x"), b"\x8b\xff\xff\xff\x7f")), "can't be read"),
+        (pickled((text("a\ud800"), tensor(4, 1))), r"the name 'a\\ud800' is not valid Unicode"),
+    ],
+    ids=["expanded", "short", "Tensor", "bytearray", "hex", "hash", "tuples", "call", "text",
+         "memo", "unicode8", "bytearray8", "long4", "surrogate"],
+)  # fmt: skip
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_small_pickle_fills_no_memory_and_ends(tmp_path, content, match, is_zip):
+    path = tmp_path / "small.pt"
+    if is_zip:
+        write_zip(path, ("data.pkl", content), NUMBERS)
+    else:  # as the object of a legacy file, whose other pickles do not matter
+        content = content.replace(b"tQ", b"NtQ")  # no view of a storage
+        torch.save({}, path, _use_new_zipfile_serialization=False)
+        begin = path.read_bytes()
+        path.write_bytes(begin.replace(b"\x80\x02}q\x00.", content))
+        assert path.read_bytes() != begin
+    with pytest.raises(CheckpointError, match=rf"small\.pt' .*{match}"):
+        CheckpointCollection([path])["small"]
+
+
+def test_tensors_without_values_or_with_tensors_in_them_are_refused(tmp_path):
+    nested = torch._nested_view_from_buffer(
+        torch.ones(5), torch.tensor([[2], [3]]), torch.tensor([[1], [1]]), torch.tensor([0, 2])
+    )
+    for value, match in (
+        (torch.ones(3, device="meta"), "is on the device 'meta', where tensors have no values"),
+        (nested, "is a sparse, quantized or nested tensor"),
+    ):
+        torch.save({"w": value}, tmp_path / "odd.pt")
+        with pytest.raises(CheckpointError, match=r"odd\.pt' .*more than dense tensors \(torch"):
+            CheckpointCollection([tmp_path / "odd.pt"])
+        with pytest.raises(CheckpointError, match=match):
+            CheckpointCollection([{"w": value}])
+    with pytest.raises(CheckpointError, match="is not valid Unicode"):
+        CheckpointCollection([{"w\udcff": torch.ones(1)}])
+
+
+def test_tied_and_expanded_tensors_are_read(tmp_path):
+    tied = torch.rand(300_000)
+    state = {f"{k}": tied for k in range(12)} | {"x": torch.ones(1).expand(1000, 1000)}
+    torch.save(state, tmp_path / "a.pt")
+    assert CheckpointCollection([tmp_path / "a.pt"])["a"]["x"].sum() == 10**6
+
+
+def test_a_compressed_archive_is_refused(tmp_path):
+    """Its small members may be of any size; and torch would map the compressed bytes as weights."""
+    path = tmp_path / "a.pt"
+    members = (("data.pkl", pickled(WEIGHT)), NUMBERS)
+    write_zip(path, *members, compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match=r"a\.pt' .*its members are compressed"):
+        CheckpointCollection([path])
+    write_zip(path, *members, ("DATA.PKL", pickled(WEIGHT)))
+    with pytest.raises(CheckpointError, match="more than one pickle"):
+        CheckpointCollection([path])
+
+
+# What is no file, and indices
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".bin.index.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket"])
+def test_only_regular_files_are_opened(tmp_path, suffix, kind):
+    path = tmp_path / f"a{suffix}"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    if kind == "socket":
+        path.unlink()
+        os.mknod(path, 0o140600)
+    with pytest.raises(CheckpointError, match=r"a\..*it is a pipe, a device or a folder, expected"):
+        CheckpointCollection([path])
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ('{"weight_map": ["w"]}', "has no weights in its 'weight_map'"),
+        ('{"weight_map": ' + "[" * 100_000, "can't be read: RecursionError"),
+        ('{"weight_map": {"w": ["a.safetensors"]}}', "expected the name of a file beside it"),
+        ('{"weight_map": {"w": "../a.safetensors"}}', "expected the name of a file beside it"),
+        ('{"weight_map": {"w": "x/../../a.safetensors"}}', "expected the name of a file beside it"),
+        ('{"weight_map": {"w": "/a.safetensors"}}', "expected the name of a file beside it"),
+        ('{"weight_map": {"w": ".."}}', "expected the name of a file beside it"),
+        ('{"weight_map": {"w": "a\\u0000.safetensors"}}', "can't be opened: embedded null byte"),
+        ('{"weight_map": {"w": "a\\ud800.safetensors"}}', "can't be opened: 'utf-8' codec can't"),
+        ('{"weight_map": {"w": "' + "n" * 300 + '"}}', "can't be opened: File name too long"),
+        ('{"weight_map": {"v": "a.safetensors"}}', "lacks 'v'"),
+        ('{"weight_map": {"\\ud800": "a.safetensors"}}', r"lacks '\\ud800'"),
+        ('{"weight_map": ' + "9" * 5000 + "}", "can't be read: ValueError"),
+        ("\x00", "can't be read"),
+    ],
+)
+def test_an_index_is_refused_with_its_name(tmp_path, content, match):
+    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(content)
+    with pytest.raises(CheckpointError, match=match) as caught:
+        CheckpointCollection([path])
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_an_index_is_of_bounded_size(tmp_path):
+    path = tmp_path / "model.safetensors.index.json"
+    with path.open("wb") as file:
+        file.truncate(2**31)
+    with pytest.raises(CheckpointError, match=r"index\.json' can't be used: it is larger than"):
+        CheckpointCollection([path])
+
+
+def test_links_of_the_cache_of_hugging_face_are_followed(tmp_path):
+    """They lead out of the folder, and were put there by who owns it."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "1"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    save_file({"w": torch.ones(2)}, blobs / "1f2e")
+    (blobs / "3d4c").write_text(json.dumps({"weight_map": {"w": "a.safetensors"}}))
+    (snapshot / "a.safetensors").symlink_to("../../blobs/1f2e")
+    (snapshot / "model.safetensors.index.json").symlink_to("../../blobs/3d4c")
+    path = snapshot / "model.safetensors.index.json"
+    assert CheckpointCollection({"a": path})["a"]["w"].tolist() == [1, 1]
+
+
+def test_a_header_is_bounded_by_its_file(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for length in (2**31, 2**63 - 1, 2**64 - 1):
+        path.write_bytes(length.to_bytes(8, "little") + b"{}" + bytes(100))
+        with pytest.raises(CheckpointError, match=r"a\.safetensors' can't be read: Safetensor"):
+            CheckpointCollection([path])
+
+
+# Names
+
+
+def test_a_file_whose_name_is_not_unicode(tmp_path):
+    path = os.path.join(os.fsencode(tmp_path), b"ft\xff.safetensors")
+    save_file({"w": torch.ones(2)}, os.path.join(tmp_path, "a"))
+    os.rename(os.path.join(os.fsencode(tmp_path), b"a"), path)
+    for opened in (tmp_path, os.fsdecode(path)):
+        with pytest.raises(CheckpointError, match=r"ft\\udcff.*its name is not valid Unicode"):
+            CheckpointCollection.from_path(opened)
+    with pytest.raises(CheckpointError, match=r"'a\\udcff' can't name a checkpoint: .*give names="):
+        CheckpointCollection({"a\udcff": {"w": torch.ones(2)}})
+
+
+def test_a_path_with_a_null_byte(tmp_path):
+    with pytest.raises(CheckpointError, match=r"a\\x00b\.pt' can't be opened: embedded null"):
+        CheckpointCollection([tmp_path / "a\0b.pt"])
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        KeyboardInterrupt(),
+        # by torch.asarray, where the signal comes while it looks at the storage
+        ValueError(
+            "could not determine the shape of object type 'torch.storage.UntypedStorage'"
+        ),
+    ],
+    ids=repr,
+)  # fmt: skip
+@pytest.mark.parametrize("kind", [SafetensorsFile, TorchFile])
+def test_an_interrupt_while_reading_is_no_damaged_file(tmp_path, monkeypatch, kind, raised):
+    path = tmp_path / f"a{kind.suffixes[0]}"
+    save_file({"w": torch.ones(2)}, path) if kind is SafetensorsFile else torch.save(
+        {"w": torch.ones(2)}, path
+    )
+    collection = CheckpointCollection([path])
+
+    def get(name):
+        raise raised
+
+    monkeypatch.setattr(kind, "_open", lambda self: nullcontext(get))
+    with pytest.raises(KeyboardInterrupt):
+        collection["a"]

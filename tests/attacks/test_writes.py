@@ -1,0 +1,173 @@
+"""What others in a shared folder can do to a save: nothing that lasts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sksoup import CheckpointCollection
+from sksoup.__main__ import main
+from sksoup.checkpoints import workplace, write
+
+HELD = """
+import runpy, sys
+from pathlib import Path
+
+workplace = runpy.run_path(sys.argv[2])["workplace"]  # without the import of torch
+with workplace(Path(sys.argv[1])) as part:
+    part.write_text("half of it")
+    print(part.parent, flush=True)
+    sys.stdin.read()
+"""
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_threads_that_save_to_one_name_leave_whole_files(tmp_path):
+    """They share a process number, as processes in containers do."""
+    path, errors = tmp_path / "soup.safetensors", []
+    write.write_safetensors(path, {"w": torch.zeros(50_000)})
+    done = threading.Event()
+
+    def save(value):
+        try:
+            for _ in range(25):
+                write.write_safetensors(path, {"w": torch.full((50_000,), value)})
+        except OSError as error:
+            errors.append(error)
+
+    def read():
+        while not done.is_set():
+            try:
+                assert len(load_file(path)["w"].unique()) == 1
+            except Exception as error:
+                errors.append(error)
+
+    savers = [threading.Thread(target=save, args=(float(k),)) for k in range(4)]
+    reader = threading.Thread(target=read)
+    for thread in [reader, *savers]:
+        thread.start()
+    for thread in savers:
+        thread.join()
+    done.set()
+    reader.join()
+    assert not errors
+    assert names(tmp_path) == ["soup.safetensors"]
+
+
+def test_two_saves_to_one_name_have_places_of_their_own(tmp_path):
+    with (
+        workplace.workplace(tmp_path / "a") as first,
+        workplace.workplace(tmp_path / "a") as second,
+    ):
+        assert first != second
+        assert first.parent.stat().st_mode & 0o777 == 0o700
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("save", ["text", "weights", "folder"])
+def test_a_planted_link_is_not_followed(tmp_path, save):
+    victim, shared = tmp_path / "victim", tmp_path / "shared"
+    victim.mkdir()
+    (victim / "precious").write_text("precious")
+    shared.mkdir()
+    with workplace.workplace(shared / "out") as part:
+        place = part.parent.name
+    for name in (place, f".out.{os.getpid()}.tmp"):
+        (shared / name).symlink_to(victim / "precious" if save == "text" else victim)
+    if save == "text":
+        write.write_text(shared / "out", "{}")
+    elif save == "weights":
+        write.write_safetensors(shared / "out", {"w": torch.ones(2)})
+    else:
+        with write.new_folder(shared / "out") as temporary:
+            (temporary / "part").write_text("weights")
+    assert names(victim) == ["precious"]
+    assert (victim / "precious").read_text() == "precious"
+    assert not (shared / "out").is_symlink()
+
+
+def start_saving(path):
+    command = [sys.executable, "-c", HELD, path, workplace.__file__]
+    saving = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return saving, saving.stdout.readline().strip()
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_save(tmp_path):
+    path = tmp_path / "soup.json"
+    (alive, held), (killed, left) = start_saving(path), start_saving(path)
+    other, elsewhere = start_saving(tmp_path / "other.json")
+    for process in (killed, other):
+        process.kill()
+        process.communicate()
+    assert os.path.exists(left)
+    write.write_text(path, "{}")
+    assert not os.path.exists(left)
+    assert os.path.exists(elsewhere)  # of another target: removed by the next save to that
+    with open(os.path.join(held, "part")) as part:
+        assert part.read() == "half of it"
+    alive.communicate("")
+    assert names(tmp_path) == sorted(["soup.json", os.path.basename(elsewhere)])
+
+
+def test_a_folder_without_the_lock_of_a_save_is_left_alone(tmp_path):
+    with workplace.workplace(tmp_path / "a") as part:
+        place = part.parent
+    place.mkdir()
+    (place / "precious").touch()
+    write.write_text(tmp_path / "a", "{}")
+    assert names(place) == ["precious"]
+
+
+def test_a_link_to_nothing_is_not_replaced_without_force(tmp_path, capsys):
+    write.write_safetensors(tmp_path / "a.safetensors", {"w": torch.ones(2)})
+    for name in ("out.safetensors", "out"):
+        (tmp_path / name).symlink_to(tmp_path / "gone")
+        arguments = ["average", str(tmp_path / "a.safetensors"), "-o", str(tmp_path / name)]
+        assert main(arguments) == 2
+        assert "exists" in capsys.readouterr().err
+        assert (tmp_path / name).is_symlink()
+    collection = CheckpointCollection({"out": {"w": torch.ones(2)}})
+    with pytest.raises(FileExistsError, match=r"out\.safetensors' exists"):
+        collection.save(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["n" * 243 + ".safetensors", "ü" * 121 + "n.safetensors"])
+def test_the_longest_names_are_written(tmp_path, name):
+    assert len(os.fsencode(name)) == 255
+    write.write_safetensors(tmp_path / name, {"w": torch.ones(2)})
+    assert CheckpointCollection([tmp_path / name]).layout["w"].shape == (2,)
+    with write.new_folder(tmp_path / name.replace("safetensors", "_safetensor")) as part:
+        write.write_text(part / name, "{}")
+    assert len(names(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "match"),
+    [("n" * 256, OSError, "File name too long"), ("a\0b", ValueError, "null")],
+)
+def test_a_name_that_can_not_be_one_is_said_before_any_work(tmp_path, name, error, match):
+    for writer in (write.new_folder, write._replacing):
+        with pytest.raises(error, match=match), writer(tmp_path / name):
+            pytest.fail("work was done")
+    assert names(tmp_path) == []
+
+
+def test_the_folders_of_saves_are_no_checkpoints(tmp_path):
+    write.write_safetensors(tmp_path / "a.safetensors", {"w": torch.ones(2)})
+    with write.new_folder(tmp_path / "model") as part:
+        write.write_safetensors(part / "model.safetensors", {"w": torch.ones(2)})
+        assert CheckpointCollection.from_path(tmp_path).names == ("a",)
+    left = tmp_path / f"{workplace.MARK}0.tmp"  # as another user's, which can't be looked into
+    left.mkdir()
+    (left / "config.json").write_text("{}")
+    write.write_safetensors(left / "model.safetensors", {"w": torch.ones(2)})
+    assert CheckpointCollection.from_path(tmp_path).names == ("a",)
