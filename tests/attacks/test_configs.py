@@ -195,8 +195,9 @@ def test_only_models_of_transformers_are_built(tmp_path, monkeypatch):
     class Foreign(transformers.BertModel):
         pass
 
-    monkeypatch.setattr(transformers, "ForeignModel", Foreign, raising=False)
-    monkeypatch.setattr(transformers, "nasty", lambda *_: pytest.fail("called"), raising=False)
+    present = sys.modules["transformers"]  # it puts another module in its own place
+    monkeypatch.setattr(present, "ForeignModel", Foreign, raising=False)
+    monkeypatch.setattr(present, "nasty", lambda *_: pytest.fail("called"), raising=False)
     for names in (
         ["pipeline"], ["AutoModel"], ["BertConfig"], ["BertTokenizer"], ["models"], ["__name__"],
         ["ForeignModel"], ["nasty"], ["no.such"], [3], [None], 3, None, {}, "BertModel", [],
