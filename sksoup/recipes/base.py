@@ -38,7 +38,14 @@ from ..mixing.recipe import Recipe
 from ..runtime.cache import open_cache
 from .export import ExportMixin
 from .prediction import PredictionMixin
-from .validation import check_choice, collect, prepare_problem, scored_by, validate_rows
+from .validation import (
+    check_choice,
+    check_flag,
+    collect,
+    prepare_problem,
+    scored_by,
+    validate_rows,
+)
 
 INSIDE = {"sksoup", "sklearn", "joblib", "contextlib", "torch"}  # not who called fit
 NOT_IN_RECIPES = ("checkpoints", "memory")  # parameters that change no result
@@ -176,6 +183,8 @@ class BaseSoup(
             The checkpoints can't be opened, do not fit each other or the module, or hold NaN.
         ValueError
             X, y and parameters that do not fit each other.
+        TypeError
+            A switch is neither True nor False; X holds checkpoints.
         DivergenceError
             The loss or the coefficients stopped being finite.
         """
@@ -202,6 +211,12 @@ class BaseSoup(
         """Check the parameters all recipes share; recipes add theirs."""
         check_choice(self.task, "task", TASKS)
         check_choice(self.batch_norm, "batch_norm", POLICIES)
+        check_flag(self.compile, "compile")
+        if not (isinstance(self.layerwise, (bool, np.bool_)) or callable(self.layerwise)):
+            raise TypeError(
+                f"layerwise must be True, False or a callable that maps a parameter's name to the "
+                f"label of its layer, got {self.layerwise!r}."
+            )
         if self.batch_size is not None:
             check_scalar(self.batch_size, "batch_size", Integral, min_val=1)
         if self.forward is not None and not callable(self.forward):

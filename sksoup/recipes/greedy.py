@@ -27,7 +27,7 @@ from ..mixing.mix import mix
 from ..runtime.distributed import broadcast, world_size
 from .base import BaseSoup
 from .candidates import Candidates
-from .validation import check_fraction
+from .validation import check_flag, check_fraction
 
 __all__ = ["GreedySoup"]
 
@@ -227,6 +227,7 @@ class GreedySoup(BaseSoup):
         if not math.isfinite(self.min_improvement):
             raise ValueError(f"min_improvement must be finite, got {self.min_improvement!r}.")
         check_fraction(self.ranking_fraction, "ranking_fraction")
+        check_flag(self.early_rejection, "early_rejection")
 
     def _search(self, problem: Problem) -> Found:
         is_known = problem.checkpoints.scores is not None
@@ -262,7 +263,7 @@ class GreedySoup(BaseSoup):
             ranked = ranking.order
             candidates = Candidates(
                 problem, ranking, ranked, to_accept, effective_n_jobs(self.n_jobs),
-                self.batch_norm, self.early_rejection,
+                self.batch_norm, bool(self.early_rejection),
             )  # fmt: skip
             ingredients, tried = greedy(
                 ranked, candidates, self.min_improvement,

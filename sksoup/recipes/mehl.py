@@ -35,6 +35,7 @@ from .base import BaseSoup
 from .center import center_instead, check_center, choose_center
 from .validation import (
     check_descent,
+    check_flag,
     check_fraction,
     check_minibatches,
     search_cache,
@@ -331,10 +332,11 @@ class MEHLSoup(BaseSoup):
         check_scalar(self.prefetch, "prefetch", Integral, min_val=0)
         check_center(self)
         check_fraction(self.validation_fraction, "validation_fraction")
+        check_flag(self.normalize, "normalize")
 
     def _search(self, problem: Problem) -> Found:
         cache = search_cache(
-            self, problem, self.normalize, self.model_epochs, self.validation_fraction
+            self, problem, bool(self.normalize), self.model_epochs, self.validation_fraction
         )
         generator = private_generator(self.random_state, cache)
         seed = generator.get_state()

@@ -189,6 +189,12 @@ def check_choice(value: Any, name: str, choices: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
+def check_flag(value: Any, name: str) -> None:
+    """Refuse what is neither True nor False: any text, "no" included, would count as True."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
 def check_fraction(fraction: float | None, name: str) -> None:
     """Check the part of the rows that is set aside for a purpose, if any is."""
     if fraction is not None:
@@ -333,6 +339,8 @@ def check_descent(soup: Any) -> None:
     if soup.weight_decay != "auto":
         check_scalar(soup.weight_decay, "weight_decay", Real, min_val=0)
     resolve_delta_dtype(soup.delta_dtype, torch.float32)
+    check_flag(soup.shuffle, "shuffle")
+    check_flag(soup.shard_deltas, "shard_deltas")
     for name in ("max_epochs", "model_epochs", "accumulate"):
         value = getattr(soup, name)
         if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
@@ -380,7 +388,7 @@ def settings_of(soup: Any, problem: Problem) -> Settings:
         float(soup.lr),
         int(soup.max_epochs),
         None if soup.batch_size is None else int(soup.batch_size),
-        soup.shuffle,
+        bool(soup.shuffle),
         int(soup.accumulate),
         soup.batch_norm == "recalibrate",
         weight_decay_of(soup, problem),
@@ -406,7 +414,7 @@ def search_cache(soup: Any, problem: Problem, *more: Any) -> Cache | None:
         problem.objective.criterion,
         vars(settings_of(soup, problem)),
         soup.precision,
-        soup.compile,
+        bool(soup.compile),
         str(soup.delta_dtype),
         *more,
     )
