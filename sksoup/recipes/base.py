@@ -29,6 +29,7 @@ from ..data.outputs import TASKS, Task
 from ..engine.batch_norm import POLICIES, BatchNormPolicy, check_policy, settle
 from ..engine.chance import judge_scores
 from ..engine.objective import Criterion, Forward, load_weights
+from ..engine.precision import judge_bfloat16
 from ..engine.problem import Found, Problem, Step, Weights
 from ..engine.scores import Evaluator
 from ..exceptions import SoupWarning
@@ -244,6 +245,9 @@ class BaseSoup(
             self.classes_ = self.outputs_.classes
         if self.batch_norm == "recalibrate":
             check_policy(problem, self.batch_size)
+        is_slow = judge_bfloat16(problem.data.y.device) if self.precision == "bf16" else None
+        if is_slow is not None:
+            self._warn(is_slow)
         if self.scoring is not None:
             problem = scored_by(self._fitted_view(problem), self.scoring, problem, X)
         return problem

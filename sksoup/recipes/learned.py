@@ -92,7 +92,8 @@ class LearnedSoup(BaseSoup):
     accumulate : int, default=1
         Minibatches per step, as if they were one.
     precision : {"fp32", "bf16"}, default="fp32"
-        "bf16" runs the forward pass of the search under autocast; the soup stays as it is.
+        "bf16" runs the forward pass of the search under autocast; the soup stays as it is. Processors
+        without instructions for it are slower with it, which is measured first and warned of.
     compile : bool, default=False
         Whether to run the search through ``torch.compile``.
     optimizer : {"adamw", "sgd"}, default="adamw"
