@@ -188,6 +188,12 @@ class BaseSoup(
             A switch is neither True nor False; X holds checkpoints.
         DivergenceError
             The loss or the coefficients stopped being finite.
+
+        Warns
+        -----
+        SoupWarning
+            There is one checkpoint; few rows choose among the checkpoints, or none of those is
+            better than a guess on them; checkpoints look unrelated. ``warnings_`` has all.
         """
         self._forget()
         try:
@@ -240,6 +246,11 @@ class BaseSoup(
             cache=None if self.memory is None else open_cache(self.memory),
             progress=functools.partial(self._progress, data),
         )  # fmt: skip
+        if self._has_recipe and len(collection) == 1:
+            self._warn(
+                f"There is one checkpoint, {collection.names[0]!r}: nothing to mix or to choose "
+                f"from, the soup is that checkpoint. Give several."
+            )
         self.outputs_ = problem.objective.outputs
         if self.outputs_.classes is not None:
             self.classes_ = self.outputs_.classes

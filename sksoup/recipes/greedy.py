@@ -304,12 +304,15 @@ class GreedySoup(BaseSoup):
         most = min(others, key=lambda tried: tried["gain"])
         related = judge(checkpoints.relations(checkpoints.names))
         bounds = " at most" if any(tried["is_bound"] for tried in others) else ""
+        gains = f"{least['gain']:+.4f}"
+        if f"{most['gain']:+.4f}" != gains:
+            gains += f" ({least['candidate']!r}) to {most['gain']:+.4f} ({most['candidate']!r})"
+        who = "each of the others" if len(others) > 1 else repr(least["candidate"])
         self._warn(
-            f"Only {best['candidate']!r}, the best checkpoint, is in the greedy soup: each of the "
-            f"others, added to it, changed its held-out score of {best['score']:.4f} by "
-            f"{least['gain']:+.4f} ({least['candidate']!r}) to {most['gain']:+.4f} "
-            f"({most['candidate']!r}){bounds}, where {self.min_improvement:g} or more was asked "
-            f"for. path_ has all of them; MEHLSoup weighs them instead. {related}"
+            f"Only {best['candidate']!r}, the best checkpoint, is in the greedy soup: {who}, added "
+            f"to it, changed its held-out score of {best['score']:.4f} by {gains}{bounds}, where "
+            f"{self.min_improvement:g} or more was asked for. path_ has all of them; MEHLSoup "
+            f"weighs them instead. {related}"
         )
 
 

@@ -33,6 +33,7 @@ from .validation import (
     search_cache,
     settings_of,
     storage_for,
+    warn_of_lr,
 )
 
 __all__ = ["LearnedSoup"]
@@ -92,8 +93,8 @@ class LearnedSoup(BaseSoup):
     accumulate : int, default=1
         Minibatches per step, as if they were one.
     precision : {"fp32", "bf16"}, default="fp32"
-        "bf16" runs the forward pass of the search under autocast; the soup stays as it is. Processors
-        without instructions for it are slower with it, which is measured first and warned of.
+        "bf16" runs the forward pass of the search under autocast; the soup stays as it is.
+        A processor without instructions for it is slower, which is measured first and warned of.
     compile : bool, default=False
         Whether to run the search through ``torch.compile``.
     optimizer : {"adamw", "sgd"}, default="adamw"
@@ -244,6 +245,7 @@ class LearnedSoup(BaseSoup):
 
     def _search(self, problem: Problem) -> Found:
         """Descend on a (K, n_searched) with c = softmax(a) [W22, Appendix I]."""
+        warn_of_lr(self)
         check_minibatches(self, problem)
         cache = search_cache(self, problem, bool(self.temperature))
         generator = private_generator(self.random_state, cache)

@@ -41,6 +41,7 @@ from .validation import (
     search_cache,
     settings_of,
     storage_for,
+    warn_of_lr,
 )
 
 __all__ = ["MEHLSoup"]
@@ -155,8 +156,8 @@ class MEHLSoup(BaseSoup):
     accumulate : int, default=1
         Minibatches per step, as if they were one.
     precision : {"fp32", "bf16"}, default="fp32"
-        "bf16" runs the forward pass of the search under autocast; the soup stays as it is. Processors
-        without instructions for it are slower with it, which is measured first and warned of.
+        "bf16" runs the forward pass of the search under autocast; the soup stays as it is.
+        A processor without instructions for it is slower, which is measured first and warned of.
     compile : bool, default=False
         Whether to run the search through ``torch.compile``.
     optimizer : {"adamw", "sgd"}, default="adamw"
@@ -336,6 +337,7 @@ class MEHLSoup(BaseSoup):
         check_flag(self.normalize, "normalize")
 
     def _search(self, problem: Problem) -> Found:
+        warn_of_lr(self)
         cache = search_cache(
             self, problem, bool(self.normalize), self.model_epochs, self.validation_fraction
         )

@@ -40,7 +40,16 @@ from ..data.rows import (
 from ..engine.batch_norm import statistics
 from ..engine.deltas import resolve_delta_dtype
 from ..engine.descent import OPTIMIZERS, SCHEDULES, DeltaStorage, Settings
-from ..engine.objective import Criterion, Forward, Objective, feed, module_dtype, prepare_module
+from ..engine.objective import (
+    Criterion,
+    Forward,
+    Objective,
+    as_code,
+    as_output,
+    called,
+    module_dtype,
+    prepare_module,
+)
 from ..engine.problem import Problem, Step
 from ..engine.scores import Evaluator
 from ..mixing.layers import Layerwise, group_layers
@@ -60,6 +69,7 @@ def validate_rows(
     estimator: Any, X: Any, y: Any, task: Task, sample_weight: Any = None
 ) -> tuple[Any, NDArray[Any], NDArray[np.float64] | None]:
     """Check rows, targets and weights; note the features; what is on a device stays there."""
+    _refuse_order(y)
     if isinstance(X, Mapping):
         X = as_batches(X, y)
     if is_loader(X):
@@ -142,12 +152,28 @@ def _check_parts(X: Any) -> Any:
     return X
 
 
+def _refuse_order(y: Any) -> None:
+    """Raise an error that explains it where checkpoints come where y should."""
+    first = y[0] if isinstance(y, (list, tuple)) and y else y
+    if isinstance(first, (CheckpointCollection, nn.Module, os.PathLike)):
+        raise TypeError(
+            f"y is or holds a {type(first).__name__}, expected labels or targets. The checkpoints "
+            f"come first: fit(checkpoints, X, y)."
+        )
+
+
 def _refuse_checkpoints(X: Any, y: Any) -> None:
-    """Raise an error that explains it where X holds checkpoints."""
-    if is_multiple(X) and y is not None:
+    """Raise an error that explains it where X holds checkpoints, or inputs without targets."""
+    if is_multiple(X):
         lengths = {len(part) if getattr(part, "ndim", 1) else 0 for part in parts_of(X)}
-        if lengths == {len(y)}:
+        if y is not None and lengths == {len(y)}:
             return
+        if y is None and isinstance(X, Mapping) and len(lengths) == 1 and not _is_state(X):
+            raise ValueError(
+                f"X has the inputs {', '.join(map(repr, X))} of {lengths.pop()} rows, and there "
+                f"are no targets: give y, or put them into X under a key such as 'labels' (another "
+                f"key is named by y='...')."
+            )
     items = list(X[:1]) if isinstance(X, (list, tuple)) else [X]
     for item in items:
         is_state = isinstance(item, Mapping) and any(
@@ -160,6 +186,11 @@ def _refuse_checkpoints(X: Any, y: Any) -> None:
                 f"were expected: these look like checkpoints{texts}. Call fit(checkpoints, X, y), "
                 f"or wrap them: fit(CheckpointCollection(checkpoints, module=...), X)."
             )
+
+
+def _is_state(X: Mapping[str, Any]) -> bool:
+    """Whether names are those of a state dict: with a dot, or of what one layer holds."""
+    return any("." in name or name in ("weight", "bias") for name in X)
 
 
 def to_numpy(values: Any) -> Any:
@@ -247,7 +278,8 @@ def prepare_problem(
     module = prepare_module(checkpoints.build_module(), checkpoints, where)
     dtype = module_dtype(module)
     row = to_inputs(map_inputs(lambda part: to_tensor(part[:1]).clone(), X), dtype, where)
-    outputs = Outputs.of(_probe(module, row, forward), y, task, classes, criterion)
+    output, call = _probe(module, row, forward)
+    outputs = Outputs.of(output, y, task, classes, criterion, call)
     targets = outputs.encode(y, dtype, where)
     is_streamed = not fits(X, where)
     inputs = to_inputs(X, dtype, torch.device("cpu") if is_streamed else where)
@@ -276,11 +308,13 @@ def no_progress(name: str, n_steps: int) -> Iterator[Step]:
     yield lambda weights=None: None
 
 
-def _probe(module: nn.Module, row: Any, forward: Any) -> torch.Tensor:
-    """Output for one row, which decides how outputs are read."""
+def _probe(module: nn.Module, row: Any, forward: Any) -> tuple[torch.Tensor, str]:
+    """Output for one row, which decides how outputs are read, and the code that gives it."""
     try:
         with torch.no_grad():
-            return feed(module, row, forward)
+            found = called(module, row, forward)
+        output = found if isinstance(found, torch.Tensor) else as_output(found)
+        return output, as_code(row, found, forward)
     except (RuntimeError, IndexError, TypeError) as error:  # what torch raises on what does not fit
         if isinstance(error, TypeError) and "module returned" in str(error):
             raise
@@ -347,6 +381,15 @@ def check_descent(soup: Any) -> None:
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
     if soup.memory_limit is not None:
         parse_bytes(soup.memory_limit)
+
+
+def warn_of_lr(soup: Any) -> None:
+    """Warn of steps that are longer than coefficients are."""
+    if soup.optimizer == "adamw" and soup.lr > 1 and not getattr(soup, "normalize", False):
+        soup._warn(
+            f"lr={soup.lr:g} is the length of a step of AdamW in units of coefficients, which sum "
+            f"to 1: the search can't stop near a good soup. Usual are 0.01 to 0.1."
+        )
 
 
 def check_minibatches(soup: Any, problem: Problem, aside: HeldOut | None = None) -> None:
