@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import logging
+import math
 import platform
 import warnings
 from abc import abstractmethod
@@ -37,6 +39,7 @@ from ..mixing.layers import Layerwise, is_variance
 from ..mixing.mix import mix
 from ..mixing.recipe import Recipe
 from ..runtime.cache import open_cache
+from ..runtime.distributed import rank
 from .export import ExportMixin
 from .prediction import PredictionMixin
 from .validation import (
@@ -48,6 +51,7 @@ from .validation import (
     validate_rows,
 )
 
+LOGGER = logging.getLogger("sksoup")
 INSIDE = {"sksoup", "sklearn", "joblib", "contextlib", "torch"}  # not who called fit
 NOT_IN_RECIPES = ("checkpoints", "memory")  # parameters that change no result
 ROUNDING = 1e-6  # of a score: what float32 outputs are off by; less is not worth a warning
@@ -194,6 +198,12 @@ class BaseSoup(
         SoupWarning
             There is one checkpoint; few rows choose among the checkpoints, or none of those is
             better than a guess on them; checkpoints look unrelated. ``warnings_`` has all.
+
+        Notes
+        -----
+        ``soup.set_callbacks(sklearn.callback.ProgressBar())`` before `fit` shows a progress bar, in
+        a terminal or a notebook (extra ``progress``). The logger ``"sksoup"`` tells at level INFO
+        how many steps a search takes, when it begins.
         """
         self._forget()
         try:
@@ -434,7 +444,15 @@ class BaseSoup(
                 f"batch_norm='recalibrate' measures them anew."
             )
 
-    # -------------------------------------------------------------- scikit-learn
+    # ------------------------------------------------------------------ progress
+
+    def _log_steps(self, problem: Problem, **factors: int) -> None:
+        """Log how many steps a search takes, at its start: a product of what is named."""
+        named = " x ".join(f"{n} {what.replace('_', ' ')}" for what, n in factors.items())
+        total = f" = {math.prod(factors.values())} steps" if len(factors) > 1 else ""
+        if not rank():
+            n = len(problem.checkpoints)
+            LOGGER.info("%s: %d checkpoints, %s%s", type(self).__name__, n, named, total)
 
     @contextmanager
     def _progress(
@@ -468,6 +486,8 @@ class BaseSoup(
         step()
         yield step
         root.call_on_fit_task_end(estimator=self)
+
+    # -------------------------------------------------------------- scikit-learn
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()

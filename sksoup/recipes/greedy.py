@@ -232,6 +232,8 @@ class GreedySoup(BaseSoup):
     def _search(self, problem: Problem) -> Found:
         is_known = problem.checkpoints.scores is not None
         parts = self._split(problem, is_known)
+        n = len(problem.checkpoints)  # the first that is tried was ranked
+        self._log_steps(problem, evaluations=n if is_known else 2 * n - 1)
         found = self.find(problem, parts)
         if not is_known:
             self._warn_of_chance(found.attributes["individual_scores_"], parts[0])

@@ -291,6 +291,7 @@ class LearnedSoup(BaseSoup):
         dtype = coefficient_dtype(device)
         a = torch.zeros(factors.shape, dtype=dtype, device=device).requires_grad_()
         s = torch.as_tensor(factors, dtype=dtype, device=device)
+        self._log_steps(problem, **descent.n_steps)
         learns = bool(self.temperature) and self.task != "regression"
         beta = torch.ones((), dtype=dtype, device=device).requires_grad_(learns)
         with open_deltas([names]) as deltas, problem.progress("epoch", self.max_epochs) as step:

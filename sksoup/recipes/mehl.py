@@ -389,6 +389,7 @@ class MEHLSoup(BaseSoup):
         alpha, history = np.zeros_like(factors), list[dict[str, Any]]()
         self._warn_of_strangers(checkpoints, checkpoints.names)
         batches = list(draw_model_batches(len(names), b, self.model_epochs, descent.generator))
+        self._log_steps(descent.problem, model_batches=len(batches), **descent.n_steps)
         with (
             open_deltas([names[batch].tolist() for batch in batches]) as deltas,
             descent.problem.progress("epoch", len(batches) * self.max_epochs) as step,
