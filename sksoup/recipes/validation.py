@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -57,6 +56,7 @@ from ..runtime.cache import Cache
 from ..runtime.distributed import world_size
 from ..runtime.fingerprint import encode_module
 from ..runtime.memory import parse_bytes
+from .misplaced import refuse_checkpoints, refuse_order
 
 DEFAULT_SCORING = {"classification": "accuracy", "multilabel": "accuracy", "regression": "r2"}
 DECAY_ROWS = 1000  # weight_decay="auto" is this / N: 1 for a thousand held-out rows
@@ -69,12 +69,12 @@ def validate_rows(
     estimator: Any, X: Any, y: Any, task: Task, sample_weight: Any = None
 ) -> tuple[Any, NDArray[Any], NDArray[np.float64] | None]:
     """Check rows, targets and weights; note the features; what is on a device stays there."""
-    _refuse_order(y)
+    refuse_order(y)
     if isinstance(X, Mapping):
         X = as_batches(X, y)
     if is_loader(X):
         X, y = read_loader(X, y, ordered=is_apart(y) or is_apart(sample_weight))
-    _refuse_checkpoints(X, y)
+    refuse_checkpoints(X, y)
     wants = {"multi_output": task != "classification", "y_numeric": task == "regression"}
     y = to_numpy(y)
     estimator.input_names_ = input_names(X)
@@ -150,47 +150,6 @@ def _check_parts(X: Any) -> Any:
     X = map_inputs(check, X)
     check_consistent_length(*parts_of(X))
     return X
-
-
-def _refuse_order(y: Any) -> None:
-    """Raise an error that explains it where checkpoints come where y should."""
-    first = y[0] if isinstance(y, (list, tuple)) and y else y
-    if isinstance(first, (CheckpointCollection, nn.Module, os.PathLike)):
-        raise TypeError(
-            f"y is or holds a {type(first).__name__}, expected labels or targets. The checkpoints "
-            f"come first: fit(checkpoints, X, y)."
-        )
-
-
-def _refuse_checkpoints(X: Any, y: Any) -> None:
-    """Raise an error that explains it where X holds checkpoints, or inputs without targets."""
-    if is_multiple(X):
-        lengths = {len(part) if getattr(part, "ndim", 1) else 0 for part in parts_of(X)}
-        if y is not None and lengths == {len(y)}:
-            return
-        if y is None and isinstance(X, Mapping) and len(lengths) == 1 and not _is_state(X):
-            raise ValueError(
-                f"X has the inputs {', '.join(map(repr, X))} of {lengths.pop()} rows, and there "
-                f"are no targets: give y, or put them into X under a key such as 'labels' (another "
-                f"key is named by y='...')."
-            )
-    items = list(X[:1]) if isinstance(X, (list, tuple)) else [X]
-    for item in items:
-        is_state = isinstance(item, Mapping) and any(
-            isinstance(value, torch.Tensor) for value in item.values()
-        )
-        if isinstance(item, (str, os.PathLike, nn.Module)) or is_state:
-            texts = ", or texts, which have to be tokenised first" if isinstance(item, str) else ""
-            raise TypeError(
-                f"X holds {'a state dict' if is_state else type(item).__name__} where rows of data "
-                f"were expected: these look like checkpoints{texts}. Call fit(checkpoints, X, y), "
-                f"or wrap them: fit(CheckpointCollection(checkpoints, module=...), X)."
-            )
-
-
-def _is_state(X: Mapping[str, Any]) -> bool:
-    """Whether names are those of a state dict: with a dot, or of what one layer holds."""
-    return any("." in name or name in ("weight", "bias") for name in X)
 
 
 def to_numpy(values: Any) -> Any:
