@@ -22,8 +22,10 @@ from sksoup.inspection import (
     CoefficientsDisplay,
     ComparisonDisplay,
     GreedyPathDisplay,
+    IngredientImportanceDisplay,
     LearningCurveDisplay,
     LossBarrierDisplay,
+    ingredient_importance,
 )
 
 digits = make_digits_checkpoints(random_state=0)
@@ -70,6 +72,17 @@ CoefficientsDisplay.from_estimator(layerwise, kind="histogram")
 GreedyPathDisplay.from_estimator(greedy)
 
 # %%
+# Which ingredients matter
+# ------------------------
+#
+# The score that the soup loses where an ingredient's share is given to the others, in proportion to
+# their coefficients. Bars to the left, in orange: the soup is better without it on these rows.
+
+importance = ingredient_importance(scalar, *held_out)
+IngredientImportanceDisplay.from_importance(importance)
+print(importance)
+
+# %%
 # The search, and the landscape
 # -----------------------------
 #
@@ -86,9 +99,9 @@ LossBarrierDisplay.from_estimator(greedy, *held_out, ax=right, n_points=7)
 #
 # One HTML file with all of this, readable in any browser without a network: what was mixed, how
 # well it does, and what to look at. Given what ``compare_soups`` measured, it shows the soup beside
-# the others.
+# the others; given ``importance=``, which ingredients matter.
 
 with tempfile.TemporaryDirectory() as folder:
     page = Path(folder) / "soup.html"
-    greedy.report(page)
+    scalar.report(page, importance=importance)
     print(f"{page.stat().st_size / 1000:.0f} kB")

@@ -120,7 +120,7 @@ def walk(
         _check_order(loader)
     is_empty = True
     with preserved_random_state():
-        for batch in loader:
+        for batch in _stacked(loader):
             rows, labels = _split(batch, y, n_inputs)
             is_empty = is_empty and not n_rows(rows)
             yield rows, None if labels is None else torch.as_tensor(labels)
@@ -129,6 +129,21 @@ def walk(
             f"The {type(X).__name__} gave no rows: an iterator can be walked only once. Give a "
             f"DataLoader or a Dataset."
         )
+
+
+def _stacked(loader: Any) -> Iterator[Any]:
+    """The batches; rows of several lengths, which can't be stacked, are explained."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "stack expects each tensor to be equal size" not in str(error):
+            raise
+        raise ValueError(
+            f"The rows of a batch have different shapes, expected one: "
+            f"{str(error).strip().splitlines()[-1]}. Pad texts to one length, as with "
+            f"tokenizer(texts, padding='max_length', truncation=True), or give a DataLoader whose "
+            f"collate_fn pads."
+        ) from error
 
 
 def _as_loader(X: Any) -> Any:

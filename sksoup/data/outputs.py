@@ -43,8 +43,12 @@ class Outputs:
         task: Task,
         classes: ArrayLike | None = None,
         criterion: Any = None,
+        call: str = "module(X)",
     ) -> Outputs:
-        """Read them from the module's output for one row and the targets; or say what differs."""
+        """Read them from the module's output for one row and the targets; or say what differs.
+
+        ``call`` is the code that gives the outputs.
+        """
         dense = task == "classification" and is_dense(y)
         one_logit = task == "classification" and not dense and output.shape in ((1,), (1, 1))
         got = f"The module's output has shape {tuple(output.shape)} for one row"
@@ -59,7 +63,7 @@ class Outputs:
             raise ValueError(
                 f"{got}, and y has labels of shape {y.shape[1:]}: expected (1, n_outputs, "
                 f"{', '.join(map(str, y.shape[1:]))}). Move the axis of the outputs with "
-                f"forward=lambda module, X: module(X).movedim(-1, 1)."
+                f"forward=lambda module, X: {call}.movedim(-1, 1)."
             )
         if not dense and (output.ndim > 2 or (task == "classification" and output.ndim != 2)):
             raise ValueError(f"{got}, expected (1, n_outputs) for task={task!r}.")

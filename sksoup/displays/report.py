@@ -15,6 +15,7 @@ from ..tables import Table
 from .coefficients import CoefficientsDisplay
 from .comparison import ComparisonDisplay
 from .greedy_path import GreedyPathDisplay
+from .importance import IngredientImportanceDisplay
 from .learning_curve import LearningCurveDisplay
 
 STYLE = """
@@ -36,8 +37,11 @@ li { margin: .3rem 0; } summary { cursor: pointer; }
 """
 
 
-def render(soup: Any, comparison: Any = None) -> str:
-    """The report on a fitted soup as HTML; ``comparison`` is what `compare_soups` gives."""
+def render(soup: Any, comparison: Any = None, importance: Any = None) -> str:
+    """The report on a fitted soup as HTML.
+
+    ``comparison`` is what `compare_soups` gives, ``importance`` what `ingredient_importance` does.
+    """
     recipe = soup.recipe_
     used = recipe.is_used().sum()
     title = f"{recipe.method} of {used} of {len(recipe.ingredients)} checkpoints"
@@ -46,6 +50,7 @@ def render(soup: Any, comparison: Any = None) -> str:
         "Warnings": _list(soup.warnings_),
         "What to look at": _list(advice(soup, comparison)),
         "Coefficients": _coefficients(soup),
+        "Which ingredients matter": "" if importance is None else _importance(soup, importance),
         "How they were found": _search(soup),
         "What was mixed": _ingredients(recipe),
         "How to make it again": _reproduction(recipe),
@@ -143,6 +148,22 @@ def _coefficients(soup: Any) -> str:
     return "".join(
         _picture(CoefficientsDisplay.from_estimator(soup, kind=kind), text)
         for kind, text in pictures.items()
+    )
+
+
+def _importance(soup: Any, importance: Any) -> str:
+    """What is lost without each ingredient; an error where these are another soup's."""
+    recipe = soup.recipe_
+    used = [i.name for i, u in zip(recipe.ingredients, recipe.is_used(), strict=True) if u]
+    if list(importance.scores) != used:
+        raise ValueError(
+            f"importance is of another soup: it has {len(importance.scores)} ingredients, and not "
+            f"the {len(used)} of this one. Give ingredient_importance(soup, X, y)."
+        )
+    return (
+        f"<p>{escape(importance.statement)} Without an ingredient, its share goes to the "
+        f"others.</p>{_table(importance.header, importance.cells())}"
+        f"{_picture(IngredientImportanceDisplay.from_importance(importance), 'Score lost')}"
     )
 
 

@@ -12,6 +12,7 @@ from ..data.outputs import IGNORED
 from .scores import Evaluator
 
 MIN_ROWS = {"classification": 30, "regression": 100}  # with fewer, nothing is certain
+FEW = 30  # rows; with fewer, what is chosen is warned of
 ERRORS = 2.0  # standard errors of a guess's accuracy
 WIDEST = 0.1  # they are at most so much, or a weak network might be taken for a guess
 
@@ -19,10 +20,16 @@ WIDEST = 0.1  # they are at most so much, or a weak network might be taken for a
 def judge_scores(scores: Mapping[str, float], evaluate: Evaluator) -> str | None:
     """What is probably wrong where no score is better than a guess on the rows of ``evaluate``.
 
-    ``scores`` are those that ``evaluate`` measured. None for metrics of the user's own, several
-    labels per row, and too few rows to be certain.
+    ``scores`` are those that ``evaluate`` measured. None for metrics of the user's own and several
+    labels per row. Too few rows to be certain are what is wrong themselves.
     """
     outputs, n = evaluate.objective.outputs, _effective(evaluate.weight, len(evaluate.y))
+    if len(scores) > 1 and n < FEW and not outputs.is_dense:
+        return (
+            f"Only {n:.3g} held-out rows choose among {len(scores)} checkpoints, so the choice is "
+            f"mostly luck: an accuracy on them has a standard error of up to {0.5 / n**0.5:.2f}. "
+            f"Hold out {FEW} or more, and 50 or more for coefficients of every layer."
+        )
     least = MIN_ROWS.get(outputs.task, math.inf)
     if not scores or evaluate.scorer is not None or n < least:
         return None

@@ -74,6 +74,14 @@ class Descent:
         batchwise = partial(batch_statistics, problem.objective.module)
         self._normalizing = batchwise if settings.normalize_by_batch else nullcontext
 
+    @property
+    def n_steps(self) -> dict[str, int]:
+        """Steps of a run: the product of these."""
+        together = self.settings.accumulate
+        what = "minibatches" if together == 1 else f"groups_of_{together}_minibatches"
+        n = self.problem.data.n_batches(self.settings.batch_size, together)
+        return {"epochs": self.settings.max_epochs, what: n}
+
     def run(
         self,
         deltas: Deltas,
@@ -94,7 +102,7 @@ class Descent:
         left the leaves, the optimizer and the generator at is restored.
         """
         settings, data = self.settings, self.problem.data
-        n_steps = data.n_batches(settings.batch_size, settings.accumulate) * settings.max_epochs
+        n_steps = math.prod(self.n_steps.values())
         state = State(leaves, settings, n_steps, self.generator)
 
         def combine() -> None:

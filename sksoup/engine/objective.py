@@ -187,17 +187,34 @@ def feed(
 
     One logit z becomes two, 0 and z: their softmax is its sigmoid.
     """
-    if forward is not None:
-        found = forward(module, X)
-    elif isinstance(X, dict):
-        found = module(**X)
-    else:
-        found = module(*X) if isinstance(X, tuple) else module(X)
+    found = called(module, X, forward)
     output = found if isinstance(found, torch.Tensor) else as_output(found)
     if not one_logit:
         return output
     z = output.reshape(len(output))
     return torch.stack([torch.zeros_like(z), z], dim=1)
+
+
+def called(module: Callable[..., Any], X: Inputs, forward: Forward | None = None) -> Any:
+    """What a module returns, whatever it is."""
+    if forward is not None:
+        return forward(module, X)
+    if isinstance(X, dict):
+        return module(**X)
+    return module(*X) if isinstance(X, tuple) else module(X)
+
+
+def as_code(X: Inputs, found: Any, forward: Forward | None = None) -> str:
+    """The code that gives the outputs, for advice; ``found`` is what the module returned."""
+    kinds: dict[type, str] = {dict: "module(**X)", tuple: "module(*X)"}
+    call = kinds.get(type(X), "module(X)") if forward is None else "forward(module, X)"
+    if isinstance(found, torch.Tensor):
+        return call
+    if hasattr(found, "logits"):
+        return f"{call}.logits"
+    if isinstance(found, (tuple, list)):
+        return f"{call}[{next(i for i, part in enumerate(found) if is_output(part))}]"
+    return f"{call}['logits']"
 
 
 def as_output(output: Any) -> torch.Tensor:
@@ -208,7 +225,7 @@ def as_output(output: Any) -> torch.Tensor:
         output = output.logits
     elif isinstance(output, (tuple, list)):
         # models of Hugging Face that are given labels put the loss, a number, before the logits
-        tensors = (part for part in output if isinstance(part, torch.Tensor) and part.ndim)
+        tensors = filter(is_output, output)
         output = next(tensors, output)
     if not isinstance(output, torch.Tensor):
         raise TypeError(
@@ -216,6 +233,11 @@ def as_output(output: Any) -> torch.Tensor:
             f"or something with logits. Tell how to get the outputs: forward=lambda module, X: ..."
         )
     return output
+
+
+def is_output(part: Any) -> bool:
+    """Whether a part of what a module returned is a tensor with rows."""
+    return isinstance(part, torch.Tensor) and part.ndim > 0
 
 
 def _per_row(criterion: Loss) -> Loss:

@@ -1,18 +1,22 @@
-"""Inspection of soups: displays, comparisons on the same data, and loss barriers."""
+"""Inspection of soups: displays, comparisons on the same data, ingredients, loss barriers."""
 
 from ..displays.coefficients import CoefficientsDisplay
 from ..displays.comparison import ComparisonDisplay
 from ..displays.greedy_path import GreedyPathDisplay
+from ..displays.importance import IngredientImportanceDisplay
 from ..displays.learning_curve import LearningCurveDisplay
 from .barrier import LossBarrier, loss_barrier
 from .barrier_display import LossBarrierDisplay
 from .comparison import centered_systems, compare_soups, paper_systems
+from .importance import IngredientImportance, ingredient_importance
 from .results import SoupComparison, SoupResult
 
 __all__ = [
     "CoefficientsDisplay",
     "ComparisonDisplay",
     "GreedyPathDisplay",
+    "IngredientImportance",
+    "IngredientImportanceDisplay",
     "LearningCurveDisplay",
     "LossBarrier",
     "LossBarrierDisplay",
@@ -20,6 +24,7 @@ __all__ = [
     "SoupResult",
     "centered_systems",
     "compare_soups",
+    "ingredient_importance",
     "loss_barrier",
     "paper_systems",
 ]

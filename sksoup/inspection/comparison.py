@@ -25,6 +25,7 @@ from ..recipes.baselines import BestCheckpoint, CheckpointEnsemble, UniformSoup
 from ..recipes.greedy import GreedySoup
 from ..recipes.learned import LearnedSoup
 from ..recipes.mehl import MEHLSoup
+from ..recipes.validation import check_flag
 from ..runtime.live_tensors import LiveTensors
 from .results import SoupComparison, SoupResult
 
@@ -170,7 +171,8 @@ def compare_soups(
     Raises
     ------
     TypeError
-        ``checkpoints`` is not a collection, or ``recipes`` is not a mapping.
+        ``checkpoints`` is not a collection, ``recipes`` is not a mapping, or ``measure_memory`` is
+        neither True nor False.
     ValueError
         Only one of ``X_test`` and ``y_test`` is given; ``n_repeats`` is less than 1; or as `fit`.
 
@@ -207,6 +209,7 @@ def compare_soups(
         )
     if not isinstance(n_repeats, Integral) or n_repeats < 1:
         raise ValueError(f"n_repeats must be an int >= 1, got {n_repeats!r}.")
+    check_flag(measure_memory, "measure_memory")
     results, soups = [], {}
     test = None if X_test is None else (X_test, y_test)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as memory:

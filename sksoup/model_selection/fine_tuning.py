@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import random
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.base import clone
 from torch import nn
 
@@ -35,6 +37,34 @@ class Candidate:
     error: str | None = None
     weights: dict[str, torch.Tensor] | Path | None = None
     module: nn.Module | None = None  # for the architecture, if there is no start
+
+
+def refuse_pipeline(estimator: Any) -> None:
+    """Refuse a pipeline, which would prepare the rows of each candidate in another way."""
+    if hasattr(estimator, "steps"):
+        raise TypeError(
+            "estimator is a Pipeline, expected a net: the soup predicts from rows that are "
+            "prepared in one way for all candidates. Put the search into the pipeline: "
+            "make_pipeline(scaler, SoupSearchCV(net, {'lr': ...}))."
+        )
+
+
+def check_takes_weight(estimator: Any, scoring: Any) -> None:
+    """Check before the training that candidates can be scored with weights of the rows."""
+    score = estimator.score if scoring is None else scoring
+    if callable(score) and not _takes_weight(score, keywords=True):
+        what = f"score of {type(estimator).__name__}" if scoring is None else f"scoring={scoring!r}"
+        raise TypeError(
+            f"sample_weight was given, and {what} has no such parameter. Give a scorer that "
+            f"weighs rows, such as scoring='accuracy', or drop sample_weight."
+        )
+
+
+def _takes_weight(function: Callable[..., Any], keywords: bool = False) -> bool:
+    """Whether a function has a parameter ``sample_weight``, or takes any ``keywords``."""
+    parameters = inspect.signature(function).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return "sample_weight" in parameters or (keywords and takes_any)
 
 
 def find_start(estimator: Any) -> nn.Module | None:
@@ -63,6 +93,7 @@ def fine_tune(
     seed: int,
     start: nn.Module | None,
     parts: Sequence[Any],
+    weights: tuple[NDArray[np.float64], NDArray[np.float64]] | None,
     scorer: Any,
     path: Path | None,
 ) -> Candidate:
@@ -71,6 +102,7 @@ def fine_tune(
         record = json.loads(read_metadata(path)[RECORD])
         return Candidate(record["score"], record["fit_time"], weights=path)
     X, y, X_held_out, y_held_out = parts
+    train_weight, held_out_weight = ({"sample_weight": w} for w in weights) if weights else ({}, {})
     begin = time.perf_counter()
     try:
         with preserved_random_state():
@@ -78,14 +110,13 @@ def fine_tune(
             np.random.seed(seed)  # noqa: NPY002 - training may draw from it; restored afterwards
             random.seed(seed)
             net = clone(estimator).set_params(**params)
-            if start is None:
-                net.fit(X, y)
-            else:
+            if start is not None:
                 net.initialize()
                 _load_start(net.module_, start)
-                net.partial_fit(X, y)
+            train = net.fit if start is None else net.partial_fit
+            train(X, y, **(train_weight if _takes_weight(train) else {}))
             spent = time.perf_counter() - begin
-            score = float(scorer(net, X_held_out, y_held_out))
+            score = float(scorer(net, X_held_out, y_held_out, **held_out_weight))
         state = state_of(net.module_)
         bad = [n for n, w in state.items() if w.is_floating_point() and not w.isfinite().all()]
         if bad or not math.isfinite(score):

@@ -29,10 +29,16 @@ from ..data.outputs import Task
 from ..data.rows import map_inputs
 from ..engine.objective import module_dtype
 from ..recipes.base import BaseSoup, DocLinkMixin
-from ..recipes.baselines import UniformSoup
+from ..recipes.baselines import CheckpointEnsemble
 from ..recipes.greedy import GreedySoup
 from ..recipes.validation import to_numpy, validate_rows
-from .fine_tuning import Candidate, find_start, fine_tune
+from .fine_tuning import (
+    Candidate,
+    check_takes_weight,
+    find_start,
+    fine_tune,
+    refuse_pipeline,
+)
 from .manifest import claim, make_manifest, recorded_seed
 
 
@@ -51,7 +57,9 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         module class is initialised once for all candidates, with a warning, since soups need a
         pretrained start. If the net is fitted, its weights are the start. Any other estimator that
         has ``module_`` after ``fit`` is fitted as it is; candidates that do not share a start are
-        an error. Classifiers must give logits (``criterion=nn.CrossEntropyLoss``).
+        an error. Classifiers must give logits (``criterion=nn.CrossEntropyLoss``). A pipeline is
+        refused: rows must be prepared in one way for all candidates, so the search is the last step
+        of the pipeline instead.
     param_distributions : dict or list of dict
         As for ``sklearn.model_selection.ParameterSampler``.
     soup : estimator or None, default=None
@@ -71,11 +79,15 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
     save_dir : str, path-like or None, default=None
         Folder to which each candidate is written as it finishes; the same search continues with
         the candidates that are there. None keeps the weights in memory.
+    verbose : int, default=0
+        Of joblib, as for ``RandomizedSearchCV``; the training itself is reported by the net.
 
     Attributes
     ----------
     soup_ : estimator
         The fitted soup.
+    best_estimator_ : estimator
+        The same, under the name that scikit-learn's searches have for what predicts.
     checkpoints_ : CheckpointCollection
         The candidates that did not fail, ``candidate000``, ...; with their scores on the held-out
         part if the soup ranks by the same score.
@@ -86,16 +98,20 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
     best_index_ : int
         The candidate with the highest held-out score.
     best_score_ : float
-        Its held-out score.
+        Its held-out score, not that of the soup.
     best_params_ : dict
         Its hyper-parameters.
     classes_ : ndarray of shape (n_outputs,)
         Labels in output order (classification only).
     n_features_in_ : int
         Features seen by `fit`.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Their names, where X is a frame.
 
     Raises
     ------
+    TypeError
+        The estimator is a pipeline; weights are given, and the scorer does not take them.
     ValueError
         No candidate succeeded; the candidates do not share a start; a parameter is out of range.
     CheckpointError
@@ -117,6 +133,9 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
     Cost: ``n_iter`` fine-tunings and a soup. Memory: one network per worker, and, without
     ``save_dir``, all candidates. Interrupting skorch's training ends that fine-tuning early rather
     than the search.
+
+    There is no ``refit``: where ``RandomizedSearchCV`` fits the best candidate anew on all rows,
+    the candidates are mixed. The best of them is ``checkpoints_[f"candidate{best_index_:03d}"]``.
 
     References
     ----------
@@ -148,8 +167,9 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
     n_jobs: int | None = None
     random_state: Any = None
     save_dir: str | os.PathLike[str] | None = None
+    verbose: int = 0
 
-    def fit(self, X: Any, y: Any = None) -> Self:
+    def fit(self, X: Any, y: Any = None, *, sample_weight: Any = None) -> Self:
         """Fine-tune the candidates and mix them.
 
         Parameters
@@ -158,6 +178,9 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
             Inputs, as the estimator takes them.
         y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs), default=None
             Labels or targets, as the estimator takes them; None where a Dataset holds them.
+        sample_weight : array-like of shape (n_samples,) or None, default=None
+            Weights of the rows: of the held-out ones in the scores and in the soup; of the others
+            in the training, if the estimator's ``fit`` takes them. A skorch net takes none.
 
         Returns
         -------
@@ -165,9 +188,11 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
             Fitted.
         """
         soup, folder = self._soup(), None if self.save_dir is None else Path(self.save_dir)
-        X, y, _ = validate_rows(self, X, y, soup.task)
+        X, y, weight = validate_rows(self, X, y, soup.task, sample_weight)
         X = map_inputs(to_numpy, X)  # nets move them to their device themselves
         scorer = check_scoring(self.estimator, self.scoring)
+        if weight is not None:
+            check_takes_weight(self.estimator, self.scoring)
         start = find_start(self.estimator)
         if start is not None:  # nets take floats of the dtype of their module
             dtype = torch.empty(0, dtype=module_dtype(start)).numpy().dtype
@@ -180,39 +205,47 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         parts = [
             map_inputs(itemgetter(rows), values) for rows in (train, held_out) for values in (X, y)
         ]
+        weights = None if weight is None else (weight[train], weight[held_out])
         rows = list(parts)
         if start is not None:  # raise the errors of the soup before hours of training
             one = CheckpointCollection([start], module=start)
-            trial = UniformSoup(
+            trial = CheckpointEnsemble(  # which mixes nothing
                 one, forward=soup.forward, task=soup.task, classes=soup.classes, device=soup.device
             )
             trial.fit(*parts[2:])
             if soup.task == "classification":  # nets take labels as indices of their outputs
                 rows[1::2] = [_indices(labels, trial) for labels in parts[1::2]]
         if folder is not None:
-            claim(folder, make_manifest(self.estimator, self.scoring, seed, params, start, parts))
+            data = [*parts, *(weights or ())]
+            claim(folder, make_manifest(self.estimator, self.scoring, seed, params, start, data))
         names = [f"candidate{index:03d}" for index in range(len(params))]
         paths = [None if folder is None else folder / f"{name}.safetensors" for name in names]
-        candidates = Parallel(n_jobs=self.n_jobs)(
-            delayed(fine_tune)(self.estimator, p, int(s), start, rows, scorer, path)
+        candidates = Parallel(n_jobs=self.n_jobs, verbose=self.verbose)(
+            delayed(fine_tune)(self.estimator, p, int(s), start, rows, weights, scorer, path)
             for p, s, path in zip(params, seeds, paths, strict=True)
         )
         self._keep_results(params, candidates)
         self.checkpoints_ = self._collect(
             {n: c for n, c in zip(names, candidates, strict=True) if c.error is None}, start, soup
         )
-        self.soup_: BaseSoup = soup.fit(self.checkpoints_, *parts[2:])
+        held_out_weight = None if weights is None else weights[1]
+        soup.fit(self.checkpoints_, *parts[2:], sample_weight=held_out_weight)
+        if hasattr(self, "feature_names_in_"):  # the soup was fitted on arrays
+            soup.feature_names_in_ = self.feature_names_in_
+        self.soup_: BaseSoup = soup
         return self
 
     def _soup(self) -> Any:
         if not isinstance(self.n_iter, Integral) or self.n_iter < 1:
             raise ValueError(f"n_iter must be an integer >= 1, got {self.n_iter!r}.")
+        refuse_pipeline(self.estimator)
         task: Task = "regression" if is_regressor(self.estimator) else "classification"
         soup = GreedySoup(task=task) if self.soup is None else clone(self.soup)
         if soup.checkpoints is not None:
             raise ValueError(
                 "soup already has checkpoints, but SoupSearchCV makes its own: give a soup without."
             )
+        soup._check_params()  # before the training
         criterion = getattr(self.estimator, "criterion", None)
         is_log = criterion is nn.NLLLoss or isinstance(criterion, nn.NLLLoss)
         if is_log and is_classifier(self.estimator):
@@ -306,6 +339,11 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         return collection
 
     @property
+    def best_estimator_(self) -> BaseSoup:
+        """The soup."""
+        return self._fitted()
+
+    @property
     def classes_(self) -> NDArray[Any]:
         """Labels in output order."""
         return self._fitted().classes_
@@ -342,7 +380,7 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         probabilities: NDArray[np.float32] = self._fitted().predict_proba(X)
         return probabilities
 
-    def score(self, X: Any, y: Any) -> float:
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Score the soup: accuracy or R².
 
         Parameters
@@ -351,13 +389,15 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
             Inputs.
         y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs)
             Labels or targets.
+        sample_weight : array-like of shape (n_samples,) or None, default=None
+            Weights of the rows.
 
         Returns
         -------
         score : float
             Greater is better.
         """
-        return self._fitted().score(X, y)
+        return self._fitted().score(X, y, sample_weight)
 
     def _fitted(self) -> BaseSoup:
         check_is_fitted(self, "soup_")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import logging
+import math
 import platform
 import warnings
 from abc import abstractmethod
@@ -29,6 +31,7 @@ from ..data.outputs import TASKS, Task
 from ..engine.batch_norm import POLICIES, BatchNormPolicy, check_policy, settle
 from ..engine.chance import judge_scores
 from ..engine.objective import Criterion, Forward, load_weights
+from ..engine.precision import judge_bfloat16
 from ..engine.problem import Found, Problem, Step, Weights
 from ..engine.scores import Evaluator
 from ..exceptions import SoupWarning
@@ -36,10 +39,19 @@ from ..mixing.layers import Layerwise, is_variance
 from ..mixing.mix import mix
 from ..mixing.recipe import Recipe
 from ..runtime.cache import open_cache
+from ..runtime.distributed import rank
 from .export import ExportMixin
 from .prediction import PredictionMixin
-from .validation import check_choice, collect, prepare_problem, scored_by, validate_rows
+from .validation import (
+    check_choice,
+    check_flag,
+    collect,
+    prepare_problem,
+    scored_by,
+    validate_rows,
+)
 
+LOGGER = logging.getLogger("sksoup")
 INSIDE = {"sksoup", "sklearn", "joblib", "contextlib", "torch"}  # not who called fit
 NOT_IN_RECIPES = ("checkpoints", "memory")  # parameters that change no result
 ROUNDING = 1e-6  # of a score: what float32 outputs are off by; less is not worth a warning
@@ -176,8 +188,22 @@ class BaseSoup(
             The checkpoints can't be opened, do not fit each other or the module, or hold NaN.
         ValueError
             X, y and parameters that do not fit each other.
+        TypeError
+            A switch is neither True nor False; X holds checkpoints.
         DivergenceError
             The loss or the coefficients stopped being finite.
+
+        Warns
+        -----
+        SoupWarning
+            There is one checkpoint; few rows choose among the checkpoints, or none of those is
+            better than a guess on them; checkpoints look unrelated. ``warnings_`` has all.
+
+        Notes
+        -----
+        ``soup.set_callbacks(sklearn.callback.ProgressBar())`` before `fit` shows a progress bar, in
+        a terminal or a notebook (extra ``progress``). The logger ``"sksoup"`` tells at level INFO
+        how many steps a search takes, when it begins.
         """
         self._forget()
         try:
@@ -202,6 +228,12 @@ class BaseSoup(
         """Check the parameters all recipes share; recipes add theirs."""
         check_choice(self.task, "task", TASKS)
         check_choice(self.batch_norm, "batch_norm", POLICIES)
+        check_flag(self.compile, "compile")
+        if not (isinstance(self.layerwise, (bool, np.bool_)) or callable(self.layerwise)):
+            raise TypeError(
+                f"layerwise must be True, False or a callable that maps a parameter's name to the "
+                f"label of its layer, got {self.layerwise!r}."
+            )
         if self.batch_size is not None:
             check_scalar(self.batch_size, "batch_size", Integral, min_val=1)
         if self.forward is not None and not callable(self.forward):
@@ -224,11 +256,19 @@ class BaseSoup(
             cache=None if self.memory is None else open_cache(self.memory),
             progress=functools.partial(self._progress, data),
         )  # fmt: skip
+        if self._has_recipe and len(collection) == 1:
+            self._warn(
+                f"There is one checkpoint, {collection.names[0]!r}: nothing to mix or to choose "
+                f"from, the soup is that checkpoint. Give several."
+            )
         self.outputs_ = problem.objective.outputs
         if self.outputs_.classes is not None:
             self.classes_ = self.outputs_.classes
         if self.batch_norm == "recalibrate":
             check_policy(problem, self.batch_size)
+        is_slow = judge_bfloat16(problem.data.y.device) if self.precision == "bf16" else None
+        if is_slow is not None:
+            self._warn(is_slow)
         if self.scoring is not None:
             problem = scored_by(self._fitted_view(problem), self.scoring, problem, X)
         return problem
@@ -404,7 +444,15 @@ class BaseSoup(
                 f"batch_norm='recalibrate' measures them anew."
             )
 
-    # -------------------------------------------------------------- scikit-learn
+    # ------------------------------------------------------------------ progress
+
+    def _log_steps(self, problem: Problem, **factors: int) -> None:
+        """Log how many steps a search takes, at its start: a product of what is named."""
+        named = " x ".join(f"{n} {what.replace('_', ' ')}" for what, n in factors.items())
+        total = f" = {math.prod(factors.values())} steps" if len(factors) > 1 else ""
+        if not rank():
+            n = len(problem.checkpoints)
+            LOGGER.info("%s: %d checkpoints, %s%s", type(self).__name__, n, named, total)
 
     @contextmanager
     def _progress(
@@ -438,6 +486,8 @@ class BaseSoup(
         step()
         yield step
         root.call_on_fit_task_end(estimator=self)
+
+    # -------------------------------------------------------------- scikit-learn
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()

@@ -192,7 +192,9 @@ class BestCheckpoint(BaseSoup):
     def _search(self, problem: Problem) -> Found:
         checkpoints = problem.checkpoints
         checkpoints.check()
-        with problem.progress("evaluation", 0 if checkpoints.scores else len(checkpoints)) as step:
+        n = 0 if checkpoints.scores else len(checkpoints)
+        self._log_steps(problem, evaluations=n)
+        with problem.progress("evaluation", n) as step:
             scores = rank_checkpoints(problem, step, n_jobs=self.n_jobs).scores
         if checkpoints.scores is None:
             self._warn_of_chance(scores, problem.evaluate)

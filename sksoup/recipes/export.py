@@ -72,7 +72,9 @@ class ExportMixin:
         if card:
             write_text(Path(path).with_suffix(".md"), self.recipe_.to_card())
 
-    def report(self, path: str | os.PathLike[str], comparison: Any = None) -> None:
+    def report(
+        self, path: str | os.PathLike[str], comparison: Any = None, importance: Any = None
+    ) -> None:
         """Write one HTML file about the soup, to read in any browser, without a network.
 
         What was mixed, how well it does, the coefficients, how they were found, what to look at
@@ -84,11 +86,14 @@ class ExportMixin:
             Ends in ``.html``; an existing file is replaced.
         comparison : SoupComparison or None, default=None
             What `sksoup.inspection.compare_soups` measured, to show the soup beside the others.
+        importance : IngredientImportance or None, default=None
+            What `sksoup.inspection.ingredient_importance` measured, to show which ingredients
+            matter.
 
         Raises
         ------
         ValueError
-            Another suffix.
+            Another suffix; ``importance`` is of another soup.
         ImportError
             matplotlib is not installed.
         """
@@ -96,7 +101,7 @@ class ExportMixin:
         if Path(path).suffix != ".html":
             raise ValueError(f"{os.fspath(path)!r} must end in .html: the report is a web page.")
         if not rank():
-            write_text(Path(path), render(self, comparison))
+            write_text(Path(path), render(self, comparison, importance))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a Hugging Face folder: weights, recipe, card, and the ingredients' configuration.

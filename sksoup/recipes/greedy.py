@@ -27,7 +27,7 @@ from ..mixing.mix import mix
 from ..runtime.distributed import broadcast, world_size
 from .base import BaseSoup
 from .candidates import Candidates
-from .validation import check_fraction
+from .validation import check_flag, check_fraction
 
 __all__ = ["GreedySoup"]
 
@@ -227,10 +227,13 @@ class GreedySoup(BaseSoup):
         if not math.isfinite(self.min_improvement):
             raise ValueError(f"min_improvement must be finite, got {self.min_improvement!r}.")
         check_fraction(self.ranking_fraction, "ranking_fraction")
+        check_flag(self.early_rejection, "early_rejection")
 
     def _search(self, problem: Problem) -> Found:
         is_known = problem.checkpoints.scores is not None
         parts = self._split(problem, is_known)
+        n = len(problem.checkpoints)  # the first that is tried was ranked
+        self._log_steps(problem, evaluations=n if is_known else 2 * n - 1)
         found = self.find(problem, parts)
         if not is_known:
             self._warn_of_chance(found.attributes["individual_scores_"], parts[0])
@@ -262,7 +265,7 @@ class GreedySoup(BaseSoup):
             ranked = ranking.order
             candidates = Candidates(
                 problem, ranking, ranked, to_accept, effective_n_jobs(self.n_jobs),
-                self.batch_norm, self.early_rejection,
+                self.batch_norm, bool(self.early_rejection),
             )  # fmt: skip
             ingredients, tried = greedy(
                 ranked, candidates, self.min_improvement,
@@ -303,12 +306,15 @@ class GreedySoup(BaseSoup):
         most = min(others, key=lambda tried: tried["gain"])
         related = judge(checkpoints.relations(checkpoints.names))
         bounds = " at most" if any(tried["is_bound"] for tried in others) else ""
+        gains = f"{least['gain']:+.4f}"
+        if f"{most['gain']:+.4f}" != gains:
+            gains += f" ({least['candidate']!r}) to {most['gain']:+.4f} ({most['candidate']!r})"
+        who = "each of the others" if len(others) > 1 else repr(least["candidate"])
         self._warn(
-            f"Only {best['candidate']!r}, the best checkpoint, is in the greedy soup: each of the "
-            f"others, added to it, changed its held-out score of {best['score']:.4f} by "
-            f"{least['gain']:+.4f} ({least['candidate']!r}) to {most['gain']:+.4f} "
-            f"({most['candidate']!r}){bounds}, where {self.min_improvement:g} or more was asked "
-            f"for. path_ has all of them; MEHLSoup weighs them instead. {related}"
+            f"Only {best['candidate']!r}, the best checkpoint, is in the greedy soup: {who}, added "
+            f"to it, changed its held-out score of {best['score']:.4f} by {gains}{bounds}, where "
+            f"{self.min_improvement:g} or more was asked for. path_ has all of them; MEHLSoup "
+            f"weighs them instead. {related}"
         )
 
 

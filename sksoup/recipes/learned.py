@@ -26,7 +26,15 @@ from ..mixing.layers import Layerwise
 from ..runtime.cache import Cache
 from .base import BaseSoup
 from .center import center_instead, check_center, choose_center
-from .validation import check_descent, check_minibatches, search_cache, settings_of, storage_for
+from .validation import (
+    check_descent,
+    check_flag,
+    check_minibatches,
+    search_cache,
+    settings_of,
+    storage_for,
+    warn_of_lr,
+)
 
 __all__ = ["LearnedSoup"]
 
@@ -86,6 +94,7 @@ class LearnedSoup(BaseSoup):
         Minibatches per step, as if they were one.
     precision : {"fp32", "bf16"}, default="fp32"
         "bf16" runs the forward pass of the search under autocast; the soup stays as it is.
+        A processor without instructions for it is slower, which is measured first and warned of.
     compile : bool, default=False
         Whether to run the search through ``torch.compile``.
     optimizer : {"adamw", "sgd"}, default="adamw"
@@ -227,6 +236,7 @@ class LearnedSoup(BaseSoup):
         super()._check_params()
         check_descent(self)
         check_center(self)
+        check_flag(self.temperature, "temperature")
         if not isinstance(self.center, str) and np.min(self.center) < 0:
             raise ValueError(
                 f"center must not have negative coefficients, which no softmax gives, got "
@@ -235,8 +245,9 @@ class LearnedSoup(BaseSoup):
 
     def _search(self, problem: Problem) -> Found:
         """Descend on a (K, n_searched) with c = softmax(a) [W22, Appendix I]."""
+        warn_of_lr(self)
         check_minibatches(self, problem)
-        cache = search_cache(self, problem, self.temperature)
+        cache = search_cache(self, problem, bool(self.temperature))
         generator = private_generator(self.random_state, cache)
         seed = generator.get_state()
         chosen = choose_center(self, problem, generator)
@@ -280,7 +291,8 @@ class LearnedSoup(BaseSoup):
         dtype = coefficient_dtype(device)
         a = torch.zeros(factors.shape, dtype=dtype, device=device).requires_grad_()
         s = torch.as_tensor(factors, dtype=dtype, device=device)
-        learns = self.temperature and self.task != "regression"
+        self._log_steps(problem, **descent.n_steps)
+        learns = bool(self.temperature) and self.task != "regression"
         beta = torch.ones((), dtype=dtype, device=device).requires_grad_(learns)
         with open_deltas([names]) as deltas, problem.progress("epoch", self.max_epochs) as step:
             deltas.load(names)

@@ -35,11 +35,13 @@ from .base import BaseSoup
 from .center import center_instead, check_center, choose_center
 from .validation import (
     check_descent,
+    check_flag,
     check_fraction,
     check_minibatches,
     search_cache,
     settings_of,
     storage_for,
+    warn_of_lr,
 )
 
 __all__ = ["MEHLSoup"]
@@ -155,6 +157,7 @@ class MEHLSoup(BaseSoup):
         Minibatches per step, as if they were one.
     precision : {"fp32", "bf16"}, default="fp32"
         "bf16" runs the forward pass of the search under autocast; the soup stays as it is.
+        A processor without instructions for it is slower, which is measured first and warned of.
     compile : bool, default=False
         Whether to run the search through ``torch.compile``.
     optimizer : {"adamw", "sgd"}, default="adamw"
@@ -331,10 +334,12 @@ class MEHLSoup(BaseSoup):
         check_scalar(self.prefetch, "prefetch", Integral, min_val=0)
         check_center(self)
         check_fraction(self.validation_fraction, "validation_fraction")
+        check_flag(self.normalize, "normalize")
 
     def _search(self, problem: Problem) -> Found:
+        warn_of_lr(self)
         cache = search_cache(
-            self, problem, self.normalize, self.model_epochs, self.validation_fraction
+            self, problem, bool(self.normalize), self.model_epochs, self.validation_fraction
         )
         generator = private_generator(self.random_state, cache)
         seed = generator.get_state()
@@ -384,6 +389,7 @@ class MEHLSoup(BaseSoup):
         alpha, history = np.zeros_like(factors), list[dict[str, Any]]()
         self._warn_of_strangers(checkpoints, checkpoints.names)
         batches = list(draw_model_batches(len(names), b, self.model_epochs, descent.generator))
+        self._log_steps(descent.problem, model_batches=len(batches), **descent.n_steps)
         with (
             open_deltas([names[batch].tolist() for batch in batches]) as deltas,
             descent.problem.progress("epoch", len(batches) * self.max_epochs) as step,

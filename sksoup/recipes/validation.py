@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -40,7 +39,16 @@ from ..data.rows import (
 from ..engine.batch_norm import statistics
 from ..engine.deltas import resolve_delta_dtype
 from ..engine.descent import OPTIMIZERS, SCHEDULES, DeltaStorage, Settings
-from ..engine.objective import Criterion, Forward, Objective, feed, module_dtype, prepare_module
+from ..engine.objective import (
+    Criterion,
+    Forward,
+    Objective,
+    as_code,
+    as_output,
+    called,
+    module_dtype,
+    prepare_module,
+)
 from ..engine.problem import Problem, Step
 from ..engine.scores import Evaluator
 from ..mixing.layers import Layerwise, group_layers
@@ -48,6 +56,7 @@ from ..runtime.cache import Cache
 from ..runtime.distributed import world_size
 from ..runtime.fingerprint import encode_module
 from ..runtime.memory import parse_bytes
+from .misplaced import refuse_checkpoints, refuse_order
 
 DEFAULT_SCORING = {"classification": "accuracy", "multilabel": "accuracy", "regression": "r2"}
 DECAY_ROWS = 1000  # weight_decay="auto" is this / N: 1 for a thousand held-out rows
@@ -60,11 +69,12 @@ def validate_rows(
     estimator: Any, X: Any, y: Any, task: Task, sample_weight: Any = None
 ) -> tuple[Any, NDArray[Any], NDArray[np.float64] | None]:
     """Check rows, targets and weights; note the features; what is on a device stays there."""
+    refuse_order(y)
     if isinstance(X, Mapping):
         X = as_batches(X, y)
     if is_loader(X):
         X, y = read_loader(X, y, ordered=is_apart(y) or is_apart(sample_weight))
-    _refuse_checkpoints(X, y)
+    refuse_checkpoints(X, y)
     wants = {"multi_output": task != "classification", "y_numeric": task == "regression"}
     y = to_numpy(y)
     estimator.input_names_ = input_names(X)
@@ -142,26 +152,6 @@ def _check_parts(X: Any) -> Any:
     return X
 
 
-def _refuse_checkpoints(X: Any, y: Any) -> None:
-    """Raise an error that explains it where X holds checkpoints."""
-    if is_multiple(X) and y is not None:
-        lengths = {len(part) if getattr(part, "ndim", 1) else 0 for part in parts_of(X)}
-        if lengths == {len(y)}:
-            return
-    items = list(X[:1]) if isinstance(X, (list, tuple)) else [X]
-    for item in items:
-        is_state = isinstance(item, Mapping) and any(
-            isinstance(value, torch.Tensor) for value in item.values()
-        )
-        if isinstance(item, (str, os.PathLike, nn.Module)) or is_state:
-            texts = ", or texts, which have to be tokenised first" if isinstance(item, str) else ""
-            raise TypeError(
-                f"X holds {'a state dict' if is_state else type(item).__name__} where rows of data "
-                f"were expected: these look like checkpoints{texts}. Call fit(checkpoints, X, y), "
-                f"or wrap them: fit(CheckpointCollection(checkpoints, module=...), X)."
-            )
-
-
 def to_numpy(values: Any) -> Any:
     """A tensor as an array, from any device; anything else as it is."""
     if not isinstance(values, torch.Tensor):
@@ -187,6 +177,12 @@ def check_choice(value: Any, name: str, choices: tuple[Any, ...]) -> None:
     """Refuse what is none of the values that a parameter may have."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_flag(value: Any, name: str) -> None:
+    """Refuse what is neither True nor False: any text, "no" included, would count as True."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
 
 
 def check_fraction(fraction: float | None, name: str) -> None:
@@ -241,7 +237,8 @@ def prepare_problem(
     module = prepare_module(checkpoints.build_module(), checkpoints, where)
     dtype = module_dtype(module)
     row = to_inputs(map_inputs(lambda part: to_tensor(part[:1]).clone(), X), dtype, where)
-    outputs = Outputs.of(_probe(module, row, forward), y, task, classes, criterion)
+    output, call = _probe(module, row, forward)
+    outputs = Outputs.of(output, y, task, classes, criterion, call)
     targets = outputs.encode(y, dtype, where)
     is_streamed = not fits(X, where)
     inputs = to_inputs(X, dtype, torch.device("cpu") if is_streamed else where)
@@ -270,11 +267,13 @@ def no_progress(name: str, n_steps: int) -> Iterator[Step]:
     yield lambda weights=None: None
 
 
-def _probe(module: nn.Module, row: Any, forward: Any) -> torch.Tensor:
-    """Output for one row, which decides how outputs are read."""
+def _probe(module: nn.Module, row: Any, forward: Any) -> tuple[torch.Tensor, str]:
+    """Output for one row, which decides how outputs are read, and the code that gives it."""
     try:
         with torch.no_grad():
-            return feed(module, row, forward)
+            found = called(module, row, forward)
+        output = found if isinstance(found, torch.Tensor) else as_output(found)
+        return output, as_code(row, found, forward)
     except (RuntimeError, IndexError, TypeError) as error:  # what torch raises on what does not fit
         if isinstance(error, TypeError) and "module returned" in str(error):
             raise
@@ -333,12 +332,23 @@ def check_descent(soup: Any) -> None:
     if soup.weight_decay != "auto":
         check_scalar(soup.weight_decay, "weight_decay", Real, min_val=0)
     resolve_delta_dtype(soup.delta_dtype, torch.float32)
+    check_flag(soup.shuffle, "shuffle")
+    check_flag(soup.shard_deltas, "shard_deltas")
     for name in ("max_epochs", "model_epochs", "accumulate"):
         value = getattr(soup, name)
         if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
     if soup.memory_limit is not None:
         parse_bytes(soup.memory_limit)
+
+
+def warn_of_lr(soup: Any) -> None:
+    """Warn of steps that are longer than coefficients are."""
+    if soup.optimizer == "adamw" and soup.lr > 1 and not getattr(soup, "normalize", False):
+        soup._warn(
+            f"lr={soup.lr:g} is the length of a step of AdamW in units of coefficients, which sum "
+            f"to 1: the search can't stop near a good soup. Usual are 0.01 to 0.1."
+        )
 
 
 def check_minibatches(soup: Any, problem: Problem, aside: HeldOut | None = None) -> None:
@@ -380,7 +390,7 @@ def settings_of(soup: Any, problem: Problem) -> Settings:
         float(soup.lr),
         int(soup.max_epochs),
         None if soup.batch_size is None else int(soup.batch_size),
-        soup.shuffle,
+        bool(soup.shuffle),
         int(soup.accumulate),
         soup.batch_norm == "recalibrate",
         weight_decay_of(soup, problem),
@@ -406,7 +416,7 @@ def search_cache(soup: Any, problem: Problem, *more: Any) -> Cache | None:
         problem.objective.criterion,
         vars(settings_of(soup, problem)),
         soup.precision,
-        soup.compile,
+        bool(soup.compile),
         str(soup.delta_dtype),
         *more,
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -273,3 +276,27 @@ def test_nothing_with_a_label_to_choose_by(pixels):
     weight[0] = 0
     with pytest.raises(ValueError, match="sample_weight is 0 for all rows that have a label"):
         MEHLSoup().fit(checkpoints, X, y, sample_weight=weight)
+
+
+@pytest.mark.parametrize(
+    ("X", "wrap", "code"),
+    [
+        (torch.ones(4, 5), lambda out: out, "module(X)"),
+        ({"x": torch.ones(4, 5)}, lambda out: SimpleNamespace(logits=out), "module(**X).logits"),
+        ((torch.ones(4, 5),), lambda out: (out,), "module(*X)[0]"),
+    ],
+)
+def test_the_advice_to_move_an_axis_is_code_that_fits_the_module(X, wrap, code):
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return wrap(x[..., None] * self.scale)  # (N, 5, 3)
+
+    y = np.arange(20).reshape(4, 5) % 3
+    nets = CheckpointCollection([Last() for _ in range(2)])
+    message = re.escape(f"forward=lambda module, X: {code}.movedim(-1, 1).")
+    with pytest.raises(ValueError, match=message):
+        UniformSoup().fit(nets, X, y)

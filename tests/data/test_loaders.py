@@ -24,7 +24,14 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from sksoup import CheckpointCollection, CheckpointEnsemble, GreedySoup, LearnedSoup, MEHLSoup
+from sksoup import (
+    CheckpointCollection,
+    CheckpointEnsemble,
+    GreedySoup,
+    LearnedSoup,
+    MEHLSoup,
+    UniformSoup,
+)
 from sksoup.data.loaders import minibatches
 from sksoup.model_selection import SoupSearchCV
 
@@ -351,3 +358,26 @@ def test_a_data_set_of_the_hub(tmp_path):
         clone(soup).fit(checkpoints, data)
     shuffled = clone(soup).fit(checkpoints, tokens.shuffle(seed=0))  # an order of its own: fine
     assert shuffled.score(tokens.shuffle(seed=0)) == shuffled.score(tokens)
+
+
+class Ragged(Named):
+    """Texts of several lengths that nobody padded."""
+
+    def __getitem__(self, k):
+        return {"x": torch.ones(3 + k % 2), "label": torch.tensor(0)}
+
+
+def test_rows_of_several_lengths(zoo: Zoo):
+    hub = datasets.Dataset.from_dict({"x": [[1.0, 2.0, 3.0], [1.0, 2.0]], "label": [0, 1]})
+    for X in (Ragged(zoo.X, zoo.y), DataLoader(Ragged(zoo.X, zoo.y), batch_size=4), hub):
+        with pytest.raises(ValueError, match=r"different shapes.*\[3\].*Pad texts.*collate_fn"):
+            UniformSoup().fit(zoo.checkpoints, X)
+
+
+def test_another_error_of_a_data_set_is_its_own(zoo: Zoo):
+    class Broken(Named):
+        def __getitem__(self, k):
+            raise RuntimeError("no such row")
+
+    with pytest.raises(RuntimeError, match="no such row"):
+        UniformSoup().fit(zoo.checkpoints, Broken(zoo.X, zoo.y))

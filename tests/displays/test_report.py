@@ -18,7 +18,7 @@ from sksoup import (
     UniformSoup,
 )
 from sksoup.displays.report import advice
-from sksoup.inspection import compare_soups
+from sksoup.inspection import compare_soups, ingredient_importance
 
 from ..zoo import Net, PaperMEHL, Zoo, make_states
 
@@ -141,3 +141,20 @@ def test_what_fitting_warned_of(tmp_path):
     assert good.warnings_ == ()
     good.report(tmp_path / "good.html")
     assert "Warnings" not in Page((tmp_path / "good.html").read_text()).texts
+
+
+def test_which_ingredients_matter(zoo: Zoo, hostile, tmp_path):
+    soup = UniformSoup().fit(hostile, zoo.X, zoo.y)
+    path = tmp_path / "soup.html"
+    soup.report(path, importance=ingredient_importance(soup, zoo.X, zoo.y))
+    page = Page(path.read_text())
+    assert "Which ingredients matter" in page.texts
+    assert "score without it" in page.texts
+    assert page.tags.count("img") == 2  # coefficients, and this
+    soup.report(tmp_path / "plain.html")
+    assert "Which ingredients matter" not in Page((tmp_path / "plain.html").read_text()).texts
+    other = UniformSoup().fit(zoo.checkpoints, zoo.X, zoo.y)
+    path.unlink()
+    with pytest.raises(ValueError, match="importance is of another soup: it has 7 ingredients"):
+        soup.report(path, importance=ingredient_importance(other, zoo.X, zoo.y))
+    assert not path.exists()

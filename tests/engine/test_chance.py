@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sksoup import BestCheckpoint, CheckpointCollection, GreedySoup, SoupWarning
+from sksoup import BestCheckpoint, CheckpointCollection, GreedySoup, MEHLSoup, SoupWarning
 
 KINDS = pytest.mark.parametrize("kind", [BestCheckpoint, GreedySoup])
 GUESS = "No checkpoint is better than a guess"
@@ -137,3 +137,18 @@ def test_targets_of_another_scale(kind):
     with pytest.warns(SoupWarning, match=r"highest R² is -.*scale of y may differ"):
         kind(task="regression").fit(nets(), x, 50 + 10 * x[:, 0].numpy())
     fit_silently(kind(task="regression"), nets(), x[:99], 50 + x[:99, 0].numpy())
+
+
+@pytest.mark.parametrize("kind", [BestCheckpoint, GreedySoup, MEHLSoup])
+def test_few_rows_are_said(kind):
+    y = np.arange(30) % 3
+    match = r"Only 5 held-out rows choose among 3 checkpoints.*up to 0\.22\. Hold out 30 or more"
+    with pytest.warns(SoupWarning, match=match) as caught:
+        soup = kind(classes=[0, 1, 2]).fit(nets(), one_hot(y[:5]), y[:5])
+    assert sum("held-out rows choose" in said for said in soup.warnings_) == 1
+    assert caught[0].filename == __file__
+    with pytest.warns(SoupWarning, match="Only 29 held-out rows"):
+        kind().fit(nets(), one_hot(y[:29]), y[:29])
+    with pytest.warns(SoupWarning, match="Only 5 held-out rows"):
+        kind().fit(nets(), one_hot(y), y, sample_weight=np.where(np.arange(30) < 5, 1.0, 1e-6))
+    assert kind().fit(nets(), one_hot(y), y).warnings_ == ()

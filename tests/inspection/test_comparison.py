@@ -157,3 +157,5 @@ def test_bad_arguments(zoo: Zoo):
         compare_soups([], zoo.X, zoo.y)
     with pytest.raises(ValueError, match="both X_test and y_test"):
         compare_soups(zoo.checkpoints, zoo.X, zoo.y, zoo.X)
+    with pytest.raises(TypeError, match="measure_memory must be True or False, got 'no'"):
+        compare_soups(zoo.checkpoints, zoo.X, zoo.y, measure_memory="no")

@@ -5,16 +5,21 @@ from __future__ import annotations
 import pickle
 
 import numpy as np
+import pandas as pd
 import pytest
+import sklearn
 import torch
-from sklearn.base import is_classifier, is_regressor
+from sklearn.base import clone, is_classifier, is_regressor
 from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import cross_val_score
-from skorch import NeuralNetRegressor
+from sklearn.model_selection import cross_val_score, cross_validate
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from skorch import NeuralNetClassifier, NeuralNetRegressor
 from skorch.callbacks import Callback
 from torch import nn
 
-from sksoup import CheckpointCollection, GreedySoup, MEHLSoup
+from sksoup import CheckpointCollection, CheckpointError, GreedySoup, MEHLSoup
+from sksoup.model_selection import SoupSearchCV
 
 from ..zoo import PlainNet, Zoo
 from .searches import net_of, same_soup, search_of, unrelated
@@ -141,3 +146,109 @@ def test_rows_on_a_device(zoo: Zoo):
     X = torch.as_tensor(zoo.X).as_subclass(Elsewhere)
     search = search_of(n_iter=2).fit(X, zoo.y)
     assert same_soup(search, search_of(n_iter=2).fit(zoo.X, zoo.y))
+
+
+class WeightedNet(NeuralNetClassifier):
+    """A net whose training takes weights of rows, which it notes."""
+
+    def partial_fit(self, X, y=None, classes=None, sample_weight=None, **fit_params):
+        self.weight_ = sample_weight
+        return super().partial_fit(X, y, classes, **fit_params)
+
+
+@pytest.mark.parametrize("kind", [NeuralNetClassifier, WeightedNet])
+def test_weights_of_rows_are_of_the_scores_the_soup_and_the_training_if_it_takes_them(
+    zoo: Zoo, kind
+):
+    given = []
+
+    class Scorer:
+        def __call__(self, net, X, y, sample_weight=None):
+            given.append((getattr(net, "weight_", None), sample_weight))
+            return net.score(X, y, sample_weight=sample_weight)
+
+    weight = np.arange(60.0) % 4
+    first = [(np.arange(40), np.arange(40, 60))]
+    settings = {"cv": first, "soup": MEHLSoup(max_epochs=1, random_state=0), "n_iter": 2}
+    search = search_of(net_of(kind=kind), scoring=Scorer(), **settings)
+    search.fit(zoo.X, zoo.y, sample_weight=weight)
+    for in_training, in_score in given:
+        assert np.array_equal(in_score, weight[40:])
+        if kind is WeightedNet:
+            assert np.array_equal(in_training, weight[:40])
+    soup = MEHLSoup(max_epochs=1, random_state=0)
+    soup.fit(search.checkpoints_, zoo.X[40:], zoo.y[40:], sample_weight=weight[40:])
+    assert np.array_equal(search.soup_.coef_, soup.coef_)
+    unweighted = soup.fit(search.checkpoints_, zoo.X[40:], zoo.y[40:])
+    assert not np.array_equal(search.soup_.coef_, unweighted.coef_)
+    score = search.score(zoo.X, zoo.y, sample_weight=weight)
+    assert score == search.soup_.score(zoo.X, zoo.y, weight) != search.score(zoo.X, zoo.y)
+
+
+def test_weights_of_rows_are_routed(zoo: Zoo):
+    weight = np.arange(60.0) % 2
+    with sklearn.config_context(enable_metadata_routing=True):
+        search = search_of(n_iter=2, soup=MEHLSoup(max_epochs=1, random_state=0))
+        search.set_fit_request(sample_weight=True).set_score_request(sample_weight=True)
+        pipe = make_pipeline(FunctionTransformer(), search)
+        pipe.fit(zoo.X, zoo.y, sample_weight=weight)
+        scores = cross_validate(search, zoo.X, zoo.y, cv=2, params={"sample_weight": weight})
+    assert np.isfinite(scores["test_score"]).all()
+    plain = clone(search).fit(zoo.X, zoo.y, sample_weight=weight)
+    assert np.array_equal(pipe[1].soup_.coef_, plain.soup_.coef_)
+
+
+def test_a_score_without_weights_is_refused_before_training(zoo: Zoo):
+    def scoring(net, X, y):
+        raise AssertionError("scored")
+
+    with pytest.raises(TypeError, match=r"scoring=<function .* has no such parameter.*drop"):
+        search_of(scoring=scoring).fit(zoo.X, zoo.y, sample_weight=np.ones(60))
+
+
+def test_weights_are_part_of_what_a_folder_holds(zoo: Zoo, tmp_path):
+    search_of(save_dir=tmp_path, n_iter=1).fit(zoo.X, zoo.y, sample_weight=np.arange(60.0))
+    with pytest.raises(CheckpointError, match="data differ"):
+        search_of(save_dir=tmp_path, n_iter=1).fit(zoo.X, zoo.y)
+
+
+def test_a_pipeline_is_refused_and_may_hold_the_search(zoo: Zoo):
+    pipe = make_pipeline(StandardScaler(), net_of())
+    params = {"neuralnetclassifier__lr": [0.1]}
+    with pytest.raises(TypeError, match=r"is a Pipeline.*make_pipeline\(scaler, SoupSearchCV"):
+        SoupSearchCV(pipe, params, n_iter=1).fit(zoo.X, zoo.y)
+    around = make_pipeline(StandardScaler(), search_of(n_iter=2)).fit(zoo.X, zoo.y)
+    assert around.score(zoo.X, zoo.y) > 0
+
+
+def test_feature_names_are_those_of_the_user(zoo: Zoo):
+    frame = pd.DataFrame(zoo.X, columns=list("abcd"))
+    search = search_of(n_iter=2).fit(frame, zoo.y)
+    assert search.feature_names_in_.tolist() == list("abcd")
+    assert (search.predict(frame) == search_of(n_iter=2).fit(zoo.X, zoo.y).predict(zoo.X)).all()
+    search.predict_proba(frame)
+    search.score(frame, zoo.y)
+    with pytest.raises(ValueError, match="feature names"):
+        search.predict(frame[list("dcba")])
+    with pytest.warns(UserWarning, match="does not have valid feature names"):
+        search.predict(zoo.X)
+
+
+def test_what_predicts_has_the_name_of_scikit_learn(zoo: Zoo, capsys):
+    search = search_of(n_iter=2, verbose=1)
+    with pytest.raises(NotFittedError):
+        search.best_estimator_  # noqa: B018
+    search.fit(zoo.X, zoo.y)
+    assert search.best_estimator_ is search.soup_
+    captured = capsys.readouterr()
+    assert "2 out of   2" in captured.out + captured.err
+
+
+def test_parameters_of_the_soup_are_checked_before_training(zoo: Zoo):
+    class Stop(Callback):
+        def on_train_begin(self, *args, **kwargs):
+            raise RuntimeError("trained")
+
+    search = search_of(net_of(callbacks=[("stop", Stop())]), soup=MEHLSoup(layerwise="no"))
+    with pytest.raises(TypeError, match="layerwise must be True, False"):
+        search.fit(zoo.X, zoo.y)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +19,12 @@ from torch import nn
 from sksoup import (
     BestCheckpoint,
     CheckpointCollection,
+    CheckpointEnsemble,
     CheckpointError,
     GreedySoup,
     LearnedSoup,
     MEHLSoup,
+    SoupWarning,
     UniformSoup,
 )
 
@@ -478,3 +482,50 @@ def test_devices(zoo: Zoo):
         zoo.checkpoints, zoo.X, zoo.y).module_.parameters()).device.type == "cpu"  # fmt: skip
     with pytest.raises(RuntimeError):
         UniformSoup(device="nowhere").fit(zoo.checkpoints, zoo.X, zoo.y)
+
+
+# ------------------------------------------------------------------------ what is easily mistaken
+
+
+def test_checkpoints_where_y_should_be(zoo: Zoo):
+    for stray in (zoo.checkpoints, [Net(), Net()], Net(), [Path("runs/a.pt")]):
+        with pytest.raises(
+            TypeError, match=r"y is or holds a \w+, .*fit\(checkpoints, X, y\)"
+        ) as e:
+            UniformSoup().fit(zoo.X, zoo.y, stray)
+        assert len(str(e.value)) < 200  # no labels are printed
+        with pytest.raises(TypeError, match="The checkpoints come first"):
+            UniformSoup().fit(zoo.X, stray)
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, np.ndarray])
+def test_tokens_without_targets(zoo: Zoo, kind):
+    tokens = {name: torch.ones(8, 5, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    X = {name: part if kind is torch.Tensor else part.numpy() for name, part in tokens.items()}
+    message = r"X has the inputs 'input_ids', 'attention_mask' of 8 rows, .*give y.*'labels'"
+    with pytest.raises(ValueError, match=message):
+        UniformSoup(zoo.checkpoints).fit(X)
+    with pytest.raises(TypeError, match=r"a state dict .* look like checkpoints"):
+        UniformSoup(zoo.checkpoints).fit({"weight": torch.ones(3, 4), "bias": torch.ones(3)})
+
+
+@pytest.mark.parametrize("soup", [UniformSoup(), BestCheckpoint(), GreedySoup(), MEHLSoup()])
+def test_one_checkpoint_is_said(zoo: Zoo, soup):
+    one = zoo.checkpoints.select(["checkpoint3"])
+    with pytest.warns(SoupWarning, match="one checkpoint, 'checkpoint3': nothing to mix") as caught:
+        soup.fit(one, zoo.X, zoo.y)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SoupWarning)
+        CheckpointEnsemble().fit(one, zoo.X, zoo.y)
+
+
+@pytest.mark.parametrize("kind", [MEHLSoup, LearnedSoup])
+def test_a_learning_rate_out_of_all_proportion_is_said(zoo: Zoo, kind):
+    soup = kind(lr=5, max_epochs=1, random_state=0)
+    with pytest.warns(SoupWarning, match=r"lr=5 is the length of a step.*Usual are 0\.01 to 0\.1"):
+        soup.fit(zoo.checkpoints, zoo.X, zoo.y)
+    for settings in ({"lr": 1.0}, {"lr": 5, "optimizer": "sgd"}):
+        soup.set_params(**settings).fit(zoo.checkpoints, zoo.X, zoo.y)
+        assert not any("lr=" in said for said in soup.warnings_)

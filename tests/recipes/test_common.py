@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import random
+import re
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from sklearn.base import clone
 
 from sksoup import CheckpointCollection, CheckpointEnsemble, Recipe, mix
 from sksoup.inspection import paper_systems
+from sksoup.model_selection import SoupSearchCV
 
 from ..zoo import Net, Zoo, make_states, make_zoo, same_tensors
 
@@ -31,12 +34,46 @@ ORDER_FREE = [
     "HL-Soup+",
 ]
 
+SWITCHES = [
+    (kind, name)
+    for kind in (*dict.fromkeys(map(type, SYSTEMS.values())), SoupSearchCV)
+    for name, parameter in inspect.signature(kind).parameters.items()
+    if isinstance(parameter.default, bool)
+]
+
 every_system = pytest.mark.parametrize("system", SYSTEMS.values(), ids=SYSTEMS)
 every_soup = pytest.mark.parametrize("system", SOUPS.values(), ids=SOUPS)
 
 
 def by_module(name: str) -> str:
     return name.split(".")[0]
+
+
+@pytest.mark.parametrize(("kind", "name"), SWITCHES)
+@pytest.mark.parametrize("value", ["no", "False", ["a"], 0, 1, None])
+def test_switches_are_true_or_false(kind, name, value, zoo: Zoo):
+    message = rf"^{name} must be True(,| or) False.*, got {re.escape(repr(value))}\.$"
+    with pytest.raises(TypeError, match=message):
+        kind(**{name: value}).fit(zoo.checkpoints, zoo.X, zoo.y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (*switch, value)
+        for switch in SWITCHES
+        for value in (False, True)
+        if (switch[1], value) != ("compile", True)  # which takes a compiler, and a minute
+    ],
+)
+def test_switches_may_be_those_of_numpy(kind, name, value, zoo: Zoo, tmp_path):
+    settings = {"max_epochs": 1, "random_state": 0} if hasattr(kind, "lr") else {}
+    soups = [
+        kind(**{name: switch}, memory=tmp_path, **settings).fit(zoo.checkpoints, zoo.X, zoo.y)
+        for switch in (value, np.bool_(value))
+    ]
+    assert np.array_equal(*(soup.coef_ for soup in soups))
+    assert soups[1].counts_.n_backward == 0  # replayed: the same to the cache
 
 
 @every_system

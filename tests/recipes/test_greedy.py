@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import warnings
 
 import numpy as np
@@ -245,15 +246,21 @@ def test_keeping_only_the_best_says_why(zoo: Zoo):
     with pytest.warns(SoupWarning, match=r"Only 'checkpoint\d'.*path_ has all") as caught:
         GreedySoup(min_improvement=2.0).fit(zoo.checkpoints, zoo.X, zoo.y)
     assert caught[0].filename == __file__
+    two = zoo.checkpoints.select(["checkpoint0", "checkpoint1"])
+    with pytest.warns(
+        SoupWarning, match=r"soup: 'checkpoint\d', added to it, changed .* by -?"
+    ) as e:
+        GreedySoup(min_improvement=2.0).fit(two, zoo.X, zoo.y)
+    assert not re.search(r"by [-+][\d.]+ .*to [-+]", str(e[0].message))
     strangers = CheckpointCollection([torch.nn.Linear(99, 9) for _ in range(4)])
     with pytest.warns(SoupWarning, match="do not share a start"):
         GreedySoup(min_improvement=2.0).fit(strangers, torch.randn(60, 99), zoo.y)
 
 
-@pytest.mark.filterwarnings("error")
-def test_one_checkpoint_needs_no_warning(zoo: Zoo):
+def test_one_checkpoint(zoo: Zoo):
     one = zoo.checkpoints.select(["checkpoint0"])
     soup = GreedySoup().fit(one, zoo.X, zoo.y)
+    assert [said[:23] for said in soup.warnings_] == ["There is one checkpoint"]
     assert soup.ingredients_ == ("checkpoint0",)
     assert soup.n_rows_evaluated_ == 0
     assert soup.counts_.rows_forward == 60

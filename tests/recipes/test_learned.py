@@ -48,6 +48,7 @@ def test_equals_the_naive_softmax_graph_step_for_step(
     assert (soup.temperature_ == 1.0) == (not temperature)
 
 
+@pytest.mark.filterwarnings("ignore:lr=2")
 def test_coefficients_stay_on_the_simplex(zoo: Zoo):
     soup = PaperLearned(layerwise=True, lr=2.0, max_epochs=20, random_state=0)
     soup.fit(zoo.checkpoints, zoo.X, zoo.y)

@@ -33,6 +33,7 @@ from sklearn.utils import estimator_html_repr
 from torch import nn
 
 from sksoup import (
+    BestCheckpoint,
     CheckpointCollection,
     CheckpointEnsemble,
     GreedySoup,
@@ -300,3 +301,43 @@ def test_regression_soups_become_regressors():
     soup = UniformSoup(collection, task="multilabel").fit(X, y.astype(int))
     with pytest.raises(ValueError, match="no net for task='multilabel'"):
         soup.to_skorch()
+
+
+# ----------------------------------------------------------------------------- logging
+
+
+@pytest.mark.parametrize(
+    "soup",
+    [
+        PaperMEHL(model_batch_size=3, max_epochs=2, model_epochs=2, batch_size=25),
+        MEHLSoup(max_epochs=2, batch_size=None),
+        MEHLSoup(model_batch_size=2, max_epochs=1, batch_size=8, accumulate=3),
+        LearnedSoup(max_epochs=3, batch_size=25),
+    ],
+)
+def test_the_number_of_steps_is_logged_at_the_start(zoo: Zoo, caplog, soup):
+    with caplog.at_level("INFO", "sksoup"):
+        soup.fit(zoo.checkpoints, zoo.X, zoo.y)
+    (line,) = [record.getMessage() for record in caplog.records]
+    factors, total = line.removeprefix(f"{type(soup).__name__}: 7 checkpoints, ").split(" = ")
+    assert total == f"{sum(len(record['loss']) for record in soup.history_)} steps"
+    numbers = [int(factor.split()[0]) for factor in factors.split(" x ")]
+    assert int(np.prod(numbers)) == int(total.split()[0])
+    if soup.accumulate == 1:
+        assert soup.counts_.n_backward == int(total.split()[0])
+    else:
+        assert factors.endswith("3 groups of 3 minibatches")
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("soup", [BestCheckpoint(), GreedySoup(early_rejection=False)])
+def test_the_number_of_evaluations_is_logged_at_the_start(zoo: Zoo, caplog, soup, known):
+    scores = {name: float(k) for k, name in enumerate(zoo.checkpoints)} if known else None
+    checkpoints = CheckpointCollection(zoo.checkpoints, module=Net, scores=scores)
+    with caplog.at_level("INFO", "sksoup"):
+        soup = clone(soup).fit(checkpoints, zoo.X, zoo.y)
+    (record,) = caplog.records
+    n = soup.counts_.rows_forward // 60
+    if isinstance(soup, GreedySoup) and len(soup.ingredients_) > 1:
+        n -= 1  # the mix is scored once more
+    assert record.getMessage() == f"{type(soup).__name__}: 7 checkpoints, {n} evaluations"

@@ -1,0 +1,38 @@
+"""Whether a processor computes in bfloat16 at a useful speed."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+SIZE = 128  # of the matrices that are multiplied to find out: a few milliseconds in all
+SLOWER = 3.0  # times, that are warned of
+
+
+def judge_bfloat16(device: torch.device) -> str | None:
+    """What to do about bfloat16 where the processor has no instructions for it; None if it has.
+
+    It is measured: which processors are fast at it depends on torch, too.
+    """
+    if device.type != "cpu":
+        return None
+    slower = seconds(torch.bfloat16) / seconds(torch.float32)
+    if slower < SLOWER:
+        return None
+    return (
+        f"precision='bf16' is slow on this processor: a product of matrices takes {slower:.0f} "
+        f"times as long in bfloat16 as in float32 (instructions that torch uses: "
+        f"{torch.backends.cpu.get_cpu_capability()}). Take precision='fp32', or a GPU."
+    )
+
+
+def seconds(dtype: torch.dtype) -> float:
+    """Time of one product of matrices: the least of three, after one that prepares."""
+    a = torch.ones(SIZE, SIZE, dtype=dtype)
+    times = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])
