@@ -1,47 +1,40 @@
-"""What all soups share: the two forms of fit, what is kept of it, warnings, callbacks."""
+"""What all soups share: the two forms of fit, and what is kept of it."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import inspect
-import logging
-import math
 import platform
-import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, metadata, version
 from numbers import Integral
-from types import FrameType
 from typing import Any, Self, overload
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
-from sklearn.callback import CallbackSupportMixin, with_callbacks
+from sklearn.callback import with_callbacks
 from sklearn.utils import ClassifierTags, RegressorTags, Tags, check_scalar
-from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.survey import MORE, judge
 from ..data.outputs import TASKS, Task
 from ..engine.batch_norm import POLICIES, BatchNormPolicy, check_policy, settle
-from ..engine.chance import judge_scores
 from ..engine.objective import Criterion, Forward, load_weights
 from ..engine.precision import judge_bfloat16
-from ..engine.problem import Found, Problem, Step, Weights
+from ..engine.problem import Found, Problem
 from ..engine.scores import Evaluator
-from ..exceptions import SoupWarning
-from ..mixing.layers import Layerwise, is_variance
+from ..mixing.layers import Layerwise
 from ..mixing.mix import mix
 from ..mixing.recipe import Recipe
 from ..runtime.cache import open_cache
-from ..runtime.distributed import rank
 from .export import ExportMixin
+from .fit_warnings import WarningMixin
 from .prediction import PredictionMixin
+from .progress import ProgressMixin
 from .validation import (
     check_choice,
     check_flag,
@@ -51,10 +44,7 @@ from .validation import (
     validate_rows,
 )
 
-LOGGER = logging.getLogger("sksoup")
-INSIDE = {"sksoup", "sklearn", "joblib", "contextlib", "torch"}  # not who called fit
 NOT_IN_RECIPES = ("checkpoints", "memory")  # parameters that change no result
-ROUNDING = 1e-6  # of a score: what float32 outputs are off by; less is not worth a warning
 PLAIN = (bool, int, float, str)  # what JSON can hold
 PACKAGES = ("sksoup", "torch", "numpy", "scikit-learn", "safetensors")
 
@@ -75,11 +65,6 @@ def two_forms(fit: Callable[..., Any]) -> Callable[..., Any]:
     seen = [p for name, p in signature.parameters.items() if name != "checkpoints"]
     wrapper.__signature__ = signature.replace(parameters=seen)  # type: ignore[attr-defined]
     return wrapper
-
-
-def _package(frame: FrameType) -> str:
-    """The top package of the code that runs in a frame."""
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 class DocLinkMixin:
@@ -105,7 +90,8 @@ class BaseSoup(
     DocLinkMixin,
     PredictionMixin,
     ExportMixin,
-    CallbackSupportMixin,  # type: ignore[misc]
+    WarningMixin,
+    ProgressMixin,
     BaseEstimator,  # type: ignore[misc]
 ):
     """Base of all soups: everything but the search for coefficients.
@@ -299,7 +285,8 @@ class BaseSoup(
         if self._has_recipe:
             self._keep_soup(problem, coef)
         if found.decided is not None:
-            self._warn_of_rounding(problem, best, *found.decided)
+            evaluate, decided = found.decided
+            self._warn_of_rounding(self._score_of(problem, best, evaluate), decided)
 
     def _mix_best(self, problem: Problem, found: Found) -> NDArray[np.float64]:
         """Mix what was found, or the rival that scores higher on all held-out rows: its coef."""
@@ -387,105 +374,6 @@ class BaseSoup(
         """Be unfitted, so that a fit that fails leaves no mixture of two."""
         for name in [name for name in vars(self) if name.endswith("_") and name[0] != "_"]:
             delattr(self, name)
-
-    # ------------------------------------------------------------------ warnings
-
-    def _warn(self, message: str) -> None:
-        """Warn at the caller's line, and keep the message in ``warnings_``."""
-        self.warnings_ = (*self.warnings_, message)
-        frame, level = inspect.currentframe(), 1
-        while frame and frame.f_back and _package(frame) in INSIDE:
-            frame, level = frame.f_back, level + 1
-        warnings.warn(message, SoupWarning, stacklevel=level)
-
-    def _warn_of_strangers(self, collection: CheckpointCollection, names: Sequence[str]) -> None:
-        """Warn of checkpoints that share no start with the others; once in a fit."""
-        relations = collection.relations(names)
-        if relations.unrelated and not any(MORE in said for said in self.warnings_):
-            self._warn(f"{judge(relations)} {MORE}")
-
-    def _warn_of_chance(self, scores: Mapping[str, float], evaluate: Evaluator) -> None:
-        """Warn where no score is better than a guess: labels in another order; once in a fit.
-
-        ``scores`` were measured by ``evaluate``: those that the user gave are not judged.
-        """
-        said = judge_scores(scores, evaluate)
-        if said is not None and said not in self.warnings_:
-            self._warn(said)
-
-    def _warn_of_rounding(
-        self, problem: Problem, coef: NDArray[np.float64], evaluate: Evaluator, decided: float
-    ) -> None:
-        """Warn where rounding left the mix below the score that the search decided by."""
-        score = self._score_of(problem, coef, evaluate)
-        if score < decided - ROUNDING * max(1.0, abs(decided)):
-            self._warn(
-                f"The soup scores {score:.7g} on the rows that decided, less than the "
-                f"{decided:.7g} that its ingredients were accepted with: `mix` rounds in another "
-                f"way than the search, and some rows are that close. Hold out more rows, or store "
-                f"the checkpoints in a wider dtype."
-            )
-
-    def _warn_of_variances(self, problem: Problem, coef: NDArray[np.float64]) -> None:
-        """Warn where extrapolation left a running variance at 0, which ruins the outputs."""
-        rows = problem.layers.rows
-        clamped = {
-            name: int((value <= 0).sum())
-            for name, value in problem.module.state_dict().items()
-            if is_variance(name) and name not in self.recalibrated_ and coef[rows[name]].min() < 0
-        }
-        clamped = {name: n for name, n in clamped.items() if n}
-        if clamped:
-            name, n = next(iter(clamped.items()))
-            more = f", and others in {len(clamped) - 1} more layers" if len(clamped) > 1 else ""
-            self._warn(
-                f"Under these coefficients {n} of BatchNorm's variances in {name!r} would be "
-                f"negative{more}; they are 0 in the soup, which can make its outputs huge. "
-                f"batch_norm='recalibrate' measures them anew."
-            )
-
-    # ------------------------------------------------------------------ progress
-
-    def _log_steps(self, problem: Problem, **factors: int) -> None:
-        """Log how many steps a search takes, at its start: a product of what is named."""
-        named = " x ".join(f"{n} {what.replace('_', ' ')}" for what, n in factors.items())
-        total = f" = {math.prod(factors.values())} steps" if len(factors) > 1 else ""
-        if not rank():
-            n = len(problem.checkpoints)
-            LOGGER.info("%s: %d checkpoints, %s%s", type(self).__name__, n, named, total)
-
-    @contextmanager
-    def _progress(
-        self, data: Mapping[str, Any], module: nn.Module, name: str, n_steps: int
-    ) -> Iterator[Step]:
-        """Report each step to scikit-learn's callbacks; only here is their protocol used."""
-        root = self._init_callback_context(max_subtasks=n_steps)
-        root.call_on_fit_task_begin(estimator=self)
-        running: list[Any] = []
-        remaining = n_steps
-
-        def step(weights: Weights | None = None) -> None:
-            """End the running task, if any, and begin the next, if any is left."""
-            nonlocal remaining
-
-            def as_if_fitted() -> dict[str, Any]:
-                found = None if weights is None else weights()
-                soup = copy.deepcopy(module)
-                load_weights(soup, found or {})
-                return {"module_": soup, "coef_": None}
-
-            if running:
-                running.pop().call_on_fit_task_end(
-                    estimator=self, reconstruction_attributes=as_if_fitted, **data
-                )
-            if remaining:
-                remaining -= 1
-                task = root.subcontext(task_name=name)
-                running.append(task.call_on_fit_task_begin(estimator=self))
-
-        step()
-        yield step
-        root.call_on_fit_task_end(estimator=self)
 
     # -------------------------------------------------------------- scikit-learn
 
