@@ -26,39 +26,51 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _no_network() -> Iterator[None]:
-    """Fail whatever asks for another machine; loopback and Unix sockets stay.
+@pytest.fixture(scope="session")
+def asked() -> Iterator[list[str]]:
+    """What asked for another machine, which is refused; loopback and Unix sockets stay.
 
     Python's sockets of this process: not those of subprocesses, nor of C++ (torch.distributed).
     """
+    found: list[str] = []
+    near = (None, "", "localhost", "::1", "0.0.0.0", "::", socket.gethostname())
 
-    def local(host: Any) -> bool:
+    def check(host: Any) -> None:
         host = host.decode() if isinstance(host, bytes) else host
-        return host in (None, "", "localhost", "::1") or str(host).startswith("127.")
+        if host not in near and not str(host).startswith("127."):
+            found.append(str(host))
+            raise OSError(f"a test asked for {host!r}")
 
-    def guarded(name: str, host_of: Any) -> Any:
-        original = getattr(socket if name.startswith("get") else socket.socket, name)
+    def connection(original: Any) -> Any:
+        def connect(sock: socket.socket, address: Any) -> Any:
+            # a Unix socket has a path; connecting a datagram socket sends nothing
+            if not isinstance(address, (str, bytes)) and sock.type != socket.SOCK_DGRAM:
+                check(address[0])
+            return original(sock, address)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if not local(host_of(*args, **kwargs)):
-                pytest.fail(f"{name}{args}: a test asked for the network")
-            return original(*args, **kwargs)
+        return connect
 
-        return call
+    def look_up(original: Any) -> Any:
+        def get(host: Any, *args: Any, **kwargs: Any) -> Any:
+            check(host)
+            return original(host, *args, **kwargs)
 
-    def peer(sock: socket.socket, address: Any) -> Any:
-        return None if isinstance(address, (str, bytes)) else address[0]  # a Unix socket's path
-
-    def host(host: Any, *args: Any, **kwargs: Any) -> Any:
-        return host
+        return get
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("connect", "connect_ex"):
-            patch.setattr(socket.socket, name, guarded(name, peer))
+            patch.setattr(socket.socket, name, connection(getattr(socket.socket, name)))
         for name in ("getaddrinfo", "gethostbyname"):
-            patch.setattr(socket, name, guarded(name, host))
-        yield
+            patch.setattr(socket, name, look_up(getattr(socket, name)))
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def _no_network(asked: list[str]) -> Iterator[None]:
+    """Fail a test that asked for the network, even where its code went on without."""
+    yield
+    hosts, asked[:] = list(asked), []
+    assert not hosts
 
 
 @pytest.fixture(scope="session")
