@@ -18,6 +18,7 @@ _REFUSED = ("bytearray", "_rebuild_meta_tensor_no_storage", "_rebuild_wrapper_su
 _LITERALS = ("NONE", "NEWFALSE", "NEWTRUE", "EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET",
              "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1")  # fmt: skip
 NESTED = 10_000  # tuples within a tuple, each time it occurs: the hash of a tuple visits all
+ZIP64, LOCATOR, END = 56, 20, 22  # bytes of the records at the end of a zip archive
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -44,10 +45,17 @@ def check_pickles(path: Path) -> None:
                 _check(file, path)
         return
     with zipfile.ZipFile(path) as archive:
+        if _directory(path) != archive.start_dir:
+            raise CheckpointError(
+                f"{str(path)!r} can't be read: it is a zip archive whose end says that its "
+                f"directory is elsewhere than where it is, so that other readers may find other "
+                f"members in it. Load and save it with torch again."
+            )
         members = archive.infolist()
         packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-        # names of members are compared without case
-        found = [m for m in members if m.filename.lower().rpartition("/")[2] == "data.pkl"]
+        # names of members are compared without case, and as they are stored: an extra field that
+        # gives another one is for zipfile alone
+        found = [m for m in members if m.orig_filename.lower().rpartition("/")[2] == "data.pkl"]
         if packed or archive.comment or len(found) > 1:
             raise CheckpointError(
                 f"{str(path)!r} can't be read: it is a zip archive that torch.save does not write: "
@@ -56,6 +64,25 @@ def check_pickles(path: Path) -> None:
             )
         for member in found:
             _check(io.BytesIO(archive.read(member)), path)
+
+
+def _directory(path: Path) -> int:
+    """Where the end of a zip archive says that the directory begins, as torch reads it.
+
+    Python's zipfile takes the bytes just before the end instead. -1 where they contradict.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(-min(size, ZIP64 + LOCATOR + END), io.SEEK_END)
+        last = file.read()
+    record, locator, end = last[: -LOCATOR - END], last[-LOCATOR - END : -END], last[-END:]
+    if end[:4] != b"PK\5\6":
+        return -1
+    if locator[:4] != b"PK\6\7":
+        return int.from_bytes(end[16:20], "little")
+    if record[:4] != b"PK\6\6" or int.from_bytes(locator[8:16], "little") != size - len(last):
+        return -1
+    return int.from_bytes(record[48:56], "little")
 
 
 def _check(file: IO[bytes], path: Path) -> None:

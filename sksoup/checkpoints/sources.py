@@ -111,4 +111,4 @@ def _stem(path: Path, depth: int, suffix: bool) -> str:
 def natural_key(path: Path) -> list[tuple[int, int, str]]:
     """Sort digits by value: ft2 before ft10."""
     parts = re.split(r"(\d+)", path.as_posix())
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts if part]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]

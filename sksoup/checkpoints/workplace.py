@@ -35,7 +35,7 @@ def workplace(target: Path) -> Iterator[Path]:
         try:
             yield folder / "part"
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
 
 
 def _make(folder: Path) -> IO[bytes] | None:
@@ -64,7 +64,22 @@ def _sweep(folder: Path) -> None:
     # r+b makes no file; locks on NFS need a file that is open for writing
     with suppress(OSError), path.open("r+b") as lock:
         if not folder.is_symlink() and _take(lock, wait=False) and _is_still(lock, path):
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove what a save puts into its folder, and nothing else.
+
+    Who may rename folders here could have given its name to another one.
+    """
+    part = folder / "part"
+    with suppress(OSError):
+        if part.is_dir() and not part.is_symlink():
+            shutil.rmtree(part, ignore_errors=True)
+        # safetensors writes to a file of such a name first
+        for path in (part, *folder.glob(".tmp*"), folder / "lock"):
+            path.unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _take(lock: IO[bytes], wait: bool = True) -> bool:

@@ -150,7 +150,8 @@ def write_text(path: Path, text: str) -> None:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside ``path`` that becomes it once all is written."""
-    path = path.resolve()  # a link stays, and what it points to becomes the folder
+    # a link stays, and the empty folder that it points to is replaced; one to nothing is an error
+    path = path if path.is_symlink() and not path.exists() else path.resolve()
     if os.path.lexists(path) and (not path.is_dir() or path.is_mount() or any(path.iterdir())):
         raise FileExistsError(
             f"{str(path)!r} exists and is not an empty folder. Give another name, or move it away."

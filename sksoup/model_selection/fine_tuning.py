@@ -22,7 +22,7 @@ from torch import nn
 
 from ..checkpoints.folders import read_metadata
 from ..checkpoints.write import write_safetensors
-from ..exceptions import SoupWarning
+from ..exceptions import CheckpointError, SoupWarning
 from ..runtime.random_state import preserved_random_state
 
 RECORD = "sksoup.candidate"  # key of a candidate's record in its file's metadata
@@ -99,8 +99,7 @@ def fine_tune(
 ) -> Candidate:
     """Fine-tune one candidate and score it; one that is on disk is read from there."""
     if path is not None and path.exists():
-        record = json.loads(read_metadata(path)[RECORD])
-        return Candidate(record["score"], record["fit_time"], weights=path)
+        return _recorded(path)
     X, y, X_held_out, y_held_out = parts
     train_weight, held_out_weight = ({"sample_weight": w} for w in weights) if weights else ({}, {})
     begin = time.perf_counter()
@@ -130,6 +129,24 @@ def fine_tune(
         record = {"score": score, "fit_time": spent, "params": repr(dict(params))}
         write_safetensors(path, state, {RECORD: json.dumps(record)})
     return Candidate(score, spent, weights=path or state, module=module)
+
+
+def _recorded(path: Path) -> Candidate:
+    """A candidate as it was written."""
+    try:
+        record = json.loads(read_metadata(path)[RECORD])
+        score, fit_time = float(record["score"]), float(record["fit_time"])
+        if math.isfinite(score):
+            return Candidate(score, fit_time, weights=path)
+        reason = f"its score is {score}"
+    except CheckpointError:
+        raise
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise CheckpointError(
+        f"{str(path)!r} is not a candidate that a search wrote: {reason}. Remove it, and it is "
+        f"trained again."
+    )
 
 
 def _load_start(module: nn.Module, start: nn.Module) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..checkpoints.texts import read_text
 from ..checkpoints.write import write_text
 from ..data.rows import map_inputs
 from ..exceptions import CheckpointError
@@ -17,6 +18,7 @@ from .fine_tuning import state_of
 
 MANIFEST = "search.json"
 VERSION = 3  # increased when the same search gives another manifest than before
+LIMIT = 100_000_000  # bytes; a candidate has some hundred
 PLAIN = (bool, int, float, str, type, type(None))
 
 
@@ -44,19 +46,15 @@ def make_manifest(
 
 def recorded_seed(folder: Path | None) -> int | None:
     """The seed of the search in a folder, if there is one."""
-    if folder is None or not (folder / MANIFEST).exists():
-        return None
-    return int(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["seed"])
+    found = None if folder is None else _recorded(folder)
+    return None if found is None else int(found["seed"])
 
 
 def claim(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest to the folder; raise an error if it belongs to another search."""
-    path = folder / MANIFEST
     folder.mkdir(parents=True, exist_ok=True)
-    found: Any = None
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-    elif any(folder.glob("*.safetensors")):
+    found = _recorded(folder)
+    if found is None and any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{str(folder)!r} holds checkpoints of unknown origin: give an empty folder."
         )
@@ -66,7 +64,26 @@ def claim(folder: Path, manifest: Mapping[str, Any]) -> None:
             f"{str(folder)!r} holds another search: {', '.join(changed)} differ. Give another "
             f"folder, or the same search to continue it."
         )
-    write_text(path, json.dumps(manifest, indent=1))
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def _recorded(folder: Path) -> dict[str, Any] | None:
+    """The manifest in a folder, if there is one."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(read_text(path, LIMIT))
+        if 0 <= int(found["seed"]) < 2**32 and isinstance(found, dict):
+            return found
+        reason = "its seed is out of range"
+    except CheckpointError:
+        raise
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise CheckpointError(
+        f"{str(path)!r} is not what a search writes: {reason}. Give another folder."
+    )
 
 
 def _described(value: Any) -> str:

@@ -193,6 +193,52 @@ def test_a_compressed_archive_is_refused(tmp_path):
         CheckpointCollection([path])
 
 
+def in_one_file(path, read_by_torch, read_by_zipfile, has_records):
+    """Two archives with a directory each; records of zip64 have one place to point to."""
+    size = max(map(len, (read_by_torch, read_by_zipfile)))
+    for pickle in (read_by_torch, read_by_zipfile):
+        write_zip(path, ("data.pkl", pickle.ljust(size, b".")), NUMBERS)
+        whole = path.read_bytes()
+        if pickle is read_by_torch:
+            harmful, end = whole[:-22], whole[-22:]
+    if not has_records:  # both ends say the same, counted from other beginnings
+        path.write_bytes(harmful + whole)
+        return
+    path.write_bytes(harmful + zip64(end))
+    with zipfile.ZipFile(path, "a") as archive:
+        for member in ("data.pkl", "data/0", "version"):
+            archive.writestr(f"archive/{member}", read_by_zipfile)
+    whole = path.read_bytes()
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, len(harmful), 1)
+    path.write_bytes(whole[:-22] + zip64(whole[-22:]) + locator + whole[-22:])
+
+
+def zip64(end):
+    """What the end of an archive says, in 64 bits."""
+    sizes = struct.unpack("<2H2I", end[8:20])
+    return struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, *sizes)
+
+
+@pytest.mark.parametrize("has_records", [False, True])
+def test_an_archive_that_is_another_one_for_torch(tmp_path, has_records):
+    """Python's zipfile goes by where the end is, torch by what it says."""
+    path = tmp_path / "two.pt"
+    harmless = pickled(WEIGHT)
+    harmful = pickled(WEIGHT, (text("x"), name("__builtin__.bytearray") + number(1) + b"\x85R"))
+    in_one_file(path, harmful, harmless, has_records)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.read("archive/data.pkl").startswith(harmless)
+    with pytest.raises(CheckpointError, match=r"two\.pt' .*its directory is elsewhere"):
+        CheckpointCollection([path])
+
+
+@pytest.mark.parametrize("name", ["a5²5", "٣5"])
+def test_all_digits_are_sorted(tmp_path, name):
+    for one in (name, "b"):
+        torch.save({"w": torch.ones(1)}, tmp_path / f"{one}.pt")
+    assert set(CheckpointCollection.from_path(tmp_path).names) == {name, "b"}
+
+
 # What is no file, and indices
 
 

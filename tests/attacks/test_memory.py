@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import subprocess
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import save
 
 from sksoup import BestCheckpoint, SoupWarning
-from sksoup.runtime.entries import MOST_BYTES, SUFFIX, pack
+from sksoup.runtime.entries import MOST_BYTES, SUFFIX, pack, unpack
 from sksoup.runtime.fingerprint import fingerprint
 
 from ..zoo import Zoo, make_zoo
@@ -130,6 +131,22 @@ def test_a_forged_entry_of_another_form_is_damaged(tmp_path, zoo: Zoo, text):
         forged = {"value": text, "sha256": fingerprint(path.stem, text, {})}
         path.write_bytes(save({}, forged))
     assert_computed_anew(tmp_path, zoo)
+
+
+def test_a_tensor_that_torch_can_not_hold_is_damaged(tmp_path, zoo: Zoo):
+    BestCheckpoint(memory=tmp_path).fit(zoo.checkpoints, zoo.X, zoo.y)
+    wrong = {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}
+    header = json.dumps({"__metadata__": {"value": "1", "sha256": ""}, "0": wrong}).encode()
+    for path in entries(tmp_path):
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert_computed_anew(tmp_path, zoo)
+
+
+def test_a_huge_header_is_not_parsed(monkeypatch):
+    monkeypatch.setattr("sksoup.runtime.entries.json.loads", lambda text: pytest.fail("parsed"))
+    data = b'{"__metadata__":{"value":"%s"}}' % bytes(100_000_000).replace(b"\0", b"a")
+    with pytest.raises(ValueError, match=r"is not a whole entry: SafetensorError: .*too large"):
+        unpack(len(data).to_bytes(8, "little") + data, "key")
 
 
 def test_a_link_that_was_planted_is_replaced_and_its_target_kept(tmp_path, zoo: Zoo):

@@ -127,6 +127,53 @@ def test_a_folder_without_the_lock_of_a_save_is_left_alone(tmp_path):
     assert names(place) == ["precious"]
 
 
+@pytest.mark.parametrize("name", ["precious", "part.safetensors"])
+def test_a_folder_that_was_given_the_name_of_a_save_keeps_its_files(tmp_path, name):
+    """Who may rename folders beside a target could have its next save remove any with a lock."""
+    with workplace.workplace(tmp_path / "a") as part:
+        place = part.parent
+    victim = tmp_path / "results"
+    victim.mkdir()
+    (victim / "lock").touch()
+    (victim / name).touch()
+    victim.rename(place)
+    write.write_text(tmp_path / "a", "{}")
+    assert name in names(place)
+
+
+def test_a_folder_of_that_name_while_the_save_runs_keeps_its_files(tmp_path):
+    victim = tmp_path / "results"
+    victim.mkdir()
+    (victim / "precious").touch()
+    with workplace.workplace(tmp_path / "a") as part:
+        part.parent.rename(tmp_path / "away")
+        victim.rename(part.parent)
+    assert names(part.parent) == ["precious"]
+
+
+def test_all_that_a_killed_save_had_written_is_removed(tmp_path):
+    (alive, held), (killed, left) = start_saving(tmp_path / "a"), start_saving(tmp_path / "a")
+    for process in (alive, killed):
+        process.kill()
+        process.communicate()
+    with open(os.path.join(left, ".tmpDtxiDH"), "w"):
+        pass  # as safetensors leaves it
+    os.remove(os.path.join(held, "part"))
+    os.makedirs(os.path.join(held, "part", "shards"))
+    write.write_text(tmp_path / "a", "{}")
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_link_to_nothing_does_not_say_where_a_folder_is_written(tmp_path):
+    (tmp_path / "soup").symlink_to(tmp_path / "elsewhere")
+    with (
+        pytest.raises(FileExistsError, match="soup' exists and is not an empty folder"),
+        write.new_folder(tmp_path / "soup"),
+    ):
+        pytest.fail("work was done")
+    assert names(tmp_path) == ["soup"]
+
+
 def test_a_link_to_nothing_is_not_replaced_without_force(tmp_path, capsys):
     write.write_safetensors(tmp_path / "a.safetensors", {"w": torch.ones(2)})
     for name in ("out.safetensors", "out"):
