@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,12 +56,19 @@ def check_pickles(path: Path) -> None:
         packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
         # names of members are compared without case, and as they are stored: an extra field that
         # gives another one is for zipfile alone
-        found = [m for m in members if m.orig_filename.lower().rpartition("/")[2] == "data.pkl"]
+        last = [(m.orig_filename.lower().rpartition("/")[2], m) for m in members]
+        found = [m for name, m in last if name == "data.pkl"]
         if packed or archive.comment or len(found) > 1:
             raise CheckpointError(
                 f"{str(path)!r} can't be read: it is a zip archive that torch.save does not write: "
                 f"{'its members are compressed' if packed else 'it holds more than one pickle'}. "
                 f"Load and save it with torch again."
+            )
+        orders = [archive.open(m).read(8).decode("latin1") for n, m in last if n == "byteorder"]
+        if set(orders) - {sys.byteorder}:  # torch swaps bytes even where there are none: on 'meta'
+            raise CheckpointError(
+                f"{str(path)!r} can't be read: its numbers have the byte order {orders[0]!r}, "
+                f"expected {sys.byteorder!r}. Load it with torch and save it as .safetensors."
             )
         for member in found:
             _check(io.BytesIO(archive.read(member)), path)

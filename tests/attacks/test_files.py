@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+import subprocess
+import sys
 import zipfile
 from contextlib import nullcontext
 
@@ -230,6 +232,19 @@ def test_an_archive_that_is_another_one_for_torch(tmp_path, has_records):
         assert archive.read("archive/data.pkl").startswith(harmless)
     with pytest.raises(CheckpointError, match=r"two\.pt' .*its directory is elsewhere"):
         CheckpointCollection([path])
+
+
+@pytest.mark.parametrize("member", ["byteorder", "BYTEORDER"])
+def test_numbers_of_another_byte_order(tmp_path, member):
+    """Torch would swap the bytes of storages that have none, which ends the process."""
+    order = b"little" if sys.byteorder == "big" else b"big"
+    path = write_zip(tmp_path / "a.pt", ("data.pkl", pickled(WEIGHT)), NUMBERS, (member, order))
+    script = "from sksoup import CheckpointCollection; CheckpointCollection(['a.pt'])"
+    ran = subprocess.run(
+        [sys.executable, "-c", script], cwd=path.parent, capture_output=True, text=True,
+        timeout=60, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert f"a.pt' can't be read: its numbers have the byte order {order.decode()!r}" in ran.stderr
 
 
 @pytest.mark.parametrize("name", ["a5²5", "٣5"])
