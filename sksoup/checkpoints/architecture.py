@@ -47,14 +47,19 @@ def find_architecture(
     return None
 
 
-def module_names(module: ModuleSource | None) -> set[str] | None:
-    """Names in the module's state dict, built on 'meta': no memory, no initialisation."""
-    if module is None:
-        return None
-    if isinstance(module, nn.Module):
-        return set(module.state_dict())
+def skeleton(module: ModuleSource | None) -> nn.Module | None:
+    """The module as given, or built on 'meta': no memory, no initialisation."""
+    if module is None or isinstance(module, nn.Module):
+        return module
     try:
         with preserved_random_state(), torch.device("meta"):
-            return set(module().state_dict())
+            built = module()
     except Exception:  # one that can't be built so is built for real later, or never: to average
         return None
+    return built if isinstance(built, nn.Module) else None
+
+
+def module_names(module: ModuleSource | None) -> set[str] | None:
+    """Names in the module's state dict."""
+    built = skeleton(module)
+    return None if built is None else set(built.state_dict())
