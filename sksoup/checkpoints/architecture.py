@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,6 +24,24 @@ def _build_skorch_module(net: Any) -> nn.Module:
     return module
 
 
+def _refuse_arguments(factory: Callable[..., Any]) -> None:
+    """Refuse a class or function that can't be called without arguments."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (ValueError, TypeError):  # some built-in ones have no signature
+        return
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
+    if needed:
+        inner = factory.func if isinstance(factory, partial) else factory
+        name = getattr(inner, "__name__", repr(inner))
+        raise TypeError(
+            f"module={name} needs arguments ({', '.join(needed)}), expected a factory without: "
+            f"module=lambda: {name}(...), such as module=lambda: nn.Linear(10, 2), or "
+            f"functools.partial({name}, ...), which can be sent to workers."
+        )
+
+
 def find_architecture(
     given: Sequence[Any], module: Any, key: str | None = None
 ) -> ModuleSource | None:
@@ -37,6 +56,7 @@ def find_architecture(
         elif hasattr(item, "initialize") and hasattr(item, "get_params"):
             return partial(_build_skorch_module, item)
         elif callable(item):
+            _refuse_arguments(item)
             factory: ModuleSource = item
             return factory
         else:

@@ -25,9 +25,8 @@ from .prefixes import prefixes_of
 from .protocol import Checkpoint, Entry, Read, TensorInfo
 from .sources import open_checkpoint
 
-LONGEST = (
-    500  # characters of a name that is matched with patterns; those of networks have about 100
-)
+# characters of a name that is matched with patterns, in squared time; networks have about 100
+LONGEST = 500
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,8 @@ class Recipe:
     versions : dict of str to str
         Versions of sksoup, torch, ...
     classes : tuple, default=()
-        Labels of the outputs, in their order, where JSON can hold them.
+        Labels of the outputs, in their order, where JSON can hold them; where labels are the
+        outputs' numbers, the names that the module's config (``id2label``) gives these, if any.
     weights_sha256 : str or None, default=None
         SHA-256 of the soup's tensors as they were written: names, dtypes, shapes and bytes. `save`
         of a soup fills it in; in a folder of shards, whose recipe is written before the tensors,

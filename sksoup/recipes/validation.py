@@ -241,7 +241,7 @@ def prepare_problem(
     module = prepare_module(checkpoints.build_module(), checkpoints, where)
     dtype = module_dtype(module)
     row = to_inputs(map_inputs(lambda part: to_tensor(part[:1]).clone(), X), dtype, where)
-    outputs = Outputs.of(_probe(module, row, forward), y, task, classes, criterion)
+    outputs = Outputs.of(_probe(module, row, forward), y, task, classes, criterion, module)
     targets = outputs.encode(y, dtype, where)
     is_streamed = not fits(X, where)
     inputs = to_inputs(X, dtype, torch.device("cpu") if is_streamed else where)
