@@ -65,7 +65,8 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Take only the tensors whose names begin with this, such as ``"model."`` of a Lightning file
         that holds a loss's or a metric's tensors beside the network's, and leave it out of their
         names. By default ``module.``, ``_orig_mod.`` and ``model.`` are dropped where that makes
-        all names fit the module, or each other.
+        all names fit the module, or each other. Where the module is one of transformers, tensors
+        have its names, as after ``from_pretrained``.
 
     Attributes
     ----------

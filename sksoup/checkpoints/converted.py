@@ -153,14 +153,15 @@ def stored_names(module: Any, weights: Mapping[str, torch.Tensor]) -> Mapping[st
 
 def _network(entries: Sequence[Entry], module: ModuleSource | None) -> nn.Module | None:
     """The module, on 'meta' if it is to be built, if it is a model that transformers converts."""
+    stored = next(filter(_is_in_hub_folder, entries), None)
     # a factory is called only where what it builds may be such a model
-    if (
-        not isinstance(module, (nn.Module, HubModule))
-        and "transformers" not in sys.modules
-        and not any(map(_is_in_hub_folder, entries))
-    ):
+    if stored is None and not isinstance(module, nn.Module) and "transformers" not in sys.modules:
         return None
     network = skeleton(module)
+    if network is None and module is not None and stored is not None:
+        # from_pretrained, for one, builds nothing on 'meta'; the folder has the same names
+        path = stored.checkpoint.path or Path()
+        network = skeleton(HubModule(hub_folder(path) or path, path, stored.checkpoint.key))
     return None if network is None or _table(network) is None else network
 
 

@@ -95,6 +95,25 @@ def test_a_module_of_transformers_names_loose_files(vits, tmp_path):
     assert same(CheckpointCollection(wanted, names=["a", "b", "c"])["b"], wanted["ft1"])
 
 
+def test_a_factory_that_can_not_be_built_without_weights_names_folders(vits):
+    def load():
+        return transformers.AutoModelForImageClassification.from_pretrained(vits / "ft0")
+
+    soup = UniformSoup().fit(
+        CheckpointCollection.from_path(vits, module=load), MODELS["ViT"][1](), np.arange(N) % 3
+    )
+    assert same(soup.state_dict(), mix(CheckpointCollection.from_path(vits), [1 / 3] * 3))
+
+
+def test_checkpoints_without_the_head_are_refused(vits, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.ViTConfig.from_pretrained(vits / "ft0")
+    transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "encoder")
+    collection = CheckpointCollection([tmp_path / "encoder"], module=MODELS["ViT"][0])
+    with pytest.raises(CheckpointError, match=r"it has 'classifier.weight', 'classifier.bias'\. G"):
+        UniformSoup().fit(collection, MODELS["ViT"][1](), np.arange(N) % 3)
+
+
 def test_files_by_the_names_of_the_module_stay_as_they_are(vits, tmp_path):
     collection = CheckpointCollection.from_path(vits)
     saved = collection.save(tmp_path / "saved")
@@ -196,3 +215,24 @@ def test_other_modules_and_older_transformers_have_their_names(vits, monkeypatch
     assert same(bare["ft0"], stored)
     monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
     assert same(CheckpointCollection.from_path(vits)["ft0"], stored)
+
+
+def test_a_conversion_under_one_name_is_for_files_of_transformers_alone(vits, monkeypatch):
+    """As Qwen3-VL's experts, which are stored transposed."""
+    from transformers.core_model_loading import Transpose, WeightConverter
+
+    collection = CheckpointCollection.from_path(vits)
+    module = MODELS["ViT"][0]()
+    name = "vit.layers.1.mlp.fc2.weight"
+
+    def table(network):
+        return [WeightConverter("1.mlp.fc2.weight", "1.mlp.fc2.weight", [Transpose(0, 1)])]
+
+    monkeypatch.setattr("transformers.conversion_mapping.get_model_conversion_mapping", table)
+    memory = CheckpointCollection([collection["ft0"]], module=module)
+    assert memory.layout[name].shape == (8, 16)
+    file = vits / "ft0" / "again.safetensors"
+    save_file(collection["ft0"], file)
+    stored = CheckpointCollection([file], module=module)
+    file.unlink()
+    assert stored.layout[name].shape == (16, 8)
