@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,6 +24,24 @@ def _build_skorch_module(net: Any) -> nn.Module:
     return module
 
 
+def _refuse_arguments(factory: Callable[..., Any]) -> None:
+    """Refuse a class or function that can't be called without arguments."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (ValueError, TypeError):  # some built-in ones have no signature
+        return
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
+    if needed:
+        inner = factory.func if isinstance(factory, partial) else factory
+        name = getattr(inner, "__name__", repr(inner))
+        raise TypeError(
+            f"module={name} needs arguments ({', '.join(needed)}), expected a factory without: "
+            f"module=lambda: {name}(...), such as module=lambda: nn.Linear(10, 2), or "
+            f"functools.partial({name}, ...), which can be sent to workers."
+        )
+
+
 def find_architecture(
     given: Sequence[Any], module: Any, key: str | None = None
 ) -> ModuleSource | None:
@@ -37,6 +56,7 @@ def find_architecture(
         elif hasattr(item, "initialize") and hasattr(item, "get_params"):
             return partial(_build_skorch_module, item)
         elif callable(item):
+            _refuse_arguments(item)
             factory: ModuleSource = item
             return factory
         else:
@@ -47,14 +67,19 @@ def find_architecture(
     return None
 
 
-def module_names(module: ModuleSource | None) -> set[str] | None:
-    """Names in the module's state dict, built on 'meta': no memory, no initialisation."""
-    if module is None:
-        return None
-    if isinstance(module, nn.Module):
-        return set(module.state_dict())
+def skeleton(module: ModuleSource | None) -> nn.Module | None:
+    """The module as given, or built on 'meta': no memory, no initialisation."""
+    if module is None or isinstance(module, nn.Module):
+        return module
     try:
         with preserved_random_state(), torch.device("meta"):
-            return set(module().state_dict())
+            built = module()
     except Exception:  # one that can't be built so is built for real later, or never: to average
         return None
+    return built if isinstance(built, nn.Module) else None
+
+
+def module_names(module: ModuleSource | None) -> set[str] | None:
+    """Names in the module's state dict."""
+    built = skeleton(module)
+    return None if built is None else set(built.state_dict())

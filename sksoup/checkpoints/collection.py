@@ -20,6 +20,7 @@ from ..exceptions import CheckpointError, SoupWarning
 from ..runtime.random_state import preserved_random_state
 from .agreement import check_names, check_scores, common_layout, named
 from .architecture import ModuleSource, find_architecture
+from .converted import convert_names, unconverted
 from .describe import CollectionSummary, describe
 from .health import Health
 from .in_memory import content_sha256
@@ -64,7 +65,8 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Take only the tensors whose names begin with this, such as ``"model."`` of a Lightning file
         that holds a loss's or a metric's tensors beside the network's, and leave it out of their
         names. By default ``module.``, ``_orig_mod.`` and ``model.`` are dropped where that makes
-        all names fit the module, or each other.
+        all names fit the module, or each other. Where the module is one of transformers, tensors
+        have its names, as after ``from_pretrained``.
 
     Attributes
     ----------
@@ -126,6 +128,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             entries = drop_prefixes(entries, self.module)
         else:
             entries = take_prefix(entries, prefix)
+        entries = convert_names(entries, self.module)
         self.names: tuple[str, ...] = tuple(names) if names is not None else default_names(entries)
         check_names(self.names, len(entries))
         self._entries: dict[str, Entry] = dict(zip(self.names, entries, strict=True))
@@ -452,7 +455,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         """Checkpoints by new names, without the prefixes that keep the tensors from these names."""
         entries = [self._entries[old] for old in names.values()]
         if self.layout.keys() != set(tensors):
-            entries = fit_names(entries, set(tensors))
+            entries = fit_names([unconverted(entry) for entry in entries], set(tensors))
         return self._with(dict(zip(names, entries, strict=True)))
 
     def _with(self, entries: dict[str, Entry]) -> Self:

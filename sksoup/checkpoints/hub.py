@@ -1,9 +1,8 @@
-"""Hugging Face folders: the architecture their config.json describes, and the files beside it."""
+"""Hugging Face folders: the architecture that their config.json describes."""
 
 from __future__ import annotations
 
 import copy
-import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +16,6 @@ from ..exceptions import CheckpointError
 from .growth import bounded_growth
 from .hub_config import read_config
 from .sources import open_checkpoint
-
-# what a model folder holds beside its weights: configuration, tokenizer, processor
-COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-NOT_COMPANIONS = ("*.index.json", "trainer_state.json", "history.json", "*results.json")
 
 
 def hub_folder(path: Path) -> Path | None:
@@ -118,30 +113,3 @@ def offline() -> Iterator[None]:
             yield
         finally:
             constants.HF_HUB_OFFLINE = before
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy configuration and tokenizer files from one model folder to another.
-
-    Links may stay in the folder or lead to the blobs of the Hugging Face cache that it lies in
-    (models--x/snapshots/y/config.json -> ../../blobs/z). One that leads elsewhere is an error: the
-    file of another owner or purpose would be published with the soup.
-    """
-    source = source.resolve()
-    owned = [source]
-    if source.parent.name == "snapshots":
-        owned.append(source.parents[1] / "blobs")
-    found = {
-        path
-        for pattern in COMPANIONS
-        for path in source.glob(pattern)
-        if path.is_file() and not any(path.match(other) for other in NOT_COMPANIONS)
-    }
-    for path in found:
-        if not any(path.resolve().is_relative_to(folder) for folder in owned):
-            raise CheckpointError(
-                f"{str(path)!r} can't be copied: it is a link to {str(path.resolve())!r}, outside "
-                f"its folder. Put the file itself in its place, or use save(path)."
-            )
-    for path in found:
-        shutil.copyfile(path, target / path.name)

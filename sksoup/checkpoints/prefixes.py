@@ -30,7 +30,7 @@ def drop_prefixes(entries: Sequence[Entry], module: ModuleSource | None) -> list
     """Drop the known prefixes where that makes the names fit; those that the user gave stay."""
     if any(entry.is_given for entry in entries):
         return list(entries)
-    if any(len(_prefixes(list(entry.checkpoint.header))) > 1 for entry in entries):
+    if any(len(prefixes_of(list(entry.checkpoint.header))) > 1 for entry in entries):
         return fit_names(entries, module_names(module))
     return [replace(entry, prefix="") for entry in entries]
 
@@ -38,7 +38,7 @@ def drop_prefixes(entries: Sequence[Entry], module: ModuleSource | None) -> list
 def fit_names(entries: Sequence[Entry], wanted: set[str] | None) -> list[Entry]:
     """Drop the prefixes that make the names those wanted, or else each other's."""
     names = [list(entry.checkpoint.header) for entry in entries]
-    choices = [_prefixes(some) for some in names]
+    choices = [prefixes_of(some) for some in names]
     fitting = [""] * len(entries)
     if wanted is not None:
         fitting = [
@@ -56,7 +56,7 @@ def fit_names(entries: Sequence[Entry], wanted: set[str] | None) -> list[Entry]:
     return [replace(entry, prefix=p) for entry, p in zip(entries, fitting, strict=True)]
 
 
-def _prefixes(names: Sequence[str]) -> list[str]:
+def prefixes_of(names: Sequence[str]) -> list[str]:
     """Every chain of known prefixes that all names begin with, the empty one first."""
     found = [""]
     while names and len(found) <= CHAIN:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -34,6 +35,7 @@ class Outputs:
     ignored: int = IGNORED  # the criterion's label of what is left out
     is_dense: bool = False  # labels at several positions of a row
     is_column: bool = False  # targets of a regression come as (n,)
+    names: tuple[str, ...] | None = None  # of the outputs, where the module's config has some
 
     @classmethod
     def of(
@@ -44,6 +46,7 @@ class Outputs:
         classes: ArrayLike | None = None,
         criterion: Any = None,
         call: str = "module(X)",
+        module: Any = None,
     ) -> Outputs:
         """Read them from the module's output for one row and the targets; or say what differs.
 
@@ -72,11 +75,20 @@ class Outputs:
             return cls(task, n_outputs, tuple(output.shape[1:]), is_column=y.ndim == 1)
         criterion = criterion() if isinstance(criterion, type) else criterion
         ignored = getattr(criterion, "ignore_index", None)
-        labels = resolve_classes(y[y != IGNORED] if dense else y, n_outputs, classes)
+        names = output_names(module, n_outputs)
+        labels = resolve_classes(y[y != IGNORED] if dense else y, n_outputs, classes, names)
         return cls(
             task, n_outputs, tuple(output.shape[1:]), labels, one_logit,
-            ignored if isinstance(ignored, int) else IGNORED, dense,
+            ignored if isinstance(ignored, int) else IGNORED, dense, names=names,
         )  # fmt: skip
+
+    @property
+    def described(self) -> NDArray[Any] | tuple[str, ...]:
+        """What the outputs stand for: their names where labels are their numbers, else labels."""
+        if self.classes is None:
+            return ()
+        is_number = np.array_equal(self.classes, np.arange(self.n_outputs))
+        return self.names if is_number and self.names is not None else self.classes
 
     def encode(self, y: NDArray[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Targets as the criterion takes them: class indices (N, ...), else floats (N, ...)."""
@@ -144,7 +156,23 @@ class Outputs:
         return float(accuracy_score(y, predicted, sample_weight=weight))
 
 
-def resolve_classes(y: NDArray[Any], n_outputs: int, classes: ArrayLike | None) -> NDArray[Any]:
+def output_names(module: Any, n_outputs: int) -> tuple[str, ...] | None:
+    """Names of the outputs in the config of a model of transformers, but for those it makes up."""
+    known = getattr(getattr(module, "config", None), "id2label", None)
+    if not isinstance(known, Mapping) or known.keys() != set(range(n_outputs)):
+        return None
+    names = tuple(known[k] for k in range(n_outputs))
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < n_outputs:
+        return None
+    return None if names == tuple(f"LABEL_{k}" for k in range(n_outputs)) else names
+
+
+def resolve_classes(
+    y: NDArray[Any],
+    n_outputs: int,
+    classes: ArrayLike | None,
+    names: Sequence[str] | None = None,
+) -> NDArray[Any]:
     """Labels in output order; a held-out fold that lacks a label must not shift the columns."""
     present = np.unique(y)
     if classes is not None:
@@ -158,6 +186,16 @@ def resolve_classes(y: NDArray[Any], n_outputs: int, classes: ArrayLike | None) 
         if len(unknown):
             raise ValueError(f"y holds labels that are not in classes: {_some(unknown)}.")
         return known
+    if names is not None and all(isinstance(label, str) for label in present.tolist()):
+        named = np.array(names, dtype=object if present.dtype == object else None)
+        unknown = np.setdiff1d(present, named)
+        if len(unknown):
+            raise ValueError(
+                f"y holds labels that are no names of the module's outputs: {_some(unknown)}. Its "
+                f"config (id2label) has {_some(named)}. Give y by these names, or the labels in "
+                f"output order: classes=[...]."
+            )
+        return named
     if len(present) == n_outputs:
         return present
     if np.issubdtype(present.dtype, np.integer) and present[0] >= 0 and present[-1] < n_outputs:

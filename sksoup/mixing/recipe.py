@@ -56,7 +56,8 @@ class Recipe:
     versions : dict of str to str
         Versions of sksoup, torch, ...
     classes : tuple, default=()
-        Labels of the outputs, in their order, where JSON can hold them.
+        Labels of the outputs, in their order, where JSON can hold them; where labels are the
+        outputs' numbers, the names that the module's config (``id2label``) gives these, if any.
     weights_sha256 : str or None, default=None
         SHA-256 of the soup's tensors as they were written: names, dtypes, shapes and bytes. `save`
         of a soup fills it in; in a folder of shards, whose recipe is written before the tensors,
@@ -247,7 +248,10 @@ class Recipe:
         write_text(Path(path), self.to_json())
 
     def save_weights(
-        self, path: str | os.PathLike[str], weights: Mapping[str, torch.Tensor]
+        self,
+        path: str | os.PathLike[str],
+        weights: Mapping[str, torch.Tensor],
+        stored: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Write weights with this recipe and their SHA-256 in the file's metadata, atomically.
 
@@ -256,7 +260,9 @@ class Recipe:
         path : str or path-like
             A ``.safetensors`` file.
         weights : mapping of str to Tensor
-            The soup.
+            The soup, by the recipe's names, of which the SHA-256 is taken.
+        stored : mapping of str to Tensor or None, default=None
+            The same as it is written, where whatever reads the file expects other names.
 
         Raises
         ------
@@ -269,8 +275,9 @@ class Recipe:
         if where.suffix != ".safetensors":
             raise ValueError(f"{str(where)!r} must end in '.safetensors', got {where.suffix!r}.")
         text = replace(self, weights_sha256=digest_of_tensors(weights)).to_json()
-        check_header(text, weights)
-        write_safetensors(where, weights, {METADATA_KEY: text, "format": "pt"})
+        written = weights if stored is None else stored
+        check_header(text, written)
+        write_safetensors(where, written, {METADATA_KEY: text, "format": "pt"})
 
     def is_used(self) -> NDArray[np.bool_]:
         """Return which checkpoints have a coefficient other than 0.

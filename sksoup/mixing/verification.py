@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.architecture import ModuleSource
 from ..checkpoints.collection import CheckpointCollection
+from ..checkpoints.converted import open_alike
 from ..checkpoints.protocol import Read, TensorInfo
 from ..checkpoints.sources import open_checkpoint
 from ..exceptions import RecipeError
@@ -117,7 +119,7 @@ def verify(
             ingredients[ingredient.name] = str(error)
     names = [name for name in recipe.recalibrated if is_statistic(name)]
     unchecked = dict.fromkeys(names, "was re-estimated from data, which no recipe can rebuild")
-    with _reading(weights) as (header, read):
+    with _reading(weights, recipe.layers, checkpoints.module) as (header, read):
         digest = _compared(recipe.weights_sha256, header, read)
         if set(ingredients.values()) - {"ok", "unused"}:
             lost = dict.fromkeys(recipe.layers, "can't be rebuilt without all its ingredients")
@@ -168,12 +170,15 @@ def _compared(recorded: str | None, header: Mapping[str, TensorInfo], read: Read
 @contextmanager
 def _reading(
     weights: Mapping[str, torch.Tensor] | str | os.PathLike[str],
+    names: Collection[str] = (),
+    module: ModuleSource | None = None,
 ) -> Iterator[tuple[Mapping[str, TensorInfo], Read]]:
-    """Header and reader of a state dict, a file or a folder."""
+    """Header and reader of a state dict, a file or a folder, by the names of a module."""
     if isinstance(weights, Mapping):
         yield {n: TensorInfo.of(value) for n, value in weights.items()}, weights.__getitem__
     else:
-        opened = open_checkpoint(Path(weights))
+        ways = open_alike(Path(weights), module), open_checkpoint(Path(weights))
+        opened = max(ways, key=lambda way: len(way.header.keys() & set(names)))
         with opened.open() as read:
             yield opened.header, read
 

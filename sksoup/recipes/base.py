@@ -367,7 +367,7 @@ class BaseSoup(
             temperature=float(getattr(self, "temperature_", 1.0)),
             recalibrated=self.recalibrated_,
             versions=dict(versions()),
-            classes=_labels(getattr(self, "classes_", ())),
+            classes=_labels(self.outputs_.described),
         )
 
     def _forget(self) -> None:

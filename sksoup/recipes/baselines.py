@@ -38,7 +38,9 @@ class UniformSoup(BaseSoup):
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default those of ``y`` sorted, if one per output, else 0, 1, ....
+        Labels in output order; by default the names in the module's config (``id2label`` of
+        transformers) where ``y`` is texts and it has names, else those of ``y`` sorted, if one per
+        output, else 0, 1, ....
     batch_size : int or None, default=128
         Rows per forward pass; None for all at once.
     device : str or torch.device, default="auto"
@@ -124,7 +126,9 @@ class BestCheckpoint(BaseSoup):
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default those of ``y`` sorted, if one per output, else 0, 1, ....
+        Labels in output order; by default the names in the module's config (``id2label`` of
+        transformers) where ``y`` is texts and it has names, else those of ``y`` sorted, if one per
+        output, else 0, 1, ....
     batch_size : int or None, default=128
         Rows per forward pass; None for all at once.
     n_jobs : int or None, default=None
@@ -219,7 +223,9 @@ class CheckpointEnsemble(BaseSoup):
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default those of ``y`` sorted, if one per output, else 0, 1, ....
+        Labels in output order; by default the names in the module's config (``id2label`` of
+        transformers) where ``y`` is texts and it has names, else those of ``y`` sorted, if one per
+        output, else 0, 1, ....
     batch_size : int or None, default=128
         Rows per forward pass; None for all at once.
     device : str or torch.device, default="auto"

@@ -13,7 +13,9 @@ from skorch import NeuralNetClassifier, NeuralNetRegressor
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.hub import copy_companions, hub_folder
+from ..checkpoints.converted import stored_names
+from ..checkpoints.hub import hub_folder
+from ..checkpoints.hub_companions import copy_companions
 from ..checkpoints.write import new_folder, write_text
 from ..data.outputs import Task
 from ..displays.report import render
@@ -111,12 +113,15 @@ class ExportMixin:
         folder : str or path-like
             A new folder; it appears once all of it is written. ``from_pretrained`` of transformers
             reads it. ``config.json`` and the tokenizer's files are those of the first checkpoint
-            that lies in a folder of Hugging Face.
+            that lies in a folder of Hugging Face, and so are the further modules of
+            sentence-transformers. Tensors have the names that transformers gives them in files,
+            which for some models are not those of ``module_``.
 
         Raises
         ------
         CheckpointError
-            The ingredients did not come from Hugging Face folders.
+            The ingredients did not come from Hugging Face folders; or modules of
+            sentence-transformers beside the network have weights that differ between them.
         FileExistsError
             The folder is there and not empty.
         """
@@ -124,16 +129,18 @@ class ExportMixin:
         if rank():
             return
         paths = [self.checkpoints_.path(name) for name in self.checkpoints_]
-        sources = [hub_folder(path) for path in paths if path is not None]
-        source = next((source for source in sources if source is not None), None)
-        if source is None:
+        folders = [hub_folder(path) for path in paths if path is not None]
+        sources = [folder for folder in folders if folder is not None]
+        if not sources:
             raise CheckpointError(
                 f"{os.fspath(folder)!r} can't become a Hugging Face folder: no ingredient lies "
                 f"beside a config.json that could be copied. Use save(path)."
             )
         with new_folder(Path(folder)) as temporary:
-            copy_companions(source, temporary)
-            self.recipe_.save_weights(temporary / "model.safetensors", self.state_dict())
+            copy_companions(sources[0], temporary, sources[1:])
+            state = self.state_dict()
+            stored = stored_names(self.module_, state)
+            self.recipe_.save_weights(temporary / "model.safetensors", state, stored)
             write_text(temporary / "README.md", self.recipe_.to_card())
 
     def to_skorch(self, **kwargs: Any) -> Any:

@@ -115,7 +115,9 @@ class LearnedSoup(BaseSoup):
     task : {"classification", "regression", "multilabel"}, default="classification"
         What the outputs mean.
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default those of ``y`` sorted, if one per output, else 0, 1, ....
+        Labels in output order; by default the names in the module's config (``id2label`` of
+        transformers) where ``y`` is texts and it has names, else those of ``y`` sorted, if one per
+        output, else 0, 1, ....
     device : str or torch.device, default="auto"
         Where the module runs; "auto" is cuda, else mps, else cpu.
     random_state : int, RandomState or None, default=None

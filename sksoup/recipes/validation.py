@@ -238,7 +238,7 @@ def prepare_problem(
     dtype = module_dtype(module)
     row = to_inputs(map_inputs(lambda part: to_tensor(part[:1]).clone(), X), dtype, where)
     output, call = _probe(module, row, forward)
-    outputs = Outputs.of(output, y, task, classes, criterion, call)
+    outputs = Outputs.of(output, y, task, classes, criterion, call, module)
     targets = outputs.encode(y, dtype, where)
     is_streamed = not fits(X, where)
     inputs = to_inputs(X, dtype, torch.device("cpu") if is_streamed else where)

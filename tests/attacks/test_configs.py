@@ -19,7 +19,7 @@ from torch import nn
 
 from sksoup import CheckpointCollection, CheckpointError
 from sksoup.checkpoints import hub
-from sksoup.checkpoints.hub import copy_companions
+from sksoup.checkpoints.hub_companions import copy_companions
 
 transformers = pytest.importorskip("transformers")
 
@@ -293,9 +293,9 @@ def test_an_interruption_passes_through(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(transformers.BertModel, "__init__", interrupt)
-    collection = CheckpointCollection([write(tmp_path / "ft", BERT, {"w": torch.ones(40)})])
+    folder = write(tmp_path / "ft", BERT, {"w": torch.ones(40)})
     with pytest.raises(KeyboardInterrupt):
-        collection.build_module()
+        CheckpointCollection([folder]).build_module()
 
 
 def test_what_is_not_a_regular_file_is_not_read(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -58,3 +60,28 @@ class Other(torch.nn.Module):
 def test_another_architecture_is_still_another_architecture(zoo: Zoo):
     with pytest.raises(CheckpointError, match=r"Give the architecture they were saved from"):
         UniformSoup().fit(CheckpointCollection(zoo.checkpoints, module=Other), zoo.X, zoo.y)
+
+
+def build(width, *, depth):
+    return nn.Linear(width, depth)
+
+
+@pytest.mark.parametrize(
+    ("factory", "match"),
+    [
+        (nn.Linear, r"module=Linear needs arguments \(in_features, out_features\), expected a fac"),
+        (build, r"build needs arguments \(width, depth\).*module=lambda: build\(\.\.\.\).*partial"),
+        (partial(build, 3), r"needs arguments \(depth\)"),
+    ],
+)
+def test_factories_take_no_arguments(factory, match):
+    with pytest.raises(TypeError, match=match):
+        CheckpointCollection([{"w": torch.ones(1)}], module=factory)
+
+
+@pytest.mark.parametrize(
+    "factory", [partial(nn.Linear, 2, 3), lambda *rows, size=2, **more: nn.Linear(size, 3)]
+)
+def test_arguments_that_have_values_are_none_that_lack(factory):
+    collection = CheckpointCollection([nn.Linear(2, 3)], module=factory)
+    assert collection.build_module().in_features == 2

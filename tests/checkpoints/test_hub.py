@@ -73,6 +73,33 @@ def test_what_is_saved_loads_in_transformers(runs, data, tmp_path):
         soup.save_pretrained(tmp_path / "soup")
 
 
+def test_texts_are_matched_by_the_names_in_the_config(tmp_path):
+    """A config names its outputs in an order that is not the sorted one."""
+    torch.manual_seed(0)
+    names = ["world", "sports", "business", "science"]
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=16, id2label=dict(enumerate(names)),
+    )  # fmt: skip
+    for k, model in enumerate(around(transformers.BertForSequenceClassification(config), 2)):
+        model.save_pretrained(tmp_path / "runs" / f"ft{k}")
+    X = np.random.default_rng(0).integers(0, 50, size=(8, 6))
+    with torch.no_grad():
+        y = model.eval()(torch.as_tensor(X)).logits.argmax(dim=1).numpy()
+    collection = CheckpointCollection.from_path(tmp_path / "runs").select(["ft1"])
+    by_name = UniformSoup().fit(collection, X, np.array(names)[y])
+    assert by_name.score(X, np.array(names)[y]) == 1.0
+    assert by_name.classes_.tolist() == list(by_name.recipe_.classes) == names
+    by_number = UniformSoup().fit(collection, X, y)
+    assert by_number.classes_.tolist() == [0, 1, 2, 3]
+    assert list(by_number.recipe_.classes) == names
+    for soup in (by_name, by_number):
+        assert "in order: `world`, `sports`, `business`, `science`" in soup.recipe_.to_card()
+    assert by_number.predict_proba(X).argmax(axis=1).tolist() == y.tolist()
+    with pytest.raises(ValueError, match=r"'politics'\. Its config \(id2label\) has 'world', 'sp"):
+        UniformSoup().fit(collection, X, np.where(y == y[0], "politics", "sports"))
+
+
 def test_shards_are_read(runs, tmp_path):
     whole = CheckpointCollection.from_path(runs / "checkpoint-500")
     model = whole.build_module()

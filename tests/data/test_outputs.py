@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -83,3 +85,62 @@ def test_several_labels_are_signs():
     assert outputs.decode(logits).tolist() == [[0, 1], [1, 0]]
     assert outputs.score(y, outputs.decode(logits)) == 0.5
     torch.testing.assert_close(outputs.probabilities(logits), logits.sigmoid())
+
+
+def net(names):
+    """A module whose config names its outputs, as those of transformers."""
+    return SimpleNamespace(config=SimpleNamespace(id2label=names))
+
+
+REVIEWS = net({0: "positive", 1: "neutral", 2: "negative"})
+
+
+@pytest.mark.parametrize("kind", [None, object])
+def test_texts_are_matched_by_the_names_of_the_outputs(kind):
+    y = np.array(["negative", "positive", "negative"], dtype=kind)
+    outputs = Outputs.of(torch.zeros(1, 3), y, "classification", module=REVIEWS)
+    assert outputs.classes.tolist() == ["positive", "neutral", "negative"]
+    targets = outputs.encode(y, torch.float32, CPU)
+    assert targets.tolist() == [2, 0, 2]
+    assert outputs.decode(torch.eye(3)).tolist() == ["positive", "neutral", "negative"]
+    assert list(outputs.described) == ["positive", "neutral", "negative"]
+
+
+def test_classes_come_before_names_and_numbers_stay():
+    y = np.array(["negative", "neutral", "positive"])
+    order = ["neutral", "negative", "positive"]
+    outputs = Outputs.of(torch.zeros(1, 3), y, "classification", order, module=REVIEWS)
+    assert outputs.classes.tolist() == list(outputs.described) == order
+    numbers = Outputs.of(torch.zeros(1, 3), np.array([2, 0]), "classification", module=REVIEWS)
+    assert numbers.classes.tolist() == [0, 1, 2]
+    assert numbers.described == ("positive", "neutral", "negative")
+    others = Outputs.of(torch.zeros(1, 3), np.array([7, 5, 3]), "classification", module=REVIEWS)
+    assert list(others.described) == [3, 5, 7]
+    regression = Outputs.of(torch.zeros(1, 1), np.ones(3), "regression", module=REVIEWS)
+    assert regression.described == ()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"},  # made up
+        {0: "a", 1: "b"}, {0: "a", 1: "b", 3: "c"}, {0: "a", 1: "a", 2: "b"}, {0: 0, 1: 1, 2: 2},
+        {}, None, ["a", "b", "c"],
+    ],
+)  # fmt: skip
+def test_what_names_no_outputs_is_left_aside(names):
+    y = np.array(["x", "z", "y"])
+    outputs = Outputs.of(torch.zeros(1, 3), y, "classification", module=net(names))
+    assert outputs.classes.tolist() == ["x", "y", "z"]
+    numbers = Outputs.of(torch.zeros(1, 3), np.arange(3), "classification", module=net(names))
+    assert list(numbers.described) == [0, 1, 2]
+
+
+def test_labels_that_are_no_names_are_an_error_with_both():
+    y = np.array(["negative", "Positive", "meh"])
+    match = (
+        r"no names of the module's outputs: 'Positive', 'meh'\. Its config \(id2label\) has "
+        r"'positive', 'neutral', 'negative'\. Give y by these names, or .* classes="
+    )
+    with pytest.raises(ValueError, match=match):
+        Outputs.of(torch.zeros(1, 3), y, "classification", module=REVIEWS)

@@ -1,0 +1,274 @@
+"""Files of Hugging Face by the names of the module: transformers writes other names than it has.
+
+What ``from_pretrained`` renames and merges on loading, this does tensor by tensor, by the same
+table, and reads nothing beforehand.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from ..exceptions import CheckpointError
+from .architecture import ModuleSource, skeleton
+from .hub import HubModule, hub_folder
+from .in_memory import content_sha256
+from .prefixes import prefixes_of
+from .protocol import Checkpoint, Entry, Read, TensorInfo
+from .sources import open_checkpoint
+
+# characters of a name that is matched with patterns, in squared time; networks have about 100
+LONGEST = 500
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What transformers computes from some tensors of a file: experts merged, a matrix cut."""
+
+    transform: Any  # a WeightConverter
+    first: str  # the first of the tensors that it makes
+    sources: tuple[tuple[str, str], ...]  # each tensor in the file, and the pattern it matches
+
+    def run(self, read: Read, network: Any) -> dict[str, torch.Tensor]:
+        """The tensors that are made of what ``read`` gives."""
+        transform = copy.deepcopy(self.transform)  # it collects what it is given
+        for name, pattern in self.sources:
+            transform.add_tensor(self.first, name, pattern, read(name))
+        made = transform.convert(self.first, model=network, config=network.config)
+        return {n: value[0] if isinstance(value, list) else value for n, value in made.items()}
+
+
+Origin: TypeAlias = str | Conversion  # a name in the file, or what is computed from several
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the tensors of a module come from, behind a wrapper's prefix; shapes and dtypes."""
+
+    prefix: str
+    origins: Mapping[str, Origin]
+    header: Mapping[str, TensorInfo]
+
+
+class ConvertedCheckpoint(Checkpoint):
+    """A checkpoint whose tensors go by the names of a module; it is hashed as the file it is."""
+
+    def __init__(self, entry: Entry, plan: Plan, network: nn.Module) -> None:
+        self.entry = entry
+        self.header = plan.header
+        self.path, self.key = entry.checkpoint.path, entry.checkpoint.key
+        self._origins = plan.origins
+        self._is_computed = any(isinstance(origin, Conversion) for origin in self._origins.values())
+        self._network = network if self._is_computed else None
+
+    def __repr__(self) -> str:
+        return repr(self.entry)
+
+    @contextmanager
+    def open(self) -> Iterator[Read]:
+        """Read tensors by the module's names; what has to be computed is, at each read."""
+        with self.entry.checkpoint.open() as read_stored:
+
+            def stored(name: str) -> torch.Tensor:
+                return read_stored(self.entry.prefix + name)
+
+            def read(name: str) -> torch.Tensor:
+                origin = self._origins[name]
+                if isinstance(origin, str):
+                    return stored(origin)
+                return origin.run(stored, self._network)[name]
+
+            yield read
+
+    def identity(self) -> tuple[Any, ...]:
+        """That of the file; and the version of transformers, where that computes something."""
+        by = [sys.modules["transformers"].__version__] if self._is_computed else []
+        return (self.entry.prefix, *self.entry.checkpoint.identity(), "converted", *by)
+
+    def sha256(self, prefix: str = "") -> str:
+        """SHA-256 of the file; without any, of the names and values behind the prefix."""
+        if self.path is None:
+            return content_sha256(Entry(self, prefix))
+        return self.entry.checkpoint.sha256(self.entry.prefix)
+
+    def warm(self) -> None:
+        """Have the operating system read the file into its cache."""
+        self.entry.checkpoint.warm()
+
+    def held_tensors(self) -> Iterable[torch.Tensor]:
+        """The tensors that the checkpoint keeps in memory."""
+        return self.entry.checkpoint.held_tensors()
+
+
+def open_alike(path: Path, module: ModuleSource | None) -> Checkpoint:
+    """Open a file whose tensors go by the names of this module."""
+    (entry,) = convert_names([Entry(open_checkpoint(path))], module)
+    return entry.checkpoint
+
+
+def convert_names(entries: Sequence[Entry], module: ModuleSource | None) -> list[Entry]:
+    """Give tensors the module's names, where it is one of transformers and a file has others."""
+    entries = [unconverted(entry) for entry in entries]
+    network = _network(entries, module)
+    if network is None:
+        return entries
+    planned: dict[tuple[Any, ...], Plan | None] = {}  # most files of a collection are alike
+    converted = []
+    for entry in entries:
+        kind = _is_in_hub_folder(entry), entry.prefix, frozenset(entry.checkpoint.header.items())
+        if kind not in planned:
+            planned[kind] = _plan(entry, network, is_stored=kind[0])
+        plan = planned[kind]
+        if plan is None:
+            converted.append(entry)
+        else:
+            inner = Entry(entry.checkpoint, plan.prefix, entry.is_given)
+            converted.append(Entry(ConvertedCheckpoint(inner, plan, network)))
+    return converted
+
+
+def unconverted(entry: Entry) -> Entry:
+    """The same by the names of its file."""
+    found = entry.checkpoint
+    return found.entry if isinstance(found, ConvertedCheckpoint) else entry
+
+
+def stored_names(module: Any, weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """A module's weights as ``save_pretrained`` of transformers would write them."""
+    if _table(module) is None:
+        return weights
+    from transformers.core_model_loading import revert_weight_conversion
+
+    stored: Mapping[str, torch.Tensor] = revert_weight_conversion(module, dict(weights))
+    return stored
+
+
+def _network(entries: Sequence[Entry], module: ModuleSource | None) -> nn.Module | None:
+    """The module, on 'meta' if it is to be built, if it is a model that transformers converts."""
+    stored = next(filter(_is_in_hub_folder, entries), None)
+    # a factory is called only where what it builds may be such a model
+    if stored is None and not isinstance(module, nn.Module) and "transformers" not in sys.modules:
+        return None
+    network = skeleton(module)
+    if network is None and module is not None and stored is not None:
+        # from_pretrained, for one, builds nothing on 'meta'; the folder has the same names
+        path = stored.checkpoint.path or Path()
+        network = skeleton(HubModule(hub_folder(path) or path, path, stored.checkpoint.key))
+    return None if network is None or _table(network) is None else network
+
+
+def _table(network: nn.Module) -> Callable[..., list[Any]] | None:
+    """What gives transformers' own table of conversions, for a model of transformers only."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(network, transformers.PreTrainedModel):
+        return None
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:  # before version 5: names in files are those of modules
+        return None
+    table: Callable[..., list[Any]] = get_model_conversion_mapping
+    return table
+
+
+def _is_in_hub_folder(entry: Entry) -> bool:
+    path = entry.checkpoint.path
+    return path is not None and hub_folder(path) is not None
+
+
+def _plan(entry: Entry, network: nn.Module, is_stored: bool) -> Plan | None:
+    """How a checkpoint is converted, by its header; None where its names are the module's."""
+    wanted = network.state_dict().keys()
+    prefixes = [entry.prefix] if entry.is_given or entry.prefix else prefixes_of([*entry.header])
+    for prefix in prefixes:  # the first behind which all names become the module's
+        tried = Entry(entry.checkpoint, prefix)
+        renamed = _rename(tried.header, network)
+        if {new for new, *_ in renamed} <= wanted:
+            break
+    else:
+        tried = Entry(entry.checkpoint, entry.prefix)
+        renamed = _rename(tried.header, network)
+    if not is_stored and tried.header.keys() <= wanted:  # transformers did not write this file
+        return None
+    origins, computed = _origins(tried, network, renamed)
+    if (
+        not computed
+        and tried.prefix == entry.prefix
+        and {*origins.items()} == {(name, name) for name in tried.header}
+    ):
+        return None
+    header = {new: tried.header[name] for new, name in origins.items()}
+
+    def read_shape(name: str) -> torch.Tensor:
+        info = tried.header[name]
+        return torch.empty(info.shape, dtype=info.dtype, device="meta")
+
+    made: dict[str, Origin] = {}
+    for conversion in computed:
+        try:
+            values = conversion.run(read_shape, network)
+        except Exception as error:
+            names = [name for name, _ in conversion.sources]
+            raise CheckpointError(
+                f"{entry!r} can't be opened: transformers can't make {conversion.first!r} of "
+                f"{names[0]!r} ({len(names)} tensors): {error}. Save it again from transformers."
+            ) from error
+        made |= dict.fromkeys(values, conversion)
+        header |= {name: TensorInfo.of(value) for name, value in values.items()}
+    return Plan(tried.prefix, {**origins, **made}, header)
+
+
+def _rename(names: Iterable[str], network: Any) -> list[tuple[str, str, Any, str]]:
+    """For each name in a file: the module's, the name, its converter if any and the pattern."""
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    table = _table(network)
+    transforms = [] if table is None else table(network)  # anew: some remember what they have seen
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    state, base = network.state_dict(), network.base_model_prefix
+    renamed = []
+    for name in sorted(names, key=dot_natural_key):  # so that experts are in order
+        new, pattern = name, ""
+        if len(name) <= LONGEST:
+            new, matched = rename_source_key(name, renamings, converters, base, state)
+            pattern = matched or ""
+            if new not in state and name in state:  # it was the module's already
+                new, pattern = name, ""
+        renamed.append((new, name, by_pattern.get(pattern), pattern))
+    return renamed
+
+
+def _origins(
+    entry: Entry, network: nn.Module, renamed: Iterable[tuple[str, str, Any, str]]
+) -> tuple[dict[str, str], list[Conversion]]:
+    """Names in the file by those in the module, and what is computed from several."""
+    # what a module computes anew at every start, such as positions, older versions stored
+    unsaved = {name for name, _ in network.named_buffers()} - network.state_dict().keys()
+    origins: dict[str, str] = {}
+    collected: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
+    for new, name, converter, pattern in renamed:
+        if new in unsaved:
+            continue
+        if converter is not None:
+            collected.setdefault(new, (converter, []))[1].append((name, pattern))
+        elif origins.setdefault(new, name) != name:
+            raise CheckpointError(
+                f"{entry!r} can't be opened: {origins[new]!r} and {name!r} are both {new!r} in "
+                f"{type(network).__name__}. Save it again from transformers."
+            )
+    computed = [Conversion(by, new, tuple(found)) for new, (by, found) in collected.items()]
+    return origins, computed

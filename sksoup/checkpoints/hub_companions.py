@@ -1,0 +1,113 @@
+"""What lies beside the weights in a Hugging Face folder, copied to the soup's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..exceptions import CheckpointError
+from .read import TORCH_SUFFIXES
+from .texts import read_text
+
+# configuration, tokenizer, processor
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+NOT_COMPANIONS = ("*.index.json", "trainer_state.json", "history.json", "*results.json")
+MODULES = "modules.json"  # of sentence-transformers: further modules, each in a folder
+LIMIT = 1 << 20  # bytes of modules.json, which has a few lines
+WEIGHTS = (".safetensors", *TORCH_SUFFIXES)
+
+
+def copy_companions(source: Path, target: Path, others: Sequence[Path] = ()) -> None:
+    """Copy configuration, tokenizer and sentence-transformers' modules to another model folder.
+
+    Links may stay in the folder or lead to the blobs of the Hugging Face cache that it lies in
+    (models--x/snapshots/y/config.json -> ../../blobs/z). One that leads elsewhere is an error: the
+    file of another owner or purpose would be published with the soup. So are weights of a module
+    that are not the same in the ``others``, since they are not mixed.
+    """
+    source = source.resolve()
+    owned = [source]
+    if source.parent.name == "snapshots":
+        owned.append(source.parents[1] / "blobs")
+    found = {
+        path
+        for pattern in COMPANIONS
+        for path in source.glob(pattern)
+        if path.is_file() and not any(path.match(other) for other in NOT_COMPANIONS)
+    }
+    modules = list(_modules(source))
+    of_modules = [path for module in modules for path in _files(module)]
+    for path in [*found, *of_modules]:
+        if not any(path.resolve().is_relative_to(folder) for folder in owned):
+            raise CheckpointError(
+                f"{str(path)!r} can't be copied: it is a link to {str(path.resolve())!r}, outside "
+                f"its folder. Put the file itself in its place, or use save(path)."
+            )
+    _refuse_differing_weights(source, [p for p in of_modules if p.suffix in WEIGHTS], others)
+    for module in modules:  # an empty one, too: sentence-transformers looks for it
+        (target / module.relative_to(source)).mkdir(parents=True, exist_ok=True)
+    for path in [*found, *of_modules]:
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def _modules(source: Path) -> Iterator[Path]:
+    """The folders that modules.json names, such as 1_Pooling: those that are there."""
+    path = source / MODULES
+    if not path.is_file():
+        return
+    try:
+        listed: Any = json.loads(read_text(path, LIMIT))
+        names = [module["path"] for module in listed]
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("a 'path' that is no text")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{str(path)!r} can't be read: expected a list of modules, each with a 'path' "
+            f"({type(error).__name__}: {error}). Correct the file, or use save(path)."
+        ) from error
+    for name in dict.fromkeys(names):
+        folder = source / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(
+                f"{str(path)!r} names the module {name!r}, expected a folder beside it. Correct "
+                f"the file, or use save(path)."
+            )
+        if folder != source and folder.is_dir():
+            yield folder
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All regular files in a folder and below, by links to files but not to folders."""
+    for root, _, names in os.walk(folder):
+        yield from (path for name in sorted(names) if (path := Path(root, name)).is_file())
+
+
+def _refuse_differing_weights(source: Path, paths: Sequence[Path], others: Sequence[Path]) -> None:
+    """Weights of a module beside the network's are copied, so they have to be one for all."""
+    for path in paths:
+        name = path.relative_to(source)
+        for other in others:
+            if not _same_content(path, other / name):
+                raise CheckpointError(
+                    f"{str(path)!r} can't be copied: its weights are not mixed, and those in "
+                    f"{str(other)!r} differ. Use save(path) for the network's weights, and mix "
+                    f"this module's from the folders of its own ({str(name.parent)!r})."
+                )
+
+
+def _same_content(one: Path, other: Path) -> bool:
+    if not other.is_file() or one.stat().st_size != other.stat().st_size:
+        return False
+    with one.open("rb") as a, other.open("rb") as b:
+        while part := a.read(1 << 20):
+            if part != b.read(1 << 20):
+                return False
+    return True

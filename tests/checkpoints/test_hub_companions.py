@@ -1,0 +1,144 @@
+"""Folders of sentence-transformers, which hold further modules beside the network."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from sksoup import CheckpointCollection, CheckpointError, UniformSoup
+from sksoup.checkpoints.hub_companions import copy_companions
+
+from ..zoo import around
+
+transformers = pytest.importorskip("transformers")
+
+SENTENCE = "sentence_transformers.models."
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": f"{SENTENCE}Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{SENTENCE}Pooling"},
+    {"idx": 2, "name": "2", "path": "2_Dense", "type": f"{SENTENCE}Dense"},
+    {"idx": 3, "name": "3", "path": "3_Normalize", "type": f"{SENTENCE}Normalize"},
+]
+LISTING = [
+    "1_Pooling", "1_Pooling/config.json", "2_Dense", "2_Dense/config.json",
+    "2_Dense/model.safetensors", "3_Normalize", "config.json", "model.safetensors",
+    "modules.json", "sentence_bert_config.json",
+]  # fmt: skip
+
+
+def listing(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Three folders as sentence-transformers saves them, with weights beside the network's."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, max_position_embeddings=8,
+    )  # fmt: skip
+    root = tmp_path / "runs"
+    for k, model in enumerate(around(transformers.BertModel(config), 3)):
+        folder = root / f"ft{k}"
+        model.save_pretrained(folder)
+        (folder / "modules.json").write_text(json.dumps(MODULES))
+        (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 8}')
+        for module in MODULES[1:]:
+            (folder / module["path"]).mkdir()
+        (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}')
+        (folder / "2_Dense" / "config.json").write_text("{}")
+        (folder / "2_Dense" / "model.safetensors").write_bytes(b"the same in all")
+        (folder / "notes").mkdir()
+        (folder / "notes" / "config.json").write_text("{}")  # no module
+    return root
+
+
+def fit(runs):
+    paths = [runs / f"ft{k}" for k in range(3)]
+    return UniformSoup(forward=lambda module, X: module(**X).pooler_output).fit(
+        CheckpointCollection(paths), {"input_ids": np.arange(8).reshape(2, 4)}, [0, 1]
+    )
+
+
+def test_a_folder_of_sentence_transformers_comes_out_whole(runs, tmp_path):
+    fit(runs).save_pretrained(tmp_path / "soup")
+    assert listing(tmp_path / "soup") == sorted([*LISTING, "README.md"])
+
+
+def test_sentence_transformers_opens_it(tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    torch.manual_seed(0)
+    from .test_hub import encoder_folder
+
+    model = library.SentenceTransformer(str(encoder_folder()), device="cpu")
+    model.save_pretrained(str(tmp_path / "ft"))
+    soup = UniformSoup(forward=lambda module, X: module(**X).pooler_output).fit(
+        CheckpointCollection([tmp_path / "ft"]), {"input_ids": np.arange(8).reshape(2, 4)}, [0, 1]
+    )
+    soup.save_pretrained(tmp_path / "soup")
+    assert listing(tmp_path / "soup") == listing(tmp_path / "ft")
+    opened = library.SentenceTransformer(str(tmp_path / "soup"), device="cpu")
+    text = ["a sentence about soups"]
+    np.testing.assert_array_equal(opened.encode(text), model.encode(text))
+
+
+def test_weights_that_are_not_mixed_have_to_be_the_same(runs, tmp_path):
+    soup = fit(runs)
+    for change in (b"others in this", b"the same in aLL"):
+        (runs / "ft1" / "2_Dense" / "model.safetensors").write_bytes(change)
+        with pytest.raises(CheckpointError, match=r"2_Dense.* its weights are not mixed, and tho"):
+            soup.save_pretrained(tmp_path / "soup")
+    shutil.rmtree(runs / "ft1" / "2_Dense")
+    with pytest.raises(CheckpointError, match="its weights are not mixed"):
+        soup.save_pretrained(tmp_path / "soup")
+    assert not (tmp_path / "soup").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("{", r"modules\.json' can't be read: expected a list of modules"),
+        ("3", "can't be read: expected a list of modules"),
+        ('["1_Pooling"]', "can't be read: expected a list of modules"),
+        ('[{"name": "0"}]', r"can't be read: .*KeyError: 'path'"),
+        ('[{"path": 3}]', "can't be read: .* no text"),
+        ("[" * 100_000, "can't be read"),
+        ('[{"path": "../ft1"}]', r"names the module '\.\./ft1', expected a folder beside it"),
+        ('[{"path": "/etc"}]', "names the module '/etc', expected a folder beside it"),
+        (" " * (1 << 21), "larger than 1,048,576 bytes"),
+    ],
+)
+def test_a_listing_that_can_not_be_read_is_named(content, match, runs, tmp_path):
+    (runs / "ft0" / "modules.json").write_text(content)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match=match):
+        copy_companions(runs / "ft0", tmp_path / "out")
+    assert not listing(tmp_path / "out")
+
+
+def test_links_in_a_module_stay_in_the_folder(runs, tmp_path):
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "key").write_text("secret")
+    (tmp_path / "out").mkdir()
+    inner = runs / "ft0" / "1_Pooling" / "config.json"
+    inner.unlink()
+    inner.symlink_to(secret / "key")
+    with pytest.raises(
+        CheckpointError, match=r"1_Pooling/config\.json' can't be copied: it is a l"
+    ):
+        copy_companions(runs / "ft0", tmp_path / "out")
+    inner.unlink()
+    inner.symlink_to("../1_Pooling")  # to itself, and so on for ever
+    (runs / "ft0" / "1_Pooling" / "more").symlink_to(secret)
+    copy_companions(runs / "ft0", tmp_path / "out")
+    assert "1_Pooling/more" not in listing(tmp_path / "out")
+    shutil.rmtree(runs / "ft0" / "1_Pooling")
+    (runs / "ft0" / "1_Pooling").symlink_to(secret)
+    with pytest.raises(CheckpointError, match=r"1_Pooling/key' can't be copied: it is a link"):
+        copy_companions(runs / "ft0", tmp_path / "out")
