@@ -13,19 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.folders import read_metadata
-from ..checkpoints.shards import INDEX
-from ..checkpoints.texts import read_text
-from ..checkpoints.write import write_safetensors, write_text
-from ..exceptions import CheckpointError, RecipeError
+from ..checkpoints.write import write_text
 from .card import model_card
-from .document import MOST_BYTES, check_header, read_document, write_document
+from .document import check_header, read_document, write_document
+from .files import METADATA_KEY, read_recipe, write_soup
 from .ingredients import Ingredient, select_ingredients
 from .layers import check_layers
 from .mix import mix, mix_into
-from .verification import Verification, digest_of_tensors, verify
-
-METADATA_KEY = "sksoup"
+from .verification import Verification, verify
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +191,8 @@ class Recipe:
         Parameters
         ----------
         path : str or path-like
-            Where `save`, ``soup.save``, ``soup.save_pretrained`` or ``cook(out=...)`` wrote it.
+            Where `save`, ``soup.save``, ``soup.save_pretrained`` or ``cook(out=...)`` wrote it. For
+            ``soup.pt`` and the like, ``soup.recipe.json`` beside it is read.
 
         Returns
         -------
@@ -210,26 +206,7 @@ class Recipe:
         CheckpointError
             The file can't be read.
         """
-        where = Path(path)
-        is_text = where.suffix != ".safetensors" and not where.name.endswith(INDEX)
-        if is_text and not where.is_dir():
-            try:
-                text = read_text(where, MOST_BYTES)
-            except CheckpointError as error:
-                if not isinstance(error.__cause__, UnicodeDecodeError):
-                    raise
-                raise RecipeError(
-                    f"{str(where)!r} holds no sksoup recipe: expected a .safetensors file or a "
-                    f"folder that sksoup wrote, or a .json file."
-                ) from error
-        elif (found := read_metadata(where).get(METADATA_KEY)) is not None:
-            text = found
-        else:
-            raise RecipeError(
-                f"{str(where)!r} holds weights but no sksoup recipe. Only files written by "
-                f"soup.save contain one."
-            )
-        return cls.from_json(text, repr(str(where)))
+        return cls.from_json(read_recipe(Path(path)), repr(os.fspath(path)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe alone, as JSON, atomically.
@@ -249,12 +226,14 @@ class Recipe:
     def save_weights(
         self, path: str | os.PathLike[str], weights: Mapping[str, torch.Tensor]
     ) -> None:
-        """Write weights with this recipe and their SHA-256 in the file's metadata, atomically.
+        """Write weights, with this recipe and their SHA-256 in it or beside it, atomically.
 
         Parameters
         ----------
         path : str or path-like
-            A ``.safetensors`` file.
+            A ``.safetensors`` file, with the recipe in its metadata; or a ``.pt``, ``.pth``,
+            ``.bin`` or ``.ckpt`` file: a plain state dict of ``torch.save``, with the recipe beside
+            it (``soup.pt`` and ``soup.recipe.json``).
         weights : mapping of str to Tensor
             The soup.
 
@@ -263,14 +242,11 @@ class Recipe:
         ValueError
             Another suffix.
         RecipeError
-            As `to_json`, or the header of the file would be larger than 100 MB.
+            As `to_json`, or the header of a .safetensors file would be larger than 100 MB.
+        OSError
+            The disk is full, or the like. What was there before is left, both files of it.
         """
-        where = Path(path)
-        if where.suffix != ".safetensors":
-            raise ValueError(f"{str(where)!r} must end in '.safetensors', got {where.suffix!r}.")
-        text = replace(self, weights_sha256=digest_of_tensors(weights)).to_json()
-        check_header(text, weights)
-        write_safetensors(where, weights, {METADATA_KEY: text, "format": "pt"})
+        write_soup(Path(path), self, weights)
 
     def is_used(self) -> NDArray[np.bool_]:
         """Return which checkpoints have a coefficient other than 0.
