@@ -57,6 +57,10 @@ class Recipe:
         of a soup fills it in; in a folder of shards, whose recipe is written before the tensors,
         it is None. Recipes that differ in it alone are equal.
 
+    held_out : tuple of (float, int) or None, default=None
+        Score of the soup on the held-out rows that it was selected by, and their number; None
+        where no recipe measured it.
+
     Notes
     -----
     Stored as JSON in the metadata of the soup's ``.safetensors`` file, or as a ``.json`` file.
@@ -91,6 +95,7 @@ class Recipe:
     versions: dict[str, str] = field(default_factory=dict)
     classes: tuple[Any, ...] = ()
     weights_sha256: str | None = None
+    held_out: tuple[float, int] | None = None
 
     @classmethod
     def record(
@@ -359,15 +364,21 @@ class Recipe:
         """
         return verify(self, weights, _collection(checkpoints))
 
-    def to_card(self) -> str:
+    def to_card(self, checkpoints: CheckpointCollection | None = None) -> str:
         """Describe the soup in words, as a Hugging Face–style model card.
+
+        Parameters
+        ----------
+        checkpoints : CheckpointCollection or None, default=None
+            The ingredients, for the card of a Hugging Face folder: what their ``config.json`` and
+            cards agree on (base model, licence, task, labels) is added, and how to load it.
 
         Returns
         -------
         card : str
-            Markdown with YAML front matter. Names of checkpoints are escaped.
+            Markdown with YAML front matter. Names and all other texts are escaped.
         """
-        return model_card(self)
+        return model_card(self, checkpoints)
 
 
 def _collection(checkpoints: CheckpointCollection | Any) -> CheckpointCollection:

@@ -141,7 +141,7 @@ class ExportMixin:
         with new_folder(Path(folder)) as temporary:
             copy_companions(source, temporary)
             self.recipe_.save_weights(temporary / "model.safetensors", self.state_dict())
-            write_text(temporary / "README.md", self.recipe_.to_card())
+            write_text(temporary / "README.md", self.recipe_.to_card(self.checkpoints_))
 
     def to_skorch(self, **kwargs: Any) -> Any:
         """Give a skorch net with the soup's weights, initialised: to train on, or to hand over.
