@@ -21,7 +21,7 @@ from . import __version__
 from .checkpoints.collection import CheckpointCollection
 from .checkpoints.prefixes import PREFIXES
 from .checkpoints.protocol import Read
-from .checkpoints.sources import SUFFIXES, find_checkpoints
+from .checkpoints.sources import SUFFIXES
 from .exceptions import CheckpointError, RecipeError
 from .mixing.recipe import Recipe
 from .tables import printable
@@ -76,12 +76,16 @@ def _parser() -> argparse.ArgumentParser:
         if first is not None:
             command.add_argument("recipe", metavar=first, help="where the recipe is")
         command.add_argument(
-            "sources", metavar="PATH", nargs="+", help="a folder, quoted pattern, or file"
+            "sources", metavar="PATH", nargs="+", help="a folder, a sweep, quoted pattern, or file"
         )
         command.add_argument("--key", help="which state dict of containers that hold several")
         command.add_argument(
             "--prefix", help="take only names that begin with this, and leave it out"
         )
+        command.add_argument(
+            "--which", choices=("best", "last", "all"),
+            help="which checkpoint of each run (default: best of a sweep's, all of one run)",
+        )  # fmt: skip
         command.add_argument("--json", action="store_true", help="print JSON, errors too")
         if run in (_average, _cook):
             where = "a .safetensors file; or a new folder, for models larger than memory"
@@ -199,11 +203,11 @@ def _opened(
     options: argparse.Namespace, recipe: Recipe | None = None
 ) -> Iterator[CheckpointCollection]:
     """Open the checkpoints, with a progress bar on a terminal (and nothing elsewhere)."""
-    found = [path for source in options.sources for path in find_checkpoints(source)]
-    paths = list({path.resolve(): path for path in found}.values())  # none counts twice
     keys = set() if recipe is None else {one.key for one in recipe.ingredients}
     key = keys.pop() if options.key is None and len(keys) == 1 else options.key
-    collection = _Watched(paths, key=key, prefix=options.prefix)
+    collection = _Watched.from_path(
+        options.sources, which=options.which, key=key, prefix=options.prefix
+    )
     total = len(collection) * collection.nbytes
     with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         collection.report = bar.update

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from sksoup import CheckpointCollection, MEHLSoup, Recipe, mix
 from sksoup.__main__ import main
 
+from .checkpoints.runs import write_lightning
 from .zoo import Net, Zoo, make_states, same_tensors
 
 
@@ -286,3 +287,19 @@ def test_a_full_disk_is_said_with_what_to_do(runs, tmp_path, out):
     assert done.returncode == 2, done.stderr
     assert "Make room" in json.loads(done.stdout)["error"]
     assert not list(tmp_path.glob("*x*"))
+
+
+def test_sweeps(tmp_path, capsys):
+    for k in range(3):
+        write_lightning(tmp_path / "study" / f"trial_{k}", [0.5, 0.25, 0.75])
+    run("inspect", tmp_path / "study", "--json")
+    document = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in document["checkpoints"]] == ["trial_0", "trial_1", "trial_2"]
+    run("average", tmp_path / "study", "-o", tmp_path / "best.safetensors")
+    run("average", tmp_path / "study", "--which", "last", "-o", tmp_path / "last.safetensors")
+    best, last = (load_file(tmp_path / f"{name}.safetensors") for name in ("best", "last"))
+    assert torch.equal(best["w"] + 1, last["w"])  # of the epochs 1 and 2
+    run("cook", tmp_path / "best.safetensors", tmp_path / "study", "-o", tmp_path / "c.safetensors")
+    capsys.readouterr()
+    run("inspect", tmp_path / "styde", status=2)
+    assert "the nearest name there is 'study'" in capsys.readouterr().err

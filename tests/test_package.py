@@ -119,7 +119,9 @@ def test_no_prints_no_asserts_one_opener_of_files(name):
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert ("print" in called) == (name == "__main__")  # the command line alone speaks
-    if name.split(".")[0] != "checkpoints" and name != "runtime.entries":  # a file each, for the cache
+    if (
+        name.split(".")[0] != "checkpoints" and name != "runtime.entries"
+    ):  # a file each, for the cache
         assert not called & {"torch.load", "torch.save", "safe_open", "save_file", "load", "save"}
     assert not {"pickle.load", "pickle.loads", "joblib.load"} & called
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -26,9 +26,11 @@ from .health import Health
 from .in_memory import content_sha256
 from .prefixes import drop_prefixes, fit_names, take_prefix
 from .protocol import Entry, Read, TensorInfo
+from .records import recorded_scores
 from .relations import Relations
 from .sources import default_names, find_checkpoints, open_source
 from .survey import reasons, survey, usable
+from .sweeps import Which
 from .write import write_safetensors
 
 __all__ = ["CheckpointCollection"]
@@ -135,37 +137,59 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         self.layout: dict[str, TensorInfo] = common_layout(self._entries)
         self.scores = check_scores(scores, self.names)
         self.health = Health()
+        self._taken = ""  # which checkpoints of runs these are, in words
 
     @classmethod
     def from_path(
         cls,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
         *,
+        which: Which | None = None,
         module: ModuleSource | None = None,
-        scores: Mapping[str, float] | None = None,
+        scores: Mapping[str, float] | Literal["recorded"] | None = None,
         key: str | None = None,
         prefix: str | None = None,
     ) -> Self:
-        """Open the checkpoints of a folder or a glob pattern, in natural order.
+        """Open the checkpoints of a folder, a sweep or a glob pattern, in natural order.
 
         Parameters
         ----------
-        path : str or path-like
+        path : str, path-like, or an iterable of them
             A folder (all checkpoints in it: files, sharded ones once, Hugging Face and skorch
-            folders), a glob pattern (``"runs/**/*.safetensors"``, ``"runs/checkpoint-*"``), or
-            one file or Hugging Face folder.
-        module, scores, key, prefix
+            folders), a sweep (a folder of runs, up to two folders down, as transformers' Trainer
+            and Lightning leave them), a glob pattern (``"runs/**/*.safetensors"``,
+            ``"runs/checkpoint-*"``), or one file or Hugging Face folder. ``~`` is your home.
+        which : {"best", "last", "all"} or None, default=None
+            Which of several checkpoints of one run: of one training, that is a folder with
+            ``checkpoint-N`` folders, ``.ckpt`` files, or files named after an epoch, a step,
+            ``best`` or ``last``. "best" is what ``trainer_state.json``, Lightning's
+            ModelCheckpoint or the file's name calls so, else the last. By default the best of
+            each run of a sweep, and all of a path that is one run. The repr says what was taken,
+            and a line of the logger ``sksoup`` (level INFO) names them.
+        module, key, prefix
             As in the constructor.
+        scores : mapping of str to float, "recorded" or None, default=None
+            As in the constructor; "recorded" takes those that the training wrote into
+            ``trainer_state.json`` or its ``.ckpt`` files, negated where smaller is better.
 
         Returns
         -------
         collection : CheckpointCollection
-            Ordered so that ``ft2`` comes before ``ft10``.
+            Ordered so that ``ft2`` comes before ``ft10``. Where runs are told apart, names are
+            those of their folders.
 
         Raises
         ------
         CheckpointError
-            Nothing matches; a folder is a checkpoint and holds more; or as in the constructor.
+            Nothing is found; a folder is a checkpoint and holds more; recorded scores are missing,
+            of several metrics, or it is not written whether greater is better; or as in the
+            constructor.
+
+        Notes
+        -----
+        The model that a Trainer saves in the run's folder in the end counts as its last
+        checkpoint, unless its best is known; with "all" it is left out, as a copy of one of them.
+        Checkpoints of one step count once.
 
         Examples
         --------
@@ -174,8 +198,19 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         ...
         sksoup.exceptions.CheckpointError: No checkpoints found at 'no/such/folder/*.pt': ...
         """
-        found = find_checkpoints(path)
-        return cls(found, module=module, scores=scores, key=key, prefix=prefix)
+        if isinstance(scores, str) and scores != "recorded":
+            raise ValueError(f"scores={scores!r} is unknown: expected a mapping or 'recorded'.")
+        found = find_checkpoints(path, which)
+        known = None if isinstance(scores, str) else scores
+        collection = cls(
+            found.paths, module=module, names=found.names, scores=known, key=key, prefix=prefix
+        )
+        if isinstance(scores, str):
+            taken = [(p, run.record) for p, run in zip(found.paths, found.runs, strict=True)]
+            numbers = dict(zip(collection.names, recorded_scores(taken), strict=True))
+            collection.scores = check_scores(numbers, collection.names)
+        collection._taken = found.taken
+        return collection
 
     def __getitem__(self, name: str) -> dict[str, torch.Tensor]:
         with self.open(name) as read:
@@ -201,10 +236,11 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
 
     def __repr__(self) -> str:
         files = sum(self.path(name) is not None for name in self)
+        taken = f": {self._taken}" if self._taken else ""
         where = {len(self): "on disk", 0: "in memory"}.get(files, f"{files} on disk")
         return (
             f"CheckpointCollection({len(self)} checkpoint{'s' * (len(self) > 1)}, "
-            f"{len(self.layout)} tensors, {self.nbytes:,} bytes each, {where})"
+            f"{len(self.layout)} tensors, {self.nbytes:,} bytes each, {where}{taken})"
         )
 
     @property
@@ -461,7 +497,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     def _with(self, entries: dict[str, Entry]) -> Self:
         """The same with these checkpoints, which take their scores along."""
         part = copy.copy(self)
-        part.names, part._entries = tuple(entries), entries
+        part.names, part._entries, part._taken = tuple(entries), entries, ""
         part.layout = common_layout(entries)
         if self.scores is not None:
             known = {name: score for name, score in self.scores.items() if name in entries}

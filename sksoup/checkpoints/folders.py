@@ -40,29 +40,18 @@ def find_weights(folder: Path) -> Path | None:
     return found if is_skorch or any((folder / mark).is_file() for mark in marks) else None
 
 
-def list_weights(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    """All checkpoints in a folder (files, sharded ones once, and folders), or the one it is."""
+def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """The files of weights that lie in a folder, sharded ones once, by their index."""
     paths = [path for path in folder.iterdir() if not path.name.startswith(MARK)]
     indices = [path for path in paths if path.name.endswith(INDEX)]
     shards = {folder / name for index in indices for name in set(weight_map(index).values())}
-    files = [
-        path
-        for path in paths
-        if path.suffix in suffixes
-        and path.is_file()
-        and path not in shards
-        and not NOT_WEIGHTS.fullmatch(path.name)
-    ]
-    folders = [path for path in paths if path.is_dir() and find_weights(path)]
-    if find_weights(folder):
-        if not folders:
-            return [folder]
-        raise CheckpointError(
-            f"{str(folder)!r} is a checkpoint and holds {len(folders)} more, such as "
-            f"{folders[0].name!r}: say which, by a list of paths or a pattern like "
-            f"{str(folder / 'checkpoint-*')!r}."
-        )
-    return [*files, *indices, *folders]
+    files = [path for path in paths if is_weights(path, suffixes) and path not in shards]
+    return [*files, *indices]
+
+
+def is_weights(path: Path, suffixes: Collection[str]) -> bool:
+    """Whether a path is a file that may hold weights: not what training loops leave beside them."""
+    return path.suffix in suffixes and path.is_file() and not NOT_WEIGHTS.fullmatch(path.name)
 
 
 def weights_of(folder: Path) -> Path:

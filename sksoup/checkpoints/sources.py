@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from ..exceptions import CheckpointError
-from .folders import FOLDER_WEIGHTS, list_weights, weights_of
+from .folders import FOLDER_WEIGHTS, is_weights, weights_of
 from .in_memory import MemoryCheckpoint
+from .not_found import nothing_at
 from .protocol import Checkpoint, Entry
 from .read import SafetensorsFile
-from .shards import ShardedCheckpoint
+from .shards import INDEX, ShardedCheckpoint
+from .sweeps import Run, Which, alone, by_folder, find_runs, natural_key
 from .torch_files import TorchFile
+
+logger = logging.getLogger("sksoup")
 
 # the formats of files: the first that accepts a file opens it
 KINDS = (ShardedCheckpoint, SafetensorsFile, TorchFile)
@@ -55,7 +60,7 @@ def _entry(item: Any, index: int, key: str | None) -> Entry:
             return item
         return Entry(open_checkpoint(found.path, key))
     if isinstance(item, (str, os.PathLike)):
-        return Entry(open_checkpoint(Path(item).absolute(), key))
+        return Entry(open_checkpoint(Path(os.path.expanduser(item)).absolute(), key))
     if isinstance(trained := getattr(item, "module_", None), nn.Module):  # a fitted skorch net
         item = trained
     if isinstance(item, nn.Module):
@@ -68,26 +73,98 @@ def _entry(item: Any, index: int, key: str | None) -> Entry:
     )
 
 
-def find_checkpoints(path: str | os.PathLike[str]) -> list[Path]:
-    """The checkpoints of a folder or a pattern, or a file, in natural order."""
-    root = Path(path)
+@dataclass(frozen=True)
+class Found:
+    """Checkpoints that paths lead to, and what was chosen."""
+
+    paths: list[Path]
+    names: list[str] | None  # where those of the files would not tell the runs
+    runs: list[Run]  # of each path
+    taken: str  # in words; empty where there was nothing to choose
+
+
+def find_checkpoints(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], which: Which | None = None
+) -> Found:
+    """The checkpoints of folders, sweeps, patterns and files, each once, in natural order."""
+    if which not in (None, *get_args(Which)):
+        raise ValueError(f"which={which!r} is unknown: expected 'best', 'last', 'all' or None.")
+    given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    if not given:
+        raise CheckpointError("No checkpoints: expected at least one path or pattern.")
+    runs = [run for path in given for run in _runs_at(path, which)]
+    several = [run for run in runs if not run.is_alone]
+    n_folders = sum(run.folder.is_dir() for run in runs)
+    which = which or ("best" if n_folders > 1 else "all")
+    chosen: dict[str, tuple[Path, str, Run]] = {}
+    for run, name in zip(runs, unique_names([_folder_of(run) for run in runs]), strict=True):
+        found = run.take(which)
+        ends = unique_names(found) if len(found) > 1 else ("",)
+        for path, end in zip(found, ends, strict=True):
+            label = f"{name}/{end}" if end else name
+            chosen.setdefault(os.path.realpath(path), (path, label, run))
+    taken = [*chosen.values()]
+    said = _in_words(several, which)
+    if said:
+        listed = ", ".join(str(path) for path, _, _ in taken)
+        logger.info("Took %s: %s", said, listed)
+    return Found(
+        [path for path, _, _ in taken],
+        [label for _, label, _ in taken] if several and len(runs) > 1 else None,
+        [run for _, _, run in taken],
+        said,
+    )
+
+
+def _runs_at(path: str | os.PathLike[str], which: Which | None) -> list[Run]:
+    """What is at one path, or matches one pattern."""
+    full = os.path.expanduser(path)
+    root = Path(full)
     if root.is_dir():
-        found = list_weights(root, SUFFIXES)
-    elif root.is_file():
-        found = [root]
+        runs = list(find_runs(root, SUFFIXES))
+    elif root.exists():
+        runs = alone([root])
     else:
-        found = [Path(p) for p in glob.glob(os.fspath(path), recursive=True)]
-    if not found:
-        raise CheckpointError(
-            f"No checkpoints found at {os.fspath(path)!r}: expected a folder with "
-            f"{', '.join(SUFFIXES)} files, a pattern that matches some, or a file."
-        )
-    return sorted(found, key=natural_key)
+        runs = []
+        for match in sorted(map(Path, glob.glob(full, recursive=True)), key=natural_key):
+            if match.is_dir():
+                runs += find_runs(match, SUFFIXES)
+            elif is_weights(match, SUFFIXES) or match.name.endswith(INDEX):
+                runs += alone([match])
+        if which in ("best", "last"):
+            runs = by_folder(runs)
+    if not runs:
+        raise nothing_at(os.fspath(path), SUFFIXES)
+    return runs
+
+
+def _in_words(runs: Sequence[Run], which: Which) -> str:
+    """What was taken of the runs that have several checkpoints."""
+    if not runs:
+        return ""
+    n = len(runs)
+    of = f"each of {n} runs" if n > 1 else "one run"
+    said = f"{'all' if which == 'all' else f'the {which}'} of {of}"
+    if which == "best" and (untold := sum(run.best is None for run in runs)):
+        said += f", the last of {untold} in which none is recorded as best"
+    if which == "all" and any(run.has_final for run in runs):
+        said += ", without the final model beside them"
+    return said
+
+
+def _folder_of(run: Run) -> Path:
+    """The folder that names a run."""
+    is_lightning = not run.is_alone and run.folder.name == "checkpoints"
+    return (run.folder.parent if is_lightning else run.folder).absolute()
 
 
 def default_names(entries: Sequence[Entry]) -> tuple[str, ...]:
-    """File stems; with suffixes, then folders, where these repeat; checkpoint0, ... in memory."""
-    paths = [entry.checkpoint.path for entry in entries]
+    """Names of checkpoints by their paths; checkpoint0, ... in memory."""
+    return unique_names([entry.checkpoint.path for entry in entries])
+
+
+def unique_names(paths: Sequence[Path | None]) -> tuple[str, ...]:
+    """File stems; with suffixes, then folders, where these repeat; checkpoint0, ... for None."""
     for depth in range(1, max((len(path.parts) for path in paths if path), default=1) + 1):
         for suffix in (False, True):
             names = tuple(
@@ -106,9 +183,3 @@ def _stem(path: Path, depth: int, suffix: bool) -> str:
         path = path.parent
     last = path.name if suffix or path.is_dir() else path.stem
     return "/".join([*path.parent.parts[1:], last][-depth:])
-
-
-def natural_key(path: Path) -> list[tuple[int, int, str]]:
-    """Sort digits by value: ft2 before ft10."""
-    parts = re.split(r"(\d+)", path.as_posix())
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]

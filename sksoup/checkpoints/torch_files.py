@@ -16,7 +16,7 @@ from ..exceptions import CheckpointError
 from .in_memory import check_state_dict
 from .pickles import check_pickles
 from .protocol import Read, TensorInfo
-from .read import TORCH_SUFFIXES, CheckpointFile
+from .read import TORCH_SUFFIXES, CheckpointFile, file_identity, naming
 
 REPEATED = 100  # how often the numbers in a file may occur in its tensors
 # modules whose names a pickle has no harmless use for, also by their names in Python 2
@@ -55,14 +55,32 @@ _ONE_AT_A_TIME = threading.Lock()  # torch has one list of safe globals for all 
 
 
 def _load_torch(path: Path, device: str, key: str | None) -> dict[str, torch.Tensor]:
+    """The state dict of a file, on a device."""
+    return check_state_dict(_unwrap(_load(path, device), key, repr(str(path))), repr(str(path)))
+
+
+def read_container(path: Path) -> Mapping[str, Any]:
+    """All that a training container holds, tensors as maps of the file; legacy pickles are empty.
+
+    What is in it is as the file has it: of any type, with placeholders for foreign classes.
+    """
+    file_identity(path)
+    if not zipfile.is_zipfile(path):
+        return {}
+    with naming(path):
+        check_pickles(path)
+        found = _load(path, "cpu")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _load(path: Path, device: str) -> Any:
     """Load with ``weights_only``; harmless foreign classes become inert placeholders."""
     is_zip = zipfile.is_zipfile(path)  # torch's format since 1.6; only its classes can be listed
     with _ONE_AT_A_TIME:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
         inert: list[Any] = [(_placeholder(name), name) for name in foreign if _is_harmless(name)]
         with torch.serialization.safe_globals(inert), _without_a_warning_of_the_protocol():
-            state = torch.load(path, map_location=device, mmap=is_zip or None, weights_only=True)
-    return check_state_dict(_unwrap(state, key, repr(str(path))), repr(str(path)))
+            return torch.load(path, map_location=device, mmap=is_zip or None, weights_only=True)
 
 
 @contextmanager

@@ -76,6 +76,22 @@ def write_safetensors(
         save_file(whole, temporary, metadata=dict(metadata or {}))
 
 
+def write_torch(path: Path, tensors: Mapping[str, torch.Tensor], beside: Path, text: str) -> None:
+    """Write a plain state dict by torch.save, and a text beside it: both are whole, or neither."""
+    with _replacing(path) as temporary, _replacing(beside) as temporary_text:
+        temporary_text.write_text(text, encoding="utf-8")
+        # a view would take the whole tensor that it is a part of with it
+        whole = {
+            name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+            for name, tensor in tensors.items()
+        }
+        try:
+            with temporary.open("wb") as file:
+                torch.save(whole, file)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"torch.save could not write {str(path)!r}: {error}") from error
+
+
 def write_shards(
     folder: Path,
     infos: Mapping[str, TensorInfo],

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from ..checkpoints.collection import CheckpointCollection
 from ..tables import Table, printable
+from .origins import Origin, common_origin
 
-FRONT_MATTER = """\
----
-tags:
-- model-soup
-- merge
-- sksoup
----
-"""
+TAGS = ("model-soup", "merge", "sksoup")
 REBUILD = """\
-The exact coefficients are in the file's metadata. With the ingredients at hand, rebuild and \
-compare the weights bit for bit:
+The exact coefficients are in the file's metadata, or in the `.recipe.json` beside it. With the \
+ingredients at hand, rebuild and compare the weights bit for bit:
 
 ```
 python -m sksoup verify FILE FOLDER_OF_INGREDIENTS
@@ -26,8 +23,36 @@ python -m sksoup verify FILE FOLDER_OF_INGREDIENTS
 """
 
 
-def model_card(recipe: Any) -> str:
-    """A recipe in words, as a Hugging Face–style model card; texts from the recipe are escaped."""
+LOAD = """\
+```python
+from transformers import {name}
+
+model = {name}.from_pretrained("FOLDER")  # or the name of its repository
+model.eval()
+```
+"""
+LOAD_FILE = """\
+```python
+from safetensors.torch import load_file
+
+model = build_model()  # your class, as for the ingredients
+model.load_state_dict(load_file("FILE"))  # of a .pt file: torch.load("FILE", weights_only=True)
+model.eval()
+```
+"""
+
+
+def model_card(recipe: Any, checkpoints: CheckpointCollection | None = None) -> str:
+    """A recipe in words, as a Hugging Face–style model card; all texts from outside are escaped.
+
+    With the ingredients it is that of a Hugging Face folder, and has what their folders agree on.
+    """
+    used = [
+        one for one, is_used in zip(recipe.ingredients, recipe.is_used(), strict=True) if is_used
+    ]
+    origin = Origin()
+    if checkpoints is not None:
+        origin = common_origin(_folder(checkpoints, one.name) for one in used)
     mean = recipe.coef.mean(axis=0)
     rows = [
         (_plain(one.name), f"{c:.4f}", _score(recipe.scores.get(one.name)), _code(one.sha256))
@@ -38,7 +63,7 @@ def model_card(recipe: Any) -> str:
     layers = f"mean over {n_layers} layers" if n_layers > 1 else "of the network"
     header = ("ingredient", f"coefficient ({layers})", "held-out score", "SHA-256")
     parts = [
-        FRONT_MATTER,
+        _front_matter(origin, is_folder=checkpoints is not None),
         f"# {_plain(recipe.method)} of {len(rows)} checkpoint{'s' * (len(rows) > 1)}\n",
         f"One network mixed from {len(rows)} of {len(recipe.ingredients)} checkpoints that were "
         f"fine-tuned from one start, by {_code(recipe.method)} of sksoup: its weights are "
@@ -46,6 +71,14 @@ def model_card(recipe: Any) -> str:
         f"any one of them.\n",
         Table(header, rows, left=(0, 3)).to_markdown() + "\n",
     ]
+    if recipe.held_out is not None:
+        score, n = recipe.held_out
+        parts.append(
+            f"It scores {score:.4f} on {n:,} held-out rows. The soup was selected by this "
+            f"score, so that it is optimistic: expect less on new rows.\n"
+        )
+    if origin.labels:
+        parts.append(f"Labels: {', '.join(map(_code, origin.labels))}.\n")
     if recipe.classes:
         labels = ", ".join(_code(str(label)) for label in recipe.classes)
         parts.append(f"Outputs, in order: {labels}.\n")
@@ -53,12 +86,33 @@ def model_card(recipe: Any) -> str:
         parts.append(f"Multiply the logits by {recipe.temperature:.6g} for probabilities.\n")
     if recipe.recalibrated:
         parts.append(f"{len(recipe.recalibrated)} tensors were re-estimated from data.\n")
+    name = origin.architecture or "AutoModel"
     parts += [
+        LOAD_FILE if checkpoints is None else LOAD.format(name=name),
         REBUILD,
         f"Parameters: {_listed(recipe.params)}.\n",
         f"Versions: {_listed(recipe.versions)}.\n",
     ]
     return "\n".join(parts)
+
+
+def _folder(checkpoints: CheckpointCollection, name: str) -> Path | None:
+    """The folder of an ingredient."""
+    path = checkpoints.path(name) if name in checkpoints else None
+    return path if path is None or path.is_dir() else path.parent
+
+
+def _front_matter(origin: Origin, is_folder: bool) -> str:
+    """What the hub reads, as YAML: values are JSON texts in ASCII, which can't break out of it."""
+    values: dict[str, Any] = {
+        "base_model": origin.base_model,
+        "library_name": "transformers" if is_folder else None,
+        "pipeline_tag": origin.task,
+        "license": origin.licence,
+        "tags": list(TAGS),
+    }
+    lines = [f"{name}: {json.dumps(value)}" for name, value in values.items() if value]
+    return "\n".join(["---", *lines, "---", ""])
 
 
 def _plain(text: str) -> str:

@@ -164,6 +164,7 @@ def _fields(document: dict[str, Any]) -> dict[str, Any]:
         "recalibrated": _statistics(document.get("recalibrated", []), layers),
         "versions": {name: _text(v, f"versions[{short(name)}]") for name, v in versions.items()},
         "classes": _labels(document.get("classes", [])),
+        "held_out": _held_out(document.get("held_out")),
         "weights_sha256": None if digest is None else _sha256(digest, "weights_sha256"),
     }
 
@@ -252,6 +253,15 @@ def _positive(value: Any, what: str) -> float:
     if _number(value, what) <= 0:
         raise ValueError(f"{what} is {short(value)}, expected a number above 0.")
     return float(value)
+
+
+def _held_out(value: Any) -> tuple[float, int] | None:
+    if value is None:
+        return None
+    score, n = _list(value, "held_out")
+    if type(n) is not int or n < 1:
+        raise ValueError(f"held_out has {short(n)} rows, expected a number above 0.")
+    return float(_number(score, "held_out")), n
 
 
 def _sha256(value: Any, what: str) -> str:

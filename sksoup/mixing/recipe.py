@@ -13,19 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.folders import read_metadata
-from ..checkpoints.shards import INDEX
-from ..checkpoints.texts import read_text
-from ..checkpoints.write import write_safetensors, write_text
-from ..exceptions import CheckpointError, RecipeError
+from ..checkpoints.write import write_text
 from .card import model_card
-from .document import MOST_BYTES, check_header, read_document, write_document
+from .document import check_header, read_document, write_document
+from .files import METADATA_KEY, read_recipe, write_soup
 from .ingredients import Ingredient, select_ingredients
 from .layers import check_layers
 from .mix import mix, mix_into
-from .verification import Verification, digest_of_tensors, verify
-
-METADATA_KEY = "sksoup"
+from .verification import Verification, verify
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +58,10 @@ class Recipe:
         of a soup fills it in; in a folder of shards, whose recipe is written before the tensors,
         it is None. Recipes that differ in it alone are equal.
 
+    held_out : tuple of (float, int) or None, default=None
+        Score of the soup on the held-out rows that it was selected by, and their number; None
+        where no recipe measured it.
+
     Notes
     -----
     Stored as JSON in the metadata of the soup's ``.safetensors`` file, or as a ``.json`` file.
@@ -97,6 +96,7 @@ class Recipe:
     versions: dict[str, str] = field(default_factory=dict)
     classes: tuple[Any, ...] = ()
     weights_sha256: str | None = None
+    held_out: tuple[float, int] | None = None
 
     @classmethod
     def record(
@@ -197,7 +197,8 @@ class Recipe:
         Parameters
         ----------
         path : str or path-like
-            Where `save`, ``soup.save``, ``soup.save_pretrained`` or ``cook(out=...)`` wrote it.
+            Where `save`, ``soup.save``, ``soup.save_pretrained`` or ``cook(out=...)`` wrote it. For
+            ``soup.pt`` and the like, ``soup.recipe.json`` beside it is read.
 
         Returns
         -------
@@ -211,26 +212,7 @@ class Recipe:
         CheckpointError
             The file can't be read.
         """
-        where = Path(path)
-        is_text = where.suffix != ".safetensors" and not where.name.endswith(INDEX)
-        if is_text and not where.is_dir():
-            try:
-                text = read_text(where, MOST_BYTES)
-            except CheckpointError as error:
-                if not isinstance(error.__cause__, UnicodeDecodeError):
-                    raise
-                raise RecipeError(
-                    f"{str(where)!r} holds no sksoup recipe: expected a .safetensors file or a "
-                    f"folder that sksoup wrote, or a .json file."
-                ) from error
-        elif (found := read_metadata(where).get(METADATA_KEY)) is not None:
-            text = found
-        else:
-            raise RecipeError(
-                f"{str(where)!r} holds weights but no sksoup recipe. Only files written by "
-                f"soup.save contain one."
-            )
-        return cls.from_json(text, repr(str(where)))
+        return cls.from_json(read_recipe(Path(path)), repr(os.fspath(path)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe alone, as JSON, atomically.
@@ -253,12 +235,14 @@ class Recipe:
         weights: Mapping[str, torch.Tensor],
         stored: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Write weights with this recipe and their SHA-256 in the file's metadata, atomically.
+        """Write weights, with this recipe and their SHA-256 in it or beside it, atomically.
 
         Parameters
         ----------
         path : str or path-like
-            A ``.safetensors`` file.
+            A ``.safetensors`` file, with the recipe in its metadata; or a ``.pt``, ``.pth``,
+            ``.bin`` or ``.ckpt`` file: a plain state dict of ``torch.save``, with the recipe beside
+            it (``soup.pt`` and ``soup.recipe.json``).
         weights : mapping of str to Tensor
             The soup, by the recipe's names, of which the SHA-256 is taken.
         stored : mapping of str to Tensor or None, default=None
@@ -269,15 +253,11 @@ class Recipe:
         ValueError
             Another suffix.
         RecipeError
-            As `to_json`, or the header of the file would be larger than 100 MB.
+            As `to_json`, or the header of a .safetensors file would be larger than 100 MB.
+        OSError
+            The disk is full, or the like. What was there before is left, both files of it.
         """
-        where = Path(path)
-        if where.suffix != ".safetensors":
-            raise ValueError(f"{str(where)!r} must end in '.safetensors', got {where.suffix!r}.")
-        text = replace(self, weights_sha256=digest_of_tensors(weights)).to_json()
-        written = weights if stored is None else stored
-        check_header(text, written)
-        write_safetensors(where, written, {METADATA_KEY: text, "format": "pt"})
+        write_soup(Path(path), self, weights, stored)
 
     def is_used(self) -> NDArray[np.bool_]:
         """Return which checkpoints have a coefficient other than 0.
@@ -390,15 +370,21 @@ class Recipe:
         """
         return verify(self, weights, _collection(checkpoints))
 
-    def to_card(self) -> str:
+    def to_card(self, checkpoints: CheckpointCollection | None = None) -> str:
         """Describe the soup in words, as a Hugging Face–style model card.
+
+        Parameters
+        ----------
+        checkpoints : CheckpointCollection or None, default=None
+            The ingredients, for the card of a Hugging Face folder: what their ``config.json`` and
+            cards agree on (base model, licence, task, labels) is added, and how to load it.
 
         Returns
         -------
         card : str
-            Markdown with YAML front matter. Names of checkpoints are escaped.
+            Markdown with YAML front matter. Names and all other texts are escaped.
         """
-        return model_card(self)
+        return model_card(self, checkpoints)
 
 
 def _collection(checkpoints: CheckpointCollection | Any) -> CheckpointCollection:

@@ -283,7 +283,7 @@ class BaseSoup(
         self.history_ = found.history
         self.counts_ = problem.objective.counts
         if self._has_recipe:
-            self._keep_soup(problem, coef)
+            self._keep_soup(problem, coef, self._held_out(problem, found))
         if found.decided is not None:
             evaluate, decided = found.decided
             self._warn_of_rounding(self._score_of(problem, best, evaluate), decided)
@@ -349,7 +349,18 @@ class BaseSoup(
         settles = self.batch_norm != "average" and np.count_nonzero(coef.any(axis=0)) > 1
         self.recalibrated_ = settle(problem, self.batch_norm, self.batch_size) if settles else ()
 
-    def _keep_soup(self, problem: Problem, coef: NDArray[np.float64]) -> None:
+    def _held_out(self, problem: Problem, found: Found) -> tuple[float, int] | None:
+        """The soup's score on the rows that it was selected by, and their number, if measured."""
+        if found.rivals:
+            return float(max(self.held_out_scores_.values())), len(problem.evaluate.data)
+        if found.decided is not None:
+            evaluate, score = found.decided
+            return float(score), len(evaluate.data)
+        return None
+
+    def _keep_soup(
+        self, problem: Problem, coef: NDArray[np.float64], held_out: tuple[float, int] | None
+    ) -> None:
         collection = problem.checkpoints
         self._warn_of_strangers(collection, self.ingredients_)
         if (coef < 0).any():
@@ -368,6 +379,7 @@ class BaseSoup(
             recalibrated=self.recalibrated_,
             versions=dict(versions()),
             classes=_labels(self.outputs_.described),
+            held_out=held_out,
         )
 
     def _forget(self) -> None:

@@ -20,6 +20,7 @@ from ..checkpoints.write import new_folder, write_text
 from ..data.outputs import Task
 from ..displays.report import render
 from ..exceptions import CheckpointError
+from ..mixing.files import check_suffix
 from ..mixing.mix import cast
 from ..mixing.recipe import Recipe
 from ..runtime.distributed import rank
@@ -51,14 +52,16 @@ class ExportMixin:
         }
 
     def save(self, path: str | os.PathLike[str], card: bool = False) -> None:
-        """Write weights and recipe to one ``.safetensors`` file, atomically.
+        """Write weights and recipe, atomically.
 
         Parameters
         ----------
         path : str or path-like
-            Ends in ``.safetensors``; an existing file is replaced, by the whole new one or not at
-            all. ``Recipe.load(path).cook(checkpoints)`` rebuilds the weights. In a distributed job
-            rank 0 writes, and the others do not wait.
+            Ends in ``.safetensors``: one file with both. Or in ``.pt``, ``.pth``, ``.bin`` or
+            ``.ckpt``: a plain state dict, as ``torch.save(module.state_dict(), path)`` writes it,
+            with the recipe beside it, as ``soup.recipe.json`` for ``soup.pt``. What exists is
+            replaced, by all of the new or not at all. ``Recipe.load(path).cook(checkpoints)``
+            rebuilds the weights. In a distributed job rank 0 writes, and the others do not wait.
         card : bool, default=False
             Whether to write a model card beside it, with the suffix ``.md``.
 
@@ -66,8 +69,17 @@ class ExportMixin:
         ------
         ValueError
             Another suffix.
+        OSError
+            No such folder, no room, no permission.
+
+        Notes
+        -----
+        Two files can't take their places in one step: they are written whole under other names,
+        then the recipe is renamed, then the weights. If the computer stops in between, the
+        SHA-256 in the recipe is not that of the weights, which ``Recipe.verify`` shows.
         """
         check_is_fitted(self, "coef_")
+        check_suffix(Path(path))
         if rank():
             return
         self.recipe_.save_weights(Path(path), self.state_dict())
@@ -141,7 +153,7 @@ class ExportMixin:
             state = self.state_dict()
             stored = stored_names(self.module_, state)
             self.recipe_.save_weights(temporary / "model.safetensors", state, stored)
-            write_text(temporary / "README.md", self.recipe_.to_card())
+            write_text(temporary / "README.md", self.recipe_.to_card(self.checkpoints_))
 
     def to_skorch(self, **kwargs: Any) -> Any:
         """Give a skorch net with the soup's weights, initialised: to train on, or to hand over.

@@ -21,6 +21,8 @@ from sksoup.checkpoints.prefixes import CHAIN, _prefixes
 from sksoup.checkpoints.read import SafetensorsFile
 from sksoup.checkpoints.torch_files import TorchFile
 
+from ..checkpoints.runs import write_lightning
+
 
 class Counted(tuple):
     """Prefixes that can be looked through a few times only."""
@@ -370,3 +372,44 @@ def test_an_interrupt_while_reading_is_no_damaged_file(tmp_path, monkeypatch, ki
     monkeypatch.setattr(kind, "_open", lambda self: nullcontext(get))
     with pytest.raises(KeyboardInterrupt):
         collection["a"]
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_no_file_of_a_sweep_runs_code_while_one_is_chosen(tmp_path):
+    """The records of all files of a run are read, also of those that are not taken."""
+    evil = {"global_step": 9, "callbacks": {"ModelCheckpoint{}": Evil(tmp_path / "made")}}
+    for run in ("a", "b"):
+        write_lightning(tmp_path / "study" / run, [0.5, 0.25])
+        torch.save(evil, tmp_path / "study" / run / "epoch=9.ckpt")
+    with pytest.raises(CheckpointError, match=r"epoch=9\.ckpt' can't be read: it holds more than"):
+        CheckpointCollection.from_path(tmp_path / "study")
+    assert not (tmp_path / "made").exists()
+
+
+def test_records_of_odd_types_name_no_best(tmp_path):
+    """What a container holds has any type; a path in it is used by its last part only."""
+    key = "ModelCheckpoint{'monitor': 'x', 'mode': 'min'}"
+    odd = [
+        7, {key: 7}, {key: {"monitor": "x", "best_model_path": 7, "best_k_models": [1]}},
+        {key: {"monitor": "x", "best_model_path": "../../../secret.ckpt"}},
+        {key: {"monitor": "x", "best_k_models": {7: 1, "p": torch.zeros(3), "q": "low"}}},
+    ]  # fmt: skip
+    for k, callbacks in enumerate(odd):
+        for run in ("a", "b"):
+            folder = tmp_path / f"study{k}" / run
+            folder.mkdir(parents=True)
+            for step in (1, 2):
+                container = {"global_step": step, "callbacks": callbacks,
+                             "state_dict": {"w": torch.ones(2)}}  # fmt: skip
+                torch.save(container, folder / f"step={step}.ckpt")
+        found = CheckpointCollection.from_path(tmp_path / f"study{k}")
+        assert [found.path(name).name for name in found] == ["step=2.ckpt"] * 2

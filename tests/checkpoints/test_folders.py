@@ -41,11 +41,12 @@ def test_what_training_loops_leave_beside_the_weights_is_left_out(tmp_path):
 
 
 def test_a_folder_that_is_a_checkpoint_and_holds_more_must_be_told(tmp_path):
-    for folder in (tmp_path, tmp_path / "checkpoint-5"):
+    for folder in (tmp_path, tmp_path / "other"):
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text("{}")
         save_file(make_states(1, seed=0)[0], folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"holds 1 more, such as 'checkpoint-5': say which"):
+    with pytest.raises(CheckpointError, match=r"holds 1 more, such as 'other': say which"):
         CheckpointCollection.from_path(tmp_path)
-    found = CheckpointCollection.from_path(tmp_path / "checkpoint-*", module=Net)
-    assert found.names == ("checkpoint-5",)
+    # both remedies
+    assert len(CheckpointCollection([tmp_path], module=Net)) == 1
+    assert CheckpointCollection.from_path(f"{tmp_path}/*/", module=Net).names == ("other",)

@@ -65,7 +65,7 @@ def test_what_is_saved_loads_in_transformers(runs, data, tmp_path):
         assert torch.equal(loaded(tokens).logits, soup.module_(tokens).logits)
     recipe = Recipe.load(tmp_path / "soup")
     assert recipe.verify(tmp_path / "soup", CheckpointCollection.from_path(runs)).ok
-    assert recipe.to_card() == (tmp_path / "soup" / "README.md").read_text()
+    assert recipe.to_card(soup.checkpoints_) == (tmp_path / "soup" / "README.md").read_text()
     # and is itself a checkpoint
     again = CheckpointCollection([tmp_path / "soup"])
     assert same_tensors(again["soup"], {n: soup.state_dict()[n] for n in again.layout})

@@ -34,9 +34,11 @@ def test_shards_are_one_checkpoint(index):
     for path in (index, index.parent):
         loaded = read_all(path)
         assert all(torch.equal(loaded[name], STATE[name]) for name in STATE)
-    assert sources.find_checkpoints(index.parent) == [index.parent]
+    assert sources.find_checkpoints(index.parent).paths == [index.parent]
     other = index.rename(index.with_name(f"other.{index.name}"))
-    assert sources.find_checkpoints(index.parent) == [other]  # its shards once, by their index
+    assert sources.find_checkpoints(index.parent).paths == [
+        other
+    ]  # its shards once, by their index
     index = other.rename(index)
     first = sources.open_checkpoint(index).sha256()
     shard = next(index.parent.glob("model-00001*"))

@@ -53,9 +53,15 @@ def test_saving_over_a_soup_is_atomic(files, zoo: Zoo, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["soup.safetensors", "zoo"]
 
 
-def test_the_suffix_says_the_format(files, zoo: Zoo, tmp_path):
-    with pytest.raises(ValueError, match=r"must end in '\.safetensors', got '\.pt'"):
-        UniformSoup().fit(files, zoo.X, zoo.y).save(tmp_path / "soup.pt")
+def test_the_suffix_says_the_format(files, zoo: Zoo, tmp_path, monkeypatch):
+    soup = UniformSoup().fit(files, zoo.X, zoo.y)
+    monkeypatch.setattr(UniformSoup, "state_dict", None)  # before any work
+    with pytest.raises(
+        ValueError, match=r"end in \.safetensors, \.pt, \.pth, \.bin or \.ckpt, got '\.h5'"
+    ):
+        soup.save(tmp_path / "soup.h5")
+    with pytest.raises(ValueError, match=r"got ''"):
+        soup.save(tmp_path / "soup")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,162 @@
+"""What training loops write about their checkpoints: which is best, and how each one scored."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import torch
+
+from ..exceptions import CheckpointError
+from .texts import read_text
+from .torch_files import read_container
+
+TRAINER_STATE = "trainer_state.json"  # of transformers
+MOST_BYTES = 2**26  # a log of a million evaluations
+LOSS = "eval_loss"  # what Trainer always evaluates
+REMEDY = "Give them: scores={name: score, ...}, greater is better; or none, and soups score."
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is written about the checkpoints of one run, which go by their file names."""
+
+    best: str | None = None
+    metrics: Mapping[str, int] = field(default_factory=dict)  # of the best: 1, -1, or 0 if untold
+    values: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by name, by metric
+    steps: Mapping[str, int] = field(default_factory=dict)
+
+
+def read_trainer(state: Path, folder: str) -> Record:
+    """The record in a ``trainer_state.json``; ``folder`` is the run's, with its final model."""
+    if not state.is_file():
+        return Record()
+    try:
+        found = json.loads(read_text(state, MOST_BYTES))
+        log = [entry for entry in found.get("log_history") or () if isinstance(entry, dict)]
+    except CheckpointError:
+        raise
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{str(state)!r} can't be read: it is not what transformers' Trainer writes "
+            f"({type(error).__name__}). Remove it, and the last checkpoint is taken."
+        ) from error
+    values: dict[str, dict[str, float]] = {}
+    for entry in log:
+        at = values.setdefault(f"checkpoint-{entry.get('step')}", {})
+        numbers = ((str(name), _number(value)) for name, value in entry.items())
+        at.update({n: v for n, v in numbers if n.startswith("eval_") and v is not None})
+    step, last = found.get("best_global_step"), found.get("global_step")
+    best = _file_name(found.get("best_model_checkpoint"))
+    if best is None and isinstance(step, int):
+        best = f"checkpoint-{step}"
+    end = f"checkpoint-{last}"
+    if best in (None, end):  # else the final model may be of the best step, or of the last
+        values[folder] = values.get(end, {})
+    score = _number(found.get("best_metric"))
+    of_best = values.get(best or "", {})
+    metrics = {name: _direction(name, v, values) for name, v in of_best.items() if v == score}
+    return Record(best, metrics, values)
+
+
+def _direction(metric: str, best: float, values: Mapping[str, Mapping[str, float]]) -> int:
+    """Which way a metric is better: Trainer tells only which of its values it called best."""
+    seen = [of[metric] for of in values.values() if metric in of]
+    is_most, is_least = best >= max(seen), best <= min(seen)
+    return is_most - is_least if is_most != is_least else 0
+
+
+def read_lightning(files: Sequence[Path]) -> Record:
+    """The record that Lightning's ModelCheckpoint leaves in each container of a run."""
+    found = {path.name: read_container(path) for path in files if path.suffix == ".ckpt"}
+    steps = {
+        name: step
+        for name, container in found.items()
+        if isinstance(step := container.get("global_step"), int)
+    }
+    best, metrics = None, {}
+    values: dict[str, dict[str, float]] = {name: {} for name in steps}
+    for name in sorted(steps, key=lambda name: steps[name]):  # the last one is right
+        monitor, mode, state = _model_checkpoint(found[name])
+        if monitor is None:
+            continue
+        best = _file_name(state.get("best_model_path"))
+        metrics = {monitor: {"min": -1, "max": 1}.get(mode, 0)}
+        kept = state.get("best_k_models")
+        for path, value in kept.items() if isinstance(kept, Mapping) else ():
+            if (number := _number(value)) is not None and (file := _file_name(path)) is not None:
+                values.setdefault(file, {})[monitor] = number
+    for name, step in steps.items():  # last.ckpt has the weights of another file
+        values[name] = values[name] or next(
+            (values[other] for other, at in steps.items() if at == step and values[other]), {}
+        )
+    return Record(best, metrics, values, steps)
+
+
+def recorded_scores(taken: Sequence[tuple[Path, Record]]) -> list[float]:
+    """The score of every checkpoint by one metric, greater is better; an error says why not."""
+    named = [set(record.metrics) for _, record in taken if record.metrics]
+    metrics = sorted(set.intersection(*named)) if named else [LOSS]
+    if not metrics:
+        listed = sorted(set.union(*named))
+        raise _no_scores(f"runs have their best by different metrics, {', '.join(listed[:5])}")
+    found = {metric: _scores_by(metric, taken) for metric in metrics}
+    if len({tuple(scores) for scores in found.values()}) > 1:
+        raise _no_scores(f"the best may be the best by {' or '.join(metrics[:5])}, which differ")
+    return found[metrics[0]]
+
+
+def _scores_by(metric: str, taken: Sequence[tuple[Path, Record]]) -> list[float]:
+    values = [record.values.get(path.name, {}).get(metric) for path, record in taken]
+    without = [str(path) for (path, _), value in zip(taken, values, strict=True) if value is None]
+    if without:
+        raise _no_scores(
+            f"{len(without)} of {len(taken)} checkpoints have no {metric!r}, such as "
+            f"{without[0]!r}. It is looked for in trainer_state.json, at the checkpoint's step, "
+            f"and in what Lightning's ModelCheckpoint(monitor=...) keeps in each .ckpt file"
+        )
+    signs = {record.metrics.get(metric, 0) for _, record in taken} - {0}
+    if not signs and metric.endswith("loss"):  # as Trainer decides where it is not told
+        signs = {-1}
+    if len(signs) != 1:
+        raise _no_scores(f"whether a greater {metric!r} is better is not written down")
+    sign = signs.pop()
+    return [sign * value for value in values if value is not None]
+
+
+def _no_scores(why: str) -> CheckpointError:
+    return CheckpointError(f"scores='recorded' can't be used: {why}. {REMEDY}")
+
+
+def _model_checkpoint(container: Mapping[str, Any]) -> tuple[str | None, str, Mapping[str, Any]]:
+    """What the first ModelCheckpoint that monitors something keeps: monitor, mode, state."""
+    callbacks = container.get("callbacks")
+    for key, state in callbacks.items() if isinstance(callbacks, Mapping) else ():
+        if str(key).startswith("ModelCheckpoint") and isinstance(state, Mapping):
+            mode = re.search(r"'mode': '(min|max)'", str(key))
+            if isinstance(monitor := state.get("monitor"), str):
+                return monitor, mode[1] if mode else "", state
+    return None, "", {}
+
+
+def _file_name(path: Any) -> str | None:
+    """The last part of a path of this or another machine: sweeps are moved."""
+    return PureWindowsPath(path).name or None if isinstance(path, str) else None
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, also of a tensor that holds one; None for all else."""
+    if isinstance(value, torch.Tensor):
+        value = value.item() if value.numel() == 1 else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None

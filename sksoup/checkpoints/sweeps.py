@@ -1,0 +1,141 @@
+"""Folders of training runs: where the runs are, and which checkpoints of each are taken."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from ..exceptions import CheckpointError
+from .folders import find_weights, list_files
+from .records import TRAINER_STATE, Record, read_lightning, read_trainer
+
+Which: TypeAlias = Literal["best", "last", "all"]
+
+DEPTH = 2  # folders between a sweep and its runs
+STEP = re.compile(r"checkpoint-\d+")  # a folder of Trainer
+# folders of Lightning, which count for nothing in the depth
+LIGHTNING = re.compile(r"lightning_logs|version_\d+|checkpoints")
+# files of one training, not of several
+TIMED = re.compile(r"(?i)(?<![a-z])(epoch|step|iter|iteration|last|latest|best|final)(?![a-z])")
+NAMED_BEST = re.compile(r"(?i)(?<![a-z])best(?![a-z])")
+NAMED_LAST = re.compile(r"(?i)(?<![a-z])(last|latest|final)(?![a-z])")
+
+
+def natural_key(path: Path) -> list[tuple[int, int, str]]:
+    """Sort digits by value: ft2 before ft10."""
+    parts = re.split(r"(\d+)", path.as_posix())
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder with the checkpoints of one training, or a checkpoint that stands alone."""
+
+    folder: Path
+    checkpoints: Sequence[Path]
+    is_alone: bool = False
+
+    @cached_property
+    def record(self) -> Record:
+        """What the training loop wrote about these checkpoints."""
+        if steps := self._steps:
+            states = (max(steps, key=natural_key) / TRAINER_STATE, self.folder / TRAINER_STATE)
+            state = next((path for path in states if path.is_file()), states[0])
+            return read_trainer(state, self.folder.name)
+        if self.is_alone and self.folder.is_dir():
+            return read_trainer(self.folder / TRAINER_STATE, self.folder.name)
+        return read_lightning(self.checkpoints)
+
+    @property
+    def _steps(self) -> list[Path]:
+        """The folders of Trainer."""
+        return [path for path in self.checkpoints if STEP.fullmatch(path.name)]
+
+    @cached_property
+    def ordered(self) -> list[Path]:
+        """The checkpoints by time, each step once."""
+        steps = {} if self._steps else self.record.steps
+
+        def time(path: Path) -> tuple[int, bool, list[tuple[int, int, str]]]:
+            return (
+                steps.get(path.name, -1), bool(NAMED_LAST.search(path.stem)), natural_key(path)
+            )  # fmt: skip
+
+        found: dict[object, Path] = {}
+        for path in sorted(self.checkpoints, key=time):
+            found.setdefault(steps.get(path.name, path.resolve()), path)
+        return list(found.values())
+
+    @cached_property
+    def best(self) -> Path | None:
+        """The checkpoint that the record, else a file's name, calls best; None if none does."""
+        named = [path for path in self.ordered if path.name == self.record.best]
+        named += [path for path in self.ordered if NAMED_BEST.search(path.stem)]
+        return named[0] if named else None
+
+    def take(self, which: Which) -> list[Path]:
+        """The checkpoints that are asked for."""
+        if self.is_alone:
+            return list(self.checkpoints)
+        if which == "all":
+            return self.ordered
+        if which == "best" and self.best is not None:
+            return [self.best]
+        # what Trainer saved in the end; where it loaded its best, that is not the last
+        is_last = self.record.best not in {path.name for path in self.checkpoints}
+        return [self.folder] if self.has_final and is_last else self.ordered[-1:]
+
+    @property
+    def has_final(self) -> bool:
+        """Whether the folder is a checkpoint itself, beside those in it."""
+        return not self.is_alone and find_weights(self.folder) is not None
+
+
+def find_runs(
+    folder: Path, suffixes: Collection[str], depth: int = DEPTH, lightning: int = DEPTH + 1
+) -> Iterator[Run]:
+    """The runs in a folder, and the checkpoints that stand alone, in natural order."""
+    inner = [path for path in folder.iterdir() if path.is_dir() and path.name[:1] != "."]
+    inner.sort(key=natural_key)
+    steps = [path for path in inner if STEP.fullmatch(path.name) and find_weights(path)]
+    if find_weights(folder):
+        if more := [path for path in inner if path not in steps and find_weights(path)]:
+            raise CheckpointError(
+                f"{str(folder)!r} is a checkpoint and holds {len(more)} more, such as "
+                f"{more[0].name!r}: say which. CheckpointCollection([{str(folder)!r}]) opens that "
+                f"alone, and from_path({os.path.join(folder, '*', '')!r}) those in it."
+            )
+        yield Run(folder, steps or [folder], is_alone=not steps)
+        return
+    files = sorted(list_files(folder, suffixes), key=natural_key)
+    if files or steps:
+        found = sorted([*files, *filter(find_weights, inner)], key=natural_key)
+        if steps or any(path.suffix == ".ckpt" or TIMED.search(path.stem) for path in files):
+            yield Run(folder, found)
+        else:
+            yield from alone(found)
+        return
+    for path in inner:
+        is_lightning = LIGHTNING.fullmatch(path.name) is not None
+        left = depth - (not is_lightning), lightning - is_lightning
+        if min(left) >= 0:
+            yield from find_runs(path, suffixes, *left)
+
+
+def alone(paths: Iterable[Path]) -> list[Run]:
+    """Checkpoints that stand alone."""
+    return [Run(path, [path], is_alone=True) for path in paths]
+
+
+def by_folder(runs: Sequence[Run]) -> list[Run]:
+    """The same, where files in one folder, and steps of Trainer, are of one run."""
+    found: dict[Path, list[Path]] = {}
+    for run in runs:
+        is_part = run.is_alone and (run.folder.is_file() or STEP.fullmatch(run.folder.name))
+        found.setdefault(run.folder.parent if is_part else run.folder, []).extend(run.checkpoints)
+    return [Run(folder, paths, paths == [folder]) for folder, paths in found.items()]

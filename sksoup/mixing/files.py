@@ -1,0 +1,83 @@
+"""Where a recipe lies: in the metadata of a soup's file, beside it, or alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints.folders import read_metadata
+from ..checkpoints.read import TORCH_SUFFIXES
+from ..checkpoints.shards import INDEX
+from ..checkpoints.texts import read_text
+from ..checkpoints.write import write_safetensors, write_torch
+from ..exceptions import CheckpointError, RecipeError
+from .document import MOST_BYTES, check_header
+from .verification import digest_of_tensors
+
+METADATA_KEY = "sksoup"
+SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+
+
+def check_suffix(path: Path) -> None:
+    """Refuse the name of a file that no soup can be written to."""
+    if path.suffix not in SUFFIXES:
+        raise ValueError(
+            f"{str(path)!r} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, got "
+            f"{path.suffix!r}."
+        )
+
+
+def beside(path: Path) -> Path:
+    """The recipe of a file of torch.save, which has no metadata: soup.pt -> soup.recipe.json."""
+    return path.with_suffix(".recipe.json")
+
+
+def write_soup(
+    path: Path,
+    recipe: Any,
+    weights: Mapping[str, torch.Tensor],
+    stored: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write weights, and the recipe with their SHA-256 in the same file, or beside it.
+
+    ``stored`` are the weights by the names that whatever reads the file expects.
+    """
+    check_suffix(path)
+    text = replace(recipe, weights_sha256=digest_of_tensors(weights)).to_json()
+    written = weights if stored is None else stored
+    if path.suffix == ".safetensors":
+        check_header(text, written)
+        write_safetensors(path, written, {METADATA_KEY: text, "format": "pt"})
+    else:
+        write_torch(path, written, beside(path), text)
+
+
+def read_recipe(path: Path) -> str:
+    """The text of the recipe of a soup's file or folder, or of a .json file."""
+    if path.suffix in TORCH_SUFFIXES and not path.is_dir():
+        if not beside(path).is_file():
+            raise RecipeError(
+                f"{str(path)!r} has no sksoup recipe: there is no {beside(path).name!r} beside it, "
+                f"which soup.save writes. Keep the two files together."
+            )
+        return read_text(beside(path), MOST_BYTES)
+    if path.suffix == ".safetensors" or path.name.endswith(INDEX) or path.is_dir():
+        if (found := read_metadata(path).get(METADATA_KEY)) is not None:
+            return found
+        raise RecipeError(
+            f"{str(path)!r} holds weights but no sksoup recipe. Only files written by soup.save "
+            f"contain one."
+        )
+    try:
+        return read_text(path, MOST_BYTES)
+    except CheckpointError as error:
+        if not isinstance(error.__cause__, UnicodeDecodeError):
+            raise
+        raise RecipeError(
+            f"{str(path)!r} holds no sksoup recipe: expected a .safetensors file or a folder that "
+            f"sksoup wrote, a .pt or .ckpt file with its .recipe.json, or a .json file."
+        ) from error

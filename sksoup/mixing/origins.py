@@ -1,0 +1,123 @@
+"""What the Hugging Face folders of ingredients say about a soup: base model, licence, task."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.texts import read_text
+from ..exceptions import CheckpointError
+
+MOST_BYTES = 2**23
+STEP = re.compile(r"checkpoint-\d+")
+# an identifier on the hub: a name, or an organisation's; no path
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,40}")
+FRONT = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
+TASKS = {  # how names of architectures end -> what the hub calls the task
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMultipleChoice": "multiple-choice",
+    "ForMaskedLM": "fill-mask",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForImageClassification": "image-classification",
+    "ForSemanticSegmentation": "image-segmentation",
+    "ForObjectDetection": "object-detection",
+    "ForAudioClassification": "audio-classification",
+    "ForCTC": "automatic-speech-recognition",
+    "ForSpeechSeq2Seq": "automatic-speech-recognition",
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What all ingredients agree on; None or empty for the rest."""
+
+    base_model: str | None = None
+    licence: str | None = None
+    architecture: str | None = None
+    labels: tuple[str, ...] = ()
+
+    @property
+    def task(self) -> str | None:
+        """The hub's name of the task."""
+        name = self.architecture or ""
+        return next((task for end, task in TASKS.items() if name.endswith(end)), None)
+
+
+def common_origin(folders: Iterable[Path | None]) -> Origin:
+    """What the folders' config.json and cards agree on; nothing if one has no folder."""
+    found = [Origin() if folder is None else _origin(folder) for folder in folders]
+    first = found[0] if found else Origin()
+
+    def agreed(name: str, otherwise: Any) -> Any:
+        value = getattr(first, name)
+        return value if all(getattr(one, name) == value for one in found) else otherwise
+
+    return Origin(
+        agreed("base_model", None), agreed("licence", None),
+        agreed("architecture", None), agreed("labels", ()),
+    )  # fmt: skip
+
+
+def _origin(folder: Path) -> Origin:
+    try:
+        config = json.loads(_text(folder / "config.json"))
+    except (ValueError, RecursionError):
+        config = None
+    config = config if isinstance(config, dict) else {}
+    card = _text(folder / "README.md")
+    if not card and STEP.fullmatch(folder.name):  # Trainer writes one for the run
+        card = _text(folder.parent / "README.md")
+    named = _entry(card, "base_model") or config.get("_name_or_path")
+    licence = _entry(card, "license")
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    return Origin(
+        named if _is_hub_id(named) else None,
+        licence if licence != "other" and LICENCE.fullmatch(licence) else None,
+        name if isinstance(name, str) and name.isidentifier() else None,
+        _labels(config.get("id2label")),
+    )
+
+
+def _text(path: Path) -> str:
+    """A small text, or none: a card is no reason to fail."""
+    try:
+        return read_text(path, MOST_BYTES) if path.is_file() else ""
+    except CheckpointError:
+        return ""
+
+
+def _entry(card: str, name: str) -> str:
+    """A plain value in the front matter of a card, as hub cards have it."""
+    front = FRONT.match(card)
+    value = rf"(?m)^{name}:[ \t]*(?:\n-[ \t]+)?(\S+)[ \t]*\r?$(?!\n-)"  # or a list of one
+    found = re.search(value, front[1] if front else "")
+    return found[1].strip("\"'") if found else ""
+
+
+def _is_hub_id(name: Any) -> bool:
+    """Whether a name is that of a model on the hub, not of a folder here or elsewhere."""
+    return (
+        isinstance(name, str)
+        and HUB_ID.fullmatch(name) is not None
+        and ".." not in name
+        and not STEP.fullmatch(name.rpartition("/")[2])
+        and not Path(name).exists()
+    )
+
+
+def _labels(named: Any) -> tuple[str, ...]:
+    """The labels of the outputs, where they have names of their own."""
+    if not isinstance(named, dict) or not named:
+        return ()
+    found = [named.get(str(k)) for k in range(len(named))]
+    labels = tuple(label for label in found if isinstance(label, str))
+    return labels if len(labels) == len(named) and labels[0] != "LABEL_0" else ()

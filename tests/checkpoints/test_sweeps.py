@@ -1,0 +1,163 @@
+"""Sweeps: where the runs are, and which checkpoints of each are taken."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sksoup import CheckpointCollection, CheckpointError
+
+from .runs import STATE, write_folder, write_lightning, write_trainer
+
+from_path = CheckpointCollection.from_path
+LOG = {500: {"eval_loss": 0.5}, 1000: {"eval_loss": 0.3}, 1500: {"eval_loss": 0.4}}
+
+
+def files(collection):
+    return ["/".join(collection.path(name).parts[-2:]) for name in collection]
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Three runs of Trainer: two with a best in the middle, one that tracked none."""
+    for k in (1, 2):
+        write_trainer(tmp_path / "sweep" / f"run-{k}", LOG, best=1000)
+    write_trainer(tmp_path / "sweep" / "run-10", LOG)
+    return tmp_path / "sweep"
+
+
+def test_one_of_each_run(sweep, caplog):
+    with caplog.at_level(logging.INFO, logger="sksoup"):
+        found = from_path(sweep)
+    assert found.names == ("run-1", "run-2", "run-10")
+    assert files(found) == [
+        "run-1/checkpoint-1000", "run-2/checkpoint-1000", "run-10/checkpoint-1500",
+    ]  # fmt: skip
+    said = "the best of each of 3 runs, the last of 1 in which none is recorded as best"
+    assert said in repr(found)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert said in line
+    assert str(sweep / "run-2" / "checkpoint-1000") in line
+    assert "best" not in repr(found.drop("run-1"))
+
+
+@pytest.mark.parametrize(("which", "n"), [("last", 3), ("all", 9)])
+def test_the_last_or_all(sweep, which, n):
+    found = from_path(sweep, which=which)
+    assert len(found) == n
+    assert files(found)[n // 3 - 1] == "run-1/checkpoint-1500"
+    if which == "all":
+        assert found.names[:2] == ("run-1/checkpoint-500", "run-1/checkpoint-1000")
+        assert "all of each of 3 runs" in repr(found)
+    else:
+        assert found.names == ("run-1", "run-2", "run-10")
+
+
+def test_one_run_gives_all_of_it_unless_one_is_asked_for(sweep):
+    found = from_path(sweep / "run-1")
+    assert found.names == ("checkpoint-500", "checkpoint-1000", "checkpoint-1500")
+    assert "all of one run" in repr(found)
+    assert from_path(sweep / "run-1", which="best").names == ("checkpoint-1000",)
+    assert from_path(sweep / "run-1", which="last").names == ("checkpoint-1500",)
+    with pytest.raises(ValueError, match=r"which='first' is unknown: expected 'best', 'last'"):
+        from_path(sweep, which="first")
+
+
+def test_runs_two_folders_down_and_given_one_by_one(sweep, tmp_path):
+    group = tmp_path / "top" / "group"
+    group.parent.mkdir()
+    shutil.move(sweep, group)
+    shutil.copytree(group, tmp_path / "top" / "other")
+    assert from_path(tmp_path / "top").names == tuple(
+        f"{g}/run-{k}" for g in ("group", "other") for k in (1, 2, 10)
+    )
+    listed = [group / "run-1", group / "run-2"]
+    assert files(from_path(listed)) == ["run-1/checkpoint-1000", "run-2/checkpoint-1000"]
+    assert from_path(f"{group}/run-?").names == from_path(listed).names == ("run-1", "run-2")
+
+
+def test_a_final_model_beside_the_checkpoints(tmp_path):
+    write_trainer(tmp_path / "s" / "known", LOG, best=1000, final=True)
+    write_trainer(tmp_path / "s" / "unknown", LOG, final=True)
+    write_folder(tmp_path / "s" / "only")
+    found = from_path(tmp_path / "s")
+    assert files(found) == ["known/checkpoint-1000", "s/only", "s/unknown"]
+    assert files(from_path(tmp_path / "s", which="last"))[0] == "known/checkpoint-1500"
+    one = from_path(tmp_path / "s" / "unknown")
+    assert one.names == ("checkpoint-500", "checkpoint-1000", "checkpoint-1500")
+    assert "without the final model" in repr(one)
+    # the best is gone from the disk: what was saved in the end may be it
+    shutil.rmtree(tmp_path / "s" / "known" / "checkpoint-1000")
+    assert files(from_path(tmp_path / "s"))[0] == "s/known"
+
+
+def test_lightning(tmp_path):
+    for k in range(2):
+        write_lightning(tmp_path / "study" / f"trial_{k}", [0.5, 0.3, 0.4])
+        logs = tmp_path / "logs" / "lightning_logs" / f"version_{k}"
+        write_lightning(logs / "checkpoints", [0.5, 0.7, 0.6], mode="max", last=False)
+    assert files(from_path(tmp_path / "study")) == [
+        "trial_0/epoch=1-step=4.ckpt", "trial_1/epoch=1-step=4.ckpt",
+    ]  # fmt: skip
+    logs = from_path(tmp_path / "logs")
+    assert logs.names == ("version_0", "version_1")
+    assert {path.split("/")[1] for path in files(logs)} == {"epoch=1-step=4.ckpt"}
+    # last.ckpt is the last step once more
+    last = from_path(tmp_path / "study", which="last")
+    assert files(last)[0] == "trial_0/epoch=2-step=6.ckpt"
+    one = from_path(tmp_path / "study" / "trial_0")
+    assert one.names == ("epoch=0-step=2", "epoch=1-step=4", "epoch=2-step=6")
+    # a pattern is what it says, until one of each run is asked for
+    pattern = f"{tmp_path}/study/*/*.ckpt"
+    assert len(from_path(pattern)) == 8
+    assert files(from_path(pattern, which="best")) == files(from_path(tmp_path / "study"))
+
+
+def test_files_named_after_their_time_are_of_one_run_and_others_are_not(tmp_path):
+    for run in "ab":
+        (tmp_path / "timed" / run).mkdir(parents=True)
+        (tmp_path / "zoos" / run).mkdir(parents=True)
+        for name in ("epoch2", "epoch10"):
+            save_file(STATE, tmp_path / "timed" / run / f"{name}.safetensors")
+            save_file(STATE, tmp_path / "zoos" / run / f"sgd{name[5:]}.safetensors")
+    assert files(from_path(tmp_path / "timed")) == [
+        "a/epoch10.safetensors",
+        "b/epoch10.safetensors",
+    ]
+    torch.save(STATE, tmp_path / "timed" / "a" / "model_best.pt")
+    assert files(from_path(tmp_path / "timed"))[0] == "a/model_best.pt"
+    assert from_path(tmp_path / "zoos").names == ("a/sgd2", "a/sgd10", "b/sgd2", "b/sgd10")
+
+
+def test_a_list_of_paths_and_patterns(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        for k in range(2):
+            torch.save(STATE, tmp_path / folder / f"{folder}{k}.pt")
+    (tmp_path / "a" / "notes.txt").write_text("hello")
+    torch.save({}, tmp_path / "a" / "optimizer.pt")
+    given = [f"{tmp_path}/a/*", tmp_path / "b", str(tmp_path / "b" / "b0.pt")]
+    assert from_path(given).names == ("a0", "a1", "b0", "b1")  # b0 once
+    assert from_path(iter(given)).names == ("a0", "a1", "b0", "b1")
+    with pytest.raises(CheckpointError, match="at least one path or pattern"):
+        from_path([])
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    torch.save(STATE, tmp_path / "a.pt")
+    assert from_path("~/*.pt").names == from_path("~").names == ("a",)
+    assert CheckpointCollection(["~/a.pt"]).names == ("a",)
+
+
+def test_links_in_a_circle_end(tmp_path):
+    write_lightning(tmp_path / "x", [0.5])
+    os.symlink(tmp_path, tmp_path / "checkpoints")
+    os.symlink(tmp_path, tmp_path / "around")
+    assert len(from_path(tmp_path)) == 1

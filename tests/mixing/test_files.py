@@ -1,0 +1,76 @@
+"""Soups as plain files of torch.save, with the recipe beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from sksoup import CheckpointCollection, Recipe, RecipeError, UniformSoup
+from sksoup.mixing import files as mixing_files
+
+from ..zoo import Zoo, same_tensors
+
+
+@pytest.fixture
+def soup(files, zoo: Zoo):
+    return UniformSoup().fit(files, zoo.X, zoo.y)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
+def test_a_plain_state_dict_with_its_recipe_beside_it(soup, files, tmp_path, suffix):
+    path = tmp_path / f"soup{suffix}"
+    soup.save(path, card=True)
+    names = sorted(p.name for p in tmp_path.iterdir() if p.is_file())
+    assert names == sorted([f"soup{suffix}", "soup.md", "soup.recipe.json"])
+    state = torch.load(path, weights_only=True)
+    assert type(state) is dict
+    assert same_tensors(state, soup.state_dict())
+    recipe = Recipe.load(path)
+    assert recipe == soup.recipe_
+    findings = recipe.verify(path, files)
+    assert findings.ok
+    assert findings.sha256 == "ok"
+    assert same_tensors(CheckpointCollection([path])["soup"], state)
+
+
+def test_what_was_there_stays_if_one_of_the_two_can_not_be_written(soup, tmp_path, monkeypatch):
+    path = tmp_path / "soup.pt"
+    soup.save(path)
+    before = {p: p.read_bytes() for p in (path, tmp_path / "soup.recipe.json")}
+    soup.recipe_ = dataclasses.replace(soup.recipe_, method="other")
+
+    def full(tensors, file):
+        file.write(b"a part")
+        raise RuntimeError("unexpected pos 576 vs 534")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match=r"torch\.save could not write .*soup\.pt") as caught:
+            soup.save(path)
+    assert any("what was there before is as it was" in note for note in caught.value.__notes__)
+    assert before == {p: p.read_bytes() for p in before}
+    (tmp_path / "soup.recipe.json").unlink()
+    (tmp_path / "soup.recipe.json").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"soup\.recipe\.json' can't be written"):
+        soup.save(path)
+    assert path.read_bytes() == before[path]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["soup.pt", "soup.recipe.json", "zoo"]
+
+
+def test_a_view_is_written_without_what_it_is_a_part_of(soup, tmp_path):
+    large = torch.zeros(100_000)
+    mixing_files.write_soup(tmp_path / "a.pt", soup.recipe_, {"w": large[:2], "t": large[:2]})
+    assert (tmp_path / "a.pt").stat().st_size < 10_000
+    assert torch.load(tmp_path / "a.pt")["w"].tolist() == [0, 0]
+
+
+def test_a_recipe_that_is_not_beside_its_file(soup, tmp_path):
+    soup.save(tmp_path / "soup.pt")
+    (tmp_path / "soup.recipe.json").rename(tmp_path / "moved.json")
+    with pytest.raises(RecipeError, match=r"there is no 'soup\.recipe\.json' beside it"):
+        Recipe.load(tmp_path / "soup.pt")
+    assert Recipe.load(tmp_path / "moved.json") == soup.recipe_
+    assert json.loads((tmp_path / "moved.json").read_text())["weights_sha256"]
