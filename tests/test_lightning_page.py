@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from sksoup import CheckpointCollection, CheckpointError, GreedySoup, SoupWarning
 
@@ -21,6 +22,8 @@ def test_the_page(tmp_path, monkeypatch):
     assert found["ckpts"].names == tuple(f"trial_{k}" for k in range(2, 8))
     X, y = found["X_test"], found["y_test"]
     assert found["soup"].score(X, y) > 0.85
+    logits = found["classifier"].eval().model(torch.as_tensor(X))
+    assert (logits.argmax(1).numpy() == found["soup"].predict(X)).all()
     # what the bullets say
     from_path = CheckpointCollection.from_path
     everything = from_path("study", module=found["build_network"])
