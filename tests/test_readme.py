@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from textwrap import dedent
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import torch
 
 from sksoup import Recipe, __version__
 
+from .pages import run
 from .zoo import Net, Zoo
 
 ROOT = Path(__file__).parent.parent
@@ -37,13 +37,9 @@ def test_code_of_the_readme(code, zoo: Zoo, tmp_path, monkeypatch):
 def test_code_of_the_first_page(zoo: Zoo, tmp_path, monkeypatch):
     """The blocks of "Get started", one after the other."""
     pytest.importorskip("matplotlib")
-    text = (ROOT / "docs" / "start.rst").read_text("utf-8")
-    blocks = re.findall(r"\.\. code-block:: python\n\n((?:    .*\n|\n)+)", text)
-    assert len(blocks) == 5 == text.count("code-block:: python")
     zoo.checkpoints.save(tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
-    found = {"MyNet": Net, "X": zoo.X, "y": zoo.y}
-    exec(compile("".join(map(dedent, blocks)), "start.rst", "exec"), found)
+    found = run("start", MyNet=Net, X=zoo.X, y=zoo.y)
     assert found["table"].soups["Mine"].score(found["X_test"], found["y_test"]) >= 0
     assert (tmp_path / "soup.html").exists()
     rows = torch.as_tensor(found["X_test"], dtype=torch.float32)
