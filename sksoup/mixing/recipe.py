@@ -51,8 +51,7 @@ class Recipe:
     versions : dict of str to str
         Versions of sksoup, torch, ...
     classes : tuple, default=()
-        Labels of the outputs, in their order, where JSON can hold them; where labels are the
-        outputs' numbers, the names that the module's config (``id2label``) gives these, if any.
+        Labels of the outputs, in order, where JSON can hold them; for integers names, if known.
     weights_sha256 : str or None, default=None
         SHA-256 of the soup's tensors as they were written: names, dtypes, shapes and bytes. `save`
         of a soup fills it in; in a folder of shards, whose recipe is written before the tensors,
@@ -246,7 +245,7 @@ class Recipe:
         weights : mapping of str to Tensor
             The soup, by the recipe's names, of which the SHA-256 is taken.
         stored : mapping of str to Tensor or None, default=None
-            The same as it is written, where whatever reads the file expects other names.
+            The same by other names, as it is written.
 
         Raises
         ------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 import sys
 from contextlib import contextmanager
@@ -219,16 +220,17 @@ def test_other_modules_and_older_transformers_have_their_names(vits, monkeypatch
 
 def test_a_conversion_under_one_name_is_for_files_of_transformers_alone(vits, monkeypatch):
     """As Qwen3-VL's experts, which are stored transposed."""
-    from transformers.core_model_loading import Transpose, WeightConverter
-
+    loading = importlib.import_module("transformers.core_model_loading")
+    mapping = importlib.import_module("transformers.conversion_mapping")
     collection = CheckpointCollection.from_path(vits)
     module = MODELS["ViT"][0]()
     name = "vit.layers.1.mlp.fc2.weight"
 
     def table(network):
-        return [WeightConverter("1.mlp.fc2.weight", "1.mlp.fc2.weight", [Transpose(0, 1)])]
+        transpose = [loading.Transpose(0, 1)]
+        return [loading.WeightConverter("1.mlp.fc2.weight", "1.mlp.fc2.weight", transpose)]
 
-    monkeypatch.setattr("transformers.conversion_mapping.get_model_conversion_mapping", table)
+    monkeypatch.setattr(mapping, "get_model_conversion_mapping", table)
     memory = CheckpointCollection([collection["ft0"]], module=module)
     assert memory.layout[name].shape == (8, 16)
     file = vits / "ft0" / "again.safetensors"
