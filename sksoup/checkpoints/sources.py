@@ -92,7 +92,10 @@ def find_checkpoints(
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not given:
         raise CheckpointError("No checkpoints: expected at least one path or pattern.")
-    runs = [run for path in given for run in _runs_at(path, which)]
+    once: dict[str, Run] = {}  # links may lead to a run by several paths
+    for run in (run for path in given for run in _runs_at(path, which)):
+        once.setdefault(os.path.realpath(run.folder), run)
+    runs = [*once.values()]
     several = [run for run in runs if not run.is_alone]
     n_folders = sum(run.folder.is_dir() for run in runs)
     which = which or ("best" if n_folders > 1 else "all")

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from sksoup import CheckpointCollection, CheckpointError
+from sksoup.checkpoints.sweeps import find_runs
 
 from .runs import STATE, write_folder, write_lightning, write_trainer
 
@@ -160,4 +161,7 @@ def test_links_in_a_circle_end(tmp_path):
     write_lightning(tmp_path / "x", [0.5])
     os.symlink(tmp_path, tmp_path / "checkpoints")
     os.symlink(tmp_path, tmp_path / "around")
-    assert len(from_path(tmp_path)) == 1
+    found = from_path(tmp_path)
+    assert len(found) == 1
+    assert "one run" in repr(found)
+    assert len(list(find_runs(tmp_path, (".ckpt",)))) < 100
