@@ -105,7 +105,19 @@ def write_zip(path, *members, compression=zipfile.ZIP_STORED):
     return path
 
 
+def write_legacy(path, content, rest):
+    """A file of before torch 1.6, with this pickle of the object, and the keys of storages."""
+    torch.save({}, path, _use_new_zipfile_serialization=False)
+    begin, end, after = path.read_bytes().partition(b"\x80\x02}q\x00.")
+    assert end
+    assert after == b"\x80\x02]q\x00."
+    path.write_bytes(begin + content.replace(b"tQ", b"NtQ") + rest)  # no view of a storage
+    return path
+
+
 NUMBERS = ("data/0", struct.pack("<4f", 1, 2, 3, 4))
+NO_NUMBERS = b"\x80\x02]."  # the keys of the storages, then their sizes and numbers
+NUMBERS_AT_THE_END = b"\x80\x02]" + text("0") + b"a." + struct.pack("<q", 4) + NUMBERS[1]
 WEIGHT = (text("w"), tensor(4, 1))
 HEX = name("_codecs.encode") * 40 + text("a") * 1 + text("latin1") + b"\x86R"
 HEX += (text("hex") + b"\x86R") * 39
@@ -121,7 +133,10 @@ def test_the_pickles_of_these_tests_are_well_formed(tmp_path):
     ("content", "match"),
     [
         (pickled((text("w"), tensor(10**12, 0))), "its tensors have 4,000,000,000,000 bytes"),
-        (pickled((text("w"), tensor(10**12, 1))), "its tensors have 4,000,000,000,000 bytes"),
+        (
+            pickled((text("w"), tensor(10**12, 1))),
+            "(its tensors have 4,000,000,000,000 bytes|RuntimeError: storage has wrong byte size)",
+        ),
         (
             pickled((text("w"), name("torch.Tensor") + number(10**9) + b"\x85R")),
             "its tensors have 4,000,000,000 bytes, expected at most 100 times",
@@ -149,14 +164,28 @@ def test_a_small_pickle_fills_no_memory_and_ends(tmp_path, content, match, is_zi
     path = tmp_path / "small.pt"
     if is_zip:
         write_zip(path, ("data.pkl", content), NUMBERS)
-    else:  # as the object of a legacy file, whose other pickles do not matter
-        content = content.replace(b"tQ", b"NtQ")  # no view of a storage
-        torch.save({}, path, _use_new_zipfile_serialization=False)
-        begin = path.read_bytes()
-        path.write_bytes(begin.replace(b"\x80\x02}q\x00.", content))
-        assert path.read_bytes() != begin
+    else:
+        write_legacy(path, content, NUMBERS_AT_THE_END if b"storage" in content else NO_NUMBERS)
     with pytest.raises(CheckpointError, match=rf"small\.pt' .*{match}"):
         CheckpointCollection([path])["small"]
+
+
+def test_a_legacy_file_gives_its_own_numbers_only(tmp_path):
+    """A storage that the list at the end lacks is memory as it happens to be: of other objects."""
+    content = pickled(WEIGHT)
+    path = write_legacy(tmp_path / "a.pt", content, NUMBERS_AT_THE_END)
+    assert CheckpointCollection([path])["a"]["w"].tolist() == [1, 2, 3, 4]
+    lost, no_list = "the numbers of the storage '0' are not in it", "a list of storages that torch"
+    for given, keys, match in (
+        (content, b"].", lost),
+        (content, b"]" + text("1") + b"a.", lost),
+        (content, text("0") + b"].", no_list),
+        (content, b"}" + text("1") + text("0") + b"s.", no_list),
+        (content.replace(text("0"), b"K\0"), b"].", "a storage without a key"),
+    ):
+        write_legacy(path, given, b"\x80\x02" + keys + NUMBERS_AT_THE_END[-24:])
+        with pytest.raises(CheckpointError, match=rf"a\.pt' can't be read: .*{match}"):
+            CheckpointCollection([path])
 
 
 def test_tensors_without_values_or_with_tensors_in_them_are_refused(tmp_path):
