@@ -183,18 +183,24 @@ def _checked_name(name: str, path: Path) -> str:
 
 
 def _check_call(called: Any, arguments: Any, path: Path) -> None:
-    """Refuse calls of what is no name, and all encodings but the one that bytes are saved with."""
+    """Refuse calls of what is no name, tensors and storages without numbers, and encodings."""
     if not isinstance(called, _Global):
         raise _refused(path, "more than tensors (a call of what is no class or function)")
-    if called.name == "_codecs.encode":
-        items = arguments.items if isinstance(arguments, _Tuple) else ()
-        # others, such as hex, double the size each time
-        if len(items) != 2 or not isinstance(items[0], str) or items[1] != "latin1":
-            raise _refused(path, "an encoding that torch.save does not write")
+    kind, items = called.name, arguments.items if isinstance(arguments, _Tuple) else ()
+    if kind.startswith("torch.") and kind.endswith(("Tensor", "Storage")):
+        # given a size, they hold what is in the memory of the process
+        raise _refused(path, f"tensors without their numbers (a call of {kind})")
+    if kind.endswith("._rebuild_from_type_v2"):  # it calls its first argument with its third
+        inner, given = (items[0], items[2]) if len(items) > 2 else (None, None)
+        _check_call(inner, given, path)
+    # encodings other than the one that bytes are saved with, such as hex, double the size each time
+    is_latin1 = len(items) == 2 and isinstance(items[0], str) and items[1] == "latin1"
+    if kind == "_codecs.encode" and not is_latin1:
+        raise _refused(path, "an encoding that torch.save does not write")
 
 
 def _refused(path: Path, found: str) -> CheckpointError:
     return CheckpointError(
-        f"{str(path)!r} can't be read: it holds {found}, which could fill the memory or hang. Save "
-        f"the state dict alone: torch.save(module.state_dict(), path)."
+        f"{str(path)!r} can't be read: it holds {found}, which could fill the memory, show what "
+        f"is in it, or hang. Save the state dict alone: torch.save(module.state_dict(), path)."
     )
