@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import re
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ _LITERALS = ("NONE", "NEWFALSE", "NEWTRUE", "EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_
              "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1")  # fmt: skip
 NESTED = 10_000  # tuples within a tuple, each time it occurs: the hash of a tuple visits all
 ZIP64, LOCATOR, END = 56, 20, 22  # bytes of the records at the end of a zip archive
+LIST_OF_TEXTS = re.compile(r"\x80\](\(X*e|Xa)*\.")  # opcodes, without those of the memo
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -42,8 +44,14 @@ def check_pickles(path: Path) -> None:
     """Refuse a file of torch.save that would fill memory, or never end, while it is read."""
     if not zipfile.is_zipfile(path):
         with path.open("rb") as file:
-            for _ in range(5):  # magic number, version, system, the object, keys of storages
-                _check(file, path)
+            for _ in range(4):  # magic number, version, system, the object
+                used = _check(file, path)
+            listed = _keys(file, path) if used else set()
+        if lost := sorted(used - listed):
+            raise CheckpointError(
+                f"{str(path)!r} can't be read: the numbers of the storage {lost[0]!r} are not in "
+                f"it, and torch would give what is in memory. Load and save it with torch again."
+            )
         return
     with zipfile.ZipFile(path) as archive:
         if _directory(path) != archive.start_dir:
@@ -93,8 +101,21 @@ def _directory(path: Path) -> int:
     return int.from_bytes(record[48:56], "little")
 
 
-def _check(file: IO[bytes], path: Path) -> None:
-    """Follow one pickle: a stack of texts, names, tuples, and None for all else."""
+def _keys(file: IO[bytes], path: Path) -> set[str]:
+    """The keys of the storages whose numbers follow: a pickled list of texts."""
+    found = list(pickletools.genops(file))
+    codes = "".join(op.code for op, _, _ in found if op.code not in "qr")
+    if not LIST_OF_TEXTS.fullmatch(codes):
+        raise _refused(path, "a list of storages that torch.save does not write")
+    return {str(arg) for op, arg, _ in found if op.code == "X"}
+
+
+def _check(file: IO[bytes], path: Path) -> set[str]:
+    """Follow one pickle: a stack of texts, names, tuples, and None for all else.
+
+    Returns the keys of the storages that it uses.
+    """
+    used: set[str] = set()
     stack: list[Any] = []
     marks: list[list[Any]] = []
     memo: dict[Any, Any] = {}
@@ -128,11 +149,21 @@ def _check(file: IO[bytes], path: Path) -> None:
         elif name == "SETITEM":
             del stack[-2:]
         elif name == "BINPERSID":
-            stack[-1] = None
+            used.add(_key(stack.pop(), path))
+            stack.append(None)
         elif name == "GLOBAL":
             stack.append(_Global(_checked_name(str(arg), path)))
         elif name != "PROTO":
-            return  # the end, or an opcode that torch's reader refuses
+            return used if name == "STOP" else set()  # or an opcode that torch's reader refuses
+    return used
+
+
+def _key(storage: Any, path: Path) -> str:
+    """The key of a storage, from the tuple that stands for it: ("storage", class, key, ...)."""
+    items = storage.items if isinstance(storage, _Tuple) else ()
+    if len(items) < 3 or not isinstance(items[2], str):
+        raise _refused(path, "more than tensors (a storage without a key)")
+    return items[2]
 
 
 def _nested(items: list[Any], path: Path) -> _Tuple:
@@ -152,18 +183,24 @@ def _checked_name(name: str, path: Path) -> str:
 
 
 def _check_call(called: Any, arguments: Any, path: Path) -> None:
-    """Refuse calls of what is no name, and all encodings but the one that bytes are saved with."""
+    """Refuse calls of what is no name, tensors and storages without numbers, and encodings."""
     if not isinstance(called, _Global):
         raise _refused(path, "more than tensors (a call of what is no class or function)")
-    if called.name == "_codecs.encode":
-        items = arguments.items if isinstance(arguments, _Tuple) else ()
-        # others, such as hex, double the size each time
-        if len(items) != 2 or not isinstance(items[0], str) or items[1] != "latin1":
-            raise _refused(path, "an encoding that torch.save does not write")
+    kind, items = called.name, arguments.items if isinstance(arguments, _Tuple) else ()
+    if kind.startswith("torch.") and kind.endswith(("Tensor", "Storage")):
+        # given a size, they hold what is in the memory of the process
+        raise _refused(path, f"tensors without their numbers (a call of {kind})")
+    if kind.endswith("._rebuild_from_type_v2"):  # it calls its first argument with its third
+        inner, given = (items[0], items[2]) if len(items) > 2 else (None, None)
+        _check_call(inner, given, path)
+    # encodings other than the one that bytes are saved with, such as hex, double the size each time
+    is_latin1 = len(items) == 2 and isinstance(items[0], str) and items[1] == "latin1"
+    if kind == "_codecs.encode" and not is_latin1:
+        raise _refused(path, "an encoding that torch.save does not write")
 
 
 def _refused(path: Path, found: str) -> CheckpointError:
     return CheckpointError(
-        f"{str(path)!r} can't be read: it holds {found}, which could fill the memory or hang. Save "
-        f"the state dict alone: torch.save(module.state_dict(), path)."
+        f"{str(path)!r} can't be read: it holds {found}, which could fill the memory, show what "
+        f"is in it, or hang. Save the state dict alone: torch.save(module.state_dict(), path)."
     )

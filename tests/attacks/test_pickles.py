@@ -1,0 +1,254 @@
+"""What a pickle in a file of torch.save can do to the process that opens it: be refused."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+from sksoup import CheckpointCollection, CheckpointError
+
+
+def name(path):
+    return f"c{path.rpartition('.')[0]}\n{path.rpartition('.')[2]}\n".encode()
+
+
+def text(value):
+    encoded = value.encode("utf-8", "surrogatepass")
+    return b"X" + struct.pack("<I", len(encoded)) + encoded
+
+
+def number(value):
+    return b"\x8a\x09" + value.to_bytes(9, "little")
+
+
+def tensor(size, stride):
+    """A tensor over the four numbers of storage 0."""
+    storage = b"(" + text("storage") + name("torch.FloatStorage") + text("0") + text("cpu")
+    storage += number(4) + b"tQ"
+    return (
+        name("torch._utils._rebuild_tensor_v2")
+        + (b"(" + storage + number(0) + number(size) + b"\x85" + number(stride) + b"\x85\x89")
+        + (name("collections.OrderedDict") + b")RtR")
+    )
+
+
+def pickled(*items):
+    """A dict of names (opcodes) and values."""
+    return b"\x80\x02}" + b"".join(key + value + b"s" for key, value in items) + b"."
+
+
+def write_zip(path, *members, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for member, content in [*members, ("version", b"3\n")]:
+            archive.writestr(f"archive/{member}", content)
+    return path
+
+
+def write_legacy(path, content, rest):
+    """A file of before torch 1.6, with this pickle of the object, and the keys of storages."""
+    torch.save({}, path, _use_new_zipfile_serialization=False)
+    begin, end, after = path.read_bytes().partition(b"\x80\x02}q\x00.")
+    assert end
+    assert after == b"\x80\x02]q\x00."
+    path.write_bytes(begin + content.replace(b"tQ", b"NtQ") + rest)  # no view of a storage
+    return path
+
+
+NUMBERS = ("data/0", struct.pack("<4f", 1, 2, 3, 4))
+NO_NUMBERS = b"\x80\x02]."  # the keys of the storages, then their sizes and numbers
+NUMBERS_AT_THE_END = b"\x80\x02]" + text("0") + b"a." + struct.pack("<q", 4) + NUMBERS[1]
+WEIGHT = (text("w"), tensor(4, 1))
+HEX = name("_codecs.encode") * 40 + text("a") * 1 + text("latin1") + b"\x86R"
+HEX += (text("hex") + b"\x86R") * 39
+SHARED = b")q\x00" + b"h\x00\x86q\x00" * 40  # a tuple of the last one, twice
+
+
+def test_the_pickles_of_these_tests_are_well_formed(tmp_path):
+    path = write_zip(tmp_path / "a.pt", ("data.pkl", pickled(WEIGHT)), NUMBERS)
+    assert CheckpointCollection([path])["a"]["w"].tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (pickled((text("w"), tensor(10**12, 0))), "its tensors have 4,000,000,000,000 bytes"),
+        (
+            pickled((text("w"), tensor(10**12, 1))),
+            "(its tensors have 4,000,000,000,000 bytes|RuntimeError: storage has wrong byte size)",
+        ),
+        (
+            pickled((text("w"), name("torch.Tensor") + number(10**9) + b"\x85R")),
+            r"tensors without their numbers \(a call of torch.Tensor\)",
+        ),
+        (
+            pickled(WEIGHT, (text("x"), name("__builtin__.bytearray") + number(2**31) + b"\x85R")),
+            r"more than dense tensors \(__builtin__\.bytearray\)",
+        ),
+        (pickled(WEIGHT, (text("x"), HEX)), "an encoding that torch.save does not write"),
+        (pickled(WEIGHT, (SHARED, number(1))), "tuples nested so that a reader would never end"),
+        (pickled(WEIGHT, (text("x"), SHARED + b"b")[:2]), "tuples nested so that"),
+        (pickled(WEIGHT, (text("x"), b"]]\x85R")), "a call of what is no class or function"),
+        (b"\x80\x02}X\xff\xff\xff\x7fabc", "can't be read: ValueError: expected 2147483647 bytes"),
+        (b"\x80\x02}r\xff\xff\xff\x7f.", "holds no tensors"),  # a memo of 2**31 entries
+        (pickled(WEIGHT, (text("x"), b"\x8d" + bytes([255] * 8))), "can't be read"),
+        (pickled(WEIGHT, (text("x"), b"\x96" + bytes([255] * 8))), "can't be read"),
+        (pickled(WEIGHT, (text("x"), b"\x8b\xff\xff\xff\x7f")), "can't be read"),
+        (pickled((text("a\ud800"), tensor(4, 1))), r"the name 'a\\ud800' is not valid Unicode"),
+    ],
+    ids=["expanded", "short", "Tensor", "bytearray", "hex", "hash", "tuples", "call", "text",
+         "memo", "unicode8", "bytearray8", "long4", "surrogate"],
+)  # fmt: skip
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_small_pickle_fills_no_memory_and_ends(tmp_path, content, match, is_zip):
+    path = tmp_path / "small.pt"
+    if is_zip:
+        write_zip(path, ("data.pkl", content), NUMBERS)
+    else:
+        write_legacy(path, content, NUMBERS_AT_THE_END if b"storage" in content else NO_NUMBERS)
+    with pytest.raises(CheckpointError, match=rf"small\.pt' .*{match}"):
+        CheckpointCollection([path])["small"]
+
+
+def test_a_legacy_file_gives_its_own_numbers_only(tmp_path):
+    """A storage that the list at the end lacks is memory as it happens to be: of other objects."""
+    content = pickled(WEIGHT)
+    path = write_legacy(tmp_path / "a.pt", content, NUMBERS_AT_THE_END)
+    assert CheckpointCollection([path])["a"]["w"].tolist() == [1, 2, 3, 4]
+    lost, no_list = "the numbers of the storage '0' are not in it", "a list of storages that torch"
+    for given, keys, match in (
+        (content, b"].", lost),
+        (content, b"]" + text("1") + b"a.", lost),
+        (content, text("0") + b"].", no_list),
+        (content, b"}" + text("1") + text("0") + b"s.", no_list),
+        (content.replace(text("0"), b"K\0"), b"].", "a storage without a key"),
+    ):
+        write_legacy(path, given, b"\x80\x02" + keys + NUMBERS_AT_THE_END[-24:])
+        with pytest.raises(CheckpointError, match=rf"a\.pt' can't be read: .*{match}"):
+            CheckpointCollection([path])
+
+
+TENSOR, EIGHT = name("torch.Tensor"), number(8) + b"\x85"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        TENSOR + EIGHT + b"R",
+        TENSOR + EIGHT + b"\x81",
+        name("torch.FloatTensor") + EIGHT + b"R",
+        name("torch.storage.UntypedStorage") + EIGHT + b"R",
+        name("torch.nn.parameter.Parameter") + TENSOR + EIGHT + b"R\x85R",
+        name("torch._tensor._rebuild_from_type_v2") + b"(" + TENSOR * 2 + EIGHT + b"}tR",
+        name("torch._tensor._rebuild_from_type_v2") + b"h\x00" + b"R",
+    ],
+    ids=["call", "new", "FloatTensor", "storage", "parameter", "within", "unseen"],
+)
+def test_a_file_does_not_give_what_is_in_memory(tmp_path, value):
+    """Tensors that are made by their size hold what the process had there, such as other files."""
+    path = write_zip(tmp_path / "a.pt", ("data.pkl", pickled(WEIGHT, (text("x"), value))), NUMBERS)
+    with pytest.raises(CheckpointError, match=r"a\.pt' can't be read: it holds (tensors wi|more)"):
+        CheckpointCollection([path])
+
+
+def test_parameters_with_attributes_are_read(tmp_path):
+    weight = nn.Parameter(torch.arange(4.0))
+    weight.note = "kept"
+    torch.save({"w": weight}, tmp_path / "a.pt")
+    assert CheckpointCollection([tmp_path / "a.pt"])["a"]["w"].tolist() == [0, 1, 2, 3]
+    torch.save({"w": torch.arange(4.0), "x": torch.ones(2, dtype=torch.uint16)}, tmp_path / "b.pt")
+    assert CheckpointCollection([tmp_path / "b.pt"])["b"]["x"].tolist() == [1, 1]
+
+
+def test_tensors_without_values_or_with_tensors_in_them_are_refused(tmp_path):
+    nested = torch._nested_view_from_buffer(
+        torch.ones(5), torch.tensor([[2], [3]]), torch.tensor([[1], [1]]), torch.tensor([0, 2])
+    )
+    for value, match in (
+        (torch.ones(3, device="meta"), "is on the device 'meta', where tensors have no values"),
+        (nested, "is a sparse, quantized or nested tensor"),
+    ):
+        torch.save({"w": value}, tmp_path / "odd.pt")
+        with pytest.raises(CheckpointError, match=r"odd\.pt' .*more than dense tensors \(torch"):
+            CheckpointCollection([tmp_path / "odd.pt"])
+        with pytest.raises(CheckpointError, match=match):
+            CheckpointCollection([{"w": value}])
+    with pytest.raises(CheckpointError, match="is not valid Unicode"):
+        CheckpointCollection([{"w\udcff": torch.ones(1)}])
+
+
+def test_tied_and_expanded_tensors_are_read(tmp_path):
+    tied = torch.rand(300_000)
+    state = {f"{k}": tied for k in range(12)} | {"x": torch.ones(1).expand(1000, 1000)}
+    torch.save(state, tmp_path / "a.pt")
+    assert CheckpointCollection([tmp_path / "a.pt"])["a"]["x"].sum() == 10**6
+
+
+def test_a_compressed_archive_is_refused(tmp_path):
+    """Its small members may be of any size; and torch would map the compressed bytes as weights."""
+    path = tmp_path / "a.pt"
+    members = (("data.pkl", pickled(WEIGHT)), NUMBERS)
+    write_zip(path, *members, compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match=r"a\.pt' .*its members are compressed"):
+        CheckpointCollection([path])
+    write_zip(path, *members, ("DATA.PKL", pickled(WEIGHT)))
+    with pytest.raises(CheckpointError, match="more than one pickle"):
+        CheckpointCollection([path])
+
+
+def in_one_file(path, read_by_torch, read_by_zipfile, has_records):
+    """Two archives with a directory each; records of zip64 have one place to point to."""
+    size = max(map(len, (read_by_torch, read_by_zipfile)))
+    for pickle in (read_by_torch, read_by_zipfile):
+        write_zip(path, ("data.pkl", pickle.ljust(size, b".")), NUMBERS)
+        whole = path.read_bytes()
+        if pickle is read_by_torch:
+            harmful, end = whole[:-22], whole[-22:]
+    if not has_records:  # both ends say the same, counted from other beginnings
+        path.write_bytes(harmful + whole)
+        return
+    path.write_bytes(harmful + zip64(end))
+    with zipfile.ZipFile(path, "a") as archive:
+        for member in ("data.pkl", "data/0", "version"):
+            archive.writestr(f"archive/{member}", read_by_zipfile)
+    whole = path.read_bytes()
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, len(harmful), 1)
+    path.write_bytes(whole[:-22] + zip64(whole[-22:]) + locator + whole[-22:])
+
+
+def zip64(end):
+    """What the end of an archive says, in 64 bits."""
+    sizes = struct.unpack("<2H2I", end[8:20])
+    return struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, *sizes)
+
+
+@pytest.mark.parametrize("has_records", [False, True])
+def test_an_archive_that_is_another_one_for_torch(tmp_path, has_records):
+    """Python's zipfile goes by where the end is, torch by what it says."""
+    path = tmp_path / "two.pt"
+    harmless = pickled(WEIGHT)
+    harmful = pickled(WEIGHT, (text("x"), name("__builtin__.bytearray") + number(1) + b"\x85R"))
+    in_one_file(path, harmful, harmless, has_records)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.read("archive/data.pkl").startswith(harmless)
+    with pytest.raises(CheckpointError, match=r"two\.pt' .*its directory is elsewhere"):
+        CheckpointCollection([path])
+
+
+@pytest.mark.parametrize("member", ["byteorder", "BYTEORDER"])
+def test_numbers_of_another_byte_order(tmp_path, member):
+    """Torch would swap the bytes of storages that have none, which ends the process."""
+    order = b"little" if sys.byteorder == "big" else b"big"
+    path = write_zip(tmp_path / "a.pt", ("data.pkl", pickled(WEIGHT)), NUMBERS, (member, order))
+    script = "from sksoup import CheckpointCollection; CheckpointCollection(['a.pt'])"
+    ran = subprocess.run(
+        [sys.executable, "-c", script], cwd=path.parent, capture_output=True, text=True,
+        timeout=60, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert f"a.pt' can't be read: its numbers have the byte order {order.decode()!r}" in ran.stderr
