@@ -24,16 +24,23 @@ SHARD_BYTES = 5_000_000_000  # as Hugging Face cuts them
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path; what is there takes the place of ``path`` once it is whole on disk."""
+    """Give a temporary path; what is made there takes the place of ``path`` once it is on disk.
+
+    It has to be made anew (mode "x"): a link that someone has put there is not written through.
+    """
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} can't be written: it is a folder, expected a file.")
     with _unwritten(path), workplace(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # of new files; safetensors lets only the owner read
+        temporary.unlink()
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(mode)
+        file = os.open(temporary, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+        try:
+            os.fsync(file)
+            os.chmod(file if os.chmod in os.supports_fd else temporary, mode)
+        finally:
+            os.close(file)
         temporary.replace(path)
         sync_folder(path.parent)
 
@@ -79,14 +86,14 @@ def write_safetensors(
 def write_torch(path: Path, tensors: Mapping[str, torch.Tensor], beside: Path, text: str) -> None:
     """Write a plain state dict by torch.save, and a text beside it: both are whole, or neither."""
     with _replacing(path) as temporary, _replacing(beside) as temporary_text:
-        temporary_text.write_text(text, encoding="utf-8")
+        _write_new(temporary_text, text)
         # a view would take the whole tensor that it is a part of with it
         whole = {
             name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
             for name, tensor in tensors.items()
         }
         try:
-            with temporary.open("wb") as file:
+            with temporary.open("xb") as file:
                 torch.save(whole, file)
         except RuntimeError as error:  # what torch makes of a full disk
             raise OSError(f"torch.save could not write {str(path)!r}: {error}") from error
@@ -146,7 +153,7 @@ def _write_one_by_one(
         header[name] = {"dtype": codes[info.dtype], "shape": info.shape, "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, info in infos.items():
             given, tensor = next(tensors)
@@ -160,7 +167,12 @@ def _write_one_by_one(
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path``, atomically."""
     with _replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        _write_new(temporary, text)
+
+
+def _write_new(path: Path, text: str) -> None:
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
 
 
 @contextmanager

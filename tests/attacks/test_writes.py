@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,3 +219,39 @@ def test_the_folders_of_saves_are_no_checkpoints(tmp_path):
     (left / "config.json").write_text("{}")
     write.write_safetensors(left / "model.safetensors", {"w": torch.ones(2)})
     assert CheckpointCollection.from_path(tmp_path).names == ("a",)
+
+
+def save_safetensors(folder):
+    write.write_safetensors(folder / "soup", {"w": torch.zeros(3)})  # which replaces the link
+
+
+def save_torch(folder):
+    with pytest.raises(FileExistsError, match="part"):
+        write.write_torch(folder / "soup", {"w": torch.zeros(3)}, folder / "soup.json", "{}")
+
+
+def save_text(folder):
+    with pytest.raises(FileExistsError, match="part"):
+        write.write_text(folder / "soup", "{}")
+
+
+@pytest.mark.parametrize("save", [save_safetensors, save_torch, save_text])
+def test_a_link_that_is_planted_in_the_middle_of_a_save_is_not_written_through(
+    tmp_path, monkeypatch, save
+):
+    """Those who may rename here can put a folder of their own in the place of the private one."""
+    victim, target = tmp_path / "victim", tmp_path / "soup"
+    victim.write_text("kept")
+    victim.chmod(0o600)
+    unlink = Path.unlink
+
+    def planting(path, missing_ok=False):
+        unlink(path, missing_ok)
+        if path.name == "part" and not target.exists():
+            path.symlink_to(victim)
+
+    monkeypatch.setattr(Path, "unlink", planting)
+    save(tmp_path)
+    assert victim.read_text() == "kept"
+    assert victim.stat().st_mode & 0o777 == 0o600
+    assert not target.is_symlink()
