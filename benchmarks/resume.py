@@ -24,6 +24,7 @@ from sklearn.base import clone
 from sksoup import CheckpointCollection, GreedySoup, MEHLSoup
 from sksoup.datasets import _digits
 from sksoup.runtime.cache import Cache
+from sksoup.runtime.entries import SUFFIX
 
 from .networks import SmallViT
 from .zoo import fine_tune_vits, make_checkpoints, make_rows
@@ -72,8 +73,8 @@ def measure(name: str, soup: Any, turns: int, *args: Any) -> None:
             ratios.append(whole / plain)
             again = clone(kept)
             replays.append(seconds(again, *args) / plain)
-            size = sum(path.stat().st_size for path in Path(memory).rglob("*.safetensors"))
-            n = len(list(Path(memory).rglob("*.safetensors")))
+            size = sum(path.stat().st_size for path in Path(memory).rglob(f"*{SUFFIX}"))
+            n = len(list(Path(memory).rglob(f"*{SUFFIX}")))
             passes = again.counts_.n_forward + again.counts_.n_backward
     print(
         f"{name:12}{100 * statistics.median(shares):11.2f} %{statistics.median(ratios):14.3f}"

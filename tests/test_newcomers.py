@@ -11,7 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from sksoup import CheckpointCollection, Recipe, RecipeError, SoupWarning, UniformSoup
+from sksoup import (
+    BestCheckpoint,
+    CheckpointCollection,
+    Recipe,
+    RecipeError,
+    SoupWarning,
+    UniformSoup,
+)
 from sksoup.inspection import compare_soups
 
 from .zoo import Net, Zoo, make_states
@@ -107,3 +114,21 @@ def test_a_report_says_which_row_is_the_soup(zoo: Zoo, tmp_path):
     assert "This soup is none of these" in (tmp_path / "a.html").read_text()
     found.soups["Mine"].report(tmp_path / "b.html", found)
     assert "This soup is the row &#x27;Mine&#x27;." in (tmp_path / "b.html").read_text()
+
+
+def test_texts_as_targets_in_the_rows_are_explained(zoo: Zoo):
+    names = np.array(["ham", "spam", "ad"])[zoo.y]
+    with pytest.raises(TypeError, match=r"first is .*'(ham|spam|ad)'.*texts beside the rows"):
+        BestCheckpoint().fit(zoo.checkpoints, {"x": zoo.X, "labels": names})
+
+
+def test_a_dict_of_more_rows_than_targets_is_explained(zoo: Zoo):
+    with pytest.raises(ValueError, match=r"'x' of 60 rows, and y has 10 targets"):
+        BestCheckpoint().fit(zoo.checkpoints, {"x": torch.as_tensor(zoo.X)}, zoo.y[:10])
+
+
+def test_a_folder_of_checkpoints_may_hold_the_memory(tmp_path, zoo: Zoo):
+    files = zoo.checkpoints.save(tmp_path / "zoo")
+    BestCheckpoint(memory=tmp_path / "zoo" / "memory").fit(files, zoo.X, zoo.y)
+    assert CheckpointCollection.from_path(tmp_path / "zoo").names == files.names
+    assert CheckpointCollection.from_path(tmp_path).names == files.names

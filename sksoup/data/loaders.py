@@ -123,12 +123,25 @@ def walk(
         for batch in _stacked(loader):
             rows, labels = _split(batch, y, n_inputs)
             is_empty = is_empty and not n_rows(rows)
-            yield rows, None if labels is None else torch.as_tensor(labels)
+            yield rows, None if labels is None else _numbers(labels)
     if is_empty:
         raise ValueError(
             f"The {type(X).__name__} gave no rows: an iterator can be walked only once. Give a "
             f"DataLoader or a Dataset."
         )
+
+
+def _numbers(labels: Any) -> torch.Tensor:
+    """The targets in a batch as a tensor; texts are explained."""
+    try:
+        return torch.as_tensor(labels)
+    except (TypeError, ValueError) as error:
+        first = labels[0] if len(labels) else labels
+        raise TypeError(
+            f"The targets in the rows can't be made a tensor: the first is {first!r}, expected a "
+            f"number. Give texts beside the rows, fit(checkpoints, X, y), and leave them out of X "
+            f"(rows.remove_columns('label') of a datasets.Dataset)."
+        ) from error
 
 
 def _stacked(loader: Any) -> Iterator[Any]:

@@ -29,6 +29,11 @@ def refuse_checkpoints(X: Any, y: Any) -> None:
         lengths = {len(part) if getattr(part, "ndim", 1) else 0 for part in parts_of(X)}
         if y is not None and lengths == {len(y)}:
             return
+        if isinstance(X, Mapping) and y is not None and len(lengths) == 1 and not _is_state(X):
+            raise ValueError(
+                f"X has the inputs {', '.join(map(repr, X))} of {lengths.pop()} rows, and y has "
+                f"{len(y)} targets: expected as many."
+            )
         if y is None and isinstance(X, Mapping) and len(lengths) == 1 and not _is_state(X):
             raise ValueError(
                 f"X has the inputs {', '.join(map(repr, X))} of {lengths.pop()} rows, and there "

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 
 from .fingerprint import fingerprint
 
-SUFFIX = ".safetensors"
+SUFFIX = ".entry"  # not of a checkpoint, so that folders of both can be opened
 MOST_BYTES = 2**30  # an entry has a few kB; a larger file is none
 
 

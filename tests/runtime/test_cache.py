@@ -38,6 +38,7 @@ from sksoup import (
 from sksoup.checkpoints.in_memory import content_sha256
 from sksoup.checkpoints.read import SafetensorsFile
 from sksoup.runtime.cache import Cache
+from sksoup.runtime.entries import SUFFIX
 
 from ..zoo import Net, PaperMEHL, Zoo, make_states, make_zoo, reads, same_tensors
 
@@ -310,7 +311,7 @@ def test_the_halving_of_the_model_batch_is_remembered(tmp_path, files, zoo: Zoo)
 
 
 def entries(memory: Path) -> list[Path]:
-    return sorted(memory.rglob("*.safetensors"))
+    return sorted(memory.rglob(f"*{SUFFIX}"))
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "garbage"])

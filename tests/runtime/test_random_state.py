@@ -52,7 +52,8 @@ def test_eight_threads_build_and_read():
 
     def build():
         module = torch.nn.Linear(8, 8)  # draws
-        together.wait()  # so that all threads are at it
+        if threading.current_thread() is not threading.main_thread():
+            together.wait()  # so that all threads are at it
         return module
 
     collection = CheckpointCollection(states, module=build)
