@@ -13,7 +13,7 @@ from torch import nn
 
 from sksoup import CheckpointCollection, CheckpointError, mix
 from sksoup.checkpoints import prefixes
-from sksoup.checkpoints.prefixes import CHAIN, _prefixes
+from sksoup.checkpoints.prefixes import CHAIN, prefixes_of
 from sksoup.checkpoints.read import SafetensorsFile
 from sksoup.checkpoints.torch_files import TorchFile
 
@@ -60,8 +60,8 @@ def test_a_file_without_tensors_is_refused(tmp_path, suffix):
 
 
 def test_no_names_and_long_ones_have_few_prefixes(few_looks):
-    assert _prefixes([]) == [""]
-    assert len(_prefixes([few_looks[0] * 100_000])) == CHAIN + 1
+    assert prefixes_of([]) == [""]
+    assert len(prefixes_of([few_looks[0] * 100_000])) == CHAIN + 1
 
 
 @pytest.mark.parametrize("name", ["a5²5", "٣5"])
