@@ -263,7 +263,7 @@ def test_what_is_wrong_is_said_and_no_traceback(runs, soup, tmp_path, capsys):
     assert "The recipe is the first argument." in capsys.readouterr().err
     torch.save({"w": torch.ones(1)}, tmp_path / "raw.ckpt")
     run("verify", tmp_path / "raw.ckpt", runs, status=2)
-    assert "holds no sksoup recipe" in capsys.readouterr().err
+    assert "has no sksoup recipe" in capsys.readouterr().err
     recipe = json.loads(Recipe.load(soup).to_json())
     recipe["coef"] = recipe["coef"][0]
     (tmp_path / "edited.json").write_text(json.dumps(recipe))

@@ -59,7 +59,7 @@ def test_a_file_that_is_no_candidate_is_named(tmp_path, record):
     path = tmp_path / "candidate000.safetensors"
     write_safetensors(path, {"w": torch.ones(1)}, {} if record is None else {RECORD: record})
     with pytest.raises(CheckpointError, match=r"candidate000\.safetensors' is not a candidate"):
-        fine_tune(None, {}, 0, None, [], None, path)
+        fine_tune(None, {}, 0, None, [], None, None, path)
     record = json.dumps({"score": 0.5, "fit_time": 1.0})
     write_safetensors(path, {"w": torch.ones(1)}, {RECORD: record})
-    assert fine_tune(None, {}, 0, None, [], None, path).score == 0.5
+    assert fine_tune(None, {}, 0, None, [], None, None, path).score == 0.5
