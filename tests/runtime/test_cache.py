@@ -386,7 +386,10 @@ def test_what_can_not_be_told_apart_is_refused(tmp_path, files, zoo: Zoo):
 def test_a_loss_that_is_not_finite_is_not_kept(tmp_path, files, zoo: Zoo):
     soup = recipe("MEHL", tmp_path / "memory", files).set_params(lr=1e300, center="mean")
     for _ in range(2):
-        with pytest.raises(DivergenceError, match="Lower lr"):
+        with (
+            pytest.warns(SoupWarning, match=r"lr=1e\+300"),
+            pytest.raises(DivergenceError, match="Lower lr"),
+        ):
             soup.fit(files, zoo.X, zoo.y)
     assert count_of(soup.set_params(lr=0.05), files, zoo.X, zoo.y) > 0
 
