@@ -230,7 +230,6 @@ def _rename(names: Iterable[str], network: Any) -> list[tuple[str, str, Any, str
     from transformers.core_model_loading import (
         WeightConverter,
         WeightRenaming,
-        dot_natural_key,
         rename_source_key,
     )
 
@@ -241,7 +240,7 @@ def _rename(names: Iterable[str], network: Any) -> list[tuple[str, str, Any, str
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
     state, base = network.state_dict(), network.base_model_prefix
     renamed = []
-    for name in sorted(names, key=dot_natural_key):  # so that experts are in order
+    for name in sorted(names, key=_by_number):  # so that experts are in order
         new, pattern = name, ""
         if len(name) <= LONGEST:
             new, matched = rename_source_key(name, renamings, converters, base, state)
@@ -250,6 +249,14 @@ def _rename(names: Iterable[str], network: Any) -> list[tuple[str, str, Any, str
                 new, pattern = name, ""
         renamed.append((new, name, by_pattern.get(pattern), pattern))
     return renamed
+
+
+def _by_number(name: str) -> list[tuple[int, int, str]]:
+    """Sort the numbers between dots by value: 2 before 10."""
+    return [
+        (0, int(part), "") if part.isdecimal() and len(part) < 20 else (1, 0, part)
+        for part in name.split(".")
+    ]
 
 
 def _origins(

@@ -14,7 +14,7 @@ from .texts import read_text
 
 LIMIT = 8 << 20  # bytes; with 20,000 labels a config has about 1 MB
 MANY = 1 << 21  # layers, labels: transformers makes lists of so many before it makes any layer
-COUNTS = re.compile(r"layer|depth|block|stage|expert|label|head|group")
+COUNTS = re.compile(r"layer|depth|block|stage|expert|label|head|group|attention_types|dense")
 FOREIGN_CODE = ("auto_map", "custom_pipelines")
 # how attention and experts are computed is no part of the weights, and other names than those of
 # functions in transformers make it fetch and run a kernel: dropped, so that its default is used
@@ -75,6 +75,11 @@ def _refuse_what_acts(part: dict[str, Any], path: Path) -> None:
                 f"{str(path)!r} names code of its own ({field!r}), which sksoup never runs. Give "
                 f"the architecture: module=build_model."
             )
+    if part.get("transformers_weights"):
+        raise CheckpointError(
+            f"{str(path)!r} names other weights than those that are opened here "
+            f"('transformers_weights'), which transformers would load. Remove that field."
+        )
     if part.get("quantization_config"):
         raise CheckpointError(
             f"{str(path)!r} can't be built: its weights are quantized ('quantization_config'). "
@@ -97,13 +102,22 @@ def _refuse_what_acts(part: dict[str, Any], path: Path) -> None:
 def _refuse_counts(part: dict[str, Any], most: int, path: Path) -> None:
     """Refuse counts of parts that no weights have, since lists are made of so many."""
     for field, value in part.items():
-        if COUNTS.search(field):
-            numbers = [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
-            if sum(map(abs, numbers)) > most:
-                raise CheckpointError(
-                    f"{str(path)!r} can't be built: {field!r} is more than {most}, too many for "
-                    f"these weights. Correct the file, or give module=build_model."
-                )
+        if COUNTS.search(field) and sum(map(abs, _integers(value))) > most:
+            raise CheckpointError(
+                f"{str(path)!r} can't be built: {field!r} is more than {most}, too many for "
+                f"these weights. Correct the file, or give module=build_model."
+            )
+
+
+def _integers(value: Any) -> Iterator[int]:
+    """The integers in a value, or in lists of lists of them."""
+    todo = [value]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, list):
+            todo.extend(part)
+        elif type(part) is int:
+            yield part
 
 
 def _drop_what_acts(part: dict[str, Any]) -> None:

@@ -60,14 +60,19 @@ def read_trainer(state: Path, folder: str) -> Record:
         values[folder] = values.get(end, {})
     score = _number(found.get("best_metric"))
     of_best = values.get(best or "", {})
-    metrics = {name: _direction(name, v, values) for name, v in of_best.items() if v == score}
+    chosen_by = {name for name, value in of_best.items() if value == score}
+    seen: dict[str, tuple[float, float]] = {}
+    for of in values.values():
+        for name in of.keys() & chosen_by:
+            low, high = seen.get(name, (of[name], of[name]))
+            seen[name] = min(low, of[name]), max(high, of[name])
+    metrics = {name: _direction(of_best[name], *seen[name]) for name in chosen_by}
     return Record(best, metrics, values)
 
 
-def _direction(metric: str, best: float, values: Mapping[str, Mapping[str, float]]) -> int:
+def _direction(best: float, low: float, high: float) -> int:
     """Which way a metric is better: Trainer tells only which of its values it called best."""
-    seen = [of[metric] for of in values.values() if metric in of]
-    is_most, is_least = best >= max(seen), best <= min(seen)
+    is_most, is_least = best >= high, best <= low
     return is_most - is_least if is_most != is_least else 0
 
 

@@ -97,7 +97,11 @@ class Run:
 
 
 def find_runs(
-    folder: Path, suffixes: Collection[str], depth: int = DEPTH, lightning: int = DEPTH + 1
+    folder: Path,
+    suffixes: Collection[str],
+    depth: int = DEPTH,
+    lightning: int = DEPTH + 1,
+    above: frozenset[str] = frozenset(),
 ) -> Iterator[Run]:
     """The runs in a folder, and the checkpoints that stand alone, in natural order."""
     inner = [path for path in folder.iterdir() if path.is_dir() and path.name[:1] != "."]
@@ -120,11 +124,14 @@ def find_runs(
         else:
             yield from alone(found)
         return
+    above |= {os.path.realpath(folder)}
     for path in inner:
+        if path.is_symlink() and os.path.realpath(path) in above:
+            continue  # a circle
         is_lightning = LIGHTNING.fullmatch(path.name) is not None
         left = depth - (not is_lightning), lightning - is_lightning
         if min(left) >= 0:
-            yield from find_runs(path, suffixes, *left)
+            yield from find_runs(path, suffixes, *left, above)
 
 
 def alone(paths: Iterable[Path]) -> list[Run]:

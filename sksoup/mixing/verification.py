@@ -68,8 +68,8 @@ class Verification:
     @property
     def ok(self) -> bool:
         """Whether at least one tensor was checked, none differs, and neither does the SHA-256."""
-        n_least = max(1, self.n_tensors)
-        return not self.differing and len(self.unchecked) < n_least and self.sha256 != "differs"
+        is_checked = len(self.unchecked) < self.n_tensors
+        return is_checked and not self.differing and self.sha256 != "differs"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the findings as plain dicts.

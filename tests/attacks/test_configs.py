@@ -368,3 +368,22 @@ def test_companions_that_are_no_files_are_left_out(tmp_path):
     (source / "vocab.txt").symlink_to("/dev/zero")
     copy_companions(source, out)
     assert list(out.iterdir()) == []
+
+
+GPT_NEO = {"architectures": ["GPTNeoModel"], "model_type": "gpt_neo", "num_layers": 2}
+
+
+def test_counts_in_lists_of_lists_are_bounded(tmp_path):
+    config = GPT_NEO | {"attention_types": [[["global"], 10**9]]}
+    refused(write(tmp_path / "ft", config), "'attention_types' is more than")
+
+
+def test_other_weights_than_those_that_are_opened_are_refused(tmp_path):
+    config = BERT | {"transformers_weights": "other.safetensors"}
+    refused(write(tmp_path / "ft", config), "names other weights")
+
+
+@pytest.mark.parametrize("name", ["model.layer.\u00b2", "model.layer." + "9" * 5000])
+def test_names_with_odd_numbers_are_opened(tmp_path, name):
+    folder = write(tmp_path / "ft", BERT, {name: torch.ones(3)})
+    assert len(CheckpointCollection([folder]).layout) == 1

@@ -331,3 +331,14 @@ def test_infinite_constants_are_still_copied():
     mask = torch.full((2, 2), -torch.inf).triu(1)
     nets = [{"w": torch.ones(1) * k, "mask": mask, "none": torch.ones(0)} for k in range(2)]
     assert torch.equal(mix(nets, [0.5, 0.5])["mask"], mask)
+
+
+def test_nothing_to_check_is_not_verified():
+    nets = CheckpointCollection({"a": {"w": torch.ones(3)}, "b": {"w": torch.zeros(3)}})
+    document = json.loads(Recipe.record("x", nets, [0.5, 0.5], layers={"w": 0}).to_json())
+    document |= {"layers": {}, "format_version": 1}
+    del document["sha256"]
+    found = Recipe.from_json(json.dumps(document)).verify(
+        {"evil": torch.ones(1)}, {"z": {"w": torch.zeros(3)}}
+    )
+    assert not found.ok

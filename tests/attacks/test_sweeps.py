@@ -1,0 +1,49 @@
+"""Folders of a sweep that a walk would not come out of."""
+
+from __future__ import annotations
+
+import json
+from unittest.mock import patch
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sksoup import CheckpointCollection, CheckpointError
+from sksoup.checkpoints import records, sweeps
+
+
+def test_links_to_the_folder_above_are_not_followed(tmp_path):
+    for i in range(6):
+        (tmp_path / f"a{i}").symlink_to(".")
+    for name in ("version_1", "checkpoints", "lightning_logs"):
+        (tmp_path / name).symlink_to("..", target_is_directory=True)
+    inner = tmp_path / "run"
+    inner.mkdir()
+    (inner / "up").symlink_to("..")
+    with (
+        patch.object(sweeps, "find_runs", wraps=sweeps.find_runs) as looks,
+        pytest.raises(CheckpointError, match="No checkpoints"),
+    ):
+        CheckpointCollection.from_path(tmp_path)
+    assert looks.call_count < 50
+
+
+def test_many_metrics_of_many_steps_are_read_once(tmp_path):
+    run = tmp_path / "run0"
+    for step in (1, 2):
+        folder = run / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        save_file({"w": torch.ones(3) * step}, folder / "model.safetensors")
+    log = [{"step": 2, **{f"eval_{i}": 1.0 for i in range(2000)}}]
+    log += [{"step": step} for step in range(10, 2000)]
+    state = {"log_history": log, "best_metric": 1.0, "best_global_step": 2}
+    (run / "checkpoint-2" / "trainer_state.json").write_text(json.dumps(state))
+    with (
+        patch.object(records, "_direction", wraps=records._direction) as looks,
+        pytest.raises(CheckpointError, match="recorded"),
+    ):
+        CheckpointCollection.from_path(tmp_path, module=lambda: None, scores="recorded")
+    assert looks.call_count == 2000
+    assert all(len(call.args) == 3 for call in looks.call_args_list)  # no steps are handed over
