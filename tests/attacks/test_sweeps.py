@@ -46,4 +46,4 @@ def test_many_metrics_of_many_steps_are_read_once(tmp_path):
     ):
         CheckpointCollection.from_path(tmp_path, module=lambda: None, scores="recorded")
     assert looks.call_count == 2000
-    assert all(len(call.args) == 3 for call in looks.call_args_list)  # no steps are handed over
+    assert {type(arg) for call in looks.call_args_list for arg in call.args} == {float}  # no steps
