@@ -73,11 +73,11 @@ def _modules(source: Path) -> Iterator[Path]:
             f"{str(path)!r} can't be read: expected a list of modules, each with a 'path' "
             f"({type(error).__name__}: {error}). Correct the file, or use save(path)."
         ) from error
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(map(Path, names)):  # a folder has many spellings, such as 'a/./'
         folder = source / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if name.is_absolute() or ".." in name.parts:
             raise CheckpointError(
-                f"{str(path)!r} names the module {name!r}, expected a folder beside it. Correct "
+                f"{str(path)!r} names the module {str(name)!r}, expected a folder beside it. Correct "
                 f"the file, or use save(path)."
             )
         if folder != source and folder.is_dir():

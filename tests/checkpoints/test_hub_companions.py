@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
 from sksoup import CheckpointCollection, CheckpointError, UniformSoup
+from sksoup.checkpoints import hub_companions
 from sksoup.checkpoints.hub_companions import copy_companions
 
 from ..zoo import around
@@ -142,3 +144,15 @@ def test_links_in_a_module_stay_in_the_folder(runs, tmp_path):
     (runs / "ft0" / "1_Pooling").symlink_to(secret)
     with pytest.raises(CheckpointError, match=r"1_Pooling/key' can't be copied: it is a link"):
         copy_companions(runs / "ft0", tmp_path / "out")
+
+
+def test_a_module_that_is_spelled_in_many_ways_is_copied_once(tmp_path):
+    source = tmp_path / "source"
+    (source / "m").mkdir(parents=True)
+    (source / "m" / "config.json").write_text("{}")
+    names = ["m", "m/", "m/.", "m//.", "./m"]
+    (source / "modules.json").write_text(json.dumps([{"path": name} for name in names]))
+    with patch.object(hub_companions, "_files", wraps=hub_companions._files) as walked:
+        copy_companions(source, tmp_path / "target")
+    assert walked.call_count == 1
+    assert (tmp_path / "target" / "m" / "config.json").is_file()
