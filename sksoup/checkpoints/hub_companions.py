@@ -77,8 +77,8 @@ def _modules(source: Path) -> Iterator[Path]:
         folder = source / name
         if name.is_absolute() or ".." in name.parts:
             raise CheckpointError(
-                f"{str(path)!r} names the module {str(name)!r}, expected a folder beside it. Correct "
-                f"the file, or use save(path)."
+                f"{str(path)!r} names the module {str(name)!r}, expected a folder beside it. "
+                f"Correct the file, or use save(path)."
             )
         if folder != source and folder.is_dir():
             yield folder
