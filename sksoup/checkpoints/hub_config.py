@@ -49,6 +49,17 @@ def read_config(path: Path, header: Mapping[str, TensorInfo]) -> dict[str, Any]:
     return config
 
 
+def output_labels(id2label: Any) -> tuple[str, ...]:
+    """The names of outputs by a config's ``id2label``, but for those that transformers makes up."""
+    if not isinstance(id2label, Mapping):
+        return ()
+    known = {str(k): name for k, name in id2label.items()}
+    names = [known.get(str(k)) for k in range(len(known))]
+    labels = tuple(name for name in names if isinstance(name, str))
+    made_up = tuple(f"LABEL_{k}" for k in range(len(names)))
+    return () if labels == made_up or len(set(labels)) < len(names) else labels
+
+
 def _decode_float(part: dict[str, Any]) -> Any:
     """Transformers writes an infinite float as {"__float__": "Infinity"}."""
     value = part.get("__float__")

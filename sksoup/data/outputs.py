@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import accuracy_score, r2_score
 
+from ..checkpoints.hub_config import output_labels
 from .rows import Batch, to_tensor
 
 Task: TypeAlias = Literal["classification", "regression", "multilabel"]
@@ -157,14 +158,9 @@ class Outputs:
 
 
 def output_names(module: Any, n_outputs: int) -> tuple[str, ...] | None:
-    """Names of the outputs in the config of a model of transformers, but for those it makes up."""
-    known = getattr(getattr(module, "config", None), "id2label", None)
-    if not isinstance(known, Mapping) or known.keys() != set(range(n_outputs)):
-        return None
-    names = tuple(known[k] for k in range(n_outputs))
-    if not all(isinstance(name, str) for name in names) or len(set(names)) < n_outputs:
-        return None
-    return None if names == tuple(f"LABEL_{k}" for k in range(n_outputs)) else names
+    """Names of the outputs in the config of a model of transformers, if it names all of them."""
+    names = output_labels(getattr(getattr(module, "config", None), "id2label", None))
+    return names if len(names) == n_outputs else None
 
 
 def resolve_classes(

@@ -77,7 +77,7 @@ def model_card(recipe: Any, checkpoints: CheckpointCollection | None = None) -> 
             f"It scores {score:.4f} on {n:,} held-out rows. The soup was selected by this "
             f"score, so that it is optimistic: expect less on new rows.\n"
         )
-    if origin.labels:
+    if origin.labels and origin.labels != recipe.classes:
         parts.append(f"Labels: {', '.join(map(_code, origin.labels))}.\n")
     if recipe.classes:
         labels = ", ".join(_code(str(label)) for label in recipe.classes)

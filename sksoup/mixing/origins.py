@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.hub_config import output_labels
+from ..checkpoints.sweeps import STEP
 from ..checkpoints.texts import read_text
 from ..exceptions import CheckpointError
 
 MOST_BYTES = 2**23
-STEP = re.compile(r"checkpoint-\d+")
 # an identifier on the hub: a name, or an organisation's; no path
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,40}")
@@ -83,7 +84,7 @@ def _origin(folder: Path) -> Origin:
         named if _is_hub_id(named) else None,
         licence if licence != "other" and LICENCE.fullmatch(licence) else None,
         name if isinstance(name, str) and name.isidentifier() else None,
-        _labels(config.get("id2label")),
+        output_labels(config.get("id2label")),
     )
 
 
@@ -112,12 +113,3 @@ def _is_hub_id(name: Any) -> bool:
         and not STEP.fullmatch(name.rpartition("/")[2])
         and not Path(name).exists()
     )
-
-
-def _labels(named: Any) -> tuple[str, ...]:
-    """The labels of the outputs, where they have names of their own."""
-    if not isinstance(named, dict) or not named:
-        return ()
-    found = [named.get(str(k)) for k in range(len(named))]
-    labels = tuple(label for label in found if isinstance(label, str))
-    return labels if len(labels) == len(named) and labels[0] != "LABEL_0" else ()
