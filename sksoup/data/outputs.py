@@ -159,7 +159,8 @@ class Outputs:
 
 def output_names(module: Any, n_outputs: int) -> tuple[str, ...] | None:
     """Names of the outputs in the config of a model of transformers, if it names all of them."""
-    names = output_labels(getattr(getattr(module, "config", None), "id2label", None))
+    config = getattr(module, "config", None)
+    names = output_labels(getattr(config, "id2label", None)) if config is not None else ()
     return names if len(names) == n_outputs else None
 
 
