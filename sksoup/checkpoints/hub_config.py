@@ -14,6 +14,7 @@ from .texts import read_text
 
 LIMIT = 8 << 20  # bytes; with 20,000 labels a config has about 1 MB
 MANY = 1 << 21  # layers, labels: transformers makes lists of so many before it makes any layer
+MOST_TURNS = 1 << 26  # about a second; 20,000 labels and 128 layers make 2^21
 COUNTS = re.compile(r"layer|depth|block|stage|expert|label|head|group|attention_types|dense")
 FOREIGN_CODE = ("auto_map", "custom_pipelines")
 # how attention and experts are computed is no part of the weights, and other names than those of
@@ -111,23 +112,46 @@ def _refuse_what_acts(part: dict[str, Any], path: Path) -> None:
 
 
 def _refuse_counts(part: dict[str, Any], most: int, path: Path) -> None:
-    """Refuse counts of parts that no weights have, since lists are made of so many."""
-    for field, value in part.items():
-        if COUNTS.search(field) and sum(map(abs, _integers(value))) > most:
+    """Refuse counts of parts that no weights have: transformers makes lists of so many.
+
+    It also repeats a list so many times, or looks so often for something in one.
+    """
+    counts = {
+        field: sum(map(abs, _integers(v))) for field, v in part.items() if COUNTS.search(field)
+    }
+    longest = max((_n_items(value) for value in part.values()), default=0)
+    for field, count in counts.items():
+        if count > most:
             raise CheckpointError(
                 f"{str(path)!r} can't be built: {field!r} is more than {most}, too many for "
                 f"these weights. Correct the file, or give module=build_model."
+            )
+        if count * longest > MOST_TURNS:
+            raise CheckpointError(
+                f"{str(path)!r} can't be built: it has a list of {longest} items beside {field!r} "
+                f"of {count}, more than any model needs. Correct the file, or give "
+                f"module=build_model."
             )
 
 
 def _integers(value: Any) -> Iterator[int]:
     """The integers in a value, or in lists of lists of them."""
+    return (leaf for leaf in _leaves(value) if type(leaf) is int)
+
+
+def _n_items(value: Any) -> int:
+    """The number of items in a list, and in the lists in it."""
+    return sum(1 for _ in _leaves(value)) if isinstance(value, list) else 0
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What is in lists of lists, or the value itself."""
     todo = [value]
     while todo:
         part = todo.pop()
         if isinstance(part, list):
             todo.extend(part)
-        elif type(part) is int:
+        else:
             yield part
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from sksoup import CheckpointCollection, CheckpointError
 from sksoup.checkpoints import hub
 from sksoup.checkpoints.hub_companions import copy_companions
+from sksoup.checkpoints.hub_config import read_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -376,6 +377,25 @@ GPT_NEO = {"architectures": ["GPTNeoModel"], "model_type": "gpt_neo", "num_layer
 def test_counts_in_lists_of_lists_are_bounded(tmp_path):
     config = GPT_NEO | {"attention_types": [[["global"], 10**9]]}
     refused(write(tmp_path / "ft", config), "'attention_types' is more than")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("gpt_neo", {"attention_types": [[["global"] * 200_000, 2_600]]}),
+        ("lfm2", {"full_attn_idxs": [7] * 200_000, "num_hidden_layers": 2_000_000}),
+    ],
+)
+def test_lists_that_are_walked_many_times_are_bounded(tmp_path, kind, fields):
+    names = {"gpt_neo": "GPTNeoForCausalLM", "lfm2": "Lfm2ForCausalLM"}
+    config = {"model_type": kind, "architectures": [names[kind]], **fields}
+    refused(write(tmp_path / "ft", config), "a list of 200")
+
+
+def test_many_labels_in_a_list_beside_many_layers_are_no_attack(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(BERT | {"labels": ["x"] * 20_000, "num_hidden_layers": 200}))
+    assert read_config(path, {})["num_hidden_layers"] == 200
 
 
 def test_other_weights_than_those_that_are_opened_are_refused(tmp_path):
