@@ -83,6 +83,10 @@ def _parser() -> argparse.ArgumentParser:
             "--prefix", help="take only names that begin with this, and leave it out"
         )
         command.add_argument(
+            "--base", metavar="FOLDER",
+            help="the Hugging Face folder that LoRA adapters add to (default: as they name it)",
+        )  # fmt: skip
+        command.add_argument(
             "--which", choices=("best", "last", "all"),
             help="which checkpoint of each run (default: best of a sweep's, all of one run)",
         )  # fmt: skip
@@ -206,7 +210,7 @@ def _opened(
     keys = set() if recipe is None else {one.key for one in recipe.ingredients}
     key = keys.pop() if options.key is None and len(keys) == 1 else options.key
     collection = _Watched.from_path(
-        options.sources, which=options.which, key=key, prefix=options.prefix
+        options.sources, which=options.which, module=options.base, key=key, prefix=options.prefix
     )
     total = len(collection) * collection.nbytes
     with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:

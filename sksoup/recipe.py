@@ -1,7 +1,7 @@
 """The record of a soup, by its public name."""
 
-from .mixing.ingredients import Ingredient
+from .mixing.ingredients import Base, Ingredient
 from .mixing.recipe import Recipe
 from .mixing.verification import Verification
 
-__all__ = ["Ingredient", "Recipe", "Verification"]
+__all__ = ["Base", "Ingredient", "Recipe", "Verification"]

@@ -62,7 +62,8 @@ def another_architecture(zoo, monkeypatch):
 @given
 def an_adapter(zoo, monkeypatch):
     Path("runs/ft07").mkdir(parents=True)
-    Path("runs/ft07/adapter_config.json").write_text("{}")
+    config = {"peft_type": "LORA", "base_model_name_or_path": "org/encoder"}
+    Path("runs/ft07/adapter_config.json").write_text(json.dumps(config))
     save_file({"w": torch.ones(2)}, "runs/ft07/adapter_model.safetensors")
     CheckpointCollection.from_path("runs")
 

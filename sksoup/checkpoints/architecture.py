@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from ..exceptions import CheckpointError
 from ..runtime.random_state import preserved_random_state
 from .hub import HubModule, hub_folder
 
@@ -46,6 +47,8 @@ def find_architecture(
     given: Sequence[Any], module: Any, key: str | None = None
 ) -> ModuleSource | None:
     """The module or factory to build from: as given, else of the first checkpoint that has one."""
+    if isinstance(module, (str, os.PathLike)):
+        return _of_folder(module, key)
     for item in [module] if module is not None else given:
         trained = getattr(item, "module_", None)
         if isinstance(item, nn.Module) or isinstance(trained, nn.Module):
@@ -61,10 +64,21 @@ def find_architecture(
             return factory
         else:
             raise TypeError(
-                f"module must be a factory without arguments, an nn.Module or a skorch net, got "
-                f"{type(item).__name__}."
+                f"module must be a factory without arguments, an nn.Module, a skorch net or the "
+                f"path of a Hugging Face folder, got {type(item).__name__}."
             )
     return None
+
+
+def _of_folder(module: str | os.PathLike[str], key: str | None) -> HubModule:
+    """The architecture in a Hugging Face folder that the user names."""
+    path = Path(os.path.expanduser(module)).absolute()
+    folder = hub_folder(path)
+    if folder is None:
+        raise CheckpointError(
+            f"module={os.fspath(module)!r} is no Hugging Face folder: it has no config.json."
+        )
+    return HubModule(folder, path, key)
 
 
 def skeleton(module: ModuleSource | None) -> nn.Module | None:

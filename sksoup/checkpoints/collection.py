@@ -19,11 +19,13 @@ from torch import nn
 from ..exceptions import CheckpointError, SoupWarning
 from ..runtime.random_state import preserved_random_state
 from .agreement import check_names, check_scores, common_layout, named
-from .architecture import ModuleSource, find_architecture
+from .architecture import ModuleSource
 from .converted import convert_names, unconverted
 from .describe import CollectionSummary, describe
 from .health import Health
 from .in_memory import content_sha256
+from .low_rank import Factors, LowRankCheckpoint, ReadFactors
+from .on_base import refuse_factors, resolve_adapters
 from .prefixes import drop_prefixes, fit_names, take_prefix
 from .protocol import Entry, Read, TensorInfo
 from .records import recorded_scores
@@ -46,15 +48,18 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     ----------
     checkpoints : iterable or mapping
         Paths of files (``.safetensors``, ``.pt``, ``.pth``, ``.bin``, ``.ckpt``, an
-        ``.index.json`` of shards) or of Hugging Face and skorch ``Checkpoint`` folders; modules,
-        fitted skorch nets, or state dicts, which are copied to the CPU; objects that satisfy the
-        protocol ``sksoup.checkpoints.protocol.Checkpoint``; or a collection, opened again without
-        a read, to give it a module or scores. A mapping gives them names.
-    module : callable, nn.Module, skorch net or None, default=None
-        The architecture: a factory without arguments, a module (copied before use) or a skorch
-        net. By default that of the first module or net given, or of the ``config.json`` of the
-        first Hugging Face folder (extra ``hub``). Needed by everything that predicts; `mix` and
-        `Recipe.cook` do without.
+        ``.index.json`` of shards) or of Hugging Face, PEFT (LoRA) and skorch ``Checkpoint``
+        folders; modules, fitted skorch nets, PeftModels, or state dicts, which are copied to the
+        CPU; objects that satisfy the protocol ``sksoup.checkpoints.protocol.Checkpoint``; or a
+        collection, opened again without a read, to give it a module or scores. A mapping gives
+        them names.
+    module : callable, nn.Module, skorch net, path or None, default=None
+        The architecture: a factory without arguments, a module (copied before use), a skorch net
+        or the path of a Hugging Face folder. By default that of the first module or net given, or
+        of the ``config.json`` of the first Hugging Face folder (extra ``hub``). Needed by
+        everything that predicts; `mix` and `Recipe.cook` do without. LoRA adapters need their
+        base, weights included: the network as it was before PEFT wrapped it; by default the folder
+        that they name, or its copy in the Hugging Face cache, if it is on this machine.
     names : sequence of str or None, default=None
         Unique names; by default file stems (with as much of the folder as makes them unique), or
         ``checkpoint0``, ``checkpoint1``, ...
@@ -124,8 +129,10 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             scores = checkpoints.scores if scores is None and names is None else scores
             checkpoints = checkpoints._entries
         given, names = named(checkpoints, names)
-        self.module = find_architecture(given, module, key)
+        given, self.module = resolve_adapters(given, module, key)
         entries = [open_source(item, index, key) for index, item in enumerate(given)]
+        for entry in entries:
+            refuse_factors(entry)
         if prefix is None:
             entries = drop_prefixes(entries, self.module)
         else:
@@ -273,11 +280,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             def read(tensor: str) -> torch.Tensor:
                 value = read_unchecked(entry.prefix + tensor)
                 if (bad := self.health.see(name, tensor, value)) is not None:
-                    raise CheckpointError(
-                        f"{self._entries[bad]!r} can't be used: {tensor!r} holds NaN or infinite "
-                        f"values. Its run has probably diverged: leave it out with "
-                        f"collection.drop({bad!r}), or all such with collection.healthy()."
-                    )
+                    raise self._not_finite(bad, tensor)
                 return value
 
             yield read
@@ -290,11 +293,107 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         CheckpointError
             As `open`, naming file and tensor.
         """
+        based: dict[int, str] = {}  # bases that were read, and with which checkpoint
         for name in self.names:
-            if unread := self.health.unread(name, self.layout):
+            unread = self.health.unread(name, self.layout)
+            found = self._entries[name].checkpoint
+            if isinstance(found, LowRankCheckpoint):
+                first = based.setdefault(id(found.base), name)
+                unread = [t for t in unread if not self._shares(name, first, t)]
+            if unread:
                 with self.open(name) as read:
                     for tensor in unread:
                         read(tensor)
+
+    def _shares(self, name: str, other: str, tensor: str) -> bool:
+        """Whether a tensor is the base's in both of two adapters, and was seen in the other."""
+        both = [self._entries[one].checkpoint for one in (name, other)]
+        if name == other or any(
+            not isinstance(c, LowRankCheckpoint) or c.adds(tensor) for c in both
+        ):
+            return False
+        return self.health.share(name, other, tensor)
+
+    def on_one_base(self, names: Sequence[str] | None = None) -> dict[str, LowRankCheckpoint]:
+        """Return these checkpoints by name if all of them are a base and something of low rank.
+
+        Parameters
+        ----------
+        names : sequence of str or None, default=None
+            Names of checkpoints; all of them by default.
+
+        Returns
+        -------
+        adapters : dict of str to LowRankCheckpoint
+            Empty where one is not, or they have not one base.
+        """
+        chosen = self.names if names is None else names
+        adapters = self.adapters(chosen)
+        bases = {id(one.base): one.base for one in adapters.values()}.values()
+        is_one = len(bases) == 1 or len({repr(base.identity()) for base in bases}) == 1
+        return adapters if is_one and len(adapters) == len(chosen) else {}
+
+    def adapters(self, names: Iterable[str]) -> dict[str, LowRankCheckpoint]:
+        """Return those of these checkpoints that are a base and something of low rank.
+
+        Parameters
+        ----------
+        names : iterable of str
+            Names of checkpoints.
+
+        Returns
+        -------
+        adapters : dict of str to LowRankCheckpoint
+            By name, in order.
+        """
+        found = {name: self._entries[name].checkpoint for name in names}
+        return {name: one for name, one in found.items() if isinstance(one, LowRankCheckpoint)}
+
+    @contextmanager
+    def open_factors(self, name: str) -> Iterator[tuple[ReadFactors, Read]]:
+        """Open what an adapter adds to its base: its factors, and the tensors that it holds whole.
+
+        Parameters
+        ----------
+        name : str
+            Name of a checkpoint that `on_one_base` returns.
+
+        Yields
+        ------
+        factors : callable, tensor name -> Factors or None
+            None where the tensor is the base's, or whole.
+        read : callable, tensor name -> tensor
+            As `open`, for tensors that are held whole.
+
+        Raises
+        ------
+        CheckpointError
+            As `open`.
+        """
+        found = self._entries[name].checkpoint
+        assert isinstance(found, LowRankCheckpoint)
+        with found.open_factors() as (factors, read_unchecked):
+
+            def read_factors(tensor: str) -> Factors | None:
+                both = factors(tensor)
+                if both is not None and not both.is_finite():
+                    raise self._not_finite(name, tensor)
+                return both
+
+            def read(tensor: str) -> torch.Tensor:
+                value = read_unchecked(tensor)
+                if (bad := self.health.see(name, tensor, value)) is not None:
+                    raise self._not_finite(bad, tensor)
+                return value
+
+            yield read_factors, read
+
+    def _not_finite(self, name: str, tensor: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._entries[name]!r} can't be used: {tensor!r} holds NaN or infinite values. Its "
+            f"run has probably diverged: leave it out with collection.drop({name!r}), or all such "
+            f"with collection.healthy()."
+        )
 
     def describe(self) -> CollectionSummary:
         """Compare the checkpoints: distances, directions, duplicates, frozen parts, a verdict.

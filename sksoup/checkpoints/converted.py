@@ -21,6 +21,7 @@ from ..exceptions import CheckpointError
 from .architecture import ModuleSource, skeleton
 from .hub import HubModule, hub_folder
 from .in_memory import content_sha256
+from .low_rank import LowRankCheckpoint
 from .prefixes import prefixes_of
 from .protocol import Checkpoint, Entry, Read, TensorInfo
 from .sources import open_checkpoint
@@ -123,6 +124,9 @@ def convert_names(entries: Sequence[Entry], module: ModuleSource | None) -> list
     planned: dict[tuple[Any, ...], Plan | None] = {}  # most files of a collection are alike
     converted = []
     for entry in entries:
+        if isinstance(entry.checkpoint, LowRankCheckpoint):  # by the module's names already
+            converted.append(entry)
+            continue
         kind = _is_in_hub_folder(entry), entry.prefix, frozenset(entry.checkpoint.header.items())
         if kind not in planned:
             planned[kind] = _plan(entry, network, is_stored=kind[0])
@@ -180,7 +184,8 @@ def _table(network: nn.Module) -> Callable[..., list[Any]] | None:
 
 def _is_in_hub_folder(entry: Entry) -> bool:
     path = entry.checkpoint.path
-    return path is not None and hub_folder(path) is not None
+    is_whole = not isinstance(entry.checkpoint, LowRankCheckpoint)
+    return is_whole and path is not None and hub_folder(path) is not None
 
 
 def _plan(entry: Entry, network: nn.Module, is_stored: bool) -> Plan | None:

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..exceptions import CheckpointError
+from .peft_config import CONFIG
 from .read import read_safetensors_metadata
 from .shards import INDEX, weight_map
 from .workplace import MARK
@@ -20,6 +21,7 @@ FOLDER_WEIGHTS = (
     "params.safetensors",
     "params.pt",
 )
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # of PEFT
 # what training loops leave beside the weights
 NOT_WEIGHTS = re.compile(
     r"(training_args|optimizer|scheduler|criterion|scaler|rng_state(_\d+)?)\.(bin|pt|pth|safetensors)"
@@ -27,17 +29,26 @@ NOT_WEIGHTS = re.compile(
 
 
 def find_weights(folder: Path) -> Path | None:
-    """Return the weights file of a Hugging Face or skorch folder, or None for any other folder."""
+    """Return the weights file of a Hugging Face, PEFT or skorch folder, or None for any other."""
     found = next((folder / name for name in FOLDER_WEIGHTS if (folder / name).is_file()), None)
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{str(folder)!r} holds a PEFT adapter, expected whole weights. The mean of low-rank "
-            f"factors is not the low-rank mean: merge the adapter into its base model first "
-            f"(peft: model.merge_and_unload()) and save that."
-        )
+    if (folder / CONFIG).is_file():
+        return _adapter_weights(folder, found)
     marks = ("config.json", "history.json", *(name for name in FOLDER_WEIGHTS if INDEX in name))
     is_skorch = found is not None and found.stem == "params"
     return found if is_skorch or any((folder / mark).is_file() for mark in marks) else None
+
+
+def _adapter_weights(folder: Path, whole: Path | None) -> Path:
+    """The weights in a folder of PEFT."""
+    found = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()), None)
+    if found is None or whole is not None:
+        held = f"{whole.name!r}, too" if whole is not None else "no weights"
+        raise CheckpointError(
+            f"{str(folder)!r} holds {CONFIG!r} of a PEFT adapter and {held}: expected one of "
+            f"{', '.join(ADAPTER_WEIGHTS)} beside it, and no whole model. Keep the one that you "
+            f"mean."
+        )
+    return found
 
 
 def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:

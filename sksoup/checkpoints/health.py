@@ -47,6 +47,17 @@ class Health:
         seen.add(name)
         return None
 
+    def share(self, name: str, other: str, tensor: str) -> bool:
+        """Note of a tensor what was seen of the same one in another checkpoint, if it was."""
+        seen = self._finite.get(tensor, set())
+        if other not in seen:
+            return False
+        seen.add(name)
+        if tensor in self._samples.get(other, ()):
+            self._samples.setdefault(name, {})[tensor] = self._samples[other][tensor]
+            self._largest.setdefault(name, {})[tensor] = self._largest[other][tensor]
+        return True
+
     def _look(self, name: str, tensor: str, value: torch.Tensor) -> float:
         """The largest magnitude, perhaps NaN or Inf; keeps some numbers of a finite tensor."""
         if not value.is_floating_point() or not value.numel():

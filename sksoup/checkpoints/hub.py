@@ -17,6 +17,16 @@ from .growth import bounded_growth
 from .hub_config import read_config
 from .sources import open_checkpoint
 
+# what PEFT calls a task -> transformers' class for it
+AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
 
 def hub_folder(path: Path) -> Path | None:
     """Return the Hugging Face folder that a checkpoint's path is, or lies in."""
@@ -27,13 +37,23 @@ def hub_folder(path: Path) -> Path | None:
 class HubModule:
     """A factory for the architecture in a folder's config.json, through transformers, offline.
 
-    The module is at most as large as the weights at ``path``, which are the folder's own.
+    The module is at most as large as the weights at ``path``, which are the folder's own. With a
+    ``task`` of PEFT it is transformers' model for that, perhaps with a head that the folder lacks.
     """
 
-    def __init__(self, folder: Path, path: Path | None = None, key: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        path: Path | None = None,
+        key: str | None = None,
+        task: str | None = None,
+        n_labels: int | None = None,
+    ) -> None:
         self.folder = folder
         self.path = folder if path is None else path
         self.key = key
+        self.task = task
+        self.n_labels = n_labels
 
     def __repr__(self) -> str:
         return f"HubModule({str(self.folder)!r})"
@@ -51,7 +71,13 @@ class HubModule:
         described = read_config(path, header)
         try:
             with offline():
-                architecture = find_class(described.get("architectures"), path)
+                if self.n_labels is not None:
+                    described["num_labels"] = self.n_labels
+                    described.pop("id2label", None), described.pop("label2id", None)
+                if self.task is None:
+                    build_from = find_class(described.get("architectures"), path)
+                else:
+                    build_from = getattr(transformers, AUTO_CLASSES[self.task]).from_config
                 kind = described.get("model_type")
                 if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
                     raise CheckpointError(
@@ -62,7 +88,7 @@ class HubModule:
                 def build() -> nn.Module:
                     config = transformers.CONFIG_MAPPING[kind].from_dict(copy.deepcopy(described))
                     config.name_or_path = str(self.folder)
-                    module: nn.Module = architecture(config)
+                    module: nn.Module = build_from(config)
                     return module
 
                 # first where nothing is allocated, to see how large it becomes

@@ -15,7 +15,9 @@ from .texts import read_text
 
 # configuration, tokenizer, processor
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-NOT_COMPANIONS = ("*.index.json", "trainer_state.json", "history.json", "*results.json")
+NOT_COMPANIONS = (
+    "*.index.json", "trainer_state.json", "history.json", "*results.json", "adapter_config.json",
+)  # fmt: skip
 MODULES = "modules.json"  # of sentence-transformers: further modules, each in a folder
 LIMIT = 1 << 20  # bytes of modules.json, which has a few lines
 WEIGHTS = (".safetensors", *TORCH_SUFFIXES)

@@ -55,11 +55,16 @@ class MemoryCheckpoint(Checkpoint):
 
 def content_sha256(entry: Entry) -> str:
     """SHA-256 of names, dtypes, shapes and values: the same in memory and in any file."""
-    digest = sha256()
     with entry.checkpoint.open() as read:
-        for name, info in sorted(entry.header.items()):
-            digest.update(f"{name}:{info.dtype}:{info.shape};".encode())
-            digest.update(tensor_bytes(read(entry.prefix + name)))
+        return digest_of(entry.header, lambda name: read(entry.prefix + name))
+
+
+def digest_of(header: Mapping[str, TensorInfo], read: Read) -> str:
+    """SHA-256 of the names, dtypes, shapes and values of these tensors."""
+    digest = sha256()
+    for name, info in sorted(header.items()):
+        digest.update(f"{name}:{info.dtype}:{info.shape};".encode())
+        digest.update(tensor_bytes(read(name)))
     return digest.hexdigest()
 
 

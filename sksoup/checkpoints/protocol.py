@@ -40,6 +40,14 @@ class TensorInfo:
         return self.size * self.dtype.itemsize
 
 
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape have the same dtype and bits (NaN equals itself)."""
+    if a.dtype != b.dtype:
+        return False
+    as_integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+    return torch.equal(a.contiguous().view(as_integers), b.contiguous().view(as_integers))
+
+
 def is_text(name: str) -> bool:
     """Whether a name can be written as UTF-8: it holds no half of a surrogate pair."""
     try:

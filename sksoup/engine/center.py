@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
+from ..checkpoints.protocol import same_bits
 from ..mixing.layers import Layers, is_variance
-from ..mixing.mix import accumulate, same_bits
+from ..mixing.mix import accumulate
 from ..runtime.cache import Cache
+from .factors import low_rank_names, measure_stacks
 from .objective import load_weights
 from .problem import Problem
 
@@ -154,6 +156,7 @@ class Center:
 
     flat: FlatModule
     weights: torch.Tensor  # (size,), g
+    q: NDArray[np.float64]  # (K,), g as coefficients
     factors: NDArray[np.float64]  # (K, n_searched), s: what each delta is multiplied by
     checkpoints: CheckpointCollection
     layers: Layers
@@ -177,7 +180,7 @@ def centered(
         names = [name for name, _ in distinct(module) if name in checkpoints.layout]
 
         def measured() -> tuple[torch.Tensor, list[str]]:
-            lengths, found = measure(checkpoints, point, names, layers)
+            lengths, found = measure(checkpoints, point, anchor.q, names, layers)
             return torch.from_numpy(lengths), sorted(found)
 
         lengths, found = measured() if cache is None else cache(("lengths",), measured)
@@ -195,7 +198,7 @@ def centered(
         for segment in layout.segments:  # the mapping is emptied on the way
             vector[segment.where].copy_(point.pop(segment.name).flatten())
         point.clear()
-        yield Center(flat, vector, factors, checkpoints, layers)
+        yield Center(flat, vector, anchor.q, factors, checkpoints, layers)
     finally:
         flat.release()
 
@@ -203,16 +206,23 @@ def centered(
 def measure(
     checkpoints: CheckpointCollection,
     point: Mapping[str, torch.Tensor],
+    q: NDArray[np.float64],
     names: Collection[str],
     layers: Layers,
 ) -> tuple[NDArray[np.float64], set[str]]:
     """(K, n_searched): how far each checkpoint is from a point, and the tensors that differ.
 
     The length of a row's delta is that of all the tensors that the row mixes, buffers included;
-    those that take the mean of several rows count in each of them. Reads every file once.
+    those that take the mean of several rows count in each of them. Reads every file once; of
+    adapters of one base, their factors. The point is sum_j q_j w_j.
     """
     squares = np.zeros((len(checkpoints), len(layers.names)))
     differing: set[str] = set()
+    if checkpoints.on_one_base():
+        low, whole = low_rank_names(checkpoints)
+        differing = low.intersection(names)
+        squares = measure_stacks(checkpoints, differing, q, layers.rows, len(layers.names))
+        names = [name for name in names if name in whole]
     for k, checkpoint in enumerate(checkpoints):
         for following in checkpoints.names[k + 1 : k + 2]:
             checkpoints.warm(following)

@@ -23,6 +23,7 @@ from ..runtime.memory import Budget, is_out_of_memory
 from .batch_norm import batch_statistics
 from .center import Anchor, Center, centered
 from .deltas import Deltas, ModelBatch, Reader, resolve_delta_dtype
+from .low_rank import LowRankBatch
 from .problem import Found, Problem, Step
 from .sharded import ShardedBatch
 from .streamed import StreamedBatch
@@ -283,6 +284,8 @@ class DeltaStorage:
     def n_models(self, wanted: int | str | None, center: Center) -> int:
         """How many deltas to hold: as asked, None for all, "auto" for what fits."""
         n_checkpoints, weights = len(center.checkpoints), center.weights
+        if center.checkpoints.on_one_base():
+            return self._n_adapters(wanted, center)
         if self.limit is None and wanted != "auto":
             return n_checkpoints if wanted is None else min(int(wanted), n_checkpoints)
         dtype = resolve_delta_dtype(self.delta_dtype, weights.dtype)
@@ -292,11 +295,32 @@ class DeltaStorage:
         budget = Budget(self.limit, weights.nbytes, delta_bytes, n_fixed, weights.device)
         return smallest(budget.resolve(wanted, n_checkpoints))
 
+    def _n_adapters(self, wanted: int | str | None, center: Center) -> int:
+        """Of adapters the factors of all are held, however many a model batch takes."""
+        weights, n = center.weights, len(center.checkpoints)
+        width = resolve_delta_dtype(self.delta_dtype, weights.dtype).itemsize
+        held = width * sum(one.n_numbers for one in center.checkpoints.on_one_base().values())
+        if self.limit is not None and (needed := 2 * weights.nbytes + held) > self.limit:
+            raise ValueError(
+                f"memory_limit={self.limit:,} bytes does not hold a search in adapters: it needs "
+                f"{needed:,} bytes for 2 models of {weights.nbytes:,} and the factors of all {n}. "
+                f"Raise the limit, or use fewer adapters."
+            )
+        return n if wanted in (None, "auto") else min(int(wanted), n)
+
     @contextmanager
     def deltas(
         self, center: Center, n_models: int, batches: Sequence[Sequence[str]]
     ) -> Iterator[Deltas]:
         """Hold ``n_models`` deltas of these batches; larger batches are read at every step."""
+        dtype = resolve_delta_dtype(self.delta_dtype, center.weights.dtype)
+        if center.checkpoints.on_one_base():
+            factors = LowRankBatch(center, dtype)
+            try:
+                yield factors
+            finally:
+                factors.release()
+            return
         is_shared = self.is_shared and world_size() > 1
         kind: type[ModelBatch] = ShardedBatch if is_shared else ModelBatch
         n_ahead = self.n_ahead
@@ -309,7 +333,6 @@ class DeltaStorage:
         reader = Reader(center, [name for batch in batches for name in batch], n_ahead, n_models)
         held = None
         try:
-            dtype = resolve_delta_dtype(self.delta_dtype, center.weights.dtype)
             held = kind(center, n_models, dtype, reader)
             yield held
         finally:

@@ -42,10 +42,36 @@ model.eval()
 """
 
 
-def model_card(recipe: Any, checkpoints: CheckpointCollection | None = None) -> str:
+LOAD_ADAPTER = """\
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, "FOLDER")  # the network that the adapters were trained on
+model.eval()
+```
+"""
+REBUILD_ADAPTER = """\
+The exact coefficients are in `recipe.json`. With the ingredients and their base at hand, rebuild \
+the whole network:
+
+```
+python -m sksoup cook recipe.json FOLDER_OF_ADAPTERS --base BASE -o soup.safetensors
+```
+"""
+MOST_ROWS = 20  # of a table of layers
+
+
+def model_card(
+    recipe: Any,
+    checkpoints: CheckpointCollection | None = None,
+    errors: Mapping[str, float] | None = None,
+    architecture: str | None = None,
+) -> str:
     """A recipe in words, as a Hugging Face–style model card; all texts from outside are escaped.
 
-    With the ingredients it is that of a Hugging Face folder, and has what their folders agree on.
+    With the ingredients it is that of a Hugging Face folder, and has what their folders agree on;
+    with ``errors``, that of a PEFT folder whose factors leave so much out. ``architecture`` is the
+    class to load it with, where no config beside an ingredient says it.
     """
     used = [
         one for one, is_used in zip(recipe.ingredients, recipe.is_used(), strict=True) if is_used
@@ -53,6 +79,7 @@ def model_card(recipe: Any, checkpoints: CheckpointCollection | None = None) -> 
     origin = Origin()
     if checkpoints is not None:
         origin = common_origin(_folder(checkpoints, one.name) for one in used)
+    library = None if checkpoints is None else "transformers" if errors is None else "peft"
     mean = recipe.coef.mean(axis=0)
     rows = [
         (_plain(one.name), f"{c:.4f}", _score(recipe.scores.get(one.name)), _code(one.sha256))
@@ -63,7 +90,7 @@ def model_card(recipe: Any, checkpoints: CheckpointCollection | None = None) -> 
     layers = f"mean over {n_layers} layers" if n_layers > 1 else "of the network"
     header = ("ingredient", f"coefficient ({layers})", "held-out score", "SHA-256")
     parts = [
-        _front_matter(origin, is_folder=checkpoints is not None),
+        _front_matter(origin, library),
         f"# {_plain(recipe.method)} of {len(rows)} checkpoint{'s' * (len(rows) > 1)}\n",
         f"One network mixed from {len(rows)} of {len(recipe.ingredients)} checkpoints that were "
         f"fine-tuned from one start, by {_code(recipe.method)} of sksoup: its weights are "
@@ -86,10 +113,13 @@ def model_card(recipe: Any, checkpoints: CheckpointCollection | None = None) -> 
         parts.append(f"Multiply the logits by {recipe.temperature:.6g} for probabilities.\n")
     if recipe.recalibrated:
         parts.append(f"{len(recipe.recalibrated)} tensors were re-estimated from data.\n")
-    name = origin.architecture or "AutoModel"
+    name = origin.architecture or architecture or "AutoModel"
+    load = {None: LOAD_FILE, "transformers": LOAD.format(name=name), "peft": LOAD_ADAPTER}
+    if errors is not None:
+        parts.append(_of_rank(errors))
     parts += [
-        LOAD_FILE if checkpoints is None else LOAD.format(name=name),
-        REBUILD,
+        load[library],
+        REBUILD if errors is None else REBUILD_ADAPTER,
         f"Parameters: {_listed(recipe.params)}.\n",
         f"Versions: {_listed(recipe.versions)}.\n",
     ]
@@ -102,11 +132,26 @@ def _folder(checkpoints: CheckpointCollection, name: str) -> Path | None:
     return path if path is None or path.is_dir() else path.parent
 
 
-def _front_matter(origin: Origin, is_folder: bool) -> str:
+def _of_rank(errors: Mapping[str, float]) -> str:
+    """How near an adapter is to its soup, layer by layer."""
+    if not any(errors.values()):
+        return "This adapter is exactly the soup: it holds the ingredients' factors side by side.\n"
+    worst = sorted(errors, key=lambda name: -errors[name])[:MOST_ROWS]
+    rows = [(_code(name), f"{errors[name]:.3g}") for name in worst]
+    more = f" ({len(worst)} of {len(errors)} layers)" if len(worst) < len(errors) else ""
+    return (
+        f"Its factors are of lower rank than the soup's. What they leave out, relative to what the "
+        f"soup adds to the base{more}:\n\n"
+        + Table(("layer", "relative error"), rows, left=(0,)).to_markdown()
+        + "\n"
+    )
+
+
+def _front_matter(origin: Origin, library: str | None) -> str:
     """What the hub reads, as YAML: values are JSON texts in ASCII, which can't break out of it."""
     values: dict[str, Any] = {
         "base_model": origin.base_model,
-        "library_name": "transformers" if is_folder else None,
+        "library_name": library,
         "pipeline_tag": origin.task,
         "license": origin.licence,
         "tags": list(TAGS),

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..exceptions import RecipeError
-from .ingredients import Ingredient
+from .ingredients import Base, Ingredient
 from .layers import is_statistic
 from .mix import check_coef
 
@@ -41,6 +41,7 @@ def write_document(recipe: Any) -> str:
     }
     document["ingredients"] = [asdict(one) for one in recipe.ingredients]
     document["coef"] = _packed(recipe.coef)
+    document["base"] = None if recipe.base is None else asdict(recipe.base)
     try:
         read_back = json.loads(json.dumps(document, allow_nan=False))
         digest = _digest(read_back)
@@ -165,6 +166,7 @@ def _fields(document: dict[str, Any]) -> dict[str, Any]:
         "versions": {name: _text(v, f"versions[{short(name)}]") for name, v in versions.items()},
         "classes": _labels(document.get("classes", [])),
         "held_out": _held_out(document.get("held_out")),
+        "base": _base(document.get("base")),
         "weights_sha256": None if digest is None else _sha256(digest, "weights_sha256"),
     }
 
@@ -179,6 +181,13 @@ def _ingredient(value: Any) -> Ingredient:
         None if file is None else _text(file, f"the file of {short(name)}"),
         None if key is None else _text(key, f"the key of {short(name)}"),
     )
+
+
+def _base(value: Any) -> Base | None:
+    if value is None:
+        return None
+    base = _dict(value, "base")
+    return Base(_sha256(base["sha256"], "the sha256 of base"), _texts(base["without"], "base"))
 
 
 def _layers(value: Any, n_layers: int) -> dict[str, int]:

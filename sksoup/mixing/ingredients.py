@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoints.collection import CheckpointCollection
+from ..checkpoints.low_rank import LowRankCheckpoint
 from ..exceptions import RecipeError
 
 
@@ -39,6 +40,55 @@ class Ingredient:
     sha256: str
     file: str | None = None
     key: str | None = None
+
+
+@dataclass(frozen=True)
+class Base:
+    """The network that a recipe's LoRA adapters add to.
+
+    Parameters
+    ----------
+    sha256 : str
+        Hash of its names and values, in a file or in memory.
+    without : tuple of str, default=()
+        Tensors that are not in the hash: all adapters hold them whole, such as a head.
+
+    Examples
+    --------
+    >>> from sksoup.recipe import Base
+    >>> Base("9f" * 32, without=("classifier.bias", "classifier.weight")).without
+    ('classifier.bias', 'classifier.weight')
+    """
+
+    sha256: str
+    without: tuple[str, ...] = ()
+
+
+def record_base(adapters: Collection[LowRankCheckpoint]) -> Base:
+    """The one base of some adapters."""
+    whole = frozenset.intersection(*(one.whole for one in adapters))
+    without = tuple(sorted(whole))
+    digests = {one.base.content_sha256(without) for one in adapters}
+    if len(digests) > 1:
+        raise RecipeError(
+            "The adapters of this collection have different bases, so that no recipe can name it. "
+            "Open them together: CheckpointCollection([...], module=base)."
+        )
+    return Base(digests.pop(), without)
+
+
+def check_base(base: Base | None, chosen: CheckpointCollection) -> None:
+    """Refuse adapters on another base than the recipe's."""
+    if base is None:
+        return
+    for name, one in chosen.adapters(chosen.names).items():
+        digest = one.base.content_sha256(base.without)
+        if digest != base.sha256:
+            raise RecipeError(
+                f"The base of {name!r} is not the one that the recipe was made with: its SHA-256 "
+                f"is {digest[:12]}..., expected {base.sha256[:12]}.... Open the adapters with "
+                f"module=base, that network or its folder (--base on the command line)."
+            )
 
 
 def select_ingredients(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,7 +13,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.protocol import TensorInfo
+from ..checkpoints.low_rank import LowRankCheckpoint
+from ..checkpoints.protocol import TensorInfo, same_bits
 from ..checkpoints.write import write_shards
 from ..exceptions import CheckpointError
 from .layers import check_layers, is_variance
@@ -88,7 +89,10 @@ def mix(
     The arithmetic is fixed, so that anyone gets the same bits: per tensor an accumulator in
     float32 (float64 for float64) starts as :math:`c_1 w_1` and adds :math:`w_k c_k`, rounded, for
     the checkpoints in order, and is cast once at the end. A coefficient of exactly 0 is not read.
-    A tensor whose bits are the same in all checkpoints read is copied as it is. Integer tensors
+    A tensor whose bits are the same in all checkpoints read is copied as it is. Of LoRA adapters of
+    one base the accumulator starts as the base's :math:`w_0`, which is read once, and adds
+    :math:`c_k (\lambda_k B_k A_k)`, the product in float64 and rounded; tensors that one of them
+    holds whole, and adapters beside whole models, are mixed as any others. Integer tensors
     are taken from the checkpoint with the largest mean coefficient, the first on ties. Running
     variances are clamped at 0 from below.
 
@@ -196,34 +200,60 @@ def accumulate(
     checkpoints: CheckpointCollection,
     coef: NDArray[np.float64],
     rows: Mapping[str, int],
-    names: Iterable[str],
+    names: Collection[str],
 ) -> tuple[dict[str, torch.Tensor], set[str]]:
     """Read these tensors of all checkpoints once: the sums, and the names of those that differ.
 
     ``coef`` is (n_layers, K). Sums are uncast; tensors that are equal everywhere are as stored.
+    What adapters add to one base is summed without it.
     """
-    names = list(names)
-    dtypes = {name: checkpoints.layout[name].dtype for name in names}
+    used = [name for name, c in zip(checkpoints.names, coef.T, strict=True) if c.any()]
+    adapters = checkpoints.on_one_base(used)
+    on_base = {n for n in names if adapters and not any(n in a.whole for a in adapters.values())}
+    found: dict[str, torch.Tensor] = {}
+    differing: set[str] = set()
+    if on_base:
+        found, differing = _accumulate_on_base(checkpoints, adapters, coef, rows, on_base)
+    dtypes = {n: checkpoints.layout[n].dtype for n in names if n not in on_base}
     leader = int(coef.mean(axis=0).argmax())
     sums: dict[str, _Sum] = {}
-    integers: dict[str, torch.Tensor] = {}
     for k, checkpoint in enumerate(checkpoints):
-        if not coef[:, k].any():
+        if not coef[:, k].any() or not dtypes:
             continue
         with checkpoints.open(checkpoint) as read:
-            for name in names:
-                if not dtypes[name].is_floating_point:
+            for name, dtype in dtypes.items():
+                if not dtype.is_floating_point:
                     if k == leader:
-                        integers[name] = read(name).clone()
+                        found[name] = read(name).clone()
                 elif (c := float(coef[rows[name], k])) != 0.0:
                     if name in sums:
                         sums[name].add(read(name), c)
                     else:
-                        sums[name] = _Sum(read(name), c, dtypes[name])
-    differing = {name for name, found in sums.items() if found.differs}
-    return {
-        name: integers[name] if name in integers else sums.pop(name).value for name in names
-    }, differing
+                        sums[name] = _Sum(read(name), c, dtype)
+    differing |= {name for name, total in sums.items() if total.differs}
+    return {n: found.pop(n) if n in found else sums.pop(n).value for n in names}, differing
+
+
+def _accumulate_on_base(
+    checkpoints: CheckpointCollection,
+    adapters: Mapping[str, LowRankCheckpoint],
+    coef: NDArray[np.float64],
+    rows: Mapping[str, int],
+    names: Collection[str],
+) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """The same for adapters of one base: w_0, which is read once, and the sum of the products."""
+    differing = {n for n in names if any(n in one.ranks for one in adapters.values())}
+    base = next(iter(adapters.values())).base
+    with base.open() as read:
+        mixed = {n: _widened(read(n)) if n in differing else read(n).clone() for n in names}
+    for k, name in enumerate(checkpoints):
+        if name in adapters:
+            with checkpoints.open_factors(name) as (factors, _):
+                for tensor in differing & adapters[name].ranks.keys():
+                    c = float(coef[rows[tensor], k])
+                    if c != 0.0 and (both := factors(tensor)) is not None:
+                        both.add_to(mixed[tensor], c)
+    return mixed, differing
 
 
 def stored_dtypes(
@@ -268,6 +298,12 @@ def _check_range(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
     )
 
 
+def _widened(w: torch.Tensor) -> torch.Tensor:
+    """A copy in the accumulator's dtype: float32, or float64 for float64."""
+    dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+    return w.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
 class _Sum:
     """sum_k c_k w_k, started only once two of the w_k differ: until then w_1 is kept as it is."""
 
@@ -290,11 +326,3 @@ class _Sum:
             for past in self.coefs[1:]:
                 self.value += first * past
         self.value += w.to(self.dtype) * c  # two roundings: the product, then the sum
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors of one shape have the same dtype and bits (NaN equals itself)."""
-    if a.dtype != b.dtype:
-        return False
-    as_integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
-    return torch.equal(a.contiguous().view(as_integers), b.contiguous().view(as_integers))

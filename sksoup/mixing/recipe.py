@@ -17,7 +17,7 @@ from ..checkpoints.write import write_text
 from .card import model_card
 from .document import check_header, read_document, write_document
 from .files import METADATA_KEY, read_recipe, write_soup
-from .ingredients import Ingredient, select_ingredients
+from .ingredients import Base, Ingredient, check_base, record_base, select_ingredients
 from .layers import check_layers
 from .mix import mix, mix_into
 from .verification import Verification, verify
@@ -60,6 +60,8 @@ class Recipe:
     held_out : tuple of (float, int) or None, default=None
         Score of the soup on the held-out rows that it was selected by, and their number; None
         where no recipe measured it.
+    base : Base or None, default=None
+        The network that LoRA adapters among the ingredients add to.
 
     Notes
     -----
@@ -96,6 +98,7 @@ class Recipe:
     classes: tuple[Any, ...] = ()
     weights_sha256: str | None = None
     held_out: tuple[float, int] | None = None
+    base: Base | None = None
 
     @classmethod
     def record(
@@ -137,7 +140,9 @@ class Recipe:
             file = path.name if path else None
             ingredients.append(Ingredient(name, digest, file, checkpoints._key(name)))
         names = layer_names or tuple(str(row) for row in range(len(rows)))
-        return cls(method, tuple(ingredients), rows, dict(layers), names, **fields)
+        adapters = checkpoints.adapters(checkpoints.names)
+        base = record_base(adapters.values()) if adapters else None
+        return cls(method, tuple(ingredients), rows, dict(layers), names, base=base, **fields)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self._unsaved() == other._unsaved()
@@ -310,6 +315,7 @@ class Recipe:
         """
         checkpoints, is_used = _collection(checkpoints), self.is_used()
         chosen = select_ingredients(self.ingredients, is_used, self.layers, checkpoints)
+        check_base(self.base, chosen)
         coef = self.coef[:, is_used]
         if out is None:
             return mix(chosen, coef, layers=self.layers)

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.protocol import Read, TensorInfo
-from .mix import cast, same_bits
+from ..checkpoints.protocol import Read, TensorInfo, same_bits
+from .mix import cast
 
 
 class RunningMean:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from sklearn.utils import check_scalar
 from sklearn.utils.validation import check_is_fitted
 from skorch import NeuralNetClassifier, NeuralNetRegressor
 from torch import nn
@@ -19,11 +23,14 @@ from ..checkpoints.hub_companions import copy_companions
 from ..checkpoints.write import new_folder, write_text
 from ..data.outputs import Task
 from ..displays.report import render
-from ..exceptions import CheckpointError
+from ..engine.objective import load_weights
+from ..exceptions import CheckpointError, SoupWarning
+from ..mixing.adapter import MixedAdapter, mixed_adapter, write_adapter
+from ..mixing.card import model_card
 from ..mixing.files import check_suffix
 from ..mixing.mix import cast
 from ..mixing.recipe import Recipe
-from ..runtime.distributed import rank
+from ..runtime.distributed import rank as process_rank
 
 
 class ExportMixin:
@@ -33,6 +40,9 @@ class ExportMixin:
     module_: nn.Module
     checkpoints_: CheckpointCollection
     recipe_: Recipe
+    coef_: Any
+    layers_: dict[str, int]
+    recalibrated_: tuple[str, ...]
     _dtypes: dict[str, torch.dtype]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -80,7 +90,7 @@ class ExportMixin:
         """
         check_is_fitted(self, "coef_")
         check_suffix(Path(path))
-        if rank():
+        if process_rank():
             return
         self.recipe_.save_weights(Path(path), self.state_dict())
         if card:
@@ -114,7 +124,7 @@ class ExportMixin:
         check_is_fitted(self, "module_")
         if Path(path).suffix != ".html":
             raise ValueError(f"{os.fspath(path)!r} must end in .html: the report is a web page.")
-        if not rank():
+        if not process_rank():
             write_text(Path(path), render(self, comparison, importance))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -126,8 +136,9 @@ class ExportMixin:
             A new folder; it appears once all of it is written. ``from_pretrained`` of transformers
             reads it. ``config.json`` and the tokenizer's files are those of the first checkpoint
             that lies in a folder of Hugging Face, and so are the further modules of
-            sentence-transformers. Tensors have the names that transformers gives them in files,
-            which for some models are not those of ``module_``.
+            sentence-transformers. Of LoRA adapters it is the whole model, with the files of the
+            base and the configuration of ``module_``. Tensors have the names that transformers
+            gives them in files, which for some models are not those of ``module_``.
 
         Raises
         ------
@@ -138,11 +149,16 @@ class ExportMixin:
             The folder is there and not empty.
         """
         check_is_fitted(self, "coef_")
-        if rank():
+        if process_rank():
             return
         paths = [self.checkpoints_.path(name) for name in self.checkpoints_]
+        adapters = self.checkpoints_.adapters(self.checkpoints_.names).values()
         folders = [hub_folder(path) for path in paths if path is not None]
+        folders += [hub_folder(one.base.path) for one in adapters if one.base.path is not None]
         sources = [folder for folder in folders if folder is not None]
+        config = getattr(self.module_, "config", None) if adapters else None
+        if adapters and hasattr(config, "save_pretrained"):
+            sources += [one.path for one in adapters if one.path is not None]
         if not sources:
             raise CheckpointError(
                 f"{os.fspath(folder)!r} can't become a Hugging Face folder: no ingredient lies "
@@ -150,10 +166,101 @@ class ExportMixin:
             )
         with new_folder(Path(folder)) as temporary:
             copy_companions(sources[0], temporary, sources[1:])
+            if adapters and config is not None:  # of the base, with the head that adapters hold
+                config = copy.deepcopy(config)
+                config.architectures = [type(self.module_).__name__]
+                config.save_pretrained(str(temporary))
             state = self.state_dict()
             stored = stored_names(self.module_, state)
             self.recipe_.save_weights(temporary / "model.safetensors", state, stored)
-            write_text(temporary / "README.md", self.recipe_.to_card(self.checkpoints_))
+            architecture = type(self.module_).__name__ if adapters else None
+            card = model_card(self.recipe_, self.checkpoints_, architecture=architecture)
+            write_text(temporary / "README.md", card)
+
+    def save_adapter(
+        self,
+        folder: str | os.PathLike[str],
+        rank: int | None = None,
+        X: Any = None,
+        y: Any = None,
+        *,
+        sample_weight: Any = None,
+    ) -> dict[str, float]:
+        """Write a soup of LoRA adapters as one adapter of PEFT.
+
+        Parameters
+        ----------
+        folder : str or path-like
+            A new folder; it appears once all of it is written, with a card and the recipe.
+            ``PeftModel.from_pretrained(base, folder)`` opens it.
+        rank : int or None, default=None
+            Columns of the factors of each layer. None keeps all of them: those of the ingredients
+            side by side, which is exactly the soup. With a rank, the nearest matrix of that rank.
+        X, y, sample_weight : as for `score`, default=None
+            Data to compare the scores of the soup and of the adapter of that rank on.
+
+        Returns
+        -------
+        errors : dict of str to float
+            For each tensor with factors, the length (Frobenius norm) of what the rank leaves out,
+            relative to that of all that the soup adds to the base; 0 where nothing is.
+
+        Raises
+        ------
+        CheckpointError
+            An ingredient is a whole model or of another base; BatchNorm's statistics were
+            re-estimated.
+        FileExistsError
+            The folder is there and not empty.
+        ImportError
+            peft is not installed.
+
+        Warns
+        -----
+        SoupWarning
+            On ``X`` and ``y``, the adapter of this rank has another score than the soup.
+
+        Notes
+        -----
+        Scales are in the factors: lora_alpha is the rank. Heads (``modules_to_save``) and biases
+        are mixed as whole tensors. Factors are written in float32.
+        """
+        check_is_fitted(self, "coef_")
+        if rank is not None:
+            check_scalar(rank, "rank", Integral, min_val=1)
+        if self.recalibrated_:
+            raise CheckpointError(
+                f"No adapter can hold this soup: {self.recalibrated_[0]!r} was re-estimated from "
+                f"data. Use save_pretrained or save, or fit with batch_norm='average'."
+            )
+        coef = np.atleast_2d(self.coef_)
+        mixed = mixed_adapter(self.checkpoints_, coef, self.layers_, self.state_dict(), rank)
+        if X is not None and rank is not None:
+            self._compare_scores(mixed, X, y, sample_weight)
+        if not process_rank():
+            with new_folder(Path(folder)) as temporary:
+                write_adapter(temporary, mixed)
+                self.recipe_.save(temporary / "recipe.json")
+                card = model_card(self.recipe_, self.checkpoints_, mixed.errors)
+                write_text(temporary / "README.md", card)
+        return dict(mixed.errors)
+
+    def _compare_scores(self, mixed: MixedAdapter, X: Any, y: Any, sample_weight: Any) -> None:
+        """Warn where an adapter of less rank scores otherwise than the soup."""
+        near = copy.copy(self)
+        near.module_ = copy.deepcopy(self.module_)
+        load_weights(near.module_, mixed.on_base())
+        scores = [
+            one.score(X, y, sample_weight=sample_weight)  # type: ignore[attr-defined]
+            for one in (self, near)
+        ]
+        if scores[0] != scores[1]:
+            warnings.warn(
+                f"The adapter of this rank scores {scores[1]:.4f}, the soup {scores[0]:.4f}. A "
+                f"higher rank is nearer; rank=None is exact.",
+                SoupWarning,
+                stacklevel=3,
+            )
 
     def to_skorch(self, **kwargs: Any) -> Any:
         """Give a skorch net with the soup's weights, initialised: to train on, or to hand over.

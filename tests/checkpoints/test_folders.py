@@ -7,17 +7,21 @@ from safetensors.torch import save_file
 from skorch.callbacks import Checkpoint
 
 from sksoup import CheckpointCollection, CheckpointError, mix
-from sksoup.checkpoints import sources
+from sksoup.checkpoints.folders import find_weights
 
 from ..zoo import Net, make_states, same_tensors
 from .files import STATE, fitted_net
 
 
-def test_a_peft_adapter_is_refused(tmp_path):
+def test_a_peft_folder_is_its_adapter_and_nothing_else(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="a PEFT adapter and no weights"):
+        find_weights(tmp_path)
     save_file(STATE, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match="holds a PEFT adapter, expected whole weights"):
-        sources.open_checkpoint(tmp_path)
+    assert find_weights(tmp_path) == tmp_path / "adapter_model.safetensors"
+    save_file(STATE, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"and .model\.safetensors., too"):
+        find_weights(tmp_path)
 
 
 @pytest.mark.parametrize("safetensors", [False, True])

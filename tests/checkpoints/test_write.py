@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from sksoup import CheckpointError
 from sksoup.checkpoints import folders, protocol, write
-from sksoup.mixing.mix import same_bits
+from sksoup.checkpoints.protocol import same_bits
 
 from .files import STATE, read_all
 

@@ -1,0 +1,295 @@
+"""LoRA adapters of PEFT, each a checkpoint of its base: opened from folders and from memory."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..exceptions import CheckpointError
+from .base_model import TRANSPOSED, BaseModel
+from .in_memory import MemoryCheckpoint
+from .low_rank import Factors, LowRankCheckpoint, ReadFactors
+from .peft_config import PeftConfig
+from .protocol import Checkpoint, Read, TensorInfo, same_bits
+from .sources import open_checkpoint
+
+DOUBLES = re.compile(r"\.(original_module|modules_to_save)\.")
+PREFIX = "base_model.model."
+# suffixes of the two factors: of linear layers and convolutions, of embeddings
+PAIRS = (
+    (".lora_A.weight", ".lora_B.weight"),
+    (".lora_embedding_A", ".lora_embedding_B"),
+)
+
+
+class AdapterCheckpoint(LowRankCheckpoint):
+    """A LoRA adapter on its base: w_0 + lambda B A, and the heads and biases that it holds whole.
+
+    ``stored`` are the adapter's tensors by PEFT's names. Names are those of the base.
+    """
+
+    base: BaseModel
+
+    def __init__(
+        self, stored: Checkpoint, config: PeftConfig, base: BaseModel, path: Path | None = None
+    ) -> None:
+        self.stored, self.config, self.base, self.path = stored, config, base, path
+        self._factors: dict[str, _Pair] = {}
+        self._whole: dict[str, str] = {}  # tensor of the base -> PEFT's name
+        self._copies: dict[str, str] = {}  # the base's own values of a tensor with factors
+        self._read_names()
+        self.ranks = {name: pair.rank for name, pair in self._factors.items()}
+        self.whole = frozenset(self._whole)
+        own = {name: stored.header[inner] for name, inner in self._whole.items()}
+        self.header: Mapping[str, TensorInfo] = {**base.header, **own}
+
+    def __repr__(self) -> str:
+        return repr(self.stored) if self.path is None else repr(str(self.path))
+
+    @contextmanager
+    def open(self) -> Iterator[Read]:
+        """Read tensors of the whole model; those with factors are computed at each read."""
+        with self.base.open() as read_base, self.open_factors() as (factors, read_whole):
+
+            def read(name: str) -> torch.Tensor:
+                if name in self.whole:
+                    return read_whole(name)
+                value = read_base(name)
+                if (added := factors(name)) is None:
+                    return value
+                dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+                total = value.to(dtype, copy=True, memory_format=torch.contiguous_format)
+                added.add_to(total)
+                return total.to(value.dtype)
+
+            yield read
+
+    @contextmanager
+    def open_factors(self) -> Iterator[tuple[ReadFactors, Read]]:
+        """Read factors, with lambda in the left one, and whole tensors, by the base's names."""
+        with self.stored.open() as read:
+
+            def read_factors(name: str) -> Factors | None:
+                if (pair := self._factors.get(name)) is None:
+                    return None
+                if (copy := self._copies.get(name)) is not None:
+                    self._compare(name, read(copy))
+                return pair.factors(read)
+
+            yield read_factors, lambda name: read(self._whole[name])
+
+    def identity(self) -> tuple[Any, ...]:
+        """That of the adapter, its scales, and that of the base."""
+        return ("adapter", *self.stored.identity(), self._meaning(), *self.base.identity())
+
+    def sha256(self, prefix: str = "") -> str:
+        """SHA-256 of the adapter's tensors (their file, if there is one) and of their scales."""
+        text = f"{self.stored.sha256()}:{self._meaning()}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def warm(self) -> None:
+        """Have the operating system read the adapter's file into its cache."""
+        self.stored.warm()
+
+    def held_tensors(self) -> Iterator[torch.Tensor]:
+        """The tensors that it keeps in memory, and its base's."""
+        yield from self.stored.held_tensors()
+        yield from self.base.held_tensors()
+
+    def on(self, base: BaseModel) -> AdapterCheckpoint:
+        """The same adapter on another base."""
+        return AdapterCheckpoint(self.stored, self.config, base, self.path)
+
+    def _meaning(self) -> str:
+        """How the factors are read: what the configuration says, apart from how it was trained."""
+        return ";".join(
+            f"{name}={pair.scaling!r}{'T' * pair.is_transposed}"
+            for name, pair in sorted(self._factors.items())
+        )
+
+    def _read_names(self) -> None:
+        """Sort PEFT's names into pairs of factors and whole tensors, and check each."""
+        header = self.stored.header
+        wrong = [name for name in header if not name.startswith(PREFIX)]
+        if wrong:
+            raise self._error(
+                f"its tensor {wrong[0]!r} has not the name that PEFT gives it: expected "
+                f"{PREFIX + '...'!r}. Save it with model.save_pretrained(folder)"
+            )
+        taken: set[str] = set()
+        for a_end, b_end in PAIRS:
+            for a in [name for name in header if name.endswith(a_end)]:
+                b = a.removesuffix(a_end) + b_end
+                if b not in header:
+                    raise self._error(f"it holds {a!r} without {b!r}: save it again")
+                self._add_pair(a, b, a.removesuffix(a_end).removeprefix(PREFIX))
+                taken |= {a, b}
+        for inner in header.keys() - taken:
+            name = inner.removeprefix(PREFIX)
+            if DOUBLES.search(f".{name}"):  # with bias="all": unused, or there by a shorter name
+                continue
+            if "lora_" in name:
+                raise self._error(
+                    f"its tensor {inner!r} is not known here. Merge it into its base model "
+                    f"(peft: model.merge_and_unload()) and give whole models instead"
+                )
+            name = _plain(name)
+            if name in self._factors:
+                self._copies[name] = inner
+            else:
+                self._add_whole(name, inner)
+        if not self._factors and not self._whole:
+            raise self._error("it holds no factors: save it again, with peft")
+
+    def _add_pair(self, a: str, b: str, target: str) -> None:
+        """A pair of factors, checked against the tensor of the base that it adds to."""
+        module = _plain(target)
+        name = f"{module}.weight"
+        info = self.base.header.get(name)
+        if info is None:
+            raise self._does_not_fit(f"it adds to {name!r}, which the base does not have")
+        self.base.check_target(name, repr(self))
+        kind = self.base.kind(module, repr(self))
+        is_transposed = kind in TRANSPOSED
+        first, second = self.stored.header[a], self.stored.header[b]
+        if len(first.shape) < 2 or len(second.shape) < 2:
+            raise self._error(f"{a!r} has shape {first.shape}, expected a matrix: save it again")
+        rank = first.shape[0]
+        # lengths of both; those of a kernel (of a convolution's A) count as inputs
+        outputs, inputs = second.shape[0], first.size // max(1, rank)
+        expected = _matrix(info.shape, is_transposed)
+        if second.size != outputs * rank or (outputs, inputs) != expected or not info.is_floating:
+            raise self._does_not_fit(
+                f"{name!r} is {info.dtype} of shape {info.shape} in the base, and the factors "
+                f"{first.shape} and {second.shape} do not make that"
+            )
+        for factor in (first, second):
+            if not factor.is_floating:
+                raise self._error(f"{a!r} has dtype {factor.dtype}, expected a floating one")
+        scaling = self.config.scaling(module, rank)
+        self._factors[name] = _Pair(a, b, rank, scaling, is_transposed)
+
+    def _add_whole(self, name: str, inner: str) -> None:
+        """A tensor that takes the place of the base's."""
+        info, own = self.base.header.get(name), self.stored.header[inner]
+        if name in self._whole:
+            raise self._error(f"it holds {name!r} twice: save it again")
+        if info is not None and info.shape != own.shape:
+            raise self._does_not_fit(
+                f"{name!r} has shape {own.shape}, and {info.shape} in the base"
+            )
+        if info is None and not self.base.lacks(name):
+            raise self._does_not_fit(f"it holds {name!r}, which the base does not have")
+        if info is None or info != own or own.is_floating:
+            self.base.check_whole(name, repr(self))
+        self._whole[name] = inner
+
+    def _compare(self, name: str, value: torch.Tensor) -> None:
+        """Refuse a copy of the base's tensor that is another."""
+        with self.base.open() as read:
+            if not same_bits(read(name), value):
+                raise self._does_not_fit(f"it holds other values of {name!r} than the base")
+
+    def _does_not_fit(self, why: str) -> CheckpointError:
+        return self._error(
+            f"{why}. It is an adapter of {self.config.base_model or 'another base'!r}: give that "
+            f"network, as it was before PEFT wrapped it (module=build_base, or its folder), and "
+            f"open adapters of one base together"
+        )
+
+    def _error(self, why: str) -> CheckpointError:
+        return CheckpointError(f"{self!r} can't be opened as a LoRA adapter: {why}.")
+
+
+class _Pair:
+    """The names of two factors, and how they become a difference in the base's layout."""
+
+    def __init__(self, a: str, b: str, rank: int, scaling: float, is_transposed: bool) -> None:
+        self.a, self.b, self.rank, self.scaling = a, b, rank, scaling
+        self.is_transposed = is_transposed
+
+    def factors(self, read: Read) -> Factors:
+        """Left @ right: lambda B A of (out, in), or its transpose."""
+        a, b = read(self.a), read(self.b)
+        wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+        right = a.to(wide).reshape(self.rank, -1)
+        left = b.to(wide).reshape(-1, self.rank) * self.scaling
+        return Factors(right.T, left.T) if self.is_transposed else Factors(left, right)
+
+
+def open_adapter(folder: Path, config: PeftConfig, base: BaseModel) -> AdapterCheckpoint:
+    """The adapter in a PEFT folder."""
+    return AdapterCheckpoint(open_checkpoint(folder), config, base, folder)
+
+
+def adapter_in_memory(model: Any, base: BaseModel, label: str) -> AdapterCheckpoint:
+    """The active adapter of a PeftModel."""
+    from peft import get_peft_model_state_dict
+
+    active = active_adapter(model, label)
+    config = PeftConfig(label, model.peft_config[active].to_dict()).checked()
+    state = get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
+    adapter = AdapterCheckpoint(MemoryCheckpoint(state, label), config, base)
+    own = base_of_peft(model)
+    with base.open() as read:
+        for name, value in own.items():
+            if name in adapter.whole or name not in base.header:
+                continue
+            if not same_bits(read(name), value.detach().cpu()):
+                raise CheckpointError(
+                    f"{label} can't join this collection: {name!r} of its base is not that of the "
+                    f"others'. Adapters of one base only can be mixed."
+                )
+    return adapter
+
+
+def active_adapter(model: Any, label: str) -> str:
+    """The name of the one active adapter of a PeftModel."""
+    active = model.active_adapters
+    active = [active] if isinstance(active, str) else list(active)
+    if len(active) != 1:
+        raise CheckpointError(
+            f"{label} has {len(active)} active adapters, expected one: model.set_adapter(name)."
+        )
+    return str(active[0])
+
+
+def base_of_peft(model: Any) -> dict[str, torch.Tensor]:
+    """The state dict of a PeftModel's base, by the names that it had before."""
+    state: dict[str, torch.Tensor] = {}
+    for name, value in model.get_base_model().state_dict().items():
+        if ".modules_to_save." in f".{name}" or "lora_" in name:
+            continue
+        state[_plain(name).replace("original_module.", "")] = value
+    return state
+
+
+def is_peft_model(item: Any) -> bool:
+    """Whether an object is a PeftModel of peft, by what it can do."""
+    return (
+        isinstance(item, nn.Module)
+        and hasattr(item, "peft_config")
+        and hasattr(item, "get_base_model")
+    )
+
+
+def _plain(name: str) -> str:
+    """The name of a tensor or module before PEFT wrapped its layer."""
+    return name.replace(".base_layer.", ".").removesuffix(".base_layer")
+
+
+def _matrix(shape: tuple[int, ...], is_transposed: bool) -> tuple[int, int]:
+    """(outputs, inputs) of a weight; those of a kernel count as inputs."""
+    if len(shape) < 2:
+        return (0, 0)
+    rest = 1
+    for size in shape[1:]:
+        rest *= size
+    return (rest, shape[0]) if is_transposed else (shape[0], rest)

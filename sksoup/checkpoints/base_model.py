@@ -1,0 +1,198 @@
+"""The network that adapters were trained on: its weights, and what its layers are."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..exceptions import CheckpointError
+from ..runtime.random_state import preserved_random_state
+from .architecture import ModuleSource, skeleton
+from .converted import convert_names
+from .hub import HubModule, hub_folder
+from .in_memory import MemoryCheckpoint, digest_of
+from .low_rank import BaseCheckpoint
+from .prefixes import drop_prefixes
+from .protocol import Entry, Read, TensorInfo, same_bits
+from .sources import open_checkpoint
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LINEAR, CONVOLUTION, EMBEDDING, CONV1D = "linear", "convolution", "embedding", "Conv1D"
+KINDS = (LINEAR, CONVOLUTION, EMBEDDING, CONV1D)
+TRANSPOSED = (EMBEDDING, CONV1D)  # weights are (inputs, outputs)
+
+
+class BaseModel(BaseCheckpoint):
+    """Weights by the names of a module, of which the kinds of layers and the ties are known.
+
+    The module is not kept. Tensors that ``varying`` names are not the base's: a factory gives them
+    other values each time.
+    """
+
+    def __init__(self, entry: Entry, module: nn.Module, varying: Iterable[str] = ()) -> None:
+        self.entry = entry
+        self.path, self.key = entry.checkpoint.path, entry.checkpoint.key
+        self.varying = frozenset(varying)
+        self.header: Mapping[str, TensorInfo] = {
+            name: info for name, info in entry.header.items() if name not in self.varying
+        }
+        self._kinds = {name: _kind(part) for name, part in module.named_modules()}
+        self._names = frozenset(module.state_dict())
+        self._tied = _tied(module)
+        self._digests: dict[frozenset[str], str] = {}
+
+    def __repr__(self) -> str:
+        return f"the base {self.entry!r}"
+
+    @contextmanager
+    def open(self) -> Iterator[Read]:
+        """Read tensors by the module's names."""
+        with self.entry.checkpoint.open() as read:
+            yield lambda name: read(self.entry.prefix + name)
+
+    def identity(self) -> tuple[Any, ...]:
+        """That of its file, or its digest."""
+        return (self.entry.prefix, *self.entry.checkpoint.identity())
+
+    def sha256(self, prefix: str = "") -> str:
+        """SHA-256 of its file, else of names and values."""
+        return self.entry.checkpoint.sha256(self.entry.prefix)
+
+    def warm(self) -> None:
+        """Have the operating system read its file into its cache."""
+        self.entry.checkpoint.warm()
+
+    def held_tensors(self) -> Iterable[torch.Tensor]:
+        """The tensors that it keeps in memory."""
+        return self.entry.checkpoint.held_tensors()
+
+    def kind(self, module: str, label: str) -> str:
+        """What a layer is, one of `KINDS`; an error for other layers."""
+        kind = self._kinds.get(module, "no layer of the base")
+        if kind not in KINDS:
+            raise CheckpointError(
+                f"{label} can't be opened as a LoRA adapter: it adds to {module!r}, which is "
+                f"{kind}, expected a linear layer, an embedding or a convolution (without groups). "
+                f"Merge it into its base model (peft: model.merge_and_unload())."
+            )
+        return kind
+
+    def check_target(self, name: str, label: str) -> None:
+        """Refuse to change a tensor that is also another: the two would no longer be one."""
+        if others := self._tied.get(name):
+            raise CheckpointError(
+                f"{label} can't be opened as a LoRA adapter: it changes {name!r}, which is tied to "
+                f"{', '.join(map(repr, others))} in the base, and PEFT changes one of them only. "
+                f"Untie them (transformers: tie_word_embeddings=False), or merge the adapter."
+            )
+
+    check_whole = check_target
+
+    def content_sha256(self, without: Iterable[str] = ()) -> str:
+        """SHA-256 of names and values, without some tensors; computed once."""
+        left_out = frozenset(without)
+        if left_out not in self._digests:
+            header = {n: info for n, info in self.header.items() if n not in left_out}
+            with self.open() as read:
+                self._digests[left_out] = digest_of(header, read)
+        return self._digests[left_out]
+
+    @property
+    def modules(self) -> Iterable[str]:
+        """Names of all its modules."""
+        return self._kinds.keys()
+
+    def lacks(self, name: str) -> bool:
+        """Whether a tensor is one of the module's that the weights do not hold, such as a head."""
+        return name in self._names and name not in self.header
+
+    def missing(self, header: Mapping[str, TensorInfo]) -> list[str]:
+        """The module's tensors that are in none of the two."""
+        return sorted(
+            name
+            for name in self._names - header.keys()
+            if not any(other in header for other in self._tied.get(name, ()))
+        )
+
+
+def _kind(part: nn.Module) -> str:
+    """What a layer is: one of `KINDS`, else in words."""
+    transformers = sys.modules.get("transformers")
+    if getattr(part, "groups", 1) != 1:
+        return "a convolution with groups"
+    if isinstance(part, nn.Linear):
+        return LINEAR
+    if isinstance(part, CONVOLUTIONS):
+        return CONVOLUTION
+    if isinstance(part, nn.Embedding):
+        return EMBEDDING
+    if transformers is not None and isinstance(part, transformers.pytorch_utils.Conv1D):
+        return CONV1D  # GPT-2's linear layer
+    return f"a {type(part).__name__}"
+
+
+def _tied(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For each tensor with several names, the others."""
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    for name, value in module.state_dict(keep_vars=True).items():
+        names[id(value)].append(name)
+    shared = [same for same in names.values() if len(same) > 1]
+    return {name: tuple(n for n in same if n != name) for same in shared for name in same}
+
+
+def base_of_folder(folder: Path, module: HubModule) -> BaseModel:
+    """The base in a Hugging Face folder; its weights stay in their file."""
+    entries = drop_prefixes([Entry(open_checkpoint(folder))], module)
+    (entry,) = convert_names(entries, module)
+    network = skeleton(module)
+    if network is None:
+        network = module()
+    return BaseModel(entry, network)
+
+
+def base_of_module(module: ModuleSource) -> BaseModel:
+    """The base that a module is, or that a factory builds; its weights are held in memory."""
+    if isinstance(module, nn.Module):
+        return BaseModel(Entry(MemoryCheckpoint(module.state_dict(), "the base")), module)
+    built = _build(module, 0)
+    first, second = built.state_dict(), _build(module, 1).state_dict()
+    varying = [name for name, value in first.items() if not same_bits(value, second[name])]
+    return BaseModel(Entry(MemoryCheckpoint(first, "the base")), built, varying)
+
+
+def _build(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """The module, with random numbers of its own."""
+    with preserved_random_state():
+        torch.manual_seed(seed)
+        built = factory()
+    if not isinstance(built, nn.Module):
+        raise TypeError(f"module={factory!r} returned a {type(built).__name__}, not an nn.Module.")
+    return built.cpu()
+
+
+def find_base_folder(name: str, revision: Any = None) -> Path | None:
+    """The folder that a configuration names as its base, if it is on this machine."""
+    if not name:
+        return None
+    try:
+        folder = hub_folder(Path(name).expanduser())
+    except (OSError, ValueError, RuntimeError):  # no path at all
+        folder = None
+    if folder is not None or not HUB_ID.fullmatch(name) or ".." in name:
+        return folder
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    revision = revision if isinstance(revision, str) and HUB_ID.fullmatch(revision) else None
+    found = try_to_load_from_cache(name, "config.json", revision=revision)  # looks, fetches nothing
+    return Path(found).parent if isinstance(found, str) else None

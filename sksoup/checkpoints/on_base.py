@@ -1,0 +1,141 @@
+"""Adapters among what users give -> checkpoints of one base."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..exceptions import CheckpointError, SoupWarning
+from .adapters import AdapterCheckpoint, adapter_in_memory, is_peft_model, open_adapter
+from .architecture import ModuleSource, find_architecture
+from .base_model import BaseModel, base_of_folder, base_of_module, find_base_folder
+from .hub import AUTO_CLASSES, HubModule
+from .peft_config import CONFIG, PeftConfig, is_adapter_folder
+from .protocol import Entry
+from .sources import open_checkpoint
+
+# what the tensors of PEFT's methods are called
+OF_PEFT = re.compile(
+    r"\.(lora_|hada_w|lokr_|oft_|boft_|ia3_l|vera_|randlora_|hra_|vblora_|fourierft_|waveft_|"
+    r"base_layer\.|modules_to_save\.|original_module\.)|^prompt_embeddings$"
+)
+
+
+def resolve_adapters(
+    given: Sequence[Any], module: Any, key: str | None
+) -> tuple[list[Any], ModuleSource | None]:
+    """What was given, with adapters opened on their base; and the architecture of all."""
+    folders = {i: found for i, item in enumerate(given) if (found := _adapter_folder(item))}
+    models = {i: item for i, item in enumerate(given) if is_peft_model(item)}
+    if not folders and not models:
+        return list(given), find_architecture(given, module, key)
+    configs = {i: PeftConfig.read(folder) for i, folder in folders.items()}
+    base, architecture = _base(configs, folders, models, module)
+    opened = list(given)
+    for i, folder in folders.items():
+        opened[i] = open_adapter(folder, configs[i], base)
+    for i, model in models.items():
+        opened[i] = adapter_in_memory(model, base, f"checkpoint {i} (in memory)")
+    for i in [*folders, *models]:
+        if missing := base.missing(opened[i].header):
+            raise CheckpointError(
+                f"{opened[i]!r} can't be opened as a LoRA adapter: neither it nor {base!r} has "
+                f"{', '.join(map(repr, missing[:3]))}{', ...' if len(missing) > 3 else ''}"
+                f"{_why_missing(missing, base)}."
+            )
+    _warn_of_quantized(configs, base)
+    return opened, architecture
+
+
+def _why_missing(missing: Iterable[str], base: BaseModel) -> str:
+    if base.varying.issuperset(missing):
+        return (
+            ": module= gives it other values each time it is called, so it is no base to add to. "
+            "Load the pretrained weights in it"
+        )
+    return ". Save the adapters with that head (peft: modules_to_save), or give module="
+
+
+def _adapter_folder(item: Any) -> Path | None:
+    """The PEFT folder that a path is, or whose weights it is."""
+    if not isinstance(item, (str, os.PathLike)):
+        return None
+    path = Path(os.path.expanduser(item)).absolute()
+    if is_adapter_folder(path):
+        return path
+    is_weights = path.name.startswith("adapter_model.") and is_adapter_folder(path.parent)
+    return path.parent if is_weights else None
+
+
+def _base(
+    configs: dict[int, PeftConfig], folders: dict[int, Path], models: dict[int, Any], module: Any
+) -> tuple[BaseModel, ModuleSource]:
+    """The base as given, else that of the first model in memory, else the folder it is named by."""
+    if is_peft_model(module):
+        module = copy.deepcopy(module).unload()
+    if module is None and models:
+        module = copy.deepcopy(next(iter(models.values()))).unload()
+    if module is not None and not isinstance(module, (str, os.PathLike)):
+        architecture = find_architecture([], module)
+        assert architecture is not None
+        if not isinstance(architecture, HubModule):
+            return base_of_module(architecture), architecture
+        return base_of_folder(architecture.path, architecture), architecture
+    i, config = next(iter(configs.items()))
+    if module is not None:
+        named = find_architecture([], module)
+        assert isinstance(named, HubModule)
+        folder, path = named.folder, named.path
+    else:
+        found = find_base_folder(config.base_model, config.fields.get("revision"))
+        if found is None:
+            raise CheckpointError(
+                f"{str(folders[i])!r} is an adapter of {config.base_model or 'an unnamed base'!r}, "
+                f"which is not on this machine, and nothing is fetched. Give the base: "
+                f"module=build_base, an nn.Module, or the path of its folder."
+            )
+        folder = path = found
+    task = config.fields.get("task_type")
+    task = task if isinstance(task, str) and task in AUTO_CLASSES else None
+    header = open_checkpoint(folders[i]).header
+    factory = HubModule(folder, path, task=task, n_labels=_n_labels(header) if task else None)
+    return base_of_folder(path, factory), factory
+
+
+def _n_labels(header: Any) -> int | None:
+    """The outputs of the head that an adapter holds: of the last matrix that is no factor."""
+    heads = [
+        info.shape[0]
+        for name, info in sorted(header.items())
+        if name.endswith(".weight") and len(info.shape) == 2 and not OF_PEFT.search(name)
+    ]
+    return heads[-1] if heads else None
+
+
+def _warn_of_quantized(configs: dict[int, PeftConfig], base: BaseModel) -> None:
+    packed = sorted({c.base_model for c in configs.values() if c.is_of_quantized_base})
+    if packed:
+        warnings.warn(
+            f"These adapters were trained on {packed[0]!r}, a base with quantized weights, and are "
+            f"added to {base!r} in full precision: compare scores before you rely on the soup.",
+            SoupWarning,
+            stacklevel=4,
+        )
+
+
+def refuse_factors(entry: Entry) -> None:
+    """Refuse a bare file or state dict with tensors of PEFT: a mean of factors is no mean."""
+    if isinstance(entry.checkpoint, AdapterCheckpoint):
+        return
+    found = next((name for name in entry.header if OF_PEFT.search(name)), None)
+    if found is not None:
+        raise CheckpointError(
+            f"{entry!r} holds {found!r}, a part of a PEFT adapter: the mean of factors is not the "
+            f"factors of the mean. Give the folder that peft's save_pretrained writes, with "
+            f"{CONFIG}, and module=base; or merge the adapter (peft: model.merge_and_unload())."
+        )

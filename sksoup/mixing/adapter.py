@@ -1,0 +1,197 @@
+"""A soup of LoRA adapters as one adapter: their factors side by side, or the best of a rank."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..checkpoints.adapters import PREFIX, AdapterCheckpoint
+from ..checkpoints.base_model import CONV1D, CONVOLUTION, EMBEDDING, TRANSPOSED
+from ..checkpoints.collection import CheckpointCollection
+from ..checkpoints.low_rank import Factors
+from ..checkpoints.write import write_safetensors
+from ..exceptions import CheckpointError
+
+Bias: TypeAlias = Literal["none", "all", "lora_only"]  # of PEFT
+
+
+@dataclass(frozen=True)
+class MixedAdapter:
+    """What adapters of one base, mixed, add to it.
+
+    ``errors`` has, of every tensor with factors, the length of what their rank left out, relative
+    to the whole difference's.
+    """
+
+    adapters: Sequence[AdapterCheckpoint]  # the ingredients
+    factors: Mapping[str, Factors]
+    whole: Mapping[str, torch.Tensor]
+    errors: Mapping[str, float]
+
+    def on_base(self) -> dict[str, torch.Tensor]:
+        """The whole tensors that differ from the base's."""
+        base = self.adapters[0].base
+        found = dict(self.whole)
+        with base.open() as read:
+            for name, factors in self.factors.items():
+                value = read(name)
+                total = value.double()
+                factors.add_to(total)
+                found[name] = total.to(value.dtype)
+        return found
+
+
+def mixed_adapter(
+    checkpoints: CheckpointCollection,
+    coef: NDArray[np.float64],
+    rows: Mapping[str, int],
+    mixed: Mapping[str, torch.Tensor],
+    rank: int | None = None,
+) -> MixedAdapter:
+    """The factors of a mix with coefficients (n_layers, K); heads are those of ``mixed``."""
+    used = [name for name, c in zip(checkpoints.names, coef.T, strict=True) if c.any()]
+    adapters = _all_adapters(checkpoints, used)
+    whole = sorted({name for one in adapters for name in one.whole})
+    ranks = sorted({n for one in adapters for n in one.ranks} - set(whole))
+    parts: dict[str, list[Factors]] = {name: [] for name in ranks}
+    for checkpoint in used:
+        k = checkpoints.names.index(checkpoint)
+        with checkpoints.open_factors(checkpoint) as (read, _):
+            for name in ranks:
+                if (c := float(coef[rows[name], k])) and (both := read(name)) is not None:
+                    parts[name].append(Factors(both.left.double() * c, both.right.double()))
+    factors, errors = {}, {}
+    for name, found in parts.items():
+        if found:
+            factors[name], errors[name] = truncated(side_by_side(found), rank)
+    return MixedAdapter(adapters, factors, {name: mixed[name] for name in whole}, errors)
+
+
+def _all_adapters(
+    checkpoints: CheckpointCollection, used: Sequence[str]
+) -> list[AdapterCheckpoint]:
+    """The ingredients, if all are adapters of one base."""
+    adapters = checkpoints.on_one_base(used)
+    found = [one for one in adapters.values() if isinstance(one, AdapterCheckpoint)]
+    if not found:
+        known = checkpoints.adapters(used)
+        other = next((name for name in used if name not in known), used[0])
+        raise CheckpointError(
+            f"No adapter can hold this soup: its ingredient {other!r} is a whole model"
+            f"{'' if other not in known else ' or has another base'}, and what it adds to the base "
+            f"has no low rank. Use save_pretrained or save, or leave it out of the collection."
+        )
+    return found
+
+
+def side_by_side(factors: Sequence[Factors]) -> Factors:
+    """The sum of some products, as one: ranks add up."""
+    left = torch.cat([each.left for each in factors], dim=1)
+    return Factors(left, torch.cat([each.right for each in factors]))
+
+
+def truncated(factors: Factors, rank: int | None) -> tuple[Factors, float]:
+    """The nearest product of this rank, by singular values; and the relative length of the rest.
+
+    None keeps all, in no more columns than the tensor has.
+    """
+    most = min(len(factors.left), factors.right.shape[1])
+    wanted = factors.rank if rank is None else rank
+    if factors.rank <= min(wanted, most):
+        return factors, 0.0
+    q_left, r_left = torch.linalg.qr(factors.left)
+    q_right, r_right = torch.linalg.qr(factors.right.T)
+    u, s, vt = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    kept = min(wanted, len(s))
+    root = s[:kept].sqrt()
+    total = float(torch.linalg.vector_norm(s))
+    left_out = float(torch.linalg.vector_norm(s[kept:]))
+    near = Factors((q_left @ u[:, :kept]) * root, (root[:, None] * vt[:kept]) @ q_right.T)
+    return near, left_out / total if total > 0 else 0.0
+
+
+def write_adapter(folder: Path, mixed: MixedAdapter) -> None:
+    """Write PEFT's two files to a folder that is there."""
+    from peft import LoraConfig
+
+    first = mixed.adapters[0]
+    tensors: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    kinds: dict[str, str] = {}
+    for name, factors in mixed.factors.items():
+        module = name.removesuffix(".weight")
+        kinds[module], ranks[module] = first.base.kind(module, "this soup"), factors.rank
+        tensors |= _as_peft(module, kinds[module], factors, first.header[name].shape)
+    modules, biases = _held_whole(mixed, kinds)
+    for name, value in mixed.whole.items():
+        module, _, last = name.rpartition(".")
+        inner = f"{module}.base_layer.{last}" if module in kinds else name
+        tensors[PREFIX + inner] = value
+    usual = max(set(ranks.values()), key=list(ranks.values()).count, default=1)
+    others = {f"^{re.escape(m)}": r for m, r in ranks.items() if r != usual}
+    fields = [one.config.fields for one in mixed.adapters]
+    config = LoraConfig(
+        r=usual, lora_alpha=usual, rank_pattern=others, alpha_pattern=dict(others),
+        target_modules=_targets(list(kinds), first), modules_to_save=modules or None, bias=biases,
+        fan_in_fan_out=CONV1D in kinds.values(), inference_mode=True,
+        task_type=_agreed(fields, "task_type"), revision=_agreed(fields, "revision"),
+        base_model_name_or_path=_agreed(fields, "base_model_name_or_path"),
+    )  # fmt: skip
+    config.auto_mapping = _agreed(fields, "auto_mapping")
+    write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def _as_peft(
+    module: str, kind: str, factors: Factors, shape: tuple[int, ...]
+) -> dict[str, torch.Tensor]:
+    """Two factors by PEFT's names and in its layout, in float32."""
+    left, right = factors.left.float().contiguous(), factors.right.float().contiguous()
+    a, b = (left.T.contiguous(), right.T.contiguous()) if kind in TRANSPOSED else (right, left)
+    start = f"{PREFIX}{module}.lora_"
+    if kind == EMBEDDING:
+        return {f"{start}embedding_A": a, f"{start}embedding_B": b}
+    if kind == CONVOLUTION:
+        a = a.reshape(factors.rank, *shape[1:])
+        b = b.reshape(*b.shape, *(1 for _ in shape[2:]))
+    return {f"{start}A.weight": a, f"{start}B.weight": b}
+
+
+def _held_whole(mixed: MixedAdapter, kinds: Mapping[str, str]) -> tuple[list[str], Bias]:
+    """Modules that are saved whole, and PEFT's ``bias``: which biases are, beside them."""
+    parents = {name.rpartition(".")[0] for name in mixed.whole}
+    only_bias = {
+        parent
+        for parent in parents
+        if {n for n in mixed.whole if n.rpartition(".")[0] == parent} == {f"{parent}.bias"}
+        and f"{parent}.weight" in mixed.adapters[0].base.header
+    }
+    if "" in parents:
+        raise CheckpointError(
+            "No adapter can hold this soup: a tensor of its root module is held whole. Use save."
+        )
+    bias: Bias = "all"
+    if only_bias <= kinds.keys():
+        bias = "lora_only" if only_bias else "none"
+    return sorted(parents - only_bias), bias
+
+
+def _targets(modules: list[str], adapter: AdapterCheckpoint) -> list[str] | str:
+    """The modules, as a list of names where each means itself only, else as a pattern."""
+    names = adapter.base.modules
+    if any(other.endswith(f".{module}") for module in modules for other in names):
+        return f"^({'|'.join(map(re.escape, modules))})$"
+    return modules
+
+
+def _agreed(fields: Iterable[Mapping[str, Any]], name: str) -> Any:
+    """A field on which all configurations agree; else None."""
+    values = [each.get(name) for each in fields]
+    return values[0] if all(value == values[0] for value in values) else None
