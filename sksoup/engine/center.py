@@ -155,7 +155,7 @@ class Center:
     """The point that deltas are taken from, and the module that is laid out like it."""
 
     flat: FlatModule
-    weights: torch.Tensor  # (size,), g
+    weights: torch.Tensor  # (size,), g; of adapters the module's own
     q: NDArray[np.float64]  # (K,), g as coefficients
     factors: NDArray[np.float64]  # (K, n_searched), s: what each delta is multiplied by
     checkpoints: CheckpointCollection
@@ -194,7 +194,8 @@ def centered(
         cache.keep(torch.from_numpy(factors), "factors")
     flat = FlatModule(module, layout)
     try:
-        vector = torch.empty_like(flat.weights)
+        # adapters start from their base: no copy of the point is needed
+        vector = flat.weights if checkpoints.on_one_base() else torch.empty_like(flat.weights)
         for segment in layout.segments:  # the mapping is emptied on the way
             vector[segment.where].copy_(point.pop(segment.name).flatten())
         point.clear()

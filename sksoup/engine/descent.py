@@ -300,10 +300,10 @@ class DeltaStorage:
         weights, n = center.weights, len(center.checkpoints)
         width = resolve_delta_dtype(self.delta_dtype, weights.dtype).itemsize
         held = width * sum(one.n_numbers for one in center.checkpoints.on_one_base().values())
-        if self.limit is not None and (needed := 2 * weights.nbytes + held) > self.limit:
+        if self.limit is not None and (needed := weights.nbytes + held) > self.limit:
             raise ValueError(
                 f"memory_limit={self.limit:,} bytes does not hold a search in adapters: it needs "
-                f"{needed:,} bytes for 2 models of {weights.nbytes:,} and the factors of all {n}. "
+                f"{needed:,} bytes for the base of {weights.nbytes:,} and the factors of all {n}. "
                 f"Raise the limit, or use fewer adapters."
             )
         return n if wanted in (None, "auto") else min(int(wanted), n)
