@@ -178,39 +178,51 @@ def live_models(checkpoints: CheckpointCollection, X: Any, y: torch.Tensor) -> t
 # ------------------------------------------------------------------------------- the plan
 
 
-def plan(layers: int, width: int, inner: int, vocabulary: int, rank: int, n: int) -> list[str]:
-    """What is resident and what a step reads, for a decoder in bfloat16 with adapters."""
+def counted(
+    layers: int, width: int, inner: int, vocabulary: int, rank: int, n: int
+) -> dict[str, int]:
+    """Numbers in a decoder of Llama's kind, and in n adapters on the linear layers of its blocks."""
     shapes = [(width, width)] * 4 + [(inner, width)] * 2 + [(width, inner)]
     targeted = layers * sum(a * b for a, b in shapes)
-    factors = n * layers * rank * sum(a + b for a, b in shapes)
-    other = 2 * vocabulary * width + (2 * layers + 1) * width
-    size = targeted + other
+    return {
+        "targeted": targeted,
+        "all": targeted + 2 * vocabulary * width + (2 * layers + 1) * width,
+        "factors": n * layers * rank * sum(a + b for a, b in shapes),
+    }
+
+
+def plan(layers: int, width: int, inner: int, vocabulary: int, rank: int, n: int) -> list[str]:
+    """What is resident and what a step reads, for a decoder in bfloat16 with adapters."""
+    numbers = counted(layers, width, inner, vocabulary, rank, n)
+    targeted, size, factors = numbers["targeted"], numbers["all"], numbers["factors"]
     resident = {
         "module, float32 (computed in bfloat16 by autocast)": 4 * size,
         "gradient of the weights with factors, float32": 4 * targeted,
         "base of the weights with factors, bfloat16": 2 * targeted,
         f"factors of {n} adapters, bfloat16 (delta_dtype)": 2 * factors,
     }
-    n_columns = n * rank
     of_step = {
         "combine reads base and factors, writes weights": 2 * targeted + 2 * factors + 4 * targeted,
         "project reads gradient and factors": 4 * targeted + 2 * factors,
     }
-    lines = [
-        f"{size / 1e9:.2f} billion parameters, {targeted / 1e9:.2f} billion of them with factors "
+    operations = 4 * n * rank  # of each weight with factors: two products
+    return [
+        f"{size / 1e9:.2f} billion parameters, {targeted / 1e9:.2f} billion of them with factors",
         f"of rank {rank}; {n} adapters of {2 * factors / n / 2**20:,.0f} MiB",
+        "",
         "resident, GiB",
         *(f"  {b / 2**30:6.1f}  {what}" for what, b in resident.items()),
         f"  {sum(resident.values()) / 2**30:6.1f}  together, before activations",
+        "",
         "read or written by a step beside forward and backward, GiB",
         *(f"  {b / 2**30:6.1f}  {what}" for what, b in of_step.items()),
-        f"operations of a step beside forward and backward: {4 * n_columns} per weight with "
-        f"factors (forward and backward: 6 per weight and token), so "
-        f"{4 * n_columns / 6:,.0f} tokens' worth",
-        "the base is read: once to build the module, once for the center, once to be kept, once "
-        "for its SHA-256, and once per mix; for each adapter once where checkpoints are ranked",
+        "",
+        "operations of a step beside forward and backward",
+        f"  {operations:6,}  per weight with factors, as much as {operations / 6:,.0f} tokens take",
+        "",
+        "the base is read once to build the module, once for the center, once to be kept, once",
+        "for its SHA-256 and once per mix; once for each adapter where checkpoints are ranked",
     ]
-    return lines
 
 
 def main() -> None:

@@ -117,6 +117,16 @@ def truncated(factors: Factors, rank: int | None) -> tuple[Factors, float]:
     return near, left_out / total if total > 0 else 0.0
 
 
+def check_peft() -> None:
+    """Refuse to begin without peft, which writes its own configuration."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "save_adapter needs peft, which is not installed: pip install 'sksoup[peft]'."
+        ) from error
+
+
 def write_adapter(folder: Path, mixed: MixedAdapter) -> None:
     """Write PEFT's two files to a folder that is there."""
     from peft import LoraConfig

@@ -25,7 +25,7 @@ from ..data.outputs import Task
 from ..displays.report import render
 from ..engine.objective import load_weights
 from ..exceptions import CheckpointError, SoupWarning
-from ..mixing.adapter import MixedAdapter, mixed_adapter, write_adapter
+from ..mixing.adapter import MixedAdapter, check_peft, mixed_adapter, write_adapter
 from ..mixing.card import model_card
 from ..mixing.files import check_suffix
 from ..mixing.mix import cast
@@ -226,6 +226,7 @@ class ExportMixin:
         are mixed as whole tensors. Factors are written in float32.
         """
         check_is_fitted(self, "coef_")
+        check_peft()
         if rank is not None:
             check_scalar(rank, "rank", Integral, min_val=1)
         if self.recalibrated_:
