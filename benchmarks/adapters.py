@@ -181,7 +181,7 @@ def live_models(checkpoints: CheckpointCollection, X: Any, y: torch.Tensor) -> t
 def counted(
     layers: int, width: int, inner: int, vocabulary: int, rank: int, n: int
 ) -> dict[str, int]:
-    """Numbers in a decoder of Llama's kind, and in n adapters on the linear layers of its blocks."""
+    """Numbers in a decoder of Llama's kind, and in n adapters on its blocks' linear layers."""
     shapes = [(width, width)] * 4 + [(inner, width)] * 2 + [(width, inner)]
     targeted = layers * sum(a * b for a, b in shapes)
     return {
