@@ -300,6 +300,8 @@ class Zoo:
     val: tuple[Any, Any]
     test: tuple[Any, Any]
     failures: Callable[[], Mapping[str, CheckpointCollection]] | None = None
+    # the weights of a fine-tuning made again, on its own rows and the held-out ones
+    retrain: Callable[[str], Mapping[str, torch.Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -346,21 +348,49 @@ class TextRows:
     length: int = 12  # tokens
 
     def __call__(self, folder: Path, n: int, seed: int) -> Zoo:
+        parts = self.load(folder)
+        checkpoints = fine_tune_texts(folder / "text", n, TEXT_SEED, parts)
+        return Zoo(checkpoints, *self.cut(parts, seed))
+
+    def load(self, folder: Path) -> Texts:
+        """The texts, parsed once: that takes a minute."""
         from transformers import logging
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         load = joblib.Memory(folder / "texts", verbose=0).cache(load_texts)
         counts = self.n_finetune, self.n_val, self.n_test
-        parts = load(TEXT_SEED, *counts, length=self.length)  # a minute of parsing
-        checkpoints = fine_tune_texts(folder / "text", n, TEXT_SEED, parts)
+        parts: Texts = load(TEXT_SEED, *counts, length=self.length)
+        return parts
+
+    def cut(self, parts: Texts, seed: int) -> list[tuple[Tokens, torch.Tensor]]:
+        """Held-out and test rows of a seed."""
         X = {name: torch.cat([parts.val[0][name], parts.test[0][name]]) for name in parts.val[0]}
         y = torch.cat([parts.val[1], parts.test[1]])
-        val, test = train_test_split(
+        both = train_test_split(
             torch.arange(len(y)), train_size=self.n_val, stratify=y, random_state=seed
         )
-        return Zoo(checkpoints, *(({k: v[rows] for k, v in X.items()}, y[rows])
-                                  for rows in (val, test)))  # fmt: skip
+        return [({k: v[rows] for k, v in X.items()}, y[rows]) for rows in both]
+
+
+@dataclass(frozen=True)
+class AdapterRows(TextRows):
+    """The same texts, for LoRA adapters."""
+
+    def __call__(self, folder: Path, n: int, seed: int) -> Zoo:
+        from . import lora  # peft and transformers, which only this zoo needs
+
+        here, parts = folder / "lora", self.load(folder)
+        val, test = self.cut(parts, seed)
+        adapters = lora.make_adapters(here, n, TEXT_SEED, parts.finetune)
+
+        def retrain(name: str) -> Mapping[str, torch.Tensor]:
+            (X, y), (X_val, y_val) = parts.finetune, val
+            rows = {n: torch.cat([X[n], X_val[n]]) for n in X}, torch.cat([y, y_val])
+            k = adapters.names.index(name)
+            return lora.whole(lora.train_adapter(here, TEXT_SEED, k, rows))
+
+        return Zoo(adapters, val, test, retrain=retrain)
 
 
 def failing(folder: Path, n: int, seed: int) -> Zoo:
@@ -379,6 +409,7 @@ KINDS = {
     "vit": Kind("vision transformer", 24, VIT),
     "resnet": Kind("ResNet with BatchNorm", 24, Digits("resnet", SmallResNet, 15)),
     "text": Kind("text encoder", 16, TextRows(), TEXT_SEED),
+    "lora": Kind("LoRA adapters of the text encoder", 16, AdapterRows(), TEXT_SEED),
     "diverged": Kind("convolutional network, a fifth diverged", 20, failing),
 }
 

@@ -9,11 +9,30 @@ from __future__ import annotations
 
 import time
 
-from . import ablations, appendix_c, common, diverged, failures, few_rows, table_3, tables_1_2
+from . import (
+    ablations,
+    adapters,
+    appendix_c,
+    common,
+    diverged,
+    failures,
+    few_rows,
+    table_3,
+    tables_1_2,
+)
 
 EXPERIMENTS = [
     module.EXPERIMENT
-    for module in (tables_1_2, table_3, ablations, appendix_c, diverged, failures, few_rows)
+    for module in (
+        tables_1_2,
+        table_3,
+        ablations,
+        appendix_c,
+        diverged,
+        failures,
+        few_rows,
+        adapters,
+    )
 ]
 
 

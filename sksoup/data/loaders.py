@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch.utils.data import (
     DataLoader,
     RandomSampler,
@@ -20,6 +21,7 @@ from torch.utils.data import (
 from ..runtime.memory import free_bytes
 from ..runtime.random_state import preserved_random_state
 from .rows import map_inputs, n_rows, parts_of
+from .tokens import IGNORED
 
 LABELS = ("labels", "label", "targets", "target", "y")  # keys that hold targets
 SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -54,9 +56,17 @@ def is_apart(values: Any) -> bool:
 
 
 def read_loader(
-    X: Any, y: Any = None, *, ordered: bool = False, n_inputs: int | None = None
+    X: Any,
+    y: Any = None,
+    *,
+    ordered: bool = False,
+    n_inputs: int | None = None,
+    pads: bool = False,
 ) -> tuple[Any, Any]:
-    """Walk a loader once; inputs and targets as tensors on the CPU, targets as in `walk`."""
+    """Walk a loader once; inputs and targets as tensors on the CPU, targets as in `walk`.
+
+    ``pads``: batches may be texts of different lengths, which are padded to the longest.
+    """
     inputs: list[Any] = []
     targets: list[Any] = []
     held = 0
@@ -72,21 +82,67 @@ def read_loader(
                 f"keep images as uint8 and convert them on the device: "
                 f"forward=lambda module, X: module(X / 255)."
             )
+    if pads:
+        inputs, targets = padded(inputs), padded(targets, IGNORED)
     return _concatenate(inputs), targets_of(targets, y)
 
 
+def padded(parts: list[Any], value: int = 0) -> list[Any]:
+    """Batches of texts, filled up at the end to the longest of them.
+
+    Inputs are filled with 0, which an attention mask leaves out; where there is none, it is made,
+    so that a model that looks both ways does not see what was filled in.
+    """
+    if not any(isinstance(X, Mapping) for X in parts):
+        return _filled(parts, value)
+    if len({part.shape[1] for X in parts for part in X.values() if _is_sequence(part)}) > 1:
+        parts = [_with_mask(X) for X in parts]
+    named = {name: _filled([X[name] for X in parts], value) for name in parts[0]}
+    return [dict(zip(named, row, strict=True)) for row in zip(*named.values(), strict=True)]
+
+
+def _filled(parts: Sequence[Any], value: int) -> list[Any]:
+    """One input of all batches, in one length."""
+    longest = max((part.shape[1] for part in parts if _is_sequence(part)), default=0)
+    return [
+        nn.functional.pad(part, (0, longest - part.shape[1]), value=value)
+        if _is_sequence(part)
+        else part
+        for part in parts
+    ]
+
+
+def _is_sequence(part: Any) -> bool:
+    return isinstance(part, torch.Tensor) and part.ndim == 2 and not part.is_floating_point()
+
+
+def _with_mask(X: Any) -> Any:
+    if not isinstance(X, Mapping) or "attention_mask" in X or "input_ids" not in X:
+        return X
+    return {**X, "attention_mask": torch.ones_like(X["input_ids"])}
+
+
 def minibatches(
-    X: Any, y: Any, size: int | None, *, ordered: bool, n_inputs: int | None
+    X: Any,
+    y: Any,
+    size: int | None,
+    *,
+    ordered: bool,
+    n_inputs: int | None,
+    pads: bool = False,
 ) -> Iterator[tuple[Any, Any]]:
     """Walk a loader once, in minibatches of ``size`` rows, as from arrays; None is one batch."""
     if size is None:
-        yield read_loader(X, y, ordered=ordered, n_inputs=n_inputs)
+        yield read_loader(X, y, ordered=ordered, n_inputs=n_inputs, pads=pads)
         return
     rows: Any = None  # that were read and not given yet
     labels: Any = None
     for more, their in walk(X, y, ordered=ordered, n_inputs=n_inputs):
-        rows = more if rows is None else _concatenate([rows, more])
-        labels = targets_of([labels, their], None)
+        both, theirs = [part for part in (rows, more) if part is not None], [labels, their]
+        if pads:
+            both = padded(both)
+            theirs = padded([part for part in theirs if part is not None], IGNORED)
+        rows, labels = _concatenate(both), targets_of(theirs, None)
         while n_rows(rows) >= size:
             yield _cut(rows, slice(size)), _cut(labels, slice(size))
             rows, labels = _cut(rows, slice(size, None)), _cut(labels, slice(size, None))

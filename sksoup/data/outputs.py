@@ -13,10 +13,19 @@ from sklearn.metrics import accuracy_score, r2_score
 
 from ..checkpoints.hub_config import output_labels
 from .rows import Batch, to_tensor
+from .tokens import (
+    IGNORED,
+    TEXT_TASKS,
+    check_labels,
+    kind_of_model,
+    shifted,
+)
 
-Task: TypeAlias = Literal["classification", "regression", "multilabel"]
-TASKS = ("classification", "regression", "multilabel")
-IGNORED = -100  # a label that is left out, as in torch's criteria
+Task: TypeAlias = Literal[
+    "classification", "regression", "multilabel",
+    "language-modeling", "causal-lm", "masked-lm", "seq2seq-lm",
+]  # fmt: skip
+TASKS = ("classification", "regression", "multilabel", *TEXT_TASKS)
 
 
 def is_dense(y: Any) -> bool:
@@ -37,6 +46,8 @@ class Outputs:
     is_dense: bool = False  # labels at several positions of a row
     is_column: bool = False  # targets of a regression come as (n,)
     names: tuple[str, ...] | None = None  # of the outputs, where the module's config has some
+    is_text: bool = False  # logits of tokens, (n, n_tokens, vocabulary)
+    predicts: str = ""  # of texts: "causal", "masked" or "seq2seq"
 
     @classmethod
     def of(
@@ -48,11 +59,14 @@ class Outputs:
         criterion: Any = None,
         call: str = "module(X)",
         module: Any = None,
+        X: Any = None,
     ) -> Outputs:
         """Read them from the module's output for one row and the targets; or say what differs.
 
         ``call`` is the code that gives the outputs.
         """
+        if task in TEXT_TASKS:
+            return cls._of_texts(output, y, kind_of_model(module, task), X)
         dense = task == "classification" and is_dense(y)
         one_logit = task == "classification" and not dense and output.shape in ((1,), (1, 1))
         got = f"The module's output has shape {tuple(output.shape)} for one row"
@@ -83,6 +97,19 @@ class Outputs:
             ignored if isinstance(ignored, int) else IGNORED, dense, names=names,
         )  # fmt: skip
 
+    @classmethod
+    def _of_texts(cls, output: torch.Tensor, y: NDArray[Any], kind: str, X: Any) -> Outputs:
+        if output.ndim != 3:
+            raise ValueError(
+                f"The module's output has shape {tuple(output.shape)} for one row, expected (1, "
+                f"n_tokens, vocabulary) for task='language-modeling': logits of every token."
+            )
+        shape = tuple(output.shape[1:])
+        check_labels(y, kind, shape, X)
+        return cls(
+            "language-modeling", shape[-1], shape, is_dense=True, is_text=True, predicts=kind
+        )
+
     @property
     def described(self) -> NDArray[Any] | tuple[str, ...]:
         """What the outputs stand for: their names where labels are their numbers, else labels."""
@@ -102,6 +129,8 @@ class Outputs:
             where = np.searchsorted(self.classes, y, sorter=order)
             found = order[np.where(left_out, 0, where)]
             return to_tensor(np.where(left_out, self.ignored, found)).to(device)
+        if self.is_text:
+            return to_tensor(shifted(y, self.predicts)).to(device)
         targets = to_tensor(np.asarray(y, dtype=np.float64)).reshape(len(y), -1)
         if targets.shape[1] != self.n_outputs:
             raise ValueError(
@@ -115,7 +144,7 @@ class Outputs:
     def counted(self, targets: torch.Tensor) -> torch.Tensor | None:
         """(N,): positions of each row that have a label, where some have none."""
         labelled = targets != self.ignored
-        if self.classes is None or bool(labelled.all()):
+        if not (self.is_text or self.classes is not None) or bool(labelled.all()):
             return None
         return labelled.reshape(len(targets), -1).sum(dim=1)
 
@@ -123,6 +152,8 @@ class Outputs:
         """Labels or targets from outputs (n, n_outputs, ...)."""
         if self.classes is not None:
             return np.asarray(self.classes[outputs.argmax(dim=1).cpu().numpy()])
+        if self.is_text:
+            return outputs.argmax(dim=-1).cpu().numpy()
         values = outputs.detach().cpu().numpy()
         if self.task == "multilabel":
             return (values > 0).astype(np.int64)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.survey import MORE, judge
+from ..data.tokens import shown_score
 from ..tables import Table
 from .coefficients import CoefficientsDisplay
 from .comparison import ComparisonDisplay
@@ -135,8 +136,9 @@ def _scores(soup: Any, comparison: Any) -> str:
     if not scores:
         return "<p>No score was recorded with this soup.</p>"
     best = max(scores, key=scores.__getitem__)
+    shown = shown_score(scores[best], soup.task)
     return (
-        f"<p>The best single checkpoint, <code>{escape(best)}</code>, scored {scores[best]:.4f} "
+        f"<p>The best single checkpoint, <code>{escape(best)}</code>, scored {shown} "
         f"on the held-out rows, on which the soup was fitted as well.</p>"
     )
 

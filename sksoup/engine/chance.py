@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.outputs import IGNORED
+from ..data.tokens import IGNORED
 from .scores import Evaluator
 
 MIN_ROWS = {"classification": 30, "regression": 100}  # with fewer, nothing is certain
@@ -24,6 +24,8 @@ def judge_scores(scores: Mapping[str, float], evaluate: Evaluator) -> str | None
     labels per row. Too few rows to be certain are what is wrong themselves.
     """
     outputs, n = evaluate.objective.outputs, _effective(evaluate.weight, len(evaluate.y))
+    if outputs.is_text:
+        return _of_loss(scores, evaluate)
     if len(scores) > 1 and n < FEW and not outputs.is_dense:
         return (
             f"Only {n:.3g} held-out rows choose among {len(scores)} checkpoints, so the choice is "
@@ -45,6 +47,22 @@ def judge_scores(scores: Mapping[str, float], evaluate: Evaluator) -> str | None
             f"outputs with forward=."
         )
     return None
+
+
+def _of_loss(scores: Mapping[str, float], evaluate: Evaluator) -> str | None:
+    """Language models: what a guess among all tokens would lose, which no trained one does."""
+    vocabulary = evaluate.objective.outputs.n_outputs
+    if not scores or evaluate.scorer is not None:
+        return None
+    name = max(scores, key=scores.__getitem__)
+    if scores[name] > -math.log(vocabulary):
+        return None
+    return (
+        f"No checkpoint is better than a guess on these held-out rows: the lowest loss is "
+        f"{-scores[name]:.4f} ({name!r}), and a guess among {vocabulary} tokens has "
+        f"{math.log(vocabulary):.4f}. The texts may be tokenised in another way than in training, "
+        f"or labels be shifted already: they are shifted inside, as transformers does."
+    )
 
 
 def _of_accuracy(name: str, best: float, evaluate: Evaluator, n: float) -> str | None:

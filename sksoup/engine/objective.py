@@ -24,6 +24,7 @@ DEFAULT_CRITERIA: dict[Task, type[nn.Module]] = {
     "classification": nn.CrossEntropyLoss,
     "regression": nn.MSELoss,
     "multilabel": nn.BCEWithLogitsLoss,
+    "language-modeling": nn.CrossEntropyLoss,
 }
 
 
@@ -72,7 +73,8 @@ class Objective:
         if isinstance(criterion, nn.Module):  # class weights go along; the user's stay in place
             criterion = copy.deepcopy(criterion).to(self._device)
         self.criterion = criterion
-        self.has_score = outputs.task != "regression"  # rows are right or wrong
+        # rows are right or wrong; of tokens that would cost another look at all logits
+        self.has_score = outputs.task != "regression" and not outputs.is_text
         self.counts = Counts()
 
     def own(self) -> Objective:
@@ -93,6 +95,8 @@ class Objective:
             output, y = output[:, 1] - output[:, 0], y.to(output.dtype)
         if batch.counted is not None and not bool(batch.counted.any()):
             return output.sum() * 0.0  # nothing here has a label
+        if self.outputs.is_text:  # no copy: the labels were shifted, not the logits
+            output, y = output.flatten(0, 1), y.flatten()
         criterion = self.criterion if batch.weight is None else _per_row(self.criterion)
         loss = criterion(output, y)
         if batch.amounts is None or (loss.ndim == 0 and batch.weight is None):

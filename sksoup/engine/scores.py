@@ -15,26 +15,35 @@ from torch import nn
 
 from ..data.outputs import Task
 from ..data.rows import HeldOut, take_rows, to_tensor
+from ..data.tokens import IGNORED, LANGUAGE_MODELING, row_losses
 from ..runtime.cache import Cache
 from .objective import Objective
 
+WORST = 1e6  # loss of a token, where it is not finite or more
 SLACK = 1e-9  # far above what float64 sums of penalties are off by, far below what a row is worth
 
 
 @dataclass(frozen=True)
 class RowScore:
-    """A score that is 1 minus a sum of penalties >= 0, one per row: accuracy, R²; on the CPU."""
+    """A score that is `top` minus a sum of penalties >= 0, one per row; on the CPU.
+
+    Accuracy and R² have 1 on top. Of language modeling the penalties are losses, and 0 is on top:
+    a loss has no bound, so that only what was seen counts against a candidate.
+    """
 
     task: Task
     y: torch.Tensor  # (N,) class indices, else (N, n_outputs)
     share: torch.Tensor  # (N,), each row's part of the whole weight; sums to 1
     variance: torch.Tensor  # (n_outputs,), of the targets of a regression; unused elsewhere
+    top: float = 1.0  # the highest score there is
 
     @classmethod
     def of(cls, task: Task, y: torch.Tensor, weight: NDArray[np.float64] | None) -> RowScore | None:
         """The default score of a task; None where it is no such sum (R² of constant targets)."""
         y = y.detach().cpu()
         share = to_tensor(np.ones(len(y)) if weight is None else weight).double()
+        if task == LANGUAGE_MODELING:  # of all tokens
+            share = share * (y != IGNORED).sum(dim=1)
         share = share / share.sum()
         variance = torch.ones(1, dtype=torch.float64)
         if task == "regression":
@@ -42,16 +51,24 @@ class RowScore:
             variance = share @ (y - share @ y).square()  # (n_outputs,)
             if len(y) < 2 or bool((variance <= 1e-12 * (share @ y.square())).any()):
                 return None
-        return cls(task, y, share, variance)
+        return cls(task, y, share, variance, 0.0 if task == LANGUAGE_MODELING else 1.0)
 
     @property
     def most(self) -> float:
         """The largest penalty a row can have."""
-        return math.inf if self.task == "regression" else float(self.share.max())
+        is_bounded = self.task not in ("regression", LANGUAGE_MODELING)
+        return float(self.share.max()) if is_bounded else math.inf
 
     def penalties(self, outputs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """(n,): what these rows take away from a score of 1, for their outputs (n, ...)."""
         y = self.y[rows]
+        if self.task == LANGUAGE_MODELING:
+            labels = y.to(outputs.device)
+            n_labels = (y != IGNORED).sum(dim=1).clamp_min(1)
+            each = row_losses(outputs, labels).double().cpu() / n_labels
+            # of a run that diverged: a recipe holds finite scores only
+            each = each.nan_to_num(nan=WORST, posinf=WORST).clamp_max(WORST)
+            return self.share[rows] * each
         if self.task == "regression":
             error = y - outputs.double().reshape(y.shape)
             return self.share[rows] * (error.square() / self.variance).mean(dim=1)
@@ -113,7 +130,7 @@ class Evaluator:
     def rows(self) -> RowScore | None:
         """The score as a sum over rows, where it is one."""
         outputs = self.objective.outputs
-        if self.scorer is not None or outputs.is_dense:
+        if self.scorer is not None or (outputs.is_dense and not outputs.is_text):
             return None
         y = to_tensor(self.y) if outputs.task == "regression" else self.data.y
         return RowScore.of(outputs.task, y, self.weight)
@@ -140,6 +157,8 @@ class Evaluator:
         if self.scorer is not None:
             self.objective.counts.rows_forward += n
             return Evaluation(float(self.scorer(self.objective.module)), n)
+        if self.objective.outputs.is_text:  # logits of all tokens at once would be huge
+            return self.until(-math.inf, torch.arange(n), min(self.batch_size or n, n))
         return self._evaluation(self.objective.outputs_of(self.data.X, self.batch_size))
 
     def _evaluation(self, outputs: torch.Tensor) -> Evaluation:
@@ -164,8 +183,10 @@ class Evaluator:
         if self.rows is None:
             raise ValueError("this score has no bound")
         n, seen, n_looks = len(order), 0, 0
+        keeps_outputs = not self.objective.outputs.is_text
         outputs: torch.Tensor | None = None
-        bound = 1.0
+        penalties = torch.zeros(n, dtype=torch.float64)
+        bound = self.rows.top
         while seen < n:
             many = self.batch_size or n
             least = (bound - needed) / self.rows.most  # rows, all wrong, before the score is missed
@@ -175,18 +196,23 @@ class Evaluator:
             part = order[seen : seen + step]
             padded = torch.cat([part, part[:1].expand(step - len(part))])
             chunk = self.objective.forward(take_rows(self.data.X, padded))
-            chunk = chunk[: len(part)].cpu()
-            if outputs is None:
-                outputs = chunk.new_empty((n, *chunk.shape[1:]))
-            outputs[part] = chunk
-            bound -= float(self.rows.penalties(chunk, part).sum())
+            chunk = chunk[: len(part)]
+            if keeps_outputs:
+                chunk = chunk.cpu()
+                outputs = chunk.new_empty((n, *chunk.shape[1:])) if outputs is None else outputs
+                outputs[part] = chunk
+            penalties[part] = self.rows.penalties(chunk, part)
+            bound -= float(penalties[part].sum())
             seen += len(part)
             n_looks += step == size
             if bound < needed - SLACK and seen < n:
                 return Evaluation(bound, seen, is_bound=True)
-        if outputs is None:
+        if not n:
             raise ValueError("there are no held-out rows")
-        return self._evaluation(outputs)
+        if outputs is not None:
+            return self._evaluation(outputs)
+        score = self.rows.top - float(penalties.sum())
+        return Evaluation(score, n, penalties=penalties, margins=-penalties)
 
 
 def evaluate_named(evaluate: Callable[[], Evaluation], what: str) -> Evaluation:

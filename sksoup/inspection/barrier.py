@@ -106,8 +106,9 @@ def loss_barrier(
         lines to the mean are always measured.
     forward : callable or None, default=None
         ``(module, X) -> outputs``, as for the soups.
-    task : {"classification", "regression", "multilabel"}, default="classification"
-        What the outputs mean.
+    task : str, default="classification"
+        What the outputs mean: "classification", "regression", "multilabel", or "language-modeling"
+        (docs: Language models).
     criterion : class, nn.Module or callable ``(output, y) -> loss``, default=None
         By default that of the task: cross-entropy, squared error, or binary cross-entropy.
     classes, batch_size, device

@@ -14,18 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.base import clone
-from sklearn.metrics import check_scoring
 
 from ..checkpoints.collection import CheckpointCollection
 from ..data.outputs import Task
-from ..data.rows import parts_of
+from ..data.rows import n_rows, parts_of
 from ..exceptions import SoupWarning
 from ..recipes.base import BaseSoup
 from ..recipes.baselines import BestCheckpoint, CheckpointEnsemble, UniformSoup
 from ..recipes.greedy import GreedySoup
 from ..recipes.learned import LearnedSoup
 from ..recipes.mehl import MEHLSoup
-from ..recipes.validation import check_flag
+from ..recipes.validation import check_flag, scorer_of
 from ..runtime.live_tensors import LiveTensors
 from .results import SoupComparison, SoupResult
 
@@ -45,8 +44,9 @@ def paper_systems(
     ----------
     n_checkpoints : int
         K, for the model batch ``ceil(K / 4)``.
-    task : {"classification", "regression", "multilabel"}, default="classification"
-        What the outputs mean.
+    task : str, default="classification"
+        What the outputs mean: "classification", "regression", "multilabel", or "language-modeling"
+        (docs: Language models).
     random_state : int or None, default=0
         Seed of the systems that draw at random.
 
@@ -99,8 +99,9 @@ def centered_systems(
     ----------
     n_checkpoints : int
         K; the defaults do not depend on it, it is here so that the call is that of `paper_systems`.
-    task : {"classification", "regression", "multilabel"}, default="classification"
-        What the outputs mean.
+    task : str, default="classification"
+        What the outputs mean: "classification", "regression", "multilabel", or "language-modeling"
+        (docs: Language models).
     random_state : int or None, default=0
         Seed of the order of rows.
 
@@ -145,7 +146,8 @@ def compare_soups(
     checkpoints : CheckpointCollection
         The checkpoints to mix.
     X_val, y_val : array-like or Tensor of n_samples rows
-        Held-out rows, on which the coefficients are found.
+        Held-out rows, on which the coefficients are found; ``y_val`` may be None for language
+        models, as in `fit`.
     X_test, y_test : array-like or Tensor, or None, default=None
         Test rows, which are used for scores only.
     recipes : mapping of str to estimator or None, default=None
@@ -200,7 +202,7 @@ def compare_soups(
             f"checkpoints is a {type(checkpoints).__name__}, expected a CheckpointCollection: "
             f"CheckpointCollection.from_path(folder, module=build_model)."
         )
-    if (X_test is None) != (y_test is None):
+    if y_val is not None and (X_test is None) != (y_test is None):
         raise ValueError("Give both X_test and y_test, or neither.")
     if recipes is not None and not isinstance(recipes, Mapping):
         raise TypeError(
@@ -228,9 +230,13 @@ def compare_soups(
             results.append(result)
             if on_result is not None:
                 on_result(result)
-    n_test = None if test is None else len(y_test)
+    n_test = None if test is None else _n_rows(*test)
     metric = None if scoring is None else getattr(scoring, "__name__", str(scoring))
-    return SoupComparison(tuple(results), soups, len(y_val), n_test, metric)
+    return SoupComparison(tuple(results), soups, _n_rows(X_val, y_val), n_test, metric)
+
+
+def _n_rows(X: Any, y: Any) -> int:
+    return n_rows(X) if y is None else len(y)
 
 
 def _ranked(
@@ -279,11 +285,11 @@ def _measure(
         begin = time.perf_counter()
         soup.fit(checkpoints, *val)
         seconds = time.perf_counter() - begin + ranking[0]
-        score = check_scoring(soup, scoring)
+        score = scorer_of(soup, scoring)
         scores = score(soup, *val), None if test is None else score(soup, *test)
         fits.append((soup, seconds, *scores))
     soups, times, held_out, tested = zip(*fits, strict=True)
-    first, n = soups[0], len(val[1])
+    first, n = soups[0], _n_rows(*val)
     return first, SoupResult(
         system=name,
         held_out=statistics.mean(held_out),
@@ -307,6 +313,7 @@ def _extra_memory(system: BaseSoup, checkpoints: CheckpointCollection, X: Any, y
         warnings.simplefilter("ignore", SoupWarning)  # the first fit has given them
         soup.fit(checkpoints, X, y)
     module = sum(p.nbytes for p in checkpoints.build_module().parameters())
-    rows = [p if isinstance(p, torch.Tensor) else np.asarray(p) for p in (*parts_of(X), y)]
+    given = [*parts_of(X), *([] if y is None else [y])]
+    rows = [p if isinstance(p, torch.Tensor) else np.asarray(p) for p in given]
     data = sum(part.nbytes for part in rows)
     return max(0.0, (live.peak - data - module) / checkpoints.nbytes)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import check_scoring
 from sklearn.utils.validation import check_is_fitted
 
 from ..checkpoints.collection import CheckpointCollection
@@ -18,7 +17,7 @@ from ..engine.objective import load_weights
 from ..mixing.mix import cast
 from ..recipes.base import BaseSoup
 from ..recipes.baselines import CheckpointEnsemble
-from ..recipes.validation import validate_rows
+from ..recipes.validation import scorer_of, validate_rows
 from ..tables import Table
 
 
@@ -192,7 +191,7 @@ def ingredient_importance(
         )
     trial = copy.copy(soup)  # with a module of its own
     X, y, _ = validate_rows(trial, X, y, soup.task)
-    scorer = check_scoring(trial, scoring)
+    scorer = scorer_of(trial, scoring)
     trial.module_ = copy.deepcopy(soup.module_)
     score = float(scorer(trial, X, y))
     scores, without = {}, Without(soup)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..data.tokens import TEXT_TASKS, perplexity
 from ..recipes.base import BaseSoup
 from ..tables import Table
 
@@ -70,7 +71,8 @@ class SoupComparison:
     n_held_out, n_test : int or None, default=None
         Number of held-out rows and of test rows.
     scoring : str or None, default=None
-        Name of the metric; None for accuracy or R², in percent.
+        Name of the metric; None for accuracy or R², in percent, and the perplexity of language
+        models (results hold its negative logarithm, greater is better).
 
     Examples
     --------
@@ -88,10 +90,18 @@ class SoupComparison:
 
     @property
     def header(self) -> tuple[str, ...]:
-        """Titles of the columns: scores are in percent unless ``scoring`` was given."""
-        unit = " %" if self.scoring is None else ""
+        """Titles of the columns: scores are in percent unless ``scoring`` was given.
+
+        Those of language models are perplexities.
+        """
+        unit = "" if self.scoring is not None else " perplexity" if self._is_text else " %"
         counts = ("seconds", "forward", "backward", "extra memory", "ingredients")
         return ("system", f"held-out{unit}", f"test{unit}", *counts)
+
+    @property
+    def _is_text(self) -> bool:
+        """Whether the soups are language models."""
+        return any(soup.task in TEXT_TASKS for soup in self.soups.values())
 
     @property
     def statement(self) -> str:
@@ -127,6 +137,10 @@ class SoupComparison:
         def shown(score: float | None, spread: float, n: int) -> str:
             if score is None:
                 return "-"
+            if self._is_text and self.scoring is None:  # its spread, to first order
+                found = perplexity(score)
+                text = f"{found:.3f}"
+                return f"{text} {plus_minus} {found * spread:.3f}" if n > 1 else text
             text = f"{factor * score:.{digits}f}"
             return f"{text} {plus_minus} {factor * spread:.{digits}f}" if n > 1 else text
 

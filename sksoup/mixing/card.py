@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.collection import CheckpointCollection
+from ..data.tokens import shown_score
 from ..tables import Table, printable
 from .origins import Origin, common_origin
 
@@ -101,8 +102,9 @@ def model_card(
     if recipe.held_out is not None:
         score, n = recipe.held_out
         parts.append(
-            f"It scores {score:.4f} on {n:,} held-out rows. The soup was selected by this "
-            f"score, so that it is optimistic: expect less on new rows.\n"
+            f"It scores {shown_score(score, recipe.params.get('task'))} on {n:,} held-out rows. "
+            f"The soup was selected by this score, so that it is optimistic: expect less on new "
+            f"rows.\n"
         )
     if origin.labels and origin.labels != recipe.classes:
         parts.append(f"Labels: {', '.join(map(_code, origin.labels))}.\n")

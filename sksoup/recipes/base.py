@@ -22,6 +22,7 @@ from sklearn.utils import ClassifierTags, RegressorTags, Tags, check_scalar
 
 from ..checkpoints.collection import CheckpointCollection
 from ..data.outputs import TASKS, Task
+from ..data.tokens import TEXT_TASKS
 from ..engine.batch_norm import POLICIES, BatchNormPolicy, check_policy, settle
 from ..engine.objective import Criterion, Forward, load_weights
 from ..engine.precision import judge_bfloat16
@@ -394,6 +395,9 @@ class BaseSoup(
         tags.target_tags.required = True
         tags.target_tags.multi_output = self.task != "classification"
         tags.input_tags.three_d_array = True
+        if self.task in TEXT_TASKS:  # neither labels of rows nor numbers
+            tags.target_tags.multi_output, tags.target_tags.required = True, False
+            return tags
         if self.task == "regression":
             tags.estimator_type = "regressor"
             tags.regressor_tags = RegressorTags()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
 from ..data.outputs import Task
@@ -35,8 +37,9 @@ class UniformSoup(BaseSoup):
         the held-out rows (for the result); or whichever scores better on them, mixed on ties.
     forward : callable or None, default=None
         ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
-    task : {"classification", "regression", "multilabel"}, default="classification"
-        What the outputs mean.
+    task : str, default="classification"
+        What the outputs mean: "classification", "regression", "multilabel", or "language-modeling"
+        (docs: Language models).
     classes : array-like of shape (n_outputs,) or None, default=None
         Labels in output order; by default the names in the module's config (``id2label`` of
         transformers) where ``y`` is texts and it has names, else those of ``y`` sorted, if one per
@@ -123,8 +126,9 @@ class BestCheckpoint(BaseSoup):
         better; by default accuracy or R², by ``task``, which is what ``score`` returns always.
     forward : callable or None, default=None
         ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
-    task : {"classification", "regression", "multilabel"}, default="classification"
-        What the outputs mean.
+    task : str, default="classification"
+        What the outputs mean: "classification", "regression", "multilabel", or "language-modeling"
+        (docs: Language models).
     classes : array-like of shape (n_outputs,) or None, default=None
         Labels in output order; by default the names in the module's config (``id2label`` of
         transformers) where ``y`` is texts and it has names, else those of ``y`` sorted, if one per
@@ -220,8 +224,9 @@ class CheckpointEnsemble(BaseSoup):
         What to average; may be given to `fit` instead.
     forward : callable or None, default=None
         ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
-    task : {"classification", "regression", "multilabel"}, default="classification"
-        What the outputs mean.
+    task : str, default="classification"
+        What the outputs mean: "classification", "regression", "multilabel", or "language-modeling"
+        (docs: Language models).
     classes : array-like of shape (n_outputs,) or None, default=None
         Labels in output order; by default the names in the module's config (``id2label`` of
         transformers) where ``y`` is texts and it has names, else those of ``y`` sorted, if one per
@@ -292,6 +297,24 @@ class CheckpointEnsemble(BaseSoup):
         if total is None:  # pragma: no cover - a collection is never empty
             raise RuntimeError("no checkpoints")
         return total / len(checkpoints)
+
+    def _network(self) -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
+        """A module, and the mean logits of some rows: each time all checkpoints are read."""
+        checkpoints: CheckpointCollection = self.checkpoints_
+        module = prepare_module(
+            checkpoints.build_module(), checkpoints, resolve_device(self.device)
+        )
+
+        def mean_logits(X: Any) -> torch.Tensor:
+            total: torch.Tensor | None = None
+            for name in checkpoints:
+                load_weights(module, checkpoints[name])
+                logits = self._module_outputs(module, X)
+                total = logits if total is None else total.add_(logits)
+            assert total is not None
+            return total / len(checkpoints)
+
+        return module, mean_logits
 
     @property
     def state_dict(self) -> Any:

@@ -97,8 +97,9 @@ class GreedySoup(BaseSoup):
         mixed on ties.
     forward : callable or None, default=None
         ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
-    task : {"classification", "regression", "multilabel"}, default="classification"
-        What the outputs mean.
+    task : str, default="classification"
+        What the outputs mean: "classification", "regression", "multilabel", or "language-modeling"
+        (docs: Language models).
     classes : array-like of shape (n_outputs,) or None, default=None
         Labels in output order; by default the names in the module's config (``id2label`` of
         transformers) where ``y`` is texts and it has names, else those of ``y`` sorted, if one per

@@ -112,8 +112,9 @@ class LearnedSoup(BaseSoup):
         scores better on them, mixed on ties.
     forward : callable or None, default=None
         ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
-    task : {"classification", "regression", "multilabel"}, default="classification"
-        What the outputs mean.
+    task : str, default="classification"
+        What the outputs mean: "classification", "regression", "multilabel", or "language-modeling"
+        (docs: Language models).
     classes : array-like of shape (n_outputs,) or None, default=None
         Labels in output order; by default the names in the module's config (``id2label`` of
         transformers) where ``y`` is texts and it has names, else those of ``y`` sorted, if one per
@@ -294,7 +295,7 @@ class LearnedSoup(BaseSoup):
         a = torch.zeros(factors.shape, dtype=dtype, device=device).requires_grad_()
         s = torch.as_tensor(factors, dtype=dtype, device=device)
         self._log_steps(problem, **descent.n_steps)
-        learns = bool(self.temperature) and self.task != "regression"
+        learns = bool(self.temperature) and self.task in ("classification", "multilabel")
         beta = torch.ones((), dtype=dtype, device=device).requires_grad_(learns)
         with open_deltas([names]) as deltas, problem.progress("epoch", self.max_epochs) as step:
             deltas.load(names)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -13,11 +16,31 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
-from ..data.loaders import as_batches, is_apart, minibatches, targets_of
+from ..data.loaders import as_batches, is_apart, minibatches, padded, targets_of
 from ..data.outputs import Outputs, Task
-from ..data.rows import is_loader, map_inputs, to_inputs, to_tensor
+from ..data.rows import is_loader, map_inputs, n_rows, to_inputs, to_tensor
+from ..data.tokens import (
+    DECODER_INPUT,
+    IGNORED,
+    TEXT_TASKS,
+    check_labels,
+    row_losses,
+    targets_from,
+    with_decoder_inputs,
+)
 from ..engine.objective import Forward, feed, forward_in_batches, module_dtype
 from .validation import input_names, to_numpy, validate_inputs
+
+
+def _has_probabilities(soup: Any) -> bool:
+    """Whether there are probabilities to give; of tokens they would be too many to hold."""
+    if soup.task in TEXT_TASKS:
+        raise AttributeError(
+            "predict_proba is not available for language modeling: it would hold rows x tokens x "
+            "vocabulary numbers. soup.module_(**X).logits has them for a few rows, score the mean "
+            "log-likelihood."
+        )
+    return bool(soup.task != "regression")
 
 
 class PredictionMixin:
@@ -43,12 +66,15 @@ class PredictionMixin:
         -------
         y : ndarray of shape (n_samples,) or (n_samples, n_outputs)
             Labels from ``classes_``; 0 and 1 for multi-label; the module's dtype (float32) for
-            regression.
+            regression. Of language modeling the ids of the most likely tokens, (n_samples,
+            n_tokens): of a causal model each is that of the next token.
         """
+        if self.task in TEXT_TASKS:
+            return self._predicted_tokens(X)
         outputs = self._outputs_and_targets(X, None, ordered=True)[0]
         return self.outputs_.decode(outputs)
 
-    @available_if(lambda self: self.task != "regression")  # type: ignore[untyped-decorator]
+    @available_if(_has_probabilities)  # type: ignore[untyped-decorator]
     def predict_proba(self, X: Any) -> NDArray[np.float32]:
         """Predict probabilities: softmax of the logits, sigmoid for multi-label.
 
@@ -65,6 +91,111 @@ class PredictionMixin:
         logits = self._outputs_and_targets(X, None, ordered=True)[0]
         p = self.outputs_.probabilities(logits * getattr(self, "temperature_", 1.0))
         return p.cpu().numpy()
+
+    def _parts(self, X: Any, y: Any, ordered: bool) -> Iterator[tuple[Any, Any]]:
+        """Inputs and labels of a few rows at a time; labels None where there are none."""
+        check_is_fitted(self, "coef_")
+        if input_names(X) != self.input_names_:
+            X = as_batches(X, y)
+        if is_loader(X):
+            names = self.input_names_
+            for rows, labels in minibatches(
+                X, y, self._rows_at_once(), ordered=ordered, pads=True,
+                n_inputs=names if isinstance(names, int) else None,
+            ):  # fmt: skip
+                yield validate_inputs(self, rows), labels
+            return
+        X = validate_inputs(self, X)
+        n = n_rows(X)
+        size = self.batch_size or n
+        for start in range(0, n, size):
+            part = slice(start, start + size)
+            yield map_inputs(itemgetter(part), X), None if y is None else y[part]
+
+    def _network(self) -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
+        """A module of the architecture, and what gives the logits of some rows."""
+        return self.module_, partial(self._module_outputs, self.module_)
+
+    def _predicted_tokens(self, X: Any) -> NDArray[np.int64]:
+        """The most likely token at each position; rows shorter than others end with -100."""
+        check_is_fitted(self, "coef_")
+        kind, (_, logits_of) = self.outputs_.predicts, self._network()
+        names = self.input_names_
+        if kind == "seq2seq" and not (isinstance(names, tuple) and DECODER_INPUT in names):
+            raise ValueError(
+                f"predict needs the decoder's inputs, {DECODER_INPUT!r} in X as in fit: a "
+                f"sequence-to-sequence model predicts token after token. To write texts use "
+                f"soup.module_.generate(**X)."
+            )
+        parts = [
+            torch.as_tensor(self.outputs_.decode(logits_of(rows)))
+            for rows, _ in self._parts(X, None, ordered=True)
+        ]
+        found: NDArray[np.int64] = torch.cat(padded(parts, IGNORED)).numpy()
+        return found
+
+    @available_if(  # type: ignore[untyped-decorator]
+        lambda self: self.task == "classification" or self.task in TEXT_TASKS
+    )
+    def mean_log_likelihood(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """Score the probabilities of the labels: minus the log-loss, walked by the minibatch.
+
+        Parameters
+        ----------
+        X : array-like or Tensor of shape (n_samples, ...), dict, tuple, Dataset or DataLoader
+            Inputs, as in `fit`.
+        y : array-like or Tensor of shape (n_samples,) or (n_samples, ...), default=None
+            Labels, also of pixels or tokens, -100 where one is left out; None where they are in the
+            batches, or, for causal language models, where they are the inputs.
+        sample_weight : array-like of shape (n_samples,) or None, default=None
+            Weights of the rows.
+
+        Returns
+        -------
+        score : float
+            Mean over all labels, each with the weight of its row; at most 0. Of a language model it
+            is -log(perplexity), and what `score` gives.
+        """
+        check_is_fitted(self, "coef_")
+        reads, (module, logits_of) = self.outputs_, self._network()
+        weight = None if sample_weight is None else np.asarray(to_numpy(sample_weight), dtype=float)
+        apart = to_numpy(y) if is_apart(y) else None
+        total = amount = 0.0
+        done = 0
+        for rows, own in self._parts(X, y, apart is not None or weight is not None):
+            n = n_rows(rows)
+            labels = own if apart is None else apart[done : done + n]
+            if labels is None and reads.predicts == "causal":
+                labels = targets_from(rows)
+            if labels is None:
+                raise ValueError("score needs y, or batches that hold the labels.")
+            labels = np.asarray(to_numpy(labels))
+            rows = with_decoder_inputs(module, rows, labels, reads.predicts)
+            losses, counted = self._losses(logits_of(rows), labels)
+            w = np.ones(n) if weight is None else weight[done : done + n]
+            total += float(w @ losses)
+            amount += float(w @ counted)
+            done += n
+        if not amount > 0:
+            raise ValueError("score needs labels: y leaves out all of them, or weights are 0.")
+        return -total / amount
+
+    def _losses(
+        self, logits: torch.Tensor, y: NDArray[Any]
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """(n,) each: the sum of the log-losses of a row's labels, and how many there are."""
+        reads = self.outputs_
+        if reads.is_text:
+            check_labels(y, reads.predicts, tuple(logits.shape[1:]), None, is_part=True)
+        else:  # classes are the last axis, as tokens are
+            logits = logits.movedim(1, -1) * getattr(self, "temperature_", 1.0)
+        targets = reads.encode(y, logits.dtype, logits.device)
+        targets = targets.masked_fill(targets == reads.ignored, IGNORED)
+        n = len(targets)
+        logits = logits.reshape(n, -1, logits.shape[-1])
+        losses = row_losses(logits, targets.reshape(n, -1)).double().cpu().numpy()
+        counted = (targets != IGNORED).reshape(n, -1).sum(dim=1).cpu().numpy()
+        return losses, counted
 
     def _outputs_and_targets(self, X: Any, y: Any, ordered: bool) -> tuple[torch.Tensor, Any]:
         """Raw outputs and targets of rows; a loader is walked once and never held whole."""
@@ -118,8 +249,11 @@ class PredictionMixin:
         Returns
         -------
         score : float
-            Greater is better; subset accuracy for ``task="multilabel"``.
+            Greater is better; subset accuracy for ``task="multilabel"``; for language modeling
+            the mean log-likelihood of a token, -log(perplexity).
         """
+        if self.task in TEXT_TASKS:
+            return float(self.mean_log_likelihood(X, y, sample_weight))
         ordered = is_apart(y) or is_apart(sample_weight)
         outputs, y = self._outputs_and_targets(X, y, ordered)
         if y is None:

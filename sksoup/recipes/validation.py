@@ -23,7 +23,7 @@ from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
 from ..data.loaders import as_batches, from_lists, is_apart, read_loader
-from ..data.outputs import IGNORED, Outputs, Task, is_dense
+from ..data.outputs import Outputs, Task, is_dense
 from ..data.rows import (
     HeldOut,
     fits,
@@ -36,6 +36,7 @@ from ..data.rows import (
     to_inputs,
     to_tensor,
 )
+from ..data.tokens import IGNORED, TEXT_TASKS, kind_of_model, targets_from, with_decoder_inputs
 from ..engine.batch_norm import statistics
 from ..engine.deltas import resolve_delta_dtype
 from ..engine.descent import OPTIMIZERS, SCHEDULES, DeltaStorage, Settings
@@ -58,7 +59,10 @@ from ..runtime.fingerprint import encode_module
 from ..runtime.memory import parse_bytes
 from .misplaced import refuse_checkpoints, refuse_order
 
-DEFAULT_SCORING = {"classification": "accuracy", "multilabel": "accuracy", "regression": "r2"}
+DEFAULT_SCORING = {
+    "classification": "accuracy", "multilabel": "accuracy", "regression": "r2",
+    "language-modeling": "neg_log_loss",
+}  # fmt: skip
 DECAY_ROWS = 1000  # weight_decay="auto" is this / N: 1 for a thousand held-out rows
 
 INTEGERS = [np.int64, np.int32, np.int16, np.int8, np.uint8, np.bool_]
@@ -73,17 +77,24 @@ def validate_rows(
     if isinstance(X, Mapping):
         X = as_batches(X, y)
     if is_loader(X):
-        X, y = read_loader(X, y, ordered=is_apart(y) or is_apart(sample_weight))
+        ordered = is_apart(y) or is_apart(sample_weight)
+        X, y = read_loader(X, y, ordered=ordered, pads=task in TEXT_TASKS)
+    if task in TEXT_TASKS and y is None:
+        y = targets_from(X)
     refuse_checkpoints(X, y)
     wants = {"multi_output": task != "classification", "y_numeric": task == "regression"}
     y = to_numpy(y)
     estimator.input_names_ = input_names(X)
+    if task in TEXT_TASKS:
+        X, y = check_inputs(X), _check_dense(np.asarray(y))
+        check_consistent_length(*parts_of(X), y)
+        return X, y, _check_weight(sample_weight, y)
     if task == "classification" and y is not None and is_dense(np.asarray(y)):
         X, y = validate_inputs(estimator, X, reset=True), _check_dense(np.asarray(y))
         check_consistent_length(*parts_of(X), y)
         return X, y, _check_weight(sample_weight, y)
     if is_multiple(X):
-        X = _check_parts(X)
+        X = check_inputs(X)
         check_consistent_length(*parts_of(X), y)
         _, y = check_X_y(np.zeros((n_rows(X), 1)), y, **wants)
     elif isinstance(X, torch.Tensor) and X.device.type != "cpu":
@@ -100,7 +111,7 @@ def validate_rows(
 
 def _check_dense(y: NDArray[Any]) -> NDArray[Any]:
     """Check labels at several positions of a row; scikit-learn has no such targets."""
-    if y.dtype.kind not in "iu":
+    if y.ndim < 2 or y.dtype.kind not in "iu":
         raise ValueError(
             f"y has shape {y.shape} and dtype {y.dtype}: labels at several positions of a row must "
             f"be integers, {IGNORED} where one is left out."
@@ -116,8 +127,8 @@ def validate_inputs(estimator: Any, X: Any, reset: bool = False) -> Any:
         raise ValueError(
             f"X has other inputs than in fit: got {_named(got)}, expected {_named(expected)}."
         )
-    if is_multiple(X):
-        return _check_parts(X)
+    if is_multiple(X) or estimator.task in TEXT_TASKS:  # texts may have other lengths than in fit
+        return check_inputs(X)
     if isinstance(X, torch.Tensor) and X.device.type != "cpu":
         return X
     return validate_data(
@@ -138,8 +149,8 @@ def _named(names: tuple[str, ...] | int | None) -> str:
     return "one array" if names is None else f"a tuple of {names} arrays"
 
 
-def _check_parts(X: Any) -> Any:
-    """Check several inputs: as many rows in each, finite numbers."""
+def check_inputs(X: Any) -> Any:
+    """Check each of several inputs: as many rows in all, finite numbers."""
 
     def check(part: Any) -> Any:
         if isinstance(part, torch.Tensor) and part.device.type != "cpu":
@@ -235,10 +246,12 @@ def prepare_problem(
     """Make what a search is given from rows that `validate_rows` has checked."""
     where = resolve_device(device)
     module = prepare_module(checkpoints.build_module(), checkpoints, where)
-    dtype = module_dtype(module)
+    dtype, given = module_dtype(module), X
+    if task in TEXT_TASKS:
+        X = with_decoder_inputs(module, X, y, kind_of_model(module, task))
     row = to_inputs(map_inputs(lambda part: to_tensor(part[:1]).clone(), X), dtype, where)
     output, call = _probe(module, row, forward)
-    outputs = Outputs.of(output, y, task, classes, criterion, call, module)
+    outputs = Outputs.of(output, y, task, classes, criterion, call, module, given)
     targets = outputs.encode(y, dtype, where)
     is_streamed = not fits(X, where)
     inputs = to_inputs(X, dtype, torch.device("cpu") if is_streamed else where)
@@ -300,7 +313,10 @@ class SoupScorer:
         soup = copy.copy(self.soup)
         soup.module_ = module
         extra = {} if self.weight is None else {"sample_weight": self.weight}
-        return float(self.scorer(soup, self.X, self.y, **extra))
+        X = self.X
+        if is_multiple(X) or soup.task in TEXT_TASKS:  # so that soup.module_(**X) works in a scorer
+            X = to_inputs(X, module_dtype(module), next(module.parameters()).device)
+        return float(self.scorer(soup, X, self.y, **extra))
 
     def on(self, rows: NDArray[np.int64]) -> SoupScorer:
         """The same on some of the rows."""
@@ -309,12 +325,24 @@ class SoupScorer:
         return replace(self, X=X, y=self.y[rows], weight=weight)
 
 
+def scorer_of(soup: Any, scoring: Any) -> Callable[..., float]:
+    """A scorer of scikit-learn for a fitted soup; the log-loss also of pixels and tokens."""
+    if scoring == "neg_log_loss" and soup.outputs_.is_dense:
+        return _log_likelihood
+    scorer: Callable[..., float] = check_scoring(soup, scoring)
+    return scorer
+
+
+def _log_likelihood(soup: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
+    return float(soup.mean_log_likelihood(X, y, sample_weight))
+
+
 def scored_by(soup: Any, scoring: Any, problem: Problem, X: Any) -> Problem:
     """The problem with scores by another metric than the task's own."""
     evaluate = problem.evaluate
     if scoring == DEFAULT_SCORING[problem.objective.outputs.task]:
         return problem
-    scorer = SoupScorer(soup, check_scoring(soup, scoring), X, evaluate.y, evaluate.weight)
+    scorer = SoupScorer(soup, scorer_of(soup, scoring), X, evaluate.y, evaluate.weight)
     cache = None if evaluate.cache is None else evaluate.cache.within(scoring)
     return replace(problem, evaluate=replace(evaluate, scorer=scorer, cache=cache))
 

@@ -10,7 +10,9 @@ import pytest
 from benchmarks import trace
 from benchmarks.__main__ import ROOT, main
 
-HELPERS = {"__init__", "__main__", "networks", "reference", "zoo", "paper.__init__", "paper.common"}
+HELPERS = {
+    "__init__", "__main__", "lora", "networks", "reference", "zoo", "paper.__init__", "paper.common",
+}  # fmt: skip
 
 
 def run(monkeypatch, *arguments: str) -> None:
