@@ -370,9 +370,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         CheckpointError
             As `open`.
         """
-        found = self._entries[name].checkpoint
-        assert isinstance(found, LowRankCheckpoint)
-        with found.open_factors() as (factors, read_unchecked):
+        with self.adapters([name])[name].open_factors() as (factors, read_unchecked):
 
             def read_factors(tensor: str) -> Factors | None:
                 both = factors(tensor)
