@@ -17,6 +17,7 @@ from . import (
     diverged,
     failures,
     few_rows,
+    language,
     table_3,
     tables_1_2,
 )
@@ -32,6 +33,7 @@ EXPERIMENTS = [
         failures,
         few_rows,
         adapters,
+        language,
     )
 ]
 

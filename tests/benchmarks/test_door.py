@@ -11,7 +11,7 @@ from benchmarks import trace
 from benchmarks.__main__ import ROOT, main
 
 HELPERS = {
-    "__init__", "__main__", "lora", "networks", "reference", "zoo",
+    "__init__", "__main__", "language", "lora", "networks", "reference", "zoo",
     "paper.__init__", "paper.common",
 }  # fmt: skip
 
