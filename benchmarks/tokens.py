@@ -58,8 +58,8 @@ def main() -> None:
             ratios.append(taken[1] / taken[0])
             seconds.append(taken[0])
     print(
-        f"a step at {options.rows} x {options.tokens} tokens: {statistics.median(ratios):.3f} times "
-        f"the bare one ({statistics.median(seconds):.2f} s)"
+        f"a step at {options.rows} x {options.tokens} tokens: {statistics.median(ratios):.3f} "
+        f"times the bare one ({statistics.median(seconds):.2f} s)"
     )
 
 
