@@ -12,6 +12,7 @@ import time
 from . import (
     ablations,
     adapters,
+    adapters_instead,
     appendix_c,
     common,
     diverged,
@@ -33,6 +34,7 @@ EXPERIMENTS = [
         failures,
         few_rows,
         adapters,
+        adapters_instead,
         language,
     )
 ]
