@@ -58,7 +58,10 @@ def _why_missing(missing: Iterable[str], base: BaseModel) -> str:
             ": module= gives it other values each time it is called, so it is no base to add to. "
             "Load the pretrained weights in it"
         )
-    return ". Save the adapters with that head (peft: modules_to_save), or give module="
+    return (
+        ". Save the adapters with it (peft: modules_to_save), or give the network that has it: "
+        "module=build_base"
+    )
 
 
 def _adapter_folder(item: Any) -> Path | None:
