@@ -325,4 +325,4 @@ class CheckpointEnsemble(BaseSoup):
             "as one model. Fit a UniformSoup for the mean of the weights."
         )
 
-    save = save_pretrained = report = to_skorch = state_dict
+    save = save_pretrained = save_adapter = report = to_skorch = state_dict
