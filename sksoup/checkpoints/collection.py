@@ -624,6 +624,11 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         """
         root = Path(folder)
         paths = {name: root / f"{name}.safetensors" for name in self.names}
+        if len({path.resolve() for path in paths.values()}) < len(paths):
+            raise ValueError(
+                f"Two checkpoints would be written to one file in {str(root)!r}, such as 'a' and "
+                f"'b/../a': give them other names, names=."
+            )
         for path in paths.values():
             if root.resolve() not in path.resolve().parents:
                 raise ValueError(f"{str(path)!r} would be outside {str(root)!r}: change its name.")
