@@ -127,11 +127,12 @@ def test_a_name_that_is_no_text_is_not_written_out(tmp_path):
     long = b"(" + text("a" * 100_000) + b"q\x01" + b"h\x01" * 5_000 + b"t"  # 500 MB as text
     inner = (text("state_dict"), b"}" + WEIGHT[0] + WEIGHT[1] + b"s")
     callbacks = (text("callbacks"), b"}" + long + b"}s")
-    for content in (pickled((long, tensor(4, 1))), pickled((long, b"}"), inner)):
-        path = write_zip(tmp_path / "a.pt", ("data.pkl", content), NUMBERS)
-        with pytest.raises(CheckpointError) as caught:
-            CheckpointCollection([path])
-        assert len(str(caught.value)) < 1_000
+    path = write_zip(tmp_path / "a.pt", ("data.pkl", pickled((long, tensor(4, 1)))), NUMBERS)
+    with pytest.raises(CheckpointError) as caught:
+        CheckpointCollection([path])
+    assert len(str(caught.value)) < 1_000
+    path = write_zip(tmp_path / "b.pt", ("data.pkl", pickled((long, b"}"), inner)), NUMBERS)
+    assert CheckpointCollection([path])["b"]["w"].tolist() == [1, 2, 3, 4]
     path = write_zip(tmp_path / "last.ckpt", ("data.pkl", pickled(inner, callbacks)), NUMBERS)
     assert read_lightning([path]).best is None
 
@@ -258,7 +259,7 @@ def test_a_build_that_takes_too_much_memory_is_stopped(monkeypatch):
                 held.append(bytearray(b"x" * (1 << 20)))
                 time.sleep(0.01)
 
-    with pytest.raises(CheckpointError, match="ft/config.json' .*too much memory"):
+    with pytest.raises(CheckpointError, match=r"ft/config\.json' .*too much memory"):
         build()
     assert len(held) < 2_000
 
