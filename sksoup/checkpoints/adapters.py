@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -233,10 +235,12 @@ def adapter_in_memory(model: Any, base: BaseModel, label: str) -> AdapterCheckpo
     """The active adapter of a PeftModel."""
     from peft import get_peft_model_state_dict
 
+    _check_unmerged(model, label)
     active = active_adapter(model, label)
     config = PeftConfig(label, model.peft_config[active].to_dict()).checked()
     state = get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
     adapter = AdapterCheckpoint(MemoryCheckpoint(state, label), config, base)
+    _check_as_configured(model, active, adapter)
     own = base_of_peft(model)
     with base.open() as read:
         for name, value in own.items():
@@ -248,6 +252,44 @@ def adapter_in_memory(model: Any, base: BaseModel, label: str) -> AdapterCheckpo
                     f"others'. Adapters of one base only can be mixed."
                 )
     return adapter
+
+
+def _check_as_configured(model: Any, active: str, adapter: AdapterCheckpoint) -> None:
+    """Refuse a model whose layers scale their products otherwise than it says."""
+    for name, layer in model.get_base_model().named_modules():
+        scaling, pair = getattr(layer, "scaling", None), adapter._factors.get(f"{name}.weight")
+        if pair is None or not isinstance(scaling, dict) or active not in scaling:
+            continue
+        if not math.isclose(scaling[active], pair.scaling):
+            raise CheckpointError(
+                f"{adapter!r} can't join this collection: {name!r} scales its product by "
+                f"{scaling[active]:.6g}, and its configuration says {pair.scaling:.6g}. Undo that "
+                f"(set_scale, scale_layer), or give the whole network: model.merge_and_unload()."
+            )
+
+
+def unwrapped(model: Any, label: str) -> tuple[nn.Module, frozenset[str]]:
+    """The base of a PeftModel, and names of its tensors that training has changed in place."""
+    _check_unmerged(model, label)
+    base: nn.Module = copy.deepcopy(model).unload()  # with its heads in place of the base's
+    known = base.state_dict().keys()
+    state = {n: value for n, value in base_of_peft(model).items() if n in known}
+    base.load_state_dict(state, strict=False)
+    trained = {str(config.bias) for config in model.peft_config.values() if hasattr(config, "bias")}
+    biases = [n for n in model.get_base_model().state_dict() if n.endswith("bias")]
+    if "all" not in trained:
+        biases = [n for n in biases if n.endswith(".base_layer.bias") and "lora_only" in trained]
+    changed = {_plain(name) for name in biases if not DOUBLES.search(f".{name}")}
+    return base, frozenset(changed & known)
+
+
+def _check_unmerged(model: Any, label: str) -> None:
+    """Refuse a model whose base holds the sum already."""
+    if any(getattr(layer, "merged_adapters", None) for layer in model.modules()):
+        raise CheckpointError(
+            f"{label} can't join this collection: its adapter is merged into the base. Undo that "
+            f"(model.unmerge_adapter()), or give the whole network: model.merge_and_unload()."
+        )
 
 
 def active_adapter(model: Any, label: str) -> str:

@@ -31,9 +31,9 @@ KNOWN = frozenset(
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 # names of bases whose weights are packed
 QUANTIZED = re.compile(r"(?i)(bnb|nf4|gptq|awq|hqq|fp8|\bint[48]|[48]-?bit)")
-# a pattern of names may take exponential time to match: a repeat multiplies it by some 100, one of a
-# group may square it, an optional part (not the "?" of a group or a lazy repeat) doubles it, and a
-# group of alternatives multiplies it by their number
+# a pattern of names may take exponential time to match: a repeat multiplies it by some 100, one
+# of a group may square it, an optional part (not the "?" of a group or a lazy repeat) doubles it,
+# and a group of alternatives multiplies it by their number
 REPEATS = re.compile(r"[*+{]")
 REPEATED_GROUP = re.compile(r"\)[*+{]")
 OPTIONAL = re.compile(r"(?<![(*+}])\?")

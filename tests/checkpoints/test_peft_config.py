@@ -179,7 +179,7 @@ HOSTILE = {
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile_patterns_are_refused_before_they_are_matched(field, what):
-    with pytest.raises(CheckpointError, match="no pattern|may take too long"):
+    with pytest.raises(CheckpointError, match=r"no pattern|may take too long"):
         checked(**{field: {HOSTILE[what]: 2}}).scaling("encoder.layer.11.attention.self.query", 8)
     refused(f"its '{field}' holds .*", **{field: {HOSTILE[what]: 2}})
 
