@@ -16,10 +16,10 @@ from torch import nn
 
 from ..exceptions import CheckpointError
 from .base_model import TRANSPOSED, BaseModel
-from .in_memory import MemoryCheckpoint
+from .in_memory import MemoryCheckpoint, content_sha256
 from .low_rank import Factors, LowRankCheckpoint, ReadFactors
 from .peft_config import PeftConfig
-from .protocol import Checkpoint, Read, TensorInfo, same_bits
+from .protocol import Checkpoint, Entry, Read, TensorInfo, same_bits
 from .sources import open_checkpoint
 
 DOUBLES = re.compile(r"\.(original_module|modules_to_save)\.")
@@ -93,8 +93,14 @@ class AdapterCheckpoint(LowRankCheckpoint):
 
     def sha256(self, prefix: str = "") -> str:
         """SHA-256 of the adapter's tensors (their file, if there is one) and of their scales."""
-        text = f"{self.stored.sha256()}:{self._meaning()}"
-        return hashlib.sha256(text.encode()).hexdigest()
+        return self._with_scales(self.stored.sha256())
+
+    def content_sha256(self) -> str:
+        """The same, of names and values: in memory and in a folder."""
+        return self._with_scales(content_sha256(Entry(self.stored)))
+
+    def _with_scales(self, digest: str) -> str:
+        return hashlib.sha256(f"{digest}:{self._meaning()}".encode()).hexdigest()
 
     def warm(self) -> None:
         """Have the operating system read the adapter's file into its cache."""

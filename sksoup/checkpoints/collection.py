@@ -755,9 +755,13 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Returns
         -------
         digest : str
-            64 hexadecimal digits; the same in memory and in a file of any format.
+            64 hexadecimal digits; the same in memory and in a file of any format. Of a LoRA adapter
+            it is that of its own tensors and their scales, without the base.
         """
-        return content_sha256(self._entries[name])
+        entry = self._entries[name]
+        if isinstance(entry.checkpoint, LowRankCheckpoint):
+            return entry.checkpoint.content_sha256()
+        return content_sha256(entry)
 
     def _key(self, name: str) -> str | None:
         """Which state dict of its container a checkpoint is, where ``key`` was given."""
