@@ -338,7 +338,7 @@ def test_ways_to_give_the_base(folder):
         found = CheckpointCollection([folder], module=module)["a0"]
         assert all(torch.equal(found[name], value) for name, value in expected.items())
     refused("an adapter of 'an unnamed base', which is not on this machine", [folder])
-    with pytest.raises(TypeError, match="not an nn.Module"):
+    with pytest.raises(TypeError, match=r"not an nn\.Module"):
         CheckpointCollection([folder], module=lambda: 5)
     with pytest.raises(TypeError, match="needs arguments"):
         CheckpointCollection([folder], module=nn.Linear)
@@ -373,7 +373,8 @@ def bert(head: bool = True) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         kind = transformers.BertForSequenceClassification if head else transformers.BertModel
-        return kind(transformers.BertConfig(**BERT))
+        # one without a head has the labels of no task
+        return kind(transformers.BertConfig(**{**BERT, "num_labels": 3 if head else 2}))
 
 
 def lora(base: nn.Module, **fields: Any) -> Any:
@@ -591,7 +592,7 @@ def test_a_copy_of_the_embedding_has_to_be_the_bases(tmp_path):
     network.load_state_dict(mix(same, [1.0]))
     close(outputs(network), expected)
     other = CheckpointCollection([tmp_path / "other"], module=bert)
-    with pytest.raises(CheckpointError, match="holds other values of '.*word_embeddings.weight'"):
+    with pytest.raises(CheckpointError, match=r"holds other values of '.*word_embeddings.weight'"):
         mix(other, [1.0])
 
 
