@@ -259,9 +259,10 @@ def wide() -> Wide:
 @pytest.fixture(scope="module")
 def wide_folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("wide")
+    fields = {"rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
     for k in range(12):
-        peft_model(k, wide(), r=2, target_modules=r"layers\..*", rank_pattern={}, alpha_pattern={},
-                   bias="none", modules_to_save=["head"]).save_pretrained(str(root / f"a{k}"))  # fmt: skip
+        model = peft_model(k, wide(), r=2, target_modules=r"layers\..*", **fields)
+        model.save_pretrained(str(root / f"a{k}"))
     return root
 
 

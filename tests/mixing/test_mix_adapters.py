@@ -155,9 +155,26 @@ def test_the_uniform_mix_is_the_mean_of_the_networks_that_peft_merges(folder, ad
         mean = torch.stack([state[name].double() for state in merged]).mean(dim=0)
         torch.testing.assert_close(value.double(), mean, rtol=1e-5, atol=1e-5)
     some = mix(adapters, COEF)
-    for name in ("emb.weight", "conv.weight", "head.weight", "norm.weight"):
+    for name in mixed.keys() - {"steps"}:
         sums = sum(c * state[name].double() for c, state in zip(COEF, merged, strict=True))
         torch.testing.assert_close(some[name].double(), sums, rtol=1e-5, atol=1e-5)
+
+
+def test_what_has_a_coefficient_of_zero_is_not_read(folder, tmp_path):
+    """Neither an adapter, nor the factors of a layer."""
+    shutil.copytree(folder, tmp_path / "copies")
+    weights = tmp_path / "copies" / "a0" / "adapter_model.safetensors"
+    state = load_file(weights)
+    state["base_model.model.lin.lora_A.weight"][0, 0] = torch.nan
+    save_file(state, weights)
+    broken = CheckpointCollection.from_path(tmp_path / "copies", module=build)
+    rows_of = {name: int(name == "lin.weight") for name in broken.layout}
+    coef = np.array([[0.25] * 4, [0.0, 0.5, 0.5, 0.0]])
+    found = mix(broken, coef, layers=rows_of)
+    whole = CheckpointCollection.from_path(folder, module=build)
+    assert same_tensors(found, mix(whole, coef, layers=rows_of))
+    weights.unlink()
+    assert same_tensors(mix(broken, [0.0, 0.5, 0.5, 0.0]), mix(whole, [0.0, 0.5, 0.5, 0.0]))
 
 
 def test_one_adapter_is_the_same_in_a_mix_and_by_itself(adapters):
@@ -311,10 +328,7 @@ def test_products_may_be_rounded_otherwise_and_nothing_else_may(adapters):
     assert recorded.verify(state, adapters).ok
     assert not recorded.verify(nudged(state, "lin.weight", 1), adapters).ok
     for name in ("norm.weight", "head.weight", "lin.bias", "steps"):
-        if name == "steps":
-            changed = {**state, name: state[name] + 1}
-        else:
-            changed = nudged(state, name, 1)
+        changed = {**state, name: state[name] + 1} if name == "steps" else nudged(state, name, 1)
         found = verified(changed)
         assert not found.ok
         assert found.differing == {name: "has other values"}
@@ -409,7 +423,7 @@ def test_a_recipe_can_not_leave_the_base_out_of_its_own_hash(folder, adapters):
     empty = next(iter(other.on_one_base().values())).base.content_sha256(nothing)
     for base in (Base(empty, nothing), Base("0" * 64, ("norm.weight",)), Base("0" * 64, ("",))):
         for collection in (adapters, other):
-            with pytest.raises(RecipeError, match="leaves '.*' out of the SHA-256 of its base"):
+            with pytest.raises(RecipeError, match=r"leaves '.*' out of the SHA-256 of its base"):
                 dataclasses.replace(recipe, base=base).cook(collection)
 
 
