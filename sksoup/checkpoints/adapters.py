@@ -111,10 +111,6 @@ class AdapterCheckpoint(LowRankCheckpoint):
         yield from self.stored.held_tensors()
         yield from self.base.held_tensors()
 
-    def on(self, base: BaseModel) -> AdapterCheckpoint:
-        """The same adapter on another base."""
-        return AdapterCheckpoint(self.stored, self.config, base, self.path)
-
     def _meaning(self) -> str:
         """How the factors are read: what the configuration says, apart from how it was trained."""
         return ";".join(
@@ -276,17 +272,21 @@ def _check_as_configured(model: Any, active: str, adapter: AdapterCheckpoint) ->
 
 def unwrapped(model: Any, label: str) -> tuple[nn.Module, frozenset[str]]:
     """The base of a PeftModel, and names of its tensors that training has changed in place."""
+    from peft import get_peft_model_state_dict
+
     _check_unmerged(model, label)
     base: nn.Module = copy.deepcopy(model).unload()  # with its heads in place of the base's
     known = base.state_dict().keys()
     state = {n: value for n, value in base_of_peft(model).items() if n in known}
     base.load_state_dict(state, strict=False)
-    trained = {str(config.bias) for config in model.peft_config.values() if hasattr(config, "bias")}
-    biases = [n for n in model.get_base_model().state_dict() if n.endswith("bias")]
-    if "all" not in trained:
-        biases = [n for n in biases if n.endswith(".base_layer.bias") and "lora_only" in trained]
-    changed = {_plain(name) for name in biases if not DOUBLES.search(f".{name}")}
-    return base, frozenset(changed & known)
+    states = (
+        get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        for name in model.peft_config
+    )
+    held = {_plain(name.removeprefix(PREFIX)) for one in states for name in one}
+    names = model.get_base_model().state_dict().keys()
+    copied = {n.replace("original_module.", "") for n in names if "original_module." in n}
+    return base, frozenset(held & known - copied)  # biases
 
 
 def _check_unmerged(model: Any, label: str) -> None:

@@ -307,10 +307,11 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
 
     def _shares(self, name: str, other: str, tensor: str) -> bool:
         """Whether a tensor is the base's in both of two adapters, and was seen in the other."""
-        both = [self._entries[one].checkpoint for one in (name, other)]
-        if name == other or any(
-            not isinstance(c, LowRankCheckpoint) or c.adds(tensor) for c in both
-        ):
+        for entry in (self._entries[name], self._entries[other]):
+            found = entry.checkpoint
+            if not isinstance(found, LowRankCheckpoint) or found.adds(entry.prefix + tensor):
+                return False
+        if name == other:
             return False
         return self.health.share(name, other, tensor)
 
@@ -325,13 +326,14 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Returns
         -------
         adapters : dict of str to LowRankCheckpoint
-            Empty where one is not, or they have not one base.
+            Empty where one is not, they have not one base, or names are without a prefix.
         """
         chosen = self.names if names is None else names
         adapters = self.adapters(chosen)
         bases = {id(one.base): one.base for one in adapters.values()}.values()
         is_one = len(bases) == 1 or len({repr(base.identity()) for base in bases}) == 1
-        return adapters if is_one and len(adapters) == len(chosen) else {}
+        is_plain = not any(self._entries[name].prefix for name in chosen)
+        return adapters if is_one and is_plain and len(adapters) == len(chosen) else {}
 
     def adapters(self, names: Iterable[str]) -> dict[str, LowRankCheckpoint]:
         """Return those of these checkpoints that are a base and something of low rank.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 from sksoup import CheckpointCollection, LearnedSoup, MEHLSoup
 from sksoup.engine.center import Anchor, centered, measure
 from sksoup.engine.deltas import ModelBatch
+from sksoup.engine.factors import Stack, squared_lengths
 from sksoup.engine.low_rank import LowRankBatch
 from sksoup.mixing.layers import group_layers
 from sksoup.mixing.mix import accumulate
@@ -206,6 +208,16 @@ def test_a_checkpoint_at_the_center_has_length_zero_and_a_norm_of_one():
         batch.release()
 
 
+def test_what_is_only_rounding_has_length_zero():
+    """Copies of one adapter are all at their mean."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(size, generator=generator) for size in ((30, 3), (3, 20)))
+    stack = Stack(left.repeat(1, 3), right.repeat(3, 1), torch.arange(3).repeat_interleave(3))
+    for q in ([1 / 3] * 3, [0.7, 0.2, 0.1], [2.3, -0.9, -0.4]):
+        assert squared_lengths(stack, np.array(q)).tolist() == [0.0] * 3
+    assert (squared_lengths(stack, np.array([0.5, 0.2, 0.1])) > 0).all()
+
+
 def test_narrow_factors_are_within_their_rounding():
     """Both factors are rounded to 8 bits: a product is off by 2^-7 of its terms at most."""
     checkpoints = CheckpointCollection([peft_model(k) for k in range(4)], module=build)
@@ -283,13 +295,22 @@ def test_a_search_over_all_adapters_holds_no_block_of_deltas(center, wide_folder
         layerwise=True, model_batch_size=None, max_epochs=2, batch_size=20, center=center,
         random_state=0,
     )  # fmt: skip
-    with LiveTensors(ignored) as live:
+    in_search = []
+    original = LowRankBatch.combine
+
+    def combine(self, coef):
+        in_search.append(live.now)
+        original(self, coef)
+
+    with patch.object(LowRankBatch, "combine", combine), LiveTensors(ignored) as live:
         soup.fit(collection, X, y)
     assert soup.coef_.shape == (18 + 2, 12)
     product = 3 * 4 * 96 * 96  # of one layer, in float64 and rounded
     beside = live.peak - 2 * nbytes
     assert beside <= 2 * nbytes + factors + product
     assert beside < 12 * nbytes / 3  # deltas alone
+    # in the search itself, beside module and gradient: the base and the factors
+    assert max(in_search) <= 3 * nbytes + factors + 20_000  # and rows, and coefficients
 
 
 def test_too_small_a_memory_is_refused_before_anything_is_read(wide_folder):

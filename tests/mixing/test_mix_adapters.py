@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sksoup import CheckpointCollection, GreedySoup, Recipe, RecipeError, UniformSoup, mix
+from sksoup import (
+    CheckpointCollection,
+    CheckpointError,
+    GreedySoup,
+    Recipe,
+    RecipeError,
+    UniformSoup,
+    mix,
+)
 from sksoup.__main__ import main
 from sksoup.checkpoints.base_model import BaseModel
 from sksoup.mixing.verification import digest_of_tensors
@@ -199,6 +207,23 @@ def test_beside_a_whole_network_the_general_rule_holds(folder):
     X, y = rows()
     soup = GreedySoup().fit(mixture, X, y)
     assert soup.recipe_.verify(soup.state_dict(), mixture).ok
+
+
+def test_with_a_prefix_the_general_rule_holds(folder, tmp_path):
+    """Names of tensors are then not those that the adapters have for them."""
+    paths = [folder / "a0", folder / "a1"]
+    part = CheckpointCollection(paths, module=build, prefix="lin.")
+    assert list(part.layout) == ["weight", "bias"]
+    states = [part[name] for name in part]
+    rows_of = dict.fromkeys(part.layout, 0)
+    assert same_tensors(mix(part, [0.5, 0.5]), mix_reference(states, [0.5, 0.5], rows_of))
+    assert part.on_one_base() == {}
+    peft_model(3, target_modules=["conv"]).save_pretrained(str(tmp_path / "other"))
+    base = build()
+    base.lin.weight.data[0, 0] = torch.nan
+    broken = CheckpointCollection([folder / "a2", tmp_path / "other"], module=base, prefix="lin.")
+    with pytest.raises(CheckpointError, match="'weight' holds NaN"):
+        broken.check()
 
 
 def test_a_folder_has_the_same_bits(adapters, tmp_path):

@@ -34,6 +34,7 @@ from sksoup import (
     UniformSoup,
     mix,
 )
+from sksoup.engine.objective import load_weights
 from sksoup.runtime.cache import Cache
 
 from ..zoo import Net64, Zoo, reads, same_tensors
@@ -345,12 +346,23 @@ MIXES: dict[str, list[dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def by_hand(collection: CheckpointCollection) -> UniformSoup:
+    """A soup with a coefficient of its own for each adapter in each tensor."""
+    soup = UniformSoup().fit(collection, *rows())
+    coef = np.random.default_rng(0).normal(size=(len(collection.layout), len(collection)))
+    soup.coef_ = coef / coef.sum(axis=1, keepdims=True).clip(0.5)
+    soup.coef_[:, 0] += 1 - soup.coef_.sum(axis=1)
+    soup.layers_ = {name: k for k, name in enumerate(collection.layout)}
+    load_weights(soup.module_, mix(collection, soup.coef_, layers=soup.layers_))
+    soup.recipe_ = Recipe.record("by hand", collection, soup.coef_, layers=soup.layers_)
+    return soup
+
+
 @pytest.mark.parametrize("what", MIXES)
 def test_a_saved_adapter_has_the_logits_of_the_soup(what, tmp_path):
     models = [peft_model(k, **one) for k, one in enumerate(MIXES[what])]
     collection = CheckpointCollection(models, module=build)
-    soup = LearnedSoup(layerwise=True, lr=0.1, max_epochs=2, random_state=0)
-    soup.fit(collection, *rows())
+    soup = by_hand(collection)
     errors = soup.save_adapter(tmp_path / "soup")
     assert set(errors.values()) <= {0.0}
     expected = logits(soup.module_)
@@ -360,6 +372,12 @@ def test_a_saved_adapter_has_the_logits_of_the_soup(what, tmp_path):
     network = build()
     network.load_state_dict(again["soup"])
     torch.testing.assert_close(logits(network), expected, rtol=1e-5, atol=1e-5)
+    config = json.loads((tmp_path / "soup" / "adapter_config.json").read_text())
+    targets = {n for one in collection.on_one_base().values() for n in one.ranks}
+    assert config["fan_in_fan_out"] is ("conv1d.weight" in targets)
+    heads = {"no head": None, "heads and norms": ["head", "norm"],
+             "a whole embedding": ["emb", "head"]}  # fmt: skip
+    assert config["modules_to_save"] == heads.get(what, ["head"])
     recipe = Recipe.load(tmp_path / "soup" / "recipe.json")
     assert same_tensors(recipe.cook(collection), soup.state_dict())
     assert "This adapter is exactly the soup" in (tmp_path / "soup" / "README.md").read_text()
@@ -408,6 +426,8 @@ def ambiguous() -> Ambiguous:
         {"target_modules": r"lin", "modules_to_save": None},
         {"target_modules": r"x\.lin", "modules_to_save": None},
         {"target_modules": r"(lin|x\.lin)", "modules_to_save": None, "rank_pattern": {"^lin": 5}},
+        {"target_modules": r"(lin|x\.lin|mylin)", "modules_to_save": None,
+         "rank_pattern": {"^lin": 3}},
         {"target_modules": r"(lin|x\.head)", "modules_to_save": ["overhead"]},
         {"target_modules": r"mylin", "modules_to_save": ["x.head"]},
         {"target_modules": r"(lin|mylin)", "modules_to_save": None, "bias": "lora_only"},
@@ -424,6 +444,45 @@ def test_names_that_end_in_others_are_told_apart(fields, tmp_path):
     torch.testing.assert_close(
         reopened(tmp_path / "soup", ambiguous), logits(soup.module_), rtol=1e-5, atol=1e-5
     )
+
+
+class Attention(nn.Module):
+    """Modules within modules, with biases of other names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.lin = nn.Embedding(20, 8), nn.Linear(8, 8)
+        self.att, self.rnn = nn.MultiheadAttention(8, 2, batch_first=True), nn.GRU(8, 8)
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.lin(self.emb(x))
+        return self.head(self.rnn(self.att(h, h, h)[0])[0].mean(dim=1))
+
+
+def attention() -> Attention:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Attention()
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+@pytest.mark.parametrize("saved", [None, ["head"], ["head.2"], ["att"], ["rnn", "att"]])
+def test_modules_within_modules_are_saved_as_peft_wraps_them(saved, bias, tmp_path):
+    fields = {"target_modules": ["lin"], "rank_pattern": {}, "alpha_pattern": {}}
+    models = [
+        peft_model(k, attention(), **fields, modules_to_save=saved, bias=bias) for k in range(2)
+    ]
+    for collection in (
+        CheckpointCollection(models, module=attention),
+        CheckpointCollection(models[:1]),
+    ):
+        soup = UniformSoup().fit(collection, *rows())
+        folder = tmp_path / f"of{len(collection)}"
+        soup.save_adapter(folder)
+        torch.testing.assert_close(
+            reopened(folder, attention), logits(soup.module_), rtol=1e-5, atol=1e-5
+        )
 
 
 # ---------------------------------------------------------------- of less rank
@@ -584,6 +643,11 @@ def test_a_whole_model_of_transformers_with_the_head_of_the_adapters(tmp_path, m
     # and is a checkpoint again
     again = CheckpointCollection(["whole"])
     assert same_tensors(again["whole"], {n: soup.state_dict()[n] for n in again.layout})
+    # on a base in memory, the configuration is that of the module
+    base = transformers.AutoModelForSequenceClassification.from_pretrained("start", num_labels=3)
+    held = CheckpointCollection.from_path("runs", module=base)
+    UniformSoup().fit(held, X.numpy(), y.numpy()).save_pretrained("of-module")
+    assert json.loads(Path("of-module/config.json").read_text())["model_type"] == "bert"
     # as one adapter, on the same base
     soup.save_adapter("one")
     base = transformers.AutoModelForSequenceClassification.from_pretrained("start", num_labels=3)
