@@ -502,9 +502,13 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         relations : Relations
             ``relations.unrelated`` is a dict from names to what was measured. `describe` judges in
             the same way; here nothing is read, and networks with fewer than 64 numbers that differ
-            are not judged.
+            are not judged, nor adapters of one base of which factors were read only.
         """
-        return self.health.relations(names, self.layout)
+        adapters = self.on_one_base().values()
+        changed = {tensor for one in adapters for tensor in one.ranks}
+        # heads that are new in each of them say nothing of their start
+        read = [name for name in names if not self.health.unread(name, changed)]
+        return self.health.relations(read, self.layout)
 
     def strangers(self, names: Iterable[str]) -> list[str]:
         """Return those of these checkpoints that point elsewhere than the others, or lie far off.

@@ -11,7 +11,8 @@ from benchmarks import trace
 from benchmarks.__main__ import ROOT, main
 
 HELPERS = {
-    "__init__", "__main__", "lora", "networks", "reference", "zoo", "paper.__init__", "paper.common",
+    "__init__", "__main__", "language", "lora", "networks", "reference", "zoo",
+    "paper.__init__", "paper.common",
 }  # fmt: skip
 
 

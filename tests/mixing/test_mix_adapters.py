@@ -218,10 +218,12 @@ def test_with_a_prefix_the_general_rule_holds(folder, tmp_path):
     rows_of = dict.fromkeys(part.layout, 0)
     assert same_tensors(mix(part, [0.5, 0.5]), mix_reference(states, [0.5, 0.5], rows_of))
     assert part.on_one_base() == {}
-    peft_model(3, target_modules=["conv"]).save_pretrained(str(tmp_path / "other"))
-    base = build()
-    base.lin.weight.data[0, 0] = torch.nan
-    broken = CheckpointCollection([folder / "a2", tmp_path / "other"], module=base, prefix="lin.")
+    # what one of them adds to is not taken for the base's, which was read with the other
+    for k, target in enumerate(("conv", "lin")):
+        peft_model(3, target_modules=[target]).save_pretrained(str(tmp_path / f"a{k}"))
+    weights = tmp_path / "a1" / "adapter_model.safetensors"
+    save_file({n: v * torch.nan for n, v in load_file(weights).items()}, weights)
+    broken = CheckpointCollection.from_path(tmp_path, module=build, prefix="lin.")
     with pytest.raises(CheckpointError, match="'weight' holds NaN"):
         broken.check()
 

@@ -147,6 +147,40 @@ def test_an_ensemble_of_adapters(folder, adapters, data):
     )
 
 
+def with_new_heads(far: float = 1.0) -> CheckpointCollection:
+    """Adapters as of runs that each began with a head of their own; one may have diverged."""
+    models = []
+    for k in range(4):
+        model = peft_model(
+            0, target_modules=["lin", "conv1d"], rank_pattern={}, lora_alpha=0.1 * (1 + k)
+        )
+        head = model.get_submodule("base_model.model.head.modules_to_save.default")
+        torch.manual_seed(k)
+        nn.init.normal_(head.weight, std=0.05)
+        if k == 2:
+            for name, value in model.named_parameters():
+                value.data *= far if "lora_B" in name else 1
+        models.append(model)
+    return CheckpointCollection(models, module=build)
+
+
+@pytest.mark.parametrize(
+    "soup", [UniformSoup(), GreedySoup(), MEHLSoup(center="mean", clip_deltas=None, max_epochs=1)]
+)
+def test_new_heads_are_no_reason_to_warn(soup, data):
+    """Only they are read whole where factors are searched; they alone would look unrelated."""
+    collection = with_new_heads()
+    soup = clone(soup).fit(collection, *data)
+    assert not [said for said in soup.warnings_ if "share a start" in said]
+    assert "good to mix" in " ".join(collection.describe().verdict)
+    assert collection.healthy() is collection
+
+
+def test_a_diverged_adapter_is_warned_of(data):
+    soup = GreedySoup().fit(with_new_heads(1e4), *data)
+    assert "'checkpoint2'" in " ".join(soup.warnings_)
+
+
 def test_low_precision(adapters, data):
     """Forward passes in bfloat16: the same search, to the bits that are left."""
     fits = [
