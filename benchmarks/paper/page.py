@@ -368,6 +368,8 @@ class Page:
 
     def adapters(self) -> str:
         """Soups of LoRA adapters, and what a sceptic would do instead."""
+        if not {"adapters", "adapters_instead"} <= self.found.keys():
+            return ""
         seeds = self.found["adapters"]["results"]["lora"]
         instead = self.found["adapters_instead"]["results"]["lora"]
         systems = [
@@ -386,13 +388,16 @@ class Page:
         header = ["system", "accuracy, %", "– best adapter", "log-loss", "seconds"]
         gap = max(seed["cat_differs_from_uniform_by"] for seed in instead)
         sizes = [seeds[0][name] / 2**20 for name in ("adapter_bytes", "model_bytes")]
-        return table(header, rows, f"{len(seeds)} splits, 16 adapters") + (
+        found = table(header, rows, f"{len(seeds)} splits, 16 adapters") + (
             f"\nThe 16 adapters take {sizes[0]:.1f} MiB together, one whole model {sizes[1]:.1f}. "
             f"The weights of peft's cat and of Uniform-Soup differ by {gap:.1g} at most.\n"
         )
+        return _template("page_adapters").replace("@adapters@", found)
 
     def language(self) -> str:
         """Perplexities of soups of language models."""
+        if "language" not in self.found:
+            return ""
         parts = []
         titles = {"language": "All weights fine-tuned", "language-lora": "LoRA adapters"}
         for kind, seeds in self.found["language"]["results"].items():
@@ -409,7 +414,7 @@ class Page:
                 rows.append([name, *means[:2], gain, means[2]])
             header = ["system", "held-out perplexity", "test perplexity", "– best", "seconds"]
             parts.append(table(header, rows, f"{titles[kind]}, {len(seeds)} splits"))
-        return "\n".join(parts)
+        return _template("page_language").replace("@language@", "\n".join(parts))
 
     @staticmethod
     def _least_rows(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -560,12 +565,16 @@ class Page:
         )
 
     def text(self) -> str:
-        template = (Path(__file__).parent / "page.rst.in").read_text(encoding="utf-8")
+        template = _template("page")
         for name in ("commands", "accuracy", "log_loss", "cost", "removed", "curve", "outside",
                      "ablations", "batch_norm", "defaults", "diverged", "failures", "few_rows",
                      "adapters", "language", "claims"):  # fmt: skip
             template = template.replace(f"@{name}@", getattr(self, name)().strip())
-        return template
+        return template.rstrip() + "\n"
+
+
+def _template(name: str) -> str:
+    return (Path(__file__).parent / f"{name}.rst.in").read_text(encoding="utf-8")
 
 
 def _percent(shares: Iterable[float]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,10 +16,10 @@ from torch import nn
 
 from ..exceptions import CheckpointError
 from .base_model import TRANSPOSED, BaseModel
-from .in_memory import MemoryCheckpoint
+from .in_memory import MemoryCheckpoint, content_sha256
 from .low_rank import Factors, LowRankCheckpoint, ReadFactors
 from .peft_config import PeftConfig
-from .protocol import Checkpoint, Read, TensorInfo, same_bits
+from .protocol import Checkpoint, Entry, Read, TensorInfo, same_bits
 from .sources import open_checkpoint
 
 DOUBLES = re.compile(r"\.(original_module|modules_to_save)\.")
@@ -91,8 +93,14 @@ class AdapterCheckpoint(LowRankCheckpoint):
 
     def sha256(self, prefix: str = "") -> str:
         """SHA-256 of the adapter's tensors (their file, if there is one) and of their scales."""
-        text = f"{self.stored.sha256()}:{self._meaning()}"
-        return hashlib.sha256(text.encode()).hexdigest()
+        return self._with_scales(self.stored.sha256())
+
+    def content_sha256(self) -> str:
+        """The same, of names and values: in memory and in a folder."""
+        return self._with_scales(content_sha256(Entry(self.stored)))
+
+    def _with_scales(self, digest: str) -> str:
+        return hashlib.sha256(f"{digest}:{self._meaning()}".encode()).hexdigest()
 
     def warm(self) -> None:
         """Have the operating system read the adapter's file into its cache."""
@@ -102,10 +110,6 @@ class AdapterCheckpoint(LowRankCheckpoint):
         """The tensors that it keeps in memory, and its base's."""
         yield from self.stored.held_tensors()
         yield from self.base.held_tensors()
-
-    def on(self, base: BaseModel) -> AdapterCheckpoint:
-        """The same adapter on another base."""
-        return AdapterCheckpoint(self.stored, self.config, base, self.path)
 
     def _meaning(self) -> str:
         """How the factors are read: what the configuration says, apart from how it was trained."""
@@ -233,10 +237,12 @@ def adapter_in_memory(model: Any, base: BaseModel, label: str) -> AdapterCheckpo
     """The active adapter of a PeftModel."""
     from peft import get_peft_model_state_dict
 
+    _check_unmerged(model, label)
     active = active_adapter(model, label)
     config = PeftConfig(label, model.peft_config[active].to_dict()).checked()
     state = get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
     adapter = AdapterCheckpoint(MemoryCheckpoint(state, label), config, base)
+    _check_as_configured(model, active, adapter)
     own = base_of_peft(model)
     with base.open() as read:
         for name, value in own.items():
@@ -248,6 +254,48 @@ def adapter_in_memory(model: Any, base: BaseModel, label: str) -> AdapterCheckpo
                     f"others'. Adapters of one base only can be mixed."
                 )
     return adapter
+
+
+def _check_as_configured(model: Any, active: str, adapter: AdapterCheckpoint) -> None:
+    """Refuse a model whose layers scale their products otherwise than it says."""
+    for name, layer in model.get_base_model().named_modules():
+        scaling, pair = getattr(layer, "scaling", None), adapter._factors.get(f"{name}.weight")
+        if pair is None or not isinstance(scaling, dict) or active not in scaling:
+            continue
+        if not math.isclose(scaling[active], pair.scaling):
+            raise CheckpointError(
+                f"{adapter!r} can't join this collection: {name!r} scales its product by "
+                f"{scaling[active]:.6g}, and its configuration says {pair.scaling:.6g}. Undo that "
+                f"(set_scale, scale_layer), or give the whole network: model.merge_and_unload()."
+            )
+
+
+def unwrapped(model: Any, label: str) -> tuple[nn.Module, frozenset[str]]:
+    """The base of a PeftModel, and names of its tensors that training has changed in place."""
+    from peft import get_peft_model_state_dict
+
+    _check_unmerged(model, label)
+    base: nn.Module = copy.deepcopy(model).unload()  # with its heads in place of the base's
+    known = base.state_dict().keys()
+    state = {n: value for n, value in base_of_peft(model).items() if n in known}
+    base.load_state_dict(state, strict=False)
+    states = (
+        get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        for name in model.peft_config
+    )
+    held = {_plain(name.removeprefix(PREFIX)) for one in states for name in one}
+    names = model.get_base_model().state_dict().keys()
+    copied = {n.replace("original_module.", "") for n in names if "original_module." in n}
+    return base, frozenset(held & known - copied)  # biases
+
+
+def _check_unmerged(model: Any, label: str) -> None:
+    """Refuse a model whose base holds the sum already."""
+    if any(getattr(layer, "merged_adapters", None) for layer in model.modules()):
+        raise CheckpointError(
+            f"{label} can't join this collection: its adapter is merged into the base. Undo that "
+            f"(model.unmerge_adapter()), or give the whole network: model.merge_and_unload()."
+        )
 
 
 def active_adapter(model: Any, label: str) -> str:

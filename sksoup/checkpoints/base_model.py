@@ -35,7 +35,7 @@ class BaseModel(BaseCheckpoint):
     """Weights by the names of a module, of which the kinds of layers and the ties are known.
 
     The module is not kept. Tensors that ``varying`` names are not the base's: a factory gives them
-    other values each time.
+    other values each time, or a PeftModel has trained them.
     """
 
     def __init__(self, entry: Entry, module: nn.Module, varying: Iterable[str] = ()) -> None:
@@ -159,14 +159,17 @@ def base_of_folder(folder: Path, module: HubModule) -> BaseModel:
     return BaseModel(entry, network)
 
 
-def base_of_module(module: ModuleSource) -> BaseModel:
-    """The base that a module is, or that a factory builds; its weights are held in memory."""
+def base_of_module(module: ModuleSource, changed: Iterable[str] = ()) -> BaseModel:
+    """The base that a module is, or that a factory builds; its weights are held in memory.
+
+    Tensors of a module that were changed are not the base's.
+    """
     if isinstance(module, nn.Module):
-        return BaseModel(Entry(MemoryCheckpoint(module.state_dict(), "the base")), module)
+        return BaseModel(Entry(MemoryCheckpoint(module.state_dict(), "in memory")), module, changed)
     built = _build(module, 0)
     first, second = built.state_dict(), _build(module, 1).state_dict()
     varying = [name for name, value in first.items() if not same_bits(value, second[name])]
-    return BaseModel(Entry(MemoryCheckpoint(first, "the base")), built, varying)
+    return BaseModel(Entry(MemoryCheckpoint(first, "in memory")), built, varying)
 
 
 def _build(factory: Callable[[], nn.Module], seed: int) -> nn.Module:

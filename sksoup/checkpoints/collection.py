@@ -307,10 +307,11 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
 
     def _shares(self, name: str, other: str, tensor: str) -> bool:
         """Whether a tensor is the base's in both of two adapters, and was seen in the other."""
-        both = [self._entries[one].checkpoint for one in (name, other)]
-        if name == other or any(
-            not isinstance(c, LowRankCheckpoint) or c.adds(tensor) for c in both
-        ):
+        for entry in (self._entries[name], self._entries[other]):
+            found = entry.checkpoint
+            if not isinstance(found, LowRankCheckpoint) or found.adds(entry.prefix + tensor):
+                return False
+        if name == other:
             return False
         return self.health.share(name, other, tensor)
 
@@ -325,13 +326,14 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Returns
         -------
         adapters : dict of str to LowRankCheckpoint
-            Empty where one is not, or they have not one base.
+            Empty where one is not, they have not one base, or names are without a prefix.
         """
         chosen = self.names if names is None else names
         adapters = self.adapters(chosen)
         bases = {id(one.base): one.base for one in adapters.values()}.values()
         is_one = len(bases) == 1 or len({repr(base.identity()) for base in bases}) == 1
-        return adapters if is_one and len(adapters) == len(chosen) else {}
+        is_plain = not any(self._entries[name].prefix for name in chosen)
+        return adapters if is_one and is_plain and len(adapters) == len(chosen) else {}
 
     def adapters(self, names: Iterable[str]) -> dict[str, LowRankCheckpoint]:
         """Return those of these checkpoints that are a base and something of low rank.
@@ -498,9 +500,13 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         relations : Relations
             ``relations.unrelated`` is a dict from names to what was measured. `describe` judges in
             the same way; here nothing is read, and networks with fewer than 64 numbers that differ
-            are not judged.
+            are not judged, nor adapters of one base of which factors were read only.
         """
-        return self.health.relations(names, self.layout)
+        adapters = self.on_one_base().values()
+        changed = {tensor for one in adapters for tensor in one.ranks}
+        # heads that are new in each of them say nothing of their start
+        read = [name for name in names if not self.health.unread(name, changed)]
+        return self.health.relations(read, self.layout)
 
     def strangers(self, names: Iterable[str]) -> list[str]:
         """Return those of these checkpoints that point elsewhere than the others, or lie far off.
@@ -758,9 +764,13 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Returns
         -------
         digest : str
-            64 hexadecimal digits; the same in memory and in a file of any format.
+            64 hexadecimal digits; the same in memory and in a file of any format. Of a LoRA adapter
+            it is that of its own tensors and their scales, without the base.
         """
-        return content_sha256(self._entries[name])
+        entry = self._entries[name]
+        if isinstance(entry.checkpoint, LowRankCheckpoint):
+            return entry.checkpoint.content_sha256()
+        return content_sha256(entry)
 
     def _key(self, name: str) -> str | None:
         """Which state dict of its container a checkpoint is, where ``key`` was given."""

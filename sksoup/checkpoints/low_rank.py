@@ -73,6 +73,10 @@ class LowRankCheckpoint(Checkpoint):
         """Give what reads factors, and what reads whole tensors, without the base."""
         raise NotImplementedError
 
+    def content_sha256(self) -> str:
+        """SHA-256 of what it holds itself, the same in memory and in a file."""
+        raise NotImplementedError
+
     def adds(self, name: str) -> bool:
         """Whether a tensor is not simply the base's."""
         return name in self.ranks or name in self.whole

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import warnings
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..exceptions import CheckpointError, SoupWarning
-from .adapters import AdapterCheckpoint, adapter_in_memory, is_peft_model, open_adapter
+from .adapters import AdapterCheckpoint, adapter_in_memory, is_peft_model, open_adapter, unwrapped
 from .architecture import ModuleSource, find_architecture
 from .base_model import BaseModel, base_of_folder, base_of_module, find_base_folder
 from .hub import AUTO_CLASSES, HubModule
@@ -55,8 +54,8 @@ def resolve_adapters(
 def _why_missing(missing: Iterable[str], base: BaseModel) -> str:
     if base.varying.issuperset(missing):
         return (
-            ": module= gives it other values each time it is called, so it is no base to add to. "
-            "Load the pretrained weights in it"
+            ": module= gives it other values each time it is called, or is a PeftModel that has "
+            "trained it in place. Give the pretrained network, as it was before"
         )
     return (
         ". Save the adapters with it (peft: modules_to_save), or give the network that has it: "
@@ -79,10 +78,10 @@ def _base(
     configs: dict[int, PeftConfig], folders: dict[int, Path], models: dict[int, Any], module: Any
 ) -> tuple[BaseModel, ModuleSource]:
     """The base as given, else that of the first model in memory, else the folder it is named by."""
-    if module is None and models:
-        module = next(iter(models.values()))
-    if is_peft_model(module):
-        module = copy.deepcopy(module).unload()
+    wrapped = {-1: module} if is_peft_model(module) else models if module is None else {}
+    for i, model in wrapped.items():
+        network, changed = unwrapped(model, "module=" if i < 0 else f"checkpoint {i} (in memory)")
+        return base_of_module(network, changed), network
     named = find_architecture([], module)  # None where nothing is given
     is_path = isinstance(module, (str, os.PathLike)) and bool(configs)  # they tell the task
     if named is not None and not is_path:

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,15 @@ KNOWN = frozenset(
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 # names of bases whose weights are packed
 QUANTIZED = re.compile(r"(?i)(bnb|nf4|gptq|awq|hqq|fp8|\bint[48]|[48]-?bit)")
-# in a pattern of names each further repeat may multiply the time to match by 100, and one of a
-# group may square it
+# a pattern of names may take exponential time to match: a repeat multiplies it by some 100, one
+# of a group may square it, an optional part (not the "?" of a group or a lazy repeat) doubles it,
+# and a group of alternatives multiplies it by their number
 REPEATS = re.compile(r"[*+{]")
 REPEATED_GROUP = re.compile(r"\)[*+{]")
+OPTIONAL = re.compile(r"(?<![(*+}])\?")
 MOST_REPEATS = 2
+MOST_TRIES = 1e6  # of all patterns of a field
+MOST_PATTERNS = 10_000  # one for each layer is some 500
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,9 @@ class PeftConfig:
             patterns = fields.get(name) or {}
             if not isinstance(patterns, dict):
                 self._refuse(f"its {name!r} is {_short(patterns)}, expected an object")
+            self._check_patterns(name, patterns)
             for pattern, value in patterns.items():
-                self._check_pattern(name, pattern)
-                self._check_number(f"{name}[{pattern!r}]", value, is_count)
+                self._check_number(f"{name}[{_short(pattern)}]", value, is_count)
         return self
 
     def scaling(self, module: str, rank: int) -> float:
@@ -117,21 +122,42 @@ class PeftConfig:
 
     def _of_module(self, field: str, module: str, otherwise: Any) -> Any:
         """The value of the first pattern that the module's name ends in, as in PEFT."""
-        for pattern, value in (self.fields.get(field) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
+        for pattern, value in self._patterns[field]:
+            if pattern.match(module):
                 return value
         return otherwise
 
-    def _check_pattern(self, field: str, pattern: str) -> None:
-        try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            self._refuse(f"its {field!r} holds {_short(pattern)}, which is no pattern ({error})")
-        if len(REPEATS.findall(pattern)) > MOST_REPEATS or REPEATED_GROUP.search(pattern):
-            self._refuse(
-                f"its {field!r} holds {_short(pattern)}, which may take too long to match: use at "
-                f"most {MOST_REPEATS} repeats, and none of a group"
-            )
+    @cached_property
+    def _patterns(self) -> dict[str, list[tuple[re.Pattern[str], Any]]]:
+        """For each field of patterns, each as an expression, and its value."""
+        return {
+            field: [(_expression(p), v) for p, v in (self.fields.get(field) or {}).items()]
+            for field in ("rank_pattern", "alpha_pattern")
+        }
+
+    def _check_patterns(self, field: str, patterns: Mapping[Any, Any]) -> None:
+        if len(patterns) > MOST_PATTERNS:
+            self._refuse(f"its {field!r} holds {len(patterns):,} patterns, more than a network has")
+        tries = 0.0
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                self._refuse(f"its {field!r} holds {_short(pattern)}, expected texts")
+            tries += _tries(pattern)
+            if (
+                len(REPEATS.findall(pattern)) > MOST_REPEATS
+                or REPEATED_GROUP.search(pattern)
+                or tries > MOST_TRIES
+            ):
+                self._refuse(
+                    f"its {field!r} holds {_short(pattern)}, which may take too long to match: use "
+                    f"at most {MOST_REPEATS} repeats, none of a group, and few alternatives"
+                )
+            try:
+                _expression(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                self._refuse(
+                    f"its {field!r} holds {_short(pattern)}, which is no pattern ({error})"
+                )
 
     def _check_number(self, field: str, value: Any, is_count: bool = False) -> None:
         kinds = (int,) if is_count else (int, float)
@@ -150,6 +176,19 @@ class PeftConfig:
 def is_adapter_folder(path: Path) -> bool:
     """Whether a path is a folder of PEFT."""
     return (path / CONFIG).is_file()
+
+
+def _expression(pattern: str) -> re.Pattern[str]:
+    """What PEFT matches the names of modules with."""
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
+def _tries(pattern: str) -> float:
+    """An upper bound, roughly, of the ways to match a pattern to a name; at most a billion."""
+    bars, groups = pattern.count("|"), max(1, pattern.count("("))
+    of_repeats = len(REPEATS.findall(pattern)) * math.log(100)
+    of_options = len(OPTIONAL.findall(pattern)) * math.log(2)
+    return math.exp(min(of_repeats + of_options + groups * math.log1p(bars / groups), 20.7))
 
 
 def _short(value: Any) -> str:

@@ -19,6 +19,7 @@ from ..checkpoints.low_rank import Factors
 from ..checkpoints.write import write_safetensors
 from ..exceptions import CheckpointError
 
+BIAS = re.compile(r"bias[^.]*$")  # such as in_proj_bias of an attention
 Bias: TypeAlias = Literal["none", "all", "lora_only"]  # of PEFT
 
 
@@ -176,21 +177,18 @@ def _as_peft(
 
 def _held_whole(mixed: MixedAdapter, kinds: Mapping[str, str]) -> tuple[list[str], Bias]:
     """Modules that are saved whole, and PEFT's ``bias``: which biases are, beside them."""
-    parents = {name.rpartition(".")[0] for name in mixed.whole}
-    only_bias = {
-        parent
-        for parent in parents
-        if {n for n in mixed.whole if n.rpartition(".")[0] == parent} == {f"{parent}.bias"}
-        and f"{parent}.weight" in mixed.adapters[0].base.header
-    }
+    parents = {name.rpartition(".")[0] for name in mixed.whole if not BIAS.search(name)}
     if "" in parents:
         raise CheckpointError(
             "No adapter can hold this soup: a tensor of its root module is held whole. Use save."
         )
+    # peft can't wrap a module of one that it has wrapped
+    modules = [one for one in parents if not any(one.startswith(f"{o}.") for o in parents)]
+    biases = {n for n in mixed.whole if not any(n.startswith(f"{one}.") for one in modules)}
     bias: Bias = "all"
-    if only_bias <= kinds.keys():
-        bias = "lora_only" if only_bias else "none"
-    return sorted(parents - only_bias), bias
+    if biases <= {f"{module}.bias" for module in kinds}:
+        bias = "lora_only" if biases else "none"
+    return sorted(modules), bias
 
 
 def _targets(modules: list[str], adapter: AdapterCheckpoint) -> list[str] | str:

@@ -79,9 +79,16 @@ def record_base(adapters: Collection[LowRankCheckpoint]) -> Base:
 
 def check_base(base: Base | None, chosen: CheckpointCollection) -> None:
     """Refuse adapters on another base than the recipe's."""
-    if base is None:
+    adapters = chosen.adapters(chosen.names)
+    if base is None or not adapters:
         return
-    for name, one in chosen.adapters(chosen.names).items():
+    held = frozenset.intersection(*(one.whole for one in adapters.values()))
+    if unheld := sorted(set(base.without) - held):
+        raise RecipeError(
+            f"The recipe leaves {unheld[0]!r} out of the SHA-256 of its base, which is for tensors "
+            f"that all its adapters hold whole. Get the original recipe, or fit the soup again."
+        )
+    for name, one in adapters.items():
         digest = one.base.content_sha256(base.without)
         if digest != base.sha256:
             raise RecipeError(

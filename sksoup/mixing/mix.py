@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, overload
 
@@ -239,13 +240,19 @@ def _accumulate_on_base(
     adapters: Mapping[str, LowRankCheckpoint],
     coef: NDArray[np.float64],
     rows: Mapping[str, int],
-    names: Collection[str],
+    names: AbstractSet[str],
 ) -> tuple[dict[str, torch.Tensor], set[str]]:
     """The same for adapters of one base: w_0, which is read once, and the sum of the products."""
     differing = {n for n in names if any(n in one.ranks for one in adapters.values())}
     base = next(iter(adapters.values())).base
     with base.open() as read:
         mixed = {n: _widened(read(n)) if n in differing else read(n).clone() for n in names}
+    for name in names - differing:
+        if mixed[name].isnan().any():
+            raise CheckpointError(
+                f"{base!r} can't be used: {name!r} holds NaN. Load the base that the adapters were "
+                f"trained on."
+            )
     for k, name in enumerate(checkpoints):
         if name in adapters:
             with checkpoints.open_factors(name) as (factors, _):
