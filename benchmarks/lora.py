@@ -130,7 +130,9 @@ def mean_of_heads(models: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.
 def combined_by_peft(folder: Path, paths: Sequence[Path]) -> dict[str, torch.Tensor]:
     """peft's ``add_weighted_adapter(combination_type="cat")`` with weights 1/K.
 
-    peft refuses adapters that hold a head each: it gets them without, and the mean is put in.
+    peft refuses adapters that hold a head each: it gets them without, and the mean is put in. What
+    it makes has the configuration of the first, with its scale by the root of the rank where that
+    is rsLoRA, which is wrong for factors that have their scales already: a plain one goes first.
     """
     from peft import (
         LoraConfig,
@@ -142,8 +144,9 @@ def combined_by_peft(folder: Path, paths: Sequence[Path]) -> dict[str, torch.Ten
 
     model: Any = None
     names = []
-    for path in paths:
-        config = LoraConfig.from_pretrained(str(path))
+    configs: dict[Path, Any] = {path: LoraConfig.from_pretrained(str(path)) for path in paths}
+    for path in sorted(paths, key=lambda path: bool(configs[path].use_rslora)):
+        config = configs[path]
         config.modules_to_save, config.task_type, config.inference_mode = None, None, False
         if model is None:
             model = get_peft_model(load_base(folder), config, adapter_name=path.name)

@@ -393,6 +393,18 @@ class AdapterRows(TextRows):
         return Zoo(adapters, val, test, retrain=retrain)
 
 
+@dataclass(frozen=True)
+class Language:
+    """Fine-tunings of a small language model, of all weights or as adapters."""
+
+    is_lora: bool
+
+    def __call__(self, folder: Path, n: int, seed: int) -> Zoo:
+        from . import language  # tokenizers and transformers, which only this zoo needs
+
+        return language.LanguageRows(self.is_lora, TEXT_SEED)(folder, n, seed)
+
+
 def failing(folder: Path, n: int, seed: int) -> Zoo:
     """Convnets, those of `FAILED` fine-tuned at a hundred times their rate."""
     tunings = {f"ft{k:02d}": _draw(seed, k) for k in range(n)}
@@ -410,6 +422,10 @@ KINDS = {
     "resnet": Kind("ResNet with BatchNorm", 24, Digits("resnet", SmallResNet, 15)),
     "text": Kind("text encoder", 16, TextRows(), TEXT_SEED),
     "lora": Kind("LoRA adapters of the text encoder", 16, AdapterRows(), TEXT_SEED),
+    "language": Kind("language model", 12, Language(is_lora=False), TEXT_SEED),
+    "language-lora": Kind(
+        "LoRA adapters of a language model", 12, Language(is_lora=True), TEXT_SEED
+    ),
     "diverged": Kind("convolutional network, a fifth diverged", 20, failing),
 }
 

@@ -12,11 +12,13 @@ import time
 from . import (
     ablations,
     adapters,
+    adapters_instead,
     appendix_c,
     common,
     diverged,
     failures,
     few_rows,
+    language,
     table_3,
     tables_1_2,
 )
@@ -32,6 +34,8 @@ EXPERIMENTS = [
         failures,
         few_rows,
         adapters,
+        adapters_instead,
+        language,
     )
 ]
 

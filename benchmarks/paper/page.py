@@ -366,6 +366,51 @@ class Page:
         parts.append(self._least_rows(found))
         return "\n".join(parts)
 
+    def adapters(self) -> str:
+        """Soups of LoRA adapters, and what a sceptic would do instead."""
+        seeds = self.found["adapters"]["results"]["lora"]
+        instead = self.found["adapters_instead"]["results"]["lora"]
+        systems = [
+            one["systems"] | other["systems"] for one, other in zip(seeds, instead, strict=True)
+        ]
+        rows = []
+        for name in systems[0]:
+            own = [one[name] for one in systems]
+            columns = (("test", 2), ("log_loss", 3), ("seconds", 0))
+            means = [
+                cell([one and one[measure] for one in own], lambda values, d=d: pm(values, d))
+                for measure, d in columns
+            ]
+            gain = cell(paired(systems, name, "Best checkpoint"), signed)
+            rows.append([name, means[0], gain, *means[1:]])
+        header = ["system", "accuracy, %", "– best adapter", "log-loss", "seconds"]
+        gap = max(seed["cat_differs_from_uniform_by"] for seed in instead)
+        sizes = [seeds[0][name] / 2**20 for name in ("adapter_bytes", "model_bytes")]
+        return table(header, rows, f"{len(seeds)} splits, 16 adapters") + (
+            f"\nThe 16 adapters take {sizes[0]:.1f} MiB together, one whole model {sizes[1]:.1f}. "
+            f"The weights of peft's cat and of Uniform-Soup differ by {gap:.1g} at most.\n"
+        )
+
+    def language(self) -> str:
+        """Perplexities of soups of language models."""
+        parts = []
+        titles = {"language": "All weights fine-tuned", "language-lora": "LoRA adapters"}
+        for kind, seeds in self.found["language"]["results"].items():
+            systems = [seed["systems"] for seed in seeds]
+            rows = []
+            for name in systems[0]:
+                own = [one[name] for one in systems]
+                columns = (("held_out", 2), ("test", 2), ("seconds", 0))
+                means = [
+                    cell([one and one[measure] for one in own], lambda values, d=d: pm(values, d))
+                    for measure, d in columns
+                ]
+                gain = cell(paired(systems, name, "Best checkpoint"), signed)
+                rows.append([name, *means[:2], gain, means[2]])
+            header = ["system", "held-out perplexity", "test perplexity", "– best", "seconds"]
+            parts.append(table(header, rows, f"{titles[kind]}, {len(seeds)} splits"))
+        return "\n".join(parts)
+
     @staticmethod
     def _least_rows(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         """From how many rows on Centered-Soup+ is at least level with every other system."""
@@ -518,7 +563,7 @@ class Page:
         template = (Path(__file__).parent / "page.rst.in").read_text(encoding="utf-8")
         for name in ("commands", "accuracy", "log_loss", "cost", "removed", "curve", "outside",
                      "ablations", "batch_norm", "defaults", "diverged", "failures", "few_rows",
-                     "claims"):  # fmt: skip
+                     "adapters", "language", "claims"):  # fmt: skip
             template = template.replace(f"@{name}@", getattr(self, name)().strip())
         return template
 

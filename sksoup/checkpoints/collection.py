@@ -372,9 +372,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         CheckpointError
             As `open`.
         """
-        found = self._entries[name].checkpoint
-        assert isinstance(found, LowRankCheckpoint)
-        with found.open_factors() as (factors, read_unchecked):
+        with self.adapters([name])[name].open_factors() as (factors, read_unchecked):
 
             def read_factors(tensor: str) -> Factors | None:
                 both = factors(tensor)
@@ -632,6 +630,11 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         """
         root = Path(folder)
         paths = {name: root / f"{name}.safetensors" for name in self.names}
+        if len({path.resolve() for path in paths.values()}) < len(paths):
+            raise ValueError(
+                f"Two checkpoints would be written to one file in {str(root)!r}, such as 'a' and "
+                f"'b/../a': give them other names, names=."
+            )
         for path in paths.values():
             if root.resolve() not in path.resolve().parents:
                 raise ValueError(f"{str(path)!r} would be outside {str(root)!r}: change its name.")

@@ -1,8 +1,11 @@
-"""A bound on the module that is built for a checkpoint: no larger than its weights can fill."""
+"""Bounds on the module that is built for a checkpoint: its size, its time and its memory."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,6 +20,10 @@ from torch.nn.modules.module import (
 
 from ..exceptions import CheckpointError
 from .protocol import TensorInfo
+
+SECONDS = 60  # to build on 'meta'; the largest models of transformers take some seconds
+SECONDS_PER_TENSOR = 0.02
+MEMORY = 2 << 30  # bytes that it may take on the way
 
 
 @contextmanager
@@ -56,3 +63,54 @@ def bounded_growth(header: Mapping[str, TensorInfo], path: Path) -> Iterator[Non
         stack.callback(register_module_buffer_registration_hook(tensor).remove)
         stack.callback(register_module_module_registration_hook(child).remove)
         yield
+
+
+class _Stopped(BaseException):
+    """Ends the building thread; no ``except Exception`` on the way may catch it."""
+
+
+@contextmanager
+def bounded_work(n_tensors: int, path: Path) -> Iterator[None]:
+    """Stop what builds a module and takes too long, or too much memory, before it has tensors.
+
+    A config has many fields that drive loops in Python, and no list of them is complete. A thread
+    watches; the exception is raised between two steps of Python in the thread that builds.
+    """
+    here, done, fired = threading.get_ident(), threading.Event(), threading.Event()
+    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    deadline = time.monotonic() + SECONDS + SECONDS_PER_TENSOR * n_tensors
+    most = _resident() + MEMORY
+    lock = threading.Lock()
+
+    def watch() -> None:
+        while not done.wait(0.1):
+            if time.monotonic() > deadline or _resident() > most:
+                with lock:
+                    if not done.is_set():
+                        fired.set()
+                        raise_in(ctypes.c_ulong(here), ctypes.py_object(_Stopped))
+                return
+
+    threading.Thread(target=watch, name="sksoup-build-watch", daemon=True).start()
+    try:
+        yield
+    except _Stopped:
+        raise CheckpointError(
+            f"{str(path)!r} describes a module that takes too long, or too much memory, to build "
+            f"({SECONDS} s or {MEMORY >> 30} GiB without any weights). Correct the file, or give "
+            f"module=build_model."
+        ) from None
+    finally:
+        with lock:
+            done.set()
+        if fired.is_set():  # perhaps not raised yet
+            raise_in(ctypes.c_ulong(here), None)
+
+
+def _resident() -> int:
+    """Bytes of memory that the process has; 0 where that is not known."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0

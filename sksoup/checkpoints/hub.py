@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..exceptions import CheckpointError
-from .growth import bounded_growth
+from .growth import bounded_growth, bounded_work
 from .hub_config import read_config
 from .sources import open_checkpoint
 
@@ -92,7 +92,11 @@ class HubModule:
                     return module
 
                 # first where nothing is allocated, to see how large it becomes
-                with bounded_growth(header, path), torch.device("meta"):
+                with (
+                    bounded_work(len(header), path),
+                    bounded_growth(header, path),
+                    torch.device("meta"),
+                ):
                     build()
                 return build()
         except CheckpointError:

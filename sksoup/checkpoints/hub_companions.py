@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..exceptions import CheckpointError
+from .hub_config import refuse_other_weights
 from .read import TORCH_SUFFIXES
 from .texts import read_text
 
@@ -32,6 +33,7 @@ def copy_companions(source: Path, target: Path, others: Sequence[Path] = ()) -> 
     that are not the same in the ``others``, since they are not mixed.
     """
     source = source.resolve()
+    refuse_other_weights(source)
     owned = [source]
     if source.parent.name == "snapshots":
         owned.append(source.parents[1] / "blobs")

@@ -15,7 +15,9 @@ from .texts import read_text
 LIMIT = 8 << 20  # bytes; with 20,000 labels a config has about 1 MB
 MANY = 1 << 21  # layers, labels: transformers makes lists of so many before it makes any layer
 MOST_TURNS = 1 << 26  # about a second; 20,000 labels and 128 layers make 2^21
-COUNTS = re.compile(r"layer|depth|block|stage|expert|label|head|group|attention_types|dense")
+COUNTS = re.compile(
+    r"layer|depth|block|stage|expert|label|head|group|attention_types|dense|point|level|bins"
+)
 FOREIGN_CODE = ("auto_map", "custom_pipelines")
 # how attention and experts are computed is no part of the weights, and other names than those of
 # functions in transformers make it fetch and run a kernel: dropped, so that its default is used
@@ -48,6 +50,26 @@ def read_config(path: Path, header: Mapping[str, TensorInfo]) -> dict[str, Any]:
         _refuse_counts(part, most, path)
         _drop_what_acts(part)
     return config
+
+
+def refuse_other_weights(folder: Path) -> None:
+    """Refuse a folder whose config.json has transformers load other weights than those there."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    try:
+        config = json.loads(read_text(path, LIMIT))
+    except (ValueError, RecursionError):  # transformers can't read it either
+        return
+    if isinstance(config, dict) and config.get("transformers_weights"):
+        raise _other_weights(path)
+
+
+def _other_weights(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{str(path)!r} names other weights than those that are opened here "
+        f"('transformers_weights'), which transformers would load. Remove that field."
+    )
 
 
 def output_labels(id2label: Any) -> tuple[str, ...]:
@@ -88,10 +110,7 @@ def _refuse_what_acts(part: dict[str, Any], path: Path) -> None:
                 f"the architecture: module=build_model."
             )
     if part.get("transformers_weights"):
-        raise CheckpointError(
-            f"{str(path)!r} names other weights than those that are opened here "
-            f"('transformers_weights'), which transformers would load. Remove that field."
-        )
+        raise _other_weights(path)
     if part.get("quantization_config"):
         raise CheckpointError(
             f"{str(path)!r} can't be built: its weights are quantized ('quantization_config'). "

@@ -24,7 +24,9 @@ class MemoryCheckpoint(Checkpoint):
                 f"{label} can't be used: {empty[0]!r} is on the device 'meta', where tensors have "
                 f"no values. Load the weights before."
             )
-        self.tensors = {name: value.detach().cpu().clone() for name, value in given.items()}
+        self.tensors = {
+            name: value.detach().resolve_neg().cpu().clone() for name, value in given.items()
+        }
         self.label = label
         self.header = {name: TensorInfo.of(value) for name, value in self.tensors.items()}
         self._digests: dict[str, str] = {}
@@ -77,8 +79,10 @@ def check_state_dict(state: Any, where: str) -> dict[str, torch.Tensor]:
         )
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            # the name may be anything, and its text of any length
+            what = repr(name) if isinstance(name, str) else f"a name of type {type(name).__name__}"
             raise CheckpointError(
-                f"{where} is not a plain state dict: {name!r} is a {type(value).__name__}, "
+                f"{where} is not a plain state dict: {what} is a {type(value).__name__}, "
                 f"expected a tensor. Save module.state_dict() by itself."
             )
         if value.layout is not torch.strided or value.is_quantized or value.is_nested:

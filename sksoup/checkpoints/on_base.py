@@ -57,7 +57,10 @@ def _why_missing(missing: Iterable[str], base: BaseModel) -> str:
             ": module= gives it other values each time it is called, or is a PeftModel that has "
             "trained it in place. Give the pretrained network, as it was before"
         )
-    return ". Save the adapters with that head (peft: modules_to_save), or give module="
+    return (
+        ". Save the adapters with it (peft: modules_to_save), or give the network that has it: "
+        "module=build_base"
+    )
 
 
 def _adapter_folder(item: Any) -> Path | None:
@@ -79,16 +82,14 @@ def _base(
     for i, model in wrapped.items():
         network, changed = unwrapped(model, "module=" if i < 0 else f"checkpoint {i} (in memory)")
         return base_of_module(network, changed), network
-    if module is not None and not isinstance(module, (str, os.PathLike)):
-        architecture = find_architecture([], module)
-        assert architecture is not None
-        if not isinstance(architecture, HubModule):
-            return base_of_module(architecture), architecture
-        return base_of_folder(architecture.path, architecture), architecture
+    named = find_architecture([], module)  # None where nothing is given
+    is_path = isinstance(module, (str, os.PathLike)) and bool(configs)  # they tell the task
+    if named is not None and not is_path:
+        if isinstance(named, HubModule):
+            return base_of_folder(named.path, named), named
+        return base_of_module(named), named
     i, config = next(iter(configs.items()))
-    if module is not None:
-        named = find_architecture([], module)
-        assert isinstance(named, HubModule)
+    if isinstance(named, HubModule):
         folder, path = named.folder, named.path
     else:
         found = find_base_folder(config.base_model, config.fields.get("revision"))
@@ -102,12 +103,14 @@ def _base(
     task = config.fields.get("task_type")
     task = task if isinstance(task, str) and task in AUTO_CLASSES else None
     header = open_checkpoint(folders[i]).header
-    factory = HubModule(folder, path, task=task, n_labels=_n_labels(header) if task else None)
+    factory = HubModule(folder, path, task=task, n_labels=_n_labels(header, task))
     return base_of_folder(path, factory), factory
 
 
-def _n_labels(header: Any) -> int | None:
-    """The outputs of the head that an adapter holds: of the last matrix that is no factor."""
+def _n_labels(header: Any, task: str | None) -> int | None:
+    """The outputs of a classifier's head that an adapter holds: of its last matrix."""
+    if task not in ("SEQ_CLS", "TOKEN_CLS"):
+        return None
     heads = [
         info.shape[0]
         for name, info in sorted(header.items())

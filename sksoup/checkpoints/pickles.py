@@ -7,18 +7,29 @@ import pickletools
 import re
 import sys
 import zipfile
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 from ..exceptions import CheckpointError
 
-# torch's reader allows these, but what they build may have any size, or no values
-_REFUSED = ("bytearray", "_rebuild_meta_tensor_no_storage", "_rebuild_wrapper_subclass",
-            "_rebuild_nested_tensor", "_rebuild_device_tensor_from_cpu_tensor",
-            "_rebuild_device_tensor_from_numpy", "_rebuild_xla_tensor")  # fmt: skip
+# all of torch that a state dict needs: torch itself, and libraries, allow more, such as classes
+# that open connections, and what builds tensors of any size, or without values
+_OF_TORCH = re.compile(
+    r"torch\.(Size|device|([A-Z]\w*)?Tensor|[A-Z]\w*Storage|storage\.(Untyped|Typed)Storage"
+    r"|nn\.parameter\.(Parameter|Buffer)|serialization\._get_layout"
+    r"|_tensor\._rebuild_from_type_v2"
+    r"|_utils\._rebuild_(tensor(_v[23])?|parameter(_with_state)?|sparse_tensor|qtensor))"
+)
+# attributes that a pickle must not set: they would hide methods
+_METHODS = {*dir(torch.Tensor), *dir(OrderedDict)}
+REUSED = 16  # times the size of a pickle that its calls may be given in all
 _LITERALS = ("NONE", "NEWFALSE", "NEWTRUE", "EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET",
              "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1")  # fmt: skip
+LEAST = 1 << 16  # bytes that a pickle counts for, if it has fewer
 NESTED = 10_000  # tuples within a tuple, each time it occurs: the hash of a tuple visits all
 ZIP64, LOCATOR, END = 56, 20, 22  # bytes of the records at the end of a zip archive
 LIST_OF_TEXTS = re.compile(r"\x80\](\(X*e|Xa)*\.")  # opcodes, without those of the memo
@@ -34,15 +45,51 @@ class _Global:
 
 @dataclass(frozen=True)
 class _Tuple:
-    """A tuple and how many tuples are in it, each as often as it occurs."""
+    """A tuple, how many tuples are in it, each as often as it occurs, and its size."""
 
     items: tuple[Any, ...]
     weight: int
+    size: int
+
+
+@dataclass
+class _Box:
+    """A list, a dict or a set: its size, and the texts that are keys."""
+
+    size: int = 1
+    keys: set[str] = field(default_factory=set)
+
+    def take(self, items: list[Any], has_keys: bool) -> None:
+        """Add items; keys and values in turn."""
+        self.size += sum(map(_size, items))
+        if has_keys:
+            self.keys.update(key for key in items[::2] if isinstance(key, str))
+
+
+def _size(value: Any) -> int:
+    """About how much a value holds: characters, items."""
+    if isinstance(value, str):
+        return 1 + len(value)
+    return value.size if isinstance(value, (_Tuple, _Box)) else 1
+
+
+def is_zip(path: Path) -> bool:
+    """Whether torch reads a file as a zip archive: by its first bytes, Python by its last ones."""
+    with path.open("rb") as file:
+        found = file.read(4) == b"PK\3\4"
+    if found == zipfile.is_zipfile(path):
+        return found
+    if found:
+        raise ValueError("it begins as a zip archive and does not end as one")
+    raise CheckpointError(
+        f"{str(path)!r} can't be read: it is a zip archive by its last bytes and none by its first "
+        f"ones, so that two readers find different things in it. Load and save it with torch again."
+    )
 
 
 def check_pickles(path: Path) -> None:
     """Refuse a file of torch.save that would fill memory, or never end, while it is read."""
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         with path.open("rb") as file:
             for _ in range(4):  # magic number, version, system, the object
                 used = _check(file, path)
@@ -119,7 +166,8 @@ def _check(file: IO[bytes], path: Path) -> set[str]:
     stack: list[Any] = []
     marks: list[list[Any]] = []
     memo: dict[Any, Any] = {}
-    for op, arg, _ in pickletools.genops(file):
+    given = 0  # what calls were given, again and again where it is from the memo
+    for op, arg, where in pickletools.genops(file):
         name = op.name
         if name in ("BINPUT", "LONG_BINPUT"):
             memo[arg] = stack[-1]
@@ -131,7 +179,7 @@ def _check(file: IO[bytes], path: Path) -> set[str]:
         elif name in ("BINUNICODE", "SHORT_BINSTRING"):
             stack.append(arg)
         elif name in _LITERALS:
-            stack.append(None)
+            stack.append(_Box() if name.startswith("EMPTY") else None)
         elif name == "TUPLE":
             items, stack = stack, marks.pop()
             stack.append(_nested(items, path))
@@ -141,12 +189,18 @@ def _check(file: IO[bytes], path: Path) -> set[str]:
         elif name in ("REDUCE", "NEWOBJ"):
             arguments = stack.pop()
             _check_call(stack.pop(), arguments, path)
-            stack.append(None)
+            given += _size(arguments)
+            stack.append(_Box(_size(arguments)))
         elif name in ("APPENDS", "SETITEMS"):
-            stack = marks.pop()
-        elif name in ("APPEND", "BUILD"):
-            stack.pop()
+            items, stack = stack, marks.pop()
+            _fill(stack[-1], items, name == "SETITEMS")
+        elif name == "APPEND":
+            _fill(stack[-2], [stack.pop()], False)
+        elif name == "BUILD":
+            given += _size(stack[-1])
+            _check_state(stack.pop(), path)
         elif name == "SETITEM":
+            _fill(stack[-3], stack[-2:], True)
             del stack[-2:]
         elif name == "BINPERSID":
             used.add(_key(stack.pop(), path))
@@ -155,7 +209,23 @@ def _check(file: IO[bytes], path: Path) -> set[str]:
             stack.append(_Global(_checked_name(str(arg), path)))
         elif name != "PROTO":
             return used if name == "STOP" else set()  # or an opcode that torch's reader refuses
+        if given > REUSED * max(where or 0, LEAST):
+            raise _refused(path, "calls that are given the same again and again")
     return used
+
+
+def _fill(box: Any, items: list[Any], has_keys: bool) -> None:
+    if isinstance(box, _Box):
+        box.take(items, has_keys)
+
+
+def _check_state(state: Any, path: Path) -> None:
+    """Refuse attributes that would hide methods of tensors and dicts."""
+    parts = state.items if isinstance(state, _Tuple) else (state,)
+    for part in parts:
+        keys = part.keys if isinstance(part, _Box) else ()
+        if hidden := sorted(_METHODS.intersection(keys)):
+            raise _refused(path, f"an object whose {hidden[0]!r} is replaced")
 
 
 def _key(storage: Any, path: Path) -> str:
@@ -171,15 +241,24 @@ def _nested(items: list[Any], path: Path) -> _Tuple:
     weight = 1 + sum(item.weight for item in items if isinstance(item, _Tuple))
     if weight > NESTED:
         raise _refused(path, "tuples nested so that a reader would never end")
-    return _Tuple(tuple(items), weight)
+    return _Tuple(tuple(items), weight, 1 + sum(map(_size, items)))
 
 
 def _checked_name(name: str, path: Path) -> str:
-    """A module and a name in it; an error for what may have any size."""
+    """A module and a name in it; an error for what is of torch and no part of tensors."""
     module, _, attribute = name.rpartition(" ")
-    if attribute in _REFUSED:
-        raise _refused(path, f"more than dense tensors ({module}.{attribute})")
-    return f"{module}.{attribute}"
+    full = f"{module}.{attribute}"
+    is_known = _OF_TORCH.fullmatch(full) is not None
+    if attribute == "bytearray" or (attribute.startswith("_rebuild_") and not is_known):
+        raise _refused(path, f"more than dense tensors ({full})")
+    is_dtype = isinstance(getattr(torch, attribute, None), torch.dtype) and module == "torch"
+    if module.partition(".")[0] == "torch" and not is_dtype and not is_known:
+        raise CheckpointError(
+            f"{str(path)!r} can't be read: it holds more than tensors ({full}), and reading it "
+            f"could run code. sksoup never unpickles code; save the state dict alone: "
+            f"torch.save(module.state_dict(), path)."
+        )
+    return full
 
 
 def _check_call(called: Any, arguments: Any, path: Path) -> None:
@@ -193,6 +272,8 @@ def _check_call(called: Any, arguments: Any, path: Path) -> None:
     if kind.endswith("._rebuild_from_type_v2"):  # it calls its first argument with its third
         inner, given = (items[0], items[2]) if len(items) > 2 else (None, None)
         _check_call(inner, given, path)
+        if len(items) > 3:
+            _check_state(items[3], path)
     # encodings other than the one that bytes are saved with, such as hex, double the size each time
     is_latin1 = len(items) == 2 and isinstance(items[0], str) and items[1] == "latin1"
     if kind == "_codecs.encode" and not is_latin1:

@@ -146,7 +146,10 @@ class CheckpointFile(Checkpoint):
 
             def read(name: str) -> torch.Tensor:
                 with naming(self.file):
-                    return get(name).detach()
+                    value = torch.Tensor.detach(get(name)).resolve_neg()
+                    if TensorInfo.of(value) != self.header[name]:
+                        raise ValueError(f"{name!r} is not what it was when the file was opened")
+                    return value
 
             yield read
         self._check_identity()

@@ -142,8 +142,9 @@ def _model_checkpoint(container: Mapping[str, Any]) -> tuple[str | None, str, Ma
     """What the first ModelCheckpoint that monitors something keeps: monitor, mode, state."""
     callbacks = container.get("callbacks")
     for key, state in callbacks.items() if isinstance(callbacks, Mapping) else ():
-        if str(key).startswith("ModelCheckpoint") and isinstance(state, Mapping):
-            mode = re.search(r"'mode': '(min|max)'", str(key))
+        is_name = isinstance(key, str) and key.startswith("ModelCheckpoint")
+        if is_name and isinstance(state, Mapping):
+            mode = re.search(r"'mode': '(min|max)'", key)
             if isinstance(monitor := state.get("monitor"), str):
                 return monitor, mode[1] if mode else "", state
     return None, "", {}

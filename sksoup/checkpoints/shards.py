@@ -39,6 +39,14 @@ class ShardedCheckpoint(Checkpoint):
                     f"{str(file)!r} does not fit its shards: {name!r} lacks {tensor!r}. Write the "
                     f"checkpoint again, or leave it out."
                 )
+        for name, opened in self.shards.items():
+            # other readers load all that is in the shards, and the last of two tensors wins
+            for tensor in opened.header:
+                if self.weight_map.get(tensor) != name:
+                    raise CheckpointError(
+                        f"{str(file)!r} does not fit its shards: {name!r} holds {tensor!r}, which "
+                        f"is not in the index there. Write the checkpoint again, or leave it out."
+                    )
         self.header = {t: self.shards[name].header[t] for t, name in self.weight_map.items()}
 
     def __repr__(self) -> str:

@@ -101,9 +101,12 @@ def find_runs(
     suffixes: Collection[str],
     depth: int = DEPTH,
     lightning: int = DEPTH + 1,
-    above: frozenset[str] = frozenset(),
+    seen: set[str] | None = None,
 ) -> Iterator[Run]:
-    """The runs in a folder, and the checkpoints that stand alone, in natural order."""
+    """The runs in a folder, and the checkpoints that stand alone, in natural order.
+
+    A folder that several links lead to is looked into once, and circles end.
+    """
     inner = [path for path in folder.iterdir() if path.is_dir() and path.name[:1] != "."]
     inner.sort(key=natural_key)
     steps = [path for path in inner if STEP.fullmatch(path.name) and find_weights(path)]
@@ -124,14 +127,15 @@ def find_runs(
         else:
             yield from alone(found)
         return
-    above |= {os.path.realpath(folder)}
+    seen = {os.path.realpath(folder)} if seen is None else seen
     for path in inner:
-        if path.is_symlink() and os.path.realpath(path) in above:
-            continue  # a circle
+        if (real := os.path.realpath(path)) in seen:
+            continue
+        seen.add(real)
         is_lightning = LIGHTNING.fullmatch(path.name) is not None
         left = depth - (not is_lightning), lightning - is_lightning
         if min(left) >= 0:
-            yield from find_runs(path, suffixes, *left, above)
+            yield from find_runs(path, suffixes, *left, seen)
 
 
 def alone(paths: Iterable[Path]) -> list[Run]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +13,9 @@ import torch
 
 from ..exceptions import CheckpointError
 from .in_memory import check_state_dict
-from .pickles import check_pickles
+from .pickles import check_pickles, is_zip
 from .protocol import Read, TensorInfo
-from .read import TORCH_SUFFIXES, CheckpointFile, file_identity, naming
+from .read import SAFETENSORS_DTYPES, TORCH_SUFFIXES, CheckpointFile, file_identity, naming
 
 REPEATED = 100  # how often the numbers in a file may occur in its tensors
 # modules whose names a pickle has no harmless use for, also by their names in Python 2
@@ -34,8 +33,16 @@ class TorchFile(CheckpointFile):
     def _read_header(self) -> dict[str, TensorInfo]:
         check_pickles(self.file)
         # on 'meta' the storages stay on disk; a legacy pickle is read once and dropped
-        state = _load_torch(self.file, "meta", self.key)
+        raw = _load(self.file, "meta")
+        self.is_plain = _is_state_dict(raw)  # what is no container
+        state = _state_dict(raw, self.key, self.file)
         header = {name: TensorInfo.of(value) for name, value in state.items()}
+        for name, info in header.items():
+            if info.dtype not in SAFETENSORS_DTYPES.values() and not info.dtype.is_complex:
+                raise CheckpointError(
+                    f"{str(self.file)!r} can't be used: {name!r} has dtype {info.dtype}, expected "
+                    f"one of {', '.join(map(str, SAFETENSORS_DTYPES.values()))}."
+                )
         # tied and expanded tensors are larger than their file, but not by far
         nbytes, size = sum(info.nbytes for info in header.values()), self.file.stat().st_size
         if nbytes > REPEATED * max(size, 2**20):
@@ -48,15 +55,16 @@ class TorchFile(CheckpointFile):
 
     @contextmanager
     def _open(self) -> Iterator[Read]:
-        yield _load_torch(self.file, "cpu", self.key).__getitem__
+        yield _state_dict(_load(self.file, "cpu"), self.key, self.file).__getitem__
 
 
 _ONE_AT_A_TIME = threading.Lock()  # torch has one list of safe globals for all threads
 
 
-def _load_torch(path: Path, device: str, key: str | None) -> dict[str, torch.Tensor]:
-    """The state dict of a file, on a device."""
-    return check_state_dict(_unwrap(_load(path, device), key, repr(str(path))), repr(str(path)))
+def _state_dict(raw: Any, key: str | None, path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in what a file holds."""
+    where = repr(str(path))
+    return check_state_dict(_unwrap(raw, key, where), where)
 
 
 def read_container(path: Path) -> Mapping[str, Any]:
@@ -65,9 +73,9 @@ def read_container(path: Path) -> Mapping[str, Any]:
     What is in it is as the file has it: of any type, with placeholders for foreign classes.
     """
     file_identity(path)
-    if not zipfile.is_zipfile(path):
-        return {}
     with naming(path):
+        if not is_zip(path):
+            return {}
         check_pickles(path)
         found = _load(path, "cpu")
     return found if isinstance(found, Mapping) else {}
@@ -75,12 +83,24 @@ def read_container(path: Path) -> Mapping[str, Any]:
 
 def _load(path: Path, device: str) -> Any:
     """Load with ``weights_only``; harmless foreign classes become inert placeholders."""
-    is_zip = zipfile.is_zipfile(path)  # torch's format since 1.6; only its classes can be listed
-    with _ONE_AT_A_TIME:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
+    packed = is_zip(path)  # torch's format since 1.6; only its classes can be listed
+    with _ONE_AT_A_TIME, _nothing_allowed():
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if packed else []
         inert: list[Any] = [(_placeholder(name), name) for name in foreign if _is_harmless(name)]
         with torch.serialization.safe_globals(inert), _without_a_warning_of_the_protocol():
-            return torch.load(path, map_location=device, mmap=is_zip or None, weights_only=True)
+            return torch.load(path, map_location=device, mmap=packed or None, weights_only=True)
+
+
+@contextmanager
+def _nothing_allowed() -> Iterator[None]:
+    """Take back meanwhile what libraries have allowed torch to build from files: it would act."""
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(allowed)
 
 
 @contextmanager
@@ -127,8 +147,17 @@ def _unwrap(state: Any, key: str | None, where: str) -> Any:
     candidates = [
         name
         for name, value in state.items()
-        if _is_state_dict(value) and not str(name).endswith("_extra_state")  # part of a flat one
+        if isinstance(name, str)
+        and _is_state_dict(value)
+        and not name.endswith("_extra_state")  # part of a flat one
     ]
+    for name in candidates:
+        twice = [n for n in state[name] if isinstance(state.get(n), torch.Tensor)]
+        if twice:
+            raise CheckpointError(
+                f"{where} holds {twice[0]!r} twice, beside {name!r} and in it: other readers may "
+                f"take the other one. Save the state dict alone: torch.save(state_dict, path)."
+            )
     listed = ", ".join(f"{name!r} ({len(state[name])} tensors)" for name in candidates)
     if key is not None:
         if key in candidates:

@@ -45,10 +45,10 @@ def targets_from(X: Any) -> NDArray[np.int64] | None:
     ids = X.get("input_ids") if isinstance(X, Mapping) else X
     if ids is None or isinstance(ids, tuple):
         return None
-    y = np.array(torch.as_tensor(ids).cpu(), dtype=np.int64)
+    y: NDArray[np.int64] = torch.as_tensor(ids).cpu().numpy().astype(np.int64)  # a copy
     mask = X.get("attention_mask") if isinstance(X, Mapping) else None
     if mask is not None:
-        y[np.asarray(torch.as_tensor(mask).cpu()) == 0] = IGNORED
+        y[torch.as_tensor(mask).cpu().numpy() == 0] = IGNORED
     return y
 
 

@@ -16,8 +16,10 @@ import torch
 from ..checkpoints.architecture import ModuleSource
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.converted import open_alike
+from ..checkpoints.hub_config import refuse_other_weights
 from ..checkpoints.protocol import Read, TensorInfo, same_bits
 from ..checkpoints.sources import open_checkpoint
+from ..checkpoints.torch_files import TorchFile
 from ..exceptions import RecipeError
 from ..runtime.fingerprint import tensor_bytes
 from .ingredients import check_base, find_ingredient, select_ingredients
@@ -192,9 +194,19 @@ def _reading(
 ) -> Iterator[tuple[Mapping[str, TensorInfo], Read]]:
     """Header and reader of a state dict, a file or a folder, by the names of a module."""
     if isinstance(weights, Mapping):
-        yield {n: TensorInfo.of(value) for n, value in weights.items()}, weights.__getitem__
+        yield (
+            {n: TensorInfo.of(value) for n, value in weights.items()},
+            lambda name: weights[name].resolve_neg(),
+        )
     else:
-        ways = open_alike(Path(weights), module), open_checkpoint(Path(weights))
+        path = Path(weights)
+        refuse_other_weights(path if path.is_dir() else path.parent)
+        ways = open_alike(path, module), open_checkpoint(path)
+        if isinstance(ways[1], TorchFile) and not ways[1].is_plain:
+            raise RecipeError(
+                f"{str(path)!r} holds more than a plain state dict, so that other readers may find "
+                f"other weights in it: expected what soup.save writes."
+            )
         opened = max(ways, key=lambda way: len(way.header.keys() & set(names)))
         with opened.open() as read:
             yield opened.header, read

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
+from sklearn.metrics import log_loss
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -300,3 +301,30 @@ def test_the_advice_to_move_an_axis_is_code_that_fits_the_module(X, wrap, code):
     message = re.escape(f"forward=lambda module, X: {code}.movedim(-1, 1).")
     with pytest.raises(ValueError, match=message):
         UniformSoup().fit(nets, X, y)
+
+
+def test_log_loss_of_pixels(pixels):
+    checkpoints, X, y = pixels
+    weight = np.random.default_rng(0).random(len(y))
+    soup = GreedySoup(scoring="neg_log_loss", batch_size=7).fit(
+        checkpoints, X, y, sample_weight=weight
+    )
+    with torch.no_grad():
+        logits = soup.module_(torch.as_tensor(X))
+    each = nn.functional.cross_entropy(logits, torch.as_tensor(y), reduction="none").double()
+    w = torch.as_tensor(weight)[:, None, None] * torch.as_tensor(y != -100)
+    expected = -float((w * each).sum() / w.sum())
+    assert soup.mean_log_likelihood(X, y, sample_weight=weight) == pytest.approx(expected, abs=1e-6)
+    assert soup.path_[-1]["score"] <= max(tried["score"] for tried in soup.path_)
+    kept = [tried["score"] for tried in soup.path_ if tried["kept"]][-1]
+    assert kept == pytest.approx(expected, abs=1e-5)
+
+
+def test_log_loss_of_rows_is_that_of_scikit_learn():
+    torch.manual_seed(0)
+    checkpoints = CheckpointCollection([nn.Linear(4, 3) for _ in range(3)])
+    X, y = torch.randn(20, 4).numpy(), np.arange(20) % 3
+    soup = LearnedSoup(max_epochs=1, random_state=0, center="mean").fit(checkpoints, X, y)
+    soup.temperature_ = 1.7
+    expected = log_loss(y, soup.predict_proba(X))
+    assert soup.mean_log_likelihood(X, y) == pytest.approx(-expected, abs=1e-6)

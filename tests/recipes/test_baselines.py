@@ -38,7 +38,7 @@ def test_ensemble_averages_logits(zoo: Zoo):
     assert (ensemble.predict(zoo.X) == mean.argmax(1).numpy()).all()
 
 
-@pytest.mark.parametrize("name", ["state_dict", "module_", "save", "recipe_"])
+@pytest.mark.parametrize("name", ["state_dict", "module_", "save", "save_adapter", "recipe_"])
 def test_ensemble_has_no_weights(zoo: Zoo, name):
     ensemble = CheckpointEnsemble().fit(zoo.checkpoints, zoo.X, zoo.y)
     assert not hasattr(ensemble, name)

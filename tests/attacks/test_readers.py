@@ -1,0 +1,298 @@
+"""Files that readers read in different ways, classes that libraries allow, builds without end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from sksoup import CheckpointCollection, CheckpointError, Recipe, RecipeError, mix
+from sksoup.__main__ import main
+from sksoup.checkpoints import growth
+from sksoup.checkpoints.records import read_lightning
+
+from .test_configs import BERT, write
+from .test_pickles import NUMBERS, WEIGHT, name, pickled, tensor, text, write_legacy, write_zip
+
+transformers = pytest.importorskip("transformers")
+
+
+# ------------------------------------------------------------------ pickles
+
+
+@pytest.mark.parametrize("end", [b"PK\5\6", b"\0" * 70_000])
+def test_an_archive_that_two_readers_tell_apart_is_refused(tmp_path, end):
+    secret = (text("w"), name("torch.ByteTensor") + b"J" + struct.pack("<i", 1 << 20) + b"\x85R")
+    path = write_zip(tmp_path / "a.pt", ("data.pkl", pickled(secret)), NUMBERS)
+    path.write_bytes(path.read_bytes() + end)
+    with pytest.raises(CheckpointError, match=r"a\.pt' .*can't be read"):
+        CheckpointCollection([path])
+
+
+def test_a_legacy_file_with_an_archive_behind_it_is_refused(tmp_path):
+    path = write_legacy(tmp_path / "a.pt", pickled(), b"\x80\x02].")
+    archive = write_zip(tmp_path / "b.pt", ("data.pkl", pickled(WEIGHT)), NUMBERS)
+    path.write_bytes(path.read_bytes() + archive.read_bytes())
+    with pytest.raises(CheckpointError, match="two readers find different things"):
+        CheckpointCollection([path])
+
+
+def test_what_torch_or_a_library_has_allowed_is_not_called(tmp_path, monkeypatch):
+    """A DeviceMesh opens connections; here it would only set a mark."""
+    called = []
+    monkeypatch.setattr(DeviceMesh, "__init__", lambda self, *given: called.append(given))
+    mesh = (text("m"), name("torch.distributed.device_mesh.DeviceMesh") + text("cpu") + b"]\x86R")
+    inner = (text("state_dict"), b"}" + WEIGHT[0] + WEIGHT[1] + b"s")
+    zipped = write_zip(tmp_path / "a.pt", ("data.pkl", pickled(inner, mesh)), NUMBERS)
+    legacy = write_legacy(tmp_path / "b.pt", pickled(mesh), b"\x80\x02].")
+    with torch.serialization.safe_globals([DeviceMesh]):
+        for path in (zipped, legacy):
+            with pytest.raises(CheckpointError, match=r"more than tensors \(torch\.distributed"):
+                CheckpointCollection([path])
+        assert DeviceMesh in torch.serialization.get_safe_globals()
+    assert not called
+
+
+class Allowed:
+    """A class that the user's program has allowed."""
+
+    calls = 0
+
+    def __init__(self, *given):
+        type(self).calls += 1
+
+
+def test_a_foreign_class_that_is_allowed_elsewhere_becomes_a_placeholder(tmp_path):
+    Allowed.calls = 0
+    torch.save({"state_dict": {"w": torch.ones(2)}, "args": Allowed()}, tmp_path / "a.pt")
+    made = Allowed.calls
+    with torch.serialization.safe_globals([Allowed]):
+        ckpts = CheckpointCollection([tmp_path / "a.pt"])
+        assert ckpts["a"]["w"].tolist() == [1, 1]
+        assert Allowed in torch.serialization.get_safe_globals()
+    assert Allowed.calls == made
+
+
+@pytest.mark.parametrize("hidden", ["real", "detach", "items", "get"])
+def test_attributes_that_hide_methods_are_refused(tmp_path, hidden):
+    state = b"}" + text(hidden) + name("torch.Tensor") + b"s"
+    hiding = (
+        name("torch._tensor._rebuild_from_type_v2")
+        + b"("
+        + name("torch._utils._rebuild_tensor_v2")
+        + name("torch.Tensor")
+        + tensor(4, 1).partition(b"_rebuild_tensor_v2\n")[2].removesuffix(b"R")
+        + state
+        + b"tR"
+    )
+    odd = name("collections.OrderedDict") + b")R" + state + b"b"
+    for content in (pickled((text("w"), hiding)), pickled(WEIGHT, (text("x"), odd))):
+        path = write_zip(tmp_path / "a.pt", ("data.pkl", content), NUMBERS)
+        with pytest.raises(CheckpointError, match=f"an object whose '{hidden}' is replaced"):
+            CheckpointCollection([path])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        name("_codecs.encode") + b"h\x01" + text("latin1") + b"\x86R",
+        name("__builtin__.set") + b"h\x02\x85R",
+        name("collections.Counter") + b"h\x02\x85R",
+    ],
+    ids=["encode", "set", "Counter"],
+)
+def test_calls_on_one_large_argument_again_and_again_are_refused(tmp_path, call):
+    numbers = b"](" + b"J\0\0\0\0" * 20_000 + b"eq\x02"
+    content = pickled(
+        WEIGHT, (text("t"), text("a" * 200_000) + b"q\x01"), (text("l"), numbers),
+        (text("c"), b"](" + call * 5_000 + b"e"),
+    )  # fmt: skip
+    path = write_zip(tmp_path / "a.pt", ("data.pkl", content), NUMBERS)
+    begin = time.perf_counter()
+    with pytest.raises(CheckpointError, match="again and again"):
+        CheckpointCollection([path])
+    assert time.perf_counter() - begin < 10
+
+
+def test_a_name_that_is_no_text_is_not_written_out(tmp_path):
+    long = b"(" + text("a" * 100_000) + b"q\x01" + b"h\x01" * 5_000 + b"t"  # 500 MB as text
+    inner = (text("state_dict"), b"}" + WEIGHT[0] + WEIGHT[1] + b"s")
+    callbacks = (text("callbacks"), b"}" + long + b"}s")
+    path = write_zip(tmp_path / "a.pt", ("data.pkl", pickled((long, tensor(4, 1)))), NUMBERS)
+    with pytest.raises(CheckpointError) as caught:
+        CheckpointCollection([path])
+    assert len(str(caught.value)) < 1_000
+    path = write_zip(tmp_path / "b.pt", ("data.pkl", pickled((long, b"}"), inner)), NUMBERS)
+    assert CheckpointCollection([path])["b"]["w"].tolist() == [1, 2, 3, 4]
+    path = write_zip(tmp_path / "last.ckpt", ("data.pkl", pickled(inner, callbacks)), NUMBERS)
+    assert read_lightning([path]).best is None
+
+
+def test_tensors_with_the_negative_bit_are_read_as_their_values(tmp_path):
+    good = {"w": torch.arange(3.0) + 1}
+    odd = {"w": torch._neg_view(-good["w"])}
+    torch.save(good, tmp_path / "a.pt")
+    torch.save(odd, tmp_path / "b.pt")
+    files = CheckpointCollection([tmp_path / "a.pt", tmp_path / "b.pt"])
+    for ckpts in (files, CheckpointCollection([good, odd])):
+        assert mix(ckpts, [0.5, 0.5])["w"].tolist() == [1, 2, 3]
+        ckpts.describe()
+    recipe = Recipe.record("by hand", files, [0.5, 0.5], layers={"w": 0})
+    assert recipe.verify(odd, files).ok
+
+
+def test_dtypes_that_can_not_be_mixed_are_refused_when_opened(tmp_path):
+    torch.save(
+        {"w": torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}, tmp_path / "a.pt"
+    )
+    with pytest.raises(CheckpointError, match=r"'w' has dtype torch\.float4"):
+        CheckpointCollection([tmp_path / "a.pt"])
+
+
+# ------------------------------------------------- verified, and other weights elsewhere
+
+
+@pytest.fixture
+def soup(tmp_path):
+    """Two small models, the folder of their mean, and its weights."""
+    config = transformers.BertConfig(**{k: v for k, v in BERT.items() if k != "architectures"})
+    torch.manual_seed(0)
+    for each in "ab":
+        transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "in" / each)
+    ckpts = CheckpointCollection.from_path(tmp_path / "in")
+    layers = dict.fromkeys(ckpts.layout, 0)
+    recipe = Recipe.record("average", ckpts, [[0.5, 0.5]], layers=layers, layer_names=("all",))
+    folder = recipe.cook(ckpts, out=tmp_path / "soup")
+    shutil.copy(tmp_path / "in/a/config.json", folder)
+    assert main(["verify", str(folder), str(tmp_path / "in")]) == 0
+    return folder, recipe.cook(ckpts)
+
+
+def test_a_tensor_in_two_shards_is_refused(soup, tmp_path, capsys):
+    folder, weights = soup
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    other = {n: torch.full_like(w, 7) for n, w in weights.items()}
+    last = next(reversed(weights))
+    other[last] = weights[last]
+    save_file(other, folder / "other.safetensors", {"format": "pt"})
+    index["weight_map"][last] = "other.safetensors"
+    path.write_text(json.dumps(index))
+    assert main(["verify", str(folder), str(tmp_path / "in")]) == 2
+    assert "is not in the index there" in capsys.readouterr().err
+
+
+def test_a_shard_with_more_than_the_index_lists_is_refused(soup):
+    folder, _ = soup
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    shard = folder / next(iter(index["weight_map"].values()))
+    save_file(load_file(shard) | {"more": torch.ones(2)}, shard, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="holds 'more'"):
+        CheckpointCollection([folder])
+
+
+def test_a_config_that_names_other_weights_is_not_verified(soup, tmp_path, capsys):
+    folder, _ = soup
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_weights": "x"}))
+    assert main(["verify", str(folder), str(tmp_path / "in")]) == 2
+    assert "transformers_weights" in capsys.readouterr().err
+
+
+def test_a_container_is_not_verified(tmp_path):
+    nets = [nn.Linear(2, 2) for _ in range(2)]
+    ckpts = CheckpointCollection(nets)
+    layers = dict.fromkeys(ckpts.layout, 0)
+    recipe = Recipe.record("average", ckpts, [0.5, 0.5], layers=layers)
+    good = recipe.cook(ckpts)
+    evil = {n: w + 1 for n, w in good.items()}
+    torch.save({**evil, "extra": good}, tmp_path / "soup.pt")
+    with pytest.raises(CheckpointError, match="twice, beside 'extra'"):
+        recipe.verify(tmp_path / "soup.pt", ckpts)
+    torch.save({"extra": good}, tmp_path / "soup.pt")
+    with pytest.raises(RecipeError, match="more than a plain state dict"):
+        recipe.verify(tmp_path / "soup.pt", ckpts)
+    torch.save(good, tmp_path / "soup.pt")
+    assert recipe.verify(tmp_path / "soup.pt", ckpts).ok
+
+
+# ---------------------------------------------------------------- without end
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "levit", "architectures": ["LevitModel"], "image_size": 6400},
+        {"model_type": "inkling_vision", "architectures": ["InklingVisionModel"], "patch_size": 0},
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_a_build_that_takes_too_long_is_stopped(tmp_path, monkeypatch, config):
+    if config["model_type"] not in transformers.CONFIG_MAPPING:
+        pytest.skip("this version of transformers has no such model")
+    monkeypatch.setattr(growth, "SECONDS", 2)
+    folder = write(tmp_path / "ft", config, {"w": torch.zeros(1000)})
+    begin = time.perf_counter()
+    with pytest.raises(CheckpointError, match="takes too long, or too much memory"):
+        CheckpointCollection([folder]).build_module()
+    assert time.perf_counter() - begin < 30
+    assert sum(range(1000)) == 499_500  # nothing is raised later
+
+
+def test_a_build_that_takes_too_much_memory_is_stopped(monkeypatch):
+    monkeypatch.setattr(growth, "MEMORY", 1 << 26)
+    held: list[bytearray] = []
+
+    def build():
+        with growth.bounded_work(1, Path("ft/config.json")):
+            for _ in range(10_000):
+                held.append(bytearray(b"x" * (1 << 20)))
+                time.sleep(0.01)
+
+    with pytest.raises(CheckpointError, match=r"ft/config\.json' .*too much memory"):
+        build()
+    assert len(held) < 2_000
+
+
+def test_a_pattern_does_not_follow_links_without_end(tmp_path):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    torch.save({"w": torch.ones(2)}, runs / "x.pt")
+    (runs / "y").mkdir()
+    torch.save({"w": torch.ones(2)}, runs / "y" / "z.pt")
+    for link in ("a", "b"):
+        os.symlink(runs, runs / link)
+    begin = time.perf_counter()
+    assert len(CheckpointCollection.from_path(runs / "**" / "*.pt")) == 2
+    assert time.perf_counter() - begin < 10
+
+
+def test_folders_that_many_links_lead_to_are_looked_into_once(tmp_path, monkeypatch):
+    for folder in ("top", "e", "f"):
+        (tmp_path / folder).mkdir()
+    for k in range(40):
+        os.symlink(tmp_path / "e", tmp_path / "top" / f"l{k}")
+        os.symlink(tmp_path / "f", tmp_path / "e" / f"l{k}")
+    torch.save({"w": torch.ones(2)}, tmp_path / "f" / "x.pt")
+    looked = []
+    real = os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path: looked.append(path) or real(path))
+    assert len(CheckpointCollection.from_path(tmp_path / "top")) == 1
+    assert len(looked) < 200
+
+
+def test_two_names_for_one_file_are_not_saved(tmp_path):
+    ckpts = CheckpointCollection({"x/y": {"w": torch.ones(1)}, "x//y": {"w": torch.zeros(1)}})
+    with pytest.raises(ValueError, match="one file"):
+        ckpts.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
