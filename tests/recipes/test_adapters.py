@@ -249,7 +249,8 @@ def test_a_replay_reads_no_factors(name, adapters, folder, data, tmp_path):
 
 IN_JOBS = {  # written here and read there, so that jobs import little
     "greedy": "GreedySoup(batch_size=20, min_improvement=-1.0)",
-    "learned+": "LearnedSoup(layerwise=True, max_epochs=2, batch_size=25, random_state=0)",
+    "learned+": "LearnedSoup(layerwise=True, max_epochs=2, batch_size=25, random_state=0, "
+    "center='mean', clip_deltas=None)",
     "MEHL+": "MEHLSoup(layerwise=True, model_batch_size=2, max_epochs=2, batch_size=20, "
     "center='mean', clip_deltas=None, random_state=0)",
 }
