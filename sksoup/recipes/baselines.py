@@ -285,18 +285,7 @@ class CheckpointEnsemble(BaseSoup):
         return None
 
     def _outputs_of(self, X: Any) -> torch.Tensor:
-        checkpoints: CheckpointCollection = self.checkpoints_
-        module = prepare_module(
-            checkpoints.build_module(), checkpoints, resolve_device(self.device)
-        )
-        total: torch.Tensor | None = None
-        for name in checkpoints:
-            load_weights(module, checkpoints[name])
-            outputs = self._module_outputs(module, X)
-            total = outputs if total is None else total.add_(outputs)
-        if total is None:  # pragma: no cover - a collection is never empty
-            raise RuntimeError("no checkpoints")
-        return total / len(checkpoints)
+        return self._network()[1](X)
 
     def _network(self) -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
         """A module, and the mean logits of some rows: each time all checkpoints are read."""
