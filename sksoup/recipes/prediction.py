@@ -100,7 +100,7 @@ class PredictionMixin:
         if is_loader(X):
             names = self.input_names_
             for rows, labels in minibatches(
-                X, y, self._rows_at_once(), ordered=ordered, pads=True,
+                X, y, self.batch_size, ordered=ordered, pads=True,
                 n_inputs=names if isinstance(names, int) else None,
             ):  # fmt: skip
                 yield validate_inputs(self, rows), labels

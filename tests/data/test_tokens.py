@@ -213,6 +213,13 @@ def test_an_ensemble_averages_the_logits_of_each_minibatch():
     labels = y[:, 1:].flatten()
     loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels)
     assert soup.score(X, y) == pytest.approx(-float(loss), abs=1e-5)
+    loader = DataLoader([{n: x[k] for n, x in X.items()} for k in range(len(y))], batch_size=30)
+    seen = []
+    soup._module_outputs = lambda module, rows: (
+        seen.append(len(rows["input_ids"])) or type(soup)._module_outputs(soup, module, rows)
+    )
+    assert soup.score(loader) == pytest.approx(-float(loss), abs=1e-5)
+    assert max(seen) == 4  # also where a batch of the loader is larger
 
 
 @pytest.mark.parametrize(
