@@ -92,19 +92,29 @@ def bounded_work(n_tensors: int, path: Path) -> Iterator[None]:
                 return
 
     threading.Thread(target=watch, name="sksoup-build-watch", daemon=True).start()
+    stopped, failure = False, None
     try:
-        yield
+        try:
+            yield
+        except _Stopped:
+            stopped = True
+        except BaseException as error:
+            failure = error
+        with lock:
+            done.set()
+        # on its way: to take it back, by None, would leave Python 3.11 with a signal for ever
+        while fired.is_set() and not stopped:
+            time.sleep(0.001)
     except _Stopped:
+        stopped = True
+    if failure is not None and not stopped:
+        raise failure
+    if stopped:
         raise CheckpointError(
             f"{str(path)!r} describes a module that takes too long, or too much memory, to build "
             f"({SECONDS} s or {MEMORY >> 30} GiB without any weights). Correct the file, or give "
             f"module=build_model."
-        ) from None
-    finally:
-        with lock:
-            done.set()
-        if fired.is_set():  # perhaps not raised yet
-            raise_in(ctypes.c_ulong(here), None)
+        )
 
 
 def _resident() -> int:
