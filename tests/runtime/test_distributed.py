@@ -215,11 +215,11 @@ def test_batch_statistics_are_not_shared_out(monkeypatch):
 def test_rank_0_writes(monkeypatch, tmp_path):
     zoo = make_zoo(3, seed=0)
     soup = GreedySoup().fit(zoo.checkpoints, zoo.X, zoo.y)
-    monkeypatch.setattr("sksoup.recipes.export.rank", lambda: 1)
+    monkeypatch.setattr("sksoup.recipes.export.process_rank", lambda: 1)
     soup.save(tmp_path / "soup.safetensors", card=True)
     soup.save_pretrained(tmp_path / "folder")
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr("sksoup.recipes.export.rank", lambda: 0)
+    monkeypatch.setattr("sksoup.recipes.export.process_rank", lambda: 0)
     soup.save(tmp_path / "soup.safetensors")
     assert (tmp_path / "soup.safetensors").exists()
 
