@@ -13,7 +13,6 @@ all adapters, above the module, its gradient, the rows and the activations of a 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 import warnings
@@ -30,6 +29,8 @@ from sksoup.engine.center import Anchor, centered
 from sksoup.engine.low_rank import LowRankBatch
 from sksoup.recipes.validation import prepare_problem
 from sksoup.runtime.live_tensors import LiveTensors
+
+from .tokens import in_turns
 
 LINEAR = ["query", "key", "value", "dense"]
 N_LABELS = 8
@@ -120,7 +121,6 @@ def step_ratio(
         compile=False, cache=None, progress=lambda name, n: None,
     )  # fmt: skip
     batches = list(problem.data.batches(len(y)))
-    ratios, bare, search = [], [], []
     with centered(problem, Anchor.mean(len(checkpoints))) as center:
         assert center is not None
         deltas = LowRankBatch(center, center.flat.weights.dtype)
@@ -136,17 +136,7 @@ def step_ratio(
             plain()
             deltas.project()
 
-        for turn in range(turns + 1):
-            taken = []
-            for run in (plain, searched):
-                start = time.perf_counter()
-                run()
-                taken.append(time.perf_counter() - start)
-            if turn:  # the first warms up
-                ratios.append(taken[1] / taken[0])
-                bare.append(taken[0])
-                search.append(taken[1])
-    return statistics.median(ratios), statistics.median(bare), statistics.median(search)
+        return in_turns(plain, searched, turns)
 
 
 def live_models(checkpoints: CheckpointCollection, X: Any, y: torch.Tensor) -> tuple[float, float]:

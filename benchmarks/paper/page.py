@@ -88,6 +88,22 @@ def paired(
     ]
 
 
+def beside_best(
+    seeds: Sequence[Mapping[str, Any]], digits: Mapping[str, int], after: int
+) -> list[list[str]]:
+    """A row for each system: its measures, and after some its gain over the best checkpoint."""
+    rows = []
+    for name in seeds[0]:
+        own = [seed[name] for seed in seeds]
+        means = [
+            cell([one and one[measure] for one in own], lambda values, d=d: pm(values, d))
+            for measure, d in digits.items()
+        ]
+        gain = cell(paired(seeds, name, "Best checkpoint"), signed)
+        rows.append([name, *means[:after], gain, *means[after:]])
+    return rows
+
+
 def mean_of(values: Iterable[float | None]) -> float:
     """The mean of those that did not diverge."""
     there = [value for value in values if value is not None]
@@ -375,16 +391,7 @@ class Page:
         systems = [
             one["systems"] | other["systems"] for one, other in zip(seeds, instead, strict=True)
         ]
-        rows = []
-        for name in systems[0]:
-            own = [one[name] for one in systems]
-            columns = (("test", 2), ("log_loss", 3), ("seconds", 0))
-            means = [
-                cell([one and one[measure] for one in own], lambda values, d=d: pm(values, d))
-                for measure, d in columns
-            ]
-            gain = cell(paired(systems, name, "Best checkpoint"), signed)
-            rows.append([name, means[0], gain, *means[1:]])
+        rows = beside_best(systems, {"test": 2, "log_loss": 3, "seconds": 0}, after=1)
         header = ["system", "accuracy, %", "– best adapter", "log-loss", "seconds"]
         gap = max(seed["cat_differs_from_uniform_by"] for seed in instead)
         sizes = [seeds[0][name] / 2**20 for name in ("adapter_bytes", "model_bytes")]
@@ -402,16 +409,7 @@ class Page:
         titles = {"language": "All weights fine-tuned", "language-lora": "LoRA adapters"}
         for kind, seeds in self.found["language"]["results"].items():
             systems = [seed["systems"] for seed in seeds]
-            rows = []
-            for name in systems[0]:
-                own = [one[name] for one in systems]
-                columns = (("held_out", 2), ("test", 2), ("seconds", 0))
-                means = [
-                    cell([one and one[measure] for one in own], lambda values, d=d: pm(values, d))
-                    for measure, d in columns
-                ]
-                gain = cell(paired(systems, name, "Best checkpoint"), signed)
-                rows.append([name, *means[:2], gain, means[2]])
+            rows = beside_best(systems, {"held_out": 2, "test": 2, "seconds": 0}, after=2)
             header = ["system", "held-out perplexity", "test perplexity", "– best", "seconds"]
             parts.append(table(header, rows, f"{titles[kind]}, {len(seeds)} splits"))
         return _template("page_language").replace("@language@", "\n".join(parts))

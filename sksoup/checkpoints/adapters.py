@@ -17,7 +17,7 @@ from torch import nn
 from ..exceptions import CheckpointError
 from .base_model import TRANSPOSED, BaseModel
 from .in_memory import MemoryCheckpoint, content_sha256
-from .low_rank import Factors, LowRankCheckpoint, ReadFactors
+from .low_rank import Factors, LowRankCheckpoint, ReadFactors, widened
 from .peft_config import PeftConfig
 from .protocol import Checkpoint, Entry, Read, TensorInfo, same_bits
 from .sources import open_checkpoint
@@ -66,8 +66,7 @@ class AdapterCheckpoint(LowRankCheckpoint):
                 value = read_base(name)
                 if (added := factors(name)) is None:
                     return value
-                dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-                total = value.to(dtype, copy=True, memory_format=torch.contiguous_format)
+                total = widened(value)
                 added.add_to(total)
                 return total.to(value.dtype)
 

@@ -46,6 +46,12 @@ class Factors:
             rows[part] += product if c == 1.0 else product * c
 
 
+def widened(w: torch.Tensor) -> torch.Tensor:
+    """A copy in the accumulator's dtype: float32, or float64 for float64."""
+    dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+    return w.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
 # gives the factors of a tensor, or None where it is the base's or held whole
 ReadFactors: TypeAlias = Callable[[str], Factors | None]
 

@@ -20,10 +20,6 @@ class Stack:
     right: torch.Tensor  # (R, n)
     owner: torch.Tensor  # (R,), place of the adapter that a column of left belongs to
 
-    @property
-    def nbytes(self) -> int:
-        return self.left.nbytes + self.right.nbytes
-
     def to(self, device: torch.device, dtype: torch.dtype) -> Stack:
         """The same elsewhere."""
         return Stack(
@@ -61,8 +57,8 @@ def read_stacks(checkpoints: CheckpointCollection, names: Collection[str]) -> di
                     owners[name] += [k] * both.rank
     return {
         name: Stack(
-            torch.cat(lefts[name], dim=1).contiguous(),
-            torch.cat(rights[name]).contiguous(),
+            torch.cat(lefts.pop(name), dim=1),  # one tensor's parts at a time are there twice
+            torch.cat(rights.pop(name)),
             torch.tensor(owners[name], dtype=torch.long),
         )
         for name in names

@@ -35,10 +35,10 @@ class LowRankBatch:
         self._segments = [segment for segment in segments if segment.name in low]
         self._dense = [segment for segment in segments if segment.name not in low]
         self._base = self._read_base(center)
-        self._stacks: list[Stack] = []
-        for segment in self._segments:
-            (stack,) = read_stacks(center.checkpoints, [segment.name]).values()
-            self._stacks.append(stack.to(self._device, delta_dtype))
+        stacks = read_stacks(center.checkpoints, [segment.name for segment in self._segments])
+        self._stacks: list[Stack] = [
+            stacks.pop(segment.name).to(self._device, delta_dtype) for segment in self._segments
+        ]
         self._centers, self._whole = self._read_whole(center, delta_dtype)
 
     def release(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.low_rank import LowRankCheckpoint
+from ..checkpoints.low_rank import LowRankCheckpoint, widened
 from ..checkpoints.protocol import TensorInfo, same_bits
 from ..checkpoints.write import write_shards
 from ..exceptions import CheckpointError
@@ -246,7 +246,7 @@ def _accumulate_on_base(
     differing = {n for n in names if any(n in one.ranks for one in adapters.values())}
     base = next(iter(adapters.values())).base
     with base.open() as read:
-        mixed = {n: _widened(read(n)) if n in differing else read(n).clone() for n in names}
+        mixed = {n: widened(read(n)) if n in differing else read(n).clone() for n in names}
     for name in names - differing:
         if mixed[name].isnan().any():
             raise CheckpointError(
@@ -303,12 +303,6 @@ def _check_range(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
         f"checkpoints that hold such values (collection.healthy() does), or use coefficients "
         f"closer to [0, 1]."
     )
-
-
-def _widened(w: torch.Tensor) -> torch.Tensor:
-    """A copy in the accumulator's dtype: float32, or float64 for float64."""
-    dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-    return w.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 class _Sum:
