@@ -8,13 +8,17 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .axes import BLUE, GREY, Display, label_ticks, new_axes
+from .axes import BLUE, GREEN, GREY, ORANGE, RED, Display, label_ticks, new_axes
+
+MARKERS, COLORS = "osD^vP*X<>ph8", (BLUE, ORANGE, GREEN, RED, GREY)
 
 
 class ComparisonDisplay(Display):
     """Show the scores of several systems on the held-out rows and on test rows.
 
-    A marker for each system and set of rows, with a bar of one standard deviation.
+    A marker for each system and set of rows, with a bar of one standard deviation. With scores
+    under distribution shift, a marker for each system instead: across the score on the test rows,
+    upwards the score under shift.
 
     Parameters
     ----------
@@ -26,6 +30,8 @@ class ComparisonDisplay(Display):
         Scores on rows that were not used to find the coefficients.
     held_out_std, test_std : array-like of shape (n_systems,) or None, default=None
         Standard deviations; None for those of the repeats.
+    shifted : array-like of the same shape, or None, default=None
+        Scores under distribution shift, such as the mean of several test sets.
 
     Attributes
     ----------
@@ -50,12 +56,16 @@ class ComparisonDisplay(Display):
         *,
         held_out_std: ArrayLike | None = None,
         test_std: ArrayLike | None = None,
+        shifted: ArrayLike | None = None,
     ) -> None:
         self.systems = tuple(systems)
         self.held_out = self._scores("held_out", held_out)
         self.test = None if test is None else self._scores("test", test)
         self.held_out_std = self._spread("held_out_std", held_out_std, self.held_out)
         self.test_std = None if self.test is None else self._spread("test_std", test_std, self.test)
+        self.shifted = None if shifted is None else self._scores("shifted", shifted)
+        if self.shifted is not None and self.test is None:
+            raise ValueError("shifted is drawn against test: give both.")
 
     def _scores(self, name: str, values: ArrayLike) -> NDArray[np.float64]:
         scores = np.asarray(values, dtype=np.float64)
@@ -76,7 +86,7 @@ class ComparisonDisplay(Display):
 
     @classmethod
     def from_comparison(cls, comparison: Any, *, ax: Any = None) -> Self:
-        """Show what `sksoup.inspection.compare_soups` measured.
+        """Show what `sksoup.inspection.compare_soups` measured; shift, if there are several sets.
 
         Parameters
         ----------
@@ -92,6 +102,7 @@ class ComparisonDisplay(Display):
         """
         results = comparison.results
         test = [result.test for result in results]
+        shifted = [result.mean_shifted for result in results]
         repeated = any(result.n_repeats > 1 for result in results)
         return cls(
             [result.system for result in results],
@@ -99,9 +110,28 @@ class ComparisonDisplay(Display):
             None if None in test else test,
             held_out_std=[result.held_out_std for result in results] if repeated else None,
             test_std=[result.test_std for result in results] if repeated else None,
+            shifted=None if None in shifted else shifted,
         ).plot(ax=ax)
 
     def _draw(self, ax: Any) -> None:
+        if self.shifted is not None and self.test is not None:
+            self._draw_shift(ax, self.test.mean(axis=1), self.shifted.mean(axis=1))
+        else:
+            self._draw_rows(ax)
+
+    def _draw_shift(self, ax: Any, test: NDArray[np.float64], shifted: NDArray[np.float64]) -> None:
+        """The figure of the papers: how much of a gain is one under shift, too."""
+        self.figure_, self.ax_ = new_axes(ax, 7.0, 4.2)
+        for i, name in enumerate(self.systems):
+            self.ax_.plot(
+                test[i], shifted[i], MARKERS[i % len(MARKERS)], color=COLORS[i % len(COLORS)],
+                markersize=7, linestyle="none", label=name,
+            )  # fmt: skip
+        self.ax_.grid(alpha=0.3)
+        self.ax_.set(xlabel="score on the first test set", ylabel="mean score on the shifted ones")
+        self.ax_.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+
+    def _draw_rows(self, ax: Any) -> None:
         n = len(self.systems)
         self.figure_, self.ax_ = new_axes(ax, 6.5, min(max(0.34 * n + 1.2, 2.6), 12.0))
         y = np.arange(n)

@@ -113,7 +113,7 @@ def advice(soup: Any, comparison: Any = None) -> list[str]:
             "No comparison was given. To add one, call "
             "soup.report(path, compare_soups(checkpoints, X_val, y_val, X_test, y_test))."
         )
-    elif comparison.n_test is None:
+    elif not comparison.n_test:
         said.append("No test rows were given: scores on the held-out rows are optimistic.")
     return said
 

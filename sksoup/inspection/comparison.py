@@ -27,6 +27,7 @@ from ..recipes.mehl import MEHLSoup
 from ..recipes.validation import check_flag, scorer_of
 from ..runtime.live_tensors import LiveTensors
 from .results import SoupComparison, SoupResult
+from .test_sets import Rows, named_test_sets
 
 # the papers' own settings, where the recipes have other defaults
 LEARNED: dict[str, Any] = {"center": "mean", "clip_deltas": None}
@@ -148,8 +149,13 @@ def compare_soups(
     X_val, y_val : array-like or Tensor of n_samples rows
         Held-out rows, on which the coefficients are found; ``y_val`` may be None for language
         models, as in `fit`.
-    X_test, y_test : array-like or Tensor, or None, default=None
-        Test rows, which are used for scores only.
+    X_test : array-like, Tensor or mapping of str to test sets, or None, default=None
+        Test rows, which are used for scores only. Several test sets, such as
+        ``{"clean": X, "noise": X_noisy}``, by name: the first is the reference, the others are
+        called shifted. Each is inputs whose labels are ``y_test``, or a pair ``(X, y)``. A mapping
+        with the keys of ``X_val`` is one test set of several inputs.
+    y_test : array-like or Tensor, or None, default=None
+        Their labels; None where the test sets are pairs.
     recipes : mapping of str to estimator or None, default=None
         Unfitted soups by name; they are cloned. By default the ten of `paper_systems` and the two
         of `centered_systems` for classification; for another task give
@@ -176,7 +182,8 @@ def compare_soups(
         ``checkpoints`` is not a collection, ``recipes`` is not a mapping, or ``measure_memory`` is
         neither True nor False.
     ValueError
-        Only one of ``X_test`` and ``y_test`` is given; ``n_repeats`` is less than 1; or as `fit`.
+        Only one of ``X_test`` and ``y_test`` is given, or a test set has another number of labels
+        than of rows; ``n_repeats`` is less than 1; or as `fit`.
 
     Notes
     -----
@@ -202,8 +209,6 @@ def compare_soups(
             f"checkpoints is a {type(checkpoints).__name__}, expected a CheckpointCollection: "
             f"CheckpointCollection.from_path(folder, module=build_model)."
         )
-    if y_val is not None and (X_test is None) != (y_test is None):
-        raise ValueError("Give both X_test and y_test, or neither.")
     if recipes is not None and not isinstance(recipes, Mapping):
         raise TypeError(
             f"recipes is a {type(recipes).__name__}, expected a mapping of names to unfitted "
@@ -212,15 +217,15 @@ def compare_soups(
     if not isinstance(n_repeats, Integral) or n_repeats < 1:
         raise ValueError(f"n_repeats must be an int >= 1, got {n_repeats!r}.")
     check_flag(measure_memory, "measure_memory")
+    tests = named_test_sets(X_val, y_val, X_test, y_test)
     results, soups = [], {}
-    test = None if X_test is None else (X_test, y_test)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as memory:
         rankings: dict[str, tuple[float, int]] = {}
         K = len(checkpoints)
         for name, recipe in (recipes or {**paper_systems(K), **centered_systems(K)}).items():
             ranked, cost = _ranked(recipe, checkpoints, X_val, y_val, memory, rankings)
             soups[name], result = _measure(
-                name, ranked, cost, n_repeats, checkpoints, (X_val, y_val), test, scoring
+                name, ranked, cost, n_repeats, checkpoints, (X_val, y_val), tests, scoring
             )
             if measure_memory:
                 memory_used = _extra_memory(ranked, checkpoints, X_val, y_val)
@@ -230,7 +235,7 @@ def compare_soups(
             results.append(result)
             if on_result is not None:
                 on_result(result)
-    n_test = None if test is None else _n_rows(*test)
+    n_test = {name: _n_rows(*rows) for name, rows in tests.items()}
     metric = None if scoring is None else getattr(scoring, "__name__", str(scoring))
     return SoupComparison(tuple(results), soups, _n_rows(X_val, y_val), n_test, metric)
 
@@ -267,8 +272,8 @@ def _measure(
     ranking: tuple[float, int],
     n_repeats: int,
     checkpoints: CheckpointCollection,
-    val: tuple[Any, Any],
-    test: tuple[Any, Any] | None,
+    val: Rows,
+    tests: Mapping[str, Rows],
     scoring: Any,
 ) -> tuple[BaseSoup, SoupResult]:
     """Fit a recipe ``n_repeats`` times; return the first soup and the mean result."""
@@ -286,22 +291,28 @@ def _measure(
         soup.fit(checkpoints, *val)
         seconds = time.perf_counter() - begin + ranking[0]
         score = scorer_of(soup, scoring)
-        scores = score(soup, *val), None if test is None else score(soup, *test)
-        fits.append((soup, seconds, *scores))
-    soups, times, held_out, tested = zip(*fits, strict=True)
+        held_out = score(soup, *val)
+        fits.append((soup, seconds, held_out, [score(soup, *rows) for rows in tests.values()]))
+    soups, times, held_outs, tested = zip(*fits, strict=True)
     first, n = soups[0], _n_rows(*val)
+    by_test = dict(zip(tests, zip(*tested, strict=True), strict=True))
+    spread = statistics.stdev if n_repeats > 1 else lambda scores: 0.0
+    means = {name: statistics.mean(scores) for name, scores in by_test.items()}
+    spreads = {name: spread(scores) for name, scores in by_test.items()}
     return first, SoupResult(
         system=name,
-        held_out=statistics.mean(held_out),
-        test=None if test is None else statistics.mean(tested),
+        held_out=statistics.mean(held_outs),
+        test=next(iter(means.values()), None),
         seconds=statistics.mean(times),
         forward_passes=(first.counts_.rows_forward + ranking[1]) / n,
         backward_passes=first.counts_.rows_backward / n,
         extra_memory=None,
         n_ingredients=int(np.count_nonzero(np.atleast_2d(first.coef_).any(axis=0))),
-        held_out_std=statistics.stdev(held_out) if n_repeats > 1 else 0.0,
-        test_std=statistics.stdev(tested) if test is not None and n_repeats > 1 else 0.0,
+        held_out_std=spread(held_outs),
+        test_std=next(iter(spreads.values()), 0.0),
         n_repeats=n_repeats,
+        tests=means,
+        tests_std=spreads,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..data.tokens import TEXT_TASKS, perplexity
@@ -21,7 +23,7 @@ class SoupResult:
     held_out : float
         Score on the held-out rows, the mean over the repeats.
     test : float or None
-        Score on the test rows, the mean over the repeats.
+        Score on the test rows, of several test sets on the first, the mean over the repeats.
     seconds : float
         Wall time of `fit` with its ranking, the mean over the repeats.
     forward_passes : float
@@ -37,6 +39,15 @@ class SoupResult:
         Standard deviations over the repeats.
     n_repeats : int, default=1
         Number of fits, each with its own seed; 1 for a system that draws nothing at random.
+    tests, tests_std : mapping of str to float, default={}
+        Score on each test set, the mean over the repeats, and its standard deviation.
+
+    Attributes
+    ----------
+    mean_shifted : float or None
+        Mean score on the test sets but the first; None where there is one at most.
+    worst : float or None
+        Lowest score on a test set; None where there is one at most.
 
     Examples
     --------
@@ -56,6 +67,17 @@ class SoupResult:
     held_out_std: float = 0.0
     test_std: float = 0.0
     n_repeats: int = 1
+    tests: Mapping[str, float] = field(default_factory=dict)
+    tests_std: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def mean_shifted(self) -> float | None:
+        shifted = list(self.tests.values())[1:]
+        return statistics.mean(shifted) if shifted else None
+
+    @property
+    def worst(self) -> float | None:
+        return min(self.tests.values()) if len(self.tests) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -68,8 +90,10 @@ class SoupComparison:
         One per system, in the order they were fitted.
     soups : dict of str to estimator
         The fitted systems by name, of the first repeat.
-    n_held_out, n_test : int or None, default=None
-        Number of held-out rows and of test rows.
+    n_held_out : int or None, default=None
+        Number of held-out rows.
+    n_test : mapping of str to int, default={}
+        Number of rows of each test set.
     scoring : str or None, default=None
         Name of the metric; None for accuracy or R², in percent, and the perplexity of language
         models (results hold its negative logarithm, greater is better).
@@ -85,7 +109,7 @@ class SoupComparison:
     results: tuple[SoupResult, ...]
     soups: dict[str, BaseSoup]
     n_held_out: int | None = None
-    n_test: int | None = None
+    n_test: Mapping[str, int] = field(default_factory=dict)
     scoring: str | None = None
 
     @property
@@ -96,7 +120,13 @@ class SoupComparison:
         """
         unit = "" if self.scoring is not None else " perplexity" if self._is_text else " %"
         counts = ("seconds", "forward", "backward", "extra memory", "ingredients")
-        return ("system", f"held-out{unit}", f"test{unit}", *counts)
+        tests = [*self.n_test, "mean shifted", "worst"] if self.is_shifted else ["test"]
+        return ("system", *(f"{name}{unit}" for name in ("held-out", *tests)), *counts)
+
+    @property
+    def is_shifted(self) -> bool:
+        """Whether there are several test sets."""
+        return len(self.n_test) > 1
 
     @property
     def _is_text(self) -> bool:
@@ -109,11 +139,15 @@ class SoupComparison:
         if self.n_held_out is None:
             return ""
         metric = "" if self.scoring is None else f"Scores are {self.scoring}. "
-        advice = (
-            "No test rows were given."
-            if self.n_test is None
-            else f"Compare systems on the {self.n_test:,} test rows."
-        )
+        rows = [f"{name} ({n:,} rows)" for name, n in self.n_test.items()]
+        advice = "No test rows were given."
+        if self.is_shifted:
+            advice = (
+                f"Compare systems on the test sets: {', '.join(rows)}. Mean shifted is the mean of "
+                f"all but {next(iter(self.n_test))}, worst the lowest of all."
+            )
+        elif self.n_test:
+            advice = f"Compare systems on the {next(iter(self.n_test.values())):,} test rows."
         return (
             f"{metric}Coefficients were fitted on the {self.n_held_out:,} validation rows, so "
             f"scores on them are optimistic. {advice}"
@@ -144,11 +178,17 @@ class SoupComparison:
             text = f"{factor * score:.{digits}f}"
             return f"{text} {plus_minus} {factor * spread:.{digits}f}" if n > 1 else text
 
+        def tested(r: SoupResult) -> list[str]:
+            if not self.is_shifted:
+                return [shown(r.test, r.test_std, r.n_repeats)]
+            each = [shown(r.tests[name], r.tests_std[name], r.n_repeats) for name in self.n_test]
+            return [*each, shown(r.mean_shifted, 0.0, 1), shown(r.worst, 0.0, 1)]
+
         return [
             (
                 r.system,
                 shown(r.held_out, r.held_out_std, r.n_repeats),
-                shown(r.test, r.test_std, r.n_repeats),
+                *tested(r),
                 f"{r.seconds:.2f}",
                 f"{r.forward_passes:.1f}",
                 f"{r.backward_passes:.1f}",
@@ -188,7 +228,8 @@ class SoupComparison:
         Returns
         -------
         frame : DataFrame
-            A row per system, a column per field of `SoupResult`.
+            A row per system, a column per field of `SoupResult`; of several test sets one for each,
+            and their standard deviations, ``mean_shifted`` and ``worst``.
 
         Raises
         ------
@@ -199,7 +240,15 @@ class SoupComparison:
             import pandas as pd
         except ImportError as error:
             raise ImportError("to_frame needs pandas: pip install pandas.") from error
-        return pd.DataFrame([asdict(result) for result in self.results]).set_index("system")
+        return pd.DataFrame(map(self._record, self.results)).set_index("system")
+
+    def _record(self, result: SoupResult) -> dict[str, Any]:
+        record = asdict(result)
+        tests, spreads = record.pop("tests"), record.pop("tests_std")
+        if self.is_shifted:
+            record |= tests | {f"{name} std": spread for name, spread in spreads.items()}
+            record |= {"mean_shifted": result.mean_shifted, "worst": result.worst}
+        return record
 
     def _table(self) -> Table:
         return Table(self.header, self.cells())
