@@ -10,6 +10,8 @@ from .recipes.baselines import BestCheckpoint, CheckpointEnsemble, UniformSoup
 from .recipes.greedy import GreedySoup
 from .recipes.learned import LearnedSoup
 from .recipes.mehl import MEHLSoup
+from .recipes.pruned import PrunedSoup
+from .recipes.stock import ModelStockSoup
 
 __all__ = [
     "BestCheckpoint",
@@ -20,6 +22,8 @@ __all__ = [
     "GreedySoup",
     "LearnedSoup",
     "MEHLSoup",
+    "ModelStockSoup",
+    "PrunedSoup",
     "RankError",
     "Recipe",
     "RecipeError",

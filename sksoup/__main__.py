@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -23,7 +24,9 @@ from .checkpoints.prefixes import PREFIXES
 from .checkpoints.protocol import Read
 from .checkpoints.sources import SUFFIXES
 from .exceptions import CheckpointError, RecipeError
+from .mixing.layers import Layers, tensor_layers
 from .mixing.recipe import Recipe
+from .mixing.stock import stock_coef, stock_ratios
 from .tables import printable
 
 EPILOG = """\
@@ -66,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     for run, first, summary in (
         (_inspect, None, "Compare checkpoints: do they belong together?"),
         (_average, None, "Average checkpoints with equal coefficients."),
+        (_stock, None, "Mix their mean with the pretrained start, by Model Stock's rule."),
         (_cook, "RECIPE", "Rebuild a soup from its recipe (.json, or a soup that carries one)."),
         (_verify, "FILE", "Check that a soup (a file or a folder) is what its recipe gives."),
     ):
@@ -91,7 +95,12 @@ def _parser() -> argparse.ArgumentParser:
             help="which checkpoint of each run (default: best of a sweep's, all of one run)",
         )  # fmt: skip
         command.add_argument("--json", action="store_true", help="print JSON, errors too")
-        if run in (_average, _cook):
+        if run is _stock:
+            command.add_argument(
+                "--start", metavar="PATH", required=True,
+                help="the checkpoint that all were fine-tuned from: a file or a folder",
+            )  # fmt: skip
+        if run in (_average, _stock, _cook):
             where = "a .safetensors file; or a new folder, for models larger than memory"
             command.add_argument("-o", "--output", required=True, metavar="FILE", help=where)
             command.add_argument("--force", action="store_true", help="replace an existing file")
@@ -108,12 +117,27 @@ def _inspect(options: argparse.Namespace) -> tuple[bool, dict[str, Any], str]:
 def _average(options: argparse.Namespace) -> tuple[bool, dict[str, Any], str]:
     with _opened(options) as collection:
         coef = np.full((1, len(collection)), 1 / len(collection))
-        recipe = Recipe.record(
-            "average", collection, coef,
-            layers=dict.fromkeys(collection.layout, 0), layer_names=("all",),
-            versions={"sksoup": __version__, "torch": torch.__version__},
-        )  # fmt: skip
-        return _write(options, recipe, collection)
+        layers = Layers(("all",), dict.fromkeys(collection.layout, 0), ())
+        return _write(options, _recorded("average", collection, coef, layers), collection)
+
+
+def _stock(options: argparse.Namespace) -> tuple[bool, dict[str, Any], str]:
+    with _opened(options) as tuned:
+        collection = tuned.add("start", options.start)
+        layers = tensor_layers(collection.layout)
+        weights = [name for name in layers.names if name in collection.layout]
+        ratios, _ = stock_ratios(collection, "start", layers, weights)
+        coef = layers.expand(stock_coef(collection, "start", ratios))
+        return _write(options, _recorded("stock", collection, coef, layers), collection)
+
+
+def _recorded(
+    method: str, collection: CheckpointCollection, coef: NDArray[np.float64], layers: Layers
+) -> Recipe:
+    return Recipe.record(
+        method, collection, coef, layers=layers.rows, layer_names=layers.names,
+        versions={"sksoup": __version__, "torch": torch.__version__},
+    )  # fmt: skip
 
 
 def _cook(options: argparse.Namespace) -> tuple[bool, dict[str, Any], str]:

@@ -590,6 +590,34 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         dropped = self.select(names)
         return self.select(name for name in self if name not in dropped)
 
+    def add(self, name: str, checkpoint: Any) -> CheckpointCollection:
+        """Return a collection with one checkpoint more, such as the pretrained start.
+
+        Parameters
+        ----------
+        name : str
+            Its name.
+        checkpoint : str, path-like, mapping of str to Tensor, or nn.Module
+            What the constructor takes.
+
+        Returns
+        -------
+        collection : CheckpointCollection
+            These, in order, and the new one last. It has no ``scores``, as none is known of that.
+
+        Raises
+        ------
+        ValueError
+            A checkpoint has this name.
+        CheckpointError
+            As in the constructor: it can't be opened, or has other tensors than these.
+        """
+        if name in self:
+            raise ValueError(f"{name!r} is in this collection: give the new one another name.")
+        entries = {**self._entries, name: checkpoint}
+        both = CheckpointCollection(entries, module=self.module)
+        return self._with(both._entries)
+
     def _renamed(self, names: Mapping[str, str], tensors: Iterable[str]) -> Self:
         """Checkpoints by new names, without the prefixes that keep the tensors from these names."""
         entries = [self._entries[old] for old in names.values()]

@@ -9,6 +9,7 @@ from .barrier import LossBarrier, loss_barrier
 from .barrier_display import LossBarrierDisplay
 from .comparison import centered_systems, compare_soups, paper_systems
 from .importance import IngredientImportance, ingredient_importance
+from .interpolation import InterpolationDisplay, InterpolationPath, interpolation_path
 from .results import SoupComparison, SoupResult
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "GreedyPathDisplay",
     "IngredientImportance",
     "IngredientImportanceDisplay",
+    "InterpolationDisplay",
+    "InterpolationPath",
     "LearningCurveDisplay",
     "LossBarrier",
     "LossBarrierDisplay",
@@ -25,6 +28,7 @@ __all__ = [
     "centered_systems",
     "compare_soups",
     "ingredient_importance",
+    "interpolation_path",
     "loss_barrier",
     "paper_systems",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -60,20 +60,38 @@ def group_layers(module: nn.Module, tensors: Collection[str], layerwise: Layerwi
             rows[name] = by_identity[id(value)]
     if not rows:
         raise CheckpointError("The module has no parameters, so there is nothing to mix.")
-    parameters = dict(rows)
-    names = list(row_of_label)
+    return _with_buffers(rows, list(row_of_label), state, tensors)
+
+
+def tensor_layers(layout: Mapping[str, TensorInfo]) -> Layers:
+    """A row for every tensor, without a module: integers and statistics are known by their names.
+
+    What is left are parameters, and buffers that no file tells from them.
+    """
+    searched = [n for n, info in layout.items() if info.is_floating and not is_statistic(n)]
+    if not searched:
+        raise CheckpointError("The checkpoints hold no weights, so there is nothing to mix.")
+    rows = {name: row for row, name in enumerate(searched)}
+    return _with_buffers(rows, searched, layout, layout)
+
+
+def _with_buffers(
+    rows: dict[str, int], labels: list[str], names: Iterable[str], tensors: Collection[str]
+) -> Layers:
+    """Give each buffer among the names the row of the parameters beside it, or their mean."""
+    parameters, rows, labels = dict(rows), dict(rows), list(labels)
     averaged: dict[tuple[int, ...], int] = {}
-    for name in state:
+    for name in names:
         if name not in rows:
             owner, neighbours = _neighbours(name, parameters)
             if len(neighbours) == 1:
                 rows[name] = neighbours[0]
                 continue
             if neighbours not in averaged:
-                averaged[neighbours] = len(names)
-                names.append(f"{owner or 'module'} (buffers: mean of {len(neighbours)} rows)")
+                averaged[neighbours] = len(labels)
+                labels.append(f"{owner or 'module'} (buffers: mean of {len(neighbours)} rows)")
             rows[name] = averaged[neighbours]
-    return Layers(tuple(names), {name: rows[name] for name in tensors}, tuple(averaged))
+    return Layers(tuple(labels), {name: rows[name] for name in tensors}, tuple(averaged))
 
 
 def _neighbours(buffer: str, parameters: Mapping[str, int]) -> tuple[str, tuple[int, ...]]:

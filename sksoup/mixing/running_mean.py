@@ -27,6 +27,7 @@ class RunningMean:
         self._values: dict[str, NDArray[Any]] = {}
         self._differing: set[str] = set()  # tensors whose value is a sum
         self._dtypes: dict[str, torch.dtype] = {}  # promoted over those kept
+        self._gone: list[int] = []  # places of those that were taken out
 
     def extend(self, checkpoints: CheckpointCollection, kept: Sequence[int]) -> None:
         """Read and add those of ``kept`` that are not in the sum yet."""
@@ -55,6 +56,31 @@ class RunningMean:
                 value /= len(self._kept) + 1
             means[tensor] = cast(tensor, value, self._promoted(tensor, w))
         return means
+
+    def leave_out(self, checkpoints: CheckpointCollection, dropped: Sequence[int]) -> None:
+        """Read all and take out those dropped, in this order, where that is not done yet."""
+        if not self._kept:
+            self.extend(checkpoints, range(len(checkpoints)))
+        for k in dropped[len(self._gone) :]:
+            with checkpoints.open(checkpoints.names[k]) as read:
+                for tensor in self._differing:
+                    self._values[tensor] = self._without(tensor, read).numpy()
+            self._gone.append(k)
+
+    def mean_without(self, read: Read) -> dict[str, torch.Tensor]:
+        """The mean without one more, which is open; integers stay as they are in the sum."""
+        n = len(self._kept) - len(self._gone) - 1
+        means: dict[str, torch.Tensor] = {}
+        for tensor, dtype in self._dtypes.items():
+            is_sum = tensor in self._differing
+            value = self._without(tensor, read) / n if is_sum else self._values[tensor]
+            means[tensor] = cast(tensor, torch.as_tensor(value), dtype)
+        return means
+
+    def _without(self, tensor: str, read: Read) -> torch.Tensor:
+        value = torch.tensor(self._values[tensor])
+        value -= read(tensor).to(value.dtype)
+        return value
 
     def _with(self, tensor: str, k: int, w: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """A new tensor: the sum with ``w``, and True; or the value that all have, and False."""

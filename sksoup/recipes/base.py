@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
 from sklearn.callback import with_callbacks
 from sklearn.utils import ClassifierTags, RegressorTags, Tags, check_scalar
+from sklearn.utils.validation import check_is_fitted
 
 from ..checkpoints.collection import CheckpointCollection
 from ..data.outputs import TASKS, Task
@@ -36,8 +37,10 @@ from .export import ExportMixin
 from .fit_warnings import WarningMixin
 from .prediction import PredictionMixin
 from .progress import ProgressMixin
+from .start import Start, name_of_start, with_start
 from .validation import (
     check_choice,
+    check_finite,
     check_flag,
     collect,
     prepare_problem,
@@ -197,7 +200,7 @@ class BaseSoup(
             self.warnings_: tuple[str, ...] = ()
             self._check_params()
             X, y, weight = validate_rows(self, X, y, self.task, sample_weight)
-            collection = collect(checkpoints, X, y, weight, type(self).__name__)
+            collection = self._completed(collect(checkpoints, X, y, weight, type(self).__name__))
             with collection.threads_of_parent():
                 problem = self._problem(collection, X, y, weight)
                 with collection.hashing() if self._has_recipe else nullcontext():
@@ -210,6 +213,10 @@ class BaseSoup(
     @abstractmethod
     def _search(self, problem: Problem) -> Found:
         """Find the coefficients: the one method a recipe has to have."""
+
+    def _completed(self, collection: CheckpointCollection) -> CheckpointCollection:
+        """The collection with what a recipe adds to it."""
+        return collection
 
     def _check_params(self) -> None:
         """Check the parameters all recipes share; recipes add theirs."""
@@ -382,6 +389,71 @@ class BaseSoup(
             classes=_labels(self.outputs_.described),
             held_out=held_out,
         )
+
+    def interpolate(self, start: Start, t: float) -> Self:
+        """Return the soup a part of the way from the pretrained start to this one (WiSE-FT).
+
+        Its weights are ``(1 - t) w_0 + t w``: often better under distribution shift, where the
+        start is more robust than what was fine-tuned from it.
+
+        Parameters
+        ----------
+        start : str, path-like, mapping of str to Tensor, or nn.Module
+            The pretrained start: the name of a checkpoint of ``checkpoints_``, else a file, folder,
+            state dict or module, which is added to it as "start".
+        t : float
+            0 is the start, 1 this soup; outside it is extrapolated.
+
+        Returns
+        -------
+        soup : estimator
+            A fitted copy with its own ``module_``, ``coef_``, ``checkpoints_`` and ``recipe_``;
+            what the search left (such as ``history_``) is that of this soup. Its BatchNorm
+            statistics are mixed, also where those of this soup were re-estimated.
+
+        Raises
+        ------
+        ValueError
+            ``t`` is not finite; the checkpoints hold another "start".
+        CheckpointError
+            The start can't be opened, or has other tensors.
+        TypeError
+            An ensemble has no weights to interpolate.
+
+        See Also
+        --------
+        sksoup.inspection.interpolation_path : The scores of all of the way.
+
+        References
+        ----------
+        Wortsman et al., *Robust fine-tuning of zero-shot models*, CVPR 2022, arXiv:2109.01903.
+        """
+        check_is_fitted(self, "coef_")
+        check_finite(t, "t")
+        if not self._has_recipe:
+            raise TypeError("An ensemble has no weights of its own: interpolate a soup.")
+        checkpoints = with_start(self.checkpoints_, start)
+        name = name_of_start(self.checkpoints_, start)
+        own = t * np.atleast_2d(self.coef_)
+        coef = np.zeros((len(own), len(checkpoints)))
+        coef[:, : own.shape[1]] = own
+        coef[:, checkpoints.names.index(name)] += 1 - t
+        soup = copy.copy(self)
+        soup.checkpoints_, soup.recalibrated_ = checkpoints, ()
+        soup.coef_ = coef if self.coef_.ndim == 2 else coef[0]
+        soup.ingredients_ = tuple(n for n, c in zip(checkpoints, coef.T, strict=True) if c.any())
+        weights = mix(checkpoints, coef, layers=self.layers_)
+        soup.module_ = copy.deepcopy(self.module_)
+        load_weights(soup.module_, weights)
+        soup._dtypes = {n: w.dtype for n, w in weights.items()}
+        recipe = self.recipe_
+        soup.recipe_ = Recipe.record(
+            recipe.method, checkpoints, coef, layers=self.layers_, layer_names=self.layer_names_,
+            params={**recipe.params, "interpolated_from": name, "t": float(t)},
+            scores=recipe.scores, temperature=recipe.temperature, versions=recipe.versions,
+            classes=recipe.classes,
+        )  # fmt: skip
+        return soup
 
     def _forget(self) -> None:
         """Be unfitted, so that a fit that fails leaves no mixture of two."""

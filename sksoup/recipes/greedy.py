@@ -6,14 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from joblib import effective_n_jobs
 from numpy.typing import ArrayLike, NDArray
-from sklearn.utils import check_scalar
 
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.survey import judge
@@ -27,7 +25,7 @@ from ..mixing.mix import mix
 from ..runtime.distributed import broadcast, world_size
 from .base import BaseSoup
 from .candidates import Candidates
-from .validation import check_flag, check_fraction
+from .validation import check_finite, check_flag, check_fraction
 
 __all__ = ["GreedySoup"]
 
@@ -226,9 +224,7 @@ class GreedySoup(BaseSoup):
 
     def _check_params(self) -> None:
         super()._check_params()
-        check_scalar(self.min_improvement, "min_improvement", Real)
-        if not math.isfinite(self.min_improvement):
-            raise ValueError(f"min_improvement must be finite, got {self.min_improvement!r}.")
+        check_finite(self.min_improvement, "min_improvement")
         check_fraction(self.ranking_fraction, "ranking_fraction")
         check_flag(self.early_rejection, "early_rejection")
 
@@ -327,14 +323,16 @@ def mean_of(checkpoints: CheckpointCollection, ingredients: list[int]) -> dict[s
 
 
 def describe_path(
-    tried: list[tuple[int, Evaluation, bool]], names: Sequence[str], rows: RowScore | None
+    tried: Sequence[tuple[int | None, Evaluation, bool]],
+    names: Sequence[str],
+    rows: RowScore | None,
 ) -> list[dict[str, Any]]:
     """``path_``: what was tried, with the gain over the soup at that time and their errors."""
     path: list[dict[str, Any]] = []
     soup: Evaluation | None = None
     for candidate, found, kept in tried:
         record: dict[str, Any] = {
-            "candidate": names[candidate],
+            "candidate": None if candidate is None else names[candidate],
             "score": found.score,
             "is_bound": found.is_bound,
             "kept": kept,

@@ -202,6 +202,13 @@ def check_fraction(fraction: float | None, name: str) -> None:
         check_scalar(fraction, name, float, min_val=0, max_val=1, include_boundaries="neither")
 
 
+def check_finite(number: float, name: str) -> None:
+    """Check a parameter that may be any finite number."""
+    check_scalar(number, name, Real)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number!r}.")
+
+
 def collect(
     checkpoints: Any, X: Any, y: Any, weight: NDArray[np.float64] | None, who: str
 ) -> CheckpointCollection:

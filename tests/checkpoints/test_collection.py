@@ -164,3 +164,22 @@ def test_a_collection_is_opened_again_without_a_read(zoo: Zoo, tmp_path, monkeyp
         assert best.ingredients_ == ("checkpoint2",)
     assert CheckpointCollection(again).scores == scores
     assert CheckpointCollection(again).module is not None
+
+
+def test_a_checkpoint_is_added(zoo: Zoo, tmp_path):
+    scored = CheckpointCollection(
+        zoo.checkpoints, scores=dict.fromkeys(zoo.checkpoints, 0.5), module=zoo.checkpoints.module
+    )
+    first = zoo.checkpoints["checkpoint0"]
+    both = scored.add("again", first)
+    assert both.names == (*scored.names, "again")
+    assert both.scores is None
+    assert both.module is scored.module
+    assert same_tensors(both["again"], first)
+    assert "again" not in scored  # which stays as it is
+    with pytest.raises(ValueError, match="'checkpoint0' is in this collection"):
+        scored.add("checkpoint0", first)
+    with pytest.raises(CheckpointError, match="other"):
+        scored.add("other", {"x": torch.zeros(1)})
+    files = zoo.checkpoints.save(tmp_path)
+    assert files.add("again", files.path("checkpoint0")).path("again") == files.path("checkpoint0")

@@ -21,6 +21,8 @@ from sksoup import (
     GreedySoup,
     LearnedSoup,
     MEHLSoup,
+    ModelStockSoup,
+    PrunedSoup,
     UniformSoup,
 )
 from sksoup.model_selection import SoupSearchCV
@@ -114,7 +116,8 @@ class TinyRegressor(RegressorMixin, TinyTrainer):
 
 
 KINDS = (
-    BestCheckpoint, CheckpointEnsemble, GreedySoup, LearnedSoup, MEHLSoup, UniformSoup,
+    BestCheckpoint, CheckpointEnsemble, GreedySoup, LearnedSoup, MEHLSoup, ModelStockSoup,
+    PrunedSoup, UniformSoup,
 )  # fmt: skip
 ESTIMATORS = [
     kind(TrainTinyNets(task), task=task, device="cpu")
@@ -129,6 +132,8 @@ SEARCHES = [
     for trainer, task in ((TinyClassifier(), "classification"), (TinyRegressor(), "regression"))
 ]  # fmt: skip
 for estimator in ESTIMATORS:
+    if isinstance(estimator, ModelStockSoup):
+        estimator.set_params(start="checkpoint0")
     if hasattr(estimator, "lr"):
         estimator.set_params(random_state=0, max_epochs=2, batch_size=8)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import pickle
 import random
 import re
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -14,7 +14,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
 
-from sksoup import CheckpointCollection, CheckpointEnsemble, Recipe, mix
+from sksoup import (
+    CheckpointCollection,
+    CheckpointEnsemble,
+    ModelStockSoup,
+    PrunedSoup,
+    Recipe,
+    mix,
+)
 from sksoup.inspection import paper_systems
 from sksoup.model_selection import SoupSearchCV
 
@@ -23,6 +30,9 @@ from ..zoo import Net, Zoo, make_states, make_zoo, same_tensors
 SYSTEMS = {
     name: soup.set_params(batch_size=25, **({"max_epochs": 2} if hasattr(soup, "lr") else {}))
     for name, soup in paper_systems(7, random_state=0).items()
+} | {
+    "Pruned-Soup": PrunedSoup(batch_size=25),
+    "Model-Stock": ModelStockSoup(start="checkpoint0", batch_size=25),
 }
 SOUPS = {name: soup for name, soup in SYSTEMS.items() if name != "Ensemble"}
 ORDER_FREE = [
@@ -37,7 +47,7 @@ ORDER_FREE = [
 SWITCHES = [
     (kind, name)
     for kind in (*dict.fromkeys(map(type, SYSTEMS.values())), SoupSearchCV)
-    for name, parameter in inspect.signature(kind).parameters.items()
+    for name, parameter in signature(kind).parameters.items()
     if isinstance(parameter.default, bool)
 ]
 
@@ -67,9 +77,10 @@ def test_switches_are_true_or_false(kind, name, value, zoo: Zoo):
     ],
 )
 def test_switches_may_be_those_of_numpy(kind, name, value, zoo: Zoo, tmp_path):
-    settings = {"max_epochs": 1, "random_state": 0} if hasattr(kind, "lr") else {}
+    given = {"max_epochs": 1, "random_state": 0, "memory": tmp_path, "start": "checkpoint0"}
+    settings = {key: given[key] for key in given if key in signature(kind).parameters}
     soups = [
-        kind(**{name: switch}, memory=tmp_path, **settings).fit(zoo.checkpoints, zoo.X, zoo.y)
+        kind(**{name: switch}, **settings).fit(zoo.checkpoints, zoo.X, zoo.y)
         for switch in (value, np.bool_(value))
     ]
     assert np.array_equal(*(soup.coef_ for soup in soups))

@@ -1,0 +1,57 @@
+"""Model Stock: how far from the pretrained start towards the mean of its fine-tunings to go."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..checkpoints.collection import CheckpointCollection
+from .layers import Layers
+
+
+def stock_ratios(
+    checkpoints: CheckpointCollection, start: str, layers: Layers, parameters: Collection[str]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """T and cos(theta) of each searched row, (n_searched,), over the parameters in it.
+
+    Jang et al., arXiv:2403.19522, Eqs. 1 and 5: t = K cos / (1 + (K - 1) cos), with the mean cosine
+    of the angles between the K differences from the start. Not above 0 it gives 0, which is the
+    start; a single difference has no angle, and gives 1, none gives 0. The pairs take no pass of
+    their own: the squared length of the sum of K unit vectors is K + K (K - 1) cos.
+    """
+    tuned = [name for name in checkpoints if name != start]
+    K, rows = len(tuned), layers.rows
+    weights = {n: w for n, w in checkpoints[start].items() if n in parameters}
+    sums = {n: torch.zeros(w.shape, dtype=torch.float64) for n, w in weights.items()}
+    n_moving = np.zeros(layers.n_searched)
+    for k, name in enumerate(tuned):
+        for following in tuned[k + 1 : k + 2]:
+            checkpoints.warm(following)
+        with checkpoints.open(name) as read:
+            squares = np.zeros(layers.n_searched)
+            for n, w in weights.items():
+                squares[rows[n]] += float((read(n).double() - w.double()).square().sum())
+            n_moving += squares > 0
+            for n, w in weights.items():
+                if length := squares[rows[n]] ** 0.5:
+                    sums[n] += (read(n).double() - w.double()) / length
+    totals = np.zeros(layers.n_searched)
+    for n, total in sums.items():
+        totals[rows[n]] += float(total.square().sum())
+    if K < 2:
+        return np.full(layers.n_searched, float(K)), np.ones(layers.n_searched)
+    cos = (totals - n_moving) / (K * (K - 1))
+    return K * cos.clip(0, 1) / (1 + (K - 1) * cos.clip(0, 1)), cos
+
+
+def stock_coef(
+    checkpoints: CheckpointCollection, start: str, ratios: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(n_searched, K + 1): t of the mean, and the rest of the start, wherever it stands."""
+    is_start = np.array([name == start for name in checkpoints])
+    t = ratios[:, None]
+    coef: NDArray[np.float64] = np.where(is_start, 1 - t, t / max(1, (~is_start).sum()))
+    return coef

@@ -1,0 +1,157 @@
+"""Model Stock: the formula of its authors, in float64, and where its start comes from."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from sksoup import CheckpointCollection, CheckpointError, ModelStockSoup, Recipe, mix
+from sksoup.__main__ import main
+
+from ..zoo import Net, PlainNet, Zoo, make_states, same_tensors
+
+NAMES = ["w0", "a", "b", "c", "d"]
+
+
+def fine_tunings(n: int, seed: int, batch_norm: bool = False) -> CheckpointCollection:
+    """A start, and n fine-tunings that share a part of their way."""
+    start, way, *own = make_states(n + 2, seed, torch.float64, batch_norm)
+    states = [start] + [
+        {
+            t: start[t] + way[t] * 0.3 + state[t] * 0.1 if w.is_floating_point() else w
+            for t, w in start.items()
+        }
+        for state in own
+    ]
+    module = Net(batch_norm, torch.float64)
+    return CheckpointCollection(states, names=["w0", *"abcdefgh"[:n]], module=lambda: module)
+
+
+def by_authors(ckpts: CheckpointCollection, tensor: str) -> tuple[float, torch.Tensor]:
+    """Jang et al.: the mean of the pairs' cosines, t, and the weights, of one tensor."""
+    w0, *tuned = (ckpts[name][tensor].double() for name in ckpts)
+    cosines = [
+        torch.cosine_similarity((a - w0).flatten(), (b - w0).flatten(), dim=0, eps=0)
+        for a, b in combinations(tuned, 2)
+    ]
+    cos, n = float(torch.stack(cosines).mean()), len(tuned)
+    t = n * cos / (1 + (n - 1) * cos)
+    return t, t * torch.stack(tuned).mean(dim=0) + (1 - t) * w0
+
+
+@given(n=st.integers(2, 8), seed=st.integers(0, 30))
+def test_it_is_the_authors_formula(n, seed):
+    ckpts = fine_tunings(n, seed)
+    zoo = Zoo(ckpts, np.zeros((6, 4)), np.array([0, 1, 2, 0, 1, 2]))
+    soup = ModelStockSoup(start="w0").fit(ckpts, zoo.X, zoo.y)
+    for tensor, value in soup.state_dict().items():
+        t, expected = by_authors(ckpts, tensor)
+        if t >= 0:
+            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+            assert soup.ratios_[soup.layers_[tensor]] == pytest.approx(t, abs=1e-9)
+        else:  # no common direction
+            assert torch.equal(value, ckpts["w0"][tensor])
+    np.testing.assert_allclose(soup.coef_.sum(axis=1), 1)
+    assert (soup.ratios_ > 0).any()
+
+
+def test_the_start_may_be_anywhere(zoo: Zoo, tmp_path):
+    ckpts = fine_tunings(3, 0)
+    tuned, w0 = ckpts.drop("w0"), ckpts["w0"]
+    save_file(w0, tmp_path / "base.safetensors")
+    module = Net(False, torch.float64)
+    module.load_state_dict(w0)
+    by_name = ModelStockSoup(start="w0").fit(ckpts, zoo.X, zoo.y)
+    for start in (w0, module, tmp_path / "base.safetensors", str(tmp_path / "base.safetensors")):
+        soup = ModelStockSoup(start=start).fit(tuned, zoo.X, zoo.y)
+        assert same_tensors(soup.state_dict(), by_name.state_dict())
+        assert soup.checkpoints_.names == ("a", "b", "c", "start")
+        assert soup.recipe_.ingredients[-1].name == "start"
+        assert same_tensors(soup.recipe_.cook(soup.checkpoints_), soup.state_dict())
+
+
+def test_a_start_that_does_not_fit(zoo: Zoo):
+    ckpts = fine_tunings(3, 0)
+    with pytest.raises(CheckpointError, match="start' is not a checkpoint sksoup reads"):
+        ModelStockSoup().fit(ckpts, zoo.X, zoo.y)
+    with pytest.raises(CheckpointError, match="w0"):
+        ModelStockSoup(start={"w0": torch.zeros(2)}).fit(ckpts, zoo.X, zoo.y)
+    other = CheckpointCollection(
+        {"start": ckpts["w0"], "a": ckpts["a"]}, module=lambda: Net(False, torch.float64)
+    )
+    with pytest.raises(ValueError, match="a checkpoint named 'start' beside the start"):
+        ModelStockSoup(start=ckpts["b"]).fit(other, zoo.X, zoo.y)
+
+
+def test_one_fine_tuning_copies_and_opposites(zoo: Zoo):
+    ckpts = fine_tunings(2, 1)
+    one = ModelStockSoup(start="w0").fit(ckpts.select(["w0", "a"]), zoo.X, zoo.y)
+    assert same_tensors(one.state_dict(), ckpts["a"])
+    w0, a = ckpts["w0"], ckpts["a"]
+    opposite = {t: 2 * w0[t] - a[t] for t in w0}
+    states = CheckpointCollection({"w0": w0, "a": a, "o": opposite}, module=ckpts.module)
+    back = ModelStockSoup(start="w0").fit(states, zoo.X, zoo.y)
+    assert (back.cosines_ < -0.99).all()
+    assert same_tensors(back.state_dict(), w0)
+    copies = CheckpointCollection({"w0": w0, "a": a, "b": a, "c": a}, module=ckpts.module)
+    same = ModelStockSoup(start="w0").fit(copies, zoo.X, zoo.y)
+    np.testing.assert_allclose(same.ratios_, 1)
+    frozen = {**w0, "head.weight": a["head.weight"]}
+    others = CheckpointCollection({"w0": w0, "a": frozen, "b": frozen}, module=ckpts.module)
+    part = ModelStockSoup(start="w0").fit(others, zoo.X, zoo.y)
+    torch.testing.assert_close(part.state_dict(), frozen)
+
+
+@pytest.mark.parametrize("layerwise", [False, lambda name: name.split(".")[0]])
+def test_an_angle_may_be_of_many_tensors(zoo: Zoo, layerwise):
+    ckpts = fine_tunings(4, 2)
+    soup = ModelStockSoup(start="w0", layerwise=layerwise).fit(ckpts, zoo.X, zoo.y)
+    w0, *tuned = (ckpts[name] for name in ckpts)
+    label = layerwise or (lambda name: "all")
+    for row in {label(t) for t in w0}:
+        inside = [t for t in w0 if label(t) == row]
+        flat = [torch.cat([(s[t] - w0[t]).flatten() for t in inside]) for s in tuned]
+        cos = np.mean([float(torch.cosine_similarity(a, b, 0)) for a, b in combinations(flat, 2)])
+        assert soup.cosines_[soup.layers_[inside[0]]] == pytest.approx(cos, abs=1e-9)
+    assert soup.coef_.ndim == (2 if layerwise else 1)
+
+
+def test_statistics_follow_the_weights_beside_them(zoo: Zoo):
+    ckpts = fine_tunings(3, 4, batch_norm=True)
+    soup = ModelStockSoup(start="w0").fit(ckpts, zoo.X, zoo.y)
+    mean = (soup.layers_["norm.weight"], soup.layers_["norm.bias"])
+    row = soup.coef_[soup.layers_["norm.running_mean"]]
+    np.testing.assert_allclose(row, soup.coef_[list(mean)].mean(axis=0))
+
+
+def test_the_command_line_gives_the_same_without_python(zoo: Zoo, tmp_path, capsys):
+    ckpts = fine_tunings(3, 4, batch_norm=True)
+    ckpts.drop("w0").save(tmp_path / "runs")
+    save_file(ckpts["w0"], tmp_path / "base.safetensors")
+    start, runs, out = (str(tmp_path / n) for n in ("base.safetensors", "runs", "out.safetensors"))
+    assert main(["stock", runs, "--start", start, "-o", out]) == 0
+    assert "4 checkpoints mixed" in capsys.readouterr().out
+    soup = ModelStockSoup(start=ckpts["w0"]).fit(ckpts.drop("w0"), zoo.X, zoo.y)
+    torch.testing.assert_close(load_file(out), soup.state_dict(), rtol=0, atol=0)
+    assert Recipe.load(out).method == "stock"
+    assert main(["verify", out, runs, start]) == 0
+    assert main(["stock", runs, "--start", str(tmp_path / "no"), "-o", out, "--force"]) == 2
+    assert "is not a checkpoint" in capsys.readouterr().err
+
+
+def test_rows_change_nothing(zoo: Zoo):
+    ckpts = CheckpointCollection(make_states(4, 0, batch_norm=False), module=PlainNet)
+    soups = [
+        ModelStockSoup(start="checkpoint0").fit(ckpts, X, y)
+        for X, y in ((zoo.X, zoo.y), (zoo.X[:6], zoo.y[:6]))
+    ]
+    assert np.array_equal(*(soup.coef_ for soup in soups))
+    assert soups[0].counts_.n_backward == 0
+    weights = mix(ckpts, soups[0].coef_, layers=soups[0].layers_)
+    assert same_tensors(weights, soups[0].state_dict())
