@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..checkpoints.collection import CheckpointCollection
@@ -63,12 +64,19 @@ class WarningMixin:
 
     def _warn_of_variances(self, problem: Problem, coef: NDArray[np.float64]) -> None:
         """Warn where extrapolation left a running variance at 0, which ruins the outputs."""
-        rows = problem.layers.rows
-        clamped = {
-            name: int((value <= 0).sum())
+        rows, checkpoints = problem.layers.rows, problem.checkpoints
+        zero = {
+            name: value.cpu() <= 0
             for name, value in problem.module.state_dict().items()
             if is_variance(name) and name not in self.recalibrated_ and coef[rows[name]].min() < 0
         }
+        suspects = {name for name, where in zero.items() if where.any()}
+        varies = {name: torch.zeros_like(zero[name]) for name in suspects}
+        for checkpoint in checkpoints if suspects else ():  # dead in all is no news
+            with checkpoints.open(checkpoint) as read:
+                for name, where in varies.items():
+                    where |= read(name) > 0
+        clamped = {name: int((zero[name] & where).sum()) for name, where in varies.items()}
         clamped = {name: n for name, n in clamped.items() if n}
         if clamped:
             name, n = next(iter(clamped.items()))

@@ -236,3 +236,14 @@ def test_rows_are_counted_once_some_are_set_aside(zoo: Zoo):
     with pytest.raises(ValueError, match="9 rows in minibatches of 4 leave one alone"):
         clone(soup).set_params(batch_size=4).fit(zoo.checkpoints, zoo.X, zoo.y)
     clone(soup).set_params(batch_size=59).fit(zoo.checkpoints, zoo.X, zoo.y)  # 51 and 9
+
+
+def test_a_channel_that_is_dead_in_all_is_no_news(zoo: Zoo):
+    """Pretrained networks have channels whose variance is 0."""
+    states = [dict(zoo.checkpoints[name]) for name in zoo.checkpoints]
+    for state in states:
+        state["norm.running_var"] = torch.tensor([0.0, 1, 1, 1, 1, 1])
+    ckpts = CheckpointCollection(states, module=zoo.checkpoints.module)
+    soup = PaperMEHL(lr=1.0, max_epochs=20, random_state=0).fit(ckpts, zoo.X, zoo.y)
+    assert soup.coef_.min() < 0
+    assert not any("BatchNorm's variances" in said for said in soup.warnings_)
