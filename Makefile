@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 ZOOS ?= zoos
+ZOO ?=
 
 export MPLBACKEND := Agg
 
@@ -40,8 +41,11 @@ docs: $(STAMP)  ## Documentation and gallery, warnings are errors, no network
 examples: $(STAMP)  ## Run every example
 	set -e; for example in examples/plot_*.py; do $(BIN)/python $$example; done
 
-paper: $(STAMP)  ## The papers' tables, in kind, and their page; ZOOS is where zoos are kept
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks paper.everything --folder $(ZOOS)
+paper: $(STAMP)  ## The papers' tables and their page; ZOOS keeps the zoos, ZOO=photos makes one
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[paper]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks paper.everything --folder $(ZOOS) \
+		$(if $(ZOO),--kinds $(ZOO))
 	$(BIN)/python -m benchmarks paper.page
 
 paper-defaults: $(STAMP)  ## The experiments the defaults were chosen by, on development zoos

@@ -37,6 +37,7 @@ from sksoup.datasets import (
 )
 
 from .networks import MLP, ClipSized, SmallResNet, SmallViT
+from .shifts import shifted_sets
 
 SEEDS = (10, 11, 12, 13, 14)
 DEVELOPMENT_SEEDS = (100, 101, 102)
@@ -129,7 +130,7 @@ def fine_tune_each(
         net = _new_net(build, seed)
         for name in missing:
             net.load_state_dict(CheckpointCollection([start])["start"])
-            _save(paths[name], _train(net, *data["finetune"], tunings[name]))
+            save(paths[name], _train(net, *data["finetune"], tunings[name]))
     return CheckpointCollection(paths, module=build)
 
 
@@ -138,7 +139,7 @@ def _pretrain(
 ) -> None:
     """Train a new network; the seed is that of its weights and of the order of the rows."""
     how = FineTuning(3e-3, 1e-2, 0.0, 0.2, epochs, seed)
-    _save(path, _train(_new_net(build, seed), *rows, how))
+    save(path, _train(_new_net(build, seed), *rows, how))
 
 
 def _new_net(build: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -147,7 +148,7 @@ def _new_net(build: Callable[[], nn.Module], seed: int) -> nn.Module:
         return build()
 
 
-def _save(path: Path, state: dict[str, torch.Tensor]) -> None:
+def save(path: Path, state: dict[str, torch.Tensor]) -> None:
     """Write a file that appears whole: a run that was cut off goes on where it was."""
     part = path.with_suffix(".part")
     save_file(state, part, metadata={})  # the bytes of the zoos that were made before
@@ -302,6 +303,9 @@ class Zoo:
     failures: Callable[[], Mapping[str, CheckpointCollection]] | None = None
     # the weights of a fine-tuning made again, on its own rows and the held-out ones
     retrain: Callable[[str], Mapping[str, torch.Tensor]] | None = None
+    start: Path | None = None  # what all were fine-tuned from
+    # test sets under distribution shift, by name
+    shifted: Callable[[], Mapping[str, tuple[Any, Any]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -319,7 +323,16 @@ def convnets(folder: Path, n: int, seed: int) -> Zoo:
     return Zoo(
         digits.checkpoints, (digits.X_val, digits.y_val), (digits.X_test, digits.y_test),
         partial(failures, folder, "convnet", seed),
+        start=digits.folder / "start.safetensors",
+        shifted=partial(shifted_digits, (digits.X_test, digits.y_test), seed),
     )  # fmt: skip
+
+
+def shifted_digits(test: tuple[Any, Any], seed: int) -> Mapping[str, tuple[Any, Any]]:
+    """The shifts of photographs on rows of 64 pixels, 1,000 rows each."""
+    X, y = (torch.as_tensor(part) for part in test)
+    sets = shifted_sets(X.reshape(-1, 8, 8), y, 1000, seed)
+    return {name: (images.reshape(-1, 64), labels) for name, (images, labels) in sets.items()}
 
 
 @dataclass(frozen=True)
@@ -335,6 +348,7 @@ class Digits:
         return Zoo(
             fine_tune(here, n, seed, self.build, self.epochs), data["val"], data["test"],
             partial(failures, folder, self.name, seed),
+            start=here / "start.safetensors", shifted=partial(shifted_digits, data["test"], seed),
         )  # fmt: skip
 
 
@@ -405,6 +419,12 @@ class Language:
         return language.LanguageRows(self.is_lora, TEXT_SEED)(folder, n, seed)
 
 
+def photos(folder: Path, n: int, seed: int) -> Zoo:
+    from .photos import make_zoo  # the network and the images, which only this zoo needs
+
+    return make_zoo(folder, n, seed, TEXT_SEED)
+
+
 def failing(folder: Path, n: int, seed: int) -> Zoo:
     """Convnets, those of `FAILED` fine-tuned at a hundred times their rate."""
     tunings = {f"ft{k:02d}": _draw(seed, k) for k in range(n)}
@@ -426,6 +446,7 @@ KINDS = {
     "language-lora": Kind(
         "LoRA adapters of a language model", 12, Language(is_lora=True), TEXT_SEED
     ),
+    "photos": Kind("EfficientNet on photographs", 24, photos, TEXT_SEED),
     "diverged": Kind("convolutional network, a fifth diverged", 20, failing),
 }
 
@@ -460,7 +481,7 @@ def failures(folder: Path, kind: str, seed: int) -> dict[str, CheckpointCollecti
         how = replace(how, lr=rate * how.lr)
         here.mkdir(parents=True, exist_ok=True)
         if not (here / "start.safetensors").exists():
-            _save(
+            save(
                 here / "start.safetensors",
                 CheckpointCollection([zoo / "start.safetensors"])["start"],
             )
@@ -470,7 +491,7 @@ def failures(folder: Path, kind: str, seed: int) -> dict[str, CheckpointCollecti
         made = _computed_failures(tuned["healthy"], CheckpointCollection([paths["ft00"]])["ft00"])
         made["another start"] = _of_another_start(here / "another", how, seed, build, epochs)
         for name, state in made.items():
-            _save(failed[name], state)
+            save(failed[name], state)
     return {
         name: CheckpointCollection({**paths, "failed": path}, module=build)
         for name, path in failed.items()

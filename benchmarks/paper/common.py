@@ -78,10 +78,19 @@ def run(experiments: Sequence[Experiment], options: argparse.Namespace) -> float
     )
     options.out.mkdir(parents=True, exist_ok=True)
     for one, measured in zip(experiments, found, strict=True):
-        write(options.out, one.script, one.seeds, minutes(measured), **one.about, results={
+        results = kept_results(options.out / f"{one.script}.json", one) | {
             kind: [measured[kind, seed]["measured"] for seed in one.seeds] for kind in one.kinds
-        })  # fmt: skip
+        }
+        write(options.out, one.script, one.seeds, minutes(measured), **one.about, results=results)
     return minutes(made)
+
+
+def kept_results(path: Path, experiment: Experiment) -> dict[str, Any]:
+    """What was written of other zoos with the same seeds."""
+    if not path.exists():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found["results"] if found["seeds"] == list(experiment.seeds) else {}
 
 
 def write(out: Path, script: str, seeds: Sequence[int], minutes: float, **more: Any) -> None:

@@ -1,6 +1,6 @@
 """Every table of the page, from nothing: the zoos, the experiments on them, the page.
 
-    python -m benchmarks paper.everything [--folder zoos]
+    python -m benchmarks paper.everything [--folder zoos] [--kinds ...]
 
 All but the experiments that chose the defaults, which have zoos of their own (`paper.defaults`).
 """
@@ -8,6 +8,8 @@ All but the experiments that chose the defaults, which have zoos of their own (`
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 
 from . import (
     ablations,
@@ -19,6 +21,7 @@ from . import (
     failures,
     few_rows,
     language,
+    shift,
     table_3,
     tables_1_2,
 )
@@ -36,14 +39,26 @@ EXPERIMENTS = [
         adapters,
         adapters_instead,
         language,
+        shift,
     )
 ]
 
 
+def of_kinds(kinds: Sequence[str]) -> list[common.Experiment]:
+    """The experiments on these zoos."""
+    chosen = [
+        replace(one, kinds=[kind for kind in one.kinds if kind in kinds]) for one in EXPERIMENTS
+    ]
+    return [one for one in chosen if one.kinds]
+
+
 def main() -> None:
-    options = common.arguments(__doc__).parse_args()
+    parser = common.arguments(__doc__)
+    kinds = list(dict.fromkeys(kind for one in EXPERIMENTS for kind in one.kinds))
+    parser.add_argument("--kinds", nargs="+", default=kinds, choices=kinds, help="zoos")
+    options = parser.parse_args()
     begin = time.perf_counter()
-    minutes = common.run(EXPERIMENTS, options)
+    minutes = common.run(of_kinds(options.kinds), options)
     elapsed = (time.perf_counter() - begin) / 60
     print(f"{elapsed:.1f} minutes, {minutes:.1f} of processor time for the zoos")
 

@@ -200,7 +200,7 @@ class BaseSoup(
             self.warnings_: tuple[str, ...] = ()
             self._check_params()
             X, y, weight = validate_rows(self, X, y, self.task, sample_weight)
-            collection = self._completed(collect(checkpoints, X, y, weight, type(self).__name__))
+            collection = collect(checkpoints, X, y, weight, type(self).__name__)
             with collection.threads_of_parent():
                 problem = self._problem(collection, X, y, weight)
                 with collection.hashing() if self._has_recipe else nullcontext():
@@ -213,10 +213,6 @@ class BaseSoup(
     @abstractmethod
     def _search(self, problem: Problem) -> Found:
         """Find the coefficients: the one method a recipe has to have."""
-
-    def _completed(self, collection: CheckpointCollection) -> CheckpointCollection:
-        """The collection with what a recipe adds to it."""
-        return collection
 
     def _check_params(self) -> None:
         """Check the parameters all recipes share; recipes add theirs."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
@@ -133,8 +134,10 @@ class ModelStockSoup(BaseSoup):
     batch_size: int | None = 128
     device: str | torch.device = "auto"
 
-    def _completed(self, collection: CheckpointCollection) -> CheckpointCollection:
-        return with_start(collection, self.start)
+    def _problem(
+        self, collection: CheckpointCollection, X: Any, y: Any, weight: NDArray[np.float64] | None
+    ) -> Problem:
+        return super()._problem(with_start(collection, self.start), X, y, weight)
 
     def _search(self, problem: Problem) -> Found:
         checkpoints = problem.checkpoints

@@ -1,0 +1,110 @@
+"""Rows under distribution shift, and what is measured on them."""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.metrics import log_loss
+
+from benchmarks import photos, zoo
+from benchmarks.paper import shift
+from benchmarks.shifts import SHIFTS, shifted_sets
+from sksoup import UniformSoup
+from sksoup.datasets import make_digits_checkpoints
+
+
+def images(side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    digits = load_digits()
+    small = torch.as_tensor(digits.images[:200] / 16, dtype=torch.float32)
+    whole = torch.nn.functional.interpolate(small[:, None], size=(side, side), mode="bilinear")
+    return whole[:, 0], torch.as_tensor(digits.target[:200])
+
+
+@pytest.mark.parametrize("side", [8, 28])
+def test_shifts_keep_labels_and_grow_with_severity(side):
+    X, y = images(side)
+    sets = shifted_sets(X, y, 150, seed=3)
+    assert list(sets) == [f"{name} {severity}" for name in SHIFTS for severity in (1, 2)]
+    again = shifted_sets(X, y, 150, seed=3)
+    for i, name in enumerate(SHIFTS):
+        far = []
+        for severity in (1, 2):
+            moved, labels = sets[f"{name} {severity}"]
+            assert moved.shape == (150, side, side)
+            assert moved.dtype == torch.float32
+            assert 0 <= moved.min() < moved.max() <= 1
+            assert torch.equal(moved, again[f"{name} {severity}"][0])
+            rows = np.random.default_rng([3, i, severity]).permutation(200)[:150]
+            assert torch.equal(labels, y[rows])
+            far.append(float((moved - X[rows]).square().mean()))
+        assert 0 < far[0] < far[1] or (name == "move" and far[1] > 0)  # which hits or misses
+
+
+def test_rows_of_digits_are_shifted_as_images():
+    X, y = images(8)
+    sets = zoo.shifted_digits((X.reshape(-1, 64).numpy(), y.numpy()), 0)
+    assert sets["noise 1"][0].shape == (200, 64)
+
+
+def test_scores_are_those_of_scikit_learn(tmp_path):
+    made = make_digits_checkpoints(tmp_path, 2)
+    soup = UniformSoup().fit(made.checkpoints, made.X_val, made.y_val)
+    X, y = made.X_test[:500], made.y_test[:500]
+    found = shift.scores(soup, X, y)
+    assert found["accuracy"] == pytest.approx(100 * soup.score(X, y), abs=1e-3)
+    assert found["log_loss"] == pytest.approx(log_loss(y, soup.predict_proba(X)), abs=1e-5)
+
+
+def test_the_calibration_error_is_that_of_its_bins():
+    rng = np.random.default_rng(0)
+    confidence, right = rng.uniform(0, 1, 400), rng.uniform(0, 1, 400) < 0.6
+    confidence[0] = 1.0
+    expected = 0.0
+    for low in range(shift.BINS):
+        inside = (confidence >= low / shift.BINS) & (
+            (confidence < (low + 1) / shift.BINS) | (low == shift.BINS - 1)
+        )
+        expected += abs(confidence[inside].mean() - right[inside].mean()) * inside.mean()
+    assert shift.calibration_error(confidence, right) == pytest.approx(expected)
+
+
+def test_files_of_images_are_read(tmp_path):
+    values = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    header = bytes([0, 0, 8, 3]) + np.array(values.shape, ">i4").tobytes()
+    (tmp_path / "x.gz").write_bytes(gzip.compress(header + values.tobytes()))
+    assert photos.read_idx(tmp_path / "x.gz").numpy().tolist() == values.tolist()
+
+
+def test_missing_images_are_said_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(photos, "IMAGES", photos.IMAGES / "elsewhere")
+    monkeypatch.setattr(photos.shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit, match=r"apt-get is not here: unpack Debian's package"):
+        photos.fetch(tmp_path)
+    monkeypatch.setattr(photos.shutil, "which", lambda name: "/bin/false")
+
+    def fail(*args, **kwargs):
+        raise photos.subprocess.CalledProcessError(100, "apt-get")
+
+    monkeypatch.setattr(photos.subprocess, "run", fail)
+    with pytest.raises(SystemExit, match="could not be downloaded"):
+        photos.fetch(tmp_path)
+    assert not (tmp_path / photos.PACKAGE).exists()
+
+
+def test_augmentation_moves_mirrors_and_erases():
+    X, _ = images(28)
+    generator = torch.Generator().manual_seed(0)
+    how = photos.draw(0, 0)
+    plain = photos.augmented(X, replace(how, move=0, erase=0.0), generator)
+    mirrored = [not torch.equal(a, b) for a, b in zip(plain, X, strict=True)]
+    assert 60 < sum(mirrored) < 140
+    assert all(torch.equal(a.flip(-1), b) for a, b, m in zip(plain, X, mirrored, strict=True) if m)
+    erased = photos.augmented(X, replace(how, move=0, erase=1.0), generator)
+    assert ((erased == 0.5).flatten(1).sum(dim=1) > 0).all()
+    moved = photos.augmented(X, replace(how, move=2, erase=0.0), generator)
+    assert not torch.equal(moved, X)
