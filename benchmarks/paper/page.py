@@ -43,6 +43,7 @@ PAPER_MARGIN = 1.24  # of MEHL-Soup+ over the best checkpoint
 PLUS = "MEHL-Soup+"
 RIVALS = ("Best checkpoint", "Greedy-Soup", "Learned-Soup+", "HL-Soup+", "Ensemble")
 TITLES = {"convnet": "ConvNet", "vit": "ViT", "resnet": "ResNet", "text": "Text encoder"}
+SHIFT_TITLES = {"photos": "EfficientNet", **TITLES}
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- made by benchmarks/paper/page.py: -->", "<!-- : -->"  # its table in the readme
 BLUE, ORANGE, GREY, GREEN = "#0072B2", "#E69F00", "#767676", "#009E73"
@@ -102,6 +103,57 @@ def beside_best(
         gain = cell(paired(seeds, name, "Best checkpoint"), signed)
         rows.append([name, *means[:after], gain, *means[after:]])
     return rows
+
+
+def shifted(tests: Mapping[str, Mapping[str, float]], measure: str) -> float:
+    """The mean over all test sets but the clean one."""
+    return statistics.mean(found[measure] for name, found in tests.items() if name != "clean")
+
+
+def clean(tests: Mapping[str, Mapping[str, float]], measure: str) -> float:
+    return tests["clean"][measure]
+
+
+def worst(tests: Mapping[str, Mapping[str, float]], measure: str) -> float:
+    return min(found[measure] for found in tests.values())
+
+
+SHIFT_COLUMNS: dict[str, tuple[Callable[..., float], str, int]] = {
+    "clean, %": (clean, "accuracy", 2), "shifted, %": (shifted, "accuracy", 2),
+    "worst, %": (worst, "accuracy", 2), "log-loss": (clean, "log_loss", 3),
+    "shifted log-loss": (shifted, "log_loss", 3), "calibration error": (clean, "calibration", 3),
+    "shifted": (shifted, "calibration", 3),
+}  # fmt: skip
+SHIFT_GAINS = {
+    f"{which} – {rival}": (of, rival)
+    for rival in ("Best checkpoint", "Greedy-Soup")
+    for which, of in (("clean", clean), ("shifted", shifted))
+}
+
+
+def shift_scores(systems: Sequence[Mapping[str, Any]]) -> Iterable[list[str]]:
+    """A row for each system: its scores, over the splits."""
+    for name in systems[0]:
+        own = [one[name] for one in systems]
+        yield [name, *(
+            cell([one and of(one["tests"], measure) for one in own], lambda v, d=digits: pm(v, d))
+            for of, measure, digits in SHIFT_COLUMNS.values()
+        )]  # fmt: skip
+
+
+def shift_gains(systems: Sequence[Mapping[str, Any]]) -> Iterable[list[str]]:
+    """A row for each system: what it gains over the rivals, paired by split, and its cost."""
+    for name in systems[0]:
+        gains = [
+            cell([one[name] and of(one[name]["tests"], "accuracy") - of(one[rival]["tests"],
+                  "accuracy") for one in systems], signed)
+            for of, rival in SHIFT_GAINS.values()
+        ]  # fmt: skip
+        cost = [
+            cell([one[name] and one[name][what] for one in systems], lambda v: f"{mean_of(v):.0f}")
+            for what in ("seconds", "forward", "backward")
+        ]
+        yield [name, *gains, *cost]
 
 
 def mean_of(values: Iterable[float | None]) -> float:
@@ -382,6 +434,21 @@ class Page:
         parts.append(self._least_rows(found))
         return "\n".join(parts)
 
+    def shift(self) -> str:
+        """Clean and shifted test sets: the scores, and what is gained over two rivals."""
+        if "shift" not in self.found:
+            return ""
+        parts = []
+        for kind, seeds in self.found["shift"]["results"].items():
+            systems = [seed["systems"] for seed in seeds]
+            title = f"{SHIFT_TITLES[kind]}, {len(seeds)} splits"
+            parts += [
+                table(["system", *SHIFT_COLUMNS], shift_scores(systems), title),
+                table(["system", *SHIFT_GAINS, "seconds", "forward", "backward"],
+                      shift_gains(systems), f"{title}: gains in points, cost of the fit"),
+            ]  # fmt: skip
+        return _template("page_shift").replace("@shift@", "\n".join(parts))
+
     def adapters(self) -> str:
         """Soups of LoRA adapters, and what a sceptic would do instead."""
         if not {"adapters", "adapters_instead"} <= self.found.keys():
@@ -566,7 +633,7 @@ class Page:
         template = _template("page")
         for name in ("commands", "accuracy", "log_loss", "cost", "removed", "curve", "outside",
                      "ablations", "batch_norm", "defaults", "diverged", "failures", "few_rows",
-                     "adapters", "language", "claims"):  # fmt: skip
+                     "shift", "adapters", "language", "claims"):  # fmt: skip
             template = template.replace(f"@{name}@", getattr(self, name)().strip())
         return template.rstrip() + "\n"
 

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import log_loss
 
 from benchmarks import photos, zoo
-from benchmarks.paper import shift
+from benchmarks.paper import page, shift
 from benchmarks.shifts import SHIFTS, shifted_sets
 from sksoup import UniformSoup
 from sksoup.datasets import make_digits_checkpoints
@@ -108,3 +108,34 @@ def test_augmentation_moves_mirrors_and_erases():
     assert ((erased == 0.5).flatten(1).sum(dim=1) > 0).all()
     moved = photos.augmented(X, replace(how, move=2, erase=0.0), generator)
     assert not torch.equal(moved, X)
+
+
+def test_the_page_says_what_was_measured(tmp_path):
+    def tests(clean: float, noise: float, blur: float) -> dict[str, dict[str, float]]:
+        scores = {"clean": clean, "noise 1": noise, "blur 1": blur}
+        return {
+            n: {"accuracy": a, "log_loss": a / 100, "calibration": 0.05} for n, a in scores.items()
+        }
+
+    def seed(plus: float) -> dict[str, dict[str, object]]:
+        cost = {"seconds": 3.4, "forward": 5.0, "backward": 2.0}
+        return {
+            "Best checkpoint": {"tests": tests(80, 60, 40), **cost},
+            "Greedy-Soup": {"tests": tests(81, 61, 43), **cost},
+            "Centered-Soup+": {"tests": tests(82 + plus, 66, 46), **cost},
+            "Learned-Soup": None,
+        }
+
+    systems = [seed(0.0), seed(1.0)]
+    rows = {row[0]: row[1:] for row in page.shift_scores(systems)}
+    assert rows["Greedy-Soup"][:4] == [
+        "81.00 ± 0.00", "52.00 ± 0.00", "43.00 ± 0.00", "0.810 ± 0.000",
+    ]  # fmt: skip
+    assert rows["Centered-Soup+"][0].startswith("82.50 ± ")
+    assert rows["Learned-Soup"][0] == "diverged on 2 of 2 seeds"
+    gains = {row[0]: row[1:] for row in page.shift_gains(systems)}
+    assert list(page.SHIFT_GAINS)[3] == "shifted – Greedy-Soup"
+    assert gains["Centered-Soup+"][1:2] + gains["Centered-Soup+"][3:] == [
+        "+6.00 ± 0.00", "+4.00 ± 0.00", "3", "5", "2",
+    ]  # fmt: skip
+    assert gains["Centered-Soup+"][2].startswith("+1.50 ± ")
