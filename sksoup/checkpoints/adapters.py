@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..exceptions import CheckpointError
-from .base_model import TRANSPOSED, BaseModel
+from .base_model import EMBEDDING, TRANSPOSED, BaseModel
 from .in_memory import MemoryCheckpoint, content_sha256
 from .low_rank import Factors, LowRankCheckpoint, ReadFactors, widened
 from .peft_config import PeftConfig
@@ -24,6 +24,7 @@ from .sources import open_checkpoint
 
 DOUBLES = re.compile(r"\.(original_module|modules_to_save)\.")
 PREFIX = "base_model.model."
+MOST_RANK = 512  # beyond the size of a matrix: searches hold the square of all ranks
 # suffixes of the two factors: of linear layers and convolutions, of embeddings
 PAIRS = (
     (".lora_A.weight", ".lora_B.weight"),
@@ -148,6 +149,8 @@ class AdapterCheckpoint(LowRankCheckpoint):
                 self._copies[name] = inner
             else:
                 self._add_whole(name, inner)
+        for name in self._factors:
+            self.config.check_selected(name.removesuffix(".weight"))
         if not self._factors and not self._whole:
             raise self._error("it holds no factors: save it again, with peft")
 
@@ -160,6 +163,11 @@ class AdapterCheckpoint(LowRankCheckpoint):
             raise self._does_not_fit(f"it adds to {name!r}, which the base does not have")
         self.base.check_target(name, repr(self))
         kind = self.base.kind(module, repr(self))
+        if name in self._factors or a.endswith(PAIRS[1][0]) != (kind == EMBEDDING):
+            raise self._error(
+                f"its {a!r} is not what PEFT loads for {module!r}, which is of the kind {kind!r}: "
+                f"save it again"
+            )
         is_transposed = kind in TRANSPOSED
         first, second = self.stored.header[a], self.stored.header[b]
         if len(first.shape) < 2 or len(second.shape) < 2:
@@ -172,6 +180,11 @@ class AdapterCheckpoint(LowRankCheckpoint):
             raise self._does_not_fit(
                 f"{name!r} is {info.dtype} of shape {info.shape} in the base, and the factors "
                 f"{first.shape} and {second.shape} do not make that"
+            )
+        if rank > max(MOST_RANK, *expected):
+            raise self._error(
+                f"the factors of {module!r} have rank {rank:,}, and the matrix has {expected[0]:,} "
+                f"x {expected[1]:,} numbers: more than it can have. Save it with a lower rank"
             )
         for factor in (first, second):
             if not factor.is_floating:
@@ -188,6 +201,8 @@ class AdapterCheckpoint(LowRankCheckpoint):
             raise self._does_not_fit(
                 f"{name!r} has shape {own.shape}, and {info.shape} in the base"
             )
+        if info is not None and info.is_floating and not own.is_floating:
+            raise self._does_not_fit(f"{name!r} is {own.dtype}, and {info.dtype} in the base")
         if info is None and not self.base.lacks(name):
             raise self._does_not_fit(f"it holds {name!r}, which the base does not have")
         if info is None or info != own or own.is_floating:
@@ -221,7 +236,7 @@ class _Pair:
     def factors(self, read: Read) -> Factors:
         """Left @ right: lambda B A of (out, in), or its transpose."""
         a, b = read(self.a), read(self.b)
-        wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+        wide = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
         right = a.to(wide).reshape(self.rank, -1)
         left = b.to(wide).reshape(-1, self.rank) * self.scaling
         return Factors(right.T, left.T) if self.is_transposed else Factors(left, right)

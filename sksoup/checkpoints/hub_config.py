@@ -23,6 +23,8 @@ FOREIGN_CODE = ("auto_map", "custom_pipelines")
 # functions in transformers make it fetch and run a kernel: dropped, so that its default is used
 KERNELS = ("attn_implementation", "experts_implementation")
 BUILT_IN = ("eager", "sdpa", "grouped_mm", "batched_mm")
+# weights, and configurations, that transformers reads instead of those in the folder
+OTHER_SOURCES = ("transformers_weights", "configuration_files")
 # an 'attribute_map' would give other fields these names
 DROPPED = ("attribute_map", "name_or_path", "_name_or_path")
 # timm reads files and the hub by options, and by names like 'hf-hub:org/name', 'local-dir:/folder'
@@ -61,15 +63,19 @@ def refuse_other_weights(folder: Path) -> None:
         config = json.loads(read_text(path, LIMIT))
     except (ValueError, RecursionError):  # transformers can't read it either
         return
-    if isinstance(config, dict) and config.get("transformers_weights"):
-        raise _other_weights(path)
+    if isinstance(config, dict):
+        _refuse_other_sources(config, path)
 
 
-def _other_weights(path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{str(path)!r} names other weights than those that are opened here "
-        f"('transformers_weights'), which transformers would load. Remove that field."
-    )
+def _refuse_other_sources(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse what makes transformers read other files than these, also by another field's name."""
+    renamed = config.get("attribute_map")
+    renamed = renamed if isinstance(renamed, dict) else {}
+    if field := next((f for f in OTHER_SOURCES if config.get(f) or f in renamed), None):
+        raise CheckpointError(
+            f"{str(path)!r} has the field {field!r}, by which transformers would load other files "
+            f"than those that are opened here. Remove that field."
+        )
 
 
 def output_labels(id2label: Any) -> tuple[str, ...]:
@@ -109,8 +115,7 @@ def _refuse_what_acts(part: dict[str, Any], path: Path) -> None:
                 f"{str(path)!r} names code of its own ({field!r}), which sksoup never runs. Give "
                 f"the architecture: module=build_model."
             )
-    if part.get("transformers_weights"):
-        raise _other_weights(path)
+    _refuse_other_sources(part, path)
     if part.get("quantization_config"):
         raise CheckpointError(
             f"{str(path)!r} can't be built: its weights are quantized ('quantization_config'). "

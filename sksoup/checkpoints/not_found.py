@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..exceptions import CheckpointError
-from .folders import is_weights
+from .folders import is_weights, matches
 
 MOST_FOLDERS = 1000  # to look through for what the user may have meant
 
@@ -27,9 +27,9 @@ def _why(path: Path, suffixes: Collection[str]) -> str:
         deeper = _pattern_below(path, suffixes)
         remedy = f"the pattern {deeper!r} opens what is deeper in it" if deeper else expected
         return f"it holds {_listed(path)}; {remedy}."
-    if matches := glob.glob(str(path), recursive=True):
-        others = ", ".join(repr(Path(match).name) for match in sorted(matches)[:5])
-        return f"it matches {others}{', ...' if len(matches) > 5 else ''}; {expected}."
+    if found := sorted(islice(matches(str(path)), MOST_FOLDERS)):
+        others = ", ".join(repr(match.name) for match in found[:5])
+        return f"it matches {others}{', ...' if len(found) > 5 else ''}; {expected}."
     there = next(parent for parent in path.absolute().parents if parent.is_dir())
     missing = path.absolute().relative_to(there).parts[0]
     start = "" if path.is_absolute() else f" (from the folder {str(Path.cwd())!r})"

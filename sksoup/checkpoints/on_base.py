@@ -48,6 +48,8 @@ def resolve_adapters(
                 f"{_why_missing(missing, base)}."
             )
     _warn_of_quantized(configs, base)
+    if module is not None:  # else the names led to one folder
+        _warn_of_other_bases(configs, base)
     return opened, architecture
 
 
@@ -92,19 +94,40 @@ def _base(
     if isinstance(named, HubModule):
         folder, path = named.folder, named.path
     else:
-        found = find_base_folder(config.base_model, config.fields.get("revision"))
-        if found is None:
-            raise CheckpointError(
-                f"{str(folders[i])!r} is an adapter of {config.base_model or 'an unnamed base'!r}, "
-                f"which is not on this machine, and nothing is fetched. Give the base: "
-                f"module=build_base, an nn.Module, or the path of its folder."
-            )
-        folder = path = found
+        folder = path = _named_base(configs, folders)
     task = config.fields.get("task_type")
     task = task if isinstance(task, str) and task in AUTO_CLASSES else None
     header = open_checkpoint(folders[i]).header
     factory = HubModule(folder, path, task=task, n_labels=_n_labels(header, task))
     return base_of_folder(path, factory), factory
+
+
+def _named_base(configs: dict[int, PeftConfig], folders: dict[int, Path]) -> Path:
+    """The folder of the base that all of these adapters name."""
+    first: tuple[int, Path] | None = None
+    known: dict[tuple[str, Any], Path | None] = {}
+    for i, config in configs.items():
+        name, revision = config.base_model, config.fields.get("revision")
+        if (name, repr(revision)) not in known:
+            known[name, repr(revision)] = find_base_folder(name, revision)
+        found = known[name, repr(revision)]
+        if found is None:
+            raise CheckpointError(
+                f"{str(folders[i])!r} is an adapter of {name or 'an unnamed base'!r}, which is not "
+                f"on this machine, and nothing is fetched. Give the base: module=build_base, an "
+                f"nn.Module, or the path of its folder."
+            )
+        if first is None:
+            first = i, found
+        elif not found.samefile(first[1]):
+            raise CheckpointError(
+                f"{str(folders[i])!r} is an adapter of {name!r}, and {str(folders[first[0]])!r} of "
+                f"{configs[first[0]].base_model!r}: adapters of one base only can be mixed. Leave "
+                f"the others out; or, if it is the same network, give it: module=."
+            )
+    if first is None:
+        raise CheckpointError("There is no adapter that names its base: give it, module=.")
+    return first[1]
 
 
 def _n_labels(header: Any, task: str | None) -> int | None:
@@ -125,6 +148,20 @@ def _warn_of_quantized(configs: dict[int, PeftConfig], base: BaseModel) -> None:
         warnings.warn(
             f"These adapters were trained on {packed[0]!r}, a base with quantized weights, and are "
             f"added to {base!r} in full precision: compare scores before you rely on the soup.",
+            SoupWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_of_other_bases(configs: dict[int, PeftConfig], base: BaseModel) -> None:
+    """Warn where adapters name several bases: shapes alone do not tell them apart."""
+    names = {c.base_model.rstrip("/").rpartition("/")[2]: c.base_model for c in configs.values()}
+    names.pop("", None)
+    if len(names) > 1:
+        first, second = list(names.values())[:2]
+        warnings.warn(
+            f"These adapters name several bases, such as {first!r} and {second!r}, and all are "
+            f"added to {base!r}. Mix adapters of one base only.",
             SoupWarning,
             stacklevel=4,
         )

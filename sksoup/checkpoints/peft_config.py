@@ -38,7 +38,9 @@ REPEATS = re.compile(r"[*+{]")
 REPEATED_GROUP = re.compile(r"\)[*+{]")
 OPTIONAL = re.compile(r"(?<![(*+}])\?")
 MOST_REPEATS = 2
-MOST_TRIES = 1e6  # of all patterns of a field
+MOST_TRIES = 1e5  # of all patterns of a field
+LONGEST_PATTERN = 500  # characters
+FLAGS = re.compile(r"\(\?(?!:)")  # and lookarounds; sets of many ranges compile slowly under (?i)
 MOST_PATTERNS = 10_000  # one for each layer is some 500
 
 
@@ -120,6 +122,37 @@ class PeftConfig:
         alpha = float(self._of_module("alpha_pattern", module, self.fields.get("lora_alpha", 8)))
         return alpha / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
 
+    def check_selected(self, module: str) -> None:
+        """Refuse factors of a module that PEFT, when it loads the adapter, would leave alone."""
+        fields = self.fields
+        if self._is_in(fields.get("exclude_modules"), module) is True:
+            self._refuse(f"it has factors of {module!r}, which its 'exclude_modules' leaves out")
+        targets = fields.get("target_modules")
+        if targets and self._is_in(targets, module) is False:
+            self._refuse(f"it has factors of {module!r}, which is not in its 'target_modules'")
+        layers = fields.get("layers_to_transform")
+        if layers is not None and layers != [] and not isinstance(targets, str):
+            layers = layers if isinstance(layers, (list, tuple)) else [layers]
+            index = self._layer_of(module)
+            if index is not None and index not in layers:
+                self._refuse(f"it has factors of {module!r}, not in its 'layers_to_transform'")
+
+    def _is_in(self, modules: Any, module: str) -> bool | None:
+        """Whether a field selects a module, as in PEFT; None where that can't be told."""
+        if isinstance(modules, str):
+            if modules == "all-linear" or not _is_quick(modules):
+                return None
+            return re.fullmatch(modules, module) is not None
+        names = modules if isinstance(modules, (list, tuple, set)) else ()
+        return any(module == name or module.endswith(f".{name}") for name in names)
+
+    def _layer_of(self, module: str) -> int | None:
+        """The first number in the name that follows the name of a list; None where unknown."""
+        if self.fields.get("layers_pattern"):
+            return None
+        found = re.match(r"[^.]+(?:\.[^.]+)*?\.(\d+)\.", module)
+        return int(found[1]) if found else None
+
     def _of_module(self, field: str, module: str, otherwise: Any) -> Any:
         """The value of the first pattern that the module's name ends in, as in PEFT."""
         for pattern, value in self._patterns[field]:
@@ -146,11 +179,14 @@ class PeftConfig:
             if (
                 len(REPEATS.findall(pattern)) > MOST_REPEATS
                 or REPEATED_GROUP.search(pattern)
+                or FLAGS.search(pattern)
+                or len(pattern) > LONGEST_PATTERN
                 or tries > MOST_TRIES
             ):
                 self._refuse(
                     f"its {field!r} holds {_short(pattern)}, which may take too long to match: use "
-                    f"at most {MOST_REPEATS} repeats, none of a group, and few alternatives"
+                    f"at most {MOST_REPEATS} repeats, none of a group, few alternatives, no flags, "
+                    f"and {LONGEST_PATTERN} characters"
                 )
             try:
                 _expression(pattern)
@@ -181,6 +217,18 @@ def is_adapter_folder(path: Path) -> bool:
 def _expression(pattern: str) -> re.Pattern[str]:
     """What PEFT matches the names of modules with."""
     return re.compile(rf"(.*\.)?({pattern})$")
+
+
+def _is_quick(pattern: str) -> bool:
+    """Whether a pattern is known to match names quickly, and is one."""
+    slow = REPEATED_GROUP.search(pattern) or FLAGS.search(pattern)
+    if slow or len(pattern) > LONGEST_PATTERN or _tries(pattern) > MOST_TRIES:
+        return False
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def _tries(pattern: str) -> float:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +12,7 @@ from typing import Any, get_args
 from torch import nn
 
 from ..exceptions import CheckpointError
-from .folders import FOLDER_WEIGHTS, is_weights, weights_of
+from .folders import FOLDER_WEIGHTS, is_weights, matches, weights_of
 from .in_memory import MemoryCheckpoint
 from .not_found import nothing_at
 from .protocol import Checkpoint, Entry
@@ -129,7 +128,7 @@ def _runs_at(path: str | os.PathLike[str], which: Which | None) -> list[Run]:
         runs = alone([root])
     else:
         runs = []
-        for match in sorted(_matches(full), key=natural_key):
+        for match in sorted(matches(full), key=natural_key):
             if match.is_dir():
                 runs += find_runs(match, SUFFIXES)
             elif is_weights(match, SUFFIXES) or match.name.endswith(INDEX):
@@ -139,20 +138,6 @@ def _runs_at(path: str | os.PathLike[str], which: Which | None) -> list[Run]:
     if not runs:
         raise nothing_at(os.fspath(path), SUFFIXES)
     return runs
-
-
-def _matches(pattern: str) -> Iterator[Path]:
-    """Paths that match a pattern; "**" does not follow links, which may lead anywhere and back."""
-    if "**" not in pattern:
-        yield from map(Path, glob.glob(pattern))
-        return
-    path = Path(pattern)
-    start = Path(path.anchor) if path.anchor else Path()
-    hidden = {part for part in path.parts if part[:1] == "."}
-    for match in start.glob(str(path.relative_to(start)) if path.anchor else pattern):
-        parts = match.parts
-        if not any(part[:1] == "." and part not in hidden for part in parts if part != ".."):
-            yield match
 
 
 def _in_words(runs: Sequence[Run], which: Which) -> str:

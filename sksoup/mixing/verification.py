@@ -11,12 +11,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..checkpoints.architecture import ModuleSource
+from ..checkpoints.beside import refuse_what_others_load
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.converted import open_alike
-from ..checkpoints.hub_config import refuse_other_weights
+from ..checkpoints.low_rank import Factors, widened
 from ..checkpoints.protocol import Read, TensorInfo, same_bits
 from ..checkpoints.sources import open_checkpoint
 from ..checkpoints.torch_files import TorchFile
@@ -49,6 +52,9 @@ class Verification:
     sha256 : str, default="not recorded"
         ``"ok"`` or ``"differs"``: the SHA-256 of the soup's tensors, of those in ``unchecked``,
         too, against the one in the recipe; ``"not recorded"`` where the recipe has none.
+    beside : tuple of str, default=()
+        Files of further modules that sentence-transformers loads with the soup: no recipe has them,
+        so that they were not checked.
     rounded : tuple of str, default=()
         Tensors that LoRA adapters change, and that differ by rounding only: products of matrices
         depend in the last bit on the processor.
@@ -70,6 +76,7 @@ class Verification:
     n_tensors: int
     sha256: str = "not recorded"
     rounded: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -104,7 +111,8 @@ class Verification:
         n = len(self.ingredients)
         if not lost:
             lines.append(f"{used} of {n} ingredients used, SHA-256 as recorded.")
-        parts = {"differs": self.differing, "not checked": self.unchecked, "ingredient": lost}
+        unchecked = self.unchecked | dict.fromkeys(self.beside, "is loaded, too, and in no recipe")
+        parts = {"differs": self.differing, "not checked": unchecked, "ingredient": lost}
         for title, found in parts.items():
             lines += [f"{title}: {name!r} {how}" for name, how in list(found.items())[:5]]
             if len(found) > 5:
@@ -130,6 +138,7 @@ def verify(
             ingredients[ingredient.name] = str(error)
     names = [name for name in recipe.recalibrated if is_statistic(name)]
     unchecked = dict.fromkeys(names, "was re-estimated from data, which no recipe can rebuild")
+    beside = () if isinstance(weights, Mapping) else tuple(refuse_what_others_load(Path(weights)))
     with _reading(weights, recipe.layers, checkpoints.module) as (header, read):
         digest = _compared(recipe.weights_sha256, header, read)
         if set(ingredients.values()) - {"ok", "unused"}:
@@ -153,13 +162,16 @@ def verify(
         for name, expected in mix_some(
             chosen, coef, rows, [n for n in present if n not in unchecked]
         ):
-            if how := _difference(header[name], expected, read(name)):
-                if name in products and _is_rounding(expected, read(name)):
+            if how := _other_kind(header[name], TensorInfo.of(expected)):
+                differing[name] = how
+            elif not same_bits(expected, given := read(name).cpu()):
+                size = _size_of_sum(chosen, coef[rows[name]], name) if name in products else None
+                if size is not None and _is_rounding(expected, given, size, len(chosen)):
                     rounded.append(name)
                 else:
-                    differing[name] = how
+                    differing[name] = "has other values"
     return Verification(
-        differing, unchecked, ingredients, len(recipe.layers), digest, tuple(rounded)
+        differing, unchecked, ingredients, len(recipe.layers), digest, tuple(rounded), beside
     )
 
 
@@ -200,7 +212,6 @@ def _reading(
         )
     else:
         path = Path(weights)
-        refuse_other_weights(path if path.is_dir() else path.parent)
         ways = open_alike(path, module), open_checkpoint(path)
         if isinstance(ways[1], TorchFile) and not ways[1].is_plain:
             raise RecipeError(
@@ -212,19 +223,30 @@ def _reading(
             yield opened.header, read
 
 
-def _difference(info: TensorInfo, expected: torch.Tensor, given: torch.Tensor) -> str | None:
-    if how := _other_kind(info, TensorInfo.of(expected)):
-        return how
-    return None if same_bits(expected, given.cpu()) else "has other values"
+def _size_of_sum(
+    chosen: CheckpointCollection, coef: NDArray[np.float64], tensor: str
+) -> torch.Tensor:
+    """|w_0| + sum_k |c_k| |B_k| |A_k|, element by element: what rounding errors are relative to."""
+    adapters = chosen.adapters(chosen.names)
+    base = next(iter(adapters.values())).base
+    with base.open() as read:
+        size = widened(read(tensor)).abs()
+    for c, name in zip(coef, chosen.names, strict=True):
+        with chosen.open_factors(name) as (factors, _):
+            if (both := factors(tensor)) is not None:
+                Factors(both.left.abs(), both.right.abs()).add_to(size, abs(float(c)))
+    return size
 
 
-def _is_rounding(expected: torch.Tensor, given: torch.Tensor) -> bool:
-    """Whether two tensors of one kind differ by no more than products of matrices may.
+def _is_rounding(
+    expected: torch.Tensor, given: torch.Tensor, size: torch.Tensor, n_terms: int
+) -> bool:
+    """Whether two tensors of one kind differ by no more than sums of products may.
 
-    Another processor may sum them in another order: the last bit, and what that is of the largest.
+    Another processor may round a product to the next number, and each sum after it.
     """
-    a, b = expected.double(), given.cpu().double()
-    bound = torch.finfo(expected.dtype).eps * a.abs() + 2**-23 * a.abs().max()
+    a, b = expected.double(), given.double()
+    bound = torch.finfo(expected.dtype).eps * a.abs() + (n_terms + 1) * 2**-23 * size.double()
     return bool(((a - b).abs() <= bound).all())
 
 
