@@ -237,7 +237,7 @@ def make_zoo(folder: Path, n: int, seed: int, tuning_seed: int) -> zoo.Zoo:
     order = torch.randperm(len(X), generator=torch.Generator().manual_seed(tuning_seed))
     pool, rest = order[:N_POOL], order[N_POOL:]
     drawn = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))
-    val = rest[drawn[:N_VAL]]
+    val, more = rest[drawn[:N_VAL]], rest[drawn[: 2 * N_VAL]]
     here = folder / "photos"
     checkpoints = fine_tunings(here, n, tuning_seed, (X[pool], y[pool]))
     X_test, y_test = load_images(folder, "t10k")
@@ -245,6 +245,7 @@ def make_zoo(folder: Path, n: int, seed: int, tuning_seed: int) -> zoo.Zoo:
     test = X_test[drawn], y_test[drawn]
     return zoo.Zoo(
         checkpoints, (X[val], y[val]), test, start=here / "start.safetensors",
+        more=(X[more], y[more]),
         shifted=partial(shifted_sets, *test, N_SHIFTED, seed),
     )  # fmt: skip
 

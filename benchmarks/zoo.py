@@ -304,6 +304,7 @@ class Zoo:
     # the weights of a fine-tuning made again, on its own rows and the held-out ones
     retrain: Callable[[str], Mapping[str, torch.Tensor]] | None = None
     start: Path | None = None  # what all were fine-tuned from
+    more: tuple[Any, Any] | None = None  # held-out rows: ``val``, and as many again
     # test sets under distribution shift, by name
     shifted: Callable[[], Mapping[str, tuple[Any, Any]]] | None = None
 

@@ -15,6 +15,7 @@ from . import (
     ablations,
     adapters,
     adapters_instead,
+    amounts,
     appendix_c,
     common,
     diverged,
@@ -40,6 +41,7 @@ EXPERIMENTS = [
         adapters_instead,
         language,
         shift,
+        amounts,
     )
 ]
 

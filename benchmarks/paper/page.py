@@ -447,7 +447,54 @@ class Page:
                 table(["system", *SHIFT_GAINS, "seconds", "forward", "backward"],
                       shift_gains(systems), f"{title}: gains in points, cost of the fit"),
             ]  # fmt: skip
-        return _template("page_shift").replace("@shift@", "\n".join(parts))
+        template = _template("page_shift").replace("@shift@", "\n".join(parts))
+        return template.replace("@amounts@", self.amounts()).rstrip()
+
+    def amounts(self) -> str:
+        """What is gained with fewer held-out rows, and with fewer ingredients."""
+        if "amounts" not in self.found:
+            return ""
+        seeds, parts = self.found["amounts"]["results"]["photos"], []
+        for what, title in (("rows", "held-out rows"), ("ingredients", "ingredients")):
+            sizes = seeds[0][what]
+            rows = [
+                [n, pm([seed[what][n]["Best checkpoint"] for seed in seeds]), *(
+                    signed([seed[what][n][name] - seed[what][n]["Best checkpoint"]
+                            for seed in seeds])
+                    for name in sizes[n] if name != "Best checkpoint"
+                )]
+                for n in sizes
+            ]  # fmt: skip
+            rivals = [name for name in next(iter(sizes.values())) if name != "Best checkpoint"]
+            header = [title, "best checkpoint, %", *(f"{name} – best" for name in rivals)]
+            parts.append(table(header, rows, f"EfficientNet, {len(seeds)} splits"))
+        picture = ".. image:: images/paper_amounts.svg\n    :alt: Gain over the best checkpoint "
+        picture += "against held-out rows and ingredients\n    :width: 100%\n"
+        return "\n".join([picture, *parts])
+
+    def draw_amounts(self, folder: Path) -> None:
+        if "amounts" not in self.found:
+            return
+        seeds = self.found["amounts"]["results"]["photos"]
+        figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained", sharey=True)
+        styles = (("Greedy-Soup", ORANGE, "^"), ("Centered-Soup", BLUE, "o"),
+                  (CENTERED_PLUS, GREEN, "D"))  # fmt: skip
+        for ax, what in zip(axes, ("rows", "ingredients"), strict=True):
+            sizes = list(seeds[0][what])
+            for name, color, marker in styles:
+                gains = [
+                    [seed[what][n][name] - seed[what][n]["Best checkpoint"] for seed in seeds]
+                    for n in sizes
+                ]
+                means, halves = zip(*map(common.mean_and_interval, gains), strict=True)
+                ax.errorbar(range(len(sizes)), means, halves, color=color, marker=marker,
+                            capsize=2, label=name)  # fmt: skip
+            ax.axhline(0, color=GREY, linewidth=0.8)
+            ax.set_xticks(range(len(sizes)), sizes)
+            ax.set(xlabel={"rows": "held-out rows"}.get(what, what))
+        axes[0].set_ylabel("points over the best checkpoint")
+        axes[0].legend(frameon=False)
+        self._save(figure, folder / "paper_amounts.svg")
 
     def adapters(self) -> str:
         """Soups of LoRA adapters, and what a sceptic would do instead."""
@@ -607,6 +654,7 @@ class Page:
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
         self._save(figure, folder / "paper_cost_curve.svg")
+        self.draw_amounts(folder)
 
     @staticmethod
     def _save(figure: Any, path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -12,9 +14,9 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import log_loss
 
 from benchmarks import photos, zoo
-from benchmarks.paper import page, shift
+from benchmarks.paper import amounts, page, shift
 from benchmarks.shifts import SHIFTS, shifted_sets
-from sksoup import UniformSoup
+from sksoup import BestCheckpoint, UniformSoup
 from sksoup.datasets import make_digits_checkpoints
 
 
@@ -139,3 +141,33 @@ def test_the_page_says_what_was_measured(tmp_path):
         "+6.00 ± 0.00", "+4.00 ± 0.00", "3", "5", "2",
     ]  # fmt: skip
     assert gains["Centered-Soup+"][2].startswith("+1.50 ± ")
+
+
+def test_amounts_of_rows_and_ingredients(monkeypatch, tmp_path):
+    made = make_digits_checkpoints(tmp_path / "zoo", 4)
+    rows = made.X_val[:200], made.y_val[:200]
+    held = zoo.Zoo(made.checkpoints, rows, (made.X_test[:200], made.y_test[:200]), more=rows)
+    monkeypatch.setattr(amounts, "ROWS", (50, 100))
+    monkeypatch.setattr(amounts, "INGREDIENTS", (3, 4))
+    monkeypatch.setattr(amounts, "SYSTEMS", ("Best checkpoint", "Greedy-Soup"))
+    found = amounts.measure(held, 0)
+    assert found["ingredients"]["4"] == found["ingredients"]["4"] | {
+        "Best checkpoint": pytest.approx(
+            100 * BestCheckpoint().fit(made.checkpoints, *rows).score(*held.test)
+        )
+    }
+    assert list(found["rows"]) == ["50", "100"]
+    for what in found.values():
+        for systems in what.values():
+            systems.update({"Centered-Soup": 80.0, "Centered-Soup+": 81.0})
+    shutil.copytree(page.common.RESULTS, tmp_path / "results")
+    text = json.dumps(
+        {"command": "x", "seeds": [1], "minutes": 1, "results": {"photos": [found] * 2}}
+    )
+    (tmp_path / "results" / "amounts.json").write_text(text)
+    built = page.Page(tmp_path / "results")
+    assert "held-out rows" in built.amounts()
+    best = found["rows"]["50"]["Best checkpoint"]
+    assert f"{81 - best:+.2f} ± 0.00" in built.amounts()
+    built.draw_amounts(tmp_path)
+    assert (tmp_path / "paper_amounts.svg").exists()
