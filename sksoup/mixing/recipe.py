@@ -353,7 +353,8 @@ class Recipe:
         Raises
         ------
         CheckpointError
-            A file can't be read, or a mix is not finite.
+            A file can't be read, or a mix is not finite; or other programs would load other weights
+            from that place: others lie in the folder, an adapter, or a config that leads elsewhere.
         RecipeError
             The ingredients hold other tensors than the recipe.
 
