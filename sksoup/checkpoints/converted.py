@@ -225,6 +225,12 @@ def _plan(entry: Entry, network: nn.Module, is_stored: bool) -> Plan | None:
                 f"{entry!r} can't be opened: transformers can't make {conversion.first!r} of "
                 f"{names[0]!r} ({len(names)} tensors): {error}. Save it again from transformers."
             ) from error
+        if twice := values.keys() & header.keys():
+            raise CheckpointError(
+                f"{entry!r} can't be opened: it holds {min(twice)!r} twice, as it is and in parts "
+                f"({conversion.sources[0][0]!r}, ...), and other readers may take the other one. "
+                f"Save it again from transformers."
+            )
         made |= dict.fromkeys(values, conversion)
         header |= {name: TensorInfo.of(value) for name, value in values.items()}
     return Plan(tried.prefix, {**origins, **made}, header)

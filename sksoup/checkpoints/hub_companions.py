@@ -43,8 +43,8 @@ def copy_companions(source: Path, target: Path, others: Sequence[Path] = ()) -> 
         for path in source.glob(pattern)
         if path.is_file() and not any(path.match(other) for other in NOT_COMPANIONS)
     }
-    modules = list(_modules(source))
-    of_modules = [path for module in modules for path in _files(module)]
+    modules = list(module_folders(source))
+    of_modules = [path for module in modules for path in module_files(module)]
     for path in [*found, *of_modules]:
         if not any(path.resolve().is_relative_to(folder) for folder in owned):
             raise CheckpointError(
@@ -60,7 +60,7 @@ def copy_companions(source: Path, target: Path, others: Sequence[Path] = ()) -> 
         shutil.copyfile(path, copy)
 
 
-def _modules(source: Path) -> Iterator[Path]:
+def module_folders(source: Path) -> Iterator[Path]:
     """The folders that modules.json names, such as 1_Pooling: those that are there."""
     path = source / MODULES
     if not path.is_file():
@@ -88,7 +88,7 @@ def _modules(source: Path) -> Iterator[Path]:
             yield folder
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def module_files(folder: Path) -> Iterator[Path]:
     """All regular files in a folder and below, by links to files but not to folders."""
     for root, _, names in os.walk(folder):
         yield from (path for name in sorted(names) if (path := Path(root, name)).is_file())
@@ -99,7 +99,7 @@ def _refuse_differing_weights(source: Path, paths: Sequence[Path], others: Seque
     for path in paths:
         name = path.relative_to(source)
         for other in others:
-            if not _same_content(path, other / name):
+            if not same_content(path, other / name):
                 raise CheckpointError(
                     f"{str(path)!r} can't be copied: its weights are not mixed, and those in "
                     f"{str(other)!r} differ. Use save(path) for the network's weights, and mix "
@@ -107,7 +107,8 @@ def _refuse_differing_weights(source: Path, paths: Sequence[Path], others: Seque
                 )
 
 
-def _same_content(one: Path, other: Path) -> bool:
+def same_content(one: Path, other: Path) -> bool:
+    """Whether two files hold the same bytes."""
     if not other.is_file() or one.stat().st_size != other.stat().st_size:
         return False
     with one.open("rb") as a, other.open("rb") as b:

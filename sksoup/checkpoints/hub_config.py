@@ -23,10 +23,11 @@ FOREIGN_CODE = ("auto_map", "custom_pipelines")
 # functions in transformers make it fetch and run a kernel: dropped, so that its default is used
 KERNELS = ("attn_implementation", "experts_implementation")
 BUILT_IN = ("eager", "sdpa", "grouped_mm", "batched_mm")
-# weights, and configurations, that transformers reads instead of those in the folder
-OTHER_SOURCES = ("transformers_weights", "configuration_files")
 # an 'attribute_map' would give other fields these names
 DROPPED = ("attribute_map", "name_or_path", "_name_or_path")
+# by which transformers reads other weights, another config.json, other fields of it
+OTHER_FILES = ("transformers_weights", "configuration_files", "attribute_map")
+SENTENCE_CONFIGS = "sentence_*config.json"  # what sentence-transformers hands to transformers
 # timm reads files and the hub by options, and by names like 'hf-hub:org/name', 'local-dir:/folder'
 TIMM_NAME = re.compile(r"[\w.]+")
 TIMM_OPTIONS = ("model_args", "backbone_kwargs", "timm_default_kwargs")
@@ -55,26 +56,27 @@ def read_config(path: Path, header: Mapping[str, TensorInfo]) -> dict[str, Any]:
 
 
 def refuse_other_weights(folder: Path) -> None:
-    """Refuse a folder whose config.json has transformers load other weights than those there."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return
-    try:
-        config = json.loads(read_text(path, LIMIT))
-    except (ValueError, RecursionError):  # transformers can't read it either
-        return
-    if isinstance(config, dict):
-        _refuse_other_sources(config, path)
+    """Refuse a folder whose configuration has other programs load other weights than are opened."""
+    found = [folder / "config.json", *sorted(folder.glob(SENTENCE_CONFIGS))]
+    for path in found:
+        if not path.exists():
+            continue
+        try:
+            config = json.loads(read_text(path, LIMIT))
+        except (ValueError, RecursionError) as error:  # others might read it all the same
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{str(path)!r} can't be read: {error}.") from error
+        for part in _parts({"": config}):
+            for field in OTHER_FILES:
+                _refuse_other_files(part, field, path)
 
 
-def _refuse_other_sources(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse what makes transformers read other files than these, also by another field's name."""
-    renamed = config.get("attribute_map")
-    renamed = renamed if isinstance(renamed, dict) else {}
-    if field := next((f for f in OTHER_SOURCES if config.get(f) or f in renamed), None):
+def _refuse_other_files(part: Mapping[str, Any], field: str, path: Path) -> None:
+    if part.get(field):
         raise CheckpointError(
-            f"{str(path)!r} has the field {field!r}, by which transformers would load other files "
-            f"than those that are opened here. Remove that field."
+            f"{str(path)!r} has the field {field!r}, by which transformers may read other weights, "
+            f"or another configuration, than those that are opened here. Remove that field."
         )
 
 
@@ -115,7 +117,8 @@ def _refuse_what_acts(part: dict[str, Any], path: Path) -> None:
                 f"{str(path)!r} names code of its own ({field!r}), which sksoup never runs. Give "
                 f"the architecture: module=build_model."
             )
-    _refuse_other_sources(part, path)
+    for field in ("transformers_weights", "configuration_files"):
+        _refuse_other_files(part, field, path)
     if part.get("quantization_config"):
         raise CheckpointError(
             f"{str(path)!r} can't be built: its weights are quantized ('quantization_config'). "

@@ -32,13 +32,12 @@ class ShardedCheckpoint(Checkpoint):
         for name in dict.fromkeys(self.weight_map.values()):
             shard = file.parent / name
             kind = SafetensorsFile if SafetensorsFile.accepts(shard) else TorchFile
-            opened: CheckpointFile = kind(shard)
-            self.shards[name] = opened
-            if isinstance(opened, TorchFile) and not opened.is_plain:
+            self.shards[name] = part = kind(shard)
+            if isinstance(part, TorchFile) and not part.is_plain:
                 raise CheckpointError(
-                    f"{str(shard)!r} holds more than a plain state dict, which a shard of "
-                    f"{file.name!r} must be: other readers take what is in it for tensors. Write "
-                    f"the checkpoint again, or leave it out."
+                    f"{str(shard)!r} can't be used as a shard: it holds more than a plain state "
+                    f"dict, so that other readers may find other weights in it. Write the "
+                    f"checkpoint again, or leave it out."
                 )
         for tensor, name in self.weight_map.items():
             if tensor not in self.shards[name].header:
@@ -46,9 +45,9 @@ class ShardedCheckpoint(Checkpoint):
                     f"{str(file)!r} does not fit its shards: {name!r} lacks {tensor!r}. Write the "
                     f"checkpoint again, or leave it out."
                 )
-        for name, found in self.shards.items():
+        for name, opened in self.shards.items():
             # other readers load all that is in the shards, and the last of two tensors wins
-            for tensor in found.header:
+            for tensor in opened.header:
                 if self.weight_map.get(tensor) != name:
                     raise CheckpointError(
                         f"{str(file)!r} does not fit its shards: {name!r} holds {tensor!r}, which "

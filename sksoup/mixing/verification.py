@@ -11,15 +11,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ..checkpoints.architecture import ModuleSource
-from ..checkpoints.beside import refuse_what_others_load
+from ..checkpoints.beside import other_weights
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.converted import open_alike
-from ..checkpoints.low_rank import Factors, widened
+from ..checkpoints.hub import hub_folder
+from ..checkpoints.hub_config import refuse_other_weights
+from ..checkpoints.peft_config import is_adapter_folder
 from ..checkpoints.protocol import Read, TensorInfo, same_bits
 from ..checkpoints.sources import open_checkpoint
 from ..checkpoints.torch_files import TorchFile
@@ -28,6 +28,7 @@ from ..runtime.fingerprint import tensor_bytes
 from .ingredients import check_base, find_ingredient, select_ingredients
 from .layers import check_layers, is_statistic
 from .mix import mix_some, stored_dtypes
+from .rounding import is_rounding
 
 LIMITS = (
     "Scores, temperature, labels and versions can't be rebuilt.\n"
@@ -52,12 +53,12 @@ class Verification:
     sha256 : str, default="not recorded"
         ``"ok"`` or ``"differs"``: the SHA-256 of the soup's tensors, of those in ``unchecked``,
         too, against the one in the recipe; ``"not recorded"`` where the recipe has none.
-    beside : tuple of str, default=()
-        Files of further modules that sentence-transformers loads with the soup: no recipe has them,
-        so that they were not checked.
     rounded : tuple of str, default=()
         Tensors that LoRA adapters change, and that differ by rounding only: products of matrices
         depend in the last bit on the processor.
+    beside : tuple of str, default=()
+        Other weights in the soup's folder, which were not compared, and which a program that is
+        given the folder may load.
 
     Examples
     --------
@@ -80,9 +81,13 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether at least one tensor was checked, none differs, and neither does the SHA-256."""
+        """Whether some tensor was checked, and neither any, nor the SHA-256, differs.
+
+        And no other weights are in the folder.
+        """
         is_checked = len(self.unchecked) < self.n_tensors
-        return is_checked and not self.differing and self.sha256 != "differs"
+        differs = self.differing or self.beside or self.sha256 == "differs"
+        return is_checked and not differs
 
     def to_dict(self) -> dict[str, Any]:
         """Return the findings as plain dicts.
@@ -111,8 +116,11 @@ class Verification:
         n = len(self.ingredients)
         if not lost:
             lines.append(f"{used} of {n} ingredients used, SHA-256 as recorded.")
-        unchecked = self.unchecked | dict.fromkeys(self.beside, "is loaded, too, and in no recipe")
-        parts = {"differs": self.differing, "not checked": unchecked, "ingredient": lost}
+        beside = dict.fromkeys(self.beside, "is in the folder, too, and other programs may load it")
+        parts = {
+            "differs": self.differing, "not compared": beside, "not checked": self.unchecked,
+            "ingredient": lost,
+        }  # fmt: skip
         for title, found in parts.items():
             lines += [f"{title}: {name!r} {how}" for name, how in list(found.items())[:5]]
             if len(found) > 5:
@@ -136,14 +144,16 @@ def verify(
                 find_ingredient(ingredient, checkpoints)
         except RecipeError as error:
             ingredients[ingredient.name] = str(error)
+    beside = _beside(weights, checkpoints)
     names = [name for name in recipe.recalibrated if is_statistic(name)]
     unchecked = dict.fromkeys(names, "was re-estimated from data, which no recipe can rebuild")
-    beside = () if isinstance(weights, Mapping) else tuple(refuse_what_others_load(Path(weights)))
     with _reading(weights, recipe.layers, checkpoints.module) as (header, read):
         digest = _compared(recipe.weights_sha256, header, read)
         if set(ingredients.values()) - {"ok", "unused"}:
             lost = dict.fromkeys(recipe.layers, "can't be rebuilt without all its ingredients")
-            return Verification({}, lost | unchecked, ingredients, len(recipe.layers), digest)
+            return Verification(
+                {}, lost | unchecked, ingredients, len(recipe.layers), digest, beside=beside
+            )
         chosen = select_ingredients(recipe.ingredients, is_used, recipe.layers, checkpoints)
         check_base(recipe.base, chosen)
         coef = recipe.coef[:, is_used]
@@ -162,14 +172,15 @@ def verify(
         for name, expected in mix_some(
             chosen, coef, rows, [n for n in present if n not in unchecked]
         ):
-            if how := _other_kind(header[name], TensorInfo.of(expected)):
+            info, value = header[name], read(name).cpu()
+            if how := _other_kind(info, TensorInfo.of(expected)):
                 differing[name] = how
-            elif not same_bits(expected, given := read(name).cpu()):
-                size = _size_of_sum(chosen, coef[rows[name]], name) if name in products else None
-                if size is not None and _is_rounding(expected, given, size, len(chosen)):
-                    rounded.append(name)
-                else:
-                    differing[name] = "has other values"
+            elif same_bits(expected, value):
+                continue
+            elif name in products and is_rounding(name, expected, value, chosen, coef[rows[name]]):
+                rounded.append(name)
+            else:
+                differing[name] = "has other values"
     return Verification(
         differing, unchecked, ingredients, len(recipe.layers), digest, tuple(rounded), beside
     )
@@ -212,6 +223,8 @@ def _reading(
         )
     else:
         path = Path(weights)
+        _refuse_adapter(path)
+        refuse_other_weights(path if path.is_dir() else path.parent)
         ways = open_alike(path, module), open_checkpoint(path)
         if isinstance(ways[1], TorchFile) and not ways[1].is_plain:
             raise RecipeError(
@@ -223,31 +236,28 @@ def _reading(
             yield opened.header, read
 
 
-def _size_of_sum(
-    chosen: CheckpointCollection, coef: NDArray[np.float64], tensor: str
-) -> torch.Tensor:
-    """|w_0| + sum_k |c_k| |B_k| |A_k|, element by element: what rounding errors are relative to."""
-    adapters = chosen.adapters(chosen.names)
-    base = next(iter(adapters.values())).base
-    with base.open() as read:
-        size = widened(read(tensor)).abs()
-    for c, name in zip(coef, chosen.names, strict=True):
-        with chosen.open_factors(name) as (factors, _):
-            if (both := factors(tensor)) is not None:
-                Factors(both.left.abs(), both.right.abs()).add_to(size, abs(float(c)))
-    return size
+def _refuse_adapter(path: Path) -> None:
+    """Refuse the factors of an adapter: they are no weights of a model, whatever their names."""
+    is_adapter = is_adapter_folder(path)
+    is_adapter |= path.name.startswith("adapter_model.") and is_adapter_folder(path.parent)
+    if is_adapter:
+        raise RecipeError(
+            f"{str(path)!r} is an adapter of PEFT, which can't be verified: its base is part of "
+            f"the model. Verify soup.state_dict(), or what soup.save or save_pretrained writes."
+        )
 
 
-def _is_rounding(
-    expected: torch.Tensor, given: torch.Tensor, size: torch.Tensor, n_terms: int
-) -> bool:
-    """Whether two tensors of one kind differ by no more than sums of products may.
-
-    Another processor may round a product to the next number, and each sum after it.
-    """
-    a, b = expected.double(), given.double()
-    bound = torch.finfo(expected.dtype).eps * a.abs() + (n_terms + 1) * 2**-23 * size.double()
-    return bool(((a - b).abs() <= bound).all())
+def _beside(weights: Any, checkpoints: CheckpointCollection) -> tuple[str, ...]:
+    """Weights that a program may load in the place of those that are compared, or with them."""
+    if isinstance(weights, Mapping):
+        return ()
+    path = Path(weights)
+    if not path.exists() or is_adapter_folder(path):  # the error is of what opens it
+        return ()
+    paths = [checkpoints.path(name) for name in checkpoints]
+    paths += [one.base.path for one in checkpoints.adapters(checkpoints.names).values()]
+    folders = [hub_folder(one) for one in paths if one is not None]
+    return tuple(other_weights(path, [one for one in folders if one is not None]))
 
 
 def _other_kind(info: TensorInfo, wanted: TensorInfo) -> str | None:

@@ -329,7 +329,7 @@ def cached(tmp_path):
     blobs = folder.parents[1] / "blobs"
     blobs.mkdir()
     for name in ("config.json", "tokenizer.json"):
-        (blobs / f"sha-{name}").write_text(name)
+        (blobs / f"sha-{name}").write_text(json.dumps({"of": name}))
         (folder / name).symlink_to(f"../../blobs/sha-{name}")
     return folder
 
@@ -342,7 +342,7 @@ def test_companions_in_the_cache_of_the_hub_are_copied(cached, tmp_path):
     copy_companions(tmp_path / "link", tmp_path / "out")
     copied = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
     assert copied == {
-        "config.json": "config.json", "tokenizer.json": "tokenizer.json",
+        "config.json": '{"of": "config.json"}', "tokenizer.json": '{"of": "tokenizer.json"}',
         "vocab.txt": "a", "merges.txt": "a",
     }  # fmt: skip
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())

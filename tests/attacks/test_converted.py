@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+
+from sksoup import CheckpointCollection, CheckpointError
 
 from ..checkpoints.test_hub_matrix import MODELS
 
@@ -34,3 +36,17 @@ def test_a_long_name_takes_no_longer_than_a_short_one(tmp_path):
         check=True,
     )
     assert out.stdout == "1\n", out.stderr
+
+
+def test_experts_that_are_there_twice_are_refused(tmp_path):
+    """Once one by one, as transformers stores them, and once merged, as the module has them."""
+    model = MODELS["Mixtral"][0]()
+    model.save_pretrained(tmp_path)
+    assert "model.layers.0.mlp.experts.down_proj" in model.state_dict()
+    stored = load_file(tmp_path / "model.safetensors")
+    CheckpointCollection([tmp_path]).build_module()
+    merged = {n: torch.ones_like(w) for n, w in model.state_dict().items() if "experts" in n}
+    assert not merged.keys() & stored.keys()
+    save_file({**stored, **merged}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"holds 'model.*experts.*' twice, as it is and in"):
+        CheckpointCollection([tmp_path])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import struct
 import sys
 import time
@@ -11,13 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from sksoup import CheckpointCollection, CheckpointError, Recipe, mix
+from sksoup import CheckpointCollection, CheckpointError, Recipe, RecipeError, mix
+from sksoup.__main__ import main
 from sksoup.checkpoints import growth
 from sksoup.checkpoints.records import read_lightning
 
-from .test_configs import write
+from .test_configs import BERT, write
 from .test_pickles import NUMBERS, WEIGHT, name, pickled, tensor, text, write_legacy, write_zip
 
 transformers = pytest.importorskip("transformers")
@@ -153,6 +158,74 @@ def test_dtypes_that_can_not_be_mixed_are_refused_when_opened(tmp_path):
     )
     with pytest.raises(CheckpointError, match=r"'w' has dtype torch\.float4"):
         CheckpointCollection([tmp_path / "a.pt"])
+
+
+# ------------------------------------------------- verified, and other weights elsewhere
+
+
+@pytest.fixture
+def soup(tmp_path):
+    """Two small models, the folder of their mean, and its weights."""
+    config = transformers.BertConfig(**{k: v for k, v in BERT.items() if k != "architectures"})
+    torch.manual_seed(0)
+    for each in "ab":
+        transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "in" / each)
+    ckpts = CheckpointCollection.from_path(tmp_path / "in")
+    layers = dict.fromkeys(ckpts.layout, 0)
+    recipe = Recipe.record("average", ckpts, [[0.5, 0.5]], layers=layers, layer_names=("all",))
+    folder = recipe.cook(ckpts, out=tmp_path / "soup")
+    shutil.copy(tmp_path / "in/a/config.json", folder)
+    assert main(["verify", str(folder), str(tmp_path / "in")]) == 0
+    return folder, recipe.cook(ckpts)
+
+
+def test_a_tensor_in_two_shards_is_refused(soup, tmp_path, capsys):
+    folder, weights = soup
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    other = {n: torch.full_like(w, 7) for n, w in weights.items()}
+    last = next(reversed(weights))
+    other[last] = weights[last]
+    save_file(other, folder / "other.safetensors", {"format": "pt"})
+    index["weight_map"][last] = "other.safetensors"
+    path.write_text(json.dumps(index))
+    assert main(["verify", str(folder), str(tmp_path / "in")]) == 2
+    assert "is not in the index there" in capsys.readouterr().err
+
+
+def test_a_shard_with_more_than_the_index_lists_is_refused(soup):
+    folder, _ = soup
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    shard = folder / next(iter(index["weight_map"].values()))
+    save_file(load_file(shard) | {"more": torch.ones(2)}, shard, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="holds 'more'"):
+        CheckpointCollection([folder])
+
+
+def test_a_config_that_names_other_weights_is_not_verified(soup, tmp_path, capsys):
+    folder, _ = soup
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_weights": "x"}))
+    assert main(["verify", str(folder), str(tmp_path / "in")]) == 2
+    assert "transformers_weights" in capsys.readouterr().err
+
+
+def test_a_container_is_not_verified(tmp_path):
+    nets = [nn.Linear(2, 2) for _ in range(2)]
+    ckpts = CheckpointCollection(nets)
+    layers = dict.fromkeys(ckpts.layout, 0)
+    recipe = Recipe.record("average", ckpts, [0.5, 0.5], layers=layers)
+    good = recipe.cook(ckpts)
+    evil = {n: w + 1 for n, w in good.items()}
+    torch.save({**evil, "extra": good}, tmp_path / "soup.pt")
+    with pytest.raises(CheckpointError, match="twice, beside 'extra'"):
+        recipe.verify(tmp_path / "soup.pt", ckpts)
+    torch.save({"extra": good}, tmp_path / "soup.pt")
+    with pytest.raises(RecipeError, match="more than a plain state dict"):
+        recipe.verify(tmp_path / "soup.pt", ckpts)
+    torch.save(good, tmp_path / "soup.pt")
+    assert recipe.verify(tmp_path / "soup.pt", ckpts).ok
 
 
 # ---------------------------------------------------------------- without end

@@ -1,29 +1,30 @@
-"""Verified here, and other weights elsewhere: what other programs would load of a soup."""
+"""Soups that are verified while other programs load other weights, and what passes as rounding."""
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sksoup import CheckpointCollection, CheckpointError, Recipe, RecipeError, UniformSoup
+from sksoup import CheckpointCollection, CheckpointError, Recipe, RecipeError
 from sksoup.__main__ import main
-from sksoup.mixing.verification import digest_of_tensors
+from sksoup.checkpoints.hub_config import LIMIT
 
-from ..adapters import build, rows, save_adapters
 from .test_configs import BERT
 
 transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
 
 
 @pytest.fixture
-def soup(tmp_path):
-    """Two small models, the folder of their mean, and its weights."""
+def parts(tmp_path):
+    """The folder of a soup of two small models, its recipe, and the ingredients."""
     config = transformers.BertConfig(**{k: v for k, v in BERT.items() if k != "architectures"})
     torch.manual_seed(0)
     for each in "ab":
@@ -31,150 +32,240 @@ def soup(tmp_path):
     ckpts = CheckpointCollection.from_path(tmp_path / "in")
     layers = dict.fromkeys(ckpts.layout, 0)
     recipe = Recipe.record("average", ckpts, [[0.5, 0.5]], layers=layers, layer_names=("all",))
-    folder = recipe.cook(ckpts, out=tmp_path / "soup")
-    shutil.copy(tmp_path / "in/a/config.json", folder)
-    assert main(["verify", str(folder), str(tmp_path / "in")]) == 0
-    return folder, recipe.cook(ckpts)
+    folder = tmp_path / "soup"
+    shutil.copytree(tmp_path / "in/a", folder)
+    recipe.save_weights(folder / "model.safetensors", recipe.cook(ckpts))
+    assert recipe.verify(folder, ckpts).ok
+    return folder, recipe, ckpts
 
 
-def test_a_tensor_in_two_shards_is_refused(soup, tmp_path, capsys):
-    folder, weights = soup
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    other = {n: torch.full_like(w, 7) for n, w in weights.items()}
-    last = next(reversed(weights))
-    other[last] = weights[last]
-    save_file(other, folder / "other.safetensors", {"format": "pt"})
-    index["weight_map"][last] = "other.safetensors"
-    path.write_text(json.dumps(index))
-    assert main(["verify", str(folder), str(tmp_path / "in")]) == 2
-    assert "is not in the index there" in capsys.readouterr().err
+def change(path, **fields) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def test_a_shard_with_more_than_the_index_lists_is_refused(soup):
-    folder, _ = soup
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    shard = folder / next(iter(index["weight_map"].values()))
-    save_file(load_file(shard) | {"more": torch.ones(2)}, shard, {"format": "pt"})
-    with pytest.raises(CheckpointError, match="holds 'more'"):
-        CheckpointCollection([folder])
+def other(weights) -> dict[str, torch.Tensor]:
+    return {name: torch.full_like(w, 6.66) for name, w in weights.items()}
+
+
+def write_other(path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    weights = load_file(next(path.parents[k] / "model.safetensors" for k in range(2)
+                             if (path.parents[k] / "model.safetensors").exists()))  # fmt: skip
+    save_file(other(weights), path, {"format": "pt"})
+
+
+# ------------------------------------------------------------------ configs
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("name", "fields"),
     [
-        {"transformers_weights": "x"},
-        {"attribute_map": {"transformers_weights": "zz"}, "zz": "evil.safetensors"},
-        {"configuration_files": ["config.4.0.0.json"]},
+        ("config.json", {"transformers_weights": "evil.safetensors"}),
+        ("config.json", {"attribute_map": {"transformers_weights": "z"}, "z": "evil.safetensors"}),
+        ("config.json", {"configuration_files": ["config.4.0.0.json"]}),
+        ("sentence_bert_config.json", {"config_args": {"transformers_weights": "x/y.safetensors"}}),
+        ("sentence_xlnet_config.json", {"config_kwargs": {"attribute_map": {"a": "b"}}}),
     ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
 )
-def test_a_config_that_names_other_weights_is_not_verified(soup, tmp_path, capsys, fields):
-    folder, _ = soup
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-    assert main(["verify", str(folder), str(tmp_path / "in")]) == 2
-    assert "by which transformers would load other files" in capsys.readouterr().err
+def test_configs_that_name_other_files_are_not_verified(parts, name, fields):
+    folder, recipe, ckpts = parts
+    path = folder / name
+    if not path.exists():
+        path.write_text("{}")
+    change(path, **fields)
+    for weights in (folder, folder / "model.safetensors"):
+        with pytest.raises(CheckpointError, match=r"config\.json' has the field .*Remove that"):
+            recipe.verify(weights, ckpts)
+
+
+def test_no_module_is_built_from_a_config_that_names_another(parts):
+    folder, _, _ = parts
+    change(folder / "config.json", configuration_files=["config.4.0.0.json"])
+    with pytest.raises(CheckpointError, match="'configuration_files'"):
+        CheckpointCollection([folder]).build_module()
+
+
+@pytest.mark.parametrize("text", ["{", " " * LIMIT + "{}", "[" * 100_000])
+def test_a_config_that_can_not_be_read_is_not_verified(parts, text):
+    """Transformers has no limit: what is not read here may be read there."""
+    folder, recipe, ckpts = parts
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json' can't be"):
+        recipe.verify(folder, ckpts)
+
+
+# ------------------------------------------------------------------ other files in the folder
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "shard-00001-model-00001-of-00001.safetensors",  # then transformers reads all files
-        "head.safetensors",  # which some classes load, too
-        "model.safetensors",  # preferred to the index
-        "pytorch_model.bin",
-        "adapter_model.safetensors",
-        "other.safetensors.index.json",
-    ],
-)
-def test_weights_beside_those_of_the_folder_are_not_verified(soup, tmp_path, capsys, name):
-    folder, weights = soup
-    recipe, runs = Recipe.load(folder), CheckpointCollection.from_path(tmp_path / "in")
-    if name.endswith(".json"):
-        (folder / name).write_text("{}")
-    else:
-        save_file({n: w + 1 for n, w in weights.items()}, folder / name)
+    ["head.safetensors", "shard-00001-model-00001-of-00001.safetensors", "pytorch_model.bin",
+     "MODEL.SAFETENSORS", "model.safetensors.index.json", "adapter_config.json", "x.gguf"],
+)  # fmt: skip
+def test_other_weights_in_the_folder_are_named(parts, capsys, name):
+    folder, recipe, ckpts = parts
+    (folder / name).write_text(json.dumps({"weight_map": {"w": "model.safetensors"}}))
+    findings = recipe.verify(folder / "model.safetensors", ckpts)
+    assert not findings.ok
+    assert findings.differing == {}
+    assert findings.beside == (name,)
+    assert f"not compared: {name!r} is in the folder, too" in str(findings)
+    assert "NOT verified" in str(findings)
+    if name != "adapter_config.json":  # opens as an adapter, or not at all
+        assert recipe.verify(folder, ckpts).beside == (name,)
+        assert main(["verify", str(folder), str(folder.parent / "in")]) == 1
+        assert repr(name) in capsys.readouterr().out
+
+
+def test_an_index_beside_a_file_that_is_preferred_to_it(parts):
+    folder, recipe, ckpts = parts
+    shard = "model-00001-of-00001.safetensors"
+    (folder / "model.safetensors").rename(folder / shard)
     index = folder / "model.safetensors.index.json"
-    for path in (folder, index):
-        with pytest.raises((CheckpointError, RecipeError)) as caught:
-            recipe.verify(path, runs)
-        if path == index or name != "model.safetensors":
-            assert f"{name}' lies beside" in str(caught.value)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(ckpts.layout, shard)}))
+    assert recipe.verify(index, ckpts).ok
+    assert recipe.verify(folder, ckpts).ok
+    save_file(other(load_file(folder / shard)), folder / "model.safetensors", {"format": "pt"})
+    assert recipe.verify(index, ckpts).beside == ("model.safetensors",)
 
 
-def test_what_training_leaves_beside_weights_is_no_weights(soup, tmp_path):
-    folder, _ = soup
-    for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth", "tokenizer.json"):
+def test_what_training_leaves_beside_a_soup_is_no_other_weights(parts):
+    folder, recipe, ckpts = parts
+    for name in ("optimizer.pt", "training_args.bin", "scheduler.pt", "rng_state.pth", "README.md"):
         (folder / name).write_bytes(b"x")
-    assert main(["verify", str(folder), str(tmp_path / "in")]) == 0
+    (folder / "checkpoint-10").mkdir()
+    write_other(folder / "checkpoint-10" / "model.safetensors")
+    assert recipe.verify(folder, ckpts).ok
 
 
-def test_an_adapter_is_no_soup(soup, tmp_path):
-    folder, weights = soup
-    recipe, runs = Recipe.load(folder), CheckpointCollection.from_path(tmp_path / "in")
-    evil = tmp_path / "evil"
-    evil.mkdir()
-    save_file(weights, evil / "adapter_model.safetensors")
-    (evil / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1}))
-    for path in (evil, evil / "adapter_model.safetensors"):
-        with pytest.raises(CheckpointError, match="take the folder for an adapter"):
-            recipe.verify(path, runs)
+def test_files_of_a_folder_that_is_no_model_stand_alone(parts, tmp_path):
+    folder, recipe, ckpts = parts
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for name in ("soup.safetensors", "other.safetensors"):
+        shutil.copy(folder / "model.safetensors", runs / name)
+    assert recipe.verify(runs / "soup.safetensors", ckpts).ok
 
 
-def test_modules_that_sentence_transformers_loads_beside_are_said(soup, tmp_path, capsys):
-    folder, _ = soup
-    modules = [{"idx": 0, "name": "0", "path": ""}, {"idx": 1, "name": "1", "path": "2_Dense"}]
-    (folder / "2_Dense").mkdir()
-    save_file({"linear.weight": torch.ones(2, 2)}, folder / "2_Dense" / "model.safetensors")
-    (folder / "modules.json").write_text(json.dumps(modules))
-    assert main(["verify", str(folder), str(tmp_path / "in")]) == 0
-    said = capsys.readouterr().out
-    assert "not checked: '2_Dense/model.safetensors' is loaded, too, and in no recipe" in said
-    (folder / "modules.json").write_text(json.dumps(modules[1:]))
-    assert main(["verify", str(folder), str(tmp_path / "in")]) == 2
-    assert "names no module in its own folder" in capsys.readouterr().err
+def modules(folder, *paths) -> None:
+    listed = [{"idx": k, "name": str(k), "path": path, "type": "x"} for k, path in enumerate(paths)]
+    (folder / "modules.json").write_text(json.dumps(listed))
 
 
-def test_a_shard_that_is_a_container_is_refused(soup):
-    folder, weights = soup
-    torch.save({"state_dict": dict(weights), "x.y": torch.ones(2)}, folder / "a.bin")
-    (folder / "pytorch_model.bin.index.json").write_text(
-        json.dumps({"weight_map": dict.fromkeys(weights, "a.bin")})
-    )
-    with pytest.raises(CheckpointError, match="more than a plain state dict, which a shard"):
-        CheckpointCollection([folder / "pytorch_model.bin.index.json"])
+def test_modules_that_are_not_those_of_the_ingredients(parts):
+    folder, recipe, ckpts = parts
+    folders = [ckpts.path(name) for name in ckpts]
+    for each in (folder, *folders):
+        modules(each, "", "1_Pooling", "2_Dense")
+        for name in ("1_Pooling", "2_Dense"):
+            (each / name).mkdir()
+            (each / name / "config.json").write_text("{}")
+        save_file({"linear.weight": torch.ones(2, 2)}, each / "2_Dense" / "model.safetensors")
+        write_other(each / "3_Later" / "model.safetensors")
+    assert recipe.verify(folder, ckpts).ok  # the third is no module
+    save_file({"linear.weight": torch.zeros(2, 2)}, folder / "2_Dense" / "model.safetensors")
+    (folder / "1_Pooling" / "adapter_config.json").write_text("{}")
+    found = recipe.verify(folder, ckpts)
+    assert found.beside == ("1_Pooling/adapter_config.json", "2_Dense/model.safetensors")
+    assert not found.ok
+    shutil.copytree(folders[0], folder, dirs_exist_ok=True)
+    recipe.save_weights(folder / "model.safetensors", recipe.cook(ckpts))
+    (folder / "1_Pooling" / "adapter_config.json").unlink()
+    assert recipe.verify(folder, ckpts).ok
+    modules(folder, "", "3_Later")
+    assert recipe.verify(folder, ckpts).beside == ("3_Later/model.safetensors",)
+    modules(folder, "..")
+    with pytest.raises(CheckpointError, match=r"names the module '\.\.', expected a folder beside"):
+        recipe.verify(folder, ckpts)
+    modules(folder, "1_Pooling")
+    change(folder / "1_Pooling" / "config.json", transformers_weights="x.safetensors")
+    with pytest.raises(CheckpointError, match="'transformers_weights'"):
+        recipe.verify(folder, ckpts)
 
 
-@pytest.mark.filterwarnings("ignore:Adapter")
-def test_rounding_is_no_excuse_for_other_kinds_or_values(tmp_path):
-    save_adapters(tmp_path)
-    base = build()
-    base.lin.weight.data[0, 0] = 1e8  # an outlier, beside which all else is small
-    adapters = CheckpointCollection.from_path(tmp_path, module=base)
-    soup = UniformSoup().fit(adapters, *rows())
-    state = soup.state_dict()
-    w = state["lin.weight"]
-    for other in (w.double(), w.expand(3, 5, *w.shape), w + 0j, w[:3, :3], w[:0], w + 1.0):
-        weights = {**state, "lin.weight": other.clone()}
-        recipe = dataclasses.replace(soup.recipe_, weights_sha256=digest_of_tensors(weights))
-        found = recipe.verify(weights, adapters)
-        assert not found.ok
-        assert set(found.differing) == {"lin.weight"}
+def test_the_file_of_an_adapter_is_no_whole_model(parts):
+    folder, recipe, ckpts = parts
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "config.json").unlink()
+    fields = {"peft_type": "LORA", "r": 1, "target_modules": ["query"]}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    for path in (folder, folder / "adapter_model.safetensors"):
+        with pytest.raises(RecipeError, match=r"is an adapter of PEFT, which can't be verified"):
+            recipe.verify(path, ckpts)
 
 
-def test_a_container_is_not_verified(tmp_path):
-    nets = [nn.Linear(2, 2) for _ in range(2)]
-    ckpts = CheckpointCollection(nets)
-    layers = dict.fromkeys(ckpts.layout, 0)
-    recipe = Recipe.record("average", ckpts, [0.5, 0.5], layers=layers)
+def test_a_shard_that_is_a_container_is_refused(parts):
+    folder, recipe, ckpts = parts
     good = recipe.cook(ckpts)
-    evil = {n: w + 1 for n, w in good.items()}
-    torch.save({**evil, "extra": good}, tmp_path / "soup.pt")
-    with pytest.raises(CheckpointError, match="twice, beside 'extra'"):
-        recipe.verify(tmp_path / "soup.pt", ckpts)
-    torch.save({"extra": good}, tmp_path / "soup.pt")
-    with pytest.raises(RecipeError, match="more than a plain state dict"):
-        recipe.verify(tmp_path / "soup.pt", ckpts)
-    torch.save(good, tmp_path / "soup.pt")
-    assert recipe.verify(tmp_path / "soup.pt", ckpts).ok
+    first, *rest = good
+    evil = {n.removeprefix("bert."): w for n, w in other(good).items() if n.startswith("bert.")}
+    torch.save({first: good[first]}, folder / "1.bin")
+    torch.save({"state_dict": {n: good[n] for n in rest}, **evil}, folder / "2.bin")
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(
+        json.dumps({"weight_map": {n: "1.bin" if n == first else "2.bin" for n in good}})
+    )
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"2\.bin' can't be used as a shard: it holds more"):
+        recipe.verify(folder, ckpts)
+    torch.save({n: good[n] for n in rest}, folder / "2.bin")
+    assert recipe.verify(folder, ckpts).ok
+
+
+# ------------------------------------------------------------------ rounding
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    """Two adapters, their base, and the recipe of their mean."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    with torch.no_grad():
+        base[0].weight[0, 0] = 1e8
+    for k in range(2):
+        model = peft.get_peft_model(
+            copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["0", "1"])
+        )
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+        model.save_pretrained(str(tmp_path / f"a{k}"))
+    ckpts = CheckpointCollection([tmp_path / "a0", tmp_path / "a1"], module=base)
+    layers = dict.fromkeys(ckpts.layout, 0)
+    return Recipe.record("average", ckpts, np.array([0.5, 0.5]), layers=layers), ckpts
+
+
+@pytest.mark.parametrize(
+    "change_to",
+    [
+        lambda w: w.double(),
+        lambda w: w.to(torch.complex64) + 1e9j,
+        lambda w: w.expand(3, 5, 8, 8).clone(),
+        lambda w: torch.zeros(3, 3),
+        lambda w: torch.zeros(0, 8),
+    ],
+    ids=["dtype", "complex", "dimensions", "shape", "empty"],
+)
+def test_another_kind_of_tensor_is_not_rounding(adapters, change_to):
+    recipe, ckpts = adapters
+    weights = recipe.cook(ckpts)
+    weights["0.weight"] = change_to(weights["0.weight"])
+    findings = recipe.verify(weights, ckpts)
+    assert findings.rounded == ()
+    assert "expected torch.float32 of (8, 8)" in findings.differing["0.weight"]
+
+
+def test_beside_a_large_number_others_are_as_near_as_anywhere(adapters):
+    recipe, ckpts = adapters
+    good = recipe.cook(ckpts)
+    value = good["0.weight"].clone()
+    for k, factor in enumerate((1 - 2**-23, 1 + 2**-23)):
+        value[k] *= factor
+    assert recipe.verify({**good, "0.weight": value}, ckpts).rounded == ("0.weight",)
+    for wrong in (value[3] + 1e-4, -value[3], value[3] * torch.nan, value[3] + torch.inf):
+        changed = value.clone()
+        changed[3] = wrong
+        findings = recipe.verify({**good, "0.weight": changed}, ckpts)
+        assert findings.differing == {"0.weight": "has other values"}
+        assert not findings.ok

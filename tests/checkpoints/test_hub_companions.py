@@ -152,7 +152,7 @@ def test_a_module_that_is_spelled_in_many_ways_is_copied_once(tmp_path):
     (source / "m" / "config.json").write_text("{}")
     names = ["m", "m/", "m/.", "m//.", "./m"]
     (source / "modules.json").write_text(json.dumps([{"path": name} for name in names]))
-    with patch.object(hub_companions, "_files", wraps=hub_companions._files) as walked:
+    with patch.object(hub_companions, "module_files", wraps=hub_companions.module_files) as walked:
         copy_companions(source, tmp_path / "target")
     assert walked.call_count == 1
     assert (tmp_path / "target" / "m" / "config.json").is_file()
