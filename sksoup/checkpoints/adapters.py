@@ -18,18 +18,20 @@ from ..exceptions import CheckpointError
 from .base_model import EMBEDDING, TRANSPOSED, BaseModel
 from .in_memory import MemoryCheckpoint, content_sha256
 from .low_rank import Factors, LowRankCheckpoint, ReadFactors, widened
-from .peft_config import PeftConfig
+from .peft_config import CONFIG, PeftConfig
 from .protocol import Checkpoint, Entry, Read, TensorInfo, same_bits
 from .sources import open_checkpoint
 
 DOUBLES = re.compile(r"\.(original_module|modules_to_save)\.")
 PREFIX = "base_model.model."
-MOST_RANK = 512  # beyond the size of a matrix: searches hold the square of all ranks
 # suffixes of the two factors: of linear layers and convolutions, of embeddings
+OF_EMBEDDINGS = ".lora_embedding_A"
 PAIRS = (
     (".lora_A.weight", ".lora_B.weight"),
-    (".lora_embedding_A", ".lora_embedding_B"),
+    (OF_EMBEDDINGS, ".lora_embedding_B"),
 )
+# columns of factors that a layer may have, however small it is; more than its rank are of no use
+MOST_SPARE_COLUMNS = 256
 
 
 class AdapterCheckpoint(LowRankCheckpoint):
@@ -127,6 +129,7 @@ class AdapterCheckpoint(LowRankCheckpoint):
                 f"its tensor {wrong[0]!r} has not the name that PEFT gives it: expected "
                 f"{PREFIX + '...'!r}. Save it with model.save_pretrained(folder)"
             )
+        self.config.check_work(len({name.partition(".lora_")[0] for name in header}))
         taken: set[str] = set()
         for a_end, b_end in PAIRS:
             for a in [name for name in header if name.endswith(a_end)]:
@@ -135,6 +138,8 @@ class AdapterCheckpoint(LowRankCheckpoint):
                     raise self._error(f"it holds {a!r} without {b!r}: save it again")
                 self._add_pair(a, b, a.removesuffix(a_end).removeprefix(PREFIX))
                 taken |= {a, b}
+        for name, pair in self._factors.items():
+            self._check_selected(name.removesuffix(".weight"), pair.a)
         for inner in header.keys() - taken:
             name = inner.removeprefix(PREFIX)
             if DOUBLES.search(f".{name}"):  # with bias="all": unused, or there by a shorter name
@@ -144,13 +149,12 @@ class AdapterCheckpoint(LowRankCheckpoint):
                     f"its tensor {inner!r} is not known here. Merge it into its base model "
                     f"(peft: model.merge_and_unload()) and give whole models instead"
                 )
+            self._check_wrapped(name, inner)
             name = _plain(name)
             if name in self._factors:
                 self._copies[name] = inner
             else:
                 self._add_whole(name, inner)
-        for name in self._factors:
-            self.config.check_selected(name.removesuffix(".weight"))
         if not self._factors and not self._whole:
             raise self._error("it holds no factors: save it again, with peft")
 
@@ -158,16 +162,13 @@ class AdapterCheckpoint(LowRankCheckpoint):
         """A pair of factors, checked against the tensor of the base that it adds to."""
         module = _plain(target)
         name = f"{module}.weight"
+        if name in self._factors:
+            raise self._error(f"it holds two pairs of factors of {module!r}: save it again")
         info = self.base.header.get(name)
         if info is None:
             raise self._does_not_fit(f"it adds to {name!r}, which the base does not have")
         self.base.check_target(name, repr(self))
         kind = self.base.kind(module, repr(self))
-        if name in self._factors or a.endswith(PAIRS[1][0]) != (kind == EMBEDDING):
-            raise self._error(
-                f"its {a!r} is not what PEFT loads for {module!r}, which is of the kind {kind!r}: "
-                f"save it again"
-            )
         is_transposed = kind in TRANSPOSED
         first, second = self.stored.header[a], self.stored.header[b]
         if len(first.shape) < 2 or len(second.shape) < 2:
@@ -181,33 +182,67 @@ class AdapterCheckpoint(LowRankCheckpoint):
                 f"{name!r} is {info.dtype} of shape {info.shape} in the base, and the factors "
                 f"{first.shape} and {second.shape} do not make that"
             )
-        if rank > max(MOST_RANK, *expected):
-            raise self._error(
-                f"the factors of {module!r} have rank {rank:,}, and the matrix has {expected[0]:,} "
-                f"x {expected[1]:,} numbers: more than it can have. Save it with a lower rank"
-            )
         for factor in (first, second):
             if not factor.is_floating:
                 raise self._error(f"{a!r} has dtype {factor.dtype}, expected a floating one")
+        if rank > max(MOST_SPARE_COLUMNS, min(expected)):
+            raise self._error(
+                f"the factors of {name!r}, of shape {info.shape}, have rank {rank:,}, more than "
+                f"such a matrix can have. Merge it into its base model (peft: "
+                f"model.merge_and_unload()) and give whole models instead"
+            )
         scaling = self.config.scaling(module, rank)
         self._factors[name] = _Pair(a, b, rank, scaling, is_transposed)
 
     def _add_whole(self, name: str, inner: str) -> None:
         """A tensor that takes the place of the base's."""
         info, own = self.base.header.get(name), self.stored.header[inner]
-        if name in self._whole:
-            raise self._error(f"it holds {name!r} twice: save it again")
         if info is not None and info.shape != own.shape:
             raise self._does_not_fit(
                 f"{name!r} has shape {own.shape}, and {info.shape} in the base"
             )
-        if info is not None and info.is_floating and not own.is_floating:
+        if info is not None and info.is_floating != own.is_floating:
             raise self._does_not_fit(f"{name!r} is {own.dtype}, and {info.dtype} in the base")
         if info is None and not self.base.lacks(name):
             raise self._does_not_fit(f"it holds {name!r}, which the base does not have")
         if info is None or info != own or own.is_floating:
             self.base.check_whole(name, repr(self))
         self._whole[name] = inner
+
+    def _check_selected(self, module: str, a: str) -> None:
+        """Refuse factors that PEFT would not read."""
+        is_embedding = self.base.kind(module, repr(self)) == EMBEDDING
+        if a.endswith(OF_EMBEDDINGS) != is_embedding:
+            raise self._error(
+                f"{a!r} are not the factors that PEFT gives {module!r}, "
+                f"{'an' if is_embedding else 'no'} embedding: save it again"
+            )
+        if self.path is None:  # the model in memory has the layers that it has
+            return
+        if ".base_layer." in a or not self._is_target(module):
+            raise self._error(
+                f"PEFT would not read {a!r}: by {CONFIG} ('target_modules', 'exclude_modules', "
+                f"'modules_to_save', 'layers_to_transform') {module!r} has no factors. Correct "
+                f"that file, or save it again"
+            )
+
+    def _check_wrapped(self, name: str, inner: str) -> None:
+        """Refuse a whole tensor by a name that PEFT's model would not have."""
+        if self.path is None:
+            return
+        module, _, last = _plain(name).rpartition(".")
+        is_wrapped = self._is_target(module)
+        if name != (f"{module}.base_layer.{last}" if is_wrapped else f"{module}.{last}".strip(".")):
+            raise self._error(
+                f"PEFT would not read {inner!r}: by {CONFIG} ('target_modules' and others) "
+                f"{module!r} has {'factors' if is_wrapped else 'none'}, and its tensors "
+                f"{'begin' if is_wrapped else 'do not begin'} with 'base_layer'. Correct that "
+                f"file, or save it again"
+            )
+
+    def _is_target(self, module: str) -> bool:
+        """Whether PEFT gives a module of the base factors."""
+        return self.base.has_factors(module, self.config.targets)
 
     def _compare(self, name: str, value: torch.Tensor) -> None:
         """Refuse a copy of the base's tensor that is another."""

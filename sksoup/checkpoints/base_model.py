@@ -20,6 +20,7 @@ from .converted import convert_names
 from .hub import HubModule, hub_folder
 from .in_memory import MemoryCheckpoint, digest_of
 from .low_rank import BaseCheckpoint
+from .peft_targets import Targets
 from .prefixes import drop_prefixes
 from .protocol import Entry, Read, TensorInfo, same_bits
 from .sources import open_checkpoint
@@ -28,6 +29,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.AS
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LINEAR, CONVOLUTION, EMBEDDING, CONV1D = "linear", "convolution", "embedding", "Conv1D"
 KINDS = (LINEAR, CONVOLUTION, EMBEDDING, CONV1D)
+HEADS = ("score", "classifier")  # the last layers of classifiers, by PEFT
 TRANSPOSED = (EMBEDDING, CONV1D)  # weights are (inputs, outputs)
 
 
@@ -46,6 +48,7 @@ class BaseModel(BaseCheckpoint):
             name: info for name, info in entry.header.items() if name not in self.varying
         }
         self._kinds = {name: _kind(part) for name, part in module.named_modules()}
+        self._outputs = _outputs(module)
         self._names = frozenset(module.state_dict())
         self._tied = _tied(module)
         self._digests: dict[frozenset[str], str] = {}
@@ -85,6 +88,12 @@ class BaseModel(BaseCheckpoint):
                 f"Merge it into its base model (peft: model.merge_and_unload())."
             )
         return kind
+
+    def has_factors(self, module: str, targets: Targets) -> bool:
+        """Whether PEFT gives a layer factors, by an adapter's configuration."""
+        kind = self._kinds.get(module)
+        is_linear = kind in (LINEAR, CONV1D)
+        return kind in KINDS and targets.selects(module, is_linear, module in self._outputs)
 
     def check_target(self, name: str, label: str) -> None:
         """Refuse to change a tensor that is also another: the two would no longer be one."""
@@ -138,6 +147,17 @@ def _kind(part: nn.Module) -> str:
     if transformers is not None and isinstance(part, transformers.pytorch_utils.Conv1D):
         return CONV1D  # GPT-2's linear layer
     return f"a {type(part).__name__}"
+
+
+def _outputs(network: nn.Module) -> frozenset[str]:
+    """Names of the last layers of models of transformers, which "all-linear" of PEFT leaves out."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(network, transformers.PreTrainedModel):
+        return frozenset()
+    last: Any = network.get_output_embeddings()
+    if last is None:
+        last = next((getattr(network, n) for n in HEADS if hasattr(network, n)), None)
+    return frozenset(name for name, part in network.named_modules() if part is last)
 
 
 def _tied(module: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 from ..exceptions import CheckpointError
@@ -64,20 +63,6 @@ def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
 def is_weights(path: Path, suffixes: Collection[str]) -> bool:
     """Whether a path is a file that may hold weights: not what training loops leave beside them."""
     return path.suffix in suffixes and path.is_file() and not NOT_WEIGHTS.fullmatch(path.name)
-
-
-def matches(pattern: str) -> Iterator[Path]:
-    """Paths that match a pattern; "**" does not follow links, which may lead anywhere and back."""
-    if "**" not in pattern:
-        yield from map(Path, glob.glob(pattern))
-        return
-    path = Path(pattern)
-    start = Path(path.anchor) if path.anchor else Path()
-    hidden = {part for part in path.parts if part[:1] == "."}
-    for match in start.glob(str(path.relative_to(start)) if path.anchor else pattern):
-        parts = match.parts
-        if not any(part[:1] == "." and part not in hidden for part in parts if part != ".."):
-            yield match
 
 
 def weights_of(folder: Path) -> Path:

@@ -63,7 +63,9 @@ def refuse_other_weights(folder: Path) -> None:
             continue
         try:
             config = json.loads(read_text(path, LIMIT))
-        except (ValueError, RecursionError) as error:  # others might read it all the same
+        except json.JSONDecodeError:  # other programs can't read it either
+            continue
+        except (ValueError, RecursionError) as error:  # too large or too deep: others may
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{str(path)!r} can't be read: {error}.") from error
@@ -75,8 +77,8 @@ def refuse_other_weights(folder: Path) -> None:
 def _refuse_other_files(part: Mapping[str, Any], field: str, path: Path) -> None:
     if part.get(field):
         raise CheckpointError(
-            f"{str(path)!r} has the field {field!r}, by which transformers may read other weights, "
-            f"or another configuration, than those that are opened here. Remove that field."
+            f"{str(path)!r} names other weights than those that are opened here, or another "
+            f"configuration ({field!r}), which transformers would read. Remove that field."
         )
 
 

@@ -10,7 +10,8 @@ from itertools import islice
 from pathlib import Path
 
 from ..exceptions import CheckpointError
-from .folders import is_weights, matches
+from .folders import is_weights
+from .patterns import matches_of
 
 MOST_FOLDERS = 1000  # to look through for what the user may have meant
 
@@ -27,9 +28,9 @@ def _why(path: Path, suffixes: Collection[str]) -> str:
         deeper = _pattern_below(path, suffixes)
         remedy = f"the pattern {deeper!r} opens what is deeper in it" if deeper else expected
         return f"it holds {_listed(path)}; {remedy}."
-    if found := sorted(islice(matches(str(path)), MOST_FOLDERS)):
-        others = ", ".join(repr(match.name) for match in found[:5])
-        return f"it matches {others}{', ...' if len(found) > 5 else ''}; {expected}."
+    if matches := sorted(islice(matches_of(str(path)), MOST_FOLDERS)):
+        others = ", ".join(repr(match.name) for match in matches[:5])
+        return f"it matches {others}{', ...' if len(matches) > 5 else ''}; {expected}."
     there = next(parent for parent in path.absolute().parents if parent.is_dir())
     missing = path.absolute().relative_to(there).parts[0]
     start = "" if path.is_absolute() else f" (from the folder {str(Path.cwd())!r})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from .architecture import ModuleSource, find_architecture
 from .base_model import BaseModel, base_of_folder, base_of_module, find_base_folder
 from .hub import AUTO_CLASSES, HubModule
 from .peft_config import CONFIG, PeftConfig, is_adapter_folder
-from .protocol import Entry
+from .protocol import Entry, TensorInfo
 from .sources import open_checkpoint
 
 # what the tensors of PEFT's methods are called
@@ -23,6 +23,9 @@ OF_PEFT = re.compile(
     r"\.(lora_|hada_w|lokr_|oft_|boft_|ia3_l|vera_|randlora_|hra_|vblora_|fourierft_|waveft_|"
     r"base_layer\.|modules_to_save\.|original_module\.)|^prompt_embeddings$"
 )
+
+# the last layers of transformers' classifiers
+LAST = ("classifier", "score", "out_proj", "logits_proj", "summary")
 
 
 def resolve_adapters(
@@ -47,9 +50,9 @@ def resolve_adapters(
                 f"{', '.join(map(repr, missing[:3]))}{', ...' if len(missing) > 3 else ''}"
                 f"{_why_missing(missing, base)}."
             )
+    in_memory = [PeftConfig("", opened[i].config.fields) for i in models]
+    _warn_of_other_bases([*configs.values(), *in_memory], base)
     _warn_of_quantized(configs, base)
-    if module is not None:  # else the names led to one folder
-        _warn_of_other_bases(configs, base)
     return opened, architecture
 
 
@@ -90,11 +93,11 @@ def _base(
         if isinstance(named, HubModule):
             return base_of_folder(named.path, named), named
         return base_of_module(named), named
-    i, config = next(iter(configs.items()))
     if isinstance(named, HubModule):
         folder, path = named.folder, named.path
     else:
-        folder = path = _named_base(configs, folders)
+        folder = path = _one_base(configs, folders)
+    i, config = next(iter(configs.items()))
     task = config.fields.get("task_type")
     task = task if isinstance(task, str) and task in AUTO_CLASSES else None
     header = open_checkpoint(folders[i]).header
@@ -102,44 +105,72 @@ def _base(
     return base_of_folder(path, factory), factory
 
 
-def _named_base(configs: dict[int, PeftConfig], folders: dict[int, Path]) -> Path:
-    """The folder of the base that all of these adapters name."""
-    first: tuple[int, Path] | None = None
-    known: dict[tuple[str, Any], Path | None] = {}
+def _one_base(configs: dict[int, PeftConfig], folders: dict[int, Path]) -> Path:
+    """The folder that all configurations name as their base."""
+    found: dict[str, tuple[int, Path]] = {}
     for i, config in configs.items():
-        name, revision = config.base_model, config.fields.get("revision")
-        if (name, repr(revision)) not in known:
-            known[name, repr(revision)] = find_base_folder(name, revision)
-        found = known[name, repr(revision)]
-        if found is None:
+        base = _named_base(config)
+        if base is None:
             raise CheckpointError(
-                f"{str(folders[i])!r} is an adapter of {name or 'an unnamed base'!r}, which is not "
-                f"on this machine, and nothing is fetched. Give the base: module=build_base, an "
-                f"nn.Module, or the path of its folder."
+                f"{str(folders[i])!r} is an adapter of {config.base_model or 'an unnamed base'!r}, "
+                f"which is not on this machine, and nothing is fetched. Give the base: "
+                f"module=build_base, an nn.Module, or the path of its folder."
             )
-        if first is None:
-            first = i, found
-        elif not found.samefile(first[1]):
-            raise CheckpointError(
-                f"{str(folders[i])!r} is an adapter of {name!r}, and {str(folders[first[0]])!r} of "
-                f"{configs[first[0]].base_model!r}: adapters of one base only can be mixed. Leave "
-                f"the others out; or, if it is the same network, give it: module=."
-            )
-    if first is None:
-        raise CheckpointError("There is no adapter that names its base: give it, module=.")
-    return first[1]
+        found.setdefault(os.path.realpath(base), (i, base))
+    (first, base), *others = found.values()
+    if others:
+        other, its_base = others[0]
+        raise CheckpointError(
+            f"{str(folders[other])!r} can't join {str(folders[first])!r}: it is an adapter of "
+            f"{str(its_base)!r}, and that one of {str(base)!r}. Open adapters of one base "
+            f"together; if the two folders hold the same model, give it: module={str(base)!r}."
+        )
+    return base
 
 
-def _n_labels(header: Any, task: str | None) -> int | None:
-    """The outputs of a classifier's head that an adapter holds: of its last matrix."""
+def _named_base(config: PeftConfig) -> Path | None:
+    return find_base_folder(config.base_model, config.fields.get("revision"))
+
+
+def _warn_of_other_bases(configs: Iterable[PeftConfig], base: BaseModel) -> None:
+    """The base was given, and the names may be of copies of it, or not."""
+    named: dict[Any, str] = {}
+    for config in configs:
+        if config.base_model:
+            found = _named_base(config)
+            is_at = (config.base_model, repr(config.fields.get("revision")))
+            named.setdefault(is_at if found is None else os.path.realpath(found), config.base_model)
+    if len(named) > 1:
+        listed = ", ".join(repr(name) for name in [*named.values()][:3])
+        warnings.warn(
+            f"These adapters name several bases ({listed}{', ...' if len(named) > 3 else ''}) and "
+            f"are all added to {base!r}. If they were trained on different models, mix those of "
+            f"each alone.",
+            SoupWarning,
+            stacklevel=4,
+        )
+
+
+def _n_labels(header: Mapping[str, TensorInfo], task: str | None) -> int | None:
+    """The outputs of a classifier that an adapter holds: of its last matrix.
+
+    By its name, and since the matrices before it are mostly square.
+    """
     if task not in ("SEQ_CLS", "TOKEN_CLS"):
         return None
-    heads = [
-        info.shape[0]
+    matrices = {
+        name.removesuffix(".weight").rpartition(".")[2]: info.shape
         for name, info in sorted(header.items())
         if name.endswith(".weight") and len(info.shape) == 2 and not OF_PEFT.search(name)
-    ]
-    return heads[-1] if heads else None
+    }
+    wide = {name: shape for name, shape in matrices.items() if shape[0] != shape[1]}
+    for some in (wide, matrices):
+        if known := [shape for name, shape in some.items() if name in LAST]:
+            return known[-1][0]
+    for some in (wide, matrices):
+        if some:
+            return next(reversed(some.values()))[0]
+    return None
 
 
 def _warn_of_quantized(configs: dict[int, PeftConfig], base: BaseModel) -> None:
@@ -148,20 +179,6 @@ def _warn_of_quantized(configs: dict[int, PeftConfig], base: BaseModel) -> None:
         warnings.warn(
             f"These adapters were trained on {packed[0]!r}, a base with quantized weights, and are "
             f"added to {base!r} in full precision: compare scores before you rely on the soup.",
-            SoupWarning,
-            stacklevel=4,
-        )
-
-
-def _warn_of_other_bases(configs: dict[int, PeftConfig], base: BaseModel) -> None:
-    """Warn where adapters name several bases: shapes alone do not tell them apart."""
-    names = {c.base_model.rstrip("/").rpartition("/")[2]: c.base_model for c in configs.values()}
-    names.pop("", None)
-    if len(names) > 1:
-        first, second = list(names.values())[:2]
-        warnings.warn(
-            f"These adapters name several bases, such as {first!r} and {second!r}, and all are "
-            f"added to {base!r}. Mix adapters of one base only.",
             SoupWarning,
             stacklevel=4,
         )

@@ -12,9 +12,10 @@ from typing import Any, get_args
 from torch import nn
 
 from ..exceptions import CheckpointError
-from .folders import FOLDER_WEIGHTS, is_weights, matches, weights_of
+from .folders import FOLDER_WEIGHTS, is_weights, weights_of
 from .in_memory import MemoryCheckpoint
 from .not_found import nothing_at
+from .patterns import matches_of
 from .protocol import Checkpoint, Entry
 from .read import SafetensorsFile
 from .shards import INDEX, ShardedCheckpoint
@@ -128,7 +129,7 @@ def _runs_at(path: str | os.PathLike[str], which: Which | None) -> list[Run]:
         runs = alone([root])
     else:
         runs = []
-        for match in sorted(matches(full), key=natural_key):
+        for match in sorted(matches_of(full), key=natural_key):
             if match.is_dir():
                 runs += find_runs(match, SUFFIXES)
             elif is_weights(match, SUFFIXES) or match.name.endswith(INDEX):

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from ..checkpoints.collection import CheckpointCollection
 
+MOST_PRODUCTS = 1 << 24  # numbers; of 128 MB
+
 
 @dataclass
 class Stack:
@@ -36,10 +38,14 @@ class Stack:
         return products.new_zeros(n_adapters).index_add_(0, self.owner, products)
 
     def gram(self, n_adapters: int) -> torch.Tensor:
-        """(K, K), float64: inner products of the differences, from R x R numbers."""
+        """(K, K), float64: inner products of the differences, from R x R numbers in blocks."""
         left, right = self.left.double(), self.right.double()
-        products = (left.T @ left) * (right @ right.T)  # (R, R)
-        by_row = products.new_zeros((n_adapters, len(products))).index_add_(0, self.owner, products)
+        by_row = left.new_zeros((n_adapters, len(right)))  # (K, R)
+        step = max(1, MOST_PRODUCTS // max(1, len(right)))
+        for start in range(0, len(right), step):
+            part = slice(start, start + step)
+            products = (left[:, part].T @ left) * (right[part] @ right.T)  # (step, R)
+            by_row.index_add_(0, self.owner[part], products)
         return by_row.new_zeros((n_adapters, n_adapters)).index_add_(1, self.owner, by_row)
 
 

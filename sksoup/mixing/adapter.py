@@ -20,6 +20,11 @@ from ..checkpoints.write import write_safetensors
 from ..exceptions import CheckpointError
 
 BIAS = re.compile(r"bias[^.]*$")  # such as in_proj_bias of an attention
+# of PEFT, which refuses other tasks
+TASKS = (
+    "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION",
+)  # fmt: skip
+AUTO_MAPPING = {"base_model_class", "parent_library"}
 Bias: TypeAlias = Literal["none", "all", "lora_only"]  # of PEFT
 
 
@@ -148,14 +153,15 @@ def write_adapter(folder: Path, mixed: MixedAdapter) -> None:
     usual = max(set(ranks.values()), key=list(ranks.values()).count, default=1)
     others = {f"^{re.escape(m)}": r for m, r in ranks.items() if r != usual}
     fields = [one.config.fields for one in mixed.adapters]
+    task = _agreed(fields, "task_type")
     config = LoraConfig(
         r=usual, lora_alpha=usual, rank_pattern=others, alpha_pattern=dict(others),
         target_modules=_targets(list(kinds), first), modules_to_save=modules or None, bias=biases,
         fan_in_fan_out=CONV1D in kinds.values(), inference_mode=True,
-        task_type=_agreed(fields, "task_type"), revision=_agreed(fields, "revision"),
-        base_model_name_or_path=_agreed(fields, "base_model_name_or_path"),
+        task_type=task if task in TASKS else None, revision=_text(_agreed(fields, "revision")),
+        base_model_name_or_path=_text(_agreed(fields, "base_model_name_or_path")),
     )  # fmt: skip
-    config.auto_mapping = _agreed(fields, "auto_mapping")
+    config.auto_mapping = _auto_mapping(_agreed(fields, "auto_mapping"))
     write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     config.save_pretrained(str(folder))
 
@@ -203,3 +209,14 @@ def _agreed(fields: Iterable[Mapping[str, Any]], name: str) -> Any:
     """A field on which all configurations agree; else None."""
     values = [each.get(name) for each in fields]
     return values[0] if all(value == values[0] for value in values) else None
+
+
+def _text(value: Any) -> str | None:
+    """A field that is a text, else None: peft and its readers take no other."""
+    return value if isinstance(value, str) else None
+
+
+def _auto_mapping(value: Any) -> dict[str, str] | None:
+    """The class of a base, and the package that it is of: texts, else None."""
+    is_plain = isinstance(value, dict) and value.keys() <= AUTO_MAPPING
+    return value if is_plain and all(isinstance(v, str) for v in value.values()) else None

@@ -341,7 +341,8 @@ class Recipe:
         Parameters
         ----------
         weights : mapping of str to Tensor, or path
-            The soup: a state dict, a file, or a folder of shards.
+            The soup: a state dict, a file, or a folder. Other weights in the folder, or beside a
+            file in the folder of a model, are named: a program may load them instead.
         checkpoints : CheckpointCollection
             Or anything its constructor takes: the ingredients.
 
@@ -353,10 +354,10 @@ class Recipe:
         Raises
         ------
         CheckpointError
-            A file can't be read, or a mix is not finite; or other programs would load other weights
-            from that place: others lie in the folder, an adapter, or a config that leads elsewhere.
+            A file can't be read, a configuration names other weights, or a mix is not finite.
         RecipeError
-            The ingredients hold other tensors than the recipe.
+            The ingredients hold other tensors than the recipe; the soup is a container, or the
+            file of an adapter.
 
         Notes
         -----

@@ -1,181 +1,486 @@
-"""Adapters that PEFT would load otherwise, on other bases, or that take too long."""
+"""Adapters that PEFT and sksoup would read in different ways, or that take without end."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sksoup import CheckpointCollection, CheckpointError, SoupWarning, mix
+from sksoup import CheckpointCollection, CheckpointError, SoupWarning, UniformSoup
+from sksoup.checkpoints.on_base import _n_labels
+from sksoup.checkpoints.peft_targets import Targets
+from sksoup.checkpoints.protocol import TensorInfo
+from sksoup.engine import factors
+from sksoup.engine.factors import Stack
 
-from ..adapters import build, peft_model, save_adapters
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+check_target_module_exists = pytest.importorskip(
+    "peft.tuners.tuners_utils"
+).check_target_module_exists
 
-PREFIX = "base_model.model."
+# of transformers and peft, about their own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning"),
+]
+P = "base_model.model."
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def adapter(folder: Path, k: int = 1, **fields) -> Path:
-    """A folder that peft writes, and some fields of its configuration changed."""
-    peft_model(k).save_pretrained(str(folder))
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.emb = nn.Embedding(8, 8)
+        self.classifier = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.classifier(self.b(self.a(x)))
+
+
+def build() -> Net:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Net()
+
+
+def save(folder: Path, base: nn.Module | None = None, **fields: Any) -> Path:
+    """An adapter that has been moved away from its base."""
+    fields = {"r": 2, "target_modules": ["a", "b"], **fields}
+    model = peft.get_peft_model(build() if base is None else base, peft.LoraConfig(**fields))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_A" not in name:
+            nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(str(folder))
     return folder
 
 
-def rewritten(folder: Path, **tensors) -> Path:
-    path = folder / "adapter_model.safetensors"
-    save_file({**load_file(path), **{PREFIX + n: t for n, t in tensors.items()}}, path)
+def configured(folder: Path, **fields: Any) -> Path:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **fields}))
     return folder
 
 
-def opened(folder: Path) -> CheckpointCollection:
-    return CheckpointCollection([folder], module=build)
+def rewritten(folder: Path, change: Any) -> Path:
+    state = load_file(folder / WEIGHTS)
+    save_file(change(state), folder / WEIGHTS, {"format": "pt"})
+    return folder
+
+
+def refused(match: str, folder: Path, **params: Any) -> None:
+    with pytest.raises(CheckpointError, match=match):
+        CheckpointCollection([folder], **({"module": build} | params))
+
+
+def as_peft_reads(folder: Path) -> dict[str, torch.Tensor]:
+    return peft.PeftModel.from_pretrained(build(), str(folder)).merge_and_unload().state_dict()
+
+
+# ------------------------------------------------------------------ what PEFT would not read
 
 
 @pytest.mark.parametrize(
-    ("fields", "error"),
+    "fields",
     [
-        ({"target_modules": ["conv1d"]}, "not in its 'target_modules'"),
-        ({"target_modules": "conv.*"}, "not in its 'target_modules'"),
-        ({"exclude_modules": ["lin"]}, "its 'exclude_modules' leaves out"),
-        ({"exclude_modules": "li."}, "its 'exclude_modules' leaves out"),
+        {"target_modules": ["a"]},
+        {"target_modules": "a"},
+        {"target_modules": []},
+        {"target_modules": None},
+        {"exclude_modules": ["b"]},
+        {"exclude_modules": "[b]"},
+        {"modules_to_save": ["b"]},
+        {"target_modules": ["a", "x.b"]},
     ],
+    ids=str,
 )
-def test_factors_that_peft_would_not_load_are_refused(tmp_path, fields, error):
-    with pytest.raises(CheckpointError, match=error):
-        opened(adapter(tmp_path / "a", **fields))
-
-
-@pytest.mark.parametrize("targets", ["all-linear", ".*(lin|conv1d)", "(?:lin|conv1d)", None])
-def test_targets_may_be_said_in_any_way(tmp_path, targets):
-    assert len(opened(adapter(tmp_path / "a", target_modules=targets))) == 1
-
-
-@pytest.mark.parametrize("layers", [[0], 0])
-def test_layers_that_peft_would_leave_alone_are_refused(tmp_path, layers):
-    torch.manual_seed(0)
-    blocks = [nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in "ab"]
-    net = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
-    fields = {"target_modules": ["q"], "modules_to_save": None, "rank_pattern": {}}
-    peft_model(0, copy.deepcopy(net), **fields).save_pretrained(str(tmp_path / "a"))
-    assert len(CheckpointCollection([tmp_path / "a"], module=net)) == 1
-    path = tmp_path / "a" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"layers_to_transform": layers}))
-    with pytest.raises(CheckpointError, match=r"'layers\.1\.q', not in its 'layers_to_transform'"):
-        CheckpointCollection([tmp_path / "a"], module=net)
-
-
-def test_a_pair_of_another_kind_of_layer_is_refused(tmp_path):
-    folder = rewritten(
-        adapter(tmp_path / "a"),
-        **{"lin.lora_embedding_A": torch.ones(4, 8), "lin.lora_embedding_B": torch.ones(12, 4)},
+def test_factors_of_modules_that_are_not_selected(tmp_path, fields):
+    folder = save(tmp_path / "run")
+    CheckpointCollection([folder], module=build)
+    refused(
+        r"PEFT would not read '.*lora_A.weight': by adapter_config", configured(folder, **fields)
     )
-    with pytest.raises(CheckpointError, match="is not what PEFT loads for 'lin'"):
-        opened(folder)
 
 
-def test_a_whole_tensor_of_integers_is_refused(tmp_path):
-    folder = rewritten(adapter(tmp_path / "a"), **{"norm.weight": torch.ones(72).int()})
-    with pytest.raises(CheckpointError, match=r"'norm.weight' is torch.int32, and torch.float32"):
-        opened(folder)
+def test_factors_of_layers_that_are_left_out(tmp_path):
+    def base():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return nn.ModuleDict({"h": nn.ModuleList([Net(), Net()])})
+
+    folder = save(tmp_path / "run", base())
+    configured(folder, layers_to_transform=[0, 1], layers_pattern="h")
+    CheckpointCollection([folder], module=base)
+    for fields in ({"layers_to_transform": [0]}, {"layers_to_transform": 1},
+                   {"layers_to_transform": [0, 1], "layers_pattern": ["layers"]}):  # fmt: skip
+        refused("PEFT would not read", configured(folder, **{"layers_pattern": "h"} | fields),
+                module=base)  # fmt: skip
 
 
-def test_factors_of_one_byte_are_widened(tmp_path):
-    folder = adapter(tmp_path / "a")
-    path = folder / "adapter_model.safetensors"
-    state = load_file(path)
-    small = {n: t.to(torch.float8_e4m3fn) if "lora_" in n else t for n, t in state.items()}
-    save_file({n: t.float() if "lora_" in n else t for n, t in small.items()}, path)
-    expected = mix(opened(folder), [1.0])
-    save_file(small, path)
-    torch.testing.assert_close(mix(opened(folder), [1.0]), expected, rtol=0, atol=0)
+def test_all_that_is_linear_is_what_peft_takes_for_it(tmp_path):
+    folder = configured(save(tmp_path / "run"), target_modules="all-linear")
+    ours, theirs = CheckpointCollection([folder], module=build)["run"], as_peft_reads(folder)
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+    folder = configured(
+        save(tmp_path / "other", target_modules=["emb"]), target_modules="all-linear"
+    )
+    refused("PEFT would not read", folder)
 
 
-def test_ranks_beyond_any_matrix_are_refused(tmp_path):
-    folder = adapter(tmp_path / "a", r=5000, target_modules=["lin"])
-    path = folder / "adapter_model.safetensors"
-    factors = {"lora_A.weight": torch.ones(5000, 8), "lora_B.weight": torch.ones(12, 5000)}
-    save_file({f"{PREFIX}lin.{n}": t for n, t in factors.items()}, path)
-    with pytest.raises(CheckpointError, match=r"rank 5,000, and the matrix has 12 x 8"):
-        opened(folder)
+def test_the_last_layer_is_not_of_all_that_is_linear(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, max_position_embeddings=8,
+    )  # fmt: skip
+    base = transformers.BertForSequenceClassification(config)
+    folder = save(tmp_path / "run", copy.deepcopy(base), target_modules=["query", "classifier"])
+    CheckpointCollection([folder], module=base)
+    configured(folder, target_modules="all-linear", task_type="SEQ_CLS")
+    refused("'classifier' has no factors", folder, module=base)
+
+
+def embedding_pair(state):
+    a, b = f"{P}a.lora_embedding_A", f"{P}a.lora_embedding_B"
+    return {**state, a: torch.ones(2, 8), b: torch.ones(8, 2)}
+
+
+def only_embedding_pair(state):
+    return {n: v for n, v in embedding_pair(state).items() if not n.startswith(f"{P}a.lora_A") and
+            not n.startswith(f"{P}a.lora_B")}  # fmt: skip
+
+
+def wrapped_pair(state):
+    a, b = f"{P}a.base_layer.lora_A.weight", f"{P}a.base_layer.lora_B.weight"
+    return {**state, a: torch.ones(2, 8), b: torch.ones(8, 2)}
+
+
+def only_wrapped_pair(state):
+    return {n.replace(".a.lora", ".a.base_layer.lora"): v for n, v in state.items()}
 
 
 @pytest.mark.parametrize(
-    "pattern",
+    ("change", "match"),
     [
-        "(?i:[" + "".join(f"{chr(c)}-{chr(c + 1)}" for c in range(0x4E00, 0x6E00, 3)) + "])",
-        "(" + ".?" * 19 + ")X",
-        "a" * 501,
-        "(?=lin)",
+        (embedding_pair, "holds two pairs of factors of 'a'"),
+        (wrapped_pair, "holds two pairs of factors of 'a'"),
+        (only_embedding_pair, "are not the factors that PEFT gives 'a', no embedding"),
+        (only_wrapped_pair, r"PEFT would not read '.*a\.base_layer\.lora_A"),
+        (lambda s: {**s, f"{P}b.bias": torch.ones(8)}, r"PEFT would not read '.*model\.b\.bias'"),
+        (lambda s: {**s, f"{P}a.weight": torch.ones(8, 8)}, r"not read '.*a\.weight'"),
+        (
+            lambda s: (
+                {n: v for n, v in s.items() if ".a." not in n} | {f"{P}a.bias": torch.ones(8)}
+            ),
+            r"PEFT would not read '.*model\.a\.bias'",
+        ),
+        (
+            lambda s: {**s, f"{P}classifier.base_layer.bias": torch.ones(3)},
+            "'classifier' has none",
+        ),
+        (
+            lambda s: {**s, f"{P}classifier.weight": torch.ones(3, 8, dtype=torch.int32)},
+            r"'classifier.weight' is torch.int32, and torch.float32 in the base",
+        ),
     ],
-    ids=["ranges", "options", "long", "lookahead"],
 )
-def test_patterns_that_take_long_are_refused(tmp_path, pattern):
-    begin = time.perf_counter()
-    with pytest.raises(CheckpointError, match="may take too long to match"):
-        opened(adapter(tmp_path / "a", rank_pattern={pattern: 3}))
-    opened(adapter(tmp_path / "b", target_modules=pattern))  # which PEFT alone has to match
-    assert time.perf_counter() - begin < 10
+def test_tensors_that_peft_reads_otherwise(tmp_path, change, match):
+    refused(match, rewritten(save(tmp_path / "run"), change))
+
+
+def test_a_linear_pair_of_an_embedding_is_refused(tmp_path):
+    def linear(state):
+        return {n.replace("embedding_A", "A.weight").replace("embedding_B", "B.weight"): v
+                for n, v in state.items()}  # fmt: skip
+
+    refused("the factors that PEFT gives 'emb', an embedding",
+            rewritten(save(tmp_path / "run", target_modules=["emb"]), linear))  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+@pytest.mark.parametrize("saved", [None, ["classifier"]])
+def test_what_peft_writes_is_what_it_reads(tmp_path, bias, saved):
+    folder = save(tmp_path / "run", bias=bias, modules_to_save=saved, target_modules=["a", "emb"])
+    ours, theirs = CheckpointCollection([folder], module=build)["run"], as_peft_reads(folder)
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+
+
+NAMES = st.lists(
+    st.sampled_from(["lin", "in", "x", "h", "layers", "0", "1", "11"]), min_size=1, max_size=5
+).map(".".join)
+LISTS = st.lists(NAMES, max_size=3)
+PATTERNS = st.sampled_from(
+    ["lin", r".*\.lin", r"x\.(0|1)\..*", "lin|x", "^(lin|x\\.0)$", r"h\.0\.lin", r"(.*\.)?in"]
+)
+
+
+@given(
+    module=NAMES, targets=LISTS | PATTERNS, excluded=st.none() | LISTS | PATTERNS,
+    saved=st.none() | LISTS, layers=st.none() | st.integers(0, 2) | st.lists(st.integers(0, 2)),
+    pattern=st.none() | st.sampled_from(["h", "layers", ""]) | st.just(["x", "h"]),
+)  # fmt: skip
+def test_modules_are_selected_by_the_rule_of_peft(
+    module, targets, excluded, saved, layers, pattern
+):
+    fields = {
+        "target_modules": targets, "exclude_modules": excluded, "modules_to_save": saved,
+        "layers_to_transform": layers, "layers_pattern": pattern,
+    }  # fmt: skip
+    rule = Targets("'x'", fields)
+    rule.check()
+    found = check_target_module_exists(SimpleNamespace(**fields, target_parameters=None), module)
+    assert rule.selects(module, is_linear=True, is_output=False) == bool(found)
+
+
+def test_usual_expressions_are_matched_for_every_layer_of_a_language_model(tmp_path):
+    parts = {
+        "self_attn": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "mlp": ["gate_proj", "up_proj", "down_proj"],
+    }
+    layers = nn.ModuleList(
+        nn.ModuleDict({
+            part: nn.ModuleDict({name: nn.Linear(1, 1) for name in names})
+            for part, names in parts.items()
+        })
+        for _ in range(60)
+    )  # fmt: skip
+    base = nn.ModuleDict({"model": nn.ModuleDict({"language_model": layers})})
+    names = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+    for k, pattern in enumerate((
+        rf".*\.({names})", rf".*language_model.*\.({names})", r".*(attn|mlp).*(q|k|gate|up)_proj",
+        rf"^(?!.*vision).*\.({names})$", r"model\.language.*attn.*(q|v)_proj",
+        r".*language_model.*attn.*_proj",
+    )):  # fmt: skip
+        folder = save(tmp_path / str(k), copy.deepcopy(base), r=1, target_modules=pattern)
+        configured(folder, target_modules=pattern)
+        CheckpointCollection([folder], module=base)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"target_modules": {"a": 1}}, "'target_modules' is .*, expected a list of names"),
+        ({"target_modules": ["a", 5]}, "'target_modules' is .*, expected a list of names"),
+        ({"target_modules": "(a"}, "is no pattern"),
+        ({"modules_to_save": ["(x+)+y"]}, r"'modules_to_save' holds '\(x\+\)\+y', expected names"),
+        ({"modules_to_save": "head"}, "'modules_to_save' is 'head', expected a list"),
+        ({"layers_pattern": ["(x+)+y"], "layers_to_transform": [1]}, "'layers_pattern' holds"),
+        ({"layers_pattern": ["x"] * 101}, "'layers_pattern' holds more than 100 names"),
+        ({"layers_to_transform": ["1"]}, r"'layers_to_transform' is \['1'\], expected integers"),
+    ],
+    ids=str,
+)
+def test_selections_that_are_not_understood(tmp_path, fields, match):
+    refused(match, configured(save(tmp_path / "run"), **fields))
+
+
+def test_a_soup_whose_names_end_alike_is_read_again(tmp_path):
+    """Its configuration lists the names as one long expression."""
+
+    def base():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            inner = nn.ModuleDict({f"part{k}": nn.Linear(4, 4) for k in range(80)})
+            return nn.ModuleDict({**{n: copy.deepcopy(m) for n, m in inner.items()}, "x": inner})
+
+    class Sum(nn.ModuleDict):
+        def forward(self, x):
+            return self["part0"](x)
+
+    build_sum = lambda: Sum(base())  # noqa: E731
+    names = [f"part{k}" for k in range(80)]
+    runs = [save(tmp_path / f"run{k}", build_sum(), target_modules="|".join(names))
+            for k in range(2)]  # fmt: skip
+    X, y = np.zeros((8, 4), np.float32), np.arange(8) % 4
+    soup = UniformSoup().fit(CheckpointCollection(runs, module=build_sum), X, y)
+    soup.save_adapter(tmp_path / "soup")
+    targets = json.loads((tmp_path / "soup" / CONFIG).read_text())["target_modules"]
+    assert len(targets) > 500
+    again = CheckpointCollection([tmp_path / "soup"], module=build_sum)["soup"]
+    state = soup.state_dict()
+    assert all(torch.allclose(again[name], state[name], atol=1e-6) for name in state)
+
+
+# ------------------------------------------------------------------ several bases
 
 
 @pytest.fixture
-def bases(tmp_path):
-    """Two bases of one architecture, and an adapter of each."""
-    transformers = pytest.importorskip("transformers")
-    peft = pytest.importorskip("peft")
+def two_bases(tmp_path) -> Path:
+    """Adapters of two folders of models, in one folder."""
     config = transformers.BertConfig(
-        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
-        intermediate_size=8, num_labels=2,
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, max_position_embeddings=8,
     )  # fmt: skip
-    for seed, name in enumerate("AB"):
-        torch.manual_seed(seed)
-        folder = tmp_path / f"base{name}"
-        transformers.BertForSequenceClassification(config).save_pretrained(folder)
-        base = transformers.BertForSequenceClassification.from_pretrained(folder)
-        how = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of transformers, that peft calls
-            peft.get_peft_model(base, how).save_pretrained(str(tmp_path / "ads" / f"ad{name}"))
+    for k in range(2):
+        torch.manual_seed(k)
+        transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / f"base{k}")
+        base = transformers.BertForSequenceClassification.from_pretrained(tmp_path / f"base{k}")
+        save(tmp_path / "sweep" / f"a{k}", base, target_modules=["query"], task_type="SEQ_CLS")
     return tmp_path
 
 
-def test_adapters_of_different_bases_are_refused(bases):
-    with pytest.raises(CheckpointError, match="adapters of one base only can be mixed"):
-        CheckpointCollection.from_path(bases / "ads")
-    assert len(CheckpointCollection([bases / "ads" / "adB"])) == 1
-    with pytest.warns(SoupWarning, match="name several bases, such as"):
-        CheckpointCollection.from_path(bases / "ads", module=bases / "baseA")
+def test_adapters_of_two_bases_are_refused(two_bases):
+    with pytest.raises(
+        CheckpointError, match=r"a1' can't join .*a0': it is an adapter of .*base1'"
+    ):
+        CheckpointCollection.from_path(two_bases / "sweep")
+    a0, a1 = (two_bases / "sweep" / f"a{k}" for k in range(2))
+    configured(a1, base_model_name_or_path="no/where")
+    with pytest.raises(CheckpointError, match=r"a1' is an adapter of 'no/where', which is not on"):
+        CheckpointCollection([a0, a1])
+    (two_bases / "link").symlink_to(two_bases / "base0")
+    configured(a1, base_model_name_or_path=str(two_bases / "link"))
+    assert len(CheckpointCollection([a0, a1])) == 2
 
 
-def test_one_base_may_be_named_in_two_ways(bases):
-    os.symlink(bases / "baseA", bases / "link")
-    path = bases / "ads" / "adB" / "adapter_config.json"
-    fields = json.loads(path.read_text()) | {"base_model_name_or_path": str(bases / "link")}
-    path.write_text(json.dumps(fields))
-    assert len(CheckpointCollection.from_path(bases / "ads")) == 2
-    fields["base_model_name_or_path"] = "/elsewhere/baseA"
-    path.write_text(json.dumps(fields))
-    with pytest.raises(CheckpointError, match="which is not on this machine"):
-        CheckpointCollection.from_path(bases / "ads")
-    assert len(CheckpointCollection.from_path(bases / "ads", module=bases / "baseA")) == 2
+def test_a_base_that_is_given_is_taken_and_other_names_are_told(two_bases):
+    paths = [two_bases / "sweep" / f"a{k}" for k in range(2)]
+    base = transformers.BertForSequenceClassification.from_pretrained(two_bases / "base0")
+    for module in (two_bases / "base0", base):
+        with pytest.warns(SoupWarning, match=r"name several bases \(.*base0', .*base1'\) and are"):
+            assert len(CheckpointCollection(paths, module=module)) == 2
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", SoupWarning)
+            CheckpointCollection(paths[:1], module=module)
+    model = peft.PeftModel.from_pretrained(base, str(paths[0]))
+    with pytest.warns(SoupWarning, match="name several bases"):
+        CheckpointCollection([model, paths[1]])
 
 
-def test_links_do_not_hang_a_pattern_that_finds_nothing(tmp_path):
-    for link in ("a", "b"):
-        os.symlink(tmp_path, tmp_path / link)
+# ------------------------------------------------------------------ without end
+
+
+SLOW = pytest.mark.parametrize(
+    "pattern",
+    [
+        "(?i:[" + "".join(f"{chr(256 + k)}-{chr(0xF000)}" for k in range(60)) + "])",
+        "[" + "".join(f"{chr(256 + k)}-{chr(0xF000)}" for k in range(60)) + "]",
+        r"[\u0100-\uf000]" * 20,
+        r"[\x00-\xff]",
+        ".a" * 251,
+        r"(.*)\1z",
+        "(?i:lin)",
+        "(a)?(?(1)b|c)",
+        "(?P<x>a)",
+        "(?#x)a",
+        ".?" * 19 + "X",
+    ],
+    ids=lambda pattern: pattern[:12],
+)
+
+
+@SLOW
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_patterns_that_take_long_to_compile_or_to_match(tmp_path, pattern, field):
     begin = time.perf_counter()
-    with pytest.raises(CheckpointError, match="No checkpoints found"):
-        CheckpointCollection.from_path(tmp_path / "**" / "*.safetensors")
+    folder = configured(save(tmp_path / "run"), **{field: {pattern: 2}})
+    refused("may take too long to match", folder)
     assert time.perf_counter() - begin < 10
 
 
-def test_what_peft_writes_is_opened(tmp_path):
-    save_adapters(tmp_path)
-    assert len(CheckpointCollection.from_path(tmp_path, module=build)) == 4
+@SLOW
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_targets_that_take_long_to_match_are_left_to_peft(tmp_path, pattern, field):
+    """Training libraries write long expressions; factors are taken as they are."""
+    begin = time.perf_counter()
+    CheckpointCollection([configured(save(tmp_path / "run"), **{field: pattern})], module=build)
+    assert time.perf_counter() - begin < 10
+
+
+def test_patterns_are_bounded_by_the_modules_that_they_are_matched_with(tmp_path):
+    base = nn.ModuleDict({f"part{k}": nn.Linear(1, 1) for k in range(1000)})
+    folder = save(
+        tmp_path / "run", copy.deepcopy(base), r=1, target_modules=[f"part{k}" for k in range(1000)]
+    )
+    CheckpointCollection([configured(folder, alpha_pattern={"(.*).lin": 3})], module=base)
+    configured(folder, alpha_pattern={".?" * 17 + "X": 3})
+    refused("too long to match with 1,000 modules", folder, module=base)
+    configured(folder, alpha_pattern={}, target_modules=".?" * 11 + "t[0-9]*")
+    refused("too long to match with 1,000 modules", folder, module=base)
+
+
+def test_a_rank_far_above_the_sizes_is_refused(tmp_path):
+    folder = save(tmp_path / "run", r=257)
+    refused("'a.weight', of shape .8, 8., have rank 257, more than such a matrix can have", folder)
+    CheckpointCollection([save(tmp_path / "other", r=256)], module=build)
+
+
+def test_inner_products_of_many_columns_are_computed_in_blocks(monkeypatch):
+    torch.manual_seed(0)
+    stack = Stack(torch.randn(4, 60), torch.randn(60, 5), torch.arange(60) // 20)
+    whole = stack.gram(3)
+    deltas = torch.stack([
+        (stack.left[:, part] @ stack.right[part]).flatten().double()
+        for part in (slice(0, 20), slice(20, 40), slice(40, 60))
+    ])  # fmt: skip
+    assert torch.allclose(whole, deltas @ deltas.T, rtol=1e-5)
+    sizes = []
+    multiply = torch.Tensor.__matmul__
+    monkeypatch.setattr(
+        torch.Tensor, "__matmul__", lambda a, b: sizes.append(len(a) * b.shape[1]) or multiply(a, b)
+    )
+    monkeypatch.setattr(factors, "MOST_PRODUCTS", 180)  # three rows
+    assert torch.allclose(stack.gram(3), whole)
+    assert max(sizes) == 180
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16])
+def test_narrow_factors_are_widened_as_peft_does(tmp_path, dtype):
+    folder = save(tmp_path / "run")
+    rewritten(folder, lambda s: {n: v.to(dtype) if "lora_A" in n else v for n, v in s.items()})
+    ours, theirs = CheckpointCollection([folder], module=build)["run"], as_peft_reads(folder)
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+
+
+# ------------------------------------------------------------------ odd fields, heads
+
+
+@pytest.mark.parametrize(
+    ("field", "odd"),
+    [
+        ("task_type", "EVIL"),
+        ("task_type", ["SEQ_CLS"]),
+        ("auto_mapping", "x"),
+        ("auto_mapping", {"base_model_class": ["x"]}),
+        ("auto_mapping", {"other": "x"}),
+        ("revision", {"a": [1]}),
+        ("base_model_name_or_path", {"a": 1}),
+    ],
+)
+def test_odd_fields_are_not_written_to_the_adapter_of_a_soup(tmp_path, field, odd):
+    runs = [configured(save(tmp_path / f"run{k}"), **{field: odd}) for k in range(2)]
+    X, y = np.zeros((6, 8), np.float32), np.arange(6) % 3
+    soup = UniformSoup().fit(CheckpointCollection(runs, module=build), X, y)
+    soup.save_adapter(tmp_path / "soup")
+    assert json.loads((tmp_path / "soup" / CONFIG).read_text())[field] is None
+    as_peft_reads(tmp_path / "soup")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "expected"),
+    [
+        ({"classifier": (3, 8), "pre_classifier": (8, 8)}, 3),  # DistilBERT
+        ({"classifier": (8, 8), "pre_classifier": (8, 8)}, 8),
+        ({"classifier.dense": (8, 8), "classifier.out_proj": (3, 8)}, 3),  # RoBERTa
+        ({"logits_proj": (3, 8), "sequence_summary.summary": (8, 8)}, 3),  # XLNet
+        ({"word_embeddings": (30, 8), "score": (2, 8)}, 2),
+        ({"head": (5, 8), "pooler": (8, 8)}, 5),
+        ({"head": (8, 8)}, 8),
+        ({}, None),
+    ],
+)
+def test_the_outputs_are_those_of_the_last_layer(shapes, expected):
+    header = {f"{P}{n}.weight": TensorInfo(s, torch.float32) for n, s in shapes.items()}
+    assert _n_labels(header, "SEQ_CLS") == expected
+    assert _n_labels(header, "CAUSAL_LM") is None

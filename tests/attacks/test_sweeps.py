@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from unittest.mock import patch
 
 import pytest
@@ -48,3 +49,15 @@ def test_many_metrics_of_many_steps_are_read_once(tmp_path):
         CheckpointCollection.from_path(tmp_path, module=lambda: None, scores="recorded")
     assert looks.call_count == 2000
     assert {type(arg) for call in looks.call_args_list for arg in call.args} == {float}  # no steps
+
+
+def test_a_pattern_that_finds_nothing_does_not_follow_links(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).symlink_to(".")
+    (tmp_path / "notes.txt").write_text("")
+    with patch.object(os, "scandir", wraps=os.scandir) as looks:
+        with pytest.raises(CheckpointError, match=r"no name in .* matches '\*\*'"):
+            CheckpointCollection.from_path(tmp_path / "**" / "*.pt")
+        with pytest.raises(CheckpointError, match=r"it matches 'notes\.txt'; expected"):
+            CheckpointCollection.from_path(tmp_path / "**" / "*.txt")
+    assert looks.call_count < 20

@@ -75,7 +75,9 @@ def test_configs_that_name_other_files_are_not_verified(parts, name, fields):
         path.write_text("{}")
     change(path, **fields)
     for weights in (folder, folder / "model.safetensors"):
-        with pytest.raises(CheckpointError, match=r"config\.json' has the field .*Remove that"):
+        with pytest.raises(
+            CheckpointError, match=r"config\.json' names other weights .*Remove that"
+        ):
             recipe.verify(weights, ckpts)
 
 
@@ -86,7 +88,7 @@ def test_no_module_is_built_from_a_config_that_names_another(parts):
         CheckpointCollection([folder]).build_module()
 
 
-@pytest.mark.parametrize("text", ["{", " " * LIMIT + "{}", "[" * 100_000])
+@pytest.mark.parametrize("text", [" " * LIMIT + "{}", "[" * 100_000])
 def test_a_config_that_can_not_be_read_is_not_verified(parts, text):
     """Transformers has no limit: what is not read here may be read there."""
     folder, recipe, ckpts = parts

@@ -15,7 +15,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sksoup import CheckpointError
-from sksoup.checkpoints.peft_config import CONFIG, LIMIT, MOST_PATTERNS, PeftConfig
+from sksoup.checkpoints.peft_config import CONFIG, LIMIT, PeftConfig
+from sksoup.checkpoints.peft_patterns import MOST_PATTERNS
 
 peft = pytest.importorskip("peft")
 get_pattern_key = pytest.importorskip("peft.utils.other").get_pattern_key

@@ -1,0 +1,21 @@
+"""Paths that match a pattern, wherever links lead."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def matches_of(pattern: str) -> Iterator[Path]:
+    """Paths that match a pattern; "**" does not follow links, which may lead anywhere and back."""
+    if "**" not in pattern:
+        yield from map(Path, glob.glob(pattern))
+        return
+    path = Path(pattern)
+    start = Path(path.anchor) if path.anchor else Path()
+    hidden = {part for part in path.parts if part[:1] == "."}
+    for match in start.glob(str(path.relative_to(start)) if path.anchor else pattern):
+        parts = match.parts
+        if not any(part[:1] == "." and part not in hidden for part in parts if part != ".."):
+            yield match

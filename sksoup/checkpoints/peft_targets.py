@@ -1,0 +1,145 @@
+"""The modules that PEFT gives factors when it loads an adapter, by the adapter's configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+from .peft_patterns import check_patterns, is_slow, refuse, short
+
+NOT_PLAIN = re.compile(r"[\\^$*+?{}\[\]|()]")  # PEFT takes these names as expressions
+ALL_LINEAR = "all-linear"
+MOST_REPEATS = 3  # such as .*language_model.*attn.*_proj
+MOST_PATTERNS = 100  # of 'layers_pattern': one or two are usual
+# a list of names, each escaped, as an expression: ^(a|b\.c)$
+LISTED = r"((?:[\w|-]|\\\W)*)"
+NAMES = re.compile(rf"\^?(?:\({LISTED}\)|{LISTED})\$?")
+ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
+
+
+class Targets:
+    """What a configuration's fields select, by the rule of PEFT's `check_target_module_exists`."""
+
+    def __init__(self, where: str, fields: Mapping[str, Any]) -> None:
+        self.where, self._fields = where, fields
+
+    def check(self) -> float:
+        """Refuse fields that would not be understood; how many tries a name may take."""
+        tries = 0.0
+        for field in ("target_modules", "exclude_modules"):
+            value = self._fields.get(field)
+            if isinstance(value, str):
+                if value.lower() != ALL_LINEAR and self._is_matched(field):
+                    tries += check_patterns(self.where, field, [value], MOST_REPEATS)
+            else:
+                self._names(field)
+        for field in ("modules_to_save", "layers_pattern"):
+            if odd := next((n for n in self._names(field) if NOT_PLAIN.search(n)), None):
+                refuse(self.where, f"its {field!r} holds {short(odd)}, expected names of modules")
+        if len(self._names("layers_pattern")) > MOST_PATTERNS:
+            refuse(self.where, f"its 'layers_pattern' holds more than {MOST_PATTERNS} names")
+        _ = self._layers
+        return tries
+
+    def _is_matched(self, field: str) -> bool:
+        """Whether an expression is matched here: no list of names, and none that may take long.
+
+        Long expressions are written by training libraries; only PEFT matches them.
+        """
+        value = str(self._fields[field])
+        return _listed(value) is None and not is_slow(value, MOST_REPEATS)
+
+    def selects(self, module: str, is_linear: bool, is_output: bool) -> bool:
+        """Whether PEFT gives a module factors; ``is_output`` is of what "all-linear" leaves out."""
+        if self._is_in("exclude_modules", module):
+            return False
+        if not self._saved.isdisjoint(_spans(module)):
+            return False
+        targets = self._fields.get("target_modules")
+        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+            return is_linear and not is_output
+        if not self._is_in("target_modules", module):
+            return False
+        is_by_suffix = not isinstance(targets, str) and module not in self._sets["target_modules"]
+        return not is_by_suffix or self._is_in_layers(module)
+
+    def _is_in(self, field: str, module: str) -> bool:
+        """Whether a name ends in one of a list, or is matched by an expression."""
+        value = self._fields.get(field)
+        if not value:
+            return False
+        if isinstance(value, str):
+            listed = self._sets[field]
+            if listed or self._is_matched(field):
+                return module in listed if listed else re.fullmatch(value, module) is not None
+            return field == "target_modules"  # it is taken at its word
+        return not self._sets[field].isdisjoint(_ends(module))
+
+    def _is_in_layers(self, module: str) -> bool:
+        if not self._layers:
+            return True
+        patterns = [
+            re.compile(rf"(?:^|.*?\.){name}\.(?P<index>\d+)\.")
+            for name in self._names("layers_pattern")
+        ]
+        found = (pattern.match(module) for pattern in patterns or [ANY_LAYER])
+        match = next(filter(None, found), None)
+        return match is not None and int(match["index"]) in self._layers
+
+    @cached_property
+    def _sets(self) -> dict[str, frozenset[str]]:
+        fields = ("target_modules", "exclude_modules")
+        return {
+            field: frozenset(_listed(value) or ())
+            if isinstance(value := self._fields.get(field), str)
+            else frozenset(self._names(field))
+            for field in fields
+        }
+
+    @cached_property
+    def _saved(self) -> frozenset[str]:
+        return frozenset(self._names("modules_to_save"))
+
+    @cached_property
+    def _layers(self) -> frozenset[int]:
+        value = self._fields.get("layers_to_transform")
+        layers = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        if any(type(layer) is not int for layer in layers):
+            refuse(self.where, f"its 'layers_to_transform' is {short(value)}, expected integers")
+        return frozenset(layers)
+
+    def _names(self, field: str) -> Collection[str]:
+        """A field that is a list of names, or None; an error for anything else."""
+        value = self._fields.get(field) or ()
+        if isinstance(value, str) and field == "layers_pattern":
+            return [value]
+        is_list = isinstance(value, (list, tuple, set, frozenset))
+        if not is_list or not all(isinstance(name, str) for name in value):
+            refuse(self.where, f"its {field!r} is {short(value)}, expected a list of names")
+        names: Collection[str] = value
+        return names
+
+
+def _listed(pattern: str) -> frozenset[str] | None:
+    """The names that an expression is a plain list of, such as a soup's adapter may have."""
+    if (found := NAMES.fullmatch(pattern)) is None:
+        return None
+    names = found[1] if found[1] is not None else found[2]
+    return frozenset(re.sub(r"\\(\W)", r"\1", name) for name in names.split("|"))
+
+
+def _ends(module: str) -> Iterator[str]:
+    """The name, and what is behind each of its dots."""
+    yield module
+    parts = module.split(".")
+    yield from (".".join(parts[k:]) for k in range(1, len(parts)))
+
+
+def _spans(module: str) -> Iterator[str]:
+    """All names between two dots, or ends, of a name."""
+    parts = module.split(".")
+    yield from (
+        ".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)
+    )
