@@ -153,7 +153,7 @@ class PrunedSoup(BaseSoup):
     Cost: K evaluations of N rows for the ranking, none when the collection has ``scores``, one of
     the mean of all, and K - 1 for the candidates, most of whose rows are spared, exactly, as in
     `GreedySoup`. A file is read five times at most: to rank it, twice for the mean of all and its
-    sum, to leave it out and to drop it. Memory: as `GreedySoup`.
+    sum, to leave it out, and to drop it or to mix the soup. Memory: as `GreedySoup`.
 
     References
     ----------
@@ -194,11 +194,11 @@ class PrunedSoup(BaseSoup):
     def _search(self, problem: Problem) -> Found:
         checkpoints = problem.checkpoints
         names, n = checkpoints.names, len(checkpoints)
-        checkpoints.check()
         n_ranked = 0 if checkpoints.scores is not None else n
         self._log_steps(problem, evaluations=n_ranked + n)
         with problem.progress("evaluation", n_ranked + n - 1) as step:
             ranking = rank_checkpoints(problem, step, n_jobs=self.n_jobs)
+            checkpoints.check()  # those that were not read for the ranking
             if n_ranked:
                 self._warn_of_chance(ranking.scores, problem.evaluate)
             worst_first = ranking.order[:0:-1]  # the best stays

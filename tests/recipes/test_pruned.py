@@ -109,7 +109,7 @@ def test_a_file_is_read_five_times_at_most(zoo: Zoo, tmp_path):
 
     with patch.object(CheckpointCollection, "open", count):
         soup = PrunedSoup().fit(files, zoo.X, zoo.y)
-    assert max(opened.values()) <= 5 + 1  # and once more for the soup, those that are in it
+    assert max(opened.values()) <= 5
     assert len(soup.ingredients_) < 7
 
 
