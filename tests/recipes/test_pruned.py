@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from sklearn.metrics import accuracy_score
 
 from sksoup import CheckpointCollection, PrunedSoup, UniformSoup, mix
+from sksoup.engine.parallel import evaluate_all
 from sksoup.recipes.candidates import CandidateTrial
 from sksoup.recipes.pruned import RemovalTrial
 
@@ -131,6 +133,20 @@ def test_a_fit_that_was_stopped_goes_on_with_the_same_bits(zoo: Zoo, tmp_path):
         assert [s["score"] for s in stopped.path_] == [s["score"] for s in once.path_]
         stopped.fit(zoo.checkpoints, zoo.X, zoo.y)
         assert stopped.counts_.n_forward == 0  # nothing is evaluated twice
+
+
+def test_what_is_kept_is_of_what_was_dropped_before(zoo: Zoo):
+    trials = []
+
+    def record(trial, items, evaluate, n_workers):
+        trials.append(trial)
+        return evaluate_all(trial, items, evaluate, n_workers)
+
+    with patch("sksoup.recipes.pruned.evaluate_all", record):
+        PrunedSoup().fit(zoo.checkpoints, zoo.X, zoo.y)
+    *_, last = trials
+    assert replace(last, dropped=[1]).key(0) != replace(last, dropped=[2]).key(0)
+    assert last.key(0) != last.key(1)
 
 
 @pytest.mark.parametrize("batch_norm", ["average", "recalibrate", "auto"])
