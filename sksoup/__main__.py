@@ -24,7 +24,7 @@ from .checkpoints.prefixes import PREFIXES
 from .checkpoints.protocol import Read
 from .checkpoints.sources import SUFFIXES
 from .exceptions import CheckpointError, RecipeError
-from .mixing.layers import Layers, tensor_layers
+from .mixing.layers import Layers, group_layers
 from .mixing.recipe import Recipe
 from .mixing.stock import stock_coef, stock_ratios
 from .tables import printable
@@ -124,7 +124,7 @@ def _average(options: argparse.Namespace) -> tuple[bool, dict[str, Any], str]:
 def _stock(options: argparse.Namespace) -> tuple[bool, dict[str, Any], str]:
     with _opened(options) as tuned:
         collection = tuned.add("start", options.start)
-        layers = tensor_layers(collection.layout)
+        layers = group_layers(collection.layout, collection.layout, layerwise=True)
         weights = [name for name in layers.names if name in collection.layout]
         ratios, _ = stock_ratios(collection, "start", layers, weights)
         coef = layers.expand(stock_coef(collection, "start", ratios))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -44,54 +44,43 @@ class Layers:
         return torch.cat([searched, *added], dim=1)
 
 
-def group_layers(module: nn.Module, tensors: Collection[str], layerwise: Layerwise) -> Layers:
-    """Assign every tensor to a row: parameters by ``layerwise``, buffers by their neighbours."""
-    state = module.state_dict(keep_vars=True)
+def group_layers(
+    module: nn.Module | Mapping[str, TensorInfo], tensors: Collection[str], layerwise: Layerwise
+) -> Layers:
+    """Assign every tensor to a row: parameters by ``layerwise``, buffers by their neighbours.
+
+    Without a module, a layout tells parameters from statistics and integers by name and dtype.
+    """
+    named = module.state_dict(keep_vars=True) if isinstance(module, nn.Module) else module
     label: Callable[[str], str] = str if layerwise else lambda name: "all"
     label = layerwise if callable(layerwise) else label
     row_of_label: dict[str, int] = {}
     rows: dict[str, int] = {}
-    by_identity: dict[int, int] = {}  # a tied parameter keeps the row of its first name
-    for name, value in state.items():
-        if isinstance(value, nn.Parameter):
-            if id(value) not in by_identity:
+    by_identity: dict[int | str, int] = {}  # a tied parameter keeps the row of its first name
+    for name, value in named.items():
+        is_one = isinstance(value, nn.Parameter)
+        if is_one or (module is named and value.is_floating and not is_statistic(name)):
+            identity = id(value) if is_one else name
+            if identity not in by_identity:
                 row = row_of_label.setdefault(str(label(name)), len(row_of_label))
-                by_identity[id(value)] = row
-            rows[name] = by_identity[id(value)]
+                by_identity[identity] = row
+            rows[name] = by_identity[identity]
     if not rows:
-        raise CheckpointError("The module has no parameters, so there is nothing to mix.")
-    return _with_buffers(rows, list(row_of_label), state, tensors)
-
-
-def tensor_layers(layout: Mapping[str, TensorInfo]) -> Layers:
-    """A row for every tensor, without a module: integers and statistics are known by their names.
-
-    What is left are parameters, and buffers that no file tells from them.
-    """
-    searched = [n for n, info in layout.items() if info.is_floating and not is_statistic(n)]
-    if not searched:
-        raise CheckpointError("The checkpoints hold no weights, so there is nothing to mix.")
-    rows = {name: row for row, name in enumerate(searched)}
-    return _with_buffers(rows, searched, layout, layout)
-
-
-def _with_buffers(
-    rows: dict[str, int], labels: list[str], names: Iterable[str], tensors: Collection[str]
-) -> Layers:
-    """Give each buffer among the names the row of the parameters beside it, or their mean."""
-    parameters, rows, labels = dict(rows), dict(rows), list(labels)
+        raise CheckpointError("There are no parameters, so there is nothing to mix.")
+    parameters = dict(rows)
+    names = list(row_of_label)
     averaged: dict[tuple[int, ...], int] = {}
-    for name in names:
+    for name in named:
         if name not in rows:
             owner, neighbours = _neighbours(name, parameters)
             if len(neighbours) == 1:
                 rows[name] = neighbours[0]
                 continue
             if neighbours not in averaged:
-                averaged[neighbours] = len(labels)
-                labels.append(f"{owner or 'module'} (buffers: mean of {len(neighbours)} rows)")
+                averaged[neighbours] = len(names)
+                names.append(f"{owner or 'module'} (buffers: mean of {len(neighbours)} rows)")
             rows[name] = averaged[neighbours]
-    return Layers(tuple(labels), {name: rows[name] for name in tensors}, tuple(averaged))
+    return Layers(tuple(names), {name: rows[name] for name in tensors}, tuple(averaged))
 
 
 def _neighbours(buffer: str, parameters: Mapping[str, int]) -> tuple[str, tuple[int, ...]]:
