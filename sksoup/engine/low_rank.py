@@ -10,6 +10,8 @@ import torch
 from .center import Center
 from .factors import Stack, low_rank_names, read_stacks, squared_lengths
 
+ROUNDING = 1e-6  # of a layer's longest delta: shorter ones are what a center is rounded by
+
 
 class LowRankBatch:
     """The deltas w_k - center of adapters of one base, as factors; heads and biases as they are.
@@ -93,8 +95,9 @@ class LowRankBatch:
             if segment.where.stop <= self.flat.layout.n_parameters:
                 lengths = deltas.double().square().sum(dim=1)
                 squares[:, segment.row] += lengths.cpu().numpy()
-        found = torch.from_numpy(np.sqrt(squares)).to(self.flat.weights)[self._batch]
-        return torch.where(found > 0, found, 1)
+        lengths = np.sqrt(squares)
+        lengths[lengths <= ROUNDING * lengths.max(axis=0)] = 1
+        return torch.from_numpy(lengths).to(self.flat.weights)[self._batch]
 
     @torch.no_grad()
     def commit(self, coef: torch.Tensor) -> None:

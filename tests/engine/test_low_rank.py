@@ -170,6 +170,25 @@ def test_factors_give_what_whole_deltas_do(case):
             )
 
 
+def test_what_a_center_is_rounded_by_is_no_delta():
+    """A head that one adapter alone has: the mean of the others' is theirs, but for rounding."""
+    saved = [None, None, None, ["head"]]
+    models = [
+        peft_model(k, build_normed(), r=1, target_modules=["emb"], bias="none", modules_to_save=one)
+        for k, one in enumerate(saved)
+    ]
+    adapters = CheckpointCollection(models, module=build_normed)
+    problem = problem_of(adapters, True)
+    rows = [problem.layers.rows[f"body.head.{name}"] for name in ("weight", "bias")]
+    with centered(problem, Anchor(np.array([1.0, 1.0, 1.0, 0.0]), clips=False)) as center:
+        batch = LowRankBatch(center, torch.float32)
+        batch.load(adapters.names)
+        lengths = batch.norms()[:, rows]
+        assert (lengths[:3] == 1).all()  # of nothing
+        assert ((lengths[3] > 0.01) & (lengths[3] != 1)).all()
+        batch.release()
+
+
 @settings(max_examples=25)
 @given(cases())
 def test_lengths_from_factors_are_those_of_whole_deltas(case):
