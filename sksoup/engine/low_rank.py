@@ -95,9 +95,9 @@ class LowRankBatch:
             if segment.where.stop <= self.flat.layout.n_parameters:
                 lengths = deltas.double().square().sum(dim=1)
                 squares[:, segment.row] += lengths.cpu().numpy()
-        lengths = np.sqrt(squares)
-        lengths[lengths <= ROUNDING * lengths.max(axis=0)] = 1
-        return torch.from_numpy(lengths).to(self.flat.weights)[self._batch]
+        found = np.sqrt(squares)
+        found[found <= ROUNDING * found.max(axis=0)] = 1
+        return torch.from_numpy(found).to(self.flat.weights)[self._batch]
 
     @torch.no_grad()
     def commit(self, coef: torch.Tensor) -> None:
