@@ -14,7 +14,7 @@ from .adapters import AdapterCheckpoint, adapter_in_memory, is_peft_model, open_
 from .architecture import ModuleSource, find_architecture
 from .base_model import BaseModel, base_of_folder, base_of_module, find_base_folder
 from .hub import AUTO_CLASSES, HubModule
-from .peft_config import CONFIG, PeftConfig, is_adapter_folder
+from .peft_config import CONFIG, PeftConfig, adapter_folder
 from .protocol import Entry, TensorInfo
 from .sources import open_checkpoint
 
@@ -72,11 +72,7 @@ def _adapter_folder(item: Any) -> Path | None:
     """The PEFT folder that a path is, or whose weights it is."""
     if not isinstance(item, (str, os.PathLike)):
         return None
-    path = Path(os.path.expanduser(item)).absolute()
-    if is_adapter_folder(path):
-        return path
-    is_weights = path.name.startswith("adapter_model.") and is_adapter_folder(path.parent)
-    return path.parent if is_weights else None
+    return adapter_folder(Path(os.path.expanduser(item)).absolute())
 
 
 def _base(

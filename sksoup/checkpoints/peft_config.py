@@ -155,6 +155,14 @@ class PeftConfig:
         refuse(self.where, why)
 
 
+def adapter_folder(path: Path) -> Path | None:
+    """The PEFT folder that a path is, or whose weights it is."""
+    if is_adapter_folder(path):
+        return path
+    is_weights = path.name.startswith("adapter_model.") and is_adapter_folder(path.parent)
+    return path.parent if is_weights else None
+
+
 def is_adapter_folder(path: Path) -> bool:
     """Whether a path is a folder of PEFT."""
     return (path / CONFIG).is_file()

@@ -15,7 +15,7 @@ from .layers import Layers
 def stock_ratios(
     checkpoints: CheckpointCollection, start: str, layers: Layers, parameters: Collection[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """T and cos(theta) of each searched row, (n_searched,), over the parameters in it.
+    """The ratio t and cos(theta) of each searched row, (n_searched,), over the parameters in it.
 
     Jang et al., arXiv:2403.19522, Eqs. 1 and 5: t = K cos / (1 + (K - 1) cos), with the mean cosine
     of the angles between the K differences from the start. Not above 0 it gives 0, which is the

@@ -19,7 +19,7 @@ from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.converted import open_alike
 from ..checkpoints.hub import hub_folder
 from ..checkpoints.hub_config import refuse_other_weights
-from ..checkpoints.peft_config import is_adapter_folder
+from ..checkpoints.peft_config import adapter_folder, is_adapter_folder
 from ..checkpoints.protocol import Read, TensorInfo, same_bits
 from ..checkpoints.sources import open_checkpoint
 from ..checkpoints.torch_files import TorchFile
@@ -238,9 +238,7 @@ def _reading(
 
 def _refuse_adapter(path: Path) -> None:
     """Refuse the factors of an adapter: they are no weights of a model, whatever their names."""
-    is_adapter = is_adapter_folder(path)
-    is_adapter |= path.name.startswith("adapter_model.") and is_adapter_folder(path.parent)
-    if is_adapter:
+    if adapter_folder(path) is not None:
         raise RecipeError(
             f"{str(path)!r} is an adapter of PEFT, which can't be verified: its base is part of "
             f"the model. Verify soup.state_dict(), or what soup.save or save_pretrained writes."
