@@ -112,6 +112,14 @@ def test_experiments_share_zoos_and_go_on_where_they_were(tmp_path, monkeypatch)
     assert first["also"] == "said"
     assert first["command"] == "python -m benchmarks paper.first"
     assert second["results"] == {"own": [{"seed": 2}]}
+    some = common.Experiment("first", lambda zoo, seed: {"anew": seed}, ["own"], [1, 2])
+    (options.folder / "measured" / "first" / "own-1.json").unlink()
+    common.run([some], options)  # of one zoo: what is known of the others stays
+    kept = json.loads((options.out / "first.json").read_text())["results"]
+    assert kept == first["results"] | {"own": [{"anew": 1}, {"seed": 2}]}
+    common.run([common.Experiment("first", measure, ["own"], [2])], options)
+    other_seeds = json.loads((options.out / "first.json").read_text())["results"]
+    assert other_seeds == {"own": [{"seed": 2}]}
     del made[:]
     (options.folder / "measured" / "first" / "own-2.json").unlink()
     common.run(experiments, options)
