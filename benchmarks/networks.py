@@ -7,19 +7,19 @@ from torch import nn
 
 
 class SmallViT(nn.Module):
-    """A vision transformer on 8 x 8 digits.
+    """A vision transformer on grey images, 8 x 8 digits unless told otherwise.
 
     With a token per pixel a weight meets 65 positions; patches of 2 x 2 learn faster.
     """
 
     def __init__(
-        self, width: int = 64, depth: int = 3, patch: int = 1, dropout: float = 0.0
+        self, width: int = 64, depth: int = 3, patch: int = 1, dropout: float = 0.0, side: int = 8
     ) -> None:
         super().__init__()
-        self.patch = patch
+        self.patch, self.side = patch, side
         self.embed = nn.Linear(patch**2, width)
         self.token = nn.Parameter(torch.zeros(1, 1, width))
-        self.position = nn.Parameter(0.02 * torch.randn(1, 64 // patch**2 + 1, width))
+        self.position = nn.Parameter(0.02 * torch.randn(1, (side // patch) ** 2 + 1, width))
         layer = nn.TransformerEncoderLayer(
             width, 4, 4 * width, dropout=dropout, activation="gelu", batch_first=True,
             norm_first=True,
@@ -28,11 +28,16 @@ class SmallViT(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 10)
 
-    def forward(self, X: torch.Tensor) -> torch.Tensor:
-        pixels = nn.functional.unfold(X.reshape(-1, 1, 8, 8), self.patch, stride=self.patch)
-        tokens = self.embed(pixels.transpose(1, 2))  # (n, 64 / patch^2, width)
+    def features(self, X: torch.Tensor) -> torch.Tensor:
+        """Images -> (n, width)."""
+        images = X.reshape(-1, 1, self.side, self.side)
+        pixels = nn.functional.unfold(images, self.patch, stride=self.patch)
+        tokens = self.embed(pixels.transpose(1, 2))  # (n, (side / patch)^2, width)
         tokens = torch.cat([self.token.expand(len(X), -1, -1), tokens], dim=1) + self.position
-        return self.head(self.norm(self.blocks(tokens)[:, 0]))
+        return self.norm(self.blocks(tokens)[:, 0])
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(X))
 
 
 class ResidualBlock(nn.Module):

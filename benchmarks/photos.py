@@ -1,7 +1,9 @@
-"""Photographs of clothes (Fashion-MNIST), and ImageNet's EfficientNet-Lite0 fine-tuned on them.
+"""Photographs of clothes (Fashion-MNIST), and two networks fine-tuned on them.
 
-The images are in Debian's package dataset-fashion-mnist, which is downloaded and unpacked into the
-folder of the zoos; the network and its weights are in the extra ``paper``.
+ImageNet's EfficientNet-Lite0, and a vision transformer that is pretrained here on other photographs
+with the labels of another task. The images are in Debian's package dataset-fashion-mnist, which is
+downloaded and unpacked into the folder of the zoos; EfficientNet and its weights are in the extra
+``paper``.
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ from __future__ import annotations
 import gzip
 import shutil
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,14 @@ from torch import nn
 from sksoup import CheckpointCollection
 
 from . import zoo
+from .networks import SmallViT
 from .shifts import shifted_sets
 
 PACKAGE = "dataset-fashion-mnist"
 IMAGES = Path("usr/share/datasets/fashion-mnist")  # in the package
 SIZE = 64  # pixels that the network sees; the photographs have 28
+N_PRETRAIN = 30_000  # rows of the vision transformer
+PRETRAIN_EPOCHS = 10
 N_POOL, N_EACH = 2000, (750, 1000)  # rows that fine-tunings draw from, and of each
 N_VAL = 1000
 N_TEST, N_SHIFTED = 5000, 1000
@@ -81,7 +86,7 @@ def load_images(folder: Path, part: str) -> Rows:
     return images.float() / 255, labels.long()
 
 
-# ------------------------------------------------------------------ the network
+# ---------------------------------------------------------------- the networks
 
 
 class PhotoNet(nn.Module):
@@ -107,6 +112,11 @@ class PhotoNet(nn.Module):
             values = torch.tensor(values).view(3, 1, 1)
             self.register_buffer(name, values, persistent=False)  # ImageNet's
 
+    @property
+    def head(self) -> nn.Linear:
+        head: nn.Linear = self.net._fc
+        return head
+
     def features(self, X: torch.Tensor) -> torch.Tensor:
         """(n, 28, 28) in [0, 1] -> (n, 1280)."""
         images = nn.functional.interpolate(X[:, None], size=(SIZE, SIZE), mode="bilinear")
@@ -116,8 +126,39 @@ class PhotoNet(nn.Module):
         return found
 
     def forward(self, X: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.net._fc(self.features(X))
+        logits: torch.Tensor = self.head(self.features(X))
         return logits
+
+
+def load_pretrained(_: Rows) -> nn.Module:
+    """EfficientNet with ImageNet's weights."""
+    return PhotoNet(is_pretrained=True)
+
+
+PhotoViT = partial(SmallViT, width=128, depth=4, patch=7, side=28)  # 0.8 million parameters
+GROUPS = torch.tensor([0, 1, 0, 0, 0, 2, 0, 2, 3, 2])  # tops, trousers, shoes, bags by label
+
+
+def pretrain_vit(rows: Rows) -> nn.Module:
+    """A vision transformer that learned another task: which group, turned by how many quarters."""
+    X, y = rows
+    net = PhotoViT()
+    head, net.head = net.head, nn.Linear(128, 4 * 4)
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.05)
+    n_steps = PRETRAIN_EPOCHS * -(-len(X) // 64)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=n_steps)
+    for part in minibatches(len(X), PRETRAIN_EPOCHS, generator):
+        images, turns = X[part].clone(), torch.randint(4, (len(part),), generator=generator)
+        for k in range(1, 4):
+            images[turns == k] = images[turns == k].rot90(k, dims=(1, 2))
+        loss = nn.functional.cross_entropy(net(images), 4 * GROUPS[y[part]] + turns)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    net.head = head
+    return net
 
 
 # ------------------------------------------------------------------ fine-tuning
@@ -222,53 +263,73 @@ def train_head(net: Any, X: torch.Tensor, y: torch.Tensor) -> float:
     probe = LogisticRegression(C=0.1, max_iter=1000).fit(features[:half], labels[:half])
     head = LogisticRegression(C=0.1, max_iter=1000).fit(features, labels)
     with torch.no_grad():
-        net.net._fc.weight.copy_(torch.from_numpy(head.coef_))
-        net.net._fc.bias.copy_(torch.from_numpy(head.intercept_))
+        net.head.weight.copy_(torch.from_numpy(head.coef_))
+        net.head.bias.copy_(torch.from_numpy(head.intercept_))
     return float(probe.score(features[half:], labels[half:]))
 
 
-# ------------------------------------------------------------------ the zoo
+# ------------------------------------------------------------------ the zoos
 
 
-def make_zoo(folder: Path, n: int, seed: int, tuning_seed: int) -> zoo.Zoo:
+@dataclass(frozen=True)
+class Photos:
     """Fine-tunings that all seeds share; each seed cuts its own held-out and test rows."""
-    X, y = load_images(folder, "train")
-    order = torch.randperm(len(X), generator=torch.Generator().manual_seed(tuning_seed))
-    pool, rest = order[:N_POOL], order[N_POOL:]
-    drawn = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))
-    val, more = rest[drawn[:N_VAL]], rest[drawn[: 2 * N_VAL]]
-    here = folder / "photos"
-    checkpoints = fine_tunings(here, n, tuning_seed, (X[pool], y[pool]))
-    X_test, y_test = load_images(folder, "t10k")
-    drawn = torch.randperm(len(X_test), generator=torch.Generator().manual_seed(seed))[:N_TEST]
-    test = X_test[drawn], y_test[drawn]
-    return zoo.Zoo(
-        checkpoints, (X[val], y[val]), test, start=here / "start.safetensors",
-        more=(X[more], y[more]),
-        shifted=partial(shifted_sets, *test, N_SHIFTED, seed),
-    )  # fmt: skip
 
+    name: str  # of the folder
+    build: Callable[[], nn.Module]
+    pretrain: Callable[[Rows], nn.Module]
+    n_pretrain: int  # rows, which are in no other part
+    rate: float  # that the drawn learning rates are multiplied by
+    tuning_seed: int
 
-def fine_tunings(folder: Path, n: int, seed: int, pool: Rows) -> CheckpointCollection:
-    """Fine-tune n times from one start; files that are there already are kept."""
-    folder.mkdir(parents=True, exist_ok=True)
-    start = folder / "start.safetensors"
-    if not start.exists():
+    def __call__(self, folder: Path, n: int, seed: int) -> zoo.Zoo:
+        X, y = load_images(folder, "train")
+        order = torch.randperm(len(X), generator=torch.Generator().manual_seed(self.tuning_seed))
+        pool, pretrain, rest = order.tensor_split([N_POOL, N_POOL + self.n_pretrain])
+        drawn = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))
+        val, more = rest[drawn[:N_VAL]], rest[drawn[: 2 * N_VAL]]
+        here = folder / self.name
+        self._make_start(here, (X[pretrain], y[pretrain]), (X[pool], y[pool]))
+        checkpoints = self._fine_tunings(here, n, (X[pool], y[pool]))
+        X_test, y_test = load_images(folder, "t10k")
+        drawn = torch.randperm(len(X_test), generator=torch.Generator().manual_seed(seed))[:N_TEST]
+        test = X_test[drawn], y_test[drawn]
+        return zoo.Zoo(
+            checkpoints, (X[val], y[val]), test, start=here / "start.safetensors",
+            more=(X[more], y[more]),
+            shifted=partial(shifted_sets, *test, N_SHIFTED, seed),
+        )  # fmt: skip
+
+    def _make_start(self, folder: Path, rows: Rows, pool: Rows) -> None:
+        start = folder / "start.safetensors"
+        if start.exists():
+            return
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            net = PhotoNet(is_pretrained=True)
+            torch.manual_seed(self.tuning_seed)
+            net = self.pretrain(rows)
         accuracy = train_head(net, *pool)
         if accuracy < LEAST_PROBE:
             raise SystemExit(
                 f"A linear probe of the network reaches {accuracy:.2f}, expected {LEAST_PROBE} or "
                 f"more: it is not pretrained."
             )
+        folder.mkdir(parents=True, exist_ok=True)
         zoo.save(start, net.state_dict())
-    paths = {f"ft{k:02d}": folder / f"ft{k:02d}.safetensors" for k in range(n)}
-    for k, path in enumerate(paths.values()):
-        if not path.exists():
-            net = PhotoNet()
-            net.load_state_dict(CheckpointCollection([start])["start"])
-            fine_tune(net, *pool, draw(seed, k))
-            zoo.save(path, net.state_dict())
-    return CheckpointCollection(paths, module=PhotoNet)
+
+    def _fine_tunings(self, folder: Path, n: int, pool: Rows) -> CheckpointCollection:
+        """Fine-tune n times from the start; files that are there already are kept."""
+        paths = {f"ft{k:02d}": folder / f"ft{k:02d}.safetensors" for k in range(n)}
+        for k, path in enumerate(paths.values()):
+            if not path.exists():
+                how = draw(self.tuning_seed, k)
+                net = self.build()
+                net.load_state_dict(CheckpointCollection([folder / "start.safetensors"])["start"])
+                fine_tune(net, *pool, replace(how, lr=self.rate * how.lr))
+                zoo.save(path, net.state_dict())
+        return CheckpointCollection(paths, module=self.build)
+
+
+ZOOS = {
+    "photos": Photos("photos", PhotoNet, load_pretrained, 0, 1.0, zoo.TEXT_SEED),
+    "photos-vit": Photos("photos-vit", PhotoViT, pretrain_vit, N_PRETRAIN, 1.0, zoo.TEXT_SEED),
+}

@@ -87,3 +87,34 @@ def shifted_sets(
             found = shift(X[rows].numpy().astype(np.float32), severity, rng).clip(0, 1)
             sets[f"{name} {severity}"] = torch.from_numpy(found.astype(np.float32)), y[rows]
     return sets
+
+
+# ------------------------------------------------------------------ texts
+
+KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+BESIDE = {
+    key: row[max(0, i - 1) : i] + row[i + 1 : i + 2]
+    for row in KEYBOARD
+    for i, key in enumerate(row)
+}
+TYPING = (0.05, 0.15)  # of the letters
+
+
+def mistyped(text: str, severity: int, rng: np.random.Generator) -> str:
+    """Drop letters, double them, exchange them with the next or hit the key beside."""
+    letters, at = list(text), 0
+    while at < len(letters):
+        key = letters[at].lower()
+        if key in BESIDE and rng.random() < TYPING[severity - 1]:
+            what = rng.integers(4)
+            if what == 0:
+                letters[at] = ""
+            elif what == 1:
+                letters[at] *= 2
+            elif what == 2:
+                letters[at] = str(rng.choice(list(BESIDE[key])))
+            elif at + 1 < len(letters):
+                letters[at : at + 2] = letters[at + 1], letters[at]
+                at += 1
+        at += 1
+    return "".join(letters)

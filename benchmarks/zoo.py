@@ -37,7 +37,7 @@ from sksoup.datasets import (
 )
 
 from .networks import MLP, ClipSized, SmallResNet, SmallViT
-from .shifts import shifted_sets
+from .shifts import SEVERITIES, mistyped, shifted_sets
 
 SEEDS = (10, 11, 12, 13, 14)
 DEVELOPMENT_SEEDS = (100, 101, 102)
@@ -166,11 +166,13 @@ Tokens = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Texts:
-    """Tokenised docstrings and the numbers of their packages, in three parts."""
+    """Tokenised docstrings and the numbers of their packages, in three parts, and later ones."""
 
     finetune: tuple[Tokens, torch.Tensor]
     val: tuple[Tokens, torch.Tensor]
     test: tuple[Tokens, torch.Tensor]
+    words: list[str]  # of val and test
+    later: list[tuple[Tokens, torch.Tensor]]  # second paragraphs, and third ones
 
 
 def encoder_folder() -> Path:
@@ -180,8 +182,8 @@ def encoder_folder() -> Path:
     return Path(str(config.locate())).parent
 
 
-def docstrings(package: str) -> Iterator[str]:
-    """First paragraphs of the docstrings of an installed package, without its name."""
+def docstrings(package: str, paragraph: int = 0) -> Iterator[str]:
+    """Paragraphs of the docstrings of an installed package, the first ones, without its name."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise SystemExit(f"{package} is not installed: pip install -c constraints.txt '.[test]'")
@@ -194,29 +196,20 @@ def docstrings(package: str) -> Iterator[str]:
             continue
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
-                text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+                paragraphs = (ast.get_docstring(node) or "").split("\n\n")
+                text = " ".join(" ".join(paragraphs[paragraph : paragraph + 1]).split())
                 if 30 <= len(text) <= 300:
                     yield re.sub(package, "it", text, flags=re.IGNORECASE)
 
 
 def load_texts(seed: int, n_finetune: int, n_val: int, n_test: int, length: int) -> Texts:
     """Draw rows of every package, tokenise them, split them by label."""
-    from transformers import AutoTokenizer
-
     rng = np.random.default_rng(seed)
     each = -(-(n_finetune + n_val + n_test) // len(PACKAGES))
-    texts: list[str] = []
-    for package in PACKAGES:
-        found = sorted(set(docstrings(package)))
-        texts += [found[i] for i in rng.permutation(len(found))[:each]]
-    labels = np.repeat(np.arange(len(PACKAGES)), each)
-    tokenizer = AutoTokenizer.from_pretrained(encoder_folder(), local_files_only=True)
-    tokens = tokenizer(
-        texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-    )
+    texts, labels = draw_texts(0, each, rng)
 
     def part(rows: Any) -> tuple[Tokens, torch.Tensor]:
-        return {name: t[rows] for name, t in tokens.items()}, torch.as_tensor(labels[rows])
+        return tokenised([texts[i] for i in rows], length), labels[rows]
 
     rest, test = train_test_split(
         np.arange(len(texts)), test_size=n_test, stratify=labels, random_state=seed
@@ -224,7 +217,36 @@ def load_texts(seed: int, n_finetune: int, n_val: int, n_test: int, length: int)
     finetune, val = train_test_split(
         rest, test_size=n_val, stratify=labels[rest], random_state=seed
     )
-    return Texts(part(finetune), part(val), part(test))
+    later = []
+    for paragraph in (1, 2):
+        drawn, numbers = draw_texts(paragraph, n_test // len(PACKAGES), rng)
+        later.append((tokenised(drawn, length), numbers))
+    words = [texts[i] for i in (*val, *test)]
+    return Texts(part(finetune), part(val), part(test), words, later)
+
+
+def draw_texts(
+    paragraph: int, each: int, rng: np.random.Generator
+) -> tuple[list[str], torch.Tensor]:
+    """As many paragraphs of each package, and the packages' numbers."""
+    texts: list[str] = []
+    labels: list[int] = []
+    for k, package in enumerate(PACKAGES):
+        found = sorted(set(docstrings(package, paragraph)))
+        some = [found[i] for i in rng.permutation(len(found))[:each]]
+        texts, labels = texts + some, labels + len(some) * [k]
+    return texts, torch.tensor(labels)
+
+
+def tokenised(texts: list[str], length: int) -> Tokens:
+    """Of the encoder's tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder(), local_files_only=True)
+    tokens: Tokens = tokenizer(
+        texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    )
+    return dict(tokens)
 
 
 def fine_tune_texts(folder: Path, n: int, seed: int, texts: Texts) -> CheckpointCollection:
@@ -235,7 +257,7 @@ def fine_tune_texts(folder: Path, n: int, seed: int, texts: Texts) -> Checkpoint
     fine-tuning is a folder as Hugging Face saves it; what is in ``folder`` already is kept.
     """
     names = [f"ft{k:02d}" for k in range(n)]
-    if not all((folder / name).exists() for name in names):
+    if not all((folder / name).exists() for name in ("start", *names)):
         _fine_tune_missing(folder, names, seed, texts)
     return CheckpointCollection([folder / name for name in names])
 
@@ -255,6 +277,7 @@ def _fine_tune_missing(folder: Path, names: list[str], seed: int, texts: Texts) 
         _train_texts(model, X, y, lr=1e-2, weight_decay=0.0, smoothing=0.0, epochs=2, seed=seed,
                      parameters=head)  # fmt: skip
         model.base_model.requires_grad_(True)
+        _save_folder(model, folder / "start")
         start = {name: w.clone() for name, w in model.state_dict().items()}
         for k, name in enumerate(names):
             lr, decay = 10 ** rng.uniform(-4.5, -3.3), 10 ** rng.uniform(-4, -1)
@@ -264,8 +287,14 @@ def _fine_tune_missing(folder: Path, names: list[str], seed: int, texts: Texts) 
                 model.load_state_dict(start)
                 _train_texts(model, X, y, lr=lr, weight_decay=decay, smoothing=smoothing,
                              epochs=epochs, seed=k)  # fmt: skip
-                model.save_pretrained(part := folder / f"{name}.part")
-                part.rename(folder / name)
+                _save_folder(model, folder / name)
+
+
+def _save_folder(model: Any, folder: Path) -> None:
+    """Write a folder that appears whole; one that is there already stays."""
+    if not folder.exists():
+        model.save_pretrained(part := folder.with_suffix(".part"))
+        part.rename(folder)
 
 
 def _train_texts(
@@ -365,7 +394,10 @@ class TextRows:
     def __call__(self, folder: Path, n: int, seed: int) -> Zoo:
         parts = self.load(folder)
         checkpoints = fine_tune_texts(folder / "text", n, TEXT_SEED, parts)
-        return Zoo(checkpoints, *self.cut(parts, seed))
+        return Zoo(
+            checkpoints, *self.cut(parts, seed), start=folder / "text" / "start",
+            shifted=partial(self.shifted, parts, seed),
+        )  # fmt: skip
 
     def load(self, folder: Path) -> Texts:
         """The texts, parsed once: that takes a minute."""
@@ -382,10 +414,25 @@ class TextRows:
         """Held-out and test rows of a seed."""
         X = {name: torch.cat([parts.val[0][name], parts.test[0][name]]) for name in parts.val[0]}
         y = torch.cat([parts.val[1], parts.test[1]])
-        both = train_test_split(
+        return [({k: v[rows] for k, v in X.items()}, y[rows]) for rows in self._rows(y, seed)]
+
+    def _rows(self, y: torch.Tensor, seed: int) -> list[torch.Tensor]:
+        """Numbers of the held-out and of the test rows of a seed."""
+        found: list[torch.Tensor] = train_test_split(
             torch.arange(len(y)), train_size=self.n_val, stratify=y, random_state=seed
         )
-        return [({k: v[rows] for k, v in X.items()}, y[rows]) for rows in both]
+        return found
+
+    def shifted(self, parts: Texts, seed: int) -> Mapping[str, tuple[Tokens, torch.Tensor]]:
+        """The test rows with typing errors, and later paragraphs of docstrings."""
+        y, sets = torch.cat([parts.val[1], parts.test[1]]), {}
+        _, test = self._rows(y, seed)
+        for severity in SEVERITIES:
+            rng = np.random.default_rng([seed, severity])
+            texts = [mistyped(parts.words[i], severity, rng) for i in test]
+            sets[f"typing {severity}"] = tokenised(texts, self.length), y[test]
+            sets[f"paragraph {severity}"] = parts.later[severity - 1]
+        return sets
 
 
 @dataclass(frozen=True)
@@ -420,10 +467,16 @@ class Language:
         return language.LanguageRows(self.is_lora, TEXT_SEED)(folder, n, seed)
 
 
-def photos(folder: Path, n: int, seed: int) -> Zoo:
-    from .photos import make_zoo  # the network and the images, which only this zoo needs
+@dataclass(frozen=True)
+class Photographs:
+    """Fine-tunings of a pretrained network on photographs."""
 
-    return make_zoo(folder, n, seed, TEXT_SEED)
+    name: str
+
+    def __call__(self, folder: Path, n: int, seed: int) -> Zoo:
+        from .photos import ZOOS  # images and networks that only these zoos need
+
+        return ZOOS[self.name](folder, n, seed)
 
 
 def failing(folder: Path, n: int, seed: int) -> Zoo:
@@ -447,7 +500,10 @@ KINDS = {
     "language-lora": Kind(
         "LoRA adapters of a language model", 12, Language(is_lora=True), TEXT_SEED
     ),
-    "photos": Kind("EfficientNet on photographs", 24, photos, TEXT_SEED),
+    "photos": Kind("EfficientNet on photographs", 24, Photographs("photos"), TEXT_SEED),
+    "photos-vit": Kind(
+        "vision transformer on photographs", 24, Photographs("photos-vit"), TEXT_SEED
+    ),
     "diverged": Kind("convolutional network, a fifth diverged", 20, failing),
 }
 

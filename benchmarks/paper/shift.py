@@ -90,7 +90,10 @@ def calibration_error(confidence: np.ndarray[Any, Any], right: np.ndarray[Any, A
 
 
 EXPERIMENT = common.Experiment(
-    "shift", measure, ["photos", "convnet", "vit", "resnet"], seeds=(10, 11, 12)
+    "shift",
+    measure,
+    ["photos", "photos-vit", "convnet", "vit", "resnet", "text"],
+    seeds=(10, 11, 12),
 )
 
 

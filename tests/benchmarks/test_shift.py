@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from sklearn.metrics import log_loss
 
 from benchmarks import photos, zoo
 from benchmarks.paper import amounts, page, shift
-from benchmarks.shifts import SHIFTS, shifted_sets
+from benchmarks.shifts import BESIDE, SHIFTS, TYPING, mistyped, shifted_sets
 from sksoup import BestCheckpoint, UniformSoup
 from sksoup.datasets import make_digits_checkpoints
 
@@ -73,6 +74,94 @@ def test_the_calibration_error_is_that_of_its_bins():
         )
         expected += abs(confidence[inside].mean() - right[inside].mean()) * inside.mean()
     assert shift.calibration_error(confidence, right) == pytest.approx(expected)
+
+
+def test_typing_errors_grow_with_severity_and_touch_letters_alone():
+    text, changed = "Quick foxes: 3.14 & 27", []
+    for severity in (1, 2):
+        rng = np.random.default_rng(0)
+        found = [mistyped(text, severity, rng) for _ in range(500)]
+        assert found[0] == mistyped(text, severity, np.random.default_rng(0))
+        assert {"".join(sorted(c for c in t if c.lower() not in BESIDE)) for t in found} == {
+            "".join(sorted(c for c in text if c.lower() not in BESIDE))
+        }
+        changed.append(1 - found.count(text) / 500)
+    expected = [1 - (1 - share) ** 10 for share in TYPING]  # ten letters
+    assert changed == pytest.approx(expected, abs=0.06)
+    assert BESIDE["q"] == "w"
+    assert BESIDE["s"] == "ad"
+
+
+def test_shifted_texts_are_the_test_rows_retyped_and_later_paragraphs(monkeypatch):
+    n = 40
+    tokens = {"input_ids": torch.arange(n)[:, None]}
+    later = [({"input_ids": torch.zeros(3, 1)}, torch.tensor([0, 1, 1]))] * 2
+    labels = torch.arange(n) % 4
+    half = {"input_ids": tokens["input_ids"][:20]}, labels[:20]
+    rest = {"input_ids": tokens["input_ids"][20:]}, labels[20:]
+    words = [f"number {i}" for i in range(n)]
+    parts = zoo.Texts(half, half, rest, words, later)
+    monkeypatch.setattr(zoo, "mistyped", lambda text, severity, rng: text)
+    monkeypatch.setattr(zoo, "tokenised", lambda texts, length: texts)
+    rows = zoo.TextRows(n_val=16)
+    _, (X, y) = rows.cut(parts, 3)
+    sets = rows.shifted(parts, 3)
+    assert list(sets) == ["typing 1", "paragraph 1", "typing 2", "paragraph 2"]
+    texts, numbers = sets["typing 1"]
+    assert texts == [f"number {i}" for i in X["input_ids"][:, 0].tolist()]
+    assert torch.equal(numbers, y)
+    assert sets["paragraph 2"] is later[1]
+
+
+@pytest.mark.parametrize("n_pretrain", [0, 50])
+def test_photographs_of_one_part_are_in_no_other(tmp_path, monkeypatch, n_pretrain):
+    X = torch.rand(200, 28, 28, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(200) % 10
+    sizes = {"N_POOL": 40, "N_EACH": (20, 30), "N_VAL": 20, "N_TEST": 50, "N_SHIFTED": 10}
+    for name, value in sizes.items():
+        monkeypatch.setattr(photos, name, value)
+    monkeypatch.setattr(photos, "load_images", lambda folder, part: (X, y))
+    monkeypatch.setattr(photos, "LEAST_PROBE", 0.0)
+    seen = {}
+
+    def pretrain(rows):
+        seen["pretrain"] = rows
+        return build()
+
+    def fine_tune(net, X, y, how):
+        seen["pool"], seen["lr"] = (X, y), how.lr
+        net.head.bias.data += how.lr
+
+    monkeypatch.setattr(photos, "fine_tune", fine_tune)
+    build = partial(zoo.SmallViT, width=8, depth=1, patch=7, side=28)
+    make = photos.Photos("some", build, pretrain, n_pretrain, 2.0, tuning_seed=1)
+    made = make(tmp_path, 2, 5)
+    assert seen["lr"] == 2.0 * photos.draw(1, 1).lr
+    parts = [seen["pretrain"], seen["pool"], made.more]
+    assert [len(labels) for _, labels in parts] == [n_pretrain, 40, 40]
+    rows = [{image.numpy().tobytes() for image in images} for images, _ in parts]
+    assert len(set.union(*rows)) == n_pretrain + 80
+    assert torch.equal(made.val[0], made.more[0][:20])
+    assert len(made.shifted()) == 14
+    assert made.checkpoints.names == ("ft00", "ft01")
+    seen.clear()
+    make(tmp_path, 2, 5)
+    assert not seen  # what was made is kept
+    monkeypatch.setattr(photos, "LEAST_PROBE", 1.1)
+    with pytest.raises(SystemExit, match="it is not pretrained"):
+        make(tmp_path / "again", 2, 5)
+
+
+def test_pretraining_changes_all_but_the_head(monkeypatch):
+    monkeypatch.setattr(photos, "PRETRAIN_EPOCHS", 1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = photos.pretrain_vit(images(28)).state_dict()
+        torch.manual_seed(0)
+        untrained = photos.PhotoViT().state_dict()
+    same = {name for name, w in found.items() if torch.equal(w, untrained[name])}
+    assert same == {"head.weight", "head.bias"}
+    assert len(photos.GROUPS) == found["head.bias"].numel()
 
 
 def test_files_of_images_are_read(tmp_path):
