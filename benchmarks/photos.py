@@ -279,7 +279,7 @@ class Photos:
     build: Callable[[], nn.Module]
     pretrain: Callable[[Rows], nn.Module]
     n_pretrain: int  # rows, which are in no other part
-    rate: float  # that the drawn learning rates are multiplied by
+    longer: int  # that the drawn numbers of epochs are multiplied by
     tuning_seed: int
 
     def __call__(self, folder: Path, n: int, seed: int) -> zoo.Zoo:
@@ -324,12 +324,12 @@ class Photos:
                 how = draw(self.tuning_seed, k)
                 net = self.build()
                 net.load_state_dict(CheckpointCollection([folder / "start.safetensors"])["start"])
-                fine_tune(net, *pool, replace(how, lr=self.rate * how.lr))
+                fine_tune(net, *pool, replace(how, epochs=self.longer * how.epochs))
                 zoo.save(path, net.state_dict())
         return CheckpointCollection(paths, module=self.build)
 
 
 ZOOS = {
-    "photos": Photos("photos", PhotoNet, load_pretrained, 0, 1.0, zoo.TEXT_SEED),
-    "photos-vit": Photos("photos-vit", PhotoViT, pretrain_vit, N_PRETRAIN, 1.0, zoo.TEXT_SEED),
+    "photos": Photos("photos", PhotoNet, load_pretrained, 0, 1, zoo.TEXT_SEED),
+    "photos-vit": Photos("photos-vit", PhotoViT, pretrain_vit, N_PRETRAIN, 3, zoo.TEXT_SEED),
 }

@@ -129,14 +129,14 @@ def test_photographs_of_one_part_are_in_no_other(tmp_path, monkeypatch, n_pretra
         return build()
 
     def fine_tune(net, X, y, how):
-        seen["pool"], seen["lr"] = (X, y), how.lr
+        seen["pool"], seen["epochs"] = (X, y), how.epochs
         net.head.bias.data += how.lr
 
     monkeypatch.setattr(photos, "fine_tune", fine_tune)
     build = partial(zoo.SmallViT, width=8, depth=1, patch=7, side=28)
-    make = photos.Photos("some", build, pretrain, n_pretrain, 2.0, tuning_seed=1)
+    make = photos.Photos("some", build, pretrain, n_pretrain, 2, tuning_seed=1)
     made = make(tmp_path, 2, 5)
-    assert seen["lr"] == 2.0 * photos.draw(1, 1).lr
+    assert seen["epochs"] == 2 * photos.draw(1, 1).epochs
     parts = [seen["pretrain"], seen["pool"], made.more]
     assert [len(labels) for _, labels in parts] == [n_pretrain, 40, 40]
     rows = [{image.numpy().tobytes() for image in images} for images, _ in parts]
