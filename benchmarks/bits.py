@@ -86,7 +86,7 @@ def on_ranks(folder: Path) -> None:
     distributed.init_process_group("gloo")
     zoo = make_digits_checkpoints(folder / "digits", 24, random_state=0)
     systems = paper_systems(24)
-    shards = clone(systems["MEHL-Soup+"]).set_params(shard_deltas=True)
+    shards = clone(systems["MEHL-Soup+"]).set_params(shard="auto")
     for name, soup in {
         **{name: systems[name] for name in ("Greedy-Soup", "Learned-Soup+", "MEHL-Soup+")},
         "MEHL-Soup+, shards": shards,

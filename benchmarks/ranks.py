@@ -4,9 +4,10 @@
 
 MEHL-Soup+ on small vision transformers under torchrun, a thread for each rank; the jobs take turns.
 Then a model of larger jobs, from counts: a step is a forward/backward of the rank's rows, two
-passes over the b deltas (over b / n with ``shard_deltas``), and an all-reduce of b x L numbers (and
-of 2 D with ``shard_deltas``), against D for ordinary data-parallel training. What a device does per
-second is assumed, to be changed by the options.
+passes over the b deltas (over b / n in shards), and an all-reduce of b x L numbers (in shards the
+weights are gathered twice and the gradient is scattered, 3 D numbers one way), against an
+all-reduce of D for ordinary data-parallel training. What a device does per second is assumed, to be
+changed by the options.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Cost:
         return 0.0 if n == 1 else n * self.latency + 2 * (n - 1) / n * 4 * numbers / self.bandwidth
 
     def step(self, n: int, coefs: float, size: float, sharded: bool = False) -> float:
-        sent = self.send(n, coefs) + (2 * self.send(n, size) if sharded else 0)
+        # to gather or to scatter is half of an all-reduce
+        sent = self.send(n, coefs) + (1.5 * self.send(n, size) if sharded else 0)
         return self.rows / n + self.deltas / (n if sharded else 1) + sent
 
     def data_parallel(self, n: int, size: float) -> float:
@@ -140,7 +142,7 @@ def main() -> None:
     print(f"computed: ViT-B/32, D = {D:.0f}, b = {b}, L = {n_layers}, minibatches of {rows}; "
           f"{options.flops:.0e} flop/s, memory {options.memory_bandwidth:.0e} B/s, "
           f"network {options.bandwidth:.0e} B/s, latency {options.latency:.0e} s")  # fmt: skip
-    print("ranks   ms per step   speed-up   sharded deltas   data-parallel training")
+    print("ranks   ms per step   speed-up      with shards   data-parallel training")
     coefs = b * n_layers
     for n in (1, 2, 8, 64):
         step, sharded = cost.step(n, coefs, D), cost.step(n, coefs, D, sharded=True)

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..exceptions import CheckpointError
 from ..runtime.random_state import preserved_random_state
+from ..runtime.shards import sharded_parts
 from .hub import HubModule, hub_folder
 
 ModuleSource: TypeAlias = nn.Module | Callable[[], nn.Module]
@@ -52,7 +53,8 @@ def find_architecture(
     for item in [module] if module is not None else given:
         trained = getattr(item, "module_", None)
         if isinstance(item, nn.Module) or isinstance(trained, nn.Module):
-            return copy.deepcopy(item if isinstance(item, nn.Module) else trained)
+            network: nn.Module = trained if trained is not None else item
+            return network if sharded_parts(network) else copy.deepcopy(network)
         if module is None:
             if isinstance(item, (str, os.PathLike)) and (folder := hub_folder(Path(item))):
                 return HubModule(folder, Path(item).absolute(), key)

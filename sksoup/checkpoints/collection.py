@@ -11,13 +11,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Self
 
 import torch
 from torch import nn
 
 from ..exceptions import CheckpointError, SoupWarning
+from ..runtime.distributed import agreed
 from ..runtime.random_state import preserved_random_state
+from ..runtime.shards import sharded_parts
 from .agreement import check_names, check_scores, common_layout, named
 from .architecture import ModuleSource
 from .converted import convert_names, unconverted
@@ -30,6 +33,7 @@ from .prefixes import drop_prefixes, fit_names, take_prefix
 from .protocol import Entry, Read, TensorInfo
 from .records import recorded_scores
 from .relations import Relations
+from .slices import SlicedCheckpoint
 from .sources import default_names, find_checkpoints, open_source
 from .survey import reasons, survey, usable
 from .sweeps import Which
@@ -113,6 +117,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
 
     module: ModuleSource | None
     scores: dict[str, float] | None
+    rows: Mapping[str, slice] = MappingProxyType({})  # those of tensors that are read in part
 
     def __init__(
         self,
@@ -301,7 +306,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
                 first = based.setdefault(id(found.base), name)
                 unread = [t for t in unread if not self._shares(name, first, t)]
             if unread:
-                with self.open(name) as read:
+                with agreed(bool(self.rows)), self.open(name) as read:
                     for tensor in unread:
                         read(tensor)
 
@@ -636,6 +641,28 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         part.health = Health()
         return part
 
+    def slice_rows(self, rows: Mapping[str, slice]) -> CheckpointCollection:
+        """Return the same checkpoints, of which only these rows (dimension 0) are read.
+
+        Parameters
+        ----------
+        rows : mapping of str to slice
+            By tensor name; a tensor that is not in it stays whole.
+
+        Returns
+        -------
+        collection : CheckpointCollection
+            Shares files and tensors with this one; nothing is read. Of a ``.safetensors`` file no
+            other byte is read, a file of ``torch.save`` is mapped, and anything else (adapters,
+            converted or legacy files) is read whole and cut.
+        """
+        entries = {
+            name: Entry(SlicedCheckpoint(entry, rows)) for name, entry in self._entries.items()
+        }
+        part = self._with(entries)
+        part.rows = dict(rows)
+        return part
+
     def save(self, folder: str | os.PathLike[str]) -> CheckpointCollection:
         """Write every checkpoint to ``folder`` as ``<name>.safetensors`` and open those files.
 
@@ -681,7 +708,8 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Returns
         -------
         module : nn.Module
-            On the CPU, with whatever weights the factory gives.
+            On the CPU, with whatever weights the factory gives. One that was wrapped with
+            ``fully_shard`` is not copied, and stays where it is.
 
         Raises
         ------
@@ -696,6 +724,8 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
                 "the architecture: CheckpointCollection(..., module=build_model)."
             )
         if isinstance(self.module, nn.Module):
+            if sharded_parts(self.module):  # can't be copied: it becomes the soup
+                return self.module
             return copy.deepcopy(self.module).cpu()
         with preserved_random_state():
             module = self.module()
@@ -703,6 +733,8 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             raise TypeError(
                 f"module={self.module!r} returned a {type(module).__name__}, expected an nn.Module."
             )
+        if sharded_parts(module) or any(p.is_meta for p in module.parameters()):
+            return module
         return module.cpu()
 
     def path(self, name: str) -> Path | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
@@ -38,6 +38,13 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return self.size * self.dtype.itemsize
+
+    def rows(self, where: slice | None) -> TensorInfo:
+        """Of some rows; None is all."""
+        if where is None:
+            return self
+        n = len(range(*where.indices(self.shape[0])))
+        return TensorInfo((n, *self.shape[1:]), self.dtype)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -73,6 +80,10 @@ class Checkpoint(Protocol):
         """Give ``read(name) -> tensor``, on the CPU; perhaps a view of a file: use it promptly."""
         raise NotImplementedError
 
+    def open_rows(self, rows: Mapping[str, slice]) -> AbstractContextManager[Read]:
+        """Give what reads no more than these rows of the tensors named, all of the others."""
+        return _cut(self.open(), rows)
+
     def identity(self) -> tuple[Any, ...]:
         """What distinguishes it from one that took its place, without reading it."""
         raise NotImplementedError
@@ -88,6 +99,12 @@ class Checkpoint(Protocol):
     def held_tensors(self) -> Iterable[torch.Tensor]:
         """The tensors that it keeps in memory."""
         return ()
+
+
+@contextmanager
+def _cut(opened: AbstractContextManager[Read], rows: Mapping[str, slice]) -> Iterator[Read]:
+    with opened as read:
+        yield lambda name: read(name)[rows[name]] if name in rows else read(name)
 
 
 @dataclass(frozen=True)

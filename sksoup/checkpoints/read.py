@@ -7,7 +7,7 @@ import os
 import re
 import stat
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -136,18 +136,24 @@ class CheckpointFile(Checkpoint):
     def _open(self) -> AbstractContextManager[Read]:
         """Give what reads a tensor; may raise anything on a damaged file."""
 
-    @contextmanager
-    def open(self) -> Iterator[Read]:
+    def open(self) -> AbstractContextManager[Read]:
         """Read tensors, compared before and after with the file that was opened."""
+        return self._checked(self._open(), {})
+
+    @contextmanager
+    def _checked(
+        self, opened: AbstractContextManager[Read], rows: Mapping[str, slice]
+    ) -> Iterator[Read]:
+        """Compare the file, and the shapes of these rows, with what was opened."""
         self._check_identity()
         with ExitStack() as stack:
             with naming(self.file):
-                get = stack.enter_context(self._open())
+                get = stack.enter_context(opened)
 
             def read(name: str) -> torch.Tensor:
                 with naming(self.file):
                     value = torch.Tensor.detach(get(name)).resolve_neg()
-                    if TensorInfo.of(value) != self.header[name]:
+                    if TensorInfo.of(value) != self.header[name].rows(rows.get(name)):
                         raise ValueError(f"{name!r} is not what it was when the file was opened")
                     return value
 
@@ -215,6 +221,22 @@ class SafetensorsFile(CheckpointFile):
     def _open(self) -> Iterator[Read]:
         with safe_open(self.file, framework="pt") as file:
             yield file.get_tensor
+
+    def open_rows(self, rows: Mapping[str, slice]) -> AbstractContextManager[Read]:
+        """Read no other byte than those of the rows."""
+        return self._checked(self._open_slices(rows), rows)
+
+    @contextmanager
+    def _open_slices(self, rows: Mapping[str, slice]) -> Iterator[Read]:
+        with safe_open(self.file, framework="pt") as file:
+
+            def get(name: str) -> torch.Tensor:
+                found: torch.Tensor = (
+                    file.get_slice(name)[rows[name]] if name in rows else file.get_tensor(name)
+                )
+                return found
+
+            yield get
 
 
 def read_safetensors_metadata(path: Path) -> dict[str, str]:

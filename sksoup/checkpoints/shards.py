@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -64,16 +64,20 @@ class ShardedCheckpoint(Checkpoint):
     def accepts(cls, path: Path) -> bool:
         return path.name.endswith(INDEX)
 
-    @contextmanager
-    def open(self) -> Iterator[Read]:
+    def open(self) -> AbstractContextManager[Read]:
         """Read tensors; a shard is opened when its first tensor is read."""
+        return self.open_rows({})
+
+    @contextmanager
+    def open_rows(self, rows: Mapping[str, slice]) -> Iterator[Read]:
+        """Read rows; a shard is opened when its first tensor is read."""
         with ExitStack() as stack:
             opened: dict[str, Read] = {}
 
             def read(name: str) -> torch.Tensor:
                 shard = self.weight_map[name]
                 if shard not in opened:
-                    opened[shard] = stack.enter_context(self.shards[shard].open())
+                    opened[shard] = stack.enter_context(self.shards[shard].open_rows(rows))
                 return opened[shard](name)
 
             yield read

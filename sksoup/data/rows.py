@@ -118,8 +118,12 @@ class HeldOut:
         batch_size: int | None,
         generator: torch.Generator | None = None,
         part: Callable[[int], slice] = slice,
+        needs_one: bool = False,
     ) -> Iterator[Batch]:
-        """Walk the rows once, shuffled by a generator; ``part`` gives this rank's of n rows."""
+        """Walk the rows once, shuffled by a generator; ``part`` gives this rank's of n rows.
+
+        With ``needs_one`` a rank that has none of a minibatch gets one that does not count.
+        """
         n, amounts = len(self.y), self.amounts  # computed once
         size = n if batch_size is None else min(batch_size, n)
         order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
@@ -130,6 +134,8 @@ class HeldOut:
         def batch(start: int) -> Batch:
             whole = order[start : start + size]
             rows = whole[mine[len(whole)]]
+            is_spare = needs_one and not len(rows)
+            rows = whole[-1:] if is_spare else rows
             # indexing copies, as a module may write into what it is fed
             X = map_inputs(lambda part: part[rows], self.X)
             if self.is_streamed:
@@ -140,6 +146,7 @@ class HeldOut:
             total = len(whole) if amounts is None else amounts[all_there].sum()
             each = None if amounts is None else amounts[there]
             amount = len(there) if each is None else each.sum()
+            amount = 0 * amount if is_spare else amount
             return Batch(X, self.y[there], weight, counted, each, amount, total)
 
         starts = range(0, n, size)

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ..runtime.shards import class_of
+
 IGNORED = -100  # a label that is left out, as in torch's criteria
 LANGUAGE_MODELING = "language-modeling"
 # the same, where the module does not tell what it predicts
@@ -24,7 +26,7 @@ def kind_of_model(module: Any, task: str) -> str:
     """Which token a position predicts: "causal" the next, "masked" and "seq2seq" its own label."""
     if task in KINDS:
         return KINDS[task]
-    name = type(module).__name__
+    name = class_of(module).__name__
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         return "seq2seq"
     transformers = sys.modules.get("transformers")

@@ -25,7 +25,6 @@ from .center import Anchor, Center, centered
 from .deltas import Deltas, ModelBatch, Reader, resolve_delta_dtype
 from .low_rank import LowRankBatch
 from .problem import Found, Problem, Step
-from .sharded import ShardedBatch
 from .streamed import StreamedBatch
 
 Coef: TypeAlias = NDArray[np.float64]
@@ -156,13 +155,15 @@ class Descent:
         """One walk over the rows: loss, gradient norm and, if there is one, score of each step."""
         settings, objective = self.settings, self.problem.objective
         shuffled = self.generator if settings.shuffle else None
-        batches = self.problem.data.batches(settings.batch_size, shuffled, share)
+        batches = self.problem.data.batches(
+            settings.batch_size, shuffled, share, needs_one=objective.is_sharded
+        )
         measured, norms = [], []
         with self._normalizing():
             while together := tuple(islice(batches, settings.accumulate)):
                 c = coef()  # (b, n_searched), a graph of a few numbers
                 deltas.combine(c.detach())
-                deltas.flat.grad.zero_()
+                deltas.flat.forget_grad()
                 state.optimizer.zero_grad()
                 measured.append(objective.loss_and_backward(together, scale))
                 gradient = all_reduce(deltas.project())  # (b, n_searched)
@@ -278,7 +279,6 @@ class DeltaStorage:
 
     limit: int | None  # bytes; None is half of what the device has free
     delta_dtype: str | torch.dtype | None
-    is_shared: bool  # the ranks share the deltas out
     n_ahead: int = 0  # models read before they are needed
 
     def n_models(self, wanted: int | str | None, center: Center) -> int:
@@ -289,10 +289,11 @@ class DeltaStorage:
         if self.limit is None and wanted != "auto":
             return n_checkpoints if wanted is None else min(int(wanted), n_checkpoints)
         dtype = resolve_delta_dtype(self.delta_dtype, weights.dtype)
-        delta_bytes = len(weights) * dtype.itemsize // (world_size() if self.is_shared else 1)
-        # beside the deltas: the center, the soup, and what is read ahead into the host's memory
-        n_fixed = 2 + (self.n_ahead if weights.device.type == "cpu" else 0)
-        budget = Budget(self.limit, weights.nbytes, delta_bytes, n_fixed, weights.device)
+        delta_bytes = len(weights) * dtype.itemsize
+        # beside the deltas the soup; and in the host's memory the center and what is read ahead
+        device = center.flat.device
+        n_fixed = 2 + self.n_ahead if device.type == "cpu" else 1
+        budget = Budget(self.limit, weights.nbytes, delta_bytes, n_fixed, device)
         return smallest(budget.resolve(wanted, n_checkpoints))
 
     def _n_adapters(self, wanted: int | str | None, center: Center) -> int:
@@ -321,15 +322,10 @@ class DeltaStorage:
             finally:
                 factors.release()
             return
-        is_shared = self.is_shared and world_size() > 1
-        kind: type[ModelBatch] = ShardedBatch if is_shared else ModelBatch
+        kind: type[ModelBatch] = ModelBatch
         n_ahead = self.n_ahead
         if any(len(batch) > n_models for batch in batches):
             kind, n_ahead = StreamedBatch, 0
-            if is_shared:
-                n_models = max(1, n_models // world_size())  # each rank streams all of them
-        elif is_shared:
-            batches = [batch[share(len(batch))] for batch in batches]
         reader = Reader(center, [name for batch in batches for name in batch], n_ahead, n_models)
         held = None
         try:

@@ -15,6 +15,8 @@ from ..checkpoints.collection import CheckpointCollection
 from ..data.outputs import Outputs, Task
 from ..data.rows import Batch, HeldOut, Inputs, map_inputs, n_rows
 from ..exceptions import CheckpointError
+from ..runtime.distributed import gather_rows, share_or_last, world_size
+from ..runtime.shards import own, reshard, sharded_parts
 
 Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Criterion: TypeAlias = type[nn.Module] | Loss
@@ -65,6 +67,7 @@ class Objective:
         self._call: Callable[..., Any] = torch.compile(self.module) if compile else self.module
         self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._autocast = precision == "bf16"
+        self.is_sharded = bool(sharded_parts(module))  # over the ranks, which then pass together
         self._forward = forward
         # the default takes two logits, a criterion of the user's takes what the module gives
         self._wants_one_logit = outputs.one_logit and criterion is not None
@@ -76,6 +79,11 @@ class Objective:
         # rows are right or wrong; of tokens that would cost another look at all logits
         self.has_score = outputs.task != "regression" and not outputs.is_text
         self.counts = Counts()
+
+    @property
+    def n_apart(self) -> int:
+        """Ranks that can evaluate weights of their own: those that share a module can't."""
+        return 1 if self.is_sharded else world_size()
 
     def own(self) -> Objective:
         """The same with a module and counts of its own, never compiled."""
@@ -139,7 +147,7 @@ class Objective:
             if not len(batch.y):  # fewer rows than ranks
                 continue
             share = batch.amount / total
-            output = self.forward(batch.X)
+            output = self._forward_own(batch.X)
             loss = self.loss(output, batch, scale) * share
             loss.backward()  # type: ignore[no-untyped-call]
             self.counts.n_backward += 1
@@ -154,7 +162,18 @@ class Objective:
         return torch.stack([torch.stack(one) for one in found]).sum(dim=0)
 
     def forward(self, X: Inputs, *, recalibrating: bool = False) -> torch.Tensor:
-        """Outputs for these rows; counts the pass."""
+        """Outputs for these rows; counts the pass.
+
+        The ranks that share a module share the rows out, too, and each gets all outputs.
+        """
+        if not self.is_sharded:
+            return self._forward_own(X, recalibrating)
+        n = n_rows(X)
+        mine = share_or_last(n)
+        output = self._forward_own(map_inputs(lambda part: part[mine], X), recalibrating)
+        return gather_rows(output, n)
+
+    def _forward_own(self, X: Inputs, recalibrating: bool = False) -> torch.Tensor:
         X = map_inputs(lambda part: part.to(self._device, non_blocking=True), X)
         kind, half = self._device.type, torch.bfloat16
         with torch.autocast(kind, dtype=half) if self._autocast else nullcontext():
@@ -260,12 +279,13 @@ def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None
     module : nn.Module
         Changed.
     weights : mapping of str to Tensor
-        Some or all of its state dict.
+        Some or all of its state dict; of tensors in shards the rows that this rank holds.
     """
+    reshard(module)
     with torch.no_grad():
         for name, value in module.state_dict(keep_vars=True).items():
             if name in weights:
-                value.copy_(weights[name])
+                own(value).copy_(weights[name])
 
 
 def prepare_module(

@@ -43,7 +43,7 @@ def evaluate_all(
         found = {item: Evaluation(**one) for item, one in kept.items() if one is not None}
     missing = [item for item in items if item not in found]
     n_workers = min(n_workers, len(missing))
-    if missing and world_size() > 1:
+    if missing and evaluate.objective.n_apart > 1:
         mine = missing[rank() :: world_size()]
         for part in all_gather(evaluate_each(trial.only(mine), mine, evaluate) if mine else {}):
             found |= part

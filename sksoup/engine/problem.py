@@ -18,6 +18,7 @@ from ..checkpoints.collection import CheckpointCollection
 from ..data.rows import HeldOut
 from ..mixing.layers import Layers
 from ..runtime.cache import Cache
+from ..runtime.distributed import agreed
 from .objective import Objective, load_weights
 from .parallel import evaluate_all
 from .scores import Evaluation, Evaluator, evaluate_named
@@ -165,7 +166,8 @@ class CheckpointTrial:
     checkpoints: CheckpointCollection
 
     def __call__(self, name: str, evaluate: Evaluator) -> Evaluation:
-        load_weights(evaluate.objective.module, self.checkpoints[name])
+        with agreed(evaluate.objective.is_sharded):
+            load_weights(evaluate.objective.module, self.checkpoints[name])
         names = self.checkpoints.names
         for following in names[names.index(name) + 1 :][:1]:
             self.checkpoints.warm(following)

@@ -25,10 +25,10 @@ class StreamedBatch(ModelBatch):
             super().load(self._names[part])
             yield part
 
-    def add(self, base: torch.Tensor, coef: torch.Tensor) -> None:
-        self.flat.weights.copy_(base)
+    def add(self, base: torch.Tensor | None, coef: torch.Tensor) -> None:
         for part in self._parts():
-            super().add(self.flat.weights, coef[part])
+            super().add(base, coef[part])
+            base = None
 
     def project(self) -> torch.Tensor:
         return torch.cat([ModelBatch.project(self) for _ in self._parts()])

@@ -18,6 +18,7 @@ from ..checkpoints.low_rank import LowRankCheckpoint, widened
 from ..checkpoints.protocol import TensorInfo, same_bits
 from ..checkpoints.write import write_shards
 from ..exceptions import CheckpointError
+from ..runtime.distributed import agreed, all_gather
 from .layers import check_layers, is_variance
 
 __all__ = ["mix"]
@@ -221,7 +222,7 @@ def accumulate(
     for k, checkpoint in enumerate(checkpoints):
         if not coef[:, k].any() or not dtypes:
             continue
-        with checkpoints.open(checkpoint) as read:
+        with agreed(bool(checkpoints.rows)), checkpoints.open(checkpoint) as read:
             for name, dtype in dtypes.items():
                 if not dtype.is_floating_point:
                     if k == leader:
@@ -232,6 +233,10 @@ def accumulate(
                     else:
                         sums[name] = _Sum(read(name), c, dtype)
     differing |= {name for name, total in sums.items() if total.differs}
+    if checkpoints.rows:  # equal rows of a tensor that differs on another rank
+        differing = set[str]().union(*all_gather(differing))
+        for name in differing & sums.keys():
+            sums[name].spread()
     return {n: found.pop(n) if n in found else sums.pop(n).value for n in names}, differing
 
 
@@ -321,9 +326,15 @@ class _Sum:
             if same_bits(self.value, w):
                 self.coefs.append(c)
                 return
-            self.differs = True
-            first = self.value.to(self.dtype)
-            self.value = first * self.coefs[0]
-            for past in self.coefs[1:]:
-                self.value += first * past
+            self.spread()
         self.value += w.to(self.dtype) * c  # two roundings: the product, then the sum
+
+    def spread(self) -> None:
+        """Become the sum of what was equal so far."""
+        if self.differs:
+            return
+        self.differs = True
+        first = self.value.to(self.dtype)
+        self.value = first * self.coefs[0]
+        for past in self.coefs[1:]:
+            self.value += first * past

@@ -33,6 +33,8 @@ from ..mixing.layers import Layerwise
 from ..mixing.mix import mix
 from ..mixing.recipe import Recipe
 from ..runtime.cache import open_cache
+from ..runtime.distributed import broadcast, naming_lost_ranks, rank
+from ..runtime.shards import refuse_copy
 from .export import ExportMixin
 from .fit_warnings import WarningMixin
 from .prediction import PredictionMixin
@@ -42,6 +44,7 @@ from .validation import (
     check_choice,
     check_finite,
     check_flag,
+    check_sharded,
     collect,
     prepare_problem,
     scored_by,
@@ -126,6 +129,7 @@ class BaseSoup(
     precision: str = "fp32"
     compile: bool = False
     scoring: Any = None
+    shard: str | None = None
     memory: Any = None
 
     _has_recipe = True  # an ensemble mixes nothing
@@ -201,10 +205,11 @@ class BaseSoup(
             self._check_params()
             X, y, weight = validate_rows(self, X, y, self.task, sample_weight)
             collection = collect(checkpoints, X, y, weight, type(self).__name__)
-            with collection.threads_of_parent():
+            with collection.threads_of_parent(), naming_lost_ranks():
                 problem = self._problem(collection, X, y, weight)
-                with collection.hashing() if self._has_recipe else nullcontext():
-                    self._keep(problem, self._search(problem))
+                hashes = self._has_recipe and not rank()  # for all of a job
+                with collection.hashing() if hashes else nullcontext():
+                    self._keep(problem, self._search(problem), collection)
         except BaseException:
             self._forget()
             raise
@@ -219,6 +224,7 @@ class BaseSoup(
         check_choice(self.task, "task", TASKS)
         check_choice(self.batch_norm, "batch_norm", POLICIES)
         check_flag(self.compile, "compile")
+        check_choice(self.shard, "shard", (None, "auto"))
         if not (isinstance(self.layerwise, (bool, np.bool_)) or callable(self.layerwise)):
             raise TypeError(
                 f"layerwise must be True, False or a callable that maps a parameter's name to the "
@@ -242,10 +248,11 @@ class BaseSoup(
             collection, X, y, weight,
             task=self.task, classes=self.classes, criterion=self.criterion, forward=self.forward,
             layerwise=self.layerwise, batch_size=self.batch_size, device=self.device,
-            precision=self.precision, compile=self.compile,
+            precision=self.precision, compile=self.compile, shard=self.shard,
             cache=None if self.memory is None else open_cache(self.memory),
             progress=functools.partial(self._progress, data),
         )  # fmt: skip
+        check_sharded(self, problem)
         if self._has_recipe and len(collection) == 1:
             self._warn(
                 f"There is one checkpoint, {collection.names[0]!r}: nothing to mix or to choose "
@@ -271,9 +278,9 @@ class BaseSoup(
         soup.checkpoints, soup.module_, soup.coef_ = None, problem.objective.module, None
         return soup
 
-    def _keep(self, problem: Problem, found: Found) -> None:
+    def _keep(self, problem: Problem, found: Found, collection: CheckpointCollection) -> None:
         """Set the fitted attributes; the soup is mixed from the coefficients alone."""
-        layers, collection = problem.layers, problem.checkpoints
+        layers = problem.layers
         for name, value in found.attributes.items():
             setattr(self, name, value)
         best = self._mix_best(problem, found) if self._has_recipe else found.coef
@@ -287,7 +294,7 @@ class BaseSoup(
         self.history_ = found.history
         self.counts_ = problem.objective.counts
         if self._has_recipe:
-            self._keep_soup(problem, coef, self._held_out(problem, found))
+            self._keep_soup(problem, coef, collection, self._held_out(problem, found))
         if found.decided is not None:
             evaluate, decided = found.decided
             self._warn_of_rounding(self._score_of(problem, best, evaluate), decided)
@@ -363,15 +370,18 @@ class BaseSoup(
         return None
 
     def _keep_soup(
-        self, problem: Problem, coef: NDArray[np.float64], held_out: tuple[float, int] | None
+        self,
+        problem: Problem,
+        coef: NDArray[np.float64],
+        collection: CheckpointCollection,
+        held_out: tuple[float, int] | None,
     ) -> None:
-        collection = problem.checkpoints
-        self._warn_of_strangers(collection, self.ingredients_)
+        self._warn_of_strangers(problem.checkpoints, self.ingredients_)
         if (coef < 0).any():
             self._warn_of_variances(problem, coef)
         self.module_ = problem.module
         params = self.get_params(deep=False)
-        self.recipe_ = Recipe.record(
+        self.recipe_ = broadcast(rank() or Recipe.record(  # one rank hashes the files
             type(self).__name__,
             collection,
             coef,
@@ -384,7 +394,7 @@ class BaseSoup(
             versions=dict(versions()),
             classes=_labels(self.outputs_.described),
             held_out=held_out,
-        )
+        ))  # fmt: skip
 
     def interpolate(self, start: Start, t: float) -> Self:
         """Return the soup a part of the way from the pretrained start to this one (WiSE-FT).
@@ -428,6 +438,7 @@ class BaseSoup(
         check_finite(t, "t")
         if not self._has_recipe:
             raise TypeError("An ensemble has no weights of its own: interpolate a soup.")
+        refuse_copy(self.module_)
         checkpoints = with_start(self.checkpoints_, start)
         name = name_of_start(self.checkpoints_, start)
         own = t * np.atleast_2d(self.coef_)

@@ -48,6 +48,10 @@ class UniformSoup(BaseSoup):
         Rows per forward pass; None for all at once.
     device : str or torch.device, default="auto"
         Where the module runs; "auto" is cuda, else mps, else cpu.
+    shard : {None, "auto"}, default=None
+        "auto" spreads the module over the ranks of a distributed job with PyTorch's FSDP2, block by
+        block, for models that no device holds (docs: Several devices). None lets every rank hold
+        the module, unless it was wrapped already.
 
     Attributes
     ----------
@@ -104,6 +108,7 @@ class UniformSoup(BaseSoup):
     classes: ArrayLike | None = None
     batch_size: int | None = 128
     device: str | torch.device = "auto"
+    shard: str | None = None
 
     def _search(self, problem: Problem) -> Found:
         with problem.progress("average", 0):

@@ -17,7 +17,6 @@ from ..engine.parallel import evaluate_all
 from ..engine.problem import Problem, Ranking
 from ..engine.scores import Evaluation, Evaluator, evaluate_named
 from ..mixing.running_mean import RunningMean
-from ..runtime.distributed import world_size
 from ..runtime.fingerprint import fingerprint
 
 
@@ -49,7 +48,7 @@ class Candidates:
             return self.ranking.best
         if candidate not in self.ahead:
             checkpoints = self.problem.checkpoints
-            n_ahead = 1 if soup is None else max(self.n_workers, world_size())
+            n_ahead = 1 if soup is None else max(self.n_workers, self.evaluate.objective.n_apart)
             following = self.ranked[self.ranked.index(candidate) :]
             for later in following[n_ahead : n_ahead + 1]:
                 checkpoints.warm(checkpoints.names[later])

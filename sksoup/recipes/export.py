@@ -28,9 +28,10 @@ from ..exceptions import CheckpointError, SoupWarning
 from ..mixing.adapter import MixedAdapter, check_peft, mixed_adapter, write_adapter
 from ..mixing.card import model_card
 from ..mixing.files import check_suffix
-from ..mixing.mix import cast
+from ..mixing.mix import cast, mix
 from ..mixing.recipe import Recipe
 from ..runtime.distributed import rank as process_rank
+from ..runtime.shards import refuse_copy, sharded_parts
 
 
 class ExportMixin:
@@ -53,8 +54,11 @@ class ExportMixin:
         state_dict : dict of str to Tensor
             Copies on the CPU, in the dtypes of the checkpoints: bit for bit
             ``mix(soup.checkpoints_, soup.coef_, layers=soup.layers_)``, but for ``recalibrated_``.
+            Where ``module_`` is in shards it is that, of all tensors, on every rank that asks.
         """
         check_is_fitted(self, "coef_")
+        if sharded_parts(self.module_):
+            return mix(self.checkpoints_, self.coef_, layers=self.layers_)
         state = self.module_.state_dict()
         return {
             name: cast(name, state[name].detach().cpu().clone(), dtype)
@@ -164,6 +168,9 @@ class ExportMixin:
                 f"{os.fspath(folder)!r} can't become a Hugging Face folder: no ingredient lies "
                 f"beside a config.json that could be copied. Use save(path)."
             )
+        if sharded_parts(self.module_):
+            self._save_in_parts(Path(folder), sources)
+            return
         with new_folder(Path(folder)) as temporary:
             copy_companions(sources[0], temporary, sources[1:])
             if adapters and config is not None:  # of the base, with the head that adapters hold
@@ -176,6 +183,26 @@ class ExportMixin:
             architecture = type(self.module_).__name__ if adapters else None
             card = model_card(self.recipe_, self.checkpoints_, architecture=architecture)
             write_text(temporary / "README.md", card)
+
+    def _save_in_parts(self, folder: Path, sources: list[Path]) -> None:
+        """Write a soup that no memory holds: files of 5 GB at most, a few tensors at a time."""
+        layout = self.checkpoints_.layout
+        shapes = {name: torch.empty(info.shape, device="meta") for name, info in layout.items()}
+        has_adapters = bool(self.checkpoints_.adapters(self.checkpoints_.names))
+        if has_adapters or stored_names(self.module_, shapes).keys() != shapes.keys():
+            raise CheckpointError(
+                f"{os.fspath(folder)!r} can't become a Hugging Face folder from a sharded module: "
+                f"the ingredients are adapters, or transformers has other names for the tensors in "
+                f"files. Use soup.recipe_.cook(checkpoints, out=folder), which writes the weights "
+                f"by the module's names."
+            )
+        with new_folder(folder) as temporary:
+            weights = self.recipe_.cook(self.checkpoints_, temporary / "weights")
+            for path in weights.iterdir():
+                path.rename(temporary / path.name)
+            weights.rmdir()
+            copy_companions(sources[0], temporary, sources[1:])
+            write_text(temporary / "README.md", model_card(self.recipe_, self.checkpoints_))
 
     def save_adapter(
         self,
@@ -287,6 +314,7 @@ class ExportMixin:
         skorch wants labels 0 to n_outputs - 1; its ``predict`` gives them, not ``classes_``.
         """
         check_is_fitted(self, "module_")
+        refuse_copy(self.module_)
         if self.task == "multilabel":
             raise ValueError(
                 "skorch has no net for task='multilabel'; give module_ to a skorch.NeuralNet."

@@ -22,7 +22,7 @@ from ..engine.objective import Forward
 from ..engine.problem import Found, Problem, Ranking, rank_checkpoints
 from ..engine.scores import Evaluation, Evaluator, RowScore
 from ..mixing.mix import mix
-from ..runtime.distributed import broadcast, world_size
+from ..runtime.distributed import broadcast
 from .base import BaseSoup
 from .candidates import Candidates
 from .validation import check_finite, check_flag, check_fraction
@@ -112,6 +112,10 @@ class GreedySoup(BaseSoup):
         ``n_jobs + 4`` times at most.
     device : str or torch.device, default="auto"
         Where the module runs; "auto" is cuda, else mps, else cpu.
+    shard : {None, "auto"}, default=None
+        "auto" spreads the module over the ranks of a distributed job with PyTorch's FSDP2, block by
+        block, for models that no device holds (docs: Several devices). None lets every rank hold
+        the module, unless it was wrapped already.
     random_state : int, RandomState or None, default=None
         Draws the rows of ``ranking_fraction``; nothing else is random.
     memory : str, path-like, joblib.Memory or None, default=None
@@ -219,6 +223,7 @@ class GreedySoup(BaseSoup):
     batch_size: int | None = 128
     n_jobs: int | None = None
     device: str | torch.device = "auto"
+    shard: str | None = None
     random_state: Any = None
     memory: Any = None
 
@@ -247,7 +252,7 @@ class GreedySoup(BaseSoup):
         """
         checkpoints = problem.checkpoints
         names, n = checkpoints.names, len(checkpoints)
-        if max(effective_n_jobs(self.n_jobs), world_size()) > 1:
+        if max(effective_n_jobs(self.n_jobs), problem.objective.n_apart) > 1:
             checkpoints.check()  # workers read some each, and can't compare constants
         n_ranked = 0 if checkpoints.scores is not None else n
         to_rank, to_accept = parts or self._split(problem, is_known=not n_ranked)

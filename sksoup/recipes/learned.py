@@ -76,14 +76,16 @@ class LearnedSoup(BaseSoup):
     temperature : bool, default=True
         Also learn a factor :math:`\beta` on the logits; regressions have none.
     memory_limit : int, str or None, default=None
-        Bytes, or a string such as "8GB", for K + 2 models; None is half of what the device has
-        free. Where they do not fit, the models are read from their files at each step.
+        Bytes, or a string such as "8GB", for K + 2 models (K + 1 on a GPU); None is half of
+        what the device has free. Where they do not fit, the models are read from their files at
+        each step.
     delta_dtype : {"float32", "bfloat16"}, torch.dtype or None, default=None
         What the K deltas are held in; None is the dtype of the module. bfloat16 halves their
         memory.
-    shard_deltas : bool, default=False
-        Whether the ranks of a distributed job share the deltas out, for model batches that one
-        device does not hold. A step then sends 2 D numbers more.
+    shard : {None, "auto"}, default=None
+        "auto" spreads the module, its gradient and the deltas over the ranks of a distributed job
+        with PyTorch's FSDP2, block by block, for models that no device holds (docs: Several
+        devices). None lets every rank hold the module, unless it was wrapped already.
     lr : float, default=0.05
         Learning rate for :math:`a` and :math:`\beta`.
     max_epochs : int, default=5
@@ -185,8 +187,9 @@ class LearnedSoup(BaseSoup):
     - g) \rangle` up to a constant that the softmax cancels. Cost: a forward and a backward pass
     per step, as for `MEHLSoup` those of ranking and comparing, and the same reads with one pass
     over the checkpoints. Memory: K + 2 models beside the module, its gradient and its activations,
-    K/2 + 2 with bfloat16 deltas. Dropout is off and BatchNorm uses its mixed statistics, which
-    carry no gradient. The bound is that of `MEHLSoup`.
+    K/2 + 2 with bfloat16 deltas; on a GPU one less, as the center is in host memory. Dropout is off
+    and BatchNorm uses its mixed statistics, which carry no gradient. The bound is that of
+    `MEHLSoup`.
 
     References
     ----------
@@ -213,7 +216,7 @@ class LearnedSoup(BaseSoup):
     temperature: bool = True
     memory_limit: int | str | None = None
     delta_dtype: str | torch.dtype | None = None
-    shard_deltas: bool = False
+    shard: str | None = None
     lr: float = 0.05
     max_epochs: int = 5
     batch_size: int | None = 128

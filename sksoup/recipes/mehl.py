@@ -132,15 +132,17 @@ class MEHLSoup(BaseSoup):
         Checkpoints in memory at a time, b; None for all; "auto" for as many as ``memory_limit``
         holds.
     memory_limit : int, str or None, default=None
-        Bytes, or a string such as "8GB", for b + 2 models and those read ahead: it decides
+        Bytes, or a string such as "8GB", for b + 2 models and those read ahead (b + 1 on a
+        GPU): it decides
         ``model_batch_size="auto"``, and a given model batch that it does not hold is an error. None
         is half of what the device has free, for "auto" only.
     delta_dtype : {"float32", "bfloat16"}, torch.dtype or None, default=None
         What the b deltas are held in; None is the dtype of the module. bfloat16 halves their
         memory; sums are formed in the module's dtype.
-    shard_deltas : bool, default=False
-        Whether the ranks of a distributed job share the deltas out, for model batches that one
-        device does not hold. A step then sends 2 D numbers more.
+    shard : {None, "auto"}, default=None
+        "auto" spreads the module, its gradient and the deltas over the ranks of a distributed job
+        with PyTorch's FSDP2, block by block, for models that no device holds (docs: Several
+        devices). None lets every rank hold the module, unless it was wrapped already.
     prefetch : int, default=1
         Models that a background thread reads ahead of their use, each in memory of its own (pinned
         host memory for CUDA); while it waits, the operating system reads the files of the next
@@ -268,8 +270,9 @@ class MEHLSoup(BaseSoup):
     all once for the lengths of their deltas (not with the paper's settings), once per pass over
     the checkpoints, and once for the last `mix`. Memory beside the module, its gradient and its
     activations: b + 2 models (the deltas, the center, the soup), b/2 + 2 with bfloat16 deltas, and
-    ``prefetch`` models more. The docs' page on cost has the lower limit. Dropout is off and
-    BatchNorm uses its mixed statistics, which carry no gradient.
+    ``prefetch`` models more. On a GPU it is one less: the center is in host memory, as is what is
+    read ahead. The docs' page on cost has the lower limit. Dropout is off and BatchNorm uses its
+    mixed statistics, which carry no gradient.
 
     The bound is :math:`s_{kl} = \min(1, \mathrm{median}_j \lVert \delta_{jl} \rVert / \lVert
     \delta_{kl} \rVert)` with :math:`\delta_k = w_k - g`, over the lengths that are not 0. A
@@ -303,7 +306,7 @@ class MEHLSoup(BaseSoup):
     model_batch_size: int | str | None = "auto"
     memory_limit: int | str | None = None
     delta_dtype: str | torch.dtype | None = None
-    shard_deltas: bool = False
+    shard: str | None = None
     prefetch: int = 1
     lr: float = 0.05
     max_epochs: int = 5

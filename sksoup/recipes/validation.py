@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from joblib import effective_n_jobs
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import check_scoring
 from sklearn.utils import check_array, check_scalar, check_X_y
@@ -54,9 +55,10 @@ from ..engine.problem import Problem, Step
 from ..engine.scores import Evaluator
 from ..mixing.layers import Layerwise, group_layers
 from ..runtime.cache import Cache
-from ..runtime.distributed import world_size
+from ..runtime.distributed import LOST, world_size
 from ..runtime.fingerprint import encode_module
 from ..runtime.memory import parse_bytes
+from ..runtime.shards import build_sharded, rows_of, sharded_parts
 from .misplaced import refuse_checkpoints, refuse_order
 
 DEFAULT_SCORING = {
@@ -247,12 +249,17 @@ def prepare_problem(
     device: str | torch.device = "auto",
     precision: str = "fp32",
     compile: bool = False,
+    shard: str | None = None,
     cache: Cache | None = None,
     progress: Callable[[nn.Module, str, int], AbstractContextManager[Step]] | None = None,
 ) -> Problem:
     """Make what a search is given from rows that `validate_rows` has checked."""
     where = resolve_device(device)
-    module = prepare_module(checkpoints.build_module(), checkpoints, where)
+    build = checkpoints.build_module
+    built = build() if shard is None else build_sharded(build, where)
+    module = prepare_module(built, checkpoints, where)
+    if sharded_parts(module):
+        checkpoints = checkpoints.slice_rows(rows_of(module))
     dtype, given = module_dtype(module), X
     if task in TEXT_TASKS:
         X = with_decoder_inputs(module, X, y, kind_of_model(module, task))
@@ -296,6 +303,8 @@ def _probe(module: nn.Module, row: Any, forward: Any) -> tuple[torch.Tensor, str
         return output, as_code(row, found, forward)
     except (RuntimeError, IndexError, TypeError) as error:  # what torch raises on what does not fit
         if isinstance(error, TypeError) and "module returned" in str(error):
+            raise
+        if world_size() > 1 and LOST.search(str(error)):
             raise
         fed = map_inputs(lambda part: f"shape {tuple(part.shape)} and dtype {part.dtype}", row)
         fed = ", ".join(f"{k}: {v}" for k, v in fed.items()) if isinstance(fed, dict) else fed
@@ -368,7 +377,6 @@ def check_descent(soup: Any) -> None:
         check_scalar(soup.weight_decay, "weight_decay", Real, min_val=0)
     resolve_delta_dtype(soup.delta_dtype, torch.float32)
     check_flag(soup.shuffle, "shuffle")
-    check_flag(soup.shard_deltas, "shard_deltas")
     for name in ("max_epochs", "model_epochs", "accumulate"):
         value = getattr(soup, name)
         if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
@@ -405,6 +413,27 @@ def check_minibatches(soup: Any, problem: Problem, aside: HeldOut | None = None)
         )
 
 
+def check_sharded(soup: Any, problem: Problem) -> None:
+    """Refuse what a module in shards can't do."""
+    if not problem.objective.is_sharded:
+        return
+    if soup.compile:
+        raise ValueError(
+            "compile=True can't be used with a sharded module: what is compiled would hold all of "
+            "its weights. Leave compile=False."
+        )
+    if soup.batch_norm != "average" and statistics(problem.module):
+        raise ValueError(
+            f"batch_norm={soup.batch_norm!r} can't be used with a sharded module, whose ranks see "
+            f"a part of the rows each. Use batch_norm='average'."
+        )
+    if effective_n_jobs(getattr(soup, "n_jobs", None)) > 1:
+        raise ValueError(
+            f"n_jobs={soup.n_jobs} can't be used with a sharded module, which no worker can copy: "
+            f"its ranks share the rows out. Leave n_jobs=None."
+        )
+
+
 def weight_decay_of(soup: Any, problem: Problem) -> float:
     """The weight decay: as given, or that of a prior, which weighs 1 / N against the mean loss.
 
@@ -437,7 +466,7 @@ def storage_for(soup: Any, problem: Problem, n_ahead: int = 0) -> DeltaStorage:
     checkpoints = problem.checkpoints
     has_files = any(checkpoints.path(name) is not None for name in checkpoints)
     limit = None if soup.memory_limit is None else parse_bytes(soup.memory_limit)
-    return DeltaStorage(limit, soup.delta_dtype, soup.shard_deltas, n_ahead if has_files else 0)
+    return DeltaStorage(limit, soup.delta_dtype, n_ahead if has_files else 0)
 
 
 def search_cache(soup: Any, problem: Problem, *more: Any) -> Cache | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 from torch import distributed
 
 from ..exceptions import RankError
+
+# what the backends say of a peer that is gone, or does not answer
+LOST = re.compile(r"\bgloo\b|\bNCCL\b|Connection (closed|reset)|[Tt]imed out waiting")
 
 
 def world_size() -> int:
@@ -32,6 +36,25 @@ def share(n: int) -> slice:
     return slice(start, start + size + (here < more))
 
 
+def share_or_last(n: int) -> slice:
+    """`share`, or the last row where there are fewer than ranks: a pass needs one."""
+    mine = share(n)
+    return mine if mine.start < mine.stop else slice(n - 1, n)
+
+
+def gather_rows(mine: torch.Tensor, n: int) -> torch.Tensor:
+    """The rows of all ranks, in order, of which each has given its `share_or_last` of n."""
+    most = -(-n // world_size())
+    sent = mine.new_zeros((most, *mine.shape[1:]))
+    sent[: len(mine)] = mine
+    sent = sent.to(_device())
+    parts = [torch.empty_like(sent) for _ in range(world_size())]
+    with _naming():
+        distributed.all_gather(parts, sent)
+    size, more = divmod(n, world_size())
+    return torch.cat([part[: size + (i < more)] for i, part in enumerate(parts)]).to(mine.device)
+
+
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of the ranks' tensors, the same bits on each; this one is overwritten."""
     if world_size() == 1:
@@ -43,6 +66,28 @@ def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
         moved = tensor.to(_device())
         distributed.all_reduce(moved)
         return tensor.copy_(moved)
+
+
+@contextmanager
+def agreed(is_shared: bool) -> Iterator[None]:
+    """End with an error on every rank where one of them has one: the others would wait for it.
+
+    Only for what all ranks do in the same order, ``is_shared``.
+    """
+    if not is_shared:
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as found:
+        error = found
+    said = all_gather(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for other, text in enumerate(said):
+        if text is not None:
+            raise RankError(f"Rank {other} of {world_size()} stopped with {text}")
 
 
 def smallest(value: int) -> int:
@@ -81,8 +126,26 @@ def _naming() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # what torch raises for a lost peer and for a timeout
-        raise RankError(
-            f"Rank {rank()} of {world_size()} lost the others: one of them stopped, or did not "
-            f"answer within the timeout of the process group ({str(error).splitlines()[0]}). Its "
-            f"own output says why. Start the job again; with memory= it goes on where it was."
-        ) from error
+        raise lost(error) from error
+
+
+def lost(error: Exception) -> RankError:
+    """The error for a rank that is gone."""
+    return RankError(
+        f"Rank {rank()} of {world_size()} lost the others: one of them stopped, or did not "
+        f"answer within the timeout of the process group ({str(error).splitlines()[0]}). Its "
+        f"own output says why. Start the job again; with memory= it goes on where it was."
+    )
+
+
+@contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    """The same for passes of a sharded module, whose errors may also be the module's own."""
+    try:
+        yield
+    except RankError:
+        raise
+    except RuntimeError as error:
+        if world_size() > 1 and LOST.search(str(error)):
+            raise lost(error) from error
+        raise

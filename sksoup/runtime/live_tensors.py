@@ -13,6 +13,8 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode
 
+from .shards import own
+
 
 class LiveTensors(TorchFunctionMode):
     """Sum the bytes of tensors made in this context and still alive, and keep the peak.
@@ -49,7 +51,9 @@ class LiveTensors(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result) if self._depth == 0 else ():
-            storage = tensor.untyped_storage()
+            if tensor.is_meta:
+                continue
+            storage = own(tensor).untyped_storage()
             key = storage.data_ptr()
             if key and key not in self._alive and key not in self._ignored:
                 self._alive[key] = storage.nbytes()

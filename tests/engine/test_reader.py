@@ -31,25 +31,27 @@ def reading(files, order, n_ahead, window):
     """A reader of everything in these files, in an order."""
     module = files.build_module()
     layout = FlatLayout.of(module, group_layers(module, files.layout, True), set(files.layout))
-    flat = SimpleNamespace(layout=layout)
-    center = SimpleNamespace(checkpoints=files, flat=flat, weights=torch.empty(0))
+    flat = SimpleNamespace(layout=layout, device=torch.device("cpu"))
+    center = SimpleNamespace(checkpoints=files, flat=flat, weights=torch.ones(layout.size))
     reader = Reader(center, order, n_ahead, window)
     try:
-        yield reader
+        yield reader, layout
     finally:
         reader.close()
 
 
 @pytest.mark.parametrize("n_ahead", [0, 1, 2, 9])
-def test_gives_flat_weights_in_order(files, n_ahead):
+def test_gives_flat_deltas_in_order(files, n_ahead):
     order = [files.names[k] for k in (3, 1, 1, 6, 0)]
-    with reading(files, order, n_ahead, window=2) as reader:
+    with reading(files, order, n_ahead, window=2) as (reader, layout):
         assert (reader._thread is not None) == bool(n_ahead)  # it may have ended by now
+        names = {segment.name for segment in layout.segments}
+        assert names == {n for n, i in files.layout.items() if i.is_floating}
         for name in order:
-            with reader.take(name) as parts:
-                found = {s.name: weights.view(s.shape).clone() for s, weights in parts}
-            assert found.keys() == {n for n, i in files.layout.items() if i.is_floating}
-            assert all(torch.equal(found[n], files[name][n]) for n in found)
+            delta = torch.empty(layout.size)
+            reader.read_into(delta, name)
+            for s in layout.segments:
+                assert torch.equal(delta[s.where].view(s.shape), files[name][s.name] - 1)
     assert not running()
 
 
@@ -58,10 +60,8 @@ def running():
 
 
 def test_what_is_not_taken_is_not_waited_for(files):
-    with (
-        reading(files, list(files), 2, window=3) as reader,
-        reader.take(files.names[0]),
-    ):
+    with reading(files, list(files), 2, window=3) as (reader, layout):
+        reader.read_into(torch.empty(layout.size), files.names[0])
         assert running()
     assert not running()
 
@@ -70,12 +70,11 @@ def test_files_of_the_next_window_are_warmed_while_it_waits(files, monkeypatch):
     warmed = []
     monkeypatch.setattr(CheckpointCollection, "warm", lambda self, name: warmed.append(name))
     order = list(files)
-    with reading(files, order, 1, window=3) as reader:
+    with reading(files, order, 1, window=3) as (reader, layout):
         while len(warmed) < 3:  # the first is read, the next three are warmed
             time.sleep(1e-3)
         assert warmed == order[1:4]
-        with reader.take(order[0]):
-            pass
+        reader.read_into(torch.empty(layout.size), order[0])
 
 
 def test_warming_a_file_changes_nothing(files):
@@ -85,15 +84,15 @@ def test_warming_a_file_changes_nothing(files):
     CheckpointCollection(make_states(1, seed=0)).warm("checkpoint0")
 
 
-def test_an_error_of_the_reader_is_raised_where_the_weights_are_needed(files, zoo: Zoo):
+def test_an_error_of_the_reader_is_raised_where_the_delta_is_needed(files, zoo: Zoo):
     files.path("checkpoint2").unlink()
     taken = []
 
     def take_all():
-        with reading(files, list(files), 1, window=3) as reader:
+        with reading(files, list(files), 1, window=3) as (reader, layout):
             for name in files:
-                with reader.take(name):
-                    taken.append(name)
+                reader.read_into(torch.empty(layout.size), name)
+                taken.append(name)
 
     with pytest.raises(CheckpointError, match=r"checkpoint2\.safetensors' can't be opened"):
         take_all()

@@ -287,8 +287,8 @@ distributed.init_process_group("gloo", timeout=timedelta(seconds=100))
 for name, text in json.loads(case).items():
     soup = eval(text)
     found[name] = soup.fit(files, X, y).coef_.tolist()
-    if hasattr(soup, "shard_deltas"):
-        soup.set_params(shard_deltas=True).fit(files, X, y)
+    if hasattr(soup, "shard"):
+        soup.set_params(shard="auto").fit(files, X, y)
         found[name + " sharded"] = soup.coef_.tolist()
 open(f"{folder}/found{distributed.get_rank()}.json", "w").write(json.dumps(found))
 distributed.destroy_process_group()

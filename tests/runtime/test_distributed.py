@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -43,13 +44,6 @@ SOUPS = {
         layerwise=True, model_batch_size=2, max_epochs=1, batch_size=20, random_state=0,
         accumulate=2,
     ),
-    "MEHL+ sharded 64": PaperMEHL(
-        layerwise=True, model_batch_size=3, max_epochs=2, batch_size=20, random_state=0,
-        shard_deltas=True, normalize=True,
-    ),
-    "learned sharded 64": PaperLearned(
-        max_epochs=2, batch_size=25, random_state=0, shard_deltas=True
-    ),
     "MEHL unseeded 64": PaperMEHL(model_batch_size=2, max_epochs=1, batch_size=20),
     "learned unseeded 32": PaperLearned(max_epochs=1, batch_size=20),
     "greedy split unseeded 32": GreedySoup(ranking_fraction=0.5),
@@ -80,7 +74,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-def start(folder: Path, case: str, n_ranks: int) -> list[subprocess.Popen[str]]:
+def start(
+    folder: Path, case: str, n_ranks: int, job: str = "distributed_job"
+) -> list[subprocess.Popen[str]]:
     """Start the ranks as torchrun would, without its supervision of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -88,12 +84,19 @@ def start(folder: Path, case: str, n_ranks: int) -> list[subprocess.Popen[str]]:
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n_ranks)}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.runtime.distributed_job", str(folder), case],
+            [sys.executable, "-m", f"tests.runtime.{job}", str(folder), case],
             cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank),
+                 "MALLOC_MMAP_THRESHOLD_": "65536"},  # freed memory goes back at once
+            preexec_fn=small_stacks,
         )
         for rank in range(n_ranks)
     ]  # fmt: skip
+
+
+def small_stacks() -> None:
+    """Threads take a megabyte of data, not eight."""
+    resource.setrlimit(resource.RLIMIT_STACK, (2**20, resource.getrlimit(resource.RLIMIT_STACK)[1]))
 
 
 def wait(ranks: list[subprocess.Popen[str]]) -> list[str]:

@@ -1,0 +1,262 @@
+"""One rank of a job whose module is in shards, for `test_sharded`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import sys
+import warnings
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from sklearn.base import clone
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+
+from sksoup import (
+    CheckpointCollection,
+    GreedySoup,
+    MEHLSoup,
+    RankError,
+    SoupWarning,
+    UniformSoup,
+)
+from sksoup.runtime.cache import Cache
+from sksoup.runtime.live_tensors import LiveTensors
+
+from ..zoo import PaperMEHL
+from .blocks import Blocks
+
+TIMEOUT = {"killed": 60}  # seconds that a rank waits for the others; otherwise 120
+
+
+def fit(soup, folder: Path, name: str, **kwargs):
+    data = np.load(folder / "rows.npz")
+    files = CheckpointCollection.from_path(folder / "zoo", **{"module": Blocks, **kwargs})
+    weight = data["weight"] if "weighted" in name else None
+    return soup.fit(files, data["X"], data["y"], sample_weight=weight), data
+
+
+def fit_all(folder: Path) -> dict[str, object]:
+    """Fit what `test_sharded.SOUPS` lists; tell what came out and what it cost."""
+    from .test_sharded import SOUPS
+
+    found: dict[str, object] = {}
+    for name, soup in SOUPS.items():
+        fitted, data = fit(clone(soup).set_params(shard="auto"), folder, name)
+        keeps = {"memory": folder / "memory"} if "memory" in soup.get_params() else {}
+        again, _ = fit(clone(soup).set_params(shard="auto", **keeps), folder, name)
+        replay, _ = fit(clone(again), folder, name)
+        assert np.array_equal(again.coef_, fitted.coef_)  # the same bits
+        assert again.history_ == fitted.history_
+        assert np.array_equal(replay.coef_, fitted.coef_)
+        assert np.array_equal(again.predict_proba(data["X"]), fitted.predict_proba(data["X"]))
+        fitted.save(folder / f"{name}-{distributed.get_world_size()}.safetensors")
+        whole = {n: w.full_tensor() for n, w in fitted.module_.state_dict().items()}
+        mixed = fitted.state_dict()
+        assert whole.keys() == mixed.keys()
+        assert all(torch.equal(whole[n], mixed[n]) for n in mixed)
+        found[name] = {
+            "coef": fitted.coef_.tolist(),
+            "scores": getattr(fitted, "individual_scores_", None),
+            "held_out": getattr(fitted, "held_out_scores_", None),
+            "loss": [step for record in fitted.history_ for step in record.get("loss", [])],
+            "norm": [step for record in fitted.history_ for step in record.get("grad_norm", [])],
+            "proba": fitted.predict_proba(data["X"]).tolist(),
+            "counts": vars(fitted.counts_),
+            "digest": fitted.recipe_.ingredients[0].sha256,
+        }
+    return found
+
+
+def fit_with_a_fault(folder: Path, case: str) -> dict[str, object]:
+    """Rank 1 is killed in the middle; or nothing happens."""
+    from .test_sharded import SOUPS
+
+    memory = None if case == "undisturbed" else folder / "memory"
+    soup = clone(SOUPS["MEHL+"]).set_params(shard="auto", memory=memory)
+    original, n = Cache.find, [0]
+
+    def find(self, *key):
+        n[0] += key[0] == "epoch"
+        if n[0] == 4 and distributed.get_rank() == 1 and case == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *key)
+
+    with patch.object(Cache, "find", find):
+        fitted, _ = fit(soup, folder, "MEHL+")
+    return {"coef": fitted.coef_.tolist(), "counts": vars(fitted.counts_)}
+
+
+def fit_counted(folder: Path) -> dict[str, object]:
+    """The bytes of tensors that were alive at most, and the numbers sent beside FSDP2's own."""
+    sent = [0]
+    original = distributed.all_reduce
+
+    def counted(tensor, *args, **kwargs):
+        sent[0] += tensor.numel()
+        return original(tensor, *args, **kwargs)
+
+    found = {}
+    for name in ("mehl", "greedy", "uniform"):
+        with patch.object(distributed, "all_reduce", counted), LiveTensors() as live:
+            soup = wide_soup(name).set_params(shard="auto")
+            fitted, _ = fit(soup, folder, name, module=wide_net)
+        steps = [record for record in fitted.history_ if "loss" in record]
+        found[name] = {
+            "peak": live.peak,
+            "sent": sent[0],
+            "steps": sum(len(record["loss"]) for record in steps),
+            "epochs": len(steps),
+            "layers": len(np.atleast_2d(fitted.coef_)),
+            "coef": fitted.coef_.tolist(),
+        }
+    return found
+
+
+def wide_net() -> Blocks:
+    return Blocks(width=128, depth=12)
+
+
+def wide_soup(name: str):
+    """Of the least memory."""
+    if name == "mehl":
+        return PaperMEHL(
+            layerwise=True, model_batch_size=1, max_epochs=1, prefetch=0, random_state=0
+        )
+    return GreedySoup(early_rejection=False) if name == "greedy" else UniformSoup()
+
+
+def fit_within_limit(folder: Path) -> dict[str, object]:
+    """As much data as is there now, and 6 models more.
+
+    The map of a file that is open counts as data, and so does what the allocator has not given
+    back: a process alone would take 9, one of two ranks 5.
+    """
+    build = partial(Blocks, width=256, depth=31)
+    size = 4 * sum(p.numel() for p in build().parameters())
+    shard = "auto" if distributed.get_world_size() > 1 else None
+    small = CheckpointCollection([Blocks()], module=Blocks)
+    soup = wide_soup("mehl").set_params(shard=shard, batch_size=16)
+    clone(soup).fit(small, torch.randn(61, 8), torch.arange(61) % 3)  # what is taken once
+    used = 1024 * int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (used + 6 * size,) * 2)
+    fitted, _ = fit(soup, folder, "limit", module=build)
+    return {"coef": fitted.coef_.tolist()}
+
+
+def fit_llama(folder: Path) -> dict[str, object]:
+    """A folder of transformers: rotary frequencies are in no file, embedding and head are tied."""
+    files = CheckpointCollection.from_path(folder / "llama")
+    data = np.load(folder / "rows.npz")
+    X = {"input_ids": data["ids"], "attention_mask": np.ones_like(data["ids"])}
+    soup = MEHLSoup(layerwise=True, task="language-modeling", max_epochs=1, batch_size=4,
+                    random_state=0)  # fmt: skip
+    if distributed.get_world_size() > 1:
+        soup.set_params(shard="auto")
+    fitted = soup.fit(files, X)
+    fitted.save_pretrained(folder / f"soup{distributed.get_world_size()}")
+    return {"coef": fitted.coef_.tolist(), "score": fitted.score(X)}
+
+
+def fit_wrapped(folder: Path) -> dict[str, object]:
+    """A module that the user wrapped."""
+    net = Blocks()
+    for block in net.blocks[:2]:
+        fully_shard(block)
+    fully_shard(net)
+    from .test_sharded import SOUPS
+
+    fitted, _ = fit(clone(SOUPS["centered"]), folder, "centered", module=net)
+    assert fitted.module_ is net
+    return {"coef": fitted.coef_.tolist()}
+
+
+def fit_refused(folder: Path) -> dict[str, object]:
+    """What is refused, with the message of each."""
+    path = folder / "zoo" / "checkpoint1.safetensors"
+    said = {}
+    for name, settings, kwargs in (
+        ("compile", {"compile": True}, {}),
+        ("workers", {"n_jobs": 2}, {}),
+        ("columns", {"shard": None}, {"module": columns()}),
+        ("tied", {}, {"module": Tied}),
+    ):
+        recipe = GreedySoup if "n_jobs" in settings else MEHLSoup
+        said[name] = refused(recipe(**{"shard": "auto", **settings}), folder, **kwargs)
+    soup, _ = fit(UniformSoup(shard="auto"), folder, "uniform")
+    for name, act in {
+        "interpolate": lambda: soup.interpolate(dict(Blocks().state_dict()), 0.5),
+        "skorch": soup.to_skorch,
+    }.items():
+        try:
+            act()
+        except TypeError as error:
+            said[name] = f"TypeError: {error}"
+    if distributed.get_rank() == 0:
+        state = load_file(path)
+        state["head.weight"][-1] = torch.nan  # a row of the last rank
+        save_file(state, path)
+    distributed.barrier()
+    said["NaN"] = refused(MEHLSoup(shard="auto"), folder)
+    return said
+
+
+def refused(soup, folder: Path, **kwargs) -> str:
+    try:
+        fit(soup, folder, "refused", **kwargs)
+    except (ValueError, RankError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def columns() -> Blocks:
+    """One weight is sharded by columns."""
+    net = Blocks()
+    fully_shard(net, shard_placement_fn=lambda w: Shard(int(w is net.embed.weight)))
+    return net
+
+
+class Tied(Blocks):
+    """The first block and the last share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[-1].inner.weight = self.blocks[0].inner.weight
+
+
+CASES = {
+    "all": fit_all, "counted": fit_counted, "limit": fit_within_limit, "llama": fit_llama,
+    "wrapped": fit_wrapped, "refused": fit_refused,
+}  # fmt: skip
+
+
+def main() -> None:
+    folder, case = Path(sys.argv[1]), sys.argv[2]
+    warnings.simplefilter("error")
+    for known in ("What the search found scores", "There is one checkpoint", "None of the"):
+        warnings.filterwarnings("ignore", known, SoupWarning)
+    warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)  # of torch.compile itself
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT.get(case, 120)))
+    rank = distributed.get_rank()
+    try:
+        found = CASES[case](folder) if case in CASES else fit_with_a_fault(folder, case)
+    except RankError as error:
+        (folder / f"error{rank}.txt").write_text(str(error))
+        raise
+    (folder / f"found{rank}.json").write_text(json.dumps(found))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
