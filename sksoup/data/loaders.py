@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from hashlib import sha256
 from operator import itemgetter
 from typing import Any
 
@@ -18,14 +20,15 @@ from torch.utils.data import (
     default_collate,
 )
 
+from ..runtime.fingerprint import tensor_bytes
 from ..runtime.memory import free_bytes
 from ..runtime.random_state import preserved_random_state
-from .rows import map_inputs, n_rows, parts_of
+from .arrays import map_inputs, n_rows, parts_of
+from .indexed import IndexedRows, as_loader, can_be_read_again
 from .tokens import IGNORED
 
 LABELS = ("labels", "label", "targets", "target", "y")  # keys that hold targets
 SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-ROWS = 256  # of a data set at a time
 
 
 def as_batches(X: Any, y: Any) -> Any:
@@ -65,26 +68,56 @@ def read_loader(
 ) -> tuple[Any, Any]:
     """Walk a loader once; inputs and targets as tensors on the CPU, targets as in `walk`.
 
-    ``pads``: batches may be texts of different lengths, which are padded to the longest.
+    Of a data set that does not fit into memory the first rows are kept, and the inputs are
+    `IndexedRows`. ``pads``: batches may be texts of different lengths, which are padded to the
+    longest.
     """
     inputs: list[Any] = []
     targets: list[Any] = []
     held = 0
     limit = free_bytes(torch.device("cpu")) // 2
+    loader = None if isinstance(X, Iterator) or pads else as_loader(X)
+    can_leave_out = loader is not None and can_be_read_again(loader)
+    digest, is_full = sha256(), False
     for rows, labels in walk(X, y, ordered=ordered, n_inputs=n_inputs):
-        inputs.append(rows)
         targets.append(labels)
+        if can_leave_out:
+            note_rows(digest, rows)
+        if is_full:
+            continue
+        inputs.append(rows)
         held += sum(part.nbytes for part in parts_of(rows))
-        if held > limit:
+        if held > limit and not can_leave_out:
             raise ValueError(
                 f"The held-out rows do not fit into memory: {held:,} bytes after "
-                f"{sum(map(n_rows, inputs)):,} rows, half of what is free. Hold out fewer, or "
-                f"keep images as uint8 and convert them on the device: "
-                f"forward=lambda module, X: module(X / 255)."
+                f"{sum(map(n_rows, inputs)):,} rows, half of what is free. Give a data set with "
+                f"indices, or a DataLoader of one with shuffle=False, of which rows are read when "
+                f"they are needed; or hold out fewer."
             )
+        while held > limit or (is_full and held > limit // 2):  # joining them takes as much again
+            is_full = True
+            held -= sum(part.nbytes for part in parts_of(inputs.pop()))
     if pads:
         inputs, targets = padded(inputs), padded(targets, IGNORED)
-    return _concatenate(inputs), targets_of(targets, y)
+    labels = targets_of(targets, y)
+    if loader is not None and is_full:
+        kept = _concatenate(inputs) if inputs else None
+        split = partial(_inputs_of, y=y, n_inputs=n_inputs)
+        return IndexedRows(loader, split, kept, digest.hexdigest()), labels
+    return _concatenate(inputs), labels
+
+
+def note_rows(digest: Any, rows: Any) -> None:
+    """Add rows to a digest; those that are not finite are an error, as scikit-learn has it."""
+    for part in parts_of(rows):
+        if part.is_floating_point() and not bool(torch.isfinite(part).all()):
+            raise ValueError("Input X contains NaN or infinite values, expected finite numbers.")
+        digest.update(f"{part.dtype}{tuple(part.shape[1:])}".encode())
+        digest.update(tensor_bytes(part))
+
+
+def _inputs_of(batch: Any, y: Any, n_inputs: int | None) -> Any:
+    return _split(batch, y, n_inputs)[0]
 
 
 def padded(parts: list[Any], value: int = 0) -> list[Any]:
@@ -171,7 +204,10 @@ def walk(
     just the ``n_inputs`` that are known), or a key of a mapping. ``ordered`` refuses loaders that
     shuffle.
     """
-    loader = _as_loader(X)
+    if isinstance(X, IndexedRows):
+        loader: Any = X.walk()
+    else:
+        loader = X if isinstance(X, Iterator) else as_loader(X)
     if ordered:
         _check_order(loader)
     is_empty = True
@@ -213,14 +249,6 @@ def _stacked(loader: Any) -> Iterator[Any]:
             f"tokenizer(texts, padding='max_length', truncation=True), or give a DataLoader whose "
             f"collate_fn pads."
         ) from error
-
-
-def _as_loader(X: Any) -> Any:
-    if isinstance(X, (DataLoader, Iterator)):
-        return X
-    if hasattr(X, "with_format"):
-        X = X.with_format("torch")
-    return DataLoader(X, batch_size=ROWS, shuffle=False)
 
 
 def _check_order(loader: Any) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..runtime.distributed import world_size
 from ..runtime.memory import free_bytes
+from .arrays import Inputs, map_inputs, n_rows, parts_of
+from .indexed import IndexedRows
 
-# what a module is fed: f(X), f(**X) or f(*X)
-Inputs: TypeAlias = torch.Tensor | dict[str, torch.Tensor] | tuple[torch.Tensor, ...]
+__all__ = ["Inputs", "map_inputs", "n_rows", "parts_of"]
 
 
 def is_multiple(X: Any) -> bool:
@@ -29,30 +30,14 @@ def is_multiple(X: Any) -> bool:
 def is_loader(X: Any) -> bool:
     """Whether rows have to be asked for: a Dataset, a DataLoader, an iterator of batches."""
     is_hub = hasattr(X, "with_format") and hasattr(X, "column_names")  # datasets.Dataset
-    return isinstance(X, (Dataset, DataLoader, Iterator)) or is_hub
-
-
-def map_inputs(function: Callable[[Any], Any], X: Any) -> Any:
-    """Apply a function to X, or to each of its inputs."""
-    if isinstance(X, Mapping):
-        return {name: function(part) for name, part in X.items()}
-    return tuple(map(function, X)) if isinstance(X, tuple) else function(X)
-
-
-def parts_of(X: Any) -> list[Any]:
-    """The inputs in X, one or several."""
-    if isinstance(X, Mapping):
-        return list(X.values())
-    return list(X) if isinstance(X, tuple) else [X]
-
-
-def n_rows(X: Any) -> int:
-    """How many rows."""
-    return len(parts_of(X)[0])
+    kinds = (Dataset, DataLoader, Iterator, np.memmap, IndexedRows)
+    return isinstance(X, kinds) or is_hub
 
 
 def take_rows(X: Any, rows: torch.Tensor) -> Any:
     """Some rows of every input, each where it is."""
+    if isinstance(X, IndexedRows):
+        return X.take(rows)
     return map_inputs(lambda part: part[rows.to(part.device)], X)
 
 
@@ -74,9 +59,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """All held-out rows: on the device, or, where that is too small, inputs in host memory."""
+    """All held-out rows: on the device, or, where that is too small, inputs in host memory.
 
-    X: Inputs  # (N, ...)
+    Where that is too small as well, they are read by index.
+    """
+
+    X: Inputs | IndexedRows  # (N, ...)
     y: torch.Tensor  # (N,) class indices, else (N, n_outputs); on the device
     weight: torch.Tensor | None  # (N,), on the device
     is_streamed: bool = False  # a thread moves the inputs of the next minibatch to the device
@@ -98,7 +86,8 @@ class HeldOut:
 
     def select(self, rows: torch.Tensor) -> HeldOut:
         """Some of the rows, copied."""
-        X, there = take_rows(self.X, rows), rows.to(self.y.device)
+        X = self.X.select(rows) if isinstance(self.X, IndexedRows) else take_rows(self.X, rows)
+        there = rows.to(self.y.device)
         weight = None if self.weight is None else self.weight[there]
         counted = None if self.counted is None else self.counted[there]
         return HeldOut(X, self.y[there], weight, self.is_streamed, counted)
@@ -131,15 +120,23 @@ class HeldOut:
             order = order.to(self.y.device)
         mine = {many: part(many) for many in {size, n % size or size}}
 
-        def batch(start: int) -> Batch:
+        starts = range(0, n, size)
+
+        def own(start: int) -> tuple[torch.Tensor, bool]:
+            """Rows of this rank, and whether they are one that does not count."""
             whole = order[start : start + size]
             rows = whole[mine[len(whole)]]
             is_spare = needs_one and not len(rows)
-            rows = whole[-1:] if is_spare else rows
-            # indexing copies, as a module may write into what it is fed
-            X = map_inputs(lambda part: part[rows], self.X)
+            return (whole[-1:] if is_spare else rows), is_spare
+
+        read = self._read([own(start)[0] for start in starts])
+
+        def batch(start: int) -> Batch:
+            rows, is_spare = own(start)
+            X = next(read)
             if self.is_streamed:
                 X = map_inputs(self._move, X)
+            whole = order[start : start + size]
             there, all_there = rows.to(self.y.device), whole.to(self.y.device)
             weight = None if self.weight is None else self.weight[there]
             counted = None if self.counted is None else self.counted[there]
@@ -149,8 +146,14 @@ class HeldOut:
             amount = 0 * amount if is_spare else amount
             return Batch(X, self.y[there], weight, counted, each, amount, total)
 
-        starts = range(0, n, size)
         yield from one_ahead(batch, starts) if self.is_streamed else map(batch, starts)
+
+    def _read(self, parts: Sequence[torch.Tensor]) -> Iterator[Inputs]:
+        """The inputs of these rows, part by part."""
+        if isinstance(self.X, IndexedRows):
+            return self.X.batches(parts)
+        # indexing copies, as a module may write into what it is fed
+        return (map_inputs(lambda part: part[rows], self.X) for rows in parts)  # noqa: B023
 
 
 def one_ahead(make: Callable[[int], Batch], starts: Iterable[int]) -> Iterator[Batch]:
@@ -188,14 +191,16 @@ def to_inputs(X: Any, dtype: torch.dtype, device: torch.device) -> Inputs:
 
     def move(part: Any) -> torch.Tensor:
         tensor = to_tensor(part)
-        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+        return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
 
     inputs: Inputs = map_inputs(move, X)
     return inputs
 
 
-def fits(X: Inputs, device: torch.device) -> bool:
+def fits(X: Inputs | IndexedRows, device: torch.device) -> bool:
     """Whether inputs may live on the device for a whole fit: at most a quarter of what is free."""
+    if isinstance(X, IndexedRows):
+        return False
     if device.type == "cpu":
         return True
     return 4 * sum(int(part.nbytes) for part in parts_of(X)) <= free_bytes(device)

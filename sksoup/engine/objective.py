@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
+from ..data.indexed import IndexedRows
 from ..data.outputs import Outputs, Task
-from ..data.rows import Batch, HeldOut, Inputs, map_inputs, n_rows
+from ..data.rows import Batch, HeldOut, Inputs, map_inputs, n_rows, to_inputs
 from ..exceptions import CheckpointError
 from ..runtime.distributed import gather_rows, share_or_last, world_size
 from ..runtime.shards import own, reshard, sharded_parts
@@ -66,6 +67,7 @@ class Objective:
         self.outputs = outputs
         self._call: Callable[..., Any] = torch.compile(self.module) if compile else self.module
         self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        self._dtype = module_dtype(module)
         self._autocast = precision == "bf16"
         self.is_sharded = bool(sharded_parts(module))  # over the ranks, which then pass together
         self._forward = forward
@@ -174,7 +176,7 @@ class Objective:
         return gather_rows(output, n)
 
     def _forward_own(self, X: Inputs, recalibrating: bool = False) -> torch.Tensor:
-        X = map_inputs(lambda part: part.to(self._device, non_blocking=True), X)
+        X = to_inputs(X, self._dtype, self._device)
         kind, half = self._device.type, torch.bfloat16
         with torch.autocast(kind, dtype=half) if self._autocast else nullcontext():
             output = feed(self._call, X, self._forward, self.outputs.one_logit)
@@ -185,18 +187,21 @@ class Objective:
             self.counts.rows_forward += len(output)
         return output.float() if self._autocast else output
 
-    def outputs_of(self, X: Inputs, batch_size: int | None) -> torch.Tensor:
+    @torch.no_grad()
+    def outputs_of(self, data: HeldOut, batch_size: int | None) -> torch.Tensor:
         """All outputs (N, ...), in row order."""
-        return forward_in_batches(self.forward, X, batch_size)
+        return torch.cat([self.forward(batch.X) for batch in data.batches(batch_size)])
 
 
 @torch.no_grad()
 def forward_in_batches(
-    forward: Callable[[Inputs], torch.Tensor], X: Inputs, batch_size: int | None
+    forward: Callable[[Inputs], torch.Tensor], X: Inputs | IndexedRows, batch_size: int | None
 ) -> torch.Tensor:
     """Apply ``forward`` to a few rows at a time and put the results together."""
     n = n_rows(X)
     size = n if batch_size is None else batch_size
+    if isinstance(X, IndexedRows):
+        return torch.cat([forward(part) for part in X.walk(size)])
     starts = range(0, n, size)
     # copied, as a module may write into what it is fed
     parts = (map_inputs(lambda part: part[i : i + size].clone(), X) for i in starts)  # noqa: B023

@@ -159,7 +159,7 @@ class Evaluator:
             return Evaluation(float(self.scorer(self.objective.module)), n)
         if self.objective.outputs.is_text:  # logits of all tokens at once would be huge
             return self.until(-math.inf, torch.arange(n), min(self.batch_size or n, n))
-        return self._evaluation(self.objective.outputs_of(self.data.X, self.batch_size))
+        return self._evaluation(self.objective.outputs_of(self.data, self.batch_size))
 
     def _evaluation(self, outputs: torch.Tensor) -> Evaluation:
         n, rows, reads = len(outputs), self.rows, self.objective.outputs

@@ -161,8 +161,11 @@ class BaseSoup(
         X : array-like or Tensor of shape (n_samples, ...), dict or tuple of them, Dataset or \
                 DataLoader
             Held-out inputs; a dict is fed by name, a tuple by position. Floating ones are converted
-            to the module's dtype. A torch ``Dataset``, a ``DataLoader``, a ``datasets.Dataset`` or
-            an iterator of batches is walked once and kept in memory.
+            to the module's dtype. A torch ``Dataset``, a ``DataLoader``, a ``datasets.Dataset``, an
+            array in a file (``np.memmap``) or an iterator of batches is walked once and kept, in
+            its own dtype. What does not fit into half of the free memory is read by index when it
+            is needed, with the workers of the ``DataLoader``; that takes rows in a known order
+            (``shuffle=False``, not an iterator).
         y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs), default=None
             Held-out labels or targets; integer labels of shape (n_samples, ...) where the module
             gives (n_samples, n_outputs, ...), of pixels or tokens, -100 at positions that are left

@@ -252,8 +252,8 @@ class CheckpointEnsemble(BaseSoup):
 
     Notes
     -----
-    Cost of a prediction: K reads and K forward passes. Memory: one model at a time; a loader is
-    kept in memory whole, since every checkpoint needs all rows.
+    Cost of a prediction: K reads and K forward passes. Memory: one model at a time; the rows of
+    a loader are kept, since every checkpoint needs them, as far as memory holds them.
 
     References
     ----------

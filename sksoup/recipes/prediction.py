@@ -16,6 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
+from ..data.indexed import IndexedRows
 from ..data.loaders import as_batches, is_apart, minibatches, padded, targets_of
 from ..data.outputs import Outputs, Task
 from ..data.rows import is_loader, map_inputs, n_rows, to_inputs, to_tensor
@@ -230,7 +231,7 @@ class PredictionMixin:
                 lambda rows: feed(
                     module, to_inputs(rows, dtype, device), self.forward, self.outputs_.one_logit
                 ),
-                map_inputs(to_tensor, X),
+                X if isinstance(X, IndexedRows) else map_inputs(to_tensor, X),
                 self.batch_size,
             )
 

@@ -23,6 +23,7 @@ from sklearn.utils.validation import check_consistent_length, validate_data
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
+from ..data.indexed import IndexedRows
 from ..data.loaders import as_batches, from_lists, is_apart, read_loader
 from ..data.outputs import Outputs, Task, is_dense
 from ..data.rows import (
@@ -87,6 +88,8 @@ def validate_rows(
     wants = {"multi_output": task != "classification", "y_numeric": task == "regression"}
     y = to_numpy(y)
     estimator.input_names_ = input_names(X)
+    if isinstance(X, IndexedRows):
+        return _validate_indexed(estimator, X, y, task, sample_weight, wants)
     if task in TEXT_TASKS:
         X, y = check_inputs(X), _check_dense(np.asarray(y))
         check_consistent_length(*parts_of(X), y)
@@ -111,6 +114,24 @@ def validate_rows(
     return X, y, None if sample_weight is None else _check_weight(sample_weight, y)
 
 
+def _validate_indexed(
+    estimator: Any, X: IndexedRows, y: Any, task: Task, sample_weight: Any, wants: dict[str, bool]
+) -> tuple[IndexedRows, NDArray[Any], NDArray[np.float64] | None]:
+    """Check targets of rows that are not in memory: the rows were checked when they were walked."""
+    first = X.take(torch.zeros(1, dtype=torch.long))
+    if isinstance(first, torch.Tensor):
+        first = validate_inputs(estimator, first, reset=True)
+    if task == "classification" and y is not None and is_dense(np.asarray(y)):
+        y = _check_dense(np.asarray(y))
+        check_consistent_length(X, y)
+    else:
+        check_consistent_length(X, y)
+        _, y = check_X_y(np.zeros((len(X), 1)), y, **wants)
+        if task == "classification":
+            check_classification_targets(y)
+    return X, y, _check_weight(sample_weight, y)
+
+
 def _check_dense(y: NDArray[Any]) -> NDArray[Any]:
     """Check labels at several positions of a row; scikit-learn has no such targets."""
     if y.ndim < 2 or y.dtype.kind not in "iu":
@@ -129,6 +150,8 @@ def validate_inputs(estimator: Any, X: Any, reset: bool = False) -> Any:
         raise ValueError(
             f"X has other inputs than in fit: got {_named(got)}, expected {_named(expected)}."
         )
+    if isinstance(X, IndexedRows):  # checked when they were walked
+        return X
     if is_multiple(X) or estimator.task in TEXT_TASKS:  # texts may have other lengths than in fit
         return check_inputs(X)
     if isinstance(X, torch.Tensor) and X.device.type != "cpu":
@@ -140,6 +163,8 @@ def validate_inputs(estimator: Any, X: Any, reset: bool = False) -> Any:
 
 def input_names(X: Any) -> tuple[str, ...] | int | None:
     """The names of several inputs, or their number; None for one input."""
+    if isinstance(X, IndexedRows):
+        X = X.take(torch.zeros(1, dtype=torch.long))
     if not is_multiple(X):
         return None
     return tuple(X) if isinstance(X, Mapping) else len(X)
@@ -224,6 +249,12 @@ def collect(
         return checkpoints
     if not callable(checkpoints) or isinstance(checkpoints, nn.Module):
         return CheckpointCollection(checkpoints)
+    if isinstance(X, IndexedRows):
+        raise ValueError(
+            f"checkpoints={checkpoints!r} are to be made of held-out rows that do not fit into "
+            f"memory ({len(X):,} of them, {X.n_kept:,} fit). Give fewer rows, or checkpoints that "
+            f"are made already."
+        )
     takes_weight = "sample_weight" in inspect.signature(checkpoints).parameters
     made = checkpoints(X, y, **({"sample_weight": weight} if takes_weight else {}))
     if not isinstance(made, CheckpointCollection):
@@ -263,19 +294,25 @@ def prepare_problem(
     dtype, given = module_dtype(module), X
     if task in TEXT_TASKS:
         X = with_decoder_inputs(module, X, y, kind_of_model(module, task))
-    row = to_inputs(map_inputs(lambda part: to_tensor(part[:1]).clone(), X), dtype, where)
+    if isinstance(X, IndexedRows):
+        row = to_inputs(X.take(torch.zeros(1, dtype=torch.long)), dtype, where)
+    else:
+        row = to_inputs(map_inputs(lambda part: to_tensor(part[:1]).clone(), X), dtype, where)
     output, call = _probe(module, row, forward)
     outputs = Outputs.of(output, y, task, classes, criterion, call, module, given)
     targets = outputs.encode(y, dtype, where)
     is_streamed = not fits(X, where)
-    inputs = to_inputs(X, dtype, torch.device("cpu") if is_streamed else where)
+    if not isinstance(X, IndexedRows):
+        X = to_inputs(X, dtype, torch.device("cpu") if is_streamed else where)
     weights = None if weight is None else to_tensor(weight).to(where, dtype)
-    data = HeldOut(inputs, targets, weights, is_streamed, outputs.counted(targets))
+    data = HeldOut(X, targets, weights, is_streamed, outputs.counted(targets))
     if data.amounts is not None and not bool(data.amounts.any()):
         raise ValueError("sample_weight is 0 for all rows that have a label.")
     if cache is not None:
         predicts = list(encode_module(module)), forward, task, outputs.one_logit, outputs.classes
-        cache = cache.within(data.X, data.y, weight, y, *predicts, batch_size, precision)
+        cache = cache.within(
+            getattr(X, "digest", X), data.y, weight, y, *predicts, batch_size, precision
+        )
     objective = Objective(module, criterion, outputs, precision, compile, forward)
     return Problem(
         checkpoints,
@@ -337,7 +374,10 @@ class SoupScorer:
     def on(self, rows: NDArray[np.int64]) -> SoupScorer:
         """The same on some of the rows."""
         weight = None if self.weight is None else self.weight[rows]
-        X = map_inputs(lambda part: part[rows], self.X)
+        if isinstance(self.X, IndexedRows):
+            X = self.X.select(torch.as_tensor(rows))
+        else:
+            X = map_inputs(lambda part: part[rows], self.X)
         return replace(self, X=X, y=self.y[rows], weight=weight)
 
 

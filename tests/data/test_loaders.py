@@ -236,12 +236,6 @@ def test_batches_of_text(zoo: Zoo):
         GreedySoup().fit(zoo.checkpoints, batches)
 
 
-def test_rows_that_do_not_fit_into_memory(zoo: Zoo, monkeypatch):
-    monkeypatch.setattr("sksoup.data.loaders.free_bytes", lambda device: 1000)
-    with pytest.raises(ValueError, match=r"do not fit into memory.*uint8"):
-        GreedySoup().fit(zoo.checkpoints, Rows(zoo.X, zoo.y))
-
-
 def test_images_as_uint8_are_converted_on_the_device(zoo: Zoo):
     torch.manual_seed(0)
     X = torch.randint(0, 256, (60, 4), dtype=torch.uint8)
