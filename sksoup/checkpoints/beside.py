@@ -30,10 +30,11 @@ def other_weights(path: Path, ingredients: Sequence[Path]) -> Iterator[str]:
     for one in sorted(folder.iterdir()):
         if _may_be_loaded(one) and one.name not in opened:
             yield one.name
+    listed = {one: module_folders(one) for one in ingredients}
     for module in module_folders(folder):
         refuse_other_weights(module)
         name = module.relative_to(folder)
-        known = [one / name for one in ingredients if one / name in module_folders(one)]
+        known = [one / name for one in ingredients if one / name in listed[one]]
         for one in filter(_may_be_loaded, module_files(module)):
             inner = one.relative_to(module)
             if not any(same_content(one, other / inner) for other in known):

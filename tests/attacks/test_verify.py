@@ -14,6 +14,7 @@ from torch import nn
 
 from sksoup import CheckpointCollection, CheckpointError, Recipe, RecipeError
 from sksoup.__main__ import main
+from sksoup.checkpoints.hub_companions import copy_companions
 from sksoup.checkpoints.hub_config import LIMIT
 
 from .test_configs import BERT
@@ -79,6 +80,49 @@ def test_configs_that_name_other_files_are_not_verified(parts, name, fields):
             CheckpointError, match=r"config\.json' names other weights .*Remove that"
         ):
             recipe.verify(weights, ckpts)
+
+
+ARGUMENTS = [
+    {"model_args": {"variant": "/evil"}},
+    {"model_kwargs": {"key_mapping": {r"layer\.0\.": "layer.1."}}},
+    {"model_args": {"adapter_kwargs": {"subfolder": "sub"}}},
+    {"model_args": {"state_dict": {}}},
+    {"model_args": {"dtype": {"": "float32"}}},
+    {"config_args": {"name_or_path": "../other"}},
+    {"config_kwargs": {"gguf_file": "x.gguf"}},
+    {"model_args": ["variant"]},
+    {"other_kwargs": {"subfolder": "sub"}},
+    {"backend": "onnx"},
+]
+
+
+@pytest.mark.parametrize("fields", ARGUMENTS, ids=json.dumps)
+def test_arguments_by_which_other_weights_are_loaded_are_not_verified(parts, tmp_path, fields):
+    folder, recipe, ckpts = parts
+    path = folder / "sentence_bert_config.json"
+    path.write_text(json.dumps({"max_seq_length": 8, **fields}))
+    for weights in (folder, folder / "model.safetensors"):
+        with pytest.raises(CheckpointError, match=r"bert_config\.json' (gives|has) .*Remove"):
+            recipe.verify(weights, ckpts)
+    with pytest.raises(CheckpointError, match=r"Remove"):  # nor passed on into a soup's folder
+        copy_companions(folder, tmp_path)
+
+
+def test_ordinary_arguments_of_sentence_transformers_are_verified(parts, tmp_path):
+    folder, recipe, ckpts = parts
+    fields = {
+        "max_seq_length": 8, "do_lower_case": False, "transformer_task": "feature-extraction",
+        "model_args": {"torch_dtype": "float16", "attn_implementation": "sdpa", "variant": None},
+        "model_kwargs": {"add_pooling_layer": True, "trust_remote_code": True},
+        "config_args": {}, "config_kwargs": {"num_labels": 1, "reference_compile": False},
+        "tokenizer_args": {"padding_side": "left"}, "processing_kwargs": {"text": {"padding": 8}},
+        "modality_config": {"text": {"method": "forward"}}, "backend": "torch",
+    }  # fmt: skip
+    (folder / "sentence_bert_config.json").write_text(json.dumps(fields))
+    assert recipe.verify(folder, ckpts).ok
+    (tmp_path / "out").mkdir()
+    copy_companions(folder, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "sentence_bert_config.json").read_text()) == fields
 
 
 def test_no_module_is_built_from_a_config_that_names_another(parts):
@@ -183,6 +227,27 @@ def test_modules_that_are_not_those_of_the_ingredients(parts):
     modules(folder, "1_Pooling")
     change(folder / "1_Pooling" / "config.json", transformers_weights="x.safetensors")
     with pytest.raises(CheckpointError, match="'transformers_weights'"):
+        recipe.verify(folder, ckpts)
+
+
+@pytest.mark.parametrize("name", ["router_config.json", "config.json"])
+def test_routes_are_modules(parts, name):
+    folder, recipe, ckpts = parts
+    modules(folder, "", "1_Pooling")
+    (folder / name).touch()
+    routes = {"": "Transformer", "query": "sentence_transformers.models.Router"}
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text() or "{}")
+                                          | {"types": routes}))  # fmt: skip
+    assert recipe.verify(folder, ckpts).ok  # there is no such folder
+    (folder / "query").mkdir()
+    (folder / "query" / "router_config.json").write_text('{"types": {"deep": "Transformer"}}')
+    elsewhere = folder.parent / "elsewhere"  # folders that are links are not walked through
+    elsewhere.mkdir()
+    (folder / "query" / "deep").symlink_to(elsewhere)
+    save_file(other(load_file(folder / "model.safetensors")), elsewhere / "model.safetensors")
+    assert recipe.verify(folder, ckpts).beside == ("query/deep/model.safetensors",)
+    (elsewhere / "sentence_bert_config.json").write_text(json.dumps(ARGUMENTS[0]))
+    with pytest.raises(CheckpointError, match=r"deep/sentence_bert_config\.json' gives"):
         recipe.verify(folder, ckpts)
 
 
