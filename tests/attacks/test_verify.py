@@ -147,7 +147,8 @@ def test_a_config_that_can_not_be_read_is_not_verified(parts, text):
 @pytest.mark.parametrize(
     "name",
     ["head.safetensors", "shard-00001-model-00001-of-00001.safetensors", "pytorch_model.bin",
-     "MODEL.SAFETENSORS", "model.safetensors.index.json", "adapter_config.json", "x.gguf"],
+     "MODEL.SAFETENSORS", "model.safetensors.index.json", "adapter_config.json", "x.gguf",
+     "params.pt", "last.ckpt", "model.onnx", "rust_model.ot", "weights.npz"],
 )  # fmt: skip
 def test_other_weights_in_the_folder_are_named(parts, capsys, name):
     folder, recipe, ckpts = parts
@@ -178,7 +179,8 @@ def test_an_index_beside_a_file_that_is_preferred_to_it(parts):
 
 def test_what_training_leaves_beside_a_soup_is_no_other_weights(parts):
     folder, recipe, ckpts = parts
-    for name in ("optimizer.pt", "training_args.bin", "scheduler.pt", "rng_state.pth", "README.md"):
+    for name in ("optimizer.pt", "training_args.bin", "scheduler.pt", "rng_state.pth", "README.md",
+                 "scores.npz", "history.json"):  # fmt: skip
         (folder / name).write_bytes(b"x")
     (folder / "checkpoint-10").mkdir()
     write_other(folder / "checkpoint-10" / "model.safetensors")
@@ -191,7 +193,29 @@ def test_files_of_a_folder_that_is_no_model_stand_alone(parts, tmp_path):
     runs.mkdir()
     for name in ("soup.safetensors", "other.safetensors"):
         shutil.copy(folder / "model.safetensors", runs / name)
+    (runs / "last.pt").write_bytes(b"x")
+    (runs / "history.json").write_text("[]")
     assert recipe.verify(runs / "soup.safetensors", ckpts).ok
+
+
+def test_a_folder_of_skorch_is_a_model(parts, tmp_path):
+    """Its checkpoints are params.pt by default, whatever lies beside that."""
+    folder, recipe, ckpts = parts
+    skorch = tmp_path / "skorch"
+    skorch.mkdir()
+    for name in ("optimizer.pt", "criterion.pt", "history.json"):
+        (skorch / name).write_text("[]")
+    for name in ("params.safetensors", "soup.safetensors"):
+        shutil.copy(folder / "model.safetensors", skorch / name)
+    (skorch / "soup.safetensors").rename(tmp_path / "soup.safetensors")
+    for weights in (skorch, skorch / "params.safetensors"):
+        assert recipe.verify(weights, ckpts).ok
+    torch.save(other(recipe.cook(ckpts)), skorch / "params.pt")
+    for weights in (skorch, skorch / "params.safetensors"):
+        assert recipe.verify(weights, ckpts).beside == ("params.pt",)
+    (tmp_path / "soup.safetensors").rename(skorch / "soup.safetensors")
+    (skorch / "params.safetensors").unlink()
+    assert recipe.verify(skorch / "soup.safetensors", ckpts).beside == ("params.pt",)
 
 
 def modules(folder, *paths) -> None:
