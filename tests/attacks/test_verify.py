@@ -141,6 +141,39 @@ def test_a_config_that_can_not_be_read_is_not_verified(parts, text):
         recipe.verify(folder, ckpts)
 
 
+# ------------------------------------------------------------------ names that are not loaded
+
+
+@pytest.mark.parametrize("is_base", [False, True])
+@pytest.mark.parametrize(
+    "rename",
+    [lambda n: f"module.{n}", lambda n: f"_orig_mod.{n}", lambda n: f"model.{n}",
+     lambda n: f"bert.{n}", lambda n: f"bert.bert.{n}", lambda n: n.removeprefix("bert.")],
+    ids=["module", "_orig_mod", "model", "base", "twice", "without"],
+)  # fmt: skip
+def test_what_is_verified_is_what_transformers_loads(parts, tmp_path, rename, is_base):
+    """It loads nothing behind a wrapper's prefix, but gives and takes that of the base."""
+    folder, recipe, ckpts = parts
+    kind = transformers.BertForSequenceClassification
+    if is_base:
+        kind = transformers.BertModel
+        for each in "ab":
+            kind.from_pretrained(tmp_path / "in" / each).save_pretrained(tmp_path / "bases" / each)
+        ckpts = CheckpointCollection.from_path(tmp_path / "bases")
+        layers = dict.fromkeys(ckpts.layout, 0)
+        recipe = Recipe.record("average", ckpts, [0.5, 0.5], layers=layers)
+        shutil.copy(tmp_path / "bases/a/config.json", folder)
+    good = recipe.cook(ckpts)
+    save_file(
+        {rename(n): w for n, w in good.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    state = kind.from_pretrained(folder).state_dict()
+    is_loaded = all(torch.equal(state[name], w) for name, w in good.items())
+    findings = recipe.verify(folder, ckpts)
+    assert findings.ok == is_loaded
+    assert is_loaded or findings.differing
+
+
 # ------------------------------------------------------------------ other files in the folder
 
 
