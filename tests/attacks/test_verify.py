@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
 
@@ -393,3 +394,69 @@ def test_beside_a_large_number_others_are_as_near_as_anywhere(adapters):
         findings = recipe.verify({**good, "0.weight": changed}, ckpts)
         assert findings.differing == {"0.weight": "has other values"}
         assert not findings.ok
+
+
+@pytest.mark.parametrize("case", ["cancelling", "many", "beside a whole model"])
+def test_a_recipe_can_not_choose_how_much_is_rounding(adapters, tmp_path, case):
+    """Coefficients that cancel out, or one adapter a thousand times: the soup is the same mean."""
+    recipe, ckpts = adapters
+    coef = [0.5, 0.5]
+    if case == "beside a whole model":  # each is rounded as it is stored: to 8 bits
+        whole = {n: w.bfloat16() for n, w in recipe.cook(ckpts).items()}
+        save_file(whole, tmp_path / "whole.safetensors")
+        paths = [tmp_path / "a0", tmp_path / "a1", tmp_path / "whole.safetensors"]
+        network = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).bfloat16()
+        ckpts = CheckpointCollection(paths, module=network)
+        coef = [0.25, 0.25, 0.5]
+        recipe = Recipe.record("x", ckpts, coef, layers=dict.fromkeys(ckpts.layout, 0))
+    first = recipe.ingredients[0]
+    added = np.full(1000, coef[0] / 1000) if case == "many" else np.array([1e8])
+    again = [dataclasses.replace(first, name=f"z{k}") for k in range(len(added))]
+    coef = np.concatenate([[coef[0] - added.sum()], coef[1:], added])[None]
+    recipe = dataclasses.replace(recipe, ingredients=(*recipe.ingredients, *again), coef=coef)
+    good = recipe.cook(ckpts)
+    assert recipe.verify(good, ckpts).ok
+    name = "1.weight"
+    eps = torch.finfo(good[name].dtype).eps
+    sizes = sum(w[name].float().abs() for w in ckpts.values())
+    findings = recipe.verify(
+        {**good, name: good[name] + 32 * eps * sizes.to(good[name].dtype)}, ckpts
+    )
+    assert findings.differing == {name: "has other values"}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [2, 24])
+def test_products_that_are_all_rounded_otherwise_are_verified(
+    tmp_path, monkeypatch, n, dtype, whole
+):
+    """More than another processor does: there, a few products in a billion are."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 64)).to(dtype)
+    for k in range(n):
+        model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=["0"]))
+        nn.init.normal_(model.get_parameter("base_model.model.0.lora_B.default.weight"), std=0.02)
+        model.save_pretrained(str(tmp_path / f"a{k:02d}"))
+    paths = sorted(tmp_path.iterdir())
+    if whole:
+        save_file(base.state_dict(), tmp_path / "whole.safetensors")
+        paths.append(tmp_path / "whole.safetensors")
+    ckpts = CheckpointCollection(paths, module=base)
+    assert bool(ckpts.on_one_base()) is not whole
+    coef = np.random.default_rng(0).normal(size=len(paths))
+    coef += (1 - coef.sum()) / len(coef)
+    recipe = Recipe.record("x", ckpts, coef, layers=dict.fromkeys(ckpts.layout, 0))
+    good = recipe.cook(ckpts)
+
+    def add_to(self, sums, c=1.0):
+        product = (self.left.double() @ self.right.double()).to(sums.dtype)
+        up = torch.rand(product.shape) < 0.5
+        product = product.nextafter(torch.where(up, torch.inf, -torch.inf))
+        sums += product.view(sums.shape) * c
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sksoup.checkpoints.low_rank.Factors.add_to", add_to)
+        moved = recipe.cook(ckpts)
+    assert dtype == torch.bfloat16 or not torch.equal(moved["0.weight"], good["0.weight"])
+    assert recipe.verify(moved, ckpts).ok
