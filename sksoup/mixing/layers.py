@@ -78,12 +78,11 @@ def group_layers(
             place = neighbours_of.find(name)
             if place not in row_of_place:
                 neighbours = neighbours_of.rows(*place)
-                row = neighbours[0] if len(neighbours) == 1 else averaged.get(neighbours)
-                if row is None:
-                    row = averaged[neighbours] = len(names)
+                if len(neighbours) > 1 and neighbours not in averaged:
+                    averaged[neighbours] = len(names)
                     owner = place[0] or "module"
                     names.append(f"{owner} (buffers: mean of {len(neighbours)} rows)")
-                row_of_place[place] = row
+                row_of_place[place] = averaged.get(neighbours, neighbours[0])
             rows[name] = row_of_place[place]
     return Layers(tuple(names), {name: rows[name] for name in tensors}, tuple(averaged))
 

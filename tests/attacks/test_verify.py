@@ -237,7 +237,7 @@ def test_a_folder_of_skorch_is_a_model(parts, tmp_path):
     folder, recipe, ckpts = parts
     skorch = tmp_path / "skorch"
     skorch.mkdir()
-    for name in ("optimizer.pt", "criterion.pt", "history.json"):
+    for name in ("optimizer.pt", "train_end_optimizer.pt", "criterion.pt", "history.json"):
         (skorch / name).write_text("[]")
     for name in ("params.safetensors", "soup.safetensors"):
         shutil.copy(folder / "model.safetensors", skorch / name)
