@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .folders import NOT_WEIGHTS, weights_of
+from .folders import NOT_WEIGHTS, find_weights, weights_of
 from .hub_companions import MODULES, module_files, module_folders, same_content
 from .hub_config import refuse_other_weights
 from .peft_config import CONFIG
+from .read import TORCH_SUFFIXES
 from .shards import INDEX, weight_map
 
 # what programs that are given a folder look for
-LOADED = (".safetensors", ".bin", INDEX, ".gguf", ".h5", ".msgpack")
+LOADED = (
+    ".safetensors", *TORCH_SUFFIXES, INDEX, ".gguf", ".h5", ".msgpack", ".onnx", ".ot",
+    "weights.npz",
+)  # fmt: skip
 MARKS = ("config.json", MODULES, CONFIG)  # files that make a folder a model
 
 
@@ -23,17 +27,19 @@ def other_weights(path: Path, ingredients: Sequence[Path]) -> Iterator[str]:
     folder has the same.
     """
     folder = path if path.is_dir() else path.parent
-    if folder != path and not any((folder / mark).exists() for mark in MARKS):
+    is_model = folder == path or any((folder / mark).exists() for mark in MARKS)
+    if not is_model and find_weights(folder) is None:  # nor is it one of skorch
         return
     file = weights_of(path) if path.is_dir() else path
     opened = {file.name, *(weight_map(file).values() if file.name.endswith(INDEX) else ())}
     for one in sorted(folder.iterdir()):
         if _may_be_loaded(one) and one.name not in opened:
             yield one.name
+    listed = {one: module_folders(one) for one in ingredients}
     for module in module_folders(folder):
         refuse_other_weights(module)
         name = module.relative_to(folder)
-        known = [one / name for one in ingredients if one / name in module_folders(one)]
+        known = [one / name for one in ingredients if one / name in listed[one]]
         for one in filter(_may_be_loaded, module_files(module)):
             inner = one.relative_to(module)
             if not any(same_content(one, other / inner) for other in known):

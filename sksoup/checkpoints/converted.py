@@ -110,8 +110,11 @@ class ConvertedCheckpoint(Checkpoint):
 
 
 def open_alike(path: Path, module: ModuleSource | None) -> Checkpoint:
-    """Open a file whose tensors go by the names of this module."""
-    (entry,) = convert_names([Entry(open_checkpoint(path))], module)
+    """Open a file whose tensors go by the names of this module, as transformers would.
+
+    It drops no prefix of a wrapper (DDP, torch.compile), but may that of the model itself.
+    """
+    (entry,) = convert_names([Entry(open_checkpoint(path), prefix="", is_given=True)], module)
     return entry.checkpoint
 
 

@@ -24,7 +24,7 @@ FOLDER_WEIGHTS = (
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # of PEFT
 # what training loops leave beside the weights
 NOT_WEIGHTS = re.compile(
-    r"(training_args|optimizer|scheduler|criterion|scaler|rng_state(_\d+)?)\.(bin|pt|pth|safetensors)"
+    r"(train_end_)?(training_args|optimizer|scheduler|criterion|scaler|rng_state(_\d+)?)\.(bin|pt|pth|safetensors)"
 )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..exceptions import CheckpointError
+from .hub_config import LIMIT as CONFIG_LIMIT
 from .hub_config import refuse_other_weights
 from .read import TORCH_SUFFIXES
 from .texts import read_text
@@ -20,7 +21,9 @@ NOT_COMPANIONS = (
     "*.index.json", "trainer_state.json", "history.json", "*results.json", "adapter_config.json",
 )  # fmt: skip
 MODULES = "modules.json"  # of sentence-transformers: further modules, each in a folder
-LIMIT = 1 << 20  # bytes of modules.json, which has a few lines
+ROUTER = "router_config.json"  # of one of them that is several, each in a folder
+LIMIT = 1 << 20  # bytes of either, which has a few lines
+MOST_MODULES = 100
 WEIGHTS = (".safetensors", *TORCH_SUFFIXES)
 
 
@@ -33,7 +36,6 @@ def copy_companions(source: Path, target: Path, others: Sequence[Path] = ()) -> 
     that are not the same in the ``others``, since they are not mixed.
     """
     source = source.resolve()
-    refuse_other_weights(source)
     owned = [source]
     if source.parent.name == "snapshots":
         owned.append(source.parents[1] / "blobs")
@@ -43,8 +45,11 @@ def copy_companions(source: Path, target: Path, others: Sequence[Path] = ()) -> 
         for path in source.glob(pattern)
         if path.is_file() and not any(path.match(other) for other in NOT_COMPANIONS)
     }
-    modules = list(module_folders(source))
-    of_modules = [path for module in modules for path in module_files(module)]
+    modules = module_folders(source)
+    for folder in (source, *modules):
+        refuse_other_weights(folder)
+    # one module may lie in another
+    of_modules = [*dict.fromkeys(path for module in modules for path in module_files(module))]
     for path in [*found, *of_modules]:
         if not any(path.resolve().is_relative_to(folder) for folder in owned):
             raise CheckpointError(
@@ -60,32 +65,81 @@ def copy_companions(source: Path, target: Path, others: Sequence[Path] = ()) -> 
         shutil.copyfile(path, copy)
 
 
-def module_folders(source: Path) -> Iterator[Path]:
-    """The folders that modules.json names, such as 1_Pooling: those that are there."""
-    path = source / MODULES
-    if not path.is_file():
-        return
-    try:
-        listed: Any = json.loads(read_text(path, LIMIT))
-        names = [module["path"] for module in listed]
-        if not all(isinstance(name, str) for name in names):
-            raise TypeError("a 'path' that is no text")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{str(path)!r} can't be read: expected a list of modules, each with a 'path' "
-            f"({type(error).__name__}: {error}). Correct the file, or use save(path)."
-        ) from error
-    for name in dict.fromkeys(map(Path, names)):  # a folder has many spellings, such as 'a/./'
-        folder = source / name
-        if name.is_absolute() or ".." in name.parts:
+def module_folders(source: Path) -> list[Path]:
+    """The folders of sentence-transformers' modules, such as 1_Pooling: those that are there.
+
+    Also those of the routes of a Router. No folder comes twice, by whatever links.
+    """
+    root = Path(os.path.realpath(source))
+    found = [source]
+    reals = {str(root)}
+    for folder in found:  # which grows meanwhile: a Router may be a route of another
+        for listing, names in _listings(folder):
+            for name in map(Path, names):
+                module = folder / name
+                if name.is_absolute() or ".." in name.parts:
+                    raise CheckpointError(
+                        f"{str(listing)!r} names the module {str(name)!r}, expected a folder "
+                        f"beside it. Correct the file, or use save(path)."
+                    )
+                if module in found or not _is_folder(module, listing):
+                    continue  # a folder has many spellings, such as 'a/./'
+                real = os.path.realpath(module)
+                if real in reals or root.is_relative_to(real):
+                    raise CheckpointError(
+                        f"{str(module)!r} can't be a module: it is a link to {real!r}, which is a "
+                        f"module already, or holds this one. Put the folder itself in its place."
+                    )
+                reals.add(real)
+                found.append(module)
+                _check_number(len(reals) - 1, listing)
+    return found[1:]
+
+
+def _listings(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """The files that list modules, or the routes of a Router, and the names in them."""
+    for path in (folder / MODULES, folder / ROUTER, folder / "config.json"):
+        if not path.is_file():
+            continue
+        is_config = path.name == "config.json"  # of a Router, too, in older versions
+        try:
+            listed: Any = json.loads(read_text(path, CONFIG_LIMIT if is_config else LIMIT))
+            if path.name == MODULES:
+                names = [module["path"] for module in listed]
+            else:
+                routes = listed.get("types") if isinstance(listed, dict) else None
+                names = [*routes] if isinstance(routes, dict) else []
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError("a 'path' that is no text")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            if is_config and isinstance(error, json.JSONDecodeError):  # nobody else can read it
+                continue
             raise CheckpointError(
-                f"{str(path)!r} names the module {str(name)!r}, expected a folder beside it. "
-                f"Correct the file, or use save(path)."
-            )
-        if folder != source and folder.is_dir():
-            yield folder
+                f"{str(path)!r} can't be read: expected a list of modules, each with a 'path' "
+                f"({type(error).__name__}: {error}). Correct the file, or use save(path)."
+            ) from error
+        _check_number(len(names), path)
+        yield path, names
+
+
+def _check_number(n_modules: int, listing: Path) -> None:
+    if n_modules > MOST_MODULES:
+        raise CheckpointError(
+            f"{str(listing)!r} can't be used: there are {n_modules:,} modules, expected "
+            f"{MOST_MODULES} at most. Correct the file, or use save(path)."
+        )
+
+
+def _is_folder(path: Path, listing: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:  # a name that is too long for the file system
+        raise CheckpointError(
+            f"{str(listing)!r} names a module that can't be one: {error.strerror}. Correct the "
+            f"file, or use save(path)."
+        ) from error
 
 
 def module_files(folder: Path) -> Iterator[Path]:

@@ -28,6 +28,18 @@ DROPPED = ("attribute_map", "name_or_path", "_name_or_path")
 # by which transformers reads other weights, another config.json, other fields of it
 OTHER_FILES = ("transformers_weights", "configuration_files", "attribute_map")
 SENTENCE_CONFIGS = "sentence_*config.json"  # what sentence-transformers hands to transformers
+# of that, arguments for the processor; all other fields that end in args or kwargs are for the
+# model or its configuration
+PROCESSOR_ARGUMENTS = ("tokenizer_args", "processor_kwargs", "processing_kwargs")
+# with which transformers reads the same weights; sentence-transformers drops trust_remote_code
+KNOWN_ARGUMENTS = (
+    "dtype", "torch_dtype", "attn_implementation", "experts_implementation", "device_map",
+    "low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "add_pooling_layer", "num_labels",
+    "problem_type", "use_cache", "is_decoder", "is_causal", "return_dict", "output_attentions",
+    "output_hidden_states", "use_bidirectional_attention", "reference_compile", "unpad_inputs",
+    "use_memory_efficient_attention", "hidden_dropout_prob", "attention_probs_dropout_prob",
+    "classifier_dropout",
+)  # fmt: skip
 # timm reads files and the hub by options, and by names like 'hf-hub:org/name', 'local-dir:/folder'
 TIMM_NAME = re.compile(r"[\w.]+")
 TIMM_OPTIONS = ("model_args", "backbone_kwargs", "timm_default_kwargs")
@@ -59,7 +71,7 @@ def refuse_other_weights(folder: Path) -> None:
     """Refuse a folder whose configuration has other programs load other weights than are opened."""
     found = [folder / "config.json", *sorted(folder.glob(SENTENCE_CONFIGS))]
     for path in found:
-        if not path.exists():
+        if not path.exists() or path.is_dir():
             continue
         try:
             config = json.loads(read_text(path, LIMIT))
@@ -72,6 +84,30 @@ def refuse_other_weights(folder: Path) -> None:
         for part in _parts({"": config}):
             for field in OTHER_FILES:
                 _refuse_other_files(part, field, path)
+        if path.name != "config.json" and isinstance(config, dict):
+            _refuse_other_arguments(config, path)
+
+
+def _refuse_other_arguments(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse arguments by which transformers would load other files, or give them other names."""
+    if config.get("backend", "torch") != "torch":
+        raise CheckpointError(
+            f"{str(path)!r} has sentence-transformers load weights of the backend "
+            f"{config['backend']!r}, expected 'torch'. Remove the field 'backend'."
+        )
+    for field, arguments in config.items():
+        if not field.endswith(("args", "kwargs")) or field in PROCESSOR_ARGUMENTS or not arguments:
+            continue
+        given = arguments if isinstance(arguments, dict) else {field: arguments}
+        for name, value in given.items():
+            is_plain = value is None or isinstance(value, (str, bool, int, float))
+            if value is None or value is False or (name in KNOWN_ARGUMENTS and is_plain):
+                continue
+            raise CheckpointError(
+                f"{str(path)!r} gives transformers the argument {name!r} (in {field!r}), by which "
+                f"it may load other weights than those that are opened here. Remove it, or load "
+                f"the model with SentenceTransformer(..., {field}=...)."
+            )
 
 
 def _refuse_other_files(part: Mapping[str, Any], field: str, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ the whole network:
 python -m sksoup cook recipe.json FOLDER_OF_ADAPTERS --base BASE -o soup.safetensors
 ```
 """
+# what GitHub makes addresses, mentions and formulas of, without any mark around them
+LIVE = re.compile(r"[@$]|(?<=:)/(?=/)|(?<=www)\.", re.IGNORECASE)
 MOST_ROWS = 20  # of a table of layers
 
 
@@ -163,9 +166,10 @@ def _front_matter(origin: Origin, library: str | None) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that can't break out of a cell of a Markdown table, or into HTML."""
+    """Text that can't break out of a cell of a Markdown table, into HTML, or become a link."""
     safe = html.escape(_one_line(text), quote=False)
-    return "".join(f"\\{c}" if c in "\\`*_[]|#~!" else c for c in safe)
+    safe = "".join(f"\\{c}" if c in "\\`*_[]|#~!" else c for c in safe)
+    return LIVE.sub(r"<span>\g<0></span>", safe)
 
 
 def _code(text: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TypeAlias
 
 import numpy as np
@@ -67,32 +69,52 @@ def group_layers(
             rows[name] = by_identity[identity]
     if not rows:
         raise CheckpointError("There are no parameters, so there is nothing to mix.")
-    parameters = dict(rows)
+    neighbours_of = _Neighbours(rows)
     names = list(row_of_label)
     averaged: dict[tuple[int, ...], int] = {}
+    row_of_place: dict[tuple[str, bool], int] = {}
     for name in named:
         if name not in rows:
-            owner, neighbours = _neighbours(name, parameters)
-            if len(neighbours) == 1:
-                rows[name] = neighbours[0]
-                continue
-            if neighbours not in averaged:
-                averaged[neighbours] = len(names)
-                names.append(f"{owner or 'module'} (buffers: mean of {len(neighbours)} rows)")
-            rows[name] = averaged[neighbours]
+            place = neighbours_of.find(name)
+            if place not in row_of_place:
+                neighbours = neighbours_of.rows(*place)
+                if len(neighbours) > 1 and neighbours not in averaged:
+                    averaged[neighbours] = len(names)
+                    owner = place[0] or "module"
+                    names.append(f"{owner} (buffers: mean of {len(neighbours)} rows)")
+                row_of_place[place] = averaged.get(neighbours, neighbours[0])
+            rows[name] = row_of_place[place]
     return Layers(tuple(names), {name: rows[name] for name in tensors}, tuple(averaged))
 
 
-def _neighbours(buffer: str, parameters: Mapping[str, int]) -> tuple[str, tuple[int, ...]]:
-    """Rows of the parameters beside a buffer, else below its nearest ancestor that has some."""
-    owner = buffer.rpartition(".")[0]
-    beside = {row for name, row in parameters.items() if name.rpartition(".")[0] == owner}
-    while not beside:
-        prefix = f"{owner}." if owner else ""
-        beside = {row for name, row in parameters.items() if name.startswith(prefix)}
-        if not beside:
+class _Neighbours:
+    """The parameters beside a buffer, else below its nearest ancestor that has some."""
+
+    def __init__(self, parameters: Mapping[str, int]) -> None:
+        self._row = dict(parameters)
+        self._sorted = sorted(parameters)  # so that those below a module are in a row
+        self._beside: dict[str, set[int]] = {}
+        for name, row in parameters.items():
+            self._beside.setdefault(name.rpartition(".")[0], set()).add(row)
+
+    def find(self, buffer: str) -> tuple[str, bool]:
+        """The module that they are in, and whether they are its own."""
+        owner = buffer.rpartition(".")[0]
+        if owner in self._beside:
+            return owner, True
+        while owner and not any(self._below(owner)):
             owner = owner.rpartition(".")[0]
-    return owner, tuple(sorted(beside))
+        return owner, False
+
+    def rows(self, owner: str, is_own: bool) -> tuple[int, ...]:
+        """Their rows, in order."""
+        found = self._beside[owner] if is_own else {self._row[n] for n in self._below(owner)}
+        return tuple(sorted(found))
+
+    def _below(self, owner: str) -> Iterator[str]:
+        prefix = f"{owner}." if owner else ""
+        places = range(bisect_left(self._sorted, prefix), len(self._sorted))
+        return takewhile(lambda n: n.startswith(prefix), map(self._sorted.__getitem__, places))
 
 
 def check_layers(

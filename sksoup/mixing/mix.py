@@ -23,6 +23,8 @@ from .layers import check_layers, is_variance
 
 __all__ = ["mix"]
 
+GROUP = 1 << 22  # numbers: 16 MiB of an accumulator in float32
+
 
 @overload
 def mix(
@@ -99,9 +101,9 @@ def mix(
     variances are clamped at 0 from below.
 
     Each byte is read once. Memory: the result (in the accumulator's dtype) and one tensor; with
-    ``out`` no result, but a group of tensors that is no larger than the largest one. Files are
-    mapped, one at a time: that counts as address space, not as memory. A legacy pickle can only be
-    loaded whole, once for every such group.
+    ``out`` no result, but a group of tensors that is no larger than 16 MiB or the largest one.
+    Files are mapped, one at a time: that counts as address space, not as memory. A legacy pickle
+    can only be loaded whole, once for every such group.
 
     References
     ----------
@@ -153,7 +155,7 @@ def mix_some(
     rows: Mapping[str, int],
     names: Iterable[str],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Mix these tensors a few at a time: never more in memory than the largest takes."""
+    """Mix these tensors a few at a time: no more in memory than a group of them takes."""
     dtypes = stored_dtypes(checkpoints, coef)
     for group in _groups({name: checkpoints.layout[name].size for name in names}):
         mixed, differing = accumulate(checkpoints, coef, rows, group)
@@ -162,8 +164,11 @@ def mix_some(
 
 
 def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Cut the tensors, in order, into groups that are together no larger than the largest one."""
-    most, group, held = max(sizes.values(), default=0), list[str](), 0
+    """Cut the tensors, in order, into groups no larger than `GROUP` or the largest one.
+
+    Every group opens every checkpoint again, and very many tensors may be of one size.
+    """
+    most, group, held = max([GROUP, *sizes.values()]), list[str](), 0
     for name, size in sizes.items():
         if group and held + size > most:
             yield group

@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 
 from ..checkpoints.collection import CheckpointCollection
 
+MOST = 4  # sum_k |c_k| that counts: with larger ones the terms, and their rounding, cancel out
+STEPS = 4  # units in the last place; 2 where every product is moved by one, of 72 checkpoints, too
+
 
 def is_rounding(
     name: str,
@@ -18,8 +21,9 @@ def is_rounding(
 ) -> bool:
     """Whether two tensors of one kind differ, in each number, by no more than rounding may.
 
-    ``coef`` is (K,). Another processor sums a product in another order, which may change the last
-    bit of each term of the sum over the checkpoints, and the last bit of the result.
+    ``coef`` is (K,). Another processor sums a product in another order, which may change its last
+    bit, that of the sum over the checkpoints, and that of the result. Whoever writes a recipe
+    chooses K and the coefficients, so that no bound may grow with them.
     """
     a, b = expected.double(), given.cpu().double()
     bound = torch.finfo(expected.dtype).eps * a.abs() + _of_terms(name, checkpoints, coef)
@@ -29,27 +33,31 @@ def is_rounding(
 def _of_terms(
     name: str, checkpoints: CheckpointCollection, coef: NDArray[np.float64]
 ) -> torch.Tensor:
-    """The sum eps (K + 1) sum_k |c_k| (|w_0| + |B_k| |A_k|), and that of the products."""
+    """Eps min(sum_k |c_k| t_k, `MOST` max_k t_k), where t_k = |w_0| + |B_k| |A_k|, or |w_k|."""
     used = {n: abs(c) for n, c in zip(checkpoints.names, coef, strict=True) if c}
     adapters = checkpoints.on_one_base([*used])
     is_on_base = adapters and not any(name in one.whole for one in adapters.values())
     info = checkpoints.layout[name]
-    # the sums' own precision; where whole models are mixed, each is rounded as it is stored
-    wide = torch.float64 if info.dtype == torch.float64 else torch.float32
-    eps = torch.finfo(wide if is_on_base else info.dtype).eps
-    sizes = torch.zeros(info.shape, dtype=torch.float64)
+    total = torch.zeros(info.shape, dtype=torch.float64)
+    largest = torch.zeros_like(total)
     rank = 0
     known = checkpoints.adapters(used)
     for checkpoint, c in used.items():
         one = known.get(checkpoint)
         if one is None or name not in one.ranks or name in one.whole:
             with checkpoints.open(checkpoint) as read:
-                sizes += c * read(name).double().abs()
-            continue
-        with one.base.open() as read, checkpoints.open_factors(checkpoint) as (factors, _):
-            sizes += c * read(name).double().abs()
-            if (both := factors(name)) is not None:
-                product = both.left.double().abs() @ both.right.double().abs()
-                sizes += c * product.view(sizes.shape)
-                rank += both.rank
-    return (eps * (len(used) + 1) + torch.finfo(torch.float64).eps * rank) * sizes
+                term = read(name).double().abs()
+        else:
+            with one.base.open() as read, checkpoints.open_factors(checkpoint) as (factors, _):
+                term = read(name).double().abs()
+                if (both := factors(name)) is not None:
+                    product = both.left.double().abs() @ both.right.double().abs()
+                    term += product.view(term.shape)
+                    rank = max(rank, both.rank)
+        total += c * term
+        largest = torch.maximum(largest, term)
+    wide = torch.float64 if info.dtype == torch.float64 else torch.float32
+    eps = STEPS * torch.finfo(wide).eps + rank * torch.finfo(torch.float64).eps
+    if not is_on_base:  # where whole models are mixed, each is rounded as it is stored
+        eps += torch.finfo(info.dtype).eps
+    return eps * torch.minimum(total, MOST * largest)

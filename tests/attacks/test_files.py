@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sksoup import CheckpointCollection, CheckpointError, mix
+from sksoup import CheckpointCollection, CheckpointError, Recipe, mix
 from sksoup.checkpoints import prefixes
 from sksoup.checkpoints.prefixes import CHAIN, prefixes_of
 from sksoup.checkpoints.read import SafetensorsFile
 from sksoup.checkpoints.torch_files import TorchFile
+from sksoup.mixing.mix import _groups
 
 from ..checkpoints.runs import write_lightning
 
@@ -228,3 +229,30 @@ def test_records_of_odd_types_name_no_best(tmp_path):
                 torch.save(container, folder / f"step={step}.ckpt")
         found = CheckpointCollection.from_path(tmp_path / f"study{k}")
         assert [found.path(name).name for name in found] == ["step=2.ckpt"] * 2
+
+
+def test_files_of_many_small_tensors_are_opened_a_few_times(tmp_path, monkeypatch):
+    """Groups no larger than the largest tensor were of one each, where all have one size."""
+    names = [f"w{k}" for k in range(50)]
+    for k in range(2):
+        save_file(
+            {name: torch.full((2,), float(k)) for name in names}, tmp_path / f"{k}.safetensors"
+        )
+    ckpts = CheckpointCollection([tmp_path / "0.safetensors", tmp_path / "1.safetensors"])
+    recipe = Recipe.record("average", ckpts, [0.5, 0.5], layers=dict.fromkeys(names, 0))
+    opened = []
+    real = CheckpointCollection.open
+    monkeypatch.setattr(
+        CheckpointCollection, "open", lambda self, name: opened.append(name) or real(self, name)
+    )
+    folder = mix(ckpts, [0.5, 0.5], out=tmp_path / "mixed")
+    assert opened == ["0", "1"]
+    assert recipe.verify(folder, ckpts).ok
+    assert opened == ["0", "1"] * 2
+    # where a tensor is larger than such a group, the largest is what it takes
+    monkeypatch.setattr("sksoup.mixing.mix.GROUP", 1)
+    sizes = {"a": 3, "b": 1, "c": 2, "d": 2, "e": 2, "f": 0}
+    assert list(_groups(sizes)) == [["a"], ["b", "c"], ["d"], ["e", "f"]]
+    monkeypatch.setattr("sksoup.mixing.mix.GROUP", 7)
+    assert list(_groups(sizes)) == [["a", "b", "c"], ["d", "e", "f"]]
+    assert list(_groups({})) == [[]]

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -266,6 +267,24 @@ def test_no_field_of_a_recipe_breaks_out_of_the_card():
     for line in card.splitlines():
         ticks = line.replace("\\`", "").count("`")
         assert ticks % 2 == 0 or line in ("```", "```python")
+
+
+@pytest.mark.parametrize(
+    "live", ["https://x.org/y", "HTTP://x.org", "www.x.org", "@owner", "a@b.org", "$x^2$"]
+)
+def test_no_name_becomes_a_link_a_mention_or_a_formula(live):
+    """GitHub makes them of plain text; in a span of code it does not."""
+    recipe = dataclasses.replace(
+        RECIPE, method=live, ingredients=(Ingredient(live, live), *RECIPE.ingredients[1:]),
+        params={live: live}, versions={live: live}, classes=(live, "x"),
+    )  # fmt: skip
+    card = recipe.to_card()
+    assert live in card
+    text = re.sub(r"`[^`]*`", "", card)
+    assert live not in text
+    assert not re.search(r"(?i)[@$](?!</span>)|https?://|www\.", text)
+    shown = text.replace("<span>", "").replace("</span>", "").replace("\\", "")
+    assert f"# {live} of 2 checkpoints" in shown
 
 
 def test_names_do_not_reach_the_terminal_as_commands(tmp_path, capsys):

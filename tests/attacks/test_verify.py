@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from sksoup import CheckpointCollection, CheckpointError, Recipe, RecipeError
 from sksoup.__main__ import main
+from sksoup.checkpoints.hub_companions import copy_companions
 from sksoup.checkpoints.hub_config import LIMIT
 
 from .test_configs import BERT
@@ -81,6 +83,49 @@ def test_configs_that_name_other_files_are_not_verified(parts, name, fields):
             recipe.verify(weights, ckpts)
 
 
+ARGUMENTS = [
+    {"model_args": {"variant": "/evil"}},
+    {"model_kwargs": {"key_mapping": {r"layer\.0\.": "layer.1."}}},
+    {"model_args": {"adapter_kwargs": {"subfolder": "sub"}}},
+    {"model_args": {"state_dict": {}}},
+    {"model_args": {"dtype": {"": "float32"}}},
+    {"config_args": {"name_or_path": "../other"}},
+    {"config_kwargs": {"gguf_file": "x.gguf"}},
+    {"model_args": ["variant"]},
+    {"other_kwargs": {"subfolder": "sub"}},
+    {"backend": "onnx"},
+]
+
+
+@pytest.mark.parametrize("fields", ARGUMENTS, ids=json.dumps)
+def test_arguments_by_which_other_weights_are_loaded_are_not_verified(parts, tmp_path, fields):
+    folder, recipe, ckpts = parts
+    path = folder / "sentence_bert_config.json"
+    path.write_text(json.dumps({"max_seq_length": 8, **fields}))
+    for weights in (folder, folder / "model.safetensors"):
+        with pytest.raises(CheckpointError, match=r"bert_config\.json' (gives|has) .*Remove"):
+            recipe.verify(weights, ckpts)
+    with pytest.raises(CheckpointError, match=r"Remove"):  # nor passed on into a soup's folder
+        copy_companions(folder, tmp_path)
+
+
+def test_ordinary_arguments_of_sentence_transformers_are_verified(parts, tmp_path):
+    folder, recipe, ckpts = parts
+    fields = {
+        "max_seq_length": 8, "do_lower_case": False, "transformer_task": "feature-extraction",
+        "model_args": {"torch_dtype": "float16", "attn_implementation": "sdpa", "variant": None},
+        "model_kwargs": {"add_pooling_layer": True, "trust_remote_code": True},
+        "config_args": {}, "config_kwargs": {"num_labels": 1, "reference_compile": False},
+        "tokenizer_args": {"padding_side": "left"}, "processing_kwargs": {"text": {"padding": 8}},
+        "modality_config": {"text": {"method": "forward"}}, "backend": "torch",
+    }  # fmt: skip
+    (folder / "sentence_bert_config.json").write_text(json.dumps(fields))
+    assert recipe.verify(folder, ckpts).ok
+    (tmp_path / "out").mkdir()
+    copy_companions(folder, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "sentence_bert_config.json").read_text()) == fields
+
+
 def test_no_module_is_built_from_a_config_that_names_another(parts):
     folder, _, _ = parts
     change(folder / "config.json", configuration_files=["config.4.0.0.json"])
@@ -97,13 +142,47 @@ def test_a_config_that_can_not_be_read_is_not_verified(parts, text):
         recipe.verify(folder, ckpts)
 
 
+# ------------------------------------------------------------------ names that are not loaded
+
+
+@pytest.mark.parametrize("is_base", [False, True])
+@pytest.mark.parametrize(
+    "rename",
+    [lambda n: f"module.{n}", lambda n: f"_orig_mod.{n}", lambda n: f"model.{n}",
+     lambda n: f"bert.{n}", lambda n: f"bert.bert.{n}", lambda n: n.removeprefix("bert.")],
+    ids=["module", "_orig_mod", "model", "base", "twice", "without"],
+)  # fmt: skip
+def test_what_is_verified_is_what_transformers_loads(parts, tmp_path, rename, is_base):
+    """It loads nothing behind a wrapper's prefix, but gives and takes that of the base."""
+    folder, recipe, ckpts = parts
+    kind = transformers.BertForSequenceClassification
+    if is_base:
+        kind = transformers.BertModel
+        for each in "ab":
+            kind.from_pretrained(tmp_path / "in" / each).save_pretrained(tmp_path / "bases" / each)
+        ckpts = CheckpointCollection.from_path(tmp_path / "bases")
+        layers = dict.fromkeys(ckpts.layout, 0)
+        recipe = Recipe.record("average", ckpts, [0.5, 0.5], layers=layers)
+        shutil.copy(tmp_path / "bases/a/config.json", folder)
+    good = recipe.cook(ckpts)
+    save_file(
+        {rename(n): w for n, w in good.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    state = kind.from_pretrained(folder).state_dict()
+    is_loaded = all(torch.equal(state[name], w) for name, w in good.items())
+    findings = recipe.verify(folder, ckpts)
+    assert findings.ok == is_loaded
+    assert is_loaded or findings.differing
+
+
 # ------------------------------------------------------------------ other files in the folder
 
 
 @pytest.mark.parametrize(
     "name",
     ["head.safetensors", "shard-00001-model-00001-of-00001.safetensors", "pytorch_model.bin",
-     "MODEL.SAFETENSORS", "model.safetensors.index.json", "adapter_config.json", "x.gguf"],
+     "MODEL.SAFETENSORS", "model.safetensors.index.json", "adapter_config.json", "x.gguf",
+     "params.pt", "last.ckpt", "model.onnx", "rust_model.ot", "weights.npz"],
 )  # fmt: skip
 def test_other_weights_in_the_folder_are_named(parts, capsys, name):
     folder, recipe, ckpts = parts
@@ -134,7 +213,8 @@ def test_an_index_beside_a_file_that_is_preferred_to_it(parts):
 
 def test_what_training_leaves_beside_a_soup_is_no_other_weights(parts):
     folder, recipe, ckpts = parts
-    for name in ("optimizer.pt", "training_args.bin", "scheduler.pt", "rng_state.pth", "README.md"):
+    for name in ("optimizer.pt", "training_args.bin", "scheduler.pt", "rng_state.pth", "README.md",
+                 "scores.npz", "history.json"):  # fmt: skip
         (folder / name).write_bytes(b"x")
     (folder / "checkpoint-10").mkdir()
     write_other(folder / "checkpoint-10" / "model.safetensors")
@@ -147,7 +227,29 @@ def test_files_of_a_folder_that_is_no_model_stand_alone(parts, tmp_path):
     runs.mkdir()
     for name in ("soup.safetensors", "other.safetensors"):
         shutil.copy(folder / "model.safetensors", runs / name)
+    (runs / "last.pt").write_bytes(b"x")
+    (runs / "history.json").write_text("[]")
     assert recipe.verify(runs / "soup.safetensors", ckpts).ok
+
+
+def test_a_folder_of_skorch_is_a_model(parts, tmp_path):
+    """Its checkpoints are params.pt by default, whatever lies beside that."""
+    folder, recipe, ckpts = parts
+    skorch = tmp_path / "skorch"
+    skorch.mkdir()
+    for name in ("optimizer.pt", "train_end_optimizer.pt", "criterion.pt", "history.json"):
+        (skorch / name).write_text("[]")
+    for name in ("params.safetensors", "soup.safetensors"):
+        shutil.copy(folder / "model.safetensors", skorch / name)
+    (skorch / "soup.safetensors").rename(tmp_path / "soup.safetensors")
+    for weights in (skorch, skorch / "params.safetensors"):
+        assert recipe.verify(weights, ckpts).ok
+    torch.save(other(recipe.cook(ckpts)), skorch / "params.pt")
+    for weights in (skorch, skorch / "params.safetensors"):
+        assert recipe.verify(weights, ckpts).beside == ("params.pt",)
+    (tmp_path / "soup.safetensors").rename(skorch / "soup.safetensors")
+    (skorch / "params.safetensors").unlink()
+    assert recipe.verify(skorch / "soup.safetensors", ckpts).beside == ("params.pt",)
 
 
 def modules(folder, *paths) -> None:
@@ -183,6 +285,27 @@ def test_modules_that_are_not_those_of_the_ingredients(parts):
     modules(folder, "1_Pooling")
     change(folder / "1_Pooling" / "config.json", transformers_weights="x.safetensors")
     with pytest.raises(CheckpointError, match="'transformers_weights'"):
+        recipe.verify(folder, ckpts)
+
+
+@pytest.mark.parametrize("name", ["router_config.json", "config.json"])
+def test_routes_are_modules(parts, name):
+    folder, recipe, ckpts = parts
+    modules(folder, "", "1_Pooling")
+    (folder / name).touch()
+    routes = {"": "Transformer", "query": "sentence_transformers.models.Router"}
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text() or "{}")
+                                          | {"types": routes}))  # fmt: skip
+    assert recipe.verify(folder, ckpts).ok  # there is no such folder
+    (folder / "query").mkdir()
+    (folder / "query" / "router_config.json").write_text('{"types": {"deep": "Transformer"}}')
+    elsewhere = folder.parent / "elsewhere"  # folders that are links are not walked through
+    elsewhere.mkdir()
+    (folder / "query" / "deep").symlink_to(elsewhere)
+    save_file(other(load_file(folder / "model.safetensors")), elsewhere / "model.safetensors")
+    assert recipe.verify(folder, ckpts).beside == ("query/deep/model.safetensors",)
+    (elsewhere / "sentence_bert_config.json").write_text(json.dumps(ARGUMENTS[0]))
+    with pytest.raises(CheckpointError, match=r"deep/sentence_bert_config\.json' gives"):
         recipe.verify(folder, ckpts)
 
 
@@ -271,3 +394,69 @@ def test_beside_a_large_number_others_are_as_near_as_anywhere(adapters):
         findings = recipe.verify({**good, "0.weight": changed}, ckpts)
         assert findings.differing == {"0.weight": "has other values"}
         assert not findings.ok
+
+
+@pytest.mark.parametrize("case", ["cancelling", "many", "beside a whole model"])
+def test_a_recipe_can_not_choose_how_much_is_rounding(adapters, tmp_path, case):
+    """Coefficients that cancel out, or one adapter a thousand times: the soup is the same mean."""
+    recipe, ckpts = adapters
+    coef = [0.5, 0.5]
+    if case == "beside a whole model":  # each is rounded as it is stored: to 8 bits
+        whole = {n: w.bfloat16() for n, w in recipe.cook(ckpts).items()}
+        save_file(whole, tmp_path / "whole.safetensors")
+        paths = [tmp_path / "a0", tmp_path / "a1", tmp_path / "whole.safetensors"]
+        network = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).bfloat16()
+        ckpts = CheckpointCollection(paths, module=network)
+        coef = [0.25, 0.25, 0.5]
+        recipe = Recipe.record("x", ckpts, coef, layers=dict.fromkeys(ckpts.layout, 0))
+    first = recipe.ingredients[0]
+    added = np.full(1000, coef[0] / 1000) if case == "many" else np.array([1e8])
+    again = [dataclasses.replace(first, name=f"z{k}") for k in range(len(added))]
+    coef = np.concatenate([[coef[0] - added.sum()], coef[1:], added])[None]
+    recipe = dataclasses.replace(recipe, ingredients=(*recipe.ingredients, *again), coef=coef)
+    good = recipe.cook(ckpts)
+    assert recipe.verify(good, ckpts).ok
+    name = "1.weight"
+    eps = torch.finfo(good[name].dtype).eps
+    sizes = sum(w[name].float().abs() for w in ckpts.values())
+    findings = recipe.verify(
+        {**good, name: good[name] + 32 * eps * sizes.to(good[name].dtype)}, ckpts
+    )
+    assert findings.differing == {name: "has other values"}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [2, 24])
+def test_products_that_are_all_rounded_otherwise_are_verified(
+    tmp_path, monkeypatch, n, dtype, whole
+):
+    """More than another processor does: there, a few products in a billion are."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 64)).to(dtype)
+    for k in range(n):
+        model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=["0"]))
+        nn.init.normal_(model.get_parameter("base_model.model.0.lora_B.default.weight"), std=0.02)
+        model.save_pretrained(str(tmp_path / f"a{k:02d}"))
+    paths = sorted(tmp_path.iterdir())
+    if whole:
+        save_file(base.state_dict(), tmp_path / "whole.safetensors")
+        paths.append(tmp_path / "whole.safetensors")
+    ckpts = CheckpointCollection(paths, module=base)
+    assert bool(ckpts.on_one_base()) is not whole
+    coef = np.random.default_rng(0).normal(size=len(paths))
+    coef += (1 - coef.sum()) / len(coef)
+    recipe = Recipe.record("x", ckpts, coef, layers=dict.fromkeys(ckpts.layout, 0))
+    good = recipe.cook(ckpts)
+
+    def add_to(self, sums, c=1.0):
+        product = (self.left.double() @ self.right.double()).to(sums.dtype)
+        up = torch.rand(product.shape) < 0.5
+        product = product.nextafter(torch.where(up, torch.inf, -torch.inf))
+        sums += product.view(sums.shape) * c
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sksoup.checkpoints.low_rank.Factors.add_to", add_to)
+        moved = recipe.cook(ckpts)
+    assert dtype == torch.bfloat16 or not torch.equal(moved["0.weight"], good["0.weight"])
+    assert recipe.verify(moved, ckpts).ok

@@ -113,6 +113,8 @@ def test_weights_that_are_not_mixed_have_to_be_the_same(runs, tmp_path):
         ('[{"path": "../ft1"}]', r"names the module '\.\./ft1', expected a folder beside it"),
         ('[{"path": "/etc"}]', "names the module '/etc', expected a folder beside it"),
         (" " * (1 << 21), "larger than 1,048,576 bytes"),
+        (json.dumps([{"path": "m" * 5000}]), r"modules\.json' names a module .*name too long"),
+        (json.dumps([{"path": "m"}] * 101), r"there are 101 modules, expected 100 at most"),
     ],
 )
 def test_a_listing_that_can_not_be_read_is_named(content, match, runs, tmp_path):
@@ -156,3 +158,42 @@ def test_a_module_that_is_spelled_in_many_ways_is_copied_once(tmp_path):
         copy_companions(source, tmp_path / "target")
     assert walked.call_count == 1
     assert (tmp_path / "target" / "m" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("target", [".", "..", "../m", "/"])
+def test_a_module_that_is_another_folder_of_the_model_is_refused(tmp_path, target):
+    """By two links in it a folder has many names: each would be a copy, and read once more."""
+    source = tmp_path / "source"
+    (source / "m").mkdir(parents=True)
+    (source / "m" / "link").symlink_to(target if target == "/" else f"../{target}")
+    if target == "../m":
+        (source / "m" / "link").unlink()
+        (source / "m" / "link").symlink_to(".")
+    (source / "modules.json").write_text(json.dumps([{"path": "m"}, {"path": "m/link"}]))
+    with pytest.raises(CheckpointError, match=r"m/link' can't be a module: it is a link to"):
+        copy_companions(source, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def test_routes_in_routes_are_bounded(tmp_path):
+    source = tmp_path / "source"
+    (source / "q").mkdir(parents=True)
+    names = [f"m{k}" for k in range(60)]
+    for folder, listed in ((source, ["q", *names]), (source / "q", names)):
+        for name in names:
+            (folder / name).mkdir()
+        (folder / "router_config.json").write_text(json.dumps({"types": dict.fromkeys(listed)}))
+    with pytest.raises(CheckpointError, match=r"there are 101 modules, expected 100 at most"):
+        copy_companions(source, tmp_path / "target")
+
+
+def test_a_router_comes_out_whole(tmp_path):
+    source = tmp_path / "source"
+    (source / "q" / "inner").mkdir(parents=True)
+    (source / "config.json").write_text("{")  # other programs can't read it either
+    (source / "router_config.json").write_text('{"types": {"q": "Dense", "q/inner": "Dense"}}')
+    for folder in (source / "q", source / "q" / "inner"):
+        (folder / "config.json").write_text("{}")
+    (tmp_path / "target").mkdir()
+    copy_companions(source, tmp_path / "target")
+    assert listing(tmp_path / "target") == listing(source)

@@ -3,9 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from sksoup import CheckpointError
+from sksoup.checkpoints.protocol import TensorInfo
 from sksoup.mixing.layers import group_layers
 
 from ..zoo import Net
@@ -66,3 +69,48 @@ def test_tied_parameters_share_a_row():
 def test_a_module_without_parameters():
     with pytest.raises(CheckpointError, match="no parameters"):
         rows_of(nn.BatchNorm1d(2, affine=False), True)
+
+
+class Name(str):
+    """A name that counts how often its beginning is looked at."""
+
+    looks = 0
+
+    def startswith(self, *args):
+        Name.looks += 1
+        return super().startswith(*args)
+
+
+def layout_of(names):
+    return {name: TensorInfo((1,), torch.float32) for name in names}
+
+
+modules = st.lists(st.sampled_from(["a", "b", "a0"]), max_size=3)
+
+
+@given(
+    parameters=st.sets(modules.map(lambda m: ".".join([*m, "w"])), min_size=1),
+    statistics=st.sets(modules.map(lambda m: ".".join([*m, "running_mean"]))),
+)
+def test_rows_of_statistics_agree_with_a_look_at_all_parameters(parameters, statistics):
+    parameters = sorted(parameters)
+    layers = group_layers(layout_of([*parameters, *statistics]), [*statistics], True)
+    for name in statistics:
+        owner = name.rpartition(".")[0]
+        near = [n for n in parameters if n.rpartition(".")[0] == owner]
+        while not near:
+            near = [n for n in parameters if not owner or n.startswith(f"{owner}.")]
+            owner = owner.rpartition(".")[0]
+        wanted = tuple(map(parameters.index, near))
+        row = layers.rows[name]
+        found = (row,) if row < len(parameters) else layers.averaged[row - len(parameters)]
+        assert found == wanted
+
+
+def test_parameters_are_not_gone_through_once_for_each_statistic():
+    names = [Name(f"p{k}") for k in range(100)]
+    Name.looks = 0
+    statistics = [f"b{k}.running_mean" for k in range(100)]
+    layers = group_layers(layout_of([*names, *statistics]), statistics, True)
+    assert layers.averaged == (tuple(range(100)),)
+    assert Name.looks <= 300
