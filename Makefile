@@ -10,7 +10,7 @@ ZOO ?=
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs examples paper paper-defaults wheel clean
+.PHONY: help demo test lint types docs examples gpu paper paper-defaults wheel clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,9 @@ docs: $(STAMP)  ## Documentation and gallery, warnings are errors, no network
 
 examples: $(STAMP)  ## Run every example
 	set -e; for example in examples/plot_*.py; do $(BIN)/python $$example; done
+
+gpu: $(STAMP)  ## On a machine with an NVIDIA GPU: its tests, and the paper's cost table
+	$(BIN)/python -m benchmarks gpu
 
 paper: $(STAMP)  ## The papers' tables and their page; ZOOS keeps the zoos, ZOO=photos makes one
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \

@@ -25,8 +25,8 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from itertools import cycle, islice
 from multiprocessing.connection import Connection
@@ -116,7 +116,7 @@ class Run:
         o, K = self.options, len(self.paths)
         name = o.run.removesuffix(" bf16 deltas").removesuffix(", b")
         soup = {**paper_systems(K), **centered_systems(K)}[name]
-        params = {"batch_size": o.batch_size, "device": o.device,
+        params = {"batch_size": o.batch_size, "device": o.device, "precision": o.precision,
                   "max_epochs": max_epochs or o.epochs}  # fmt: skip
         if name.startswith("Learned"):
             params["memory_limit"] = "1000GB"
@@ -175,12 +175,19 @@ class Run:
             return 0, K, 2
         return (0, 0, 1) if o.run == "Uniform-Soup" else (0, 2 * K - 1, 2)
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What the soups compute in; references, too."""
+        if self.options.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
     def run_pass(self, backward: bool) -> None:
         """Once over the rows with the bare module."""
         size = self.options.batch_size
         with torch.set_grad_enabled(backward):
             for i in range(0, len(self.X), size):
-                output = self.module(self.X[i : i + size])
+                with self.autocast():
+                    output = self.module(self.X[i : i + size]).float()
                 if backward:
                     self.module.zero_grad()
                     cross_entropy(output, self.y[i : i + size]).backward()
@@ -215,7 +222,8 @@ class Run:
         if self.options.run in REFERENCES:
             run = self.reference()
             passes.finish(n // 2)
-            spent = self.seconds(run)
+            with self.autocast():
+                spent = self.seconds(run)
             floor = passes.finish()
             return {"seconds": spent, "floor_seconds": floor, "ratio_to_floor": spent / floor}
         soups: list[Any] = []
@@ -359,7 +367,12 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def parse() -> argparse.Namespace:
+def named(options: argparse.Namespace) -> str:
+    """The device, as its maker calls it."""
+    return torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--checkpoints", type=int, default=72, help="K")
     parser.add_argument("--model-batch", type=int, default=18, help="b")
@@ -367,14 +380,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--epochs", type=int, help="passes over the rows: 10, with --paper 5")
     parser.add_argument("--prefetch", type=int, default=0)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--kind", choices=list(zoo.COST_KINDS), default="vit")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--folder", help="where the checkpoints are or go; default: a new one")
-    parser.add_argument("--only", default="", help="systems and references that contain this")
+    parser.add_argument(
+        "--only", nargs="+", help="systems and references that contain one of these"
+    )
     parser.add_argument("--paper", action="store_true")
     parser.add_argument("--output", type=Path, help="save the results as JSON")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.paper:
         options.kind = "clip"
     options.rows = options.rows or (25_600 if options.kind == "clip" else 256)
@@ -382,8 +398,8 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def main() -> None:
-    options = parse()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as temporary:
         options.folder = options.folder or temporary
@@ -398,7 +414,7 @@ def main() -> None:
         )
         results: dict[str, dict[str, Any]] = {}
         for name in (*SYSTEMS, *REFERENCES):
-            if options.only not in name:
+            if options.only and not any(part in name for part in options.only):
                 continue
             r = child(options, name, "time") | child(options, name, "memory")
             results[name] = r
@@ -407,7 +423,11 @@ def main() -> None:
     print(table(results))
     print(LEGEND)
     if options.output:
-        about = {"torch": torch.__version__, "machine": platform.machine()}
+        about = {
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "device": named(options),
+        }
         document = {"options": vars(options) | {"output": None}, **about, "results": results}
         options.output.write_text(json.dumps(document, indent=1))
 

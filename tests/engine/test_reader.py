@@ -27,11 +27,11 @@ def files(tmp_path):
 
 
 @contextmanager
-def reading(files, order, n_ahead, window):
+def reading(files, order, n_ahead, window, device=torch.device("cpu")):  # noqa: B008
     """A reader of everything in these files, in an order."""
     module = files.build_module()
     layout = FlatLayout.of(module, group_layers(module, files.layout, True), set(files.layout))
-    flat = SimpleNamespace(layout=layout, device=torch.device("cpu"))
+    flat = SimpleNamespace(layout=layout, device=device)
     center = SimpleNamespace(checkpoints=files, flat=flat, weights=torch.ones(layout.size))
     reader = Reader(center, order, n_ahead, window)
     try:
@@ -53,6 +53,38 @@ def test_gives_flat_deltas_in_order(files, n_ahead):
             for s in layout.segments:
                 assert torch.equal(delta[s.where].view(s.shape), files[name][s.name] - 1)
     assert not running()
+
+
+def test_pinned_memory_is_used_again_only_when_it_was_copied(files, monkeypatch):
+    """The path of CUDA, with what it needs of CUDA put in."""
+    events, pinned = [], []
+    empty = torch.empty
+
+    def pin(*size, pin_memory=False, **kwargs):
+        found = empty(*size, **kwargs)
+        if pin_memory:
+            pinned.append(found.data_ptr())
+        return found
+
+    class Out(torch.Tensor):
+        def copy_(self, other, non_blocking=False):
+            events.append(("copy", pinned.index(other.data_ptr()), non_blocking))
+            return super().copy_(other)
+
+    stream = SimpleNamespace(synchronize=lambda: events.append("synchronize"))
+    monkeypatch.setattr(torch, "empty", pin)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    order = list(files)
+    with reading(files, order, 2, 3, device=SimpleNamespace(type="cuda")) as (reader, layout):
+        for name in order:
+            delta = empty(layout.size).as_subclass(Out)
+            reader.read_into(delta, name)
+            for s in layout.segments:
+                found = delta[s.where].view(s.shape).as_subclass(torch.Tensor)
+                assert torch.equal(found, files[name][s.name] - 1)
+    assert len(pinned) == 2
+    assert events[1::2] == ["synchronize"] * len(order)  # after each copy, before it is free again
+    assert events[::2] == [("copy", k % 2, True) for k in range(len(order))]
 
 
 def running():
