@@ -228,3 +228,32 @@ def test_records_of_odd_types_name_no_best(tmp_path):
                 torch.save(container, folder / f"step={step}.ckpt")
         found = CheckpointCollection.from_path(tmp_path / f"study{k}")
         assert [found.path(name).name for name in found] == ["step=2.ckpt"] * 2
+
+
+# Containers
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"w": torch.ones(2), "_extra_state": {"calls": 3}},
+        {"w": torch.ones(2), "_extra_state": None},
+        {"w": torch.ones(2), "num_updates": 5},
+        {"encoder": {"w": torch.ones(2)}, "decoder": {"w": torch.ones(2)}},
+        {"layers": [torch.ones(2)]},
+    ],
+    ids=["extra", "none", "number", "parts", "list"],
+)
+def test_no_other_state_dict_is_taken_for_a_model_that_is_not_plain(tmp_path, model):
+    """Once, the averages or a loss beside the model were mixed without a word."""
+    torch.save({"model": model, "ema": {"w": torch.zeros(2)}}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"a\.pt' holds .*'ema' .*'model': it is not clear"):
+        CheckpointCollection([tmp_path / "a.pt"])
+    assert CheckpointCollection([tmp_path / "a.pt"], key="ema")["a"]["w"].tolist() == [0, 0]
+
+
+def test_an_entry_that_holds_itself_is_looked_through_once(tmp_path):
+    entry = {"n": 1}
+    entry["self"] = entry
+    torch.save({"model": {"w": torch.ones(2)}, "entry": entry}, tmp_path / "a.pt")
+    assert list(CheckpointCollection([tmp_path / "a.pt"])["a"]) == ["w"]
