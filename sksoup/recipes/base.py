@@ -29,6 +29,7 @@ from ..engine.objective import Criterion, Forward, load_weights
 from ..engine.precision import judge_bfloat16
 from ..engine.problem import Found, Problem
 from ..engine.scores import Evaluator
+from ..engine.tied import check_tied
 from ..mixing.layers import Layerwise
 from ..mixing.mix import mix
 from ..mixing.recipe import Recipe
@@ -430,6 +431,7 @@ class BaseSoup(
             raise TypeError("An ensemble has no weights of its own: interpolate a soup.")
         checkpoints = with_start(self.checkpoints_, start)
         name = name_of_start(self.checkpoints_, start)
+        check_tied(self.module_, checkpoints.select([name]))
         own = t * np.atleast_2d(self.coef_)
         coef = np.zeros((len(own), len(checkpoints)))
         coef[:, : own.shape[1]] = own

@@ -52,6 +52,7 @@ from ..engine.objective import (
 )
 from ..engine.problem import Problem, Step
 from ..engine.scores import Evaluator
+from ..engine.tied import check_tied
 from ..mixing.layers import Layerwise, group_layers
 from ..runtime.cache import Cache
 from ..runtime.distributed import world_size
@@ -253,6 +254,7 @@ def prepare_problem(
     """Make what a search is given from rows that `validate_rows` has checked."""
     where = resolve_device(device)
     module = prepare_module(checkpoints.build_module(), checkpoints, where)
+    check_tied(module, checkpoints)
     dtype, given = module_dtype(module), X
     if task in TEXT_TASKS:
         X = with_decoder_inputs(module, X, y, kind_of_model(module, task))

@@ -17,12 +17,13 @@ from sklearn.base import clone
 from sksoup import (
     CheckpointCollection,
     CheckpointEnsemble,
+    CheckpointError,
     ModelStockSoup,
     PrunedSoup,
     Recipe,
     mix,
 )
-from sksoup.inspection import paper_systems
+from sksoup.inspection import interpolation_path, paper_systems
 from sksoup.model_selection import SoupSearchCV
 
 from ..zoo import Net, Zoo, make_states, make_zoo, same_tensors
@@ -239,6 +240,52 @@ def test_tied_parameters_stay_tied(system):
         state = soup.state_dict()
         assert torch.equal(state["a.weight"], state["b.weight"])
         assert same_tensors(state, mix(checkpoints, soup.coef_, layers=soup.layers_))
+
+
+@every_system
+def test_tied_names_with_different_values_are_refused_before_a_search(system):
+    """Once, the last name won: what was scored and saved was no mix of the checkpoints."""
+
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.z = torch.nn.Linear(4, 3, bias=False)
+            self.a = torch.nn.Linear(4, 3, bias=False)
+            self.m = torch.nn.Linear(4, 3, bias=False)
+            self.a.weight = self.m.weight = self.z.weight
+
+        def forward(self, x):
+            return self.a(x) + self.m(x) + self.z(x)
+
+    torch.manual_seed(0)
+    zoo, same = make_zoo(1, seed=0), Tied().state_dict()
+    for name in ("z.weight", "a.weight", "m.weight"):
+        checkpoints = CheckpointCollection([same, {**same, name: same[name] * 3}], module=Tied)
+        with pytest.raises(
+            CheckpointError, match=r"'checkpoint1' .*'a.weight' and '[mz].weight' a"
+        ):
+            clone(system).fit(checkpoints, zoo.X, zoo.y)
+
+
+def test_a_start_whose_tied_names_differ_is_refused():
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Linear(3, 3, bias=False)
+            self.b = torch.nn.Linear(3, 3, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x[:, :3]))
+
+    zoo = make_zoo(1, seed=0)
+    checkpoints = CheckpointCollection([Tied(), Tied()], module=Tied)
+    soup = clone(SYSTEMS["Uniform-Soup"]).fit(checkpoints, zoo.X, zoo.y)
+    start = {**Tied().state_dict(), "b.weight": torch.ones(3, 3)}
+    with pytest.raises(CheckpointError, match=r"'start' does not fit .*'a.weight' and 'b.weight'"):
+        soup.interpolate(start, 0.5)
+    with pytest.raises(CheckpointError, match=r"'start' does not fit .*'a.weight' and 'b.weight'"):
+        interpolation_path(start, soup, zoo.X, zoo.y)
 
 
 def test_a_tied_name_may_be_missing_from_the_files():
