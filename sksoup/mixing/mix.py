@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.low_rank import LowRankCheckpoint, widened
 from ..checkpoints.protocol import TensorInfo, same_bits
 from ..checkpoints.write import write_shards
-from ..exceptions import CheckpointError
+from ..exceptions import CheckpointError, SoupWarning
 from .layers import check_layers, is_variance
 
 __all__ = ["mix"]
@@ -85,6 +86,11 @@ def mix(
     FileExistsError
         ``out`` is there and not an empty folder; nothing is read.
 
+    Warns
+    -----
+    SoupWarning
+        Integers of two dimensions or more, as quantized weights are, differ between checkpoints.
+
     Notes
     -----
     The arithmetic is fixed, so that anyone gets the same bits: per tensor an accumulator in
@@ -123,6 +129,7 @@ def mix(
     if out is not None:
         return mix_into(Path(out), checkpoints, weights, rows)
     mixed, differing = accumulate(checkpoints, weights, rows, checkpoints.layout)
+    _warn_of_integers(checkpoints, differing)
     dtypes = stored_dtypes(checkpoints, weights)
     return {
         name: _finished(name, mixed.pop(name), dtypes[name], name in differing)
@@ -154,10 +161,27 @@ def mix_some(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Mix these tensors a few at a time: never more in memory than the largest takes."""
     dtypes = stored_dtypes(checkpoints, coef)
+    is_warned = False
     for group in _groups({name: checkpoints.layout[name].size for name in names}):
         mixed, differing = accumulate(checkpoints, coef, rows, group)
+        is_warned = is_warned or _warn_of_integers(checkpoints, differing)
         for name in group:
             yield name, _finished(name, mixed.pop(name), dtypes[name], name in differing)
+
+
+def _warn_of_integers(checkpoints: CheckpointCollection, differing: AbstractSet[str]) -> bool:
+    """Warn where tables of integers, which are copied, differ: quantized weights do."""
+    names = sorted(n for n in differing if not checkpoints.layout[n].dtype.is_floating_point)
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        warnings.warn(
+            f"Integers are not averaged, but those of {', '.join(map(repr, names[:5]))}{more} "
+            f"differ between the checkpoints: the mix has those of the largest coefficient. If "
+            f"they are quantized weights, it is useless: dequantize the checkpoints first.",
+            SoupWarning,
+            stacklevel=3,
+        )
+    return bool(names)
 
 
 def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
@@ -206,6 +230,7 @@ def accumulate(
     """Read these tensors of all checkpoints once: the sums, and the names of those that differ.
 
     ``coef`` is (n_layers, K). Sums are uncast; tensors that are equal everywhere are as stored.
+    Integers are compared where they have two dimensions or more: counters differ always.
     What adapters add to one base is summed without it.
     """
     used = [name for name, c in zip(checkpoints.names, coef.T, strict=True) if c.any()]
@@ -218,14 +243,20 @@ def accumulate(
     dtypes = {n: checkpoints.layout[n].dtype for n in names if n not in on_base}
     leader = int(coef.mean(axis=0).argmax())
     sums: dict[str, _Sum] = {}
+    tables: dict[str, torch.Tensor] = {}  # of integers, in the first checkpoint
     for k, checkpoint in enumerate(checkpoints):
         if not coef[:, k].any() or not dtypes:
             continue
         with checkpoints.open(checkpoint) as read:
             for name, dtype in dtypes.items():
                 if not dtype.is_floating_point:
-                    if k == leader:
-                        found[name] = read(name).clone()
+                    is_table = len(checkpoints.layout[name].shape) > 1
+                    if k == leader or is_table:
+                        w = read(name).clone()
+                        if k == leader:
+                            found[name] = w
+                        if is_table and not same_bits(tables.setdefault(name, w), w):
+                            differing.add(name)
                 elif (c := float(coef[rows[name], k])) != 0.0:
                     if name in sums:
                         sums[name].add(read(name), c)
@@ -279,7 +310,7 @@ def cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _finished(name: str, value: torch.Tensor, dtype: torch.dtype, is_sum: bool) -> torch.Tensor:
     """`cast`; a sum has to fit the dtype, while what all checkpoints share may be infinite."""
     stored = cast(name, value, dtype)
-    if is_sum and value.numel():
+    if is_sum and value.numel() and dtype.is_floating_point:
         _check_range(name, value, dtype)
     return stored
 
