@@ -161,3 +161,20 @@ def test_statistics_of_batch_norm(zoo: Zoo, batch_norm):
 def test_a_bad_improvement_is_refused(zoo: Zoo, value):
     with pytest.raises((ValueError, TypeError), match="min_improvement"):
         PrunedSoup(min_improvement=value).fit(zoo.checkpoints, zoo.X, zoo.y)
+
+
+@pytest.mark.parametrize("large", [1e6, 1e30])
+def test_a_run_that_diverged_is_dropped_in_half_precision(large):
+    """Once its weights left the rounding of the sum in the place of the others' mean."""
+    zoo = make_zoo(4, 0, batch_norm=False)
+    states = [{n: w.bfloat16() for n, w in state.items()} for state in zoo.checkpoints.values()]
+    bad = {n: (torch.randn(w.shape) * large).bfloat16() for n, w in states[0].items()}
+    build = zoo.checkpoints.build_module
+    checkpoints = CheckpointCollection([*states, bad], names=[*"abcd", "bad"], module=build)
+    soup = PrunedSoup().fit(checkpoints, zoo.X, zoo.y)
+    mean = UniformSoup().fit(checkpoints.drop("bad"), zoo.X, zoo.y)
+    assert "bad" not in soup.ingredients_
+    assert next(s["score"] for s in soup.path_ if s["candidate"] == "bad") == pytest.approx(
+        mean.score(zoo.X, zoo.y), abs=0.02
+    )
+    assert soup.score(zoo.X, zoo.y) >= mean.score(zoo.X, zoo.y) - 0.02
