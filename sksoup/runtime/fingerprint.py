@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-import joblib
 import numpy as np
 import torch
+from joblib.hashing import NumpyHasher
 from torch import nn
 
 Within: TypeAlias = tuple[types.FunctionType | nn.Module, ...]  # what is being encoded
@@ -25,10 +25,35 @@ def tensor_bytes(value: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
+class Hasher(NumpyHasher):  # type: ignore[misc]
+    """Joblib's digest of objects, but tensors by value and functions by their code.
+
+    A pickle holds the address of a tensor, and of a function its name alone, if it has one.
+    """
+
+    def __init__(self, within: Within) -> None:
+        super().__init__(hash_name="sha1")
+        self.within = within
+
+    def reducer_override(self, value: Any) -> Any:
+        """Replace a tensor or a function by its digest, where it has one."""
+        if type(value) not in (torch.Tensor, types.FunctionType):
+            return NotImplemented
+        try:
+            return str, (digest_of(encode(value, self.within)),)
+        except (TypeError, ValueError):
+            return NotImplemented
+
+
 def fingerprint(*values: Any) -> str:
     """SHA-256 of values: equal for equal values, in any process."""
+    return digest_of(encode(list(values)))
+
+
+def digest_of(parts: Iterable[Any]) -> str:
+    """SHA-256 of bytes in pieces."""
     digest = hashlib.sha256()
-    for part in encode(list(values)):
+    for part in parts:
         digest.update(part)
     return digest.hexdigest()
 
@@ -129,14 +154,11 @@ def encode_code(code: types.CodeType, within: Within = ()) -> Iterator[Any]:
 
 
 def encode_other(value: Any, within: Within = ()) -> Iterator[Any]:
-    """A value by its pickle, with sets in one order."""
+    """A value by what a pickle holds, with sets in one order."""
     try:
-        yield joblib.hash(value, hash_name="sha1").encode()
+        yield Hasher(within).hash(value).encode()
     except Exception as error:  # pickling raises anything
         raise TypeError(
             f"memory= can't tell whether {value!r} has changed, since it can't be pickled "
             f"({error}). Give something that can, or memory=None."
         ) from error
-    for part in getattr(value, "__dict__", {}).values():
-        if isinstance(part, types.FunctionType):  # a pickle holds its name alone
-            yield from encode_function(part, within)
