@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, overload
@@ -63,7 +63,7 @@ def mix(
     checkpoints : CheckpointCollection
         Or anything its constructor takes. No module is needed.
     coef : array-like of shape (n_checkpoints,) or (n_layers, n_checkpoints)
-        Coefficients; each row sums to 1.
+        Coefficients; each row sums to 1. A Series whose index is names is taken by these names.
     layers : mapping of str to int or None, default=None
         Row of ``coef`` for every tensor name; None when there is one row.
     out : str or path-like, default=None
@@ -124,7 +124,7 @@ def mix(
     """
     if not isinstance(checkpoints, CheckpointCollection):
         checkpoints = CheckpointCollection(checkpoints)
-    weights = check_coef(coef, len(checkpoints))
+    weights = check_coef(_in_order(coef, checkpoints.names), len(checkpoints))
     rows = check_layers(layers, checkpoints.layout, len(weights))
     if out is not None:
         return mix_into(Path(out), checkpoints, weights, rows)
@@ -196,9 +196,25 @@ def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
     yield group
 
 
+def _in_order(coef: Any, names: Sequence[str]) -> Any:
+    """Coefficients in the order of the collection: a Series of pandas may have names."""
+    index = getattr(coef, "index", None)
+    if index is None or callable(index) or not any(isinstance(name, str) for name in index):
+        return coef
+    if sorted(map(str, index)) != sorted(names):
+        raise ValueError(
+            f"coef has the index {', '.join(map(repr, list(index)[:5]))}, expected the names of "
+            f"the checkpoints, {', '.join(map(repr, names[:5]))}: or give coef.to_numpy(), in the "
+            f"order of the collection."
+        )
+    return np.asarray(coef.loc[list(names)])
+
+
 def check_coef(coef: ArrayLike, n_checkpoints: int) -> NDArray[np.float64]:
     """Return ``coef`` as (n_layers, n_checkpoints) float64; ValueError if it is not one."""
     given = np.asarray(coef)
+    if np.iscomplexobj(given):
+        raise ValueError("coef is complex, expected real coefficients.")
     rows = np.atleast_2d(given).astype(np.float64)
     if given.ndim not in (1, 2) or rows.shape[1] != n_checkpoints or not len(rows):
         raise ValueError(

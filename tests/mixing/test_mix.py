@@ -7,6 +7,7 @@ import sys
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -114,6 +115,23 @@ def test_tables_of_integers_that_differ_are_warned_of(tmp_path):
         warnings.simplefilter("error")
         mix(states, [0.0, 0.0, 1.0])
         mix([states[1], states[1]], [0.5, 0.5])
+
+
+def test_a_series_is_taken_by_its_names():
+    states = {"a": {"w": torch.zeros(1)}, "b": {"w": torch.ones(1)}}
+    coef = pd.Series({"b": 0.75, "a": 0.25})
+    assert mix(states, coef)["w"].item() == 0.75
+    assert mix(states, coef.reset_index(drop=True))["w"].item() == 0.25
+    with pytest.raises(ValueError, match=r"index 'b', 'c', expected the names .* 'a', 'b'"):
+        mix(states, coef.set_axis(["b", "c"]))
+
+
+def test_complex_coefficients_and_rows_between_two_are_refused():
+    states = [{"w": torch.zeros(1)}, {"w": torch.ones(1)}]
+    with pytest.raises(ValueError, match="coef is complex"):
+        mix(states, [0.5 + 1j, 0.5 - 1j])
+    with pytest.raises(ValueError, match=r"layers\['w'\] is 0\.9, expected a row"):
+        mix(states, [0.5, 0.5], layers={"w": 0.9})
 
 
 def test_variances_never_become_negative():

@@ -21,6 +21,7 @@ from sksoup import (
     ModelStockSoup,
     PrunedSoup,
     Recipe,
+    SoupWarning,
     mix,
 )
 from sksoup.inspection import interpolation_path, paper_systems
@@ -240,6 +241,26 @@ def test_tied_parameters_stay_tied(system):
         state = soup.state_dict()
         assert torch.equal(state["a.weight"], state["b.weight"])
         assert same_tensors(state, mix(checkpoints, soup.coef_, layers=soup.layers_))
+
+
+def test_numbers_as_texts_are_warned_of():
+    """Once '10' was the third of eleven classes without a word."""
+    X, y = np.zeros((22, 4), np.float32), np.array([str(k % 11) for k in range(22)])
+    checkpoints = CheckpointCollection([torch.nn.Linear(4, 11) for _ in range(2)])
+    system = SYSTEMS["Uniform-Soup"]
+    with pytest.warns(SoupWarning, match=r"'0', '1', '10', \.\.\.\. If the outputs"):
+        clone(system).fit(checkpoints, X, y)
+    for labels, classes in ((y.astype(int), None), (y, [str(k) for k in range(11)])):
+        soup = clone(system).set_params(classes=classes).fit(checkpoints, X, labels)
+        assert not any("numbers as texts" in said for said in soup.warnings_)
+
+
+def test_minus_100_is_no_class():
+    X, y = np.zeros((20, 4), np.float32), np.array([0, -100] * 10)
+    checkpoints = CheckpointCollection([torch.nn.Linear(4, 2) for _ in range(2)])
+    with pytest.raises(ValueError, match=r"y holds -100, .*Leave these rows out, or give classes="):
+        clone(SYSTEMS["Uniform-Soup"]).fit(checkpoints, X, y)
+    clone(SYSTEMS["Uniform-Soup"]).set_params(classes=[-100, 0]).fit(checkpoints, X, y)
 
 
 @every_system
