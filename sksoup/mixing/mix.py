@@ -124,7 +124,9 @@ def mix(
     """
     if not isinstance(checkpoints, CheckpointCollection):
         checkpoints = CheckpointCollection(checkpoints)
-    weights = check_coef(_in_order(coef, checkpoints.names), len(checkpoints))
+    if hasattr(coef, "loc"):  # a Series
+        coef = _in_order(coef, checkpoints.names)
+    weights = check_coef(coef, len(checkpoints))
     rows = check_layers(layers, checkpoints.layout, len(weights))
     if out is not None:
         return mix_into(Path(out), checkpoints, weights, rows)
@@ -198,8 +200,8 @@ def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
 
 def _in_order(coef: Any, names: Sequence[str]) -> Any:
     """Coefficients in the order of the collection: a Series of pandas may have names."""
-    index = getattr(coef, "index", None)
-    if index is None or callable(index) or not any(isinstance(name, str) for name in index):
+    index = coef.index
+    if coef.ndim != 1 or not any(isinstance(name, str) for name in index):
         return coef
     if sorted(map(str, index)) != sorted(names):
         raise ValueError(

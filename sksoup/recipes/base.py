@@ -255,7 +255,8 @@ class BaseSoup(
         self.outputs_ = problem.objective.outputs
         if self.outputs_.classes is not None:
             self.classes_ = self.outputs_.classes
-            if self.classes is None and self.outputs_.names is None:
+            is_texts = self.classes_.dtype.kind in "UO"
+            if is_texts and self.classes is None and self.outputs_.names is None:
                 self._warn_of_digits(self.classes_)
         if self.batch_norm == "recalibrate":
             check_policy(problem, self.batch_size)
