@@ -50,7 +50,7 @@ class BaseModel(BaseCheckpoint):
         self._kinds = {name: _kind(part) for name, part in module.named_modules()}
         self._outputs = _outputs(module)
         self._names = frozenset(module.state_dict())
-        self._tied = _tied(module)
+        self._tied = tied_names(module)
         self._digests: dict[frozenset[str], str] = {}
 
     def __repr__(self) -> str:
@@ -160,7 +160,7 @@ def _outputs(network: nn.Module) -> frozenset[str]:
     return frozenset(name for name, part in network.named_modules() if part is last)
 
 
-def _tied(module: nn.Module) -> dict[str, tuple[str, ...]]:
+def tied_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
     """For each tensor with several names, the others."""
     names: defaultdict[int, list[str]] = defaultdict(list)
     for name, value in module.state_dict(keep_vars=True).items():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..exceptions import CheckpointError
 from .protocol import TensorInfo
+from .read import file_identity
 from .texts import read_text
 
 LIMIT = 8 << 20  # bytes; with 20,000 labels a config has about 1 MB
@@ -65,6 +67,27 @@ def read_config(path: Path, header: Mapping[str, TensorInfo]) -> dict[str, Any]:
         _refuse_counts(part, most, path)
         _drop_what_acts(part)
     return config
+
+
+def refuse_quantized(path: Path) -> None:
+    """Refuse weights beside a config.json that says they are quantized: they can't be averaged."""
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        identity = file_identity(config)
+    except CheckpointError:  # there is none
+        return
+    for part in _quantized_parts(config, identity):
+        _refuse_quantized_part(part, config)
+
+
+@lru_cache(maxsize=1)  # many files may lie beside one
+def _quantized_parts(config: Path, identity: tuple[int, ...]) -> list[dict[str, Any]]:
+    """The parts of a config that say so; none of one that is an error where a module is built."""
+    try:
+        found = json.loads(read_text(config, LIMIT))
+    except (CheckpointError, ValueError, RecursionError):
+        return []
+    return [part for part in _parts(found) if part.get("quantization_config")]
 
 
 def refuse_other_weights(folder: Path) -> None:
@@ -157,12 +180,7 @@ def _refuse_what_acts(part: dict[str, Any], path: Path) -> None:
             )
     for field in ("transformers_weights", "configuration_files"):
         _refuse_other_files(part, field, path)
-    if part.get("quantization_config"):
-        raise CheckpointError(
-            f"{str(path)!r} can't be built: its weights are quantized ('quantization_config'). "
-            f"Save the checkpoint dequantized (transformers: model.dequantize()), or give "
-            f"module=build_model."
-        )
+    _refuse_quantized_part(part, path)
     is_timm = part.get("use_timm_backbone") is True or part.get("model_type") == "timm_backbone"
     for field in ("backbone", "default_backbone", "architecture"):
         name = part.get(field)
@@ -174,6 +192,15 @@ def _refuse_what_acts(part: dict[str, Any], path: Path) -> None:
                 f"would have to be fetched, which sksoup never does. Write that configuration "
                 f"into 'backbone_config', or give module=build_model."
             )
+
+
+def _refuse_quantized_part(part: Mapping[str, Any], path: Path) -> None:
+    if part.get("quantization_config"):
+        raise CheckpointError(
+            f"{str(path)!r} can't be used: its weights are quantized ('quantization_config'), and "
+            f"can't be averaged. Save the checkpoint dequantized (transformers: "
+            f"model.dequantize()); if it is, remove that field."
+        )
 
 
 def _refuse_counts(part: dict[str, Any], most: int, path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from ..exceptions import CheckpointError
 from ..runtime.fingerprint import tensor_bytes
 from .protocol import HASHING, Checkpoint, Entry, Read, TensorInfo, is_text
+from .read import SAFETENSORS_DTYPES
 
 
 class MemoryCheckpoint(Checkpoint):
@@ -24,6 +25,12 @@ class MemoryCheckpoint(Checkpoint):
                 f"{label} can't be used: {empty[0]!r} is on the device 'meta', where tensors have "
                 f"no values. Load the weights before."
             )
+        for name, value in given.items():
+            if value.dtype not in SAFETENSORS_DTYPES.values() and not value.is_complex():
+                raise CheckpointError(
+                    f"{label} can't be used: {name!r} has dtype {value.dtype}, expected one of "
+                    f"{', '.join(map(str, SAFETENSORS_DTYPES.values()))}. Convert it."
+                )
         self.tensors = {
             name: value.detach().resolve_neg().cpu().clone() for name, value in given.items()
         }

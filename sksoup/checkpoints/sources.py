@@ -13,6 +13,7 @@ from torch import nn
 
 from ..exceptions import CheckpointError
 from .folders import FOLDER_WEIGHTS, is_weights, weights_of
+from .hub_config import refuse_quantized
 from .in_memory import MemoryCheckpoint
 from .not_found import nothing_at
 from .patterns import matches_of
@@ -32,6 +33,7 @@ SUFFIXES = tuple(suffix for kind in KINDS for suffix in kind.suffixes)
 def open_checkpoint(path: Path, key: str | None = None) -> Checkpoint:
     """Read the header of a checkpoint: a file, an index of shards, or a folder with either."""
     file = weights_of(path) if path.is_dir() else path
+    refuse_quantized(path)
     for kind in KINDS:
         if kind.accepts(file):
             return kind(file, key, path)

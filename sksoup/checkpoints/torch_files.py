@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,11 @@ from .pickles import check_pickles, is_zip
 from .protocol import Read, TensorInfo
 from .read import SAFETENSORS_DTYPES, TORCH_SUFFIXES, CheckpointFile, file_identity, naming
 
+# what training loops keep beside a model, whose tensors are no weights
+NO_MODEL = re.compile(
+    r"(?i)optim|sched|scaler|scaling|rng|random|callback|loops|hooks|extra_state|metric|histor"
+    r"|hparam|hyper_param|config|args|(^|_)sampler|loader|datamodule|iterator"
+)
 REPEATED = 100  # how often the numbers in a file may occur in its tensors
 # modules whose names a pickle has no harmless use for, also by their names in Python 2
 _NEVER = ("builtins", "__builtin__", "os", "posix", "nt", "sys", "subprocess", "commands", "shutil",
@@ -140,6 +146,27 @@ def _is_state_dict(value: Any) -> bool:
     )
 
 
+def _holds_weights(entry: Any) -> bool:
+    """Whether an entry holds tensors with dimensions, at any depth, apart from optimizers'."""
+    todo, seen = [entry], set()
+    while todo:
+        part = todo.pop()
+        if isinstance(part, torch.Tensor) and part.ndim:
+            return True
+        if id(part) in seen or not isinstance(part, (Mapping, list, tuple)):
+            continue
+        seen.add(id(part))  # a pickle may hold itself
+        if not isinstance(part, Mapping):
+            todo.extend(part)
+        elif "param_groups" not in part:
+            todo.extend(
+                value
+                for name, value in part.items()
+                if isinstance(value, torch.Tensor) or not NO_MODEL.search(str(name))
+            )
+    return False
+
+
 def _unwrap(state: Any, key: str | None, where: str) -> Any:
     """Take the state dict out of a training container: the only one, or the one under the key."""
     if not isinstance(state, Mapping) or (key is None and _is_state_dict(state)):
@@ -169,5 +196,21 @@ def _unwrap(state: Any, key: str | None, where: str) -> Any:
     if len(candidates) > 1:
         raise CheckpointError(
             f"{where} holds several state dicts: {listed}. Say which: key={candidates[0]!r}."
+        )
+    mixed = [
+        repr(name)
+        for name, value in state.items()
+        if candidates
+        and isinstance(value, Mapping)
+        and name not in candidates
+        and not str(name).endswith("_extra_state")
+        and _holds_weights({name: value})
+    ]
+    if mixed:
+        raise CheckpointError(
+            f"{where} holds the state dict {listed}, and tensors beside other values in "
+            f"{', '.join(mixed[:5])}: it is not clear which is the model. To take the former, give "
+            f"key={candidates[0]!r}; else save the model's by itself: "
+            f"torch.save(module.state_dict(), path)."
         )
     return state[candidates[0]] if candidates else state

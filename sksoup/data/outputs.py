@@ -224,6 +224,11 @@ def resolve_classes(
                 f"output order: classes=[...]."
             )
         return named
+    if present.dtype.kind == "i" and IGNORED in present:
+        raise ValueError(
+            f"y holds {IGNORED}, which leaves out positions of pixels and tokens, but here a row "
+            f"has one label. Leave these rows out, or give classes=[...] if it is a label."
+        )
     if len(present) == n_outputs:
         return present
     if np.issubdtype(present.dtype, np.integer) and present[0] >= 0 and present[-1] < n_outputs:

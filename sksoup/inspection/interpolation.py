@@ -16,6 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 from ..checkpoints.collection import CheckpointCollection
 from ..displays.axes import BLUE, ORANGE, Display, new_axes
 from ..engine.objective import load_weights
+from ..engine.tied import check_tied
 from ..mixing.mix import mix
 from ..recipes.base import BaseSoup
 from ..recipes.start import Start, name_of_start, with_start
@@ -154,9 +155,9 @@ def interpolation_path(
         )
     sets = {} if X_shifted is None else named_test_sets(None, y, X_shifted, y_shifted)
     checkpoints = with_start(soup.checkpoints_, start)
-    ends = CheckpointCollection(
-        [checkpoints[name_of_start(soup.checkpoints_, start)], soup.state_dict()]
-    )
+    begin = name_of_start(soup.checkpoints_, start)
+    check_tied(soup.module_, checkpoints.select([begin]))
+    ends = CheckpointCollection([checkpoints[begin], soup.state_dict()])
     between = copy.copy(soup)
     between.module_ = copy.deepcopy(soup.module_)
     score = scorer_of(between, scoring)

@@ -134,7 +134,7 @@ def check_layers(
             f"layers lacks {', '.join(map(repr, missing[:5]))} ({len(missing)} of {len(layout)} "
             f"tensors): map every tensor of the checkpoints to a row of coef."
         )
-    wrong = next((name for name in layout if not 0 <= layers[name] < n_layers), None)
+    wrong = next((name for name in layout if layers[name] not in range(n_layers)), None)
     if wrong is not None:
         raise ValueError(
             f"layers[{wrong!r}] is {layers[wrong]}, expected a row of coef in [0, {n_layers})."

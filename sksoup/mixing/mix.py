@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, overload
@@ -17,7 +18,7 @@ from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.low_rank import LowRankCheckpoint, widened
 from ..checkpoints.protocol import TensorInfo, same_bits
 from ..checkpoints.write import write_shards
-from ..exceptions import CheckpointError
+from ..exceptions import CheckpointError, SoupWarning
 from ..runtime.distributed import agreed, all_gather
 from .layers import check_layers, is_variance
 
@@ -65,7 +66,7 @@ def mix(
     checkpoints : CheckpointCollection
         Or anything its constructor takes. No module is needed.
     coef : array-like of shape (n_checkpoints,) or (n_layers, n_checkpoints)
-        Coefficients; each row sums to 1.
+        Coefficients; each row sums to 1. A Series whose index is names is taken by these names.
     layers : mapping of str to int or None, default=None
         Row of ``coef`` for every tensor name; None when there is one row.
     out : str or path-like, default=None
@@ -87,6 +88,11 @@ def mix(
         A checkpoint can't be read; a mixed tensor is not finite, or too large for its dtype.
     FileExistsError
         ``out`` is there and not an empty folder; nothing is read.
+
+    Warns
+    -----
+    SoupWarning
+        Integers of two dimensions or more, as quantized weights are, differ between checkpoints.
 
     Notes
     -----
@@ -121,11 +127,14 @@ def mix(
     """
     if not isinstance(checkpoints, CheckpointCollection):
         checkpoints = CheckpointCollection(checkpoints)
+    if hasattr(coef, "loc"):  # a Series
+        coef = _in_order(coef, checkpoints.names)
     weights = check_coef(coef, len(checkpoints))
     rows = check_layers(layers, checkpoints.layout, len(weights))
     if out is not None:
         return mix_into(Path(out), checkpoints, weights, rows)
     mixed, differing = accumulate(checkpoints, weights, rows, checkpoints.layout)
+    _warn_of_integers(checkpoints, differing)
     dtypes = stored_dtypes(checkpoints, weights)
     return {
         name: _finished(name, mixed.pop(name), dtypes[name], name in differing)
@@ -157,10 +166,27 @@ def mix_some(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Mix these tensors a few at a time: no more in memory than a group of them takes."""
     dtypes = stored_dtypes(checkpoints, coef)
+    is_warned = False
     for group in _groups({name: checkpoints.layout[name].size for name in names}):
         mixed, differing = accumulate(checkpoints, coef, rows, group)
+        is_warned = is_warned or _warn_of_integers(checkpoints, differing)
         for name in group:
             yield name, _finished(name, mixed.pop(name), dtypes[name], name in differing)
+
+
+def _warn_of_integers(checkpoints: CheckpointCollection, differing: AbstractSet[str]) -> bool:
+    """Warn where tables of integers, which are copied, differ: quantized weights do."""
+    names = sorted(n for n in differing if not checkpoints.layout[n].dtype.is_floating_point)
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        warnings.warn(
+            f"Integers are not averaged, but those of {', '.join(map(repr, names[:5]))}{more} "
+            f"differ between the checkpoints: the mix has those of the largest coefficient. If "
+            f"they are quantized weights, it is useless: dequantize the checkpoints first.",
+            SoupWarning,
+            stacklevel=3,
+        )
+    return bool(names)
 
 
 def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
@@ -178,9 +204,25 @@ def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
     yield group
 
 
+def _in_order(coef: Any, names: Sequence[str]) -> Any:
+    """Coefficients in the order of the collection: a Series of pandas may have names."""
+    index = coef.index
+    if coef.ndim != 1 or not any(isinstance(name, str) for name in index):
+        return coef
+    if sorted(map(str, index)) != sorted(names):
+        raise ValueError(
+            f"coef has the index {', '.join(map(repr, list(index)[:5]))}, expected the names of "
+            f"the checkpoints, {', '.join(map(repr, names[:5]))}: or give coef.to_numpy(), in the "
+            f"order of the collection."
+        )
+    return np.asarray(coef.loc[list(names)])
+
+
 def check_coef(coef: ArrayLike, n_checkpoints: int) -> NDArray[np.float64]:
     """Return ``coef`` as (n_layers, n_checkpoints) float64; ValueError if it is not one."""
     given = np.asarray(coef)
+    if np.iscomplexobj(given):
+        raise ValueError("coef is complex, expected real coefficients.")
     rows = np.atleast_2d(given).astype(np.float64)
     if given.ndim not in (1, 2) or rows.shape[1] != n_checkpoints or not len(rows):
         raise ValueError(
@@ -212,6 +254,7 @@ def accumulate(
     """Read these tensors of all checkpoints once: the sums, and the names of those that differ.
 
     ``coef`` is (n_layers, K). Sums are uncast; tensors that are equal everywhere are as stored.
+    Integers are compared where they have two dimensions or more: counters differ always.
     What adapters add to one base is summed without it.
     """
     used = [name for name, c in zip(checkpoints.names, coef.T, strict=True) if c.any()]
@@ -224,14 +267,20 @@ def accumulate(
     dtypes = {n: checkpoints.layout[n].dtype for n in names if n not in on_base}
     leader = int(coef.mean(axis=0).argmax())
     sums: dict[str, _Sum] = {}
+    tables: dict[str, torch.Tensor] = {}  # of integers, in the first checkpoint
     for k, checkpoint in enumerate(checkpoints):
         if not coef[:, k].any() or not dtypes:
             continue
         with agreed(bool(checkpoints.rows)), checkpoints.open(checkpoint) as read:
             for name, dtype in dtypes.items():
                 if not dtype.is_floating_point:
-                    if k == leader:
-                        found[name] = read(name).clone()
+                    is_table = len(checkpoints.layout[name].shape) > 1
+                    if k == leader or is_table:
+                        w = read(name).clone()
+                        if k == leader:
+                            found[name] = w
+                        if is_table and not same_bits(tables.setdefault(name, w), w):
+                            differing.add(name)
                 elif (c := float(coef[rows[name], k])) != 0.0:
                     if name in sums:
                         sums[name].add(read(name), c)
@@ -289,7 +338,7 @@ def cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _finished(name: str, value: torch.Tensor, dtype: torch.dtype, is_sum: bool) -> torch.Tensor:
     """`cast`; a sum has to fit the dtype, while what all checkpoints share may be infinite."""
     stored = cast(name, value, dtype)
-    if is_sum and value.numel():
+    if is_sum and value.numel() and dtype.is_floating_point:
         _check_range(name, value, dtype)
     return stored
 

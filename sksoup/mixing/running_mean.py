@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,24 +64,49 @@ class RunningMean:
             self.extend(checkpoints, range(len(checkpoints)))
         for k in dropped[len(self._gone) :]:
             with checkpoints.open(checkpoints.names[k]) as read:
-                for tensor in self._differing:
-                    self._values[tensor] = self._without(tensor, read).numpy()
+                is_exact = all(self._subtract(tensor, read) for tensor in self._differing)
+            if not is_exact:
+                self._restart(checkpoints, dropped)
+                return
             self._gone.append(k)
 
-    def mean_without(self, read: Read) -> dict[str, torch.Tensor]:
-        """The mean without one more, which is open; integers stay as they are in the sum."""
+    def mean_without(self, read: Read) -> dict[str, torch.Tensor] | None:
+        """The mean without one more, which is open; integers stay as they are in the sum.
+
+        None where the others can't be told from the sum, as beside a run that diverged.
+        """
         n = len(self._kept) - len(self._gone) - 1
         means: dict[str, torch.Tensor] = {}
         for tensor, dtype in self._dtypes.items():
-            is_sum = tensor in self._differing
-            value = self._without(tensor, read) / n if is_sum else self._values[tensor]
-            means[tensor] = cast(tensor, torch.as_tensor(value), dtype)
+            if tensor not in self._differing:
+                means[tensor] = cast(tensor, torch.as_tensor(self._values[tensor]), dtype)
+                continue
+            value = self._without(tensor, read)
+            if value is None:
+                return None
+            means[tensor] = cast(tensor, value / n, dtype)
         return means
 
-    def _without(self, tensor: str, read: Read) -> torch.Tensor:
+    def _subtract(self, tensor: str, read: Read) -> bool:
+        """Take one out of the sum of a tensor; False where `_without` is None."""
+        value = self._without(tensor, read)
+        if value is not None:
+            self._values[tensor] = value.numpy()
+        return value is not None
+
+    def _restart(self, checkpoints: CheckpointCollection, dropped: Sequence[int]) -> None:
+        """Sum those that are left anew."""
+        vars(self).update(vars(RunningMean(self._layout)))
+        self.extend(checkpoints, [k for k in range(len(checkpoints)) if k not in dropped])
+        self._kept, self._gone = [*range(len(checkpoints))], [*dropped]
+
+    def _without(self, tensor: str, read: Read) -> torch.Tensor | None:
+        """The sum without one; None where the rounding of the sum is not small beside it."""
         value = torch.tensor(self._values[tensor])
+        of_sum = _largest(value) * torch.finfo(value.dtype).eps
         value -= read(tensor).to(value.dtype)
-        return value
+        small = 2.0**-11 if self._layout[tensor].dtype.itemsize <= 2 else 2.0**-24
+        return value if of_sum <= small * _largest(value) < math.inf else None
 
     def _with(self, tensor: str, k: int, w: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """A new tensor: the sum with ``w``, and True; or the value that all have, and False."""
@@ -101,3 +127,11 @@ class RunningMean:
 
     def _promoted(self, tensor: str, w: torch.Tensor) -> torch.dtype:
         return torch.promote_types(self._dtypes.get(tensor, w.dtype), w.dtype)
+
+
+def _largest(value: torch.Tensor) -> float:
+    """The largest magnitude."""
+    if not value.numel():
+        return 0.0
+    low, high = (float(end) for end in torch.aminmax(value))
+    return max(-low, high)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import numpy as np
@@ -31,13 +32,13 @@ def stock_ratios(
         for following in tuned[k + 1 : k + 2]:
             checkpoints.warm(following)
         with checkpoints.open(name) as read:
-            squares = np.zeros(layers.n_searched)
+            lengths = np.zeros(layers.n_searched)
             for n, w in weights.items():
-                squares[rows[n]] += float((read(n).double() - w.double()).square().sum())
-            n_moving += squares > 0
+                lengths[rows[n]] = math.hypot(lengths[rows[n]], _length(_difference(read(n), w)))
+            n_moving += lengths > 0
             for n, w in weights.items():
-                if length := squares[rows[n]] ** 0.5:
-                    sums[n] += (read(n).double() - w.double()) / length
+                if length := lengths[rows[n]]:
+                    sums[n] += _difference(read(n), w) / length
     totals = np.zeros(layers.n_searched)
     for n, total in sums.items():
         totals[rows[n]] += float(total.square().sum())
@@ -45,6 +46,19 @@ def stock_ratios(
         return np.full(layers.n_searched, float(K)), np.ones(layers.n_searched)
     cos = (totals - n_moving) / (K * (K - 1))
     return K * cos.clip(0, 1) / (1 + (K - 1) * cos.clip(0, 1)), cos
+
+
+def _difference(w: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """The difference in float64; 0 where they are equal, also if both are infinite."""
+    w, start = w.double(), start.double()
+    return torch.where(w == start, 0.0, w - start)
+
+
+def _length(difference: torch.Tensor) -> float:
+    """The norm of a tensor: its squares may be too large or too small for float64."""
+    largest = float(difference.abs().max()) if difference.numel() else 0.0
+    scale = math.ldexp(1.0, max(-1000, min(1000, math.frexp(largest)[1])))
+    return scale * math.sqrt(float((difference / scale).square().sum()))
 
 
 def stock_coef(

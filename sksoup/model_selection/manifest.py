@@ -17,7 +17,7 @@ from ..runtime.fingerprint import fingerprint
 from .fine_tuning import state_of
 
 MANIFEST = "search.json"
-VERSION = 3  # increased when the same search gives another manifest than before
+VERSION = 4  # increased when the same search gives another manifest than before
 LIMIT = 100_000_000  # bytes; a candidate has some hundred
 PLAIN = (bool, int, float, str, type, type(None))
 
@@ -37,7 +37,7 @@ def make_manifest(
         "seed": seed,
         "candidates": [repr({k: _described(v) for k, v in sorted(p.items())}) for p in params],
         "estimator": type(estimator).__name__,
-        "params": {k: repr(v) for k, v in sorted(fixed.items()) if isinstance(v, PLAIN)},
+        "params": {k: _described(v) for k, v in sorted(fixed.items())},
         "scoring": _described(scoring),
         "start": None if start is None else fingerprint(state_of(start)),
         "data": fingerprint([map_inputs(_values, part) for part in parts]),
@@ -90,9 +90,11 @@ def _described(value: Any) -> str:
     """A parameter as text that is the same in every process."""
     if isinstance(value, PLAIN):
         return repr(value)
+    if isinstance(value, (list, tuple)):  # one by one: some may be known by their type alone
+        return f"[{', '.join(map(_described, value))}]"
     try:
         return f"{type(value).__name__} {fingerprint(value)[:16]}"
-    except TypeError:  # it can't be pickled
+    except (TypeError, ValueError):  # it can't be pickled
         return type(value).__name__
 
 

@@ -29,6 +29,7 @@ from ..engine.objective import Criterion, Forward, load_weights
 from ..engine.precision import judge_bfloat16
 from ..engine.problem import Found, Problem
 from ..engine.scores import Evaluator
+from ..engine.tied import check_tied
 from ..mixing.layers import Layerwise
 from ..mixing.mix import mix
 from ..mixing.recipe import Recipe
@@ -264,6 +265,9 @@ class BaseSoup(
         self.outputs_ = problem.objective.outputs
         if self.outputs_.classes is not None:
             self.classes_ = self.outputs_.classes
+            is_texts = self.classes_.dtype.kind in "UO"
+            if is_texts and self.classes is None and self.outputs_.names is None:
+                self._warn_of_digits(self.classes_)
         if self.batch_norm == "recalibrate":
             check_policy(problem, self.batch_size)
         is_slow = judge_bfloat16(problem.data.y.device) if self.precision == "bf16" else None
@@ -444,6 +448,7 @@ class BaseSoup(
         refuse_copy(self.module_)
         checkpoints = with_start(self.checkpoints_, start)
         name = name_of_start(self.checkpoints_, start)
+        check_tied(self.module_, checkpoints.select([name]))
         own = t * np.atleast_2d(self.coef_)
         coef = np.zeros((len(own), len(checkpoints)))
         coef[:, : own.shape[1]] = own

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +52,19 @@ class WarningMixin:
         said = judge_scores(scores, evaluate)
         if said is not None and said not in self.warnings_:
             self._warn(said)
+
+    def _warn_of_digits(self, classes: NDArray[Any]) -> None:
+        """Warn of texts of numbers that are in another order than the numbers."""
+        texts = classes.tolist()
+        if all(isinstance(t, str) and t.isascii() and t.isdigit() for t in texts) and (
+            texts != sorted(texts, key=int)
+        ):
+            self._warn(
+                f"The labels are numbers as texts, and taken in the order of texts: "
+                f"{', '.join(map(repr, texts[:3]))}, .... If the outputs are in that of numbers, "
+                f"the soup is wrong: give y as integers, or the labels in output order: "
+                f"classes=[...]."
+            )
 
     def _warn_of_rounding(self, score: float, decided: float) -> None:
         """Warn where rounding left the mix below the score that the search decided by."""

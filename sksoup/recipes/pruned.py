@@ -153,7 +153,8 @@ class PrunedSoup(BaseSoup):
     Cost: K evaluations of N rows for the ranking, none when the collection has ``scores``, one of
     the mean of all, and K - 1 for the candidates, most of whose rows are spared, exactly, as in
     `GreedySoup`. A file is read five times at most: to rank it, twice for the mean of all and its
-    sum, to leave it out, and to drop it or to mix the soup. Memory: as `GreedySoup`.
+    sum, to leave it out, and to drop it or to mix the soup; all others are read anew where one is
+    so large that they are lost in the rounding of the sum. Memory: as `GreedySoup`.
 
     References
     ----------
@@ -255,7 +256,10 @@ class RemovalTrial(CandidateTrial):
         else:
             self.mean.leave_out(self.checkpoints, self.dropped)
             with self.checkpoints.open(name) as read:
-                load_weights(module, self.mean.mean_without(read))
+                weights = self.mean.mean_without(read)
+            if weights is None:
+                weights = mean_of(self.checkpoints, [k for k in self.kept if k != candidate])
+            load_weights(module, weights)
         score = partial(self._score, self._order(candidate), evaluate)
         return evaluate_named(score, f"the mean of those kept without {name}")
 

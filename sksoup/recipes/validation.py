@@ -54,9 +54,10 @@ from ..engine.objective import (
 )
 from ..engine.problem import Problem, Step
 from ..engine.scores import Evaluator
+from ..engine.tied import check_tied
 from ..mixing.layers import Layerwise, group_layers
 from ..runtime.cache import Cache
-from ..runtime.distributed import LOST, world_size
+from ..runtime.distributed import LOST, agreed, world_size
 from ..runtime.fingerprint import encode_module
 from ..runtime.memory import parse_bytes
 from ..runtime.shards import build_sharded, rows_of, sharded_parts
@@ -291,6 +292,8 @@ def prepare_problem(
     module = prepare_module(built, checkpoints, where)
     if sharded_parts(module):
         checkpoints = checkpoints.slice_rows(rows_of(module))
+    with agreed(bool(checkpoints.rows)):
+        check_tied(module, checkpoints)
     dtype, given = module_dtype(module), X
     if task in TEXT_TASKS:
         X = with_decoder_inputs(module, X, y, kind_of_model(module, task))

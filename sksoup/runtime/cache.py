@@ -16,7 +16,7 @@ from .distributed import broadcast, rank
 from .entries import SUFFIX, pack, read_entry, unpack, write_entry
 from .fingerprint import fingerprint
 
-ALGORITHM = 4  # counted up whenever the same inputs give other results than before
+ALGORITHM = 5  # counted up whenever the same inputs give other results than before
 FOLDER = "sksoup"  # in the folder or the joblib.Memory that a user gives
 
 T = TypeVar("T")

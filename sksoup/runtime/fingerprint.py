@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import pickle
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from joblib.hashing import NumpyHasher
 from torch import nn
 
-Functions: TypeAlias = tuple[types.FunctionType, ...]  # that are being encoded
+Within: TypeAlias = tuple[types.FunctionType | nn.Module, ...]  # what is being encoded
+OF_TORCH = frozenset(vars(nn.Module()))  # what every module has: hooks, parameters, its mode
+# how transformers samples texts: nothing in the outputs, and it holds hashes of this process
+NO_SETTING = OF_TORCH | {"generation_config"}
 
 
 def tensor_bytes(value: torch.Tensor) -> memoryview:
@@ -22,15 +25,40 @@ def tensor_bytes(value: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
+class Hasher(NumpyHasher):  # type: ignore[misc]
+    """Joblib's digest of objects, but tensors by value and functions by their code.
+
+    A pickle holds the address of a tensor, and of a function its name alone, if it has one.
+    """
+
+    def __init__(self, within: Within) -> None:
+        super().__init__(hash_name="sha1")
+        self.within = within
+
+    def reducer_override(self, value: Any) -> Any:
+        """Replace a tensor or a function by its digest, where it has one."""
+        if type(value) not in (torch.Tensor, types.FunctionType):
+            return NotImplemented
+        try:
+            return str, (digest_of(encode(value, self.within)),)
+        except (TypeError, ValueError):
+            return NotImplemented
+
+
 def fingerprint(*values: Any) -> str:
     """SHA-256 of values: equal for equal values, in any process."""
+    return digest_of(encode(list(values)))
+
+
+def digest_of(parts: Iterable[Any]) -> str:
+    """SHA-256 of bytes in pieces."""
     digest = hashlib.sha256()
-    for part in encode(list(values)):
+    for part in parts:
         digest.update(part)
     return digest.hexdigest()
 
 
-def encode(value: Any, within: Functions = ()) -> Iterator[Any]:
+def encode(value: Any, within: Within = ()) -> Iterator[Any]:
     """Bytes that tell a value from others; bytes-like pieces, so that arrays are not copied."""
     value = value.item() if isinstance(value, np.generic) else value
     yield f"{type(value).__qualname__}(".encode()
@@ -56,8 +84,13 @@ def encode(value: Any, within: Functions = ()) -> Iterator[Any]:
     elif isinstance(value, type):
         yield f"{value.__module__}.{value.__qualname__}".encode()
     elif isinstance(value, nn.Module):
-        yield from encode_module(value, within)
-        yield from encode(dict(value.state_dict()), within)
+        whole = (w for w in within if isinstance(w, nn.Module))
+        names = [name for w in whole for name, part in w.named_modules() if part is value]
+        if names:  # a part of what is being encoded
+            yield names[0].encode()
+        else:
+            yield from encode_module(value, within)
+            yield from encode(dict(value.state_dict()), within)
     else:
         yield from (
             encode_function(value, within) if callable(value) else encode_other(value, within)
@@ -65,35 +98,37 @@ def encode(value: Any, within: Functions = ()) -> Iterator[Any]:
     yield b")"
 
 
-def encode_module(module: nn.Module, within: Functions = ()) -> Iterator[Any]:
+def encode_module(module: nn.Module, within: Within = ()) -> Iterator[Any]:
     """A module by the types and settings of all its parts, without its weights.
 
-    Buffers outside the state dict are settings.
+    Buffers outside the state dict are settings, and so are private attributes of the user's parts.
     """
     saved = module.state_dict()
+    within = (*within, module)
     for name, part in module.named_modules():
+        is_of_torch = type(part).__module__.partition(".")[0] == "torch"
         yield from encode([name, type(part)], within)
-        if type(part).__module__.partition(".")[0] != "torch":
+        if not is_of_torch:
             yield from encode_function(type(part).forward, within)
         yield from encode(
             {k: b for k, b in part.named_buffers(name, False) if k not in saved}, within
         )
         for key, value in sorted(vars(part).items()):
-            if not key.startswith("_") and key != "training":
+            if key not in NO_SETTING and not (is_of_torch and key.startswith("_")):
                 yield from encode(key, within)
                 try:
-                    yield from encode(value, within)
-                except TypeError:  # a part of the user's that does not pickle
+                    yield from list(encode(value, within))
+                except (TypeError, ValueError):  # a part of the user's that does not pickle
                     yield from encode(type(value), within)
 
 
-def encode_function(function: Any, within: Functions = ()) -> Iterator[Any]:
+def encode_function(function: Any, within: Within = ()) -> Iterator[Any]:
     """A function by its code, defaults and what it encloses; other callables by their pickle."""
     if isinstance(function, functools.partial):
         yield from encode([function.func, function.args, function.keywords], within)
     elif isinstance(function, types.MethodType):
         yield from encode([function.__func__, function.__self__], within)
-    elif function in within:  # a function that encloses itself
+    elif any(function is one for one in within):  # a function that encloses itself
         yield b"itself"
     elif isinstance(function, types.FunctionType):
         within = (*within, function)
@@ -109,7 +144,7 @@ def encode_function(function: Any, within: Functions = ()) -> Iterator[Any]:
         yield from encode_other(function, within)
 
 
-def encode_code(code: types.CodeType, within: Functions = ()) -> Iterator[Any]:
+def encode_code(code: types.CodeType, within: Within = ()) -> Iterator[Any]:
     """A function by its bytecode and what that refers to."""
     yield code.co_code
     yield from encode([code.co_names, code.co_varnames], within)
@@ -118,15 +153,12 @@ def encode_code(code: types.CodeType, within: Functions = ()) -> Iterator[Any]:
         yield from encode_code(constant, within) if is_code else encode(constant, within)
 
 
-def encode_other(value: Any, within: Functions = ()) -> Iterator[Any]:
-    """A value by its pickle."""
+def encode_other(value: Any, within: Within = ()) -> Iterator[Any]:
+    """A value by what a pickle holds, with sets in one order."""
     try:
-        yield pickle.dumps(value)
+        yield Hasher(within).hash(value).encode()
     except Exception as error:  # pickling raises anything
         raise TypeError(
             f"memory= can't tell whether {value!r} has changed, since it can't be pickled "
             f"({error}). Give something that can, or memory=None."
         ) from error
-    for part in getattr(value, "__dict__", {}).values():
-        if isinstance(part, types.FunctionType):  # a pickle holds its name alone
-            yield from encode_function(part, within)

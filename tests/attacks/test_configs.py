@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sksoup import CheckpointCollection, CheckpointError
-from sksoup.checkpoints import hub
+from sksoup import CheckpointCollection, CheckpointError, mix
+from sksoup.checkpoints import hub, hub_config
 from sksoup.checkpoints.hub_companions import copy_companions
 from sksoup.checkpoints.hub_config import read_config
 
@@ -281,6 +281,41 @@ def test_what_can_not_be_built_is_named(change, tmp_path):
     error = refused(write(tmp_path / "ft", BERT | change), "build_model|can't be")
     if "can't be built by" in str(error):
         assert error.__cause__ is not None
+
+
+@pytest.mark.parametrize("at", [(), ("text_config",), ("vision", 0)])
+def test_quantized_weights_are_not_even_averaged(at, tmp_path):
+    """Their numbers and scales were: the result is none of a model."""
+    config = {"quantization_config": {"quant_method": "fp8"}}
+    for place in reversed(at):
+        config = [config] if place == 0 else {place: config}
+    folders = [write(tmp_path / name, BERT | config, {"w": torch.ones(2)}) for name in "ab"]
+    for opened in (folders, [folder / "model.safetensors" for folder in folders]):
+        with pytest.raises(CheckpointError, match=r"a/config\.json' can't be used: .*dequantize"):
+            mix(opened, [0.5, 0.5])
+
+
+def test_the_config_of_many_files_is_read_once_to_open_them(tmp_path, monkeypatch):
+    read, texts = hub_config.read_text, []
+    monkeypatch.setattr(hub_config, "read_text", lambda *a: texts.append(1) or read(*a))
+    write(tmp_path, BERT)
+    paths = [tmp_path / f"{k}.safetensors" for k in range(3)]
+    for path in paths:
+        save_file({"w": torch.ones(2)}, path)
+    CheckpointCollection(paths)
+    assert len(texts) == 2  # and once to build the module, for its names
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "[]", "7", " " * (9 << 20), "pipe"],
+                         ids=lambda text: text[:5])  # fmt: skip
+def test_a_config_that_can_not_be_read_stops_no_average(text, tmp_path):
+    for name in "ab":
+        folder = write(tmp_path / name, text, {"w": torch.ones(2)})
+        if text == "pipe":
+            (folder / "config.json").unlink()
+            os.mkfifo(folder / "config.json")
+    paths = [tmp_path / name / "model.safetensors" for name in "ab"]
+    assert mix(paths, [0.5, 0.5])["w"].tolist() == [1, 1]
 
 
 def test_layer_types_of_a_wrong_number_are_named(tmp_path):

@@ -256,3 +256,32 @@ def test_files_of_many_small_tensors_are_opened_a_few_times(tmp_path, monkeypatc
     monkeypatch.setattr("sksoup.mixing.mix.GROUP", 7)
     assert list(_groups(sizes)) == [["a", "b", "c"], ["d", "e", "f"]]
     assert list(_groups({})) == [[]]
+
+
+# Containers
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"w": torch.ones(2), "_extra_state": {"calls": 3}},
+        {"w": torch.ones(2), "_extra_state": None},
+        {"w": torch.ones(2), "num_updates": 5},
+        {"encoder": {"w": torch.ones(2)}, "decoder": {"w": torch.ones(2)}},
+        {"layers": [torch.ones(2)]},
+    ],
+    ids=["extra", "none", "number", "parts", "list"],
+)
+def test_no_other_state_dict_is_taken_for_a_model_that_is_not_plain(tmp_path, model):
+    """Once, the averages or a loss beside the model were mixed without a word."""
+    torch.save({"model": model, "ema": {"w": torch.zeros(2)}}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"a\.pt' holds .*'ema' .*'model': it is not clear"):
+        CheckpointCollection([tmp_path / "a.pt"])
+    assert CheckpointCollection([tmp_path / "a.pt"], key="ema")["a"]["w"].tolist() == [0, 0]
+
+
+def test_an_entry_that_holds_itself_is_looked_through_once(tmp_path):
+    entry = {"n": 1}
+    entry["self"] = entry
+    torch.save({"model": {"w": torch.ones(2)}, "entry": entry}, tmp_path / "a.pt")
+    assert list(CheckpointCollection([tmp_path / "a.pt"])["a"]) == ["w"]

@@ -20,6 +20,13 @@ def test_memory_checkpoints_are_copies():
     assert collection["checkpoint0"]["head.weight"].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fnuz, torch.bits8])
+def test_dtypes_that_no_file_holds_are_refused(dtype):
+    """Once a file was written of the first that could not be opened again."""
+    with pytest.raises(CheckpointError, match=rf"'w' has dtype {dtype}, expected one of .*float32"):
+        CheckpointCollection([{"w": torch.ones(2, dtype=torch.uint8).view(dtype)}])
+
+
 def test_sparse_tensors_are_refused():
     with pytest.raises(CheckpointError, match="sparse"):
         CheckpointCollection([{"w": torch.eye(2).to_sparse()}])

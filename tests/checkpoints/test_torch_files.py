@@ -63,6 +63,47 @@ def test_numbers_beside_the_state_dict_of_a_container(tmp_path):
     assert list(sources.open_checkpoint(tmp_path / "a.pt").header) == ["w"]
 
 
+MOMENTS = {"state": {0: {"exp_avg": torch.ones(2, 2)}}, "param_groups": [{"params": [0]}]}
+
+
+@pytest.mark.parametrize(
+    ("key", "beside"),
+    [
+        ("model", {"optimizer": MOMENTS, "optimizer_state_dict": MOMENTS, "opt": MOMENTS}),
+        ("state_dict", {
+            "optimizer_states": [MOMENTS], "lr_schedulers": [{"last_lr": torch.ones(2)}],
+            "loops": {"fit_loop": {"epoch_progress": {}, "val": {"outputs": [torch.ones(3)]}}},
+            "callbacks": {"EarlyStopping{}": {"best_score": torch.ones(1), "patience": 3}},
+            "hyper_parameters": {"class_weights": torch.ones(3), "lr": 0.1},
+            "MixedPrecision": {"scale": torch.tensor(65536.0), "growth_interval": 2000},
+        }),
+        ("model", {  # fairseq
+            "cfg": {"task": {"seed": 1}}, "criterion": {}, "task_state": {},
+            "extra_state": {"metrics": {"default": [(0, "loss", "AverageMeter", {})]},
+                            "train_iterator": {"offset": torch.ones(2)}},
+            "optimizer_history": [{"num_updates": 7}], "last_optimizer_state": MOMENTS,
+        }),
+        ("model", {  # detectron2
+            "trainer": {"hooks": {"LRScheduler": {"last": torch.ones(2)}}, "iteration": 9,
+                        "_trainer": {"optimizer": MOMENTS}},
+        }),
+        ("model", {"rng": {"torch": torch.get_rng_state(), "python": (3, (1, 2), None)}}),
+        ("model", {"best": {"epoch": 3, "accuracy": torch.tensor(0.9)}}),
+    ],
+    ids=["torch", "lightning", "fairseq", "detectron2", "generators", "numbers"],
+)  # fmt: skip
+def test_what_training_loops_keep_beside_the_model_needs_no_key(tmp_path, key, beside):
+    torch.save({key: STATE, "epoch": 3, **beside}, tmp_path / "a.pt")
+    assert list(sources.open_checkpoint(tmp_path / "a.pt").header) == list(STATE)
+
+
+def test_the_two_state_dicts_of_timm_need_a_key(tmp_path):
+    saved = {"epoch": 3, "state_dict": STATE, "state_dict_ema": STATE, "optimizer": MOMENTS}
+    torch.save(saved, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"several state dicts: 'state_dict' .* 'state_dict_"):
+        sources.open_checkpoint(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize(
     ("content", "match"),
     [

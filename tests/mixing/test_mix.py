@@ -4,8 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.torch import save_file
 
-from sksoup import CheckpointCollection, mix
+from sksoup import CheckpointCollection, SoupWarning, mix
 from sksoup.checkpoints.health import Health
 from sksoup.checkpoints.protocol import TensorInfo
 from sksoup.checkpoints.write import write_shards
@@ -94,6 +96,42 @@ def test_integers_come_from_the_largest_mean_coefficient_the_first_on_ties():
     states = [{"w": torch.ones(1) * k, "n": torch.tensor(k)} for k in range(3)]
     assert mix(states, [0.2, 0.5, 0.3])["n"].item() == 1
     assert mix(states, [0.4, 0.4, 0.2])["n"].item() == 0
+
+
+def test_tables_of_integers_that_differ_are_warned_of(tmp_path):
+    """Weights quantized to int8, as in files without a config that says so."""
+    states = [
+        {"q": torch.full((2, 2), k, dtype=torch.int8), "scale": torch.ones(2) * k,
+         "index": torch.arange(4).reshape(2, 2), "steps": torch.tensor([k])}
+        for k in range(3)
+    ]  # fmt: skip
+    match = r"those of 'q' differ between .*dequantize the checkpoints"
+    with pytest.warns(SoupWarning, match=match) as caught:
+        mix(states, [0.0, 0.4, 0.6])
+    assert caught[0].filename == __file__
+    with pytest.warns(SoupWarning, match=match):
+        mix(states, [0.0, 0.4, 0.6], out=tmp_path / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mix(states, [0.0, 0.0, 1.0])
+        mix([states[1], states[1]], [0.5, 0.5])
+
+
+def test_a_series_is_taken_by_its_names():
+    states = {"a": {"w": torch.zeros(1)}, "b": {"w": torch.ones(1)}}
+    coef = pd.Series({"b": 0.75, "a": 0.25})
+    assert mix(states, coef)["w"].item() == 0.75
+    assert mix(states, coef.reset_index(drop=True))["w"].item() == 0.25
+    with pytest.raises(ValueError, match=r"index 'b', 'c', expected the names .* 'a', 'b'"):
+        mix(states, coef.set_axis(["b", "c"]))
+
+
+def test_complex_coefficients_and_rows_between_two_are_refused():
+    states = [{"w": torch.zeros(1)}, {"w": torch.ones(1)}]
+    with pytest.raises(ValueError, match="coef is complex"):
+        mix(states, [0.5 + 1j, 0.5 - 1j])
+    with pytest.raises(ValueError, match=r"layers\['w'\] is 0\.9, expected a row"):
+        mix(states, [0.5, 0.5], layers={"w": 0.9})
 
 
 def test_variances_never_become_negative():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,6 +68,35 @@ def test_many_small_steps_are_not_lost():
     checkpoints = CheckpointCollection(states)
     _, found = mean_of(checkpoints, list(range(399)), 399)
     assert found["w"].item() == 2.0**20 + 1 / 2 == mean_reference(states)["w"].item()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "large"),
+    [(torch.bfloat16, 1e3), (torch.bfloat16, 1e8), (torch.bfloat16, 3e38), (torch.float16, 6e4),
+     (torch.float32, 1e8), (torch.float32, 1e20), (torch.float64, 1e200)],
+)  # fmt: skip
+def test_what_is_left_of_a_sum_without_one_that_diverged_is_the_others(dtype, large):
+    """Once it was the rounding of the sum."""
+    torch.manual_seed(0)
+    weights = [torch.randn(3, 4) for _ in range(4)]
+    weights[2] = weights[2].clamp(-1, 1).to(dtype) * large
+    checkpoints = CheckpointCollection([{"w": w.to(dtype), "b": torch.ones(2)} for w in weights])
+
+    def without(mean, dropped, k):
+        mean.leave_out(checkpoints, dropped)
+        with checkpoints.open(f"checkpoint{k}") as read:
+            found = mean.mean_without(read)
+        left = [i for i in range(4) if i not in (*dropped, k)]
+        if found is not None:
+            expected = mean_reference([checkpoints[f"checkpoint{i}"] for i in left])
+            rtol = 2 * torch.finfo(dtype).eps
+            torch.testing.assert_close(found["w"], expected["w"], rtol=rtol, atol=rtol)
+        return found
+
+    without(RunningMean(checkpoints.layout), [], 2)
+    mean = RunningMean(checkpoints.layout)
+    assert without(mean, [2], 0) is not None
+    assert without(mean, [2, 0], 3) is not None
 
 
 def test_nothing_is_added_by_looking_and_nothing_read_twice():

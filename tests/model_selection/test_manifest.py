@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
 
 import numpy as np
 import pytest
+import torch
+from skorch.callbacks import EpochScoring, LRScheduler
 
 from sksoup import CheckpointError
 from sksoup.model_selection.manifest import make_manifest
@@ -53,6 +56,28 @@ def test_another_search_is_refused(tmp_path, zoo: Zoo, changed, what):
         search_of(save_dir=tmp_path, **changed).fit(zoo.X, zoo.y)
     with pytest.raises(CheckpointError, match="data differ"):
         search_of(save_dir=tmp_path).fit(zoo.X + 1, zoo.y)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"criterion__weight": torch.tensor([1.0, 2.0, 50.0])}),
+        ({"criterion__weight": torch.ones(3)}, {"criterion__weight": torch.ones(3) * 2}),
+        ({"optimizer__betas": (0.9, 0.99)}, {"optimizer__betas": (0.1, 0.2)}),
+        ({"callbacks": [("s", LRScheduler("StepLR", step_size=1, gamma=1.0))]},
+         {"callbacks": [("s", LRScheduler("StepLR", step_size=1, gamma=0.0))]}),
+        ({"callbacks": [("s", EpochScoring(lambda net, X, y: 0.5))]},
+         {"callbacks": [("s", EpochScoring(lambda net, X, y: 0.6))]}),
+    ],
+    ids=["added", "tensor", "tuple", "object", "function"],
+)  # fmt: skip
+def test_parameters_that_are_no_plain_values_are_compared(tmp_path, zoo: Zoo, one, other):
+    """Once, the candidates of the other search were taken."""
+    nets = [net_of(optimizer=torch.optim.Adam, **given) for given in (one, other)]
+    search_of(nets[0], n_iter=1, save_dir=tmp_path).fit(zoo.X, zoo.y)
+    search_of(nets[0], n_iter=1, save_dir=tmp_path).fit(zoo.X, zoo.y)
+    with pytest.raises(CheckpointError, match="holds another search: params differ"):
+        search_of(nets[1], n_iter=1, save_dir=tmp_path).fit(zoo.X, zoo.y)
 
 
 def test_checkpoints_of_unknown_origin_are_refused(tmp_path, zoo: Zoo):
@@ -108,19 +133,27 @@ def test_parameters_that_are_objects_are_known_again_by_another_process(tmp_path
     code = """
         import sys, torch, numpy as np
         from skorch import NeuralNetClassifier
-        from skorch.callbacks import LRScheduler
+        from skorch.callbacks import EpochScoring, Freezer, LRScheduler
+        from skorch.helper import predefined_split
         from torch import nn
+        from torch.utils.data import TensorDataset
         from sksoup.model_selection import SoupSearchCV
         torch.manual_seed(0)
+        rows = TensorDataset(torch.ones(3, 4), torch.ones(3).long())
         net = NeuralNetClassifier(nn.Linear(4, 2), criterion=nn.CrossEntropyLoss, verbose=0,
-                                  max_epochs=1, train_split=None)
+                                  max_epochs=1, train_split=predefined_split(rows),
+                                  criterion__weight=torch.ones(2), optimizer=torch.optim.Adam,
+                                  optimizer__betas=(0.9, 0.99),
+                                  callbacks=[("n", EpochScoring(lambda net, X, y: 1.0)),
+                                             ("f", Freezer({"a", "b", "c"}))])
         X = np.random.RandomState(0).normal(size=(40, 4)).astype(np.float32)
         choices = {"callbacks": [[("lr", LRScheduler(step_every="batch"))], []]}
         search = SoupSearchCV(net, choices, n_iter=2, random_state=0, save_dir=sys.argv[1])
         search.fit(X, np.arange(40) % 2)
     """
-    for _ in range(2):
-        subprocess.run([sys.executable, "-c", textwrap.dedent(code), tmp_path], check=True)
+    for seed in "12":
+        env = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", textwrap.dedent(code), tmp_path], check=True, env=env)
 
 
 def test_a_folder_of_an_older_version_is_refused(tmp_path, zoo: Zoo):

@@ -17,12 +17,14 @@ from sklearn.base import clone
 from sksoup import (
     CheckpointCollection,
     CheckpointEnsemble,
+    CheckpointError,
     ModelStockSoup,
     PrunedSoup,
     Recipe,
+    SoupWarning,
     mix,
 )
-from sksoup.inspection import paper_systems
+from sksoup.inspection import interpolation_path, paper_systems
 from sksoup.model_selection import SoupSearchCV
 
 from ..zoo import Net, Zoo, make_states, make_zoo, same_tensors
@@ -239,6 +241,72 @@ def test_tied_parameters_stay_tied(system):
         state = soup.state_dict()
         assert torch.equal(state["a.weight"], state["b.weight"])
         assert same_tensors(state, mix(checkpoints, soup.coef_, layers=soup.layers_))
+
+
+def test_numbers_as_texts_are_warned_of():
+    """Once '10' was the third of eleven classes without a word."""
+    X, y = np.zeros((22, 4), np.float32), np.array([str(k % 11) for k in range(22)])
+    checkpoints = CheckpointCollection([torch.nn.Linear(4, 11) for _ in range(2)])
+    system = SYSTEMS["Uniform-Soup"]
+    with pytest.warns(SoupWarning, match=r"'0', '1', '10', \.\.\.\. If the outputs"):
+        clone(system).fit(checkpoints, X, y)
+    for labels, classes in ((y.astype(int), None), (y, [str(k) for k in range(11)])):
+        soup = clone(system).set_params(classes=classes).fit(checkpoints, X, labels)
+        assert not any("numbers as texts" in said for said in soup.warnings_)
+
+
+def test_minus_100_is_no_class():
+    X, y = np.zeros((20, 4), np.float32), np.array([0, -100] * 10)
+    checkpoints = CheckpointCollection([torch.nn.Linear(4, 2) for _ in range(2)])
+    with pytest.raises(ValueError, match=r"y holds -100, .*Leave these rows out, or give classes="):
+        clone(SYSTEMS["Uniform-Soup"]).fit(checkpoints, X, y)
+    clone(SYSTEMS["Uniform-Soup"]).set_params(classes=[-100, 0]).fit(checkpoints, X, y)
+
+
+@every_system
+def test_tied_names_with_different_values_are_refused_before_a_search(system):
+    """Once, the last name won: what was scored and saved was no mix of the checkpoints."""
+
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.z = torch.nn.Linear(4, 3, bias=False)
+            self.a = torch.nn.Linear(4, 3, bias=False)
+            self.m = torch.nn.Linear(4, 3, bias=False)
+            self.a.weight = self.m.weight = self.z.weight
+
+        def forward(self, x):
+            return self.a(x) + self.m(x) + self.z(x)
+
+    torch.manual_seed(0)
+    zoo, same = make_zoo(1, seed=0), Tied().state_dict()
+    for name in ("z.weight", "a.weight", "m.weight"):
+        checkpoints = CheckpointCollection([same, {**same, name: same[name] * 3}], module=Tied)
+        with pytest.raises(
+            CheckpointError, match=r"'checkpoint1' .*'a.weight' and '[mz].weight' a"
+        ):
+            clone(system).fit(checkpoints, zoo.X, zoo.y)
+
+
+def test_a_start_whose_tied_names_differ_is_refused():
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Linear(3, 3, bias=False)
+            self.b = torch.nn.Linear(3, 3, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x[:, :3]))
+
+    zoo = make_zoo(1, seed=0)
+    checkpoints = CheckpointCollection([Tied(), Tied()], module=Tied)
+    soup = clone(SYSTEMS["Uniform-Soup"]).fit(checkpoints, zoo.X, zoo.y)
+    start = {**Tied().state_dict(), "b.weight": torch.ones(3, 3)}
+    with pytest.raises(CheckpointError, match=r"'start' does not fit .*'a.weight' and 'b.weight'"):
+        soup.interpolate(start, 0.5)
+    with pytest.raises(CheckpointError, match=r"'start' does not fit .*'a.weight' and 'b.weight'"):
+        interpolation_path(start, soup, zoo.X, zoo.y)
 
 
 def test_a_tied_name_may_be_missing_from_the_files():

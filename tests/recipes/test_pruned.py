@@ -161,3 +161,25 @@ def test_statistics_of_batch_norm(zoo: Zoo, batch_norm):
 def test_a_bad_improvement_is_refused(zoo: Zoo, value):
     with pytest.raises((ValueError, TypeError), match="min_improvement"):
         PrunedSoup(min_improvement=value).fit(zoo.checkpoints, zoo.X, zoo.y)
+
+
+@pytest.mark.filterwarnings("ignore::sksoup.SoupWarning")  # of a run unlike the others
+@pytest.mark.parametrize("large", [1e8, 1e30])
+def test_a_run_that_diverged_is_dropped_in_half_precision(large):
+    """Once its weights left the rounding of the sum in the place of the others' mean."""
+    torch.manual_seed(0)
+    base, X = torch.nn.Linear(16, 4), torch.randn(400, 16)
+    y = base(X).argmax(dim=1)
+    states = [
+        {n: (w + 0.15 * torch.randn_like(w)).bfloat16() for n, w in base.state_dict().items()}
+        for _ in range(5)
+    ]
+    bad = {n: (torch.randn_like(w) * large).bfloat16() for n, w in base.state_dict().items()}
+    names = [*"abcde", "bad"]
+    checkpoints = CheckpointCollection([*states, bad], names=names, module=lambda: base)
+    soup = PrunedSoup().fit(checkpoints, X, y)
+    mean = UniformSoup().fit(checkpoints.drop("bad"), X, y).score(X, y)
+    first = next(step for step in soup.path_ if step["candidate"] == "bad")
+    assert first["dropped"]
+    assert first["score"] == pytest.approx(mean, abs=0.01)
+    assert soup.score(X, y) >= mean - 0.01 > 0.6

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from sksoup import CheckpointCollection, CheckpointError, ModelStockSoup, Recipe, mix
 from sksoup.__main__ import main
+from sksoup.mixing.layers import group_layers
+from sksoup.mixing.stock import stock_ratios
 
 from ..zoo import Net, PlainNet, Zoo, make_states, same_tensors
 
@@ -106,6 +108,30 @@ def test_one_fine_tuning_copies_and_opposites(zoo: Zoo):
     others = CheckpointCollection({"w0": w0, "a": frozen, "b": frozen}, module=ckpts.module)
     part = ModelStockSoup(start="w0").fit(others, zoo.X, zoo.y)
     torch.testing.assert_close(part.state_dict(), frozen)
+
+
+@pytest.mark.parametrize("factor", [1e-300, 1e-160, 1e160, 1e300])
+def test_squares_that_float64_does_not_hold(factor):
+    """Once the ratio was 0, which is the start."""
+    drawn = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).double()
+    states = [{"w": w} for w in drawn]
+    states = [{"w": states[0]["w"] + 0.3 * s["w"]} for s in states]
+    layout = CheckpointCollection(states).layout
+    layers = group_layers(layout, layout, False)
+    expected, _ = stock_ratios(CheckpointCollection(states), "checkpoint0", layers, {"w"})
+    scaled = CheckpointCollection([{"w": s["w"] * factor} for s in states])
+    assert expected > 0
+    assert stock_ratios(scaled, "checkpoint0", layers, {"w"})[0] == pytest.approx(expected)
+
+
+def test_an_infinite_constant_does_not_move(tmp_path):
+    mask = torch.full((4,), -torch.inf)
+    for k in range(3):
+        save_file({"w": torch.randn(9), "mask": mask}, tmp_path / f"{k}.safetensors")
+    paths = [str(tmp_path / f"{k}.safetensors") for k in range(3)]
+    out = tmp_path / "o.safetensors"
+    assert main(["stock", *paths[1:], "--start", paths[0], "-o", str(out)]) == 0
+    assert torch.equal(load_file(out)["mask"], mask)
 
 
 @pytest.mark.parametrize("layerwise", [False, lambda name: name.split(".")[0]])

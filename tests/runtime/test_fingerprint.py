@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
 import sys
+import threading
 import types
+import weakref
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import make_scorer
 from torch import nn
 
-from sksoup.runtime.fingerprint import fingerprint
+from sksoup.runtime.fingerprint import encode_module, fingerprint
 
 from ..zoo import Net
 
@@ -119,3 +125,73 @@ def test_a_function_that_encloses_itself_is_told_from_another():
 
     assert fingerprint(wrapped(1)) == fingerprint(wrapped(1))
     assert fingerprint(wrapped(1)) != fingerprint(wrapped(2))
+
+
+class Scaled(nn.Module):
+    """With settings in private attributes, some of which do not pickle or lead back to itself."""
+
+    def __init__(self, scale=1.0, names=("a", "b", "c")):
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+        self._scale, self.__hidden, self._lock = scale, scale, threading.Lock()
+        self._kept = Kept(set(names))
+        self._parent = weakref.ref(self)
+        self._linear, self._call = [self.fc], self.forward
+        self.others = [self]
+
+    def forward(self, x):
+        return self.fc(x) * self._scale
+
+
+class Kept:
+    def __init__(self, names):
+        self.names = names
+
+
+def test_private_settings_of_the_users_modules_count():
+    """Once a result was taken from memory= for a module with another factor."""
+    digests = [sha(Scaled(*given)) for given in [(), (), (2.0,), (1.0, ("a", "b"))]]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+    inner = [sha(nn.Sequential(Scaled(scale), nn.ReLU())) for scale in (1.0, 1.0, 2.0)]
+    assert inner[0] == inner[1] != inner[2]
+
+
+def sha(module):
+    return fingerprint(list(encode_module(module)))
+
+
+MODULES = """
+import torch
+from sksoup.runtime.fingerprint import encode_module, fingerprint
+from tests.runtime.test_fingerprint import Scaled
+
+def sha(module):
+    return fingerprint(list(encode_module(module)))
+
+print(sha(Scaled()), sha(torch.nn.Transformer(8, 2, 1, 1, 8)))
+"""
+MODELS = """
+import transformers as t
+small = dict(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+             intermediate_size=16)
+print(sha(t.BertForSequenceClassification(t.BertConfig(**small))))
+print(sha(t.LlamaForCausalLM(t.LlamaConfig(**small))))
+print(sha(t.GPT2LMHeadModel(t.GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=2))))
+print(sha(t.T5ForConditionalGeneration(t.T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8,
+                                                  num_layers=1, num_heads=2))))
+"""
+
+
+@pytest.mark.parametrize("script", [MODULES, MODULES + MODELS], ids=["torch", "transformers"])
+def test_a_module_has_the_same_digest_in_every_process(script):
+    if "transformers" in script:
+        pytest.importorskip("transformers")
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True,
+            cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in "12"
+    ]  # fmt: skip
+    assert found[0] == found[1] != ""

@@ -1,0 +1,40 @@
+"""Checkpoints whose values differ between the names of one parameter."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..checkpoints.base_model import tied_names
+from ..checkpoints.collection import CheckpointCollection
+from ..exceptions import CheckpointError
+
+
+def check_tied(module: nn.Module, checkpoints: CheckpointCollection) -> None:
+    """Refuse checkpoints with other values by one name of a parameter than by another.
+
+    The module could hold one of them only. Where two names of a parameter are in the files, their
+    tensors are read, and no others.
+    """
+    first = {
+        name: min(n for n in (name, *others) if n in checkpoints.layout)
+        for name, others in tied_names(module).items()
+        if name in checkpoints.layout
+    }
+    pairs = [(name, other) for name, other in first.items() if name != other]
+    for checkpoint in checkpoints if pairs else ():
+        with checkpoints.open(checkpoint) as read:
+            for name, other in pairs:
+                if not _same_values(read(name), read(other)):
+                    raise CheckpointError(
+                        f"{checkpoint!r} does not fit the module: {other!r} and {name!r} are one "
+                        f"parameter of it (tied weights), but have different values in the "
+                        f"checkpoint. Give the module that it was saved from, where they are not "
+                        f"tied (transformers: 'tie_word_embeddings': false in config.json), or "
+                        f"checkpoints without one of the two."
+                    )
+
+
+def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    wide = torch.promote_types(a.dtype, b.dtype)
+    return torch.equal(a.to(wide), b.to(wide))
