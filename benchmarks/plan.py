@@ -11,7 +11,6 @@ ranks wait for a shared disk comes from a simulation of the background reader.
 from __future__ import annotations
 
 import argparse
-import heapq
 from dataclasses import dataclass
 
 EPOCHS, BATCH, N = 5, 128, 25_600  # of a model batch, rows of a step, held-out rows
@@ -40,13 +39,13 @@ SIZES = (
 )
 
 
-def held_bytes(size: Size, n: int, on_gpu: bool = True) -> float:
+def held_bytes(size: Size, n: int, on_gpu: bool = True, delta_bytes: int = NARROW) -> float:
     """Bytes of a device with shards on n ranks: b deltas, soup, module and gradient, and a block.
 
     The block is gathered with its gradient; of one device nothing is gathered. The center is one
     more where it is not in the host's memory. Activations are not in it.
     """
-    models = WIDE * (3 if on_gpu else 4) + NARROW * size.b
+    models = WIDE * (3 if on_gpu else 4) + delta_bytes * size.b
     gathered = 2 * WIDE * size.block if n > 1 else 0.0
     return models * size.n_parameters / n + gathered
 
@@ -80,27 +79,20 @@ def n_steps(size: Size) -> int:
 
 
 def waited(n: int, n_reads: int, seconds: float, work: float, ahead: int) -> float:
-    """Seconds that the slowest of n ranks waits for a disk that serves one read at a time.
+    """Seconds that n ranks wait for a disk that serves one read at a time.
 
-    Each rank needs n_reads of ``seconds`` each, with ``work`` seconds of steps after every one; its
-    reader is ``ahead`` reads in front at most. The ranks work in step, as FSDP2 makes them.
+    Each rank needs ``n_reads`` of ``seconds`` each, with ``work`` seconds of steps after every one.
+    Its reader has memory for ``ahead`` reads, which is free again when their steps begin; without
+    any it reads when the steps before are done. The ranks work in step, as FSDP2 makes them.
     """
-    disk = clock = idle = 0.0
-    ready: list[list[float]] = [[] for _ in range(n)]  # when each read of a rank is done
-    begun = [0] * n
-    waiting: list[tuple[float, int]] = [(0.0, rank) for rank in range(n)]
-    for step in range(n_reads):
-        # readers that may begin a read do, in the order in which they could
-        while waiting and begun[waiting[0][1]] <= step + ahead:
-            could, rank = heapq.heappop(waiting)
-            disk = max(disk, could) + seconds
-            ready[rank].append(disk)
-            begun[rank] += 1
-            if begun[rank] < n_reads:
-                heapq.heappush(waiting, (disk if begun[rank] <= step + ahead else clock, rank))
-        needed = max(done[step] for done in ready)
-        idle += max(0.0, needed - clock)
-        clock = max(clock, needed) + work
+    done = end = idle = 0.0
+    starts: list[float] = []
+    for k in range(n_reads):
+        may = end if ahead == 0 else starts[k - ahead] if k >= ahead else 0.0
+        done = max(done, may) + n * seconds  # of all ranks, one after the other
+        starts.append(max(done, end))
+        idle += starts[k] - end
+        end = starts[k] + work
     return idle
 
 

@@ -10,6 +10,7 @@ import torch
 from sklearn.base import clone
 from transformers import LlamaForCausalLM
 
+from benchmarks import plan
 from sksoup import GreedySoup, LearnedSoup, MEHLSoup, UniformSoup
 
 from ..zoo import PaperLearned, PaperMEHL
@@ -83,12 +84,15 @@ def test_a_rank_holds_its_part_of_the_models_and_sends_few_numbers(tmp_path, n_r
         found = json.loads((tmp_path / f"found{rank}.json").read_text())
         mehl = found["mehl"]
         assert mehl["peak"] <= (1 + 4) / n_ranks * model + 4 * block  # b = 1
+        size = plan.Size("", model / 4, mehl["layers"], block / 4, 1, K=4, b=1)
+        planned = plan.held_bytes(size, n_ranks, on_gpu=False, delta_bytes=4)
+        assert 0.85 * planned < mehl["peak"] <= planned
         # module, a sum in float64 and what is read of a candidate
         assert found["greedy"]["peak"] <= 5 / n_ranks * model + 4 * block
         assert found["uniform"]["peak"] <= 2 / n_ranks * model + 4 * block
         # b = 1 number for each layer and step; for each epoch loss and score of the steps
         measured = 2 * mehl["steps"]
-        assert mehl["sent"] == mehl["steps"] * mehl["layers"] + measured
+        assert mehl["sent"] == mehl["steps"] * plan.sent_numbers(1, mehl["layers"]) + measured
         assert found["greedy"]["sent"] == mehl["sent"]  # nothing more
         assert mehl["coef"] == json.loads((tmp_path / "found0.json").read_text())["mehl"]["coef"]
 
