@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from unittest.mock import patch
@@ -21,7 +22,7 @@ from sksoup.runtime.cache import Cache
 
 from ..zoo import Net64, PlainNet
 
-TIMEOUT = {"hangs": 20}  # seconds that a rank waits for the others; otherwise 120
+TIMEOUT = {"hangs": 20, "killed": 60}  # seconds that a rank waits for the others; otherwise 120
 
 
 def fit_all(folder: Path) -> dict[str, object]:
@@ -76,21 +77,27 @@ def fit_with_a_fault(folder: Path, case: str) -> dict[str, object]:
     return {"coef": soup.coef_.tolist(), "counts": vars(soup.counts_)}
 
 
-def main() -> None:
+def run(find: Callable[[Path, str], dict[str, object]]) -> None:
+    """Join the job, write what this rank finds, or the error of a lost rank."""
     folder, case = Path(sys.argv[1]), sys.argv[2]
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", "What the search found scores", SoupWarning)
+    for known in ("What the search found scores", "There is one checkpoint", "None of the"):
+        warnings.filterwarnings("ignore", known, SoupWarning)
+    warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)  # of torch.compile itself
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT.get(case, 120)))
     rank = distributed.get_rank()
     try:
-        found = fit_all(folder) if case == "all" else fit_with_a_fault(folder, case)
+        found = find(folder, case)
     except RankError as error:
         (folder / f"error{rank}.txt").write_text(str(error))
         raise
     (folder / f"found{rank}.json").write_text(json.dumps(found))
+    distributed.barrier()
     distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # at the interpreter's end gloo's threads abort now and then
 
 
 if __name__ == "__main__":
-    main()
+    run(lambda folder, case: fit_all(folder) if case == "all" else fit_with_a_fault(folder, case))

@@ -20,8 +20,7 @@ from .test_distributed import start, wait
 
 SOUPS = {
     "uniform": UniformSoup(batch_size=25),
-    "greedy": GreedySoup(batch_size=25),
-    "greedy all": GreedySoup(min_improvement=-1.0, batch_size=25, early_rejection=False),
+    "greedy": GreedySoup(min_improvement=-0.05, batch_size=25),
     "learned": PaperLearned(max_epochs=2, batch_size=25, random_state=0),
     # 61 rows in minibatches of 20: the last has one row, so that some ranks have none
     "MEHL+": PaperMEHL(
@@ -39,7 +38,6 @@ SOUPS = {
         layerwise=True, max_epochs=1, batch_size=20, random_state=0, delta_dtype="bfloat16",
     ),
     "centered learned": LearnedSoup(max_epochs=2, batch_size=25, random_state=0),
-    "on greedy": MEHLSoup(center="greedy", max_epochs=1, random_state=0),
 }  # fmt: skip
 
 
@@ -55,8 +53,8 @@ def test_shards_find_what_one_process_finds(folder, n_ranks):
     said = wait(ranks)
     assert [process.returncode for process in ranks] == [0] * n_ranks, "\n".join(said)
     found = [json.loads((folder / f"found{rank}.json").read_text()) for rank in range(n_ranks)]
-    for name, soup in SOUPS.items():
-        alone, data = fit(clone(soup), folder, name)
+    for name in found[0]:
+        alone, data = fit(clone(SOUPS[name]), folder, name)
         for other in found[1:]:  # the same bits on every rank
             for what in set(other[name]) - {"counts"}:
                 assert other[name][what] == found[0][name][what], (name, what)
@@ -98,7 +96,7 @@ def test_a_rank_holds_its_part_of_the_models_and_sends_few_numbers(tmp_path, n_r
 
 
 def test_two_ranks_soup_what_does_not_fit_into_one(tmp_path):
-    make_wide_zoo(tmp_path, 8, width=256, depth=31)
+    make_wide_zoo(tmp_path, 8, width=256, depth=15)
     (alone,) = start(tmp_path, "limit", 1, job="sharded_job")
     (said,) = wait([alone])
     assert alone.returncode == 1
