@@ -138,7 +138,7 @@ def fit_within_limit(folder: Path) -> dict[str, object]:
     The map of a file that is open counts as data, and so does what the allocator has not given
     back: a process alone would take 9, one of two ranks 5.
     """
-    build = partial(Blocks, width=256, depth=15)
+    build = partial(Blocks, width=256, depth=31)
     size = 4 * sum(p.numel() for p in build().parameters())
     shard = "auto" if distributed.get_world_size() > 1 else None
     small = CheckpointCollection([Blocks()], module=Blocks)

@@ -96,7 +96,7 @@ def test_a_rank_holds_its_part_of_the_models_and_sends_few_numbers(tmp_path, n_r
 
 
 def test_two_ranks_soup_what_does_not_fit_into_one(tmp_path):
-    make_wide_zoo(tmp_path, 8, width=256, depth=15)
+    make_wide_zoo(tmp_path, 8, width=256, depth=31)
     (alone,) = start(tmp_path, "limit", 1, job="sharded_job")
     (said,) = wait([alone])
     assert alone.returncode == 1
