@@ -43,6 +43,11 @@ PAPER_MARGIN = 1.24  # of MEHL-Soup+ over the best checkpoint
 PLUS = "MEHL-Soup+"
 RIVALS = ("Best checkpoint", "Greedy-Soup", "Learned-Soup+", "HL-Soup+", "Ensemble")
 TITLES = {"convnet": "ConvNet", "vit": "ViT", "resnet": "ResNet", "text": "Text encoder"}
+PHOTOS = ("photos", "photos-vit")
+SHIFTED_TEXTS = (
+    " Texts are shifted in two: typing errors in 5 or 15 % of the letters, and second or third "
+    "paragraphs\nof docstrings where all other rows are first ones."
+)
 SHIFT_TITLES = {"photos": "EfficientNet", "photos-vit": "ViT, photographs", **TITLES}
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- made by benchmarks/paper/page.py: -->", "<!-- : -->"  # its table in the readme
@@ -496,7 +501,11 @@ class Page:
                 f"Test sets on which {CENTERED_PLUS} is below Greedy-Soup by more than the "
                 f"interval: {below}.\n",
             ]  # fmt: skip
+        kinds = set(self.found["shift"]["results"])
+        others = "* The other networks are those above.\n" if kinds - set(PHOTOS) else ""
+        texts = SHIFTED_TEXTS if "text" in kinds else ""
         template = _template("page_shift").replace("@shift@", "\n".join(parts))
+        template = template.replace("@others@\n", others).replace("@texts@", texts)
         return template.replace("@amounts@", self.amounts()).rstrip()
 
     def amounts(self) -> str:

@@ -191,7 +191,8 @@ def to_inputs(X: Any, dtype: torch.dtype, device: torch.device) -> Inputs:
 
     def move(part: Any) -> torch.Tensor:
         tensor = to_tensor(part)
-        return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
+        wanted = dtype if tensor.is_floating_point() else None
+        return tensor.to(device, wanted, non_blocking=device.type != "cpu")
 
     inputs: Inputs = map_inputs(move, X)
     return inputs
