@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -142,6 +143,17 @@ def test_arrays_in_files_are_read_by_index(zoo: Zoo, monkeypatch, tmp_path):
     assert soup.score(mapped, y) == plain.score(X, y)
 
 
+def test_data_sets_of_hugging_face_are_read_by_index(zoo: Zoo, monkeypatch):
+    X, y = np.asarray(zoo.X, dtype=np.float32), np.asarray(zoo.y)
+    plain = MEHLSoup(random_state=0, max_epochs=2).fit(zoo.checkpoints, X, y)
+    rows = datasets.Dataset.from_dict({"X": X, "label": y})
+    limited(monkeypatch, 0)
+    soup = MEHLSoup(random_state=0, max_epochs=2, forward=lambda module, X: module(X["X"]))
+    soup.fit(zoo.checkpoints, rows)
+    assert np.array_equal(soup.coef_, plain.coef_)
+    assert soup.score(rows) == plain.score(X, y)
+
+
 def test_bytes_stay_bytes_until_they_are_on_the_device(monkeypatch):
     images = torch.randint(0, 256, (50, 3, 4, 4), dtype=torch.uint8)
     limited(monkeypatch, 20 * 48)
@@ -235,7 +247,7 @@ def test_memory_does_not_grow_with_the_rows():
                 env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "16384"},
             ).stdout.splitlines()[-1]
         )
-        for n in (2000, 8000)
+        for n in (2000, 20_000)
     }  # fmt: skip
-    # 6,000 rows more would take 295 MB
-    assert grown[8000] - grown[2000] < 20e6, grown
+    # 18,000 rows more would take 885 MB
+    assert grown[20_000] - grown[2000] < 20e6, grown

@@ -174,7 +174,8 @@ def fit_wrapped(folder: Path) -> dict[str, object]:
 
     fitted, _ = fit(clone(SOUPS["centered"]), folder, "centered", module=net)
     assert fitted.module_ is net
-    return {"coef": fitted.coef_.tolist()}
+    half, _ = fit(clone(SOUPS["centered"]).set_params(shard="auto", precision="bf16"), folder, "")
+    return {"coef": fitted.coef_.tolist(), "bf16": half.coef_.tolist()}
 
 
 def fit_refused(folder: Path) -> dict[str, object]:

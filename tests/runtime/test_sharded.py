@@ -152,6 +152,9 @@ def test_a_module_that_was_wrapped_by_hand_is_used_as_it_is(folder):
     alone, _ = fit(clone(SOUPS["centered"]), folder, "centered")
     found = json.loads((folder / "found0.json").read_text())
     np.testing.assert_allclose(found["coef"], alone.coef_, rtol=0, atol=1e-4)
+    half, _ = fit(clone(SOUPS["centered"]).set_params(precision="bf16"), folder, "")
+    np.testing.assert_allclose(found["bf16"], half.coef_, rtol=0, atol=0.05)
+    assert found["bf16"] != found["coef"]
 
 
 def test_what_shards_can_not_do_is_refused_on_every_rank(folder):
