@@ -149,6 +149,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         self.layout: dict[str, TensorInfo] = common_layout(self._entries)
         self.scores = check_scores(scores, self.names)
         self.health = Health()
+        self.whole: CheckpointCollection = self  # what `slice_rows` was called on
         self._taken = ""  # which checkpoints of runs these are, in words
 
     @classmethod
@@ -639,6 +640,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             known = {name: score for name, score in self.scores.items() if name in entries}
             part.scores = known if len(known) == len(entries) else None
         part.health = Health()
+        part.whole = part
         return part
 
     def slice_rows(self, rows: Mapping[str, slice]) -> CheckpointCollection:
@@ -660,7 +662,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             name: Entry(SlicedCheckpoint(entry, rows)) for name, entry in self._entries.items()
         }
         part = self._with(entries)
-        part.rows = dict(rows)
+        part.rows, part.whole = dict(rows), self
         return part
 
     def save(self, folder: str | os.PathLike[str]) -> CheckpointCollection:

@@ -213,7 +213,7 @@ class BaseSoup(
                 problem = self._problem(collection, X, y, weight)
                 hashes = self._has_recipe and not rank()  # for all of a job
                 with collection.hashing() if hashes else nullcontext():
-                    self._keep(problem, self._search(problem), collection)
+                    self._keep(problem, self._search(problem))
         except BaseException:
             self._forget()
             raise
@@ -285,9 +285,9 @@ class BaseSoup(
         soup.checkpoints, soup.module_, soup.coef_ = None, problem.objective.module, None
         return soup
 
-    def _keep(self, problem: Problem, found: Found, collection: CheckpointCollection) -> None:
+    def _keep(self, problem: Problem, found: Found) -> None:
         """Set the fitted attributes; the soup is mixed from the coefficients alone."""
-        layers = problem.layers
+        layers, collection = problem.layers, problem.checkpoints.whole
         for name, value in found.attributes.items():
             setattr(self, name, value)
         best = self._mix_best(problem, found) if self._has_recipe else found.coef
@@ -301,7 +301,7 @@ class BaseSoup(
         self.history_ = found.history
         self.counts_ = problem.objective.counts
         if self._has_recipe:
-            self._keep_soup(problem, coef, collection, self._held_out(problem, found))
+            self._keep_soup(problem, coef, self._held_out(problem, found))
         if found.decided is not None:
             evaluate, decided = found.decided
             self._warn_of_rounding(self._score_of(problem, best, evaluate), decided)
@@ -377,12 +377,9 @@ class BaseSoup(
         return None
 
     def _keep_soup(
-        self,
-        problem: Problem,
-        coef: NDArray[np.float64],
-        collection: CheckpointCollection,
-        held_out: tuple[float, int] | None,
+        self, problem: Problem, coef: NDArray[np.float64], held_out: tuple[float, int] | None
     ) -> None:
+        collection = problem.checkpoints.whole
         self._warn_of_strangers(problem.checkpoints, self.ingredients_)
         if (coef < 0).any():
             self._warn_of_variances(problem, coef)

@@ -75,8 +75,8 @@ class FromTable:
         own = torch.nn.functional.one_hot(self.y[rows], 3).double()
         return own * torch.where(self.right[rows], 1.0, -1.0)[:, None]
 
-    def outputs_of(self, rows, batch_size):
-        return self.forward(rows)
+    def outputs_of(self, data, batch_size):
+        return self.forward(data.X)
 
 
 @settings(max_examples=200)
