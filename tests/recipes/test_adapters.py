@@ -290,8 +290,10 @@ for name, text in json.loads(case).items():
     if hasattr(soup, "shard"):
         soup.set_params(shard="auto").fit(files, X, y)
         found[name + " sharded"] = soup.coef_.tolist()
-open(f"{folder}/found{distributed.get_rank()}.json", "w").write(json.dumps(found))
-distributed.destroy_process_group()
+with open(f"{folder}/found{distributed.get_rank()}.json", "w") as file:
+    file.write(json.dumps(found))
+distributed.barrier()
+os._exit(0)  # gloo's threads abort now and then where they are to end
 """
 
 
