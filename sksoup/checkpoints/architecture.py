@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -53,7 +53,7 @@ def find_architecture(
     for item in [module] if module is not None else given:
         trained = getattr(item, "module_", None)
         if isinstance(item, nn.Module) or isinstance(trained, nn.Module):
-            network: nn.Module = trained if trained is not None else item
+            network = cast(nn.Module, item if isinstance(item, nn.Module) else trained)
             return network if sharded_parts(network) else copy.deepcopy(network)
         if module is None:
             if isinstance(item, (str, os.PathLike)) and (folder := hub_folder(Path(item))):

@@ -120,33 +120,27 @@ class HeldOut:
             order = order.to(self.y.device)
         mine = {many: part(many) for many in {size, n % size or size}}
 
-        starts = range(0, n, size)
+        wholes = [order[i : i + size] for i in range(0, n, size)]
+        parts = [whole[mine[len(whole)]] for whole in wholes]  # this rank's of each minibatch
+        spare = [needs_one and not len(rows) for rows in parts]
+        parts = [w[-1:] if s else rows for w, rows, s in zip(wholes, parts, spare, strict=True)]
+        read = self._read(parts)
 
-        def own(start: int) -> tuple[torch.Tensor, bool]:
-            """Rows of this rank, and whether they are one that does not count."""
-            whole = order[start : start + size]
-            rows = whole[mine[len(whole)]]
-            is_spare = needs_one and not len(rows)
-            return (whole[-1:] if is_spare else rows), is_spare
-
-        read = self._read([own(start)[0] for start in starts])
-
-        def batch(start: int) -> Batch:
-            rows, is_spare = own(start)
-            X = next(read)
+        def batch(index: int) -> Batch:
+            whole, rows, X = wholes[index], parts[index], next(read)
             if self.is_streamed:
                 X = map_inputs(self._move, X)
-            whole = order[start : start + size]
             there, all_there = rows.to(self.y.device), whole.to(self.y.device)
             weight = None if self.weight is None else self.weight[there]
             counted = None if self.counted is None else self.counted[there]
             total = len(whole) if amounts is None else amounts[all_there].sum()
             each = None if amounts is None else amounts[there]
             amount = len(there) if each is None else each.sum()
-            amount = 0 * amount if is_spare else amount
+            amount = 0 * amount if spare[index] else amount
             return Batch(X, self.y[there], weight, counted, each, amount, total)
 
-        yield from one_ahead(batch, starts) if self.is_streamed else map(batch, starts)
+        numbers = range(len(wholes))
+        yield from one_ahead(batch, numbers) if self.is_streamed else map(batch, numbers)
 
     def _read(self, parts: Sequence[torch.Tensor]) -> Iterator[Inputs]:
         """The inputs of these rows, part by part."""
@@ -156,12 +150,12 @@ class HeldOut:
         return (map_inputs(lambda part: part[rows], self.X) for rows in parts)  # noqa: B023
 
 
-def one_ahead(make: Callable[[int], Batch], starts: Iterable[int]) -> Iterator[Batch]:
+def one_ahead(make: Callable[[int], Batch], numbers: Iterable[int]) -> Iterator[Batch]:
     """Make each minibatch in a thread while the one before it is in use."""
     with ThreadPoolExecutor(1, thread_name_prefix="sksoup-batches") as pool:
         pending: Future[Batch] | None = None
-        for start in starts:
-            following = pool.submit(make, start)
+        for number in numbers:
+            following = pool.submit(make, number)
             if pending is not None:
                 yield pending.result()
             pending = following

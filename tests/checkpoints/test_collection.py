@@ -19,6 +19,14 @@ from sksoup import BestCheckpoint, CheckpointCollection, CheckpointError, Unifor
 from ..zoo import Net, Zoo, make_states, same_tensors
 
 
+def test_an_attribute_of_a_module_is_no_trained_net():
+    class Odd(torch.nn.Linear):
+        module_ = "a name of its own"
+
+    ckpts = CheckpointCollection([Odd(2, 2), Odd(2, 2)])
+    assert type(ckpts.build_module()) is Odd
+
+
 def test_is_a_mapping_in_natural_order(folder):
     collection = CheckpointCollection.from_path(folder)
     assert collection.names == tuple(f"ft{k}" for k in range(11))
