@@ -14,10 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..runtime.distributed import world_size
 from ..runtime.memory import free_bytes
-from .arrays import Inputs, map_inputs, n_rows, parts_of
+from .arrays import Inputs, map_inputs, parts_of
 from .indexed import IndexedRows
-
-__all__ = ["Inputs", "map_inputs", "n_rows", "parts_of"]
 
 
 def is_multiple(X: Any) -> bool:

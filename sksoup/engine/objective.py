@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
+from ..data.arrays import Inputs, map_inputs, n_rows
 from ..data.indexed import IndexedRows
 from ..data.outputs import Outputs, Task
-from ..data.rows import Batch, HeldOut, Inputs, map_inputs, n_rows, to_inputs
+from ..data.rows import Batch, HeldOut, to_inputs
 from ..exceptions import CheckpointError
 from ..runtime.distributed import gather_rows, share_or_last, world_size
 from ..runtime.shards import own, reshard, sharded_parts

@@ -16,8 +16,8 @@ import torch
 from sklearn.base import clone
 
 from ..checkpoints.collection import CheckpointCollection
+from ..data.arrays import n_rows, parts_of
 from ..data.outputs import Task
-from ..data.rows import n_rows, parts_of
 from ..exceptions import SoupWarning
 from ..recipes.base import BaseSoup
 from ..recipes.baselines import BestCheckpoint, CheckpointEnsemble, UniformSoup

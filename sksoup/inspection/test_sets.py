@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..data.rows import is_loader, n_rows
+from ..data.arrays import n_rows
+from ..data.rows import is_loader
 
 Rows = tuple[Any, Any]
 

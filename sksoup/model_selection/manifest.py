@@ -11,7 +11,7 @@ from torch import nn
 
 from ..checkpoints.texts import read_text
 from ..checkpoints.write import write_text
-from ..data.rows import map_inputs
+from ..data.arrays import map_inputs
 from ..exceptions import CheckpointError
 from ..runtime.fingerprint import fingerprint
 from .fine_tuning import state_of

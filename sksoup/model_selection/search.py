@@ -25,8 +25,8 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
+from ..data.arrays import map_inputs
 from ..data.outputs import Task
-from ..data.rows import map_inputs
 from ..engine.objective import module_dtype
 from ..recipes.base import BaseSoup, DocLinkMixin
 from ..recipes.baselines import CheckpointEnsemble

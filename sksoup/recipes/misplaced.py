@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
-from ..data.rows import is_multiple, parts_of
+from ..data.arrays import parts_of
+from ..data.rows import is_multiple
 
 
 def refuse_order(y: Any) -> None:

@@ -16,10 +16,11 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
+from ..data.arrays import map_inputs, n_rows
 from ..data.indexed import IndexedRows
 from ..data.loaders import as_batches, is_apart, minibatches, padded, targets_of
 from ..data.outputs import Outputs, Task
-from ..data.rows import is_loader, map_inputs, n_rows, to_inputs, to_tensor
+from ..data.rows import is_loader, to_inputs, to_tensor
 from ..data.tokens import (
     DECODER_INPUT,
     IGNORED,

@@ -23,21 +23,11 @@ from sklearn.utils.validation import check_consistent_length, validate_data
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
+from ..data.arrays import map_inputs, n_rows, parts_of
 from ..data.indexed import IndexedRows
 from ..data.loaders import as_batches, from_lists, is_apart, read_loader
 from ..data.outputs import Outputs, Task, is_dense
-from ..data.rows import (
-    HeldOut,
-    fits,
-    is_loader,
-    is_multiple,
-    map_inputs,
-    n_rows,
-    parts_of,
-    resolve_device,
-    to_inputs,
-    to_tensor,
-)
+from ..data.rows import HeldOut, fits, is_loader, is_multiple, resolve_device, to_inputs, to_tensor
 from ..data.tokens import IGNORED, TEXT_TASKS, kind_of_model, targets_from, with_decoder_inputs
 from ..engine.batch_norm import statistics
 from ..engine.deltas import resolve_delta_dtype

@@ -263,25 +263,28 @@ def test_minus_100_is_no_class():
     clone(SYSTEMS["Uniform-Soup"]).set_params(classes=[-100, 0]).fit(checkpoints, X, y)
 
 
+class TiedNet(torch.nn.Module):
+    """Three names of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.z = torch.nn.Linear(4, 3, bias=False)
+        self.a = torch.nn.Linear(4, 3, bias=False)
+        self.m = torch.nn.Linear(4, 3, bias=False)
+        self.a.weight = self.m.weight = self.z.weight
+
+    def forward(self, x):
+        return self.a(x) + self.m(x) + self.z(x)
+
+
 @every_system
 def test_tied_names_with_different_values_are_refused_before_a_search(system):
     """Once, the last name won: what was scored and saved was no mix of the checkpoints."""
 
-    class Tied(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.z = torch.nn.Linear(4, 3, bias=False)
-            self.a = torch.nn.Linear(4, 3, bias=False)
-            self.m = torch.nn.Linear(4, 3, bias=False)
-            self.a.weight = self.m.weight = self.z.weight
-
-        def forward(self, x):
-            return self.a(x) + self.m(x) + self.z(x)
-
     torch.manual_seed(0)
-    zoo, same = make_zoo(1, seed=0), Tied().state_dict()
+    zoo, same = make_zoo(1, seed=0), TiedNet().state_dict()
     for name in ("z.weight", "a.weight", "m.weight"):
-        checkpoints = CheckpointCollection([same, {**same, name: same[name] * 3}], module=Tied)
+        checkpoints = CheckpointCollection([same, {**same, name: same[name] * 3}], module=TiedNet)
         with pytest.raises(
             CheckpointError, match=r"'checkpoint1' .*'a.weight' and '[mz].weight' a"
         ):
@@ -289,42 +292,24 @@ def test_tied_names_with_different_values_are_refused_before_a_search(system):
 
 
 def test_a_start_whose_tied_names_differ_is_refused():
-    class Tied(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = torch.nn.Linear(3, 3, bias=False)
-            self.b = torch.nn.Linear(3, 3, bias=False)
-            self.b.weight = self.a.weight
-
-        def forward(self, x):
-            return self.b(self.a(x[:, :3]))
-
     zoo = make_zoo(1, seed=0)
-    checkpoints = CheckpointCollection([Tied(), Tied()], module=Tied)
+    checkpoints = CheckpointCollection([TiedNet(), TiedNet()], module=TiedNet)
     soup = clone(SYSTEMS["Uniform-Soup"]).fit(checkpoints, zoo.X, zoo.y)
-    start = {**Tied().state_dict(), "b.weight": torch.ones(3, 3)}
-    with pytest.raises(CheckpointError, match=r"'start' does not fit .*'a.weight' and 'b.weight'"):
+    start = {**TiedNet().state_dict(), "m.weight": torch.ones(3, 4)}
+    with pytest.raises(CheckpointError, match=r"'start' does not fit .*'a.weight' and 'm.weight'"):
         soup.interpolate(start, 0.5)
-    with pytest.raises(CheckpointError, match=r"'start' does not fit .*'a.weight' and 'b.weight'"):
+    with pytest.raises(CheckpointError, match=r"'start' does not fit .*'a.weight' and 'm.weight'"):
         interpolation_path(start, soup, zoo.X, zoo.y)
 
 
 def test_a_tied_name_may_be_missing_from_the_files():
-    class Tied(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = torch.nn.Linear(4, 3, bias=False)
-            self.b = torch.nn.Linear(4, 3, bias=False)
-            self.b.weight = self.a.weight
-
-        def forward(self, x):
-            return self.a(x) + self.b(x)
-
-    states = [{"a.weight": Tied().a.weight.detach()} for _ in range(3)]
+    states = [{"a.weight": TiedNet().a.weight.detach()} for _ in range(3)]
     zoo = make_zoo(1, seed=0)
-    soup = clone(SYSTEMS["MEHL-Soup+"]).fit(CheckpointCollection(states, module=Tied), zoo.X, zoo.y)
+    soup = clone(SYSTEMS["MEHL-Soup+"]).fit(
+        CheckpointCollection(states, module=TiedNet), zoo.X, zoo.y
+    )
     assert list(soup.state_dict()) == ["a.weight"]
-    assert torch.equal(soup.module_.b.weight, soup.state_dict()["a.weight"])
+    assert torch.equal(soup.module_.m.weight, soup.state_dict()["a.weight"])
 
 
 @every_system
