@@ -65,12 +65,13 @@ def read_loader(
     ordered: bool = False,
     n_inputs: int | None = None,
     pads: bool = False,
+    keep: int | None = None,
 ) -> tuple[Any, Any]:
     """Walk a loader once; inputs and targets as tensors on the CPU, targets as in `walk`.
 
     Of a data set that does not fit into memory the first rows are kept, and the inputs are
     `IndexedRows`. ``pads``: batches may be texts of different lengths, which are padded to the
-    longest.
+    longest. ``keep`` bounds what is kept, in bytes; it is never more than half of what is free.
     """
     inputs: list[Any] = []
     targets: list[Any] = []
@@ -78,6 +79,8 @@ def read_loader(
     limit = free_bytes(torch.device("cpu")) // 2
     loader = None if isinstance(X, Iterator) or pads else as_loader(X)
     can_leave_out = loader is not None and can_be_read_again(loader)
+    if can_leave_out and keep is not None:
+        limit = min(limit, keep)
     digest, is_full = sha256(), False
     for rows, labels in walk(X, y, ordered=ordered, n_inputs=n_inputs):
         targets.append(labels)

@@ -26,6 +26,7 @@ from ..mixing.layers import Layerwise
 from ..runtime.cache import Cache
 from .base import BaseSoup
 from .center import center_instead, check_center, choose_center
+from .progress import one_attempt
 from .validation import (
     check_descent,
     check_flag,
@@ -78,7 +79,8 @@ class LearnedSoup(BaseSoup):
     memory_limit : int, str or None, default=None
         Bytes, or a string such as "8GB", for K + 2 models (K + 1 on a GPU); None is half of
         what the device has free. Where they do not fit, the models are read from their files at
-        each step.
+        each step. Held-out rows that are read by index (docs: Models and data larger than memory)
+        are kept within as many bytes again.
     delta_dtype : {"float32", "bfloat16"}, torch.dtype or None, default=None
         What the K deltas are held in; None is the dtype of the module. bfloat16 halves their
         memory.
@@ -283,6 +285,7 @@ class LearnedSoup(BaseSoup):
             found = Found(chosen.coef(problem), attributes=attributes)
         return chosen.checked(found, problem)
 
+    @one_attempt
     def _descend(
         self,
         open_deltas: OpenDeltas,

@@ -33,6 +33,7 @@ from ..mixing.layers import Layerwise
 from ..runtime.cache import Cache
 from .base import BaseSoup
 from .center import center_instead, check_center, choose_center
+from .progress import one_attempt
 from .validation import (
     check_descent,
     check_flag,
@@ -135,7 +136,8 @@ class MEHLSoup(BaseSoup):
         Bytes, or a string such as "8GB", for b + 2 models and those read ahead (b + 1 on a
         GPU): it decides
         ``model_batch_size="auto"``, and a given model batch that it does not hold is an error. None
-        is half of what the device has free, for "auto" only.
+        is half of what the device has free, for "auto" only. Held-out rows that are read by index
+        (docs: Models and data larger than memory) are kept within as many bytes again.
     delta_dtype : {"float32", "bfloat16"}, torch.dtype or None, default=None
         What the b deltas are held in; None is the dtype of the module. bfloat16 halves their
         memory; sums are formed in the module's dtype.
@@ -380,6 +382,7 @@ class MEHLSoup(BaseSoup):
             )
         return chosen.checked(found, problem)
 
+    @one_attempt
     def _block_coordinate_descent(
         self,
         b: int,

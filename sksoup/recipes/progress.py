@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
-from sklearn.callback import CallbackSupportMixin
+from sklearn.callback import CallbackSupportMixin, with_callbacks
 from torch import nn
 
 from ..engine.objective import load_weights
@@ -17,6 +17,17 @@ from ..engine.problem import Problem, Step, Weights
 from ..runtime.distributed import rank
 
 LOGGER = logging.getLogger("sksoup")
+Search = TypeVar("Search", bound=Callable[..., Any])
+
+
+def one_attempt(search: Search) -> Search:
+    """Close the callbacks when a search ends, as it may start again with less memory.
+
+    scikit-learn closes those of the last start only, and the thread of an open progress bar would
+    keep the process alive.
+    """
+    closing: Search = with_callbacks(search)
+    return closing
 
 
 class ProgressMixin(CallbackSupportMixin):  # type: ignore[misc]

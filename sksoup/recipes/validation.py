@@ -72,7 +72,9 @@ def validate_rows(
         X = as_batches(X, y)
     if is_loader(X):
         ordered = is_apart(y) or is_apart(sample_weight)
-        X, y = read_loader(X, y, ordered=ordered, pads=task in TEXT_TASKS)
+        X, y = read_loader(
+            X, y, ordered=ordered, pads=task in TEXT_TASKS, keep=memory_limit_of(estimator)
+        )
     if task in TEXT_TASKS and y is None:
         y = targets_from(X)
     refuse_checkpoints(X, y)
@@ -243,8 +245,8 @@ def collect(
     if isinstance(X, IndexedRows):
         raise ValueError(
             f"checkpoints={checkpoints!r} are to be made of held-out rows that do not fit into "
-            f"memory ({len(X):,} of them, {X.n_kept:,} fit). Give fewer rows, or checkpoints that "
-            f"are made already."
+            f"memory ({len(X):,} of them, {X.n_kept:,} fit). Give fewer rows, raise memory_limit "
+            f"if it is set, or give checkpoints that exist already."
         )
     takes_weight = "sample_weight" in inspect.signature(checkpoints).parameters
     made = checkpoints(X, y, **({"sample_weight": weight} if takes_weight else {}))
@@ -414,8 +416,13 @@ def check_descent(soup: Any) -> None:
         value = getattr(soup, name)
         if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
-    if soup.memory_limit is not None:
-        parse_bytes(soup.memory_limit)
+    memory_limit_of(soup)
+
+
+def memory_limit_of(soup: Any) -> int | None:
+    """The limit of an estimator in bytes; None where it has none."""
+    limit = getattr(soup, "memory_limit", None)
+    return None if limit is None else parse_bytes(limit)
 
 
 def warn_of_lr(soup: Any) -> None:
@@ -498,8 +505,7 @@ def storage_for(soup: Any, problem: Problem, n_ahead: int = 0) -> DeltaStorage:
     """How a recipe holds deltas; reading ahead is for files."""
     checkpoints = problem.checkpoints
     has_files = any(checkpoints.path(name) is not None for name in checkpoints)
-    limit = None if soup.memory_limit is None else parse_bytes(soup.memory_limit)
-    return DeltaStorage(limit, soup.delta_dtype, n_ahead if has_files else 0)
+    return DeltaStorage(memory_limit_of(soup), soup.delta_dtype, n_ahead if has_files else 0)
 
 
 def search_cache(soup: Any, problem: Problem, *more: Any) -> Cache | None:

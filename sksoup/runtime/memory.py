@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+# by version of control groups: the folder of the controller, and its files for limit and usage
+CGROUP_FILES = {
+    2: ("", "memory.max", "memory.current"),
+    1: ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
 
 
 @dataclass(frozen=True)
@@ -64,17 +72,43 @@ def parse_bytes(limit: int | str) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory the device has free now."""
+    """Memory the device has free now; on the host within the limits of a container or a job."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     try:
-        with open("/proc/meminfo") as file:
-            fields: Mapping[str, str] = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        lines = (PROC / "meminfo").read_text().splitlines()
+        fields: Mapping[str, str] = dict(line.split(":", 1) for line in lines)
+        free = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):  # not Linux
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return min([free, *_free_in_groups()])
+
+
+def _free_in_groups() -> Iterator[int]:
+    """What each control group that the process is in leaves it, as containers and SLURM set it.
+
+    Pages of files that can be dropped are free, as in the kernel's own ``MemAvailable``.
+    """
+    try:
+        lines = (PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers not in ("", "memory"):
+            continue
+        mount, limit, usage = CGROUP_FILES[1 if controllers else 2]
+        top = CGROUPS / mount
+        here = top / path.strip("/")
+        for group in (here, *(one for one in here.parents if one.is_relative_to(top))):
+            try:  # a container sees its own group as the top; "max" is no limit
+                free = int((group / limit).read_text()) - int((group / usage).read_text())
+                counts = dict(map(str.split, (group / "memory.stat").read_text().splitlines()))
+            except (OSError, ValueError):
+                continue
+            pages = counts.get("total_inactive_file", counts.get("inactive_file", 0))
+            yield max(free + int(pages), 0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -92,6 +92,23 @@ def test_each_row_is_read_once_for_the_targets_and_once_per_pass(zoo: Zoo, monke
     assert len(y) + passes <= rows.n_read <= len(y) + passes + 5
 
 
+@pytest.mark.parametrize("recipe", [LearnedSoup, MEHLSoup])
+def test_rows_are_kept_within_memory_limit(zoo: Zoo, recipe):
+    X, y = np.asarray(zoo.X, dtype=np.float32), np.asarray(zoo.y)
+    fits = zoo.checkpoints.nbytes * 10  # all models
+    rows = Pairs(np.tile(X, (200, 1)), np.tile(y, 200))
+    assert rows.X.nbytes > fits
+    soup = recipe(max_epochs=1, batch_size=4096, memory_limit=fits, random_state=0)
+    soup.fit(zoo.checkpoints, rows)
+    n, n_passes = len(rows), soup.counts_.rows_forward // len(rows)
+    n_kept = fits // 2 // X[0].nbytes  # joining what is kept takes as much again
+    assert n < rows.n_read <= n + (n_passes + 1) * (n - n_kept + 256)
+    coef, rows.n_read = soup.coef_, 0
+    soup.set_params(memory_limit=None).fit(zoo.checkpoints, rows)
+    assert rows.n_read == n
+    assert np.array_equal(soup.coef_, coef)
+
+
 @given(
     st.integers(1, 40), st.integers(0, 40), st.lists(st.integers(0, 39), min_size=1, max_size=30)
 )

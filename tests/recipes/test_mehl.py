@@ -456,6 +456,8 @@ def test_out_of_memory_halves_the_model_batch(zoo: Zoo, monkeypatch):
     assert caught[0].filename == __file__
     assert soup.model_batch_size_ == 2
     assert np.array_equal(soup.coef_, expected.coef_)
+    # an open progress bar would keep the process from ending
+    assert "RichProgressMonitor" not in {type(one).__name__ for one in threading.enumerate()}
 
 
 @pytest.mark.parametrize("soup", [PaperMEHL(), PaperLearned()])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sksoup.runtime import memory
 from sksoup.runtime.memory import Budget, free_bytes, is_out_of_memory, parse_bytes
 
 
@@ -48,6 +49,50 @@ def test_a_limit_that_does_not_hold_what_is_asked_for():
 
 def test_free_memory_is_a_number_of_bytes():
     assert 10**7 < free_bytes(torch.device("cpu")) < 10**15
+
+
+VERSION_1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+VERSION_2 = ("", "memory.max", "memory.current", "inactive_file")
+
+
+@pytest.fixture
+def groups(tmp_path, monkeypatch):
+    """A machine with 64 GB free, and a function that makes control groups on it."""
+    monkeypatch.setattr(memory, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroup")
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 62500000 kB\n")
+
+    def make(version, member_of, **groups):
+        folder, limit_file, usage_file, pages_of = version
+        line = "4:memory:" if folder else "0::"
+        (tmp_path / "proc" / "self" / "cgroup").write_text(f"9:cpu:/\n{line}{member_of}\n")
+        for path, (limit, usage, pages) in groups.items():
+            group = tmp_path / "cgroup" / folder / path.replace("_", "/").strip("/")
+            group.mkdir(parents=True, exist_ok=True)
+            (group / limit_file).write_text(f"{limit}\n")
+            (group / usage_file).write_text(f"{usage}\n")
+            (group / "memory.stat").write_text(f"anon 1\n{pages_of} {pages}\n")
+        return free_bytes(torch.device("cpu"))
+
+    return make
+
+
+@pytest.mark.parametrize("version", [VERSION_1, VERSION_2])
+def test_free_memory_is_what_the_container_leaves(groups, version):
+    assert groups(version, "/") == 64 * 10**9  # no limit file
+    assert groups(version, "/job", job=(16 * 10**9, 10**9, 5)) == 15 * 10**9 + 5
+    # as a container sees it: its own group is at the top
+    assert groups(version, "/docker/12", _=(8 * 10**9, 10**9, 0)) == 7 * 10**9
+    # the tightest of a job and its steps
+    both = {"job": (6 * 10**9, 5 * 10**9, 0), "job_step": (4 * 10**9, 10**9, 0)}
+    assert groups(version, "/job/step", **both) == 10**9
+    assert groups(version, "/job/step", job=(10**9, 2 * 10**9, 0)) == 0  # above its limit
+
+
+def test_a_control_group_without_a_limit(groups):
+    assert groups(VERSION_2, "/job", job=("max", 10**9, 0)) == 64 * 10**9
+    assert groups(VERSION_1, "/job", job=(2**63 - 4096, 10**9, 0)) == 64 * 10**9
 
 
 def test_what_says_that_memory_ran_out():
