@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from sksoup import CheckpointCollection
 
@@ -56,6 +55,8 @@ def make_wide_zoo(folder: Path, n: int, width: int, depth: int) -> int:
 
 def make_llamas(folder: Path) -> None:
     """Write three folders of a small Llama with tied embeddings, and 12 texts."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # which most jobs need not wait for
+
     config = LlamaConfig(
         hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2,
         vocab_size=51, max_position_embeddings=16, tie_word_embeddings=True, bos_token_id=1,

@@ -21,6 +21,7 @@ from torch.distributed.tensor import Shard
 from sksoup import (
     CheckpointCollection,
     GreedySoup,
+    LearnedSoup,
     MEHLSoup,
     RankError,
     UniformSoup,
@@ -32,6 +33,32 @@ from ..zoo import PaperMEHL
 from .blocks import Blocks
 from .distributed_job import run
 
+SOUPS = {
+    "uniform": UniformSoup(batch_size=25),
+    "greedy": GreedySoup(min_improvement=-0.05, batch_size=25),
+    # a pass without a gradient leaves the rest of the module gathered when weights are written
+    "aside": MEHLSoup(
+        validation_fraction=0.3, model_batch_size=2, max_epochs=3, lr=0.5, batch_size=20,
+        random_state=0,
+    ),
+    # 61 rows in minibatches of 20: the last has one row, so that some ranks have none
+    "MEHL+": PaperMEHL(
+        layerwise=True, model_batch_size=2, max_epochs=2, batch_size=20, random_state=0
+    ),
+    "MEHL+ weighted": PaperMEHL(
+        layerwise=True, model_batch_size=2, max_epochs=1, batch_size=20, random_state=0,
+        accumulate=2, normalize=True,
+    ),
+    "centered": MEHLSoup(
+        layerwise=True, model_batch_size=2, max_epochs=2, batch_size=20, random_state=0,
+        ranking_rows=30,
+    ),
+    "centered bf16": MEHLSoup(
+        layerwise=True, max_epochs=1, batch_size=20, random_state=0, delta_dtype="bfloat16",
+    ),
+    "centered learned": LearnedSoup(max_epochs=2, batch_size=25, random_state=0),
+}  # fmt: skip
+
 
 def fit(soup, folder: Path, name: str, **kwargs):
     data = np.load(folder / "rows.npz")
@@ -41,9 +68,7 @@ def fit(soup, folder: Path, name: str, **kwargs):
 
 
 def fit_all(folder: Path) -> dict[str, object]:
-    """Fit what `test_sharded.SOUPS` lists; tell what came out and what it cost."""
-    from .test_sharded import SOUPS
-
+    """Fit all of `SOUPS`, some of them on 4 ranks; report what came out and what it cost."""
     found: dict[str, object] = {}
     some = {2: list(SOUPS), 4: ["greedy", "MEHL+ weighted", "centered"]}
     for name in some[distributed.get_world_size()]:
@@ -76,8 +101,6 @@ def fit_all(folder: Path) -> dict[str, object]:
 
 def fit_with_a_fault(folder: Path, case: str) -> dict[str, object]:
     """Rank 1 is killed in the middle; or nothing happens."""
-    from .test_sharded import SOUPS
-
     memory = None if case == "undisturbed" else folder / "memory"
     soup = clone(SOUPS["MEHL+"]).set_params(shard="auto", memory=memory)
     original, n = Cache.find, [0]
@@ -170,8 +193,6 @@ def fit_wrapped(folder: Path) -> dict[str, object]:
     for block in net.blocks[:2]:
         fully_shard(block)
     fully_shard(net)
-    from .test_sharded import SOUPS
-
     fitted, _ = fit(clone(SOUPS["centered"]), folder, "centered", module=net)
     assert fitted.module_ is net
     half, _ = fit(clone(SOUPS["centered"]).set_params(shard="auto", precision="bf16"), folder, "")

@@ -8,41 +8,13 @@ import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
-from transformers import LlamaForCausalLM
 
 from benchmarks import plan
-from sksoup import GreedySoup, LearnedSoup, MEHLSoup, UniformSoup
+from sksoup import UniformSoup
 
-from ..zoo import PaperMEHL
 from .blocks import Blocks, make_llamas, make_wide_zoo, make_zoo
-from .sharded_job import fit
+from .sharded_job import SOUPS, fit
 from .test_distributed import start, wait
-
-SOUPS = {
-    "uniform": UniformSoup(batch_size=25),
-    "greedy": GreedySoup(min_improvement=-0.05, batch_size=25),
-    # a pass without a gradient leaves the rest of the module gathered when weights are written
-    "aside": MEHLSoup(
-        validation_fraction=0.3, model_batch_size=2, max_epochs=3, lr=0.5, batch_size=20,
-        random_state=0,
-    ),
-    # 61 rows in minibatches of 20: the last has one row, so that some ranks have none
-    "MEHL+": PaperMEHL(
-        layerwise=True, model_batch_size=2, max_epochs=2, batch_size=20, random_state=0
-    ),
-    "MEHL+ weighted": PaperMEHL(
-        layerwise=True, model_batch_size=2, max_epochs=1, batch_size=20, random_state=0,
-        accumulate=2, normalize=True,
-    ),
-    "centered": MEHLSoup(
-        layerwise=True, model_batch_size=2, max_epochs=2, batch_size=20, random_state=0,
-        ranking_rows=30,
-    ),
-    "centered bf16": MEHLSoup(
-        layerwise=True, max_epochs=1, batch_size=20, random_state=0, delta_dtype="bfloat16",
-    ),
-    "centered learned": LearnedSoup(max_epochs=2, batch_size=25, random_state=0),
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -130,6 +102,8 @@ def test_a_rank_that_is_lost_ends_the_job_and_memory_resumes_it(folder):
 
 
 def test_a_folder_of_transformers_is_souped_in_shards(tmp_path):
+    from transformers import LlamaForCausalLM
+
     make_llamas(tmp_path)
     for n_ranks in (1, 2):
         ranks = start(tmp_path, "llama", n_ranks, job="sharded_job")
