@@ -23,6 +23,7 @@ from . import (
     few_rows,
     language,
     shift,
+    shift_memory,
     table_3,
     tables_1_2,
 )
@@ -41,6 +42,7 @@ EXPERIMENTS = [
         adapters_instead,
         language,
         shift,
+        shift_memory,
         amounts,
     )
 ]

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import log_loss
 
 from benchmarks import photos, zoo
-from benchmarks.paper import amounts, page, shift
+from benchmarks.paper import amounts, page, shift, shift_memory
 from benchmarks.shifts import BESIDE, SHIFTS, TYPING, mistyped, shifted_sets
 from sksoup import BestCheckpoint, UniformSoup
 from sksoup.datasets import make_digits_checkpoints
@@ -260,3 +260,13 @@ def test_amounts_of_rows_and_ingredients(monkeypatch, tmp_path):
     assert f"{81 - best:+.2f} ± 0.00" in built.amounts()
     built.draw_amounts(tmp_path)
     assert (tmp_path / "paper_amounts.svg").exists()
+
+
+def test_memory_of_every_system_of_the_tables(tmp_path):
+    made = make_digits_checkpoints(tmp_path / "zoo", 4)
+    rows = made.X_val[:300], made.y_val[:300]
+    some = zoo.Zoo(made.checkpoints, rows, rows, start=made.checkpoints["ft00"])
+    found = shift_memory.measure(some, 0)
+    assert list(found) == list(shift.every_system(some, 0))
+    assert found["Best checkpoint"] < found["MEHL-Soup"] < found["HL-Soup"]
+    assert found["HL-Soup"] > 4  # all the deltas
