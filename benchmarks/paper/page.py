@@ -300,7 +300,8 @@ class Page:
         lines = [f"- {said[name]}" for name in ("best", "ensemble", "again")]
         lines.append(
             f"\nEach family is one small network, fine-tuned many times from one pretrained start. "
-            f"Differences are paired, with 95 % intervals over {n_seeds} seeds: "
+            f"Differences are in points of test accuracy where no perplexity is named, and paired, "
+            f"with 95 % intervals over {n_seeds} seeds: "
             f"[all results](docs/paper.rst)."
         )
         before, rest = README.read_text(encoding="utf-8").split(BEGIN)
