@@ -10,7 +10,7 @@ ZOO ?=
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs examples gpu paper paper-defaults wheel clean
+.PHONY: help demo test lint types docs examples gpu paper paper-defaults wheel release-check clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -56,7 +56,11 @@ paper-defaults: $(STAMP)  ## The experiments the defaults were chosen by, on dev
 	$(BIN)/python -m benchmarks paper.page
 
 wheel: $(STAMP)  ## Source distribution and wheel in dist/
+	rm -rf dist
 	$(BIN)/python -m build --no-isolation
+
+release-check: wheel  ## Build, check contents and metadata, try the wheel in an empty environment
+	$(BIN)/python .ci/release_check.py dist
 
 clean:  ## Remove what was built; the environment stays
 	rm -rf dist docs/_build docs/auto_examples docs/generated docs/sg_execution_times.rst \

@@ -1,9 +1,11 @@
-"""Small real zoos: fine-tuned networks that a laptop makes in seconds, for demos and tests."""
+"""Small real zoos for demos and tests: one comes with the package, more are made in seconds."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -16,14 +18,24 @@ from sklearn.datasets import get_data_home, load_digits
 from torch import nn
 
 from .checkpoints.collection import CheckpointCollection
+from .checkpoints.workplace import workplace
 from .checkpoints.write import write_safetensors, write_text
 from .exceptions import CheckpointError
 from .runtime.random_state import preserved_random_state
 
-__all__ = ["DigitsConvNet", "DigitsZoo", "FineTuning", "make_digits_checkpoints"]
+__all__ = [
+    "DigitsConvNet",
+    "DigitsZoo",
+    "FineTuning",
+    "load_digits_checkpoints",
+    "make_digits_checkpoints",
+]
 
 VERSION = 1  # raised whenever the same arguments would give another zoo
 MANIFEST = "zoo.json"
+REFERENCE = Path(__file__).parent / "reference_zoo"  # made by python -m benchmarks reference_zoo
+REFERENCE_SEED = 0
+DIGESTS = "SHA256SUMS"  # in the format of the command sha256sum
 ORIGINALS = {"pretrain": 847, "finetune": 300, "val": 250, "test": 400}  # of 1797 images
 VARIANTS = {"val": 4, "test": 5}  # shifted, noisy copies of each original
 TARGET_NOISE, PRETRAIN_NOISE = 0.25, 0.1  # standard deviation, pixels are in [0, 1]
@@ -146,6 +158,73 @@ class DigitsZoo:
     folder: Path
 
 
+def load_digits_checkpoints(folder: str | os.PathLike[str] | None = None) -> DigitsZoo:
+    """Load the reference zoo that comes with sksoup: 24 networks fine-tuned on digits.
+
+    The files are the same on every machine, so that a demo gives the same results everywhere, up
+    to the rounding of different processors. They are the checkpoints of
+    ``make_digits_checkpoints(random_state=0)`` as one machine made them, with weights rounded to
+    the precision of bfloat16 and stored as float32.
+
+    Parameters
+    ----------
+    folder : str, path-like or None, default=None
+        Where the checkpoints are copied to; files that are there already are not copied again.
+        None opens them where the package is installed.
+
+    Returns
+    -------
+    zoo : DigitsZoo
+        24 checkpoints as a collection on disk, validation data (1000, 64) and test data (2000, 64),
+        float32, and their labels. The files are opened for reading only.
+
+    Raises
+    ------
+    CheckpointError
+        A file differs from the published one (its SHA-256 is compared), or is missing.
+
+    See Also
+    --------
+    make_digits_checkpoints : Fine-tune such a zoo on this machine, with any seed and size.
+
+    Examples
+    --------
+    >>> from sksoup.datasets import load_digits_checkpoints
+    >>> zoo = load_digits_checkpoints()
+    >>> len(zoo.checkpoints), zoo.X_val.shape, zoo.X_test.shape
+    (24, (1000, 64), (2000, 64))
+    """
+    root = REFERENCE if folder is None else Path(folder)
+    if folder is not None:
+        root.mkdir(parents=True, exist_ok=True)
+    lines = (REFERENCE / DIGESTS).read_text(encoding="utf-8").splitlines()
+    paths = {}
+    for digest, file in map(str.split, lines):
+        path = paths[Path(file).stem] = root / file
+        if folder is not None and not path.exists():
+            with workplace(path) as temporary:
+                shutil.copyfile(REFERENCE / file, temporary)
+                temporary.replace(path)
+        _check_digest(path, digest)
+    data = _digits(REFERENCE_SEED)
+    return DigitsZoo(
+        CheckpointCollection(paths, module=DigitsConvNet),
+        *data["val"],
+        *data["test"],
+        fine_tunings={name: _draw(REFERENCE_SEED, k) for k, name in enumerate(paths)},
+        folder=root,
+    )
+
+
+def _check_digest(path: Path, expected: str) -> None:
+    found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no such file"
+    if found != expected:
+        raise CheckpointError(
+            f"{str(path)!r} is not the file of the reference zoo: got SHA-256 {found}, expected "
+            f"{expected}. Give another folder, or install sksoup again."
+        )
+
+
 def make_digits_checkpoints(
     folder: str | os.PathLike[str] | None = None,
     n_checkpoints: int = 24,
@@ -190,6 +269,10 @@ def make_digits_checkpoints(
     that was interrupted continues where it stopped. Each original digit is in one part only. The
     same arguments give the same data anywhere, and the same weights for the same number of torch
     threads and build.
+
+    See Also
+    --------
+    load_digits_checkpoints : The same zoo with files that are the same on every machine.
 
     References
     ----------

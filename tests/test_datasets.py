@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import hashlib
 import random
 
 import numpy as np
 import pytest
 import torch
 
-from sksoup import CheckpointError, GreedySoup
+from benchmarks import reference_zoo
+from sksoup import CheckpointCollection, CheckpointError, GreedySoup
 from sksoup import datasets as module
-from sksoup.datasets import make_digits_checkpoints
+from sksoup.datasets import DigitsConvNet, load_digits_checkpoints, make_digits_checkpoints
 
 from .zoo import same_tensors
 
@@ -115,3 +117,57 @@ def test_the_default_folder_is_below_the_data_home(tmp_path, monkeypatch):
     monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path))
     zoo = make_digits_checkpoints(n_checkpoints=1)
     assert zoo.folder == tmp_path / "sksoup" / "digits-0"
+
+
+def test_the_reference_zoo_comes_with_the_package(monkeypatch):
+    monkeypatch.setattr(module, "_train", None)  # nothing is trained
+    zoo = load_digits_checkpoints()
+    assert zoo.checkpoints.names == tuple(f"ft{k:02d}" for k in range(24))
+    assert set(zoo.fine_tunings) == set(zoo.checkpoints)
+    net = DigitsConvNet()
+    net.load_state_dict(zoo.checkpoints["ft00"])
+    with torch.no_grad():
+        right = net(torch.as_tensor(zoo.X_test)).argmax(1).numpy() == zoo.y_test
+    assert right.mean() > 0.8
+    assert zoo.folder == module.REFERENCE
+
+
+def test_the_reference_zoo_is_copied_once(tmp_path):
+    folder = tmp_path / "new" / "runs"
+    zoo = load_digits_checkpoints(folder)
+    whole = CheckpointCollection.from_path(folder)  # nothing but the checkpoints is there
+    assert whole.names == zoo.checkpoints.names
+    before = (folder / "ft03.safetensors").stat().st_mtime_ns
+    load_digits_checkpoints(folder)
+    assert (folder / "ft03.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_changed_file_of_the_reference_zoo_is_named(tmp_path):
+    load_digits_checkpoints(tmp_path)
+    path = tmp_path / "ft03.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"ft03.* is not the file of the reference zoo"):
+        load_digits_checkpoints(tmp_path)
+
+
+def test_a_missing_file_of_the_reference_zoo_is_named(monkeypatch, tmp_path):
+    (tmp_path / module.DIGESTS).write_text((module.REFERENCE / module.DIGESTS).read_text())
+    monkeypatch.setattr(module, "REFERENCE", tmp_path)
+    with pytest.raises(CheckpointError, match=r"ft00.*: got SHA-256 no such file"):
+        load_digits_checkpoints()
+
+
+def test_the_command_that_made_the_reference_zoo(zoo, tmp_path):
+    reference_zoo.write_zoo(zoo.folder, tmp_path, 3)
+    lines = (tmp_path / module.DIGESTS).read_text().splitlines()
+    assert [line.split()[1] for line in lines] == [f"ft0{k}.safetensors" for k in range(3)]
+    for line in lines:
+        digest, name = line.split()
+        assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digest
+    given = zoo.checkpoints["ft01"]["head.weight"]
+    found = CheckpointCollection.from_path(tmp_path)["ft01"]["head.weight"]
+    assert found.dtype == torch.float32
+    assert torch.equal(found, given.to(torch.bfloat16).float())
+    assert not torch.equal(found, given)

@@ -159,6 +159,7 @@ def test_the_wheel_works_in_an_empty_environment(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "sksoup/py.typed" in names
+    assert "sksoup/reference_zoo/ft23.safetensors" in names
     assert {name.split("/")[0] for name in names} == {
         "sksoup",
         f"sksoup-{sksoup.__version__}.dist-info",

@@ -1,4 +1,4 @@
-"""The docs' page of the papers' tables and that of the readme, from the results: none is typed.
+"""The docs' page of the papers' tables, and README's figure and results, from the result files.
 
 python -m benchmarks paper.page [--results benchmarks/paper/results] [--docs docs]
 """
@@ -16,7 +16,8 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 
-from . import common
+from . import common, families
+from .families import BEST, BLUE, GREEN, GREY, ORANGE, SHIFT_TITLES, TITLES, verdict
 
 # Li et al., arXiv:2407.03641: ImageNet, 72 CLIP ViT-B/32; test accuracy, seconds of construction
 PAPER = {
@@ -42,16 +43,19 @@ PAPER_REMOVED = {  # of 72: share removed -> Greedy-Soup, MEHL-Soup+
 PAPER_MARGIN = 1.24  # of MEHL-Soup+ over the best checkpoint
 PLUS = "MEHL-Soup+"
 RIVALS = ("Best checkpoint", "Greedy-Soup", "Learned-Soup+", "HL-Soup+", "Ensemble")
-TITLES = {"convnet": "ConvNet", "vit": "ViT", "resnet": "ResNet", "text": "Text encoder"}
 PHOTOS = ("photos", "photos-vit")
 SHIFTED_TEXTS = (
-    " Texts are shifted in two: typing errors in 5 or 15 % of the letters, and second or third "
-    "paragraphs\nof docstrings where all other rows are first ones."
+    " Texts are shifted in two ways: typing errors in 5 or 15 % of the letters, and second or "
+    "third paragraphs\nof docstrings instead of first ones."
 )
-SHIFT_TITLES = {"photos": "EfficientNet", "photos-vit": "ViT, photographs", **TITLES}
+STATEMENTS = "paper_statements.txt"  # included by pages of the docs
 README = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- made by benchmarks/paper/page.py: -->", "<!-- : -->"  # its table in the readme
-BLUE, ORANGE, GREY, GREEN = "#0072B2", "#E69F00", "#767676", "#009E73"
+# around what is made by this script
+BEGIN, END = "<!-- results, made by python -m benchmarks paper.page: -->", "<!-- end of results -->"
+AMOUNTS = {"rows": "validation examples", "ingredients": "ingredients"}
+AMOUNT_STYLES = (
+    ("Greedy-Soup", ORANGE, "^"), ("Centered-Soup", BLUE, "o"), ("Centered-Soup+", GREEN, "D"),
+)  # fmt: skip
 STYLES = (
     ("Best checkpoint", GREY, "s"), ("Greedy-Soup", ORANGE, "^"), (PLUS, BLUE, "o"),
     (CENTERED_PLUS, GREEN, "D"),
@@ -198,12 +202,9 @@ def below_greedy(systems: Sequence[Mapping[str, Any]], name: str = CENTERED_PLUS
     return found
 
 
-def verdict(values: Sequence[float], least: float = 0.0) -> str:
-    """Whether the mean is at least that, and whether its interval can tell."""
-    mean, half = common.mean_and_interval(values)
-    word = "yes" if mean >= least else "no"
-    sure = "" if abs(mean - least) > half else ", within the interval"
-    return f"{word} ({mean:+.2f} ± {half:.2f}{sure})"
+def amount_gains(seeds: Sequence[Mapping[str, Any]], what: str, n: str, name: str) -> list[float]:
+    """Points over the best checkpoint with n validation examples or ingredients, by seed."""
+    return [seed[what][n][name] - seed[what][n][BEST] for seed in seeds]
 
 
 def mean_of(values: Iterable[float | None]) -> float:
@@ -219,12 +220,13 @@ def memory(seeds: Sequence[Mapping[str, Any]]) -> str:
 
 
 class Page:
-    """The results of all experiments, and what is said of them."""
+    """The results of all experiments, as tables and statements."""
 
     def __init__(self, results: Path) -> None:
         self.found = {path.stem: json.loads(path.read_text()) for path in results.glob("*.json")}
         self.ten = self.found["tables_1_2"]["results"]
         self.kinds = [kind for kind in TITLES if kind in self.ten]
+        self.families = families.families(self.found)
 
     def test(self, kind: str, system: str) -> list[float]:
         return [100 * seed["systems"][system]["test"] for seed in self.ten[kind]]
@@ -278,24 +280,33 @@ class Page:
         ])  # fmt: skip
 
     def log_loss(self) -> str:
-        """Cross-entropy on the test rows, and on the held-out ones."""
+        """Cross-entropy on the test data, and on the validation data."""
         header = ["system", *(TITLES[kind] for kind in self.kinds)]
         return "\n".join(
             table(header, [[system, *(pm(self.loss(kind, system, part), 3) for kind in self.kinds)]
                            for system in SYSTEMS], title)
-            for part, title in (("log_loss", "Test"), ("held_out_log_loss", "Held-out"))
+            for part, title in (("log_loss", "Test data"), ("held_out_log_loss", "Validation data"))
         )  # fmt: skip
 
+    def statements(self) -> str:
+        """One statement for each claim, as a list in reStructuredText; pages include it."""
+        lines = families.statements(self.families).values()
+        return "".join(f"* {line.replace('`', '``')}\n" for line in lines)
+
     def readme(self) -> str:
-        """The readme, with the table of accuracy that these results give."""
-        header = ["test accuracy, %", *(TITLES[kind] for kind in self.kinds)]
-        rows = [
-            [system, *(pm(self.test(kind, system)) for kind in self.kinds)] for system in SYSTEMS
-        ]
-        lines = [" | ".join(row) for row in [header, ["---"] * len(header), *rows]]
+        """README with the results of these files: three statements, and what they are of."""
+        said = families.statements(self.families)
+        n_seeds = families.seeds_of(self.families)
+        lines = [f"- {said[name]}" for name in ("best", "ensemble", "again")]
+        lines.append(
+            f"\nEach family is one small network, fine-tuned many times from one pretrained start. "
+            f"Differences are in points of test accuracy where no perplexity is named, and paired, "
+            f"with 95 % intervals over {n_seeds} seeds: "
+            f"[all results](docs/paper.rst)."
+        )
         before, rest = README.read_text(encoding="utf-8").split(BEGIN)
         _, after = rest.split(END)
-        return "\n".join([before + BEGIN, *(f"| {line} |" for line in lines), END + after])
+        return "\n".join([before + BEGIN, *lines, END + after])
 
     def cost(self) -> str:
         rows = []
@@ -343,7 +354,7 @@ class Page:
         return "\n".join(parts)
 
     def curve(self) -> str:
-        """How many ingredients each soup needs, as the number on the curve tells."""
+        """Test accuracy against the number of ingredients."""
         found, rows = self.found["table_3"]["results"], []
         for kind, seeds in found.items():
             for system in ("Greedy-Soup", PLUS, CENTERED_PLUS):
@@ -421,7 +432,8 @@ class Page:
         ]  # fmt: skip
         return "\n".join([
             f"Means over the zoos {zoos} and their seeds:\n", table(header, rows),
-            "With few held-out rows:\n", table(["rows, system", "accuracy, %", "log-loss"], few),
+            "With few validation examples:\n",
+            table(["examples, system", "accuracy, %", "log-loss"], few),
         ])  # fmt: skip
 
     def diverged(self) -> str:
@@ -434,12 +446,13 @@ class Page:
         worst = min(gains, key=lambda gain: gain["mean"])
         return "\n".join([
             table(["recipe", "test accuracy, %"], rows),
-            f"{CENTERED_PLUS} is {signed([gain['mean'] for gain in gains])} points from "
-            f"Greedy-Soup, paired by seed; on its worst seed {worst['mean']:+.2f}, with a standard "
-            f"error over the test rows of {worst['standard_error']:.2f}.\n",
+            f"The difference of {CENTERED_PLUS} from Greedy-Soup, paired by seed, is "
+            f"{signed([gain['mean'] for gain in gains])} points; on its worst seed "
+            f"{worst['mean']:+.2f}, with a standard error over the test examples of "
+            f"{worst['standard_error']:.2f}.\n",
             f"Before its search {PLUS} warned and named {len(failed)} of the {n_failed} failed "
-            f"ingredients of all seeds, and {len(wrong)} that had not failed: *leave out with "
-            f"collection.drop(...)*. The last row does that.",
+            f"ingredients of all seeds, and {len(wrong)} that had not failed. The last row leaves "
+            f"out those that were named.",
         ])  # fmt: skip
 
     def failures(self) -> str:
@@ -458,8 +471,9 @@ class Page:
                     below.append(f"{TITLES[kind]}, {failure} ({mean:+.2f})")
             header = ["failure", "Greedy-Soup, %", *(f"{name} over it" for name in others)]
             parts.append(table(header, rows, TITLES[kind]))
-        said = "; ".join(below) or "none"
-        parts.append(f"{CENTERED_PLUS} is more than 0.5 points below Greedy-Soup with: {said}.")
+        where = "; ".join(below) or "none"
+        parts.append(f"Failures with which {CENTERED_PLUS} is on average more than 0.5 points "
+                     f"below Greedy-Soup: {where}.")  # fmt: skip
         return "\n".join(parts)
 
     def few_rows(self) -> str:
@@ -479,7 +493,7 @@ class Page:
                                   lambda values, d=digits: signed(values, d))
                              for name in against]  # fmt: skip
                     rows.append([n, *means, *gains])
-                header = ["held-out rows", *systems, *(f"{n} – Greedy-Soup" for n in against)]
+                header = ["validation examples", *systems, *(f"{n} – Greedy-Soup" for n in against)]
                 parts.append(table(header, rows, f"{TITLES[kind]}, test {title}"))
         parts.append(self._least_rows(found))
         return "\n".join(parts)
@@ -498,8 +512,8 @@ class Page:
                 table(["system", *SHIFT_GAINS, "seconds", "forward", "backward"],
                       shift_gains(systems), f"{title}: gains in points, cost of the fit"),
                 table(["claim", "clean", "shifted"], shift_claims(systems), f"{title}: claims"),
-                f"Test sets on which {CENTERED_PLUS} is below Greedy-Soup by more than the "
-                f"interval: {below}.\n",
+                f"Test sets on which {CENTERED_PLUS} is significantly below Greedy-Soup: "
+                f"{below}.\n",
             ]  # fmt: skip
         kinds = set(self.found["shift"]["results"])
         others = "* The other networks are those above.\n" if kinds - set(PHOTOS) else ""
@@ -509,53 +523,50 @@ class Page:
         return template.replace("@amounts@", self.amounts()).rstrip()
 
     def amounts(self) -> str:
-        """What is gained with fewer held-out rows, and with fewer ingredients."""
+        """Gains with fewer validation examples, and with fewer ingredients."""
         if "amounts" not in self.found:
             return ""
-        seeds, parts = self.found["amounts"]["results"]["photos"], []
-        for what, title in (("rows", "held-out rows"), ("ingredients", "ingredients")):
-            sizes = seeds[0][what]
-            rows = [
-                [n, pm([seed[what][n]["Best checkpoint"] for seed in seeds]), *(
-                    signed([seed[what][n][name] - seed[what][n]["Best checkpoint"]
-                            for seed in seeds])
-                    for name in sizes[n] if name != "Best checkpoint"
-                )]
-                for n in sizes
-            ]  # fmt: skip
-            rivals = [name for name in next(iter(sizes.values())) if name != "Best checkpoint"]
-            header = [title, "best checkpoint, %", *(f"{name} – best" for name in rivals)]
-            parts.append(table(header, rows, f"EfficientNet, {len(seeds)} splits"))
-        picture = ".. image:: images/paper_amounts.svg\n    :alt: Gain over the best checkpoint "
-        picture += "against held-out rows and ingredients\n    :width: 100%\n"
-        return "\n".join([picture, *parts])
+        parts = [
+            ".. image:: images/paper_amounts.svg\n    :alt: Gain over the best checkpoint against "
+            "the number of validation examples and of ingredients\n    :width: 100%\n"
+        ]
+        for kind, seeds in self.found["amounts"]["results"].items():
+            for what, title in AMOUNTS.items():
+                rivals = [name for name in next(iter(seeds[0][what].values())) if name != BEST]
+                rows = [
+                    [n, pm([seed[what][n][BEST] for seed in seeds]),
+                     *(signed(amount_gains(seeds, what, n, name)) for name in rivals)]
+                    for n in seeds[0][what]
+                ]  # fmt: skip
+                header = [title, "best checkpoint, %", *(f"{name} – best" for name in rivals)]
+                parts.append(table(header, rows, f"{SHIFT_TITLES[kind]}, {len(seeds)} splits"))
+        return "\n".join(parts)
 
     def draw_amounts(self, folder: Path) -> None:
         if "amounts" not in self.found:
             return
-        seeds = self.found["amounts"]["results"]["photos"]
-        figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained", sharey=True)
-        styles = (("Greedy-Soup", ORANGE, "^"), ("Centered-Soup", BLUE, "o"),
-                  (CENTERED_PLUS, GREEN, "D"))  # fmt: skip
-        for ax, what in zip(axes, ("rows", "ingredients"), strict=True):
-            sizes = list(seeds[0][what])
-            for name, color, marker in styles:
-                gains = [
-                    [seed[what][n][name] - seed[what][n]["Best checkpoint"] for seed in seeds]
-                    for n in sizes
-                ]
-                means, halves = zip(*map(common.mean_and_interval, gains), strict=True)
-                ax.errorbar(range(len(sizes)), means, halves, color=color, marker=marker,
-                            capsize=2, label=name)  # fmt: skip
-            ax.axhline(0, color=GREY, linewidth=0.8)
-            ax.set_xticks(range(len(sizes)), sizes)
-            ax.set(xlabel={"rows": "held-out rows"}.get(what, what))
-        axes[0].set_ylabel("points over the best checkpoint")
-        axes[0].legend(frameon=False)
+        found = self.found["amounts"]["results"]
+        figure, grid = plt.subplots(
+            len(found), 2, figsize=(10, 3 * len(found)), layout="constrained", sharey="row",
+            squeeze=False,
+        )  # fmt: skip
+        for axes, (kind, seeds) in zip(grid, found.items(), strict=True):
+            for ax, (what, title) in zip(axes, AMOUNTS.items(), strict=True):
+                sizes = list(seeds[0][what])
+                for name, color, marker in AMOUNT_STYLES:
+                    gains = [amount_gains(seeds, what, n, name) for n in sizes]
+                    means, halves = zip(*map(common.mean_and_interval, gains), strict=True)
+                    ax.errorbar(range(len(sizes)), means, halves, color=color, marker=marker,
+                                capsize=2, label=name)  # fmt: skip
+                ax.axhline(0, color=GREY, linewidth=0.8)
+                ax.set_xticks(range(len(sizes)), sizes)
+                ax.set(xlabel=title, title=SHIFT_TITLES[kind])
+            axes[0].set_ylabel("points over the best checkpoint")
+        grid[0, 0].legend(frameon=False)
         self._save(figure, folder / "paper_amounts.svg")
 
     def adapters(self) -> str:
-        """Soups of LoRA adapters, and what a sceptic would do instead."""
+        """Soups of LoRA adapters, and the alternatives to a soup."""
         if not {"adapters", "adapters_instead"} <= self.found.keys():
             return ""
         seeds = self.found["adapters"]["results"]["lora"]
@@ -582,7 +593,7 @@ class Page:
         for kind, seeds in self.found["language"]["results"].items():
             systems = [seed["systems"] for seed in seeds]
             rows = beside_best(systems, {"held_out": 2, "test": 2, "seconds": 0}, after=2)
-            header = ["system", "held-out perplexity", "test perplexity", "– best", "seconds"]
+            header = ["system", "validation perplexity", "test perplexity", "– best", "seconds"]
             parts.append(table(header, rows, f"{titles[kind]}, {len(seeds)} splits"))
         return _template("page_language").replace("@language@", "\n".join(parts))
 
@@ -599,10 +610,11 @@ class Page:
 
         level = [is_level(n) for n in sizes]
         if not level[-1]:
-            return f"With {sizes[-1]} rows another system is above {CENTERED_PLUS} on the mean."
+            return (f"With {sizes[-1]} examples another system has a higher mean test accuracy "
+                    f"over the zoos than {CENTERED_PLUS}.")  # fmt: skip
         first = max((i + 1 for i, good in enumerate(level) if not good), default=0)
-        return (f"From {sizes[first]} rows on {CENTERED_PLUS} is at least level with every other "
-                f"system in mean test accuracy over the zoos.")  # fmt: skip
+        return (f"With {sizes[first]} examples or more {CENTERED_PLUS} has the highest mean test "
+                f"accuracy over the zoos.")  # fmt: skip
 
     # -------------------------------------------------------------- claims
 
@@ -611,16 +623,19 @@ class Page:
         kinds, rows = self.kinds, []
 
         def claim(
-            text: str, values: Callable[[str], list[float] | None], least: float = 0.0
+            text: str,
+            values: Callable[[str], list[float] | None],
+            least: float = 0.0,
+            digits: int = 2,
         ) -> None:
             cells, all_values = [], []
             for kind in kinds:
                 found = values(kind)
-                cells.append("–" if found is None else verdict(found, least))
+                cells.append("–" if found is None else verdict(found, least, digits))
                 if found is not None:
                     all_values.append(found)
             per_seed = [statistics.mean(v) for v in zip(*all_values, strict=True)]
-            rows.append([text, *cells, verdict(per_seed, least)])
+            rows.append([text, *cells, verdict(per_seed, least, digits)])
 
         for rival in ("Best checkpoint", "Greedy-Soup", "Learned-Soup+", "HL-Soup+", "Ensemble"):
             claim(f"{PLUS} is above {rival}", lambda kind, r=rival: self.gain(kind, r))
@@ -638,7 +653,7 @@ class Page:
             claim(f"{CENTERED_PLUS} is above {rival}",
                   lambda kind, r=rival: self.gain(kind, r, CENTERED_PLUS))  # fmt: skip
             claim(f"{CENTERED_PLUS} has a lower log-loss than {rival}",
-                  lambda kind, r=rival: self.loss_gain(kind, r))  # fmt: skip
+                  lambda kind, r=rival: self.loss_gain(kind, r), digits=3)  # fmt: skip
         claim("Greedy-Soup is above the best checkpoint",
               lambda kind: [a - b for a, b in zip(self.test(kind, "Greedy-Soup"),
               self.test(kind, "Best checkpoint"), strict=True)])  # fmt: skip
@@ -663,12 +678,11 @@ class Page:
         header = ["claim", *(TITLES[kind] for kind in kinds), "mean"]
         lines = [table(header, rows)]
         for column, name in enumerate(header[1:], start=1):
-            cells = [row[column] for row in rows if row[column] not in ("", "–")]
-            sure = [cell for cell in cells if "within" not in cell]
-            n_yes = sum(cell.startswith("yes") for cell in sure)
+            cells = [row[column] for row in rows if row[column] != "–"]
+            marks = [sum(cell.startswith(mark) for cell in cells) for mark in ("✓", "✗")]
             lines.append(
-                f"* {name}: of {len(cells)} claims {n_yes} hold and {len(sure) - n_yes} do not; "
-                f"{len(cells) - len(sure)} can't be told from their threshold."
+                f"* {name}: of {len(cells)} claims {marks[0]} hold, {marks[1]} do not, "
+                f"{len(cells) - sum(marks)} are inconclusive."
             )
         return "\n".join(lines)
 
@@ -706,6 +720,7 @@ class Page:
         figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
         self._save(figure, folder / "paper_cost_curve.svg")
         self.draw_amounts(folder)
+        families.draw(self.families, folder / "hero.svg")
 
     @staticmethod
     def _save(figure: Any, path: Path) -> None:
@@ -724,7 +739,7 @@ class Page:
             for name, run in sorted(self.found.items())
         ]
         return table(header, rows) + (
-            "\n``make paper`` makes all of it, and the zoos, but the defaults "
+            "\n``make paper`` runs all of them and makes the zoos, except for the defaults "
             "(``make paper-defaults``)."
         )
 
@@ -757,6 +772,7 @@ def main() -> None:
     options = parser.parse_args()
     page = Page(options.results)
     (options.docs / "paper.rst").write_text(page.text(), encoding="utf-8")
+    (options.docs / STATEMENTS).write_text(page.statements(), encoding="utf-8")
     README.write_text(page.readme(), encoding="utf-8")
     page.draw(options.docs / "images")
 

@@ -12,7 +12,7 @@ from benchmarks.__main__ import ROOT, main
 
 HELPERS = {
     "__init__", "__main__", "language", "lora", "networks", "reference", "zoo",
-    "paper.__init__", "paper.common", "photos", "shifts",
+    "paper.__init__", "paper.common", "paper.families", "photos", "shifts",
 }  # fmt: skip
 
 

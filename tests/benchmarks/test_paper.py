@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from benchmarks import zoo
 from benchmarks.paper import clip_imagenet as clip
-from benchmarks.paper import common, page
+from benchmarks.paper import common, families, page
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,6 +132,50 @@ def test_the_page_is_made_from_the_results(tmp_path):
     assert "@" not in text
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert page.Page(common.RESULTS).readme() == readme
+    statements = (ROOT / "docs" / page.STATEMENTS).read_text(encoding="utf-8")
+    assert page.Page(common.RESULTS).statements() == statements
+
+
+def test_the_figure_of_the_readme_shows_the_results(tmp_path):
+    some = page.Page(common.RESULTS).families
+    numbers = families.described(some)
+    assert numbers in (ROOT / "docs" / "images" / "hero.svg").read_text(encoding="utf-8")
+    assert len({family.title for family in some}) == len(some)
+    families.draw(some, tmp_path / "hero.svg")
+    assert numbers in (tmp_path / "hero.svg").read_text(encoding="utf-8")
+
+
+def test_verdicts_and_statements():
+    assert families.verdict([2.0, 2.1, 1.9]) == "✓ +2.00 ± 0.25"
+    assert families.verdict([2.0, 2.1, 1.9], least=3.0) == "✗ +2.00 ± 0.25"
+    assert families.verdict([2.0, 2.1, 1.9], least=2.1) == "inconclusive (+2.00 ± 0.25)"
+    one, other = ({families.BEST: 80.0, families.DEFAULT: 81.0 + x} for x in (0.0, 0.04))
+    nets = families.Family("Net", [one, other])
+    words = families.Family(
+        "Words", [{families.BEST: 100.0, families.DEFAULT: 90.0}] * 2, is_perplexity=True
+    )
+    level = families.Family("Level", [{families.BEST: 80.0, families.DEFAULT: 80.0}] * 2)
+    diverged = families.Family("Diverged", [{families.BEST: 80.0}] * 2)
+    some = [nets, words, level, diverged]
+    said = families.statement(some, families.DEFAULT, families.BEST, "the best checkpoint")
+    assert said == (
+        "`MEHLSoup(layerwise=True)` is better than the best checkpoint in 2 of 3 families of "
+        "models (Net +1.0 ± 0.3; Words 10.0 ± 0.0 % lower perplexity), worse in none, and "
+        "inconclusive in 1."
+    )
+    assert families.worst_seed(some, families.DEFAULT) == (
+        "Its worst result on a single seed is +0.0 points (Level)."
+    )
+
+
+@pytest.mark.parametrize("shift", [None, {"vit": [], "photos": [], "new": []}])
+def test_families_do_not_depend_on_which_experiments_were_run(shift):
+    found = {"tables_1_2": page.Page(common.RESULTS).found["tables_1_2"]}
+    if shift:
+        found["shift"] = {"results": shift}
+    titles = [family.title for family in families.families(found)]
+    more = ["EfficientNet, photos", "new"] if shift else []
+    assert titles == ["ConvNet", "ViT", "ResNet", "Text encoder", *more]
 
 
 def test_every_result_names_its_command_and_seeds():

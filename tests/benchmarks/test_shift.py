@@ -255,7 +255,7 @@ def test_amounts_of_rows_and_ingredients(monkeypatch, tmp_path):
     )
     (tmp_path / "results" / "amounts.json").write_text(text)
     built = page.Page(tmp_path / "results")
-    assert "held-out rows" in built.amounts()
+    assert "validation examples" in built.amounts()
     best = found["rows"]["50"]["Best checkpoint"]
     assert f"{81 - best:+.2f} ± 0.00" in built.amounts()
     built.draw_amounts(tmp_path)
