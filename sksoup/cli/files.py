@@ -61,8 +61,8 @@ class DataFile:
             index = int(np.flatnonzero(~np.isfinite(found))[0])
             got = repr(cells[index]) if cells[index].strip() else "an empty cell"
             raise ValueError(
-                f"{self.where(index, name)}: got {got}, expected a finite number. Correct it, or "
-                f"remove the row."
+                f"{self.where(index, name)}: got {got}, expected a finite number. Correct it, "
+                f"remove the row, or choose other columns (--inputs, or --text for texts)."
             )
         return found
 

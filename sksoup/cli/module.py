@@ -28,8 +28,8 @@ def load_factory(given: str) -> Callable[[], nn.Module]:
         factory = getattr(factory, part)
     if not callable(factory) or isinstance(factory, nn.Module):
         raise ValueError(
-            f"--module {given!r} is a {type(factory).__name__}, expected a class or a function "
-            f"that returns a network."
+            f"--module {given!r} is of type {type(factory).__name__}, expected a class or a "
+            f"function that returns a network."
         )
     _check_arguments(given, factory)
     return _Factory(given, factory)
@@ -78,7 +78,7 @@ class _Factory:
             ) from error
         if not isinstance(found, nn.Module):
             raise CheckpointError(
-                f"--module {self.given!r} returned a {type(found).__name__}, expected a network, "
-                f"a torch.nn.Module."
+                f"--module {self.given!r} returned an object of type {type(found).__name__}, "
+                f"expected a network, a torch.nn.Module."
             )
         return found

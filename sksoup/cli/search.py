@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import asdict
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from sys import stdout
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from sklearn.callback import ProgressBar
+from sklearn.metrics import get_scorer_names
 from tqdm import tqdm
 
 from ..checkpoints.collection import CheckpointCollection
@@ -23,6 +25,7 @@ from ..recipes.learned import LearnedSoup
 from ..recipes.mehl import MEHLSoup
 from ..recipes.validation import scorer_of
 from .data import Data, load_data
+from .files import listed
 from .module import load_factory
 from .output import write_soup
 from .weights import Result
@@ -83,6 +86,7 @@ def _opened(options: argparse.Namespace) -> CheckpointCollection:
     if options.module is not None and options.base is not None:
         raise ValueError("--module and --base can't be given together: both name the network.")
     _check_device(options.device)
+    _check_scoring(getattr(options, "scoring", None))
     module = options.base if options.module is None else load_factory(options.module)
     collection = CheckpointCollection.from_path(
         options.sources, which=options.which, module=module, key=options.key, prefix=options.prefix
@@ -109,6 +113,16 @@ def _check_device(device: str | None) -> None:
         ) from error
 
 
+def _check_scoring(scoring: str | None) -> None:
+    if scoring is not None and scoring not in (names := get_scorer_names()):
+        near = get_close_matches(scoring, names, n=3)
+        raise ValueError(
+            f"--scoring {scoring!r} is no metric of scikit-learn: expected one of "
+            f"sklearn.metrics.get_scorer_names(), such as "
+            f"{listed(near or ['f1_macro', 'balanced_accuracy'])}."
+        )
+
+
 def _params(
     soup: BaseSoup, options: argparse.Namespace, classes: list[Any] | None
 ) -> dict[str, Any]:
@@ -130,8 +144,7 @@ def _summary(
     score = scorer_of(soup, scoring)
     sets = {"validation": val} | ({} if test is None else {"test": test})
     scores = {name: float(score(soup, data.X, data.y)) for name, data in sets.items()}
-    known = getattr(soup, "individual_scores_", None) or {}
-    best = max(known.values(), default=getattr(soup, "held_out_scores_", {}).get("best"))
+    best = _best_score(soup)
     task = options.task if scoring is None else None
     lines = [
         f"{options.output}: {type(soup).__name__}, {len(soup.ingredients_)} of "
@@ -155,3 +168,12 @@ def _summary(
         "recalibrated": list(soup.recalibrated_),
     }
     return found, "\n".join([*lines, OPTIMISTIC])
+
+
+def _best_score(soup: Any) -> float | None:
+    """The best checkpoint's score on the validation data, where the search measured it."""
+    if known := getattr(soup, "individual_scores_", None):
+        return float(max(known.values()))
+    compared = getattr(soup, "held_out_scores_", {})
+    # where the center is the best checkpoint it is not listed twice
+    return compared.get("best", compared.get("center"))

@@ -25,10 +25,7 @@ MOST_TOKENS = 512  # where neither --max-length nor the model says less
 
 def find_tokenizer(collection: CheckpointCollection, given: str | None) -> Any:
     """The tokenizer of a folder that was given, else of the first checkpoint that has one."""
-    paths = [collection.path(name) for name in collection]
-    of_checkpoints = [hub_folder(path) for path in paths if path is not None]
-    folders = [Path(given)] if given is not None else [f for f in of_checkpoints if f is not None]
-    for folder in folders:
+    for folder in [Path(given)] if given is not None else _folders(collection):
         if any((folder / name).is_file() for name in VOCABULARIES):
             return _load(folder)
     looked = repr(given) if given is not None else "the folders of the checkpoints"
@@ -79,9 +76,8 @@ def _positions(collection: CheckpointCollection) -> int:
 
 def first_config(collection: CheckpointCollection) -> tuple[dict[str, Any], Path | None]:
     """The config.json of the first checkpoint in a Hugging Face folder, and where it is."""
-    for name in collection:
-        path = collection.path(name)
-        if path is not None and (folder := hub_folder(path)) is not None:
+    for folder in map(hub_folder, _folders(collection)):
+        if folder is not None:
             config = folder / "config.json"
             try:
                 found = json.loads(read_text(config, LIMIT))
@@ -89,3 +85,11 @@ def first_config(collection: CheckpointCollection) -> tuple[dict[str, Any], Path
                 raise CheckpointError(f"{str(config)!r} can't be read: {error}.") from error
             return found if isinstance(found, dict) else {}, config
     return {}, None
+
+
+def _folders(collection: CheckpointCollection) -> list[Path]:
+    """The folders that the checkpoints lie in, then those of the bases of adapters."""
+    paths = [collection.path(name) for name in collection]
+    paths += [one.base.path for one in collection.adapters(collection.names).values()]
+    folders = [path if path.is_dir() else path.parent for path in paths if path is not None]
+    return list(dict.fromkeys(folders))

@@ -77,13 +77,19 @@ def _weights(given: list[float] | None, names: tuple[str, ...]) -> NDArray[np.fl
     if len(coef) != len(names) or not np.isfinite(coef).all() or abs(coef.sum() - 1) > 1e-6:
         order = ", ".join(map(repr, names[:MOST_NAMES]))
         more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        remedy = ""
         if len(coef) != len(names):
-            got = f"{len(coef)} numbers, expected {len(names)}, one per checkpoint"
+            got = f"{len(coef)} number{'s' * (len(coef) > 1)}, expected {len(names)}"
+        elif not np.isfinite(coef).all():
+            got = "NaN or infinite values, expected finite numbers"
         else:
             got = f"numbers whose sum is {coef.sum():.6g}, expected 1"
+            if coef.sum() > 0:
+                divided = " ".join(f"{c:.6g}" for c in coef / coef.sum())
+                remedy = f" Divided by their sum: --weights {divided}"
         raise ValueError(
-            f"--weights has {got}. The checkpoints in order: {order}{more}. Nothing was read or "
-            f"written."
+            f"--weights has {got}. One number per checkpoint is needed, in this order: "
+            f"{order}{more}.{remedy}"
         )
     return coef
 
