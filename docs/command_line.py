@@ -37,12 +37,11 @@ def page_of(command: str) -> str:
 
 
 def _signature(action: argparse.Action) -> str:
-    value = action.metavar or ("{%s}" % ",".join(action.choices) if action.choices else "")
+    value = action.metavar or f"{{{','.join(action.choices or ())}}}"
     if not action.option_strings:
         return str(value)
     if action.nargs == 0:
         return ", ".join(action.option_strings)
-    value = value or action.dest.upper()
     more = f" [{value} ...]" if action.nargs == "+" else ""
     return ", ".join(f"{option} {value}{more}" for option in action.option_strings)
 

@@ -110,7 +110,9 @@ def network(parser: Parser) -> None:
         help="for --text: tokens after which a text is cut (default: what the model allows, at "
         "most 512)",
     )  # fmt: skip
-    group.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    group.add_argument(
+        "--device", metavar="NAME", help="such as cpu or cuda:0 (default: a GPU if there is one)"
+    )
     group.add_argument(
         "--batch-size", type=_at_least_one, metavar="N", help="examples per pass (default: 128)"
     )
