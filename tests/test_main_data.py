@@ -106,6 +106,7 @@ def test_errors_name_what_is_wrong_and_nothing_is_written(folder, capsys, line, 
          "'positive', as in 'runs/ft0/config.json'"),
         (b'text,label\n"a\nb",negative\n,positive\n',
          "'bad.csv', line 4, column 'text': got an empty cell, expected a text"),
+        (b'text,label\n" \n",negative\n', "line 2, column 'text': got an empty cell"),
         (b"text,label\na,negative\nb,\n", "line 3, column 'label': got an empty cell"),
         (b"text,label\na,negative\nb,negative\n",
          "all 2 labels in 'label' are 'negative', expected two or more"),
@@ -168,6 +169,7 @@ def test_a_table_of_a_spreadsheet_gives_what_python_gives(folder, capsys):
     table = Path("table.csv").read_text().replace(",", ";")
     Path("sheet.csv").write_text("\ufeff" + table, "utf-8")
     line = "mehl nets --module model:build --data sheet.csv --delimiter ; --label species"
+    line += " --inputs a --inputs b --inputs c --inputs d"
     options = "--layerwise --epochs 2 --lr 0.1 --model-batch-size all --seed 3 --batch-size 16"
     assert main([*line.split(), *options.split(), "-o", "m.safetensors", "--force"]) == 0
     assert "accuracy on the 60 validation examples: " in (said := capsys.readouterr().out)
