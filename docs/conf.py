@@ -22,6 +22,7 @@ extensions = [
     "sphinx-mathjax-offline",  # equations are set without a network, too
     "numpydoc",
     "sphinx_gallery.gen_gallery",
+    "command_line",  # of this folder
 ]
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]

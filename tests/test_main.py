@@ -147,7 +147,7 @@ def test_usage(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
     assert stopped.value.code == 0
-    assert "Exit status" in capsys.readouterr().out
+    assert "exit status" in capsys.readouterr().out
 
 
 COMMAND = [sys.executable, "-m", "sksoup"]

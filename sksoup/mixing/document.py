@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..exceptions import RecipeError
 from .ingredients import Base, Ingredient
 from .layers import is_statistic
-from .mix import check_coef
+from .mix import as_dtype, check_coef
 
 FORMAT_VERSION = 2  # 1 had no digest, and its coefficients were lists whatever their number
 MOST_BYTES = 100_000_000  # of the header of a .safetensors file; of a .json file, too
@@ -167,6 +167,7 @@ def _fields(document: dict[str, Any]) -> dict[str, Any]:
         "classes": _labels(document.get("classes", [])),
         "held_out": _held_out(document.get("held_out")),
         "base": _base(document.get("base")),
+        "dtype": _dtype(document.get("dtype")),
         "weights_sha256": None if digest is None else _sha256(digest, "weights_sha256"),
     }
 
@@ -188,6 +189,12 @@ def _base(value: Any) -> Base | None:
         return None
     base = _dict(value, "base")
     return Base(_sha256(base["sha256"], "the sha256 of base"), _texts(base["without"], "base"))
+
+
+def _dtype(value: Any) -> str | None:
+    if value is not None:
+        as_dtype(_text(value, "dtype"))
+    return value  # type: ignore[no-any-return]
 
 
 def _layers(value: Any, n_layers: int) -> dict[str, int]:

@@ -17,13 +17,19 @@ from numpy.typing import ArrayLike, NDArray
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.low_rank import LowRankCheckpoint, widened
 from ..checkpoints.protocol import TensorInfo, same_bits
-from ..checkpoints.write import write_shards
+from ..checkpoints.write import SHARD_BYTES, write_shards
 from ..exceptions import CheckpointError, SoupWarning
 from ..runtime.distributed import agreed, all_gather
+from ..runtime.memory import parse_bytes
 from .layers import check_layers, is_variance
 
 __all__ = ["mix"]
 
+# what the floating tensors of a mix can be converted to
+DTYPES = {
+    "float64": torch.float64, "float32": torch.float32,
+    "float16": torch.float16, "bfloat16": torch.bfloat16,
+}  # fmt: skip
 GROUP = 1 << 22  # numbers: 16 MiB of an accumulator in float32
 
 
@@ -34,6 +40,7 @@ def mix(
     *,
     layers: Mapping[str, int] | None = None,
     out: None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> dict[str, torch.Tensor]: ...
 
 
@@ -44,6 +51,8 @@ def mix(
     *,
     layers: Mapping[str, int] | None = None,
     out: str | os.PathLike[str],
+    dtype: str | torch.dtype | None = None,
+    shard_size: int | str = SHARD_BYTES,
 ) -> Path: ...
 
 
@@ -53,6 +62,8 @@ def mix(
     *,
     layers: Mapping[str, int] | None = None,
     out: str | os.PathLike[str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    shard_size: int | str = SHARD_BYTES,
 ) -> dict[str, torch.Tensor] | Path:
     r"""Mix checkpoints into one state dict, with given coefficients.
 
@@ -72,18 +83,24 @@ def mix(
     out : str or path-like, default=None
         A new folder to write the mix to, for models larger than memory: sharded ``.safetensors``
         with an index, as Hugging Face lays them out. It appears once all of it is written.
+    dtype : {"float64", "float32", "float16", "bfloat16"}, torch.dtype or None, default=None
+        What the floating tensors are converted to, in the one rounding at the end; None keeps the
+        stored dtype.
+    shard_size : int or str, default="5GB"
+        Largest size of a file in ``out``: bytes, or a string such as "2GB". A tensor that is larger
+        has a file of its own.
 
     Returns
     -------
     state_dict : dict of str to Tensor, or Path
-        On the CPU, in the stored dtype (the promoted one where the mixed checkpoints differ). With
-        ``out``, the path of that folder.
+        On the CPU, in the stored dtype (the promoted one where the mixed checkpoints differ) or in
+        ``dtype``. With ``out``, the path of that folder.
 
     Raises
     ------
     ValueError
         ``coef`` has another shape, is not finite, or a row does not sum to 1; ``layers`` does not
-        map every tensor to a row.
+        map every tensor to a row; ``dtype`` or ``shard_size`` is not one of those above.
     CheckpointError
         A checkpoint can't be read; a mixed tensor is not finite, or too large for its dtype.
     FileExistsError
@@ -131,11 +148,12 @@ def mix(
         coef = _in_order(coef, checkpoints.names)
     weights = check_coef(coef, len(checkpoints))
     rows = check_layers(layers, checkpoints.layout, len(weights))
+    wanted, most = as_dtype(dtype), parse_bytes(shard_size, "shard_size")
     if out is not None:
-        return mix_into(Path(out), checkpoints, weights, rows)
+        return mix_into(Path(out), checkpoints, weights, rows, dtype=wanted, shard_bytes=most)
     mixed, differing = accumulate(checkpoints, weights, rows, checkpoints.layout)
     _warn_of_integers(checkpoints, differing)
-    dtypes = stored_dtypes(checkpoints, weights)
+    dtypes = stored_dtypes(checkpoints, weights, wanted)
     return {
         name: _finished(name, mixed.pop(name), dtypes[name], name in differing)
         for name in checkpoints.layout
@@ -148,13 +166,19 @@ def mix_into(
     coef: NDArray[np.float64],
     rows: Mapping[str, int],
     metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write a mix to a new folder, as shards; ``metadata`` goes into each of them."""
     infos = {
         name: TensorInfo(checkpoints.layout[name].shape, dtype)
-        for name, dtype in stored_dtypes(checkpoints, coef).items()
+        for name, dtype in stored_dtypes(checkpoints, coef, dtype).items()
     }
-    write_shards(folder, infos, lambda names: mix_some(checkpoints, coef, rows, names), metadata)
+
+    def read(names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        return mix_some(checkpoints, coef, rows, names, dtype)
+
+    write_shards(folder, infos, read, metadata, shard_bytes)
     return folder
 
 
@@ -163,9 +187,10 @@ def mix_some(
     coef: NDArray[np.float64],
     rows: Mapping[str, int],
     names: Iterable[str],
+    dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Mix these tensors a few at a time: no more in memory than a group of them takes."""
-    dtypes = stored_dtypes(checkpoints, coef)
+    dtypes = stored_dtypes(checkpoints, coef, dtype)
     is_warned = False
     for group in _groups({name: checkpoints.layout[name].size for name in names}):
         mixed, differing = accumulate(checkpoints, coef, rows, group)
@@ -322,12 +347,28 @@ def _accumulate_on_base(
     return mixed, differing
 
 
+def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype that floating tensors are converted to, given as such or by its name."""
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in (None, *DTYPES.values()) or (found is None and dtype is not None):
+        raise ValueError(
+            f"dtype={dtype!r} is unknown: expected {', '.join(map(repr, DTYPES))}, or None for "
+            f"that of the checkpoints."
+        )
+    return found
+
+
 def stored_dtypes(
-    checkpoints: CheckpointCollection, coef: NDArray[np.float64]
+    checkpoints: CheckpointCollection,
+    coef: NDArray[np.float64],
+    dtype: torch.dtype | None = None,
 ) -> dict[str, torch.dtype]:
-    """The dtypes of a mix: promoted over the checkpoints with a coefficient other than 0."""
+    """The dtypes of a mix: ``dtype``, else promoted over the checkpoints with a coefficient."""
     used = [name for name, c in zip(checkpoints.names, coef.T, strict=True) if c.any()]
-    return checkpoints.dtypes(used)
+    stored = checkpoints.dtypes(used)
+    if dtype is None:
+        return stored
+    return {name: dtype if found.is_floating_point else found for name, found in stored.items()}
 
 
 def cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -338,8 +379,12 @@ def cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _finished(name: str, value: torch.Tensor, dtype: torch.dtype, is_sum: bool) -> torch.Tensor:
     """`cast`; a sum has to fit the dtype, while what all checkpoints share may be infinite."""
     stored = cast(name, value, dtype)
-    if is_sum and value.numel() and dtype.is_floating_point:
+    if not dtype.is_floating_point or not value.numel():
+        return stored
+    if is_sum:
         _check_range(name, value, dtype)
+    elif value.dtype != dtype and (finite := value[value.isfinite()]).numel():
+        _check_range(name, finite, dtype)
     return stored
 
 
@@ -355,7 +400,7 @@ def _check_range(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
         raise CheckpointError(
             f"The mix of {name!r} can't be stored: it reaches {max(-low, high):.6g}, and the "
             f"largest number of {dtype} is {kind.max:.6g}. Convert the checkpoints to a wider "
-            f"dtype, or use coefficients closer to [0, 1]."
+            f"dtype, give one (dtype=), or use coefficients closer to [0, 1]."
         )
     raise CheckpointError(
         f"The mix of {name!r} holds NaN or infinite values, expected finite ones. Leave out "

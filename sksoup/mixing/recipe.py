@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.write import write_text
+from ..checkpoints.write import SHARD_BYTES, write_text
+from ..runtime.memory import parse_bytes
 from .card import model_card
 from .document import check_header, read_document, write_document
 from .files import METADATA_KEY, read_recipe, write_soup
 from .ingredients import Base, Ingredient, check_base, record_base, select_ingredients
 from .layers import check_layers
-from .mix import mix, mix_into
+from .mix import as_dtype, mix, mix_into
 from .verification import Verification, verify
 
 
@@ -62,6 +63,9 @@ class Recipe:
         where no recipe measured it.
     base : Base or None, default=None
         The network that LoRA adapters among the ingredients add to.
+    dtype : str or None, default=None
+        What the floating tensors were converted to, such as "bfloat16"; None for that of the
+        ingredients.
 
     Notes
     -----
@@ -99,6 +103,7 @@ class Recipe:
     weights_sha256: str | None = None
     held_out: tuple[float, int] | None = None
     base: Base | None = None
+    dtype: str | None = None
 
     @classmethod
     def record(
@@ -280,11 +285,17 @@ class Recipe:
 
     @overload
     def cook(
-        self, checkpoints: CheckpointCollection | Any, out: str | os.PathLike[str]
+        self,
+        checkpoints: CheckpointCollection | Any,
+        out: str | os.PathLike[str],
+        shard_size: int | str = SHARD_BYTES,
     ) -> Path: ...
 
     def cook(
-        self, checkpoints: CheckpointCollection | Any, out: str | os.PathLike[str] | None = None
+        self,
+        checkpoints: CheckpointCollection | Any,
+        out: str | os.PathLike[str] | None = None,
+        shard_size: int | str = SHARD_BYTES,
     ) -> dict[str, torch.Tensor] | Path:
         """Rebuild the soup's weights from the ingredients, bit for bit.
 
@@ -296,6 +307,8 @@ class Recipe:
         out : str or path-like, default=None
             A new folder to write the weights to, in shards that contain the recipe, for models
             larger than memory (see `mix`). There it has no ``recalibrated`` tensors: all are mixed.
+        shard_size : int or str, default="5GB"
+            Largest size of a file in ``out``: bytes, or a string such as "2GB".
 
         Returns
         -------
@@ -316,14 +329,15 @@ class Recipe:
         checkpoints, is_used = _collection(checkpoints), self.is_used()
         chosen = select_ingredients(self.ingredients, is_used, self.layers, checkpoints)
         check_base(self.base, chosen)
-        coef = self.coef[:, is_used]
+        coef, dtype = self.coef[:, is_used], as_dtype(self.dtype)
+        most = parse_bytes(shard_size, "shard_size")
         if out is None:
-            return mix(chosen, coef, layers=self.layers)
+            return mix(chosen, coef, layers=self.layers, dtype=dtype)
         rows = check_layers(self.layers, chosen.layout, len(coef))
         mixed = replace(self, recalibrated=(), weights_sha256=None)
         text = (mixed if self.recalibrated else self).to_json()
         check_header(text, self.layers)
-        return mix_into(Path(out), chosen, coef, rows, {METADATA_KEY: text})
+        return mix_into(Path(out), chosen, coef, rows, {METADATA_KEY: text}, dtype, most)
 
     def verify(
         self,

@@ -27,7 +27,7 @@ from ..exceptions import RecipeError
 from ..runtime.fingerprint import tensor_bytes
 from .ingredients import check_base, find_ingredient, select_ingredients
 from .layers import check_layers, is_statistic
-from .mix import mix_some, stored_dtypes
+from .mix import as_dtype, mix_some, stored_dtypes
 from .rounding import is_rounding
 
 LIMITS = (
@@ -161,7 +161,8 @@ def verify(
         differing = {n: "is not in the recipe" for n in header if n not in recipe.layers}
         differing |= {n: "is missing" for n in recipe.layers if n not in header}
         present = [n for n in recipe.layers if n in header]
-        dtypes = stored_dtypes(chosen, coef)
+        dtype = as_dtype(recipe.dtype)
+        dtypes = stored_dtypes(chosen, coef, dtype)
         products = {n for one in chosen.adapters(chosen.names).values() for n in one.ranks}
         rounded: list[str] = []
         for name in unchecked.keys() & set(present):
@@ -170,7 +171,7 @@ def verify(
             ):
                 differing[name] = how
         for name, expected in mix_some(
-            chosen, coef, rows, [n for n in present if n not in unchecked]
+            chosen, coef, rows, [n for n in present if n not in unchecked], dtype
         ):
             info, value = header[name], read(name).cpu()
             if how := _other_kind(info, TensorInfo.of(expected)):

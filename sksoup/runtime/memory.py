@@ -52,8 +52,8 @@ class Budget:
         return b
 
 
-def parse_bytes(limit: int | str) -> int:
-    """Read a memory limit: bytes, or a string such as "8GB"."""
+def parse_bytes(limit: int | str, what: str = "memory_limit") -> int:
+    """Read a size: bytes, or a string such as "8GB"; ``what`` it is called in errors."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     if isinstance(limit, str):
         number, unit = limit.strip()[:-2], limit.strip()[-2:].upper()
@@ -61,13 +61,13 @@ def parse_bytes(limit: int | str) -> int:
             value = int(float(number) * units[unit])
         except (KeyError, ValueError) as error:
             raise ValueError(
-                f"memory_limit={limit!r} is not a size: expected bytes or a number with KB, MB, "
+                f"{what}={limit!r} is not a size: expected bytes or a number with KB, MB, "
                 f"GB or TB, such as '8GB'."
             ) from error
     else:
         value = int(limit)
     if value <= 0:
-        raise ValueError(f"memory_limit={limit!r} must be positive.")
+        raise ValueError(f"{what}={limit!r} must be positive.")
     return value
 
 

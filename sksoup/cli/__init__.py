@@ -1,0 +1,1 @@
+"""The command line: its options, the data files it reads, and what each command does."""

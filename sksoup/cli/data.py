@@ -1,0 +1,162 @@
+"""Validation and test data as a soup takes them, from files and the options of a command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoints.collection import CheckpointCollection
+from ..checkpoints.hub_config import output_labels
+from .files import DataFile, listed, read_file
+from .tokenizer import find_tokenizer, first_config, tokenise
+
+MULTIPLE = ("regression", "multilabel")  # tasks with several targets per example
+
+
+@dataclass(frozen=True)
+class Data:
+    """Inputs and labels of the examples in a file."""
+
+    X: Any
+    y: Any  # None for language models
+    n: int
+
+
+def load_data(
+    options: argparse.Namespace, collection: CheckpointCollection
+) -> tuple[Data, Data | None, Any, list[Any] | None]:
+    """The validation data, the test data, the tokenizer and the labels in output order."""
+    _check_options(options)
+    files = [read_file(Path(options.data), options.delimiter)]
+    if options.test is not None:
+        files.append(read_file(Path(options.test), options.delimiter))
+    targets = [_targets(file, options) for file in files]
+    classes = None
+    if options.task == "classification":
+        config, source = first_config(collection)
+        names = list(output_labels(config.get("id2label")))
+        classes = _check_classes(options, files, targets, names, repr(str(source)))
+    tokenizer = None
+    if options.text is not None:
+        texts = [file.texts(options.text) for file in files]
+        tokenizer = find_tokenizer(collection, options.tokenizer)
+        inputs = [tokenise(tokenizer, part, options.max_length, collection) for part in texts]
+    else:
+        inputs = [_inputs(file, options) for file in files]
+    found = [
+        Data(X, y, len(next(iter(file.parts.values()))))
+        for file, X, y in zip(files, inputs, targets, strict=True)
+    ]
+    return found[0], found[1] if len(found) > 1 else None, tokenizer, classes
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Refuse options that contradict each other."""
+    is_text_task = options.task == "language-modeling"
+    if is_text_task and (options.text is None or options.label):
+        raise ValueError(
+            "--task language-modeling needs --text COLUMN and no --label: the labels are the next "
+            "tokens of the texts."
+        )
+    if options.text is not None and options.inputs:
+        raise ValueError("--text and --inputs can't be given together: the texts are the inputs.")
+    if len(options.label or ()) > 1 and options.task not in MULTIPLE:
+        raise ValueError(
+            f"--label was given {len(options.label)} times, expected once for --task "
+            f"{options.task}. Several are for --task {' and '.join(MULTIPLE)}."
+        )
+    if options.classes and options.task != "classification":
+        raise ValueError(f"--classes is for --task classification, got --task {options.task}.")
+
+
+def _label_names(file: DataFile, options: argparse.Namespace) -> list[str]:
+    if options.label:
+        return list(options.label)
+    if file.is_table:
+        raise ValueError(
+            f"Give --label COLUMN: which column of {str(file.path)!r} holds the labels? It has "
+            f"{listed(file.parts)}."
+        )
+    return ["y"]
+
+
+def _targets(file: DataFile, options: argparse.Namespace) -> Any:
+    """Labels or targets of a file."""
+    if options.task == "language-modeling":
+        return None
+    names = _label_names(file, options)
+    if options.task == "classification":
+        return file.labels(names[0])
+    columns = [file.numbers(name) for name in names]
+    return columns[0] if len(columns) == 1 else np.stack(columns, axis=1)
+
+
+def _inputs(file: DataFile, options: argparse.Namespace) -> Any:
+    """Inputs: a matrix of the numeric columns of a table; an array, or several by name."""
+    labels = _label_names(file, options)
+    if file.is_table:
+        names = options.inputs or [name for name in file.parts if name not in labels]
+        if not names:
+            raise ValueError(f"{str(file.path)!r} has no columns besides {listed(labels)}.")
+        return np.stack([file.numbers(name) for name in names], axis=1).astype(np.float32)
+    names = options.inputs or ["X"]
+    arrays = {name: file.numbers(name) for name in names}
+    return arrays if len(arrays) > 1 else arrays[names[0]]
+
+
+def _check_classes(
+    options: argparse.Namespace,
+    files: Sequence[DataFile],
+    targets: Sequence[NDArray[Any]],
+    names: list[Any],
+    source: str,
+) -> list[Any] | None:
+    """Refuse labels that are no outputs, and validation data with one label; --classes, parsed.
+
+    ``names`` are those of the outputs in the config.json ``source``, if it has some.
+    """
+    y = targets[0]
+    if y.ndim > 1:  # of pixels and tokens
+        return None
+    label = _label_names(files[0], options)[0]
+    distinct = list(dict.fromkeys(y.tolist()))
+    if len(distinct) < 2:
+        raise ValueError(
+            f"{str(files[0].path)!r}: all {len(y)} labels in {label!r} are {distinct[0]!r}, "
+            f"expected two or more different ones."
+        )
+    classes = _parsed_classes(options.classes, y)
+    known, source = (classes, "--classes") if classes else (names, source)
+    are_texts = all(isinstance(one, str) for one in distinct)
+    if not classes and not are_texts:
+        return None
+    if not known:
+        known, source = distinct, f"the validation data {str(files[0].path)!r}"
+    for file, values in zip(files, targets, strict=True):
+        for index, value in enumerate(values.tolist()):
+            if value not in known:
+                raise ValueError(
+                    f"{file.where(index, label)}: got the label {value!r}, expected one of "
+                    f"{listed(known)}, as in {source}. Correct it, or give the labels in the "
+                    f"order of the model's outputs: --classes A B ..."
+                )
+    return classes
+
+
+def _parsed_classes(given: Sequence[str] | None, y: NDArray[Any]) -> list[Any] | None:
+    if not given:
+        return None
+    if y.dtype.kind not in "iu":
+        return list(given)
+    try:
+        return [int(one) for one in given]
+    except ValueError as error:
+        raise ValueError(
+            f"--classes has {listed(given)}, expected integers, as the labels in the data are."
+        ) from error

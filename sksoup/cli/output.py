@@ -1,0 +1,128 @@
+"""What a command writes: a file, or a folder that appears once all of it is written."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints.architecture import skeleton
+from ..checkpoints.collection import CheckpointCollection
+from ..checkpoints.converted import stored_names
+from ..checkpoints.hub import hub_folder
+from ..checkpoints.hub_companions import copy_companions
+from ..checkpoints.sources import SUFFIXES
+from ..checkpoints.write import SHARD_BYTES, new_folder, write_text
+from ..exceptions import CheckpointError
+from ..mixing.card import model_card
+from ..mixing.recipe import Recipe
+from ..runtime.memory import parse_bytes
+
+
+def check_output(options: argparse.Namespace) -> None:
+    """Refuse, before any work, what could not be written at its end."""
+    output = Path(options.output)
+    is_file = output.suffix == ".safetensors"
+    if getattr(options, "shard_size", None) is not None:
+        parse_bytes(options.shard_size, "--shard-size")
+        if is_file:
+            raise ValueError(
+                f"--shard-size is for a folder, got the file {options.output!r}. Give -o a name "
+                f"without .safetensors."
+            )
+    if is_file:
+        if os.path.lexists(output) and not options.force:  # also a link to nothing
+            raise FileExistsError(f"{str(output)!r} exists. Give another name, or --force.")
+    elif output.suffix in (*SUFFIXES, ".json"):  # other dots are those of a folder's name
+        raise CheckpointError(
+            f"{str(output)!r} can't be written: got the suffix {output.suffix!r}, expected "
+            f".safetensors, or a folder."
+        )
+    elif os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(
+            f"{str(output)!r} exists and is not an empty folder. Give another name, or move it "
+            f"away: --force replaces files only."
+        )
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"{str(output)!r} can't be written: the folder {str(output.parent)!r} does not exist."
+        )
+
+
+def check_not_input(output: Path, recipe: Recipe, collection: CheckpointCollection) -> None:
+    """Refuse to replace a checkpoint that is mixed."""
+    mixed = [one.name for one in recipe.ingredients if one.name in collection]
+    refuse_inputs(output, [path for path in map(collection.path, mixed) if path])
+
+
+def refuse_inputs(output: Path, paths: list[Path]) -> None:
+    """Refuse an output that is one of these files, or one of these folders."""
+    if {output.resolve(), output.resolve().parent} & {path.resolve() for path in paths}:
+        raise FileExistsError(
+            f"{str(output)!r} is one of the checkpoints to be mixed. Give another name, or move "
+            f"it away first."
+        )
+
+
+def write_mix(options: argparse.Namespace, recipe: Recipe, collection: CheckpointCollection) -> str:
+    """Mix by a recipe and write it to the output; a remark on what was written."""
+    output = Path(options.output)
+    check_not_input(output, recipe, collection)
+    if output.suffix == ".safetensors":
+        replace(recipe, recalibrated=()).save_weights(output, recipe.cook(collection))
+        return ""
+    return write_folder(output, recipe, collection, options.shard_size or SHARD_BYTES)
+
+
+def write_folder(
+    output: Path, recipe: Recipe, collection: CheckpointCollection, shard_size: int | str
+) -> str:
+    """Write shards; from Hugging Face folders with their configuration, tokenizer and a card."""
+    paths = [collection.path(name) for name in collection]
+    folders = [hub_folder(path) for path in paths if path is not None]
+    sources = [folder for folder in folders if folder is not None]
+    if not sources or collection.adapters(collection.names):
+        recipe.cook(collection, output, shard_size)
+        return ""
+    module = skeleton(collection.module)
+    shapes = {n: torch.empty(i.shape, device="meta") for n, i in collection.layout.items()}
+    if module is not None and stored_names(module, shapes).keys() != shapes.keys():
+        recipe.cook(collection, output, shard_size)
+        return (
+            "; without config.json, as transformers has other names for these tensors in files: "
+            "load them by load_state_dict, or use save_pretrained in Python"
+        )
+    with new_folder(output) as temporary:
+        weights = recipe.cook(collection, temporary / "weights", shard_size)
+        move_up(weights)
+        copy_companions(sources[0], temporary, sources[1:])
+        write_text(temporary / "README.md", model_card(recipe, collection))
+    return ""
+
+
+def write_soup(output: Path, soup: Any, tokenizer: Any) -> None:
+    """Write a fitted soup, with the tokenizer that its texts were read by."""
+    collection: CheckpointCollection = soup.checkpoints_
+    paths = [path for path in map(collection.path, collection) if path is not None]
+    refuse_inputs(output, paths)
+    if output.suffix == ".safetensors":
+        soup.save(output)
+    elif collection.adapters(collection.names) or any(map(hub_folder, paths)):
+        with new_folder(output) as temporary:
+            soup.save_pretrained(temporary / "soup")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(temporary / "soup"))
+            move_up(temporary / "soup")
+    else:
+        soup.recipe_.cook(collection, output)
+
+
+def move_up(folder: Path) -> None:
+    """Move what a folder holds into the folder that it is in, and remove it."""
+    for path in folder.iterdir():
+        path.rename(folder.parent / path.name)
+    folder.rmdir()

@@ -1,0 +1,95 @@
+"""Texts to tokens, by the tokenizer of a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..checkpoints.collection import CheckpointCollection
+from ..checkpoints.hub import hub_folder, offline
+from ..checkpoints.hub_config import LIMIT
+from ..checkpoints.texts import read_text
+from ..exceptions import CheckpointError
+
+# files without which transformers makes up an empty tokenizer
+VOCABULARIES = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model",
+    "sentencepiece.bpe.model",
+)  # fmt: skip
+MOST_TOKENS = 512  # where neither --max-length nor the model says less
+
+
+def find_tokenizer(collection: CheckpointCollection, given: str | None) -> Any:
+    """The tokenizer of a folder that was given, else of the first checkpoint that has one."""
+    for folder in [Path(given)] if given is not None else _folders(collection):
+        if any((folder / name).is_file() for name in VOCABULARIES):
+            return _load(folder)
+    looked = repr(given) if given is not None else "the folders of the checkpoints"
+    raise CheckpointError(
+        f"There is no tokenizer in {looked}: expected one of {', '.join(VOCABULARIES)}. Give the "
+        f"folder that tokenizer.save_pretrained wrote: --tokenizer FOLDER."
+    )
+
+
+def _load(folder: Path) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            "--text needs transformers, which is not installed: pip install 'sksoup[hub]'."
+        ) from error
+    try:
+        with offline():
+            return transformers.AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:  # of any class
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(
+            f"The tokenizer in {str(folder)!r} can't be loaded by transformers "
+            f"{transformers.__version__}: {type(error).__name__}: {first.rstrip('.')}. Give the "
+            f"folder of another: --tokenizer FOLDER."
+        ) from error
+
+
+def tokenise(
+    tokenizer: Any, texts: Sequence[str], max_length: int | None, collection: CheckpointCollection
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Inputs of a model: arrays by name, padded to the longest text, cut at ``max_length``."""
+    most = max_length or min(MOST_TOKENS, tokenizer.model_max_length, _positions(collection))
+    if tokenizer.pad_token is None:  # of GPT-2 and others; its positions are masked
+        tokenizer.pad_token = tokenizer.eos_token
+    rows = tokenizer(list(texts), padding=True, truncation=True, max_length=most)
+    return {name: np.asarray(values) for name, values in rows.items()}
+
+
+def _positions(collection: CheckpointCollection) -> int:
+    """How many tokens the model has positions for, as its config.json says."""
+    config, _ = first_config(collection)
+    found = config.get("max_position_embeddings") or config.get("n_positions")
+    return found if isinstance(found, int) else MOST_TOKENS
+
+
+def first_config(collection: CheckpointCollection) -> tuple[dict[str, Any], Path | None]:
+    """The config.json of the first checkpoint in a Hugging Face folder, and where it is."""
+    for folder in map(hub_folder, _folders(collection)):
+        if folder is not None:
+            config = folder / "config.json"
+            try:
+                found = json.loads(read_text(config, LIMIT))
+            except json.JSONDecodeError as error:
+                raise CheckpointError(f"{str(config)!r} can't be read: {error}.") from error
+            return found if isinstance(found, dict) else {}, config
+    return {}, None
+
+
+def _folders(collection: CheckpointCollection) -> list[Path]:
+    """The folders that the checkpoints lie in, then those of the bases of adapters."""
+    paths = [collection.path(name) for name in collection]
+    paths += [one.base.path for one in collection.adapters(collection.names).values()]
+    folders = [path if path.is_dir() else path.parent for path in paths if path is not None]
+    return list(dict.fromkeys(folders))

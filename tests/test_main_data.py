@@ -1,0 +1,232 @@
+"""Commands that read data from files: what they find and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from sksoup import CheckpointCollection, GreedySoup, MEHLSoup, Recipe
+from sksoup.__main__ import main
+from sksoup.cli.files import read_file
+
+from .command_zoo import make_folder, write_csv
+from .zoo import Net, same_tensors
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("command")
+    make_folder(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(made, monkeypatch):
+    """Shared by the tests: they remove what they write."""
+    monkeypatch.chdir(made)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "model", raising=False)
+    return made
+
+
+TEXTS = "greedy runs --text text --label label -o out --data"
+NETS = "greedy nets --module model:build -o out.safetensors --data"
+TABLE = f"{NETS} table.csv --label species"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("greedy nets --data val.npz -o out", "Give --module package.module:factory"),
+        ("greedy nets --module model --data val.npz -o out", "names no factory: expected"),
+        ("greedy nets --module model:no --data val.npz -o out", "'model' has no 'no'"),
+        ("greedy nets --module model:NUMBER --data val.npz -o out", "is of type int, expected a"),
+        ("greedy nets --module model:number --data val.npz -o out", "an object of type int"),
+        ("greedy nets --module model:fails --data val.npz -o out", "RuntimeError: no such GPU"),
+        ("greedy nets --module model:needs --data val.npz -o out", "needs the arguments width"),
+        ("greedy nets --module no_model:x --data val.npz -o out", "can't be imported (from the"),
+        (f"{NETS} val.npz --base base", "--module and --base can't be given together"),
+        (f"{NETS} val.npz --device nowhere", "--device nowhere can't be used here"),
+        (f"{NETS} val.npz --scoring f1_makro", "is no metric of scikit-learn: expected one of"),
+        (f"{NETS} no.npz", "There is no file 'no.npz'"),
+        (f"{NETS} model.py", "has the suffix '.py', expected .csv, .tsv, .npz"),
+        (f"{NETS} val.npz --inputs x", "has no array 'x': expected one of 'X', 'y'"),
+        (f"{NETS} val.npz --task regression", "y has 1 targets per row, expected 3"),
+        (f"{NETS} table.csv", "which column of 'table.csv' holds the labels? It has 'a', 'b'"),
+        (f"{NETS} table.csv --label specie", "no column 'specie': expected one of 'a', 'b', 'c', "
+                                             "'d', 'species'. Did you mean 'species'?"),
+        (f"{NETS} table.csv --label a", "line 2, column 'species': got 'cat', expected a finite"),
+        (f"{TABLE} --label a", "--label was given 2 times, expected once for --task class"),
+        (f"{TABLE} --classes cat dog", "'table.csv', line 4, column 'species': got the label "
+                                       "'owl', expected one of 'cat', 'dog', as in --classes"),
+        (f"{TABLE} --classes cat dog owl --task regression", "--classes is for --task class"),
+        (f"{NETS} val.npz --classes cat dog owl", "expected integers, as the labels in the data"),
+        (f"{TEXTS} val.csv --inputs text", "--text and --inputs can't be given together"),
+        (f"{TEXTS} val.csv --tokenizer nets", "There is no tokenizer in 'nets'"),
+        (f"{TEXTS} val.csv --task language-modeling", "needs --text COLUMN and no --label"),
+        ("average runs -o out --weights 0.5 0.5",
+         "--weights has 2 numbers, expected 3. One number per checkpoint is needed, in this "
+         "order: 'ft0', 'ft1', 'ft2'."),
+        ("average runs -o out --weights 0.5 0.5 1",
+         "whose sum is 2, expected 1. One number per checkpoint is needed, in this order: 'ft0', "
+         "'ft1', 'ft2'. Divided by their sum: --weights 0.25 0.25 0.5"),
+        ("average runs -o out --weights 0.5 0.5 nan", "has NaN or infinite values, expected fin"),
+        ("average runs -o out --shard-size big", "--shard-size='big' is not a size"),
+        ("average nets -o out.safetensors --shard-size 1MB", "--shard-size is for a folder"),
+        ("greedy no --data no.csv -o runs", "'runs' exists and is not an empty folder"),
+        ("greedy nets --module model:build --data val.npz --force -o nets/ft0.safetensors",
+         "is one of the checkpoints to be mixed"),
+    ],
+)  # fmt: skip
+def test_errors_name_what_is_wrong_and_nothing_is_written(folder, capsys, line, said):
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")}
+    assert main([*line.split(), "--json"]) == 2
+    assert said in (error := json.loads(capsys.readouterr().out)["error"])
+    assert "said" not in error
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")}
+    assert {p for p in after if "__pycache__" not in str(p)} == {
+        p for p in before if "__pycache__" not in str(p)
+    }
+    assert all(after[path] == time for path, time in before.items() if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "has no examples"),
+        (b"text,label\n", "has no examples"),
+        (b"text,label\na,negative\n\n\nb,positiv\n",
+         "'bad.csv', line 5, column 'label': got the label 'positiv', expected one of 'negative', "
+         "'positive', as in 'runs/ft0/config.json'"),
+        (b'text,label\n"a\nb",negative\n,positive\n',
+         "'bad.csv', line 4, column 'text': got an empty cell, expected a text"),
+        (b'text,label\n" \n",negative\nb,positive\n', "line 2, column 'text': got an empty cell"),
+        (b"text,label\na,negative\nb,\n", "line 3, column 'label': got an empty cell"),
+        (b"text,label\na,negative\nb,negative\n",
+         "all 2 labels in 'label' are 'negative', expected two or more"),
+        (b"text,label\na, b,negative\n", "line 2: got 3 cells, expected 2"),
+        (b'text,label\n"a "b" c",negative\n', "line 2: ',' expected after '\"'"),
+        (b'text,label\n"a,negative\n', "line 2: unexpected end of data"),
+        (b"text,text\na,negative\n", "has the column 'text' twice"),
+        (b"text;label\na;negative\n", "separated by another character, give --delimiter"),
+        (b"text,label\n\xe4,negative\n", "is not UTF-8: byte 11 is 0xe4"),
+        (b"label\nnegative\npositive\n", "has no column 'text': expected one of 'label'"),
+    ],
+)  # fmt: skip
+def test_tables_that_are_wrong(folder, capsys, content, said):
+    Path("bad.csv").write_bytes(content)
+    assert main([*TEXTS.split(), "bad.csv", "--json"]) == 2
+    error = json.loads(capsys.readouterr().out)["error"].replace(f"{folder}{os.sep}", "")
+    assert said in error
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("cell", ["", "abc", "nan", "inf", "1_000"])
+def test_cells_that_are_no_finite_numbers(tmp_path, cell):
+    write_csv(tmp_path / "a.csv", ("x", "y"), [(1, 2), (cell, 3)])
+    with pytest.raises(ValueError, match=r"line 3, column 'x': got .*expected a finite number"):
+        read_file(tmp_path / "a.csv").numbers("x")
+
+
+def test_arrays_that_are_wrong(tmp_path):
+    def saved(**arrays):
+        np.savez(tmp_path / "a.npz", **arrays)
+        return read_file(tmp_path / "a.npz")
+
+    with pytest.raises(ValueError, match="arrays of objects, which would be unpickled"):
+        saved(X=np.array([{}, 1], dtype=object))
+    for y in (np.zeros(3), np.float64(1)):
+        with pytest.raises(ValueError, match=r"the shapes 'X' \(2, 2\), 'y'.*as many rows"):
+            saved(X=np.zeros((2, 2)), y=y)
+    bad = saved(X=np.array([[1.0, 2], [3, np.nan]]), y=np.array(["a", "b"]))
+    with pytest.raises(ValueError, match="row 1, array 'X': got NaN or an infinite value"):
+        bad.numbers("X")
+    with pytest.raises(ValueError, match=r"'X' has dtype float64 and shape .*expected texts"):
+        bad.texts("X")
+    assert bad.texts("y") == ["a", "b"]
+    (tmp_path / "a.npz").write_bytes(b"not a zip file")
+    with pytest.raises(ValueError, match=r"can't be read: expected an \.npz file"):
+        read_file(tmp_path / "a.npz")
+
+
+def test_a_test_label_that_validation_data_has_not(folder, capsys):
+    write_csv(folder / "other.csv", ("a", "b", "c", "d", "species"), [(1, 2, 3, 4, "cow")])
+    assert main([*TABLE.split(), "--test", "other.csv"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "'other.csv', line 2, column 'species': got the label 'cow', expected one of 'cat'" in said
+    )
+    assert "as in the validation data 'table.csv'" in said
+
+
+def test_a_table_of_a_spreadsheet_gives_what_python_gives(folder, capsys):
+    table = Path("table.csv").read_text().replace(",", ";")
+    Path("sheet.csv").write_text("\ufeff" + table, "utf-8")
+    line = "mehl nets --module model:build --data sheet.csv --delimiter ; --label species"
+    line += " --inputs a --inputs b --inputs c --inputs d"
+    options = "--layerwise --epochs 2 --lr 0.1 --model-batch-size all --seed 3 --batch-size 16"
+    assert main([*line.split(), *options.split(), "-o", "m.safetensors", "--force"]) == 0
+    assert "accuracy on the 60 validation examples: " in (said := capsys.readouterr().out)
+    assert "(best checkpoint: " in said
+    assert "optimistic" in said
+    rows = np.loadtxt("table.csv", delimiter=",", dtype=str, skiprows=1)
+    soup = MEHLSoup(layerwise=True, max_epochs=2, lr=0.1, model_batch_size=None, random_state=3,
+                    batch_size=16)  # fmt: skip
+    nets = CheckpointCollection.from_path("nets", module=Net)
+    soup.fit(nets, rows[:, :4].astype(np.float32), rows[:, 4])
+    found, expected = load_file("m.safetensors"), soup.state_dict()
+    assert same_tensors({name: found[name] for name in expected}, expected)
+    assert Recipe.load("m.safetensors").params == soup.recipe_.params
+
+
+def test_targets_of_several_columns_and_the_order_of_labels(folder, capsys):
+    rng = np.random.default_rng(0)
+    rows = [(*rng.normal(size=7).round(3), *rng.integers(0, 2, 3)) for _ in range(20)]
+    write_csv(folder / "many.csv", tuple("abcdxyzijk"), rows)
+    line = "greedy nets --module model:build --data many.csv --json --force -o t.safetensors"
+    columns = " ".join(f"--inputs {name}" for name in "abcd")
+    for task, labels, metric in [("regression", "xyz", "R²"), ("multilabel", "ijk", "accuracy")]:
+        targets = " ".join(f"--label {name}" for name in labels)
+        assert main(f"{line} {columns} --task {task} {targets}".split()) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["metric"] == metric
+        X, y = (np.array(rows)[:, part] for part in (slice(4), slice(4, 7)))
+        if task == "regression":
+            nets = CheckpointCollection.from_path("nets", module=Net)
+            soup = GreedySoup(task="regression").fit(nets, X.astype(np.float32), y)
+            assert document["scores"]["validation"] == pytest.approx(soup.score(X, y), abs=1e-6)
+    assert main([*TABLE.split(), "--classes", "owl", "dog", "cat", "--force", "--json"]) == 0
+    assert Recipe.load("out.safetensors").classes == ("owl", "dog", "cat")
+    os.remove("out.safetensors")
+
+
+def test_warnings_are_lines_on_stderr_and_part_of_json(folder, capsys):
+    line = (
+        "greedy nets/ft0.safetensors --module model:build --data val.npz --force -o w.safetensors"
+    )
+    assert main(line.split()) == 0
+    said = capsys.readouterr().err
+    assert "sksoup: warning: There is one checkpoint, 'ft0'" in said
+    assert ".py:" not in said
+    assert main([*line.split(), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert any("There is one checkpoint" in w for w in json.loads(printed.out)["warnings"])
+
+
+def test_compare_prints_the_table_of_the_systems_that_were_asked_for(folder, capsys):
+    line = "compare nets --module model:build --data val.npz --test test.npz --system Greedy-Soup"
+    assert main(line.split()) == 0
+    assert "Greedy-Soup" in (table := capsys.readouterr().out)
+    assert "HL-Soup" not in table
+    assert main([*line.split(), "--json", "--scoring", "f1_macro"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert result["system"] == "Greedy-Soup"
+    with pytest.raises(SystemExit):  # needs test data
+        main(["compare", "nets", "--module", "model:build", "--data", "val.npz"])
