@@ -78,7 +78,7 @@ def test_configs_that_name_other_files_are_not_verified(parts, name, fields):
     change(path, **fields)
     for weights in (folder, folder / "model.safetensors"):
         with pytest.raises(
-            CheckpointError, match=r"config\.json' names other weights .*Remove that"
+            CheckpointError, match=r"config\.json' refers to other weights .*Remove that"
         ):
             recipe.verify(weights, ckpts)
 
@@ -103,7 +103,7 @@ def test_arguments_by_which_other_weights_are_loaded_are_not_verified(parts, tmp
     path = folder / "sentence_bert_config.json"
     path.write_text(json.dumps({"max_seq_length": 8, **fields}))
     for weights in (folder, folder / "model.safetensors"):
-        with pytest.raises(CheckpointError, match=r"bert_config\.json' (gives|has) .*Remove"):
+        with pytest.raises(CheckpointError, match=r"bert_config\.json' (passes|makes) .*Remove"):
             recipe.verify(weights, ckpts)
     with pytest.raises(CheckpointError, match=r"Remove"):  # nor passed on into a soup's folder
         copy_companions(folder, tmp_path)
@@ -280,7 +280,7 @@ def test_modules_that_are_not_those_of_the_ingredients(parts):
     modules(folder, "", "3_Later")
     assert recipe.verify(folder, ckpts).beside == ("3_Later/model.safetensors",)
     modules(folder, "..")
-    with pytest.raises(CheckpointError, match=r"names the module '\.\.', expected a folder beside"):
+    with pytest.raises(CheckpointError, match=r"lists the module '\.\.', expected a folder next"):
         recipe.verify(folder, ckpts)
     modules(folder, "1_Pooling")
     change(folder / "1_Pooling" / "config.json", transformers_weights="x.safetensors")
@@ -305,7 +305,7 @@ def test_routes_are_modules(parts, name):
     save_file(other(load_file(folder / "model.safetensors")), elsewhere / "model.safetensors")
     assert recipe.verify(folder, ckpts).beside == ("query/deep/model.safetensors",)
     (elsewhere / "sentence_bert_config.json").write_text(json.dumps(ARGUMENTS[0]))
-    with pytest.raises(CheckpointError, match=r"deep/sentence_bert_config\.json' gives"):
+    with pytest.raises(CheckpointError, match=r"deep/sentence_bert_config\.json' passes"):
         recipe.verify(folder, ckpts)
 
 

@@ -228,10 +228,10 @@ def test_an_ensemble_averages_the_logits_of_each_minibatch():
         ("bert", TASK, lambda X, y: (X, None), "y equals the inputs"),
         ("gpt2", TASK, lambda X, y: (X, y[:, 1:]), r"y has 8 labels per row, and .* 9 tokens"),
         ("gpt2", TASK, lambda X, y: (X, y + VOCABULARY), r"expected token ids in \[0, 50\)"),
-        ("gpt2", TASK, lambda X, y: (X, y * 0 - 100), "holds nothing but -100"),
+        ("gpt2", TASK, lambda X, y: (X, y * 0 - 100), "contains only -100"),
         ("gpt2", TASK, lambda X, y: (X, y.masked_fill(torch.arange(9) > 0, -100)), "no label that"),
-        ("gpt2", TASK, lambda X, y: (X, y.float()), "must be integers"),
-        ("gpt2", TASK, lambda X, y: (X, y[:, 0]), "must be integers"),
+        ("gpt2", TASK, lambda X, y: (X, y.float()), "expected integers"),
+        ("gpt2", TASK, lambda X, y: (X, y[:, 0]), "expected integers"),
     ],
 )
 def test_labels_that_can_not_be(kind, task, change, said):

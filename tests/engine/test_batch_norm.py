@@ -151,7 +151,7 @@ def test_variances_that_extrapolation_would_make_negative_are_told(zoo: Zoo):
     assert (variances == 0).any()
     with warnings.catch_warnings():
         warnings.filterwarnings(
-            "error", "Under these coefficients"
+            "error", "With these coefficients"
         )  # measured anew, they are what they should be
         soup.set_params(batch_norm="recalibrate").fit(zoo.checkpoints, zoo.X, zoo.y)
     assert (soup.module_.norm.running_var > 0).all()

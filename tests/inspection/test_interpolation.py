@@ -122,7 +122,7 @@ def test_bad_input(zoo: Zoo):
         interpolation_path(START, ensemble, zoo.X, zoo.y)
     named = CheckpointCollection({"start": START, "a": START}, module=lambda: Net(False))
     taken = UniformSoup().fit(named, zoo.X, zoo.y)
-    with pytest.raises(ValueError, match="a checkpoint named 'start' beside the start"):
+    with pytest.raises(ValueError, match="has a checkpoint named 'start', and other"):
         taken.interpolate(dict(START), 0.5)
 
 

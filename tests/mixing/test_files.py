@@ -50,7 +50,7 @@ def test_what_was_there_stays_if_one_of_the_two_can_not_be_written(soup, tmp_pat
         patch.setattr(torch, "save", full)
         with pytest.raises(OSError, match=r"torch\.save could not write .*soup\.pt") as caught:
             soup.save(path)
-    assert any("what was there before is as it was" in note for note in caught.value.__notes__)
+    assert any("an existing file is unchanged" in note for note in caught.value.__notes__)
     assert before == {p: p.read_bytes() for p in before}
     (tmp_path / "soup.recipe.json").unlink()
     (tmp_path / "soup.recipe.json").mkdir()

@@ -407,10 +407,10 @@ def test_the_command_line_takes_a_base(folder, tmp_path, capsys, monkeypatch):
     assert "is not the one that the recipe was made with" in capsys.readouterr().err
     Path("start").rename("moved")
     assert main(["verify", soup, "runs"]) != 0
-    assert "is not on this machine, and nothing is fetched" in capsys.readouterr().err
+    assert "is not on this machine, and sksoup does not download it" in capsys.readouterr().err
     assert main(["verify", soup, "runs", "--base", "moved"]) == 0
     assert main(["verify", soup, "runs", "--base", "nowhere"]) != 0
-    assert "is no Hugging Face folder" in capsys.readouterr().err
+    assert "is not a Hugging Face folder" in capsys.readouterr().err
 
 
 HOSTILE = [

@@ -211,7 +211,7 @@ def test_batch_statistics_are_not_shared_out(monkeypatch):
     monkeypatch.setattr("sksoup.recipes.validation.world_size", lambda: 2)
     zoo = make_zoo(3, seed=0)
     assert isinstance(zoo.checkpoints.build_module(), Net)
-    with pytest.raises(ValueError, match=r"share out\. Search with batch_norm='auto'"):
+    with pytest.raises(ValueError, match=r"split between the ranks.*Use batch_norm='auto'"):
         MEHLSoup(batch_norm="recalibrate").fit(zoo.checkpoints, zoo.X, zoo.y)
 
 
