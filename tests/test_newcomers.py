@@ -55,7 +55,7 @@ def test_a_soup_of_ddp_files_is_verified_without_their_module(ddp, zoo: Zoo):
 def test_tensors_that_are_not_the_recipes_are_named(tmp_path):
     nets = CheckpointCollection([{"a": torch.ones(2)}, {"a": torch.zeros(2)}])
     recipe = Recipe.record("by hand", nets, [0.5, 0.5], layers={"b": 0})
-    with pytest.raises(RecipeError, match=r"hold other tensors than the recipe: 'a' is in one"):
+    with pytest.raises(RecipeError, match=r"differ from those of the recipe: 'a' is in only one"):
         recipe.cook(nets)
 
 

@@ -191,7 +191,7 @@ def test_other_weights_in_the_folder_are_named(parts, capsys, name):
     assert not findings.ok
     assert findings.differing == {}
     assert findings.beside == (name,)
-    assert f"not compared: {name!r} is in the folder, too" in str(findings)
+    assert f"not compared: {name!r} is also in the folder" in str(findings)
     assert "NOT verified" in str(findings)
     if name != "adapter_config.json":  # opens as an adapter, or not at all
         assert recipe.verify(folder, ckpts).beside == (name,)
@@ -316,7 +316,7 @@ def test_the_file_of_an_adapter_is_no_whole_model(parts):
     fields = {"peft_type": "LORA", "r": 1, "target_modules": ["query"]}
     (folder / "adapter_config.json").write_text(json.dumps(fields))
     for path in (folder, folder / "adapter_model.safetensors"):
-        with pytest.raises(RecipeError, match=r"is an adapter of PEFT, which can't be verified"):
+        with pytest.raises(RecipeError, match=r"is a PEFT adapter, which can't be verified"):
             recipe.verify(path, ckpts)
 
 

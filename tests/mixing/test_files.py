@@ -70,7 +70,7 @@ def test_a_view_is_written_without_what_it_is_a_part_of(soup, tmp_path):
 def test_a_recipe_that_is_not_beside_its_file(soup, tmp_path):
     soup.save(tmp_path / "soup.pt")
     (tmp_path / "soup.recipe.json").rename(tmp_path / "moved.json")
-    with pytest.raises(RecipeError, match=r"there is no 'soup\.recipe\.json' beside it"):
+    with pytest.raises(RecipeError, match=r"there is no 'soup\.recipe\.json' next to it"):
         Recipe.load(tmp_path / "soup.pt")
     assert Recipe.load(tmp_path / "moved.json") == soup.recipe_
     assert json.loads((tmp_path / "moved.json").read_text())["weights_sha256"]

@@ -417,7 +417,7 @@ def test_a_saved_adapter_has_the_logits_of_the_soup(what, tmp_path):
     assert config["modules_to_save"] == heads.get(what, ["head"])
     recipe = Recipe.load(tmp_path / "soup" / "recipe.json")
     assert same_tensors(recipe.cook(collection), soup.state_dict())
-    assert "This adapter is exactly the soup" in (tmp_path / "soup" / "README.md").read_text()
+    assert "This adapter equals the soup exactly" in (tmp_path / "soup" / "README.md").read_text()
 
 
 def test_ranks_add_up_and_stay_below_the_size(tmp_path):
