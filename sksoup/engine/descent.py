@@ -129,8 +129,8 @@ class Descent:
                 record = {"epoch": epoch, **self._epoch(deltas, coef, state, scale)}
                 if (bad := state.not_finite(record, coef())) is not None:
                     raise DivergenceError(
-                        f"The loss or the coefficients stopped being finite at {where}step {bad}. "
-                        f"Lower lr (now {settings.lr}).",
+                        f"The loss or the coefficients became NaN or infinite at {where}step "
+                        f"{bad}. Lower lr (now {settings.lr}).",
                         self.problem.layers.expand(soup_coef(before)),
                     )
                 if best is not None:
@@ -303,9 +303,9 @@ class DeltaStorage:
         held = width * sum(one.n_numbers for one in center.checkpoints.on_one_base().values())
         if self.limit is not None and (needed := weights.nbytes + held) > self.limit:
             raise ValueError(
-                f"memory_limit={self.limit:,} bytes does not hold a search in adapters: it needs "
-                f"{needed:,} bytes for the base of {weights.nbytes:,} and the factors of all {n}. "
-                f"Raise the limit, or use fewer adapters."
+                f"memory_limit={self.limit:,} bytes is too small for a search over adapters, which "
+                f"needs {needed:,} bytes for the base ({weights.nbytes:,}) and the factors of all "
+                f"{n} adapters. Raise the limit, or use fewer adapters."
             )
         return n if wanted in (None, "auto") else min(int(wanted), n)
 

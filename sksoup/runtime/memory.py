@@ -1,4 +1,4 @@
-"""How many models the memory holds."""
+"""The number of models that fit into memory."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Budget:
             needed = self.n_fixed * self.model_bytes + b * self.delta_bytes
             remedy = f"model_batch_size={fits} fits" if fits >= 1 else "not even 1 fits"
             raise ValueError(
-                f"memory_limit={self.limit:,} bytes does not hold a model batch of {b}: it needs "
-                f"{needed:,} bytes for {b} deltas of {self.delta_bytes:,} and {self.n_fixed} "
+                f"memory_limit={self.limit:,} bytes is too small for a model batch of {b}, which "
+                f"needs {needed:,} bytes for {b} deltas of {self.delta_bytes:,} and {self.n_fixed} "
                 f"models of {self.model_bytes:,}. Raise the limit; {remedy}."
             )
         return b
@@ -53,8 +53,8 @@ def parse_bytes(limit: int | str) -> int:
             value = int(float(number) * units[unit])
         except (KeyError, ValueError) as error:
             raise ValueError(
-                f"memory_limit={limit!r} is not a size: expected bytes or a number with KB, MB, "
-                f"GB or TB, such as '8GB'."
+                f"memory_limit={limit!r} is not a size, expected bytes or a number with KB, MB, GB "
+                f"or TB, such as '8GB'."
             ) from error
     else:
         value = int(limit)

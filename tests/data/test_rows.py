@@ -245,7 +245,7 @@ def test_a_criterion_for_one_logit_gets_it(zoo: Zoo, weighted):
 
 def test_one_logit_tells_two_labels_apart(zoo: Zoo):
     checkpoints = CheckpointCollection(around(OneLogit(), 2))
-    with pytest.raises(ValueError, match="one logit, which tells two labels apart, but y has 3"):
+    with pytest.raises(ValueError, match="one logit distinguishes two labels, but y has 3"):
         UniformSoup().fit(checkpoints, zoo.X, zoo.y)
 
 

@@ -40,7 +40,7 @@ pytest.importorskip("peft")
 from ..adapters import build, merge, peft_model, rows, save_adapters
 
 # the adapters are moved far, so that what is wrong is seen
-pytestmark = pytest.mark.filterwarnings("ignore:.*share a start")
+pytestmark = pytest.mark.filterwarnings("ignore:.*fine-tuned from the same")
 COEF = [0.7, -0.4, 0.5, 0.2]
 
 

@@ -171,7 +171,7 @@ def test_new_heads_are_no_reason_to_warn(soup, data):
     """Only they are read whole where factors are searched; they alone would look unrelated."""
     collection = with_new_heads()
     soup = clone(soup).fit(collection, *data)
-    assert not [said for said in soup.warnings_ if "share a start" in said]
+    assert not [said for said in soup.warnings_ if "fine-tuned from the same" in said]
     assert "good to mix" in " ".join(collection.describe().verdict)
     assert collection.healthy() is collection
 

@@ -316,7 +316,7 @@ def test_sample_weight_in_the_loss(zoo: Zoo):
     weighted = LearnedSoup(**settings).fit(zoo.checkpoints, zoo.X, zoo.y, sample_weight=weight)
     repeated = LearnedSoup(**settings).fit(zoo.checkpoints, zoo.X[twice], zoo.y[twice])
     np.testing.assert_allclose(weighted.coef_, repeated.coef_, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="needs a loss per row"):
+    with pytest.raises(ValueError, match="needs one loss per row"):
         LearnedSoup(criterion=nn.functional.cross_entropy).fit(
             zoo.checkpoints, zoo.X, zoo.y, sample_weight=weight
         )
@@ -450,7 +450,7 @@ def test_nan_weights_are_found_before_held_out_rows_meet_them(soup, passes, zoo:
             lambda: nn.ModuleDict(
                 {"hidden": nn.Linear(4, 6), "norm": nn.BatchNorm1d(6), "head": nn.Linear(6, 5)}
             ),
-            r"'head\.weight' has shape \(5, 6\) in the module and \(3, 6\) in the checkpoints",
+            r"'head\.weight' has shape \(5, 6\) in the module, but \(3, 6\) in the checkpoints",
         ),
     ],
 )

@@ -356,7 +356,7 @@ def test_a_full_disk_stops_no_fit(tmp_path, files, zoo: Zoo):
 
 def test_a_memory_that_can_not_be_used_is_refused_before_any_work(tmp_path, files, zoo: Zoo):
     (tmp_path / "file").write_text("no folder")
-    with rows_through() as rows, pytest.raises(ValueError, match=r"can't be used: .*Give a folder"):
+    with rows_through() as rows, pytest.raises(ValueError, match=r"can't be used: .*Pass a folder"):
         recipe("MEHL", tmp_path / "file" / "memory", files).fit(files, zoo.X, zoo.y)
     assert rows == [0]
     with pytest.raises(TypeError, match=r"memory must be a folder.*got a int"):

@@ -181,7 +181,7 @@ def test_what_shards_can_not_do_is_refused_on_every_rank(folder):
 
 
 def test_shards_need_a_job():
-    with pytest.raises(ValueError, match=r"shard='auto' .* there is none: start several"):
+    with pytest.raises(ValueError, match=r"shard='auto' .* there is no job. Start several"):
         UniformSoup(shard="auto").fit([Blocks()], np.zeros((3, 8)), [0, 1, 2])
     with pytest.raises(ValueError, match="shard must be one of None, 'auto'"):
         UniformSoup(shard=True).fit([Blocks()], np.zeros((3, 8)), [0, 1, 2])
