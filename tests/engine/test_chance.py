@@ -1,4 +1,4 @@
-"""Scores no better than a guess are noticed, on rows that are enough to be certain."""
+"""Scores no better than chance are noticed, on rows that are enough to be certain."""
 
 from __future__ import annotations
 
