@@ -173,7 +173,7 @@ def test_what_shards_can_not_do_is_refused_on_every_rank(folder):
         "compile": "ValueError: compile=True can't be used with a sharded module",
         "workers": "ValueError: n_jobs=2 can't be used with a sharded module",
         "columns": "ValueError: 'embed.weight' is placed as S(1)",
-        "tied": "ValueError: 'blocks.3.inner.weight' is 'blocks.0.inner.weight' of another block",
+        "tied": "ValueError: 'blocks.3.inner.weight' is tied to 'blocks.0.inner.weight'",
         "interpolate": "TypeError: A sharded module can't be copied",
         "skorch": "TypeError: A sharded module can't be copied",
     }.items():
