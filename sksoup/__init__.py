@@ -1,4 +1,4 @@
-"""Model soups: mix fine-tuned checkpoints into one better network, as scikit-learn estimators."""
+"""Model soups as scikit-learn estimators: mix fine-tuned checkpoints into one better network."""
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""Public names for authors of recipes: what a recipe is made of, and what it is given."""
+"""Public names for writing new recipes: the base class, and the input and result of a search."""
 
 from .engine.objective import load_weights
 from .engine.problem import Found, Problem, rank_checkpoints

@@ -1,4 +1,4 @@
-"""Errors and warnings that sksoup raises itself."""
+"""Errors and warnings of sksoup."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ __all__ = ["CheckpointError", "DivergenceError", "RankError", "RecipeError", "So
 
 
 class CheckpointError(ValueError):
-    """Raised when a checkpoint can't be read, changed on disk or does not fit the others.
+    """Raised when a checkpoint can't be read, changed on disk or does not match the others.
 
-    The message names the file, what was found, what was expected and what to do about it.
+    The message states the file, what was found, what was expected and how to fix it.
     """
 
 
 class RecipeError(ValueError):
-    """Raised when a recipe can't be read, or does not fit the checkpoints it is cooked with."""
+    """Raised when a recipe can't be read, or does not match the checkpoints it is cooked with."""
 
 
 class DivergenceError(ArithmeticError):
-    """Raised when the loss or the coefficients stop being finite during a search.
+    """Raised when the loss or the coefficients become NaN or infinite during a search.
 
     Parameters
     ----------
     message : str
-        What happened, at which step (and outer iteration of MEHL-Soup).
+        Error message, with the step (and the outer iteration of MEHL-Soup).
     coef : ndarray of shape (n_layers, n_checkpoints), dtype float64, or None
-        The coefficients before the epoch that failed.
+        Coefficients before the epoch that failed.
 
     Attributes
     ----------
     coef : ndarray of shape (n_layers, n_checkpoints), dtype float64, or None
-        The last good coefficients: ``mix(checkpoints, error.coef, layers=...)`` rebuilds them.
+        Coefficients before the epoch that failed. ``mix(checkpoints, error.coef, layers=...)``
+        builds the soup with them.
     """
 
     def __init__(self, message: str, coef: NDArray[np.float64] | None = None) -> None:
@@ -41,8 +42,8 @@ class DivergenceError(ArithmeticError):
 
 
 class RankError(RuntimeError):
-    """Raised on the ranks of a distributed job that are left when another one stopped."""
+    """Raised on the remaining ranks of a distributed job when another rank has stopped."""
 
 
 class SoupWarning(UserWarning):
-    """Warns of something that is allowed but rarely what was meant."""
+    """Warning about something that is allowed but probably not intended."""

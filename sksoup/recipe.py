@@ -1,4 +1,4 @@
-"""The record of a soup, by its public name."""
+"""The record of a soup: public names."""
 
 from .mixing.ingredients import Base, Ingredient
 from .mixing.recipe import Recipe

@@ -55,7 +55,7 @@ def test_a_soup_of_ddp_files_is_verified_without_their_module(ddp, zoo: Zoo):
 def test_tensors_that_are_not_the_recipes_are_named(tmp_path):
     nets = CheckpointCollection([{"a": torch.ones(2)}, {"a": torch.zeros(2)}])
     recipe = Recipe.record("by hand", nets, [0.5, 0.5], layers={"b": 0})
-    with pytest.raises(RecipeError, match=r"hold other tensors than the recipe: 'a' is in one"):
+    with pytest.raises(RecipeError, match=r"differ from those of the recipe: 'a' is in only one"):
         recipe.cook(nets)
 
 
@@ -86,7 +86,7 @@ def test_a_dict_may_hold_its_labels(kind, key):
 def test_lists_that_were_not_padded_and_texts_that_were_not_tokenised(zoo: Zoo):
     with pytest.raises(ValueError, match=r"lists of different lengths.*padding=True"):
         UniformSoup().fit(zoo.checkpoints, {"X": [[1, 2], [1]]}, [0, 1])
-    with pytest.raises(TypeError, match="or texts, which have to be tokenised first"):
+    with pytest.raises(TypeError, match="or strings, which must be tokenized first"):
         UniformSoup().fit(zoo.checkpoints, ["good soup", "bad soup"], [0, 1])
 
 
@@ -123,7 +123,7 @@ def test_texts_as_targets_in_the_rows_are_explained(zoo: Zoo):
 
 
 def test_a_dict_of_more_rows_than_targets_is_explained(zoo: Zoo):
-    with pytest.raises(ValueError, match=r"'x' of 60 rows, and y has 10 targets"):
+    with pytest.raises(ValueError, match=r"'x' with 60 rows, and y has 10 targets"):
         BestCheckpoint().fit(zoo.checkpoints, {"x": torch.as_tensor(zoo.X)}, zoo.y[:10])
 
 

@@ -1,4 +1,4 @@
-"""Files, folders, modules -> a collection of checkpoints, read tensor by tensor."""
+"""Collections of checkpoints from files, folders and modules, read one tensor at a time."""
 
 from .collection import CheckpointCollection
 from .describe import CheckpointSummary, CollectionSummary

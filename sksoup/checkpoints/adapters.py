@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT, each a checkpoint of its base: opened from folders and from memory."""
+"""PEFT's LoRA adapters as checkpoints of their base model, from folders and from memory."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ PAIRS = (
     (".lora_A.weight", ".lora_B.weight"),
     (OF_EMBEDDINGS, ".lora_embedding_B"),
 )
-# columns of factors that a layer may have, however small it is; more than its rank are of no use
+# rank that the factors of any layer may have, even if it is larger than that of the layer
 MOST_SPARE_COLUMNS = 256
 
 
 class AdapterCheckpoint(LowRankCheckpoint):
-    """A LoRA adapter on its base: w_0 + lambda B A, and the heads and biases that it holds whole.
+    """A LoRA adapter with its base: w_0 + lambda B A, and heads and biases stored as a whole.
 
-    ``stored`` are the adapter's tensors by PEFT's names. Names are those of the base.
+    ``stored`` contains the adapter's tensors by PEFT's names. Tensor names are those of the base.
     """
 
     base: BaseModel
@@ -48,7 +48,7 @@ class AdapterCheckpoint(LowRankCheckpoint):
         self.stored, self.config, self.base, self.path = stored, config, base, path
         self._factors: dict[str, _Pair] = {}
         self._whole: dict[str, str] = {}  # tensor of the base -> PEFT's name
-        self._copies: dict[str, str] = {}  # the base's own values of a tensor with factors
+        self._copies: dict[str, str] = {}  # copies of the base's values of a tensor with factors
         self._read_names()
         self.ranks = {name: pair.rank for name, pair in self._factors.items()}
         self.whole = frozenset(self._whole)
@@ -60,7 +60,7 @@ class AdapterCheckpoint(LowRankCheckpoint):
 
     @contextmanager
     def open(self) -> Iterator[Read]:
-        """Read tensors of the whole model; those with factors are computed at each read."""
+        """Read tensors of the whole model; those with factors are computed on each read."""
         with self.base.open() as read_base, self.open_factors() as (factors, read_whole):
 
             def read(name: str) -> torch.Tensor:
@@ -77,7 +77,7 @@ class AdapterCheckpoint(LowRankCheckpoint):
 
     @contextmanager
     def open_factors(self) -> Iterator[tuple[ReadFactors, Read]]:
-        """Read factors, with lambda in the left one, and whole tensors, by the base's names."""
+        """Read factors (the left one includes lambda) and whole tensors, by the base's names."""
         with self.stored.open() as read:
 
             def read_factors(name: str) -> Factors | None:
@@ -90,31 +90,31 @@ class AdapterCheckpoint(LowRankCheckpoint):
             yield read_factors, lambda name: read(self._whole[name])
 
     def identity(self) -> tuple[Any, ...]:
-        """That of the adapter, its scales, and that of the base."""
+        """The identities of the adapter and its base, and the scales."""
         return ("adapter", *self.stored.identity(), self._meaning(), *self.base.identity())
 
     def sha256(self, prefix: str = "") -> str:
-        """SHA-256 of the adapter's tensors (their file, if there is one) and of their scales."""
+        """SHA-256 of the adapter's tensors (or of their file) and of their scales."""
         return self._with_scales(self.stored.sha256())
 
     def content_sha256(self) -> str:
-        """The same, of names and values: in memory and in a folder."""
+        """SHA-256 of names, values and scales: the same in memory and in a folder."""
         return self._with_scales(content_sha256(Entry(self.stored)))
 
     def _with_scales(self, digest: str) -> str:
         return hashlib.sha256(f"{digest}:{self._meaning()}".encode()).hexdigest()
 
     def warm(self) -> None:
-        """Have the operating system read the adapter's file into its cache."""
+        """Ask the operating system to read the adapter's file into its cache."""
         self.stored.warm()
 
     def held_tensors(self) -> Iterator[torch.Tensor]:
-        """The tensors that it keeps in memory, and its base's."""
+        """The tensors that the adapter and its base keep in memory."""
         yield from self.stored.held_tensors()
         yield from self.base.held_tensors()
 
     def _meaning(self) -> str:
-        """How the factors are read: what the configuration says, apart from how it was trained."""
+        """How the factors are read, according to the configuration."""
         return ";".join(
             f"{name}={pair.scaling!r}{'T' * pair.is_transposed}"
             for name, pair in sorted(self._factors.items())
@@ -126,7 +126,7 @@ class AdapterCheckpoint(LowRankCheckpoint):
         wrong = [name for name in header if not name.startswith(PREFIX)]
         if wrong:
             raise self._error(
-                f"its tensor {wrong[0]!r} has not the name that PEFT gives it: expected "
+                f"its tensor {wrong[0]!r} does not have a name that PEFT uses, expected "
                 f"{PREFIX + '...'!r}. Save it with model.save_pretrained(folder)"
             )
         self.config.check_work(len({name.partition(".lora_")[0] for name in header}))
@@ -135,19 +135,19 @@ class AdapterCheckpoint(LowRankCheckpoint):
             for a in [name for name in header if name.endswith(a_end)]:
                 b = a.removesuffix(a_end) + b_end
                 if b not in header:
-                    raise self._error(f"it holds {a!r} without {b!r}: save it again")
+                    raise self._error(f"it holds {a!r} without {b!r}. Save it again")
                 self._add_pair(a, b, a.removesuffix(a_end).removeprefix(PREFIX))
                 taken |= {a, b}
         for name, pair in self._factors.items():
             self._check_selected(name.removesuffix(".weight"), pair.a)
         for inner in header.keys() - taken:
             name = inner.removeprefix(PREFIX)
-            if DOUBLES.search(f".{name}"):  # with bias="all": unused, or there by a shorter name
+            if DOUBLES.search(f".{name}"):  # with bias="all": unused, or a duplicate
                 continue
             if "lora_" in name:
                 raise self._error(
-                    f"its tensor {inner!r} is not known here. Merge it into its base model "
-                    f"(peft: model.merge_and_unload()) and give whole models instead"
+                    f"its tensor {inner!r} is not supported. Merge the adapter into its base model "
+                    f"(peft: model.merge_and_unload()) and pass whole models instead"
                 )
             self._check_wrapped(name, inner)
             name = _plain(name)
@@ -156,53 +156,55 @@ class AdapterCheckpoint(LowRankCheckpoint):
             else:
                 self._add_whole(name, inner)
         if not self._factors and not self._whole:
-            raise self._error("it holds no factors: save it again, with peft")
+            raise self._error("it holds no factors. Save it again with peft")
 
     def _add_pair(self, a: str, b: str, target: str) -> None:
-        """A pair of factors, checked against the tensor of the base that it adds to."""
+        """A pair of factors, checked against the tensor of the base to which they are added."""
         module = _plain(target)
         name = f"{module}.weight"
         if name in self._factors:
-            raise self._error(f"it holds two pairs of factors of {module!r}: save it again")
+            raise self._error(f"it holds two pairs of factors of {module!r}. Save it again")
         info = self.base.header.get(name)
         if info is None:
-            raise self._does_not_fit(f"it adds to {name!r}, which the base does not have")
+            raise self._does_not_fit(f"it changes {name!r}, which the base does not have")
         self.base.check_target(name, repr(self))
         kind = self.base.kind(module, repr(self))
         is_transposed = kind in TRANSPOSED
         first, second = self.stored.header[a], self.stored.header[b]
         if len(first.shape) < 2 or len(second.shape) < 2:
-            raise self._error(f"{a!r} has shape {first.shape}, expected a matrix: save it again")
+            raise self._error(f"{a!r} has shape {first.shape}, expected a matrix. Save it again")
         rank = first.shape[0]
-        # lengths of both; those of a kernel (of a convolution's A) count as inputs
+        # shapes of both; kernel sizes (in a convolution's A) count as inputs
         outputs, inputs = second.shape[0], first.size // max(1, rank)
         expected = _matrix(info.shape, is_transposed)
         if second.size != outputs * rank or (outputs, inputs) != expected or not info.is_floating:
             raise self._does_not_fit(
-                f"{name!r} is {info.dtype} of shape {info.shape} in the base, and the factors "
-                f"{first.shape} and {second.shape} do not make that"
+                f"{name!r} has dtype {info.dtype} and shape {info.shape} in the base, which does "
+                f"not match the factors {first.shape} and {second.shape}"
             )
         for factor in (first, second):
             if not factor.is_floating:
-                raise self._error(f"{a!r} has dtype {factor.dtype}, expected a floating one")
+                raise self._error(f"{a!r} has dtype {factor.dtype}, expected a floating-point one")
         if rank > max(MOST_SPARE_COLUMNS, min(expected)):
             raise self._error(
                 f"the factors of {name!r}, of shape {info.shape}, have rank {rank:,}, more than "
-                f"such a matrix can have. Merge it into its base model (peft: "
-                f"model.merge_and_unload()) and give whole models instead"
+                f"such a matrix can have. Merge the adapter into its base model (peft: "
+                f"model.merge_and_unload()) and pass whole models instead"
             )
         scaling = self.config.scaling(module, rank)
         self._factors[name] = _Pair(a, b, rank, scaling, is_transposed)
 
     def _add_whole(self, name: str, inner: str) -> None:
-        """A tensor that takes the place of the base's."""
+        """A tensor that replaces that of the base."""
         info, own = self.base.header.get(name), self.stored.header[inner]
         if info is not None and info.shape != own.shape:
             raise self._does_not_fit(
-                f"{name!r} has shape {own.shape}, and {info.shape} in the base"
+                f"{name!r} has shape {own.shape}, expected {info.shape} as in the base"
             )
         if info is not None and info.is_floating != own.is_floating:
-            raise self._does_not_fit(f"{name!r} is {own.dtype}, and {info.dtype} in the base")
+            raise self._does_not_fit(
+                f"{name!r} has dtype {own.dtype}, expected {info.dtype} as in the base"
+            )
         if info is None and not self.base.lacks(name):
             raise self._does_not_fit(f"it holds {name!r}, which the base does not have")
         if info is None or info != own or own.is_floating:
@@ -210,34 +212,34 @@ class AdapterCheckpoint(LowRankCheckpoint):
         self._whole[name] = inner
 
     def _check_selected(self, module: str, a: str) -> None:
-        """Refuse factors that PEFT would not read."""
+        """Raise an error for factors that PEFT would not read."""
         is_embedding = self.base.kind(module, repr(self)) == EMBEDDING
         if a.endswith(OF_EMBEDDINGS) != is_embedding:
             raise self._error(
-                f"{a!r} are not the factors that PEFT gives {module!r}, "
-                f"{'an' if is_embedding else 'no'} embedding: save it again"
+                f"{a!r} is not a factor that PEFT uses for {module!r}, which is "
+                f"{'an' if is_embedding else 'not an'} embedding. Save it again"
             )
-        if self.path is None:  # the model in memory has the layers that it has
+        if self.path is None:  # in memory, the layers themselves show it
             return
         if ".base_layer." in a or not self._is_target(module):
             raise self._error(
-                f"PEFT would not read {a!r}: by {CONFIG} ('target_modules', 'exclude_modules', "
-                f"'modules_to_save', 'layers_to_transform') {module!r} has no factors. Correct "
-                f"that file, or save it again"
+                f"PEFT would not read {a!r}: according to {CONFIG} ('target_modules', "
+                f"'exclude_modules', 'modules_to_save', 'layers_to_transform') {module!r} has no "
+                f"factors. Correct that file, or save the adapter again"
             )
 
     def _check_wrapped(self, name: str, inner: str) -> None:
-        """Refuse a whole tensor by a name that PEFT's model would not have."""
+        """Raise an error for a whole tensor whose name PEFT's model would not have."""
         if self.path is None:
             return
         module, _, last = _plain(name).rpartition(".")
         is_wrapped = self._is_target(module)
         if name != (f"{module}.base_layer.{last}" if is_wrapped else f"{module}.{last}".strip(".")):
             raise self._error(
-                f"PEFT would not read {inner!r}: by {CONFIG} ('target_modules' and others) "
-                f"{module!r} has {'factors' if is_wrapped else 'none'}, and its tensors "
-                f"{'begin' if is_wrapped else 'do not begin'} with 'base_layer'. Correct that "
-                f"file, or save it again"
+                f"PEFT would not read {inner!r}: according to {CONFIG} ('target_modules' and "
+                f"others) {module!r} has {'factors' if is_wrapped else 'no factors'}, so the names "
+                f"of its tensors {'begin' if is_wrapped else 'do not begin'} with 'base_layer'. "
+                f"Correct that file, or save the adapter again"
             )
 
     def _is_target(self, module: str) -> bool:
@@ -245,16 +247,16 @@ class AdapterCheckpoint(LowRankCheckpoint):
         return self.base.has_factors(module, self.config.targets)
 
     def _compare(self, name: str, value: torch.Tensor) -> None:
-        """Refuse a copy of the base's tensor that is another."""
+        """Raise an error for a copy of a base tensor with different values."""
         with self.base.open() as read:
             if not same_bits(read(name), value):
-                raise self._does_not_fit(f"it holds other values of {name!r} than the base")
+                raise self._does_not_fit(f"its values of {name!r} differ from those of the base")
 
     def _does_not_fit(self, why: str) -> CheckpointError:
         return self._error(
-            f"{why}. It is an adapter of {self.config.base_model or 'another base'!r}: give that "
+            f"{why}. It is an adapter of {self.config.base_model or 'another base'!r}. Pass that "
             f"network, as it was before PEFT wrapped it (module=build_base, or its folder), and "
-            f"open adapters of one base together"
+            f"open only adapters of the same base together"
         )
 
     def _error(self, why: str) -> CheckpointError:
@@ -262,7 +264,7 @@ class AdapterCheckpoint(LowRankCheckpoint):
 
 
 class _Pair:
-    """The names of two factors, and how they become a difference in the base's layout."""
+    """The names of two factors, and how to compute the difference in the base's layout."""
 
     def __init__(self, a: str, b: str, rank: int, scaling: float, is_transposed: bool) -> None:
         self.a, self.b, self.rank, self.scaling = a, b, rank, scaling
@@ -299,14 +301,14 @@ def adapter_in_memory(model: Any, base: BaseModel, label: str) -> AdapterCheckpo
                 continue
             if not same_bits(read(name), value.detach().cpu()):
                 raise CheckpointError(
-                    f"{label} can't join this collection: {name!r} of its base is not that of the "
-                    f"others'. Adapters of one base only can be mixed."
+                    f"{label} can't join this collection: {name!r} of its base differs from that "
+                    f"of the others. Only adapters of the same base can be mixed."
                 )
     return adapter
 
 
 def _check_as_configured(model: Any, active: str, adapter: AdapterCheckpoint) -> None:
-    """Refuse a model whose layers scale their products otherwise than it says."""
+    """Raise an error for a model whose layers are not scaled as its configuration says."""
     for name, layer in model.get_base_model().named_modules():
         scaling, pair = getattr(layer, "scaling", None), adapter._factors.get(f"{name}.weight")
         if pair is None or not isinstance(scaling, dict) or active not in scaling:
@@ -314,13 +316,14 @@ def _check_as_configured(model: Any, active: str, adapter: AdapterCheckpoint) ->
         if not math.isclose(scaling[active], pair.scaling):
             raise CheckpointError(
                 f"{adapter!r} can't join this collection: {name!r} scales its product by "
-                f"{scaling[active]:.6g}, and its configuration says {pair.scaling:.6g}. Undo that "
-                f"(set_scale, scale_layer), or give the whole network: model.merge_and_unload()."
+                f"{scaling[active]:.6g}, expected {pair.scaling:.6g} as in its configuration. Undo "
+                f"that (set_scale, scale_layer), or pass the whole network: "
+                f"model.merge_and_unload()."
             )
 
 
 def unwrapped(model: Any, label: str) -> tuple[nn.Module, frozenset[str]]:
-    """The base of a PeftModel, and names of its tensors that training has changed in place."""
+    """The base of a PeftModel, and the names of its tensors that training changed in place."""
     from peft import get_peft_model_state_dict
 
     _check_unmerged(model, label)
@@ -339,11 +342,11 @@ def unwrapped(model: Any, label: str) -> tuple[nn.Module, frozenset[str]]:
 
 
 def _check_unmerged(model: Any, label: str) -> None:
-    """Refuse a model whose base holds the sum already."""
+    """Raise an error for a model whose adapter is merged into the base."""
     if any(getattr(layer, "merged_adapters", None) for layer in model.modules()):
         raise CheckpointError(
             f"{label} can't join this collection: its adapter is merged into the base. Undo that "
-            f"(model.unmerge_adapter()), or give the whole network: model.merge_and_unload()."
+            f"(model.unmerge_adapter()), or pass the whole network: model.merge_and_unload()."
         )
 
 
@@ -353,13 +356,14 @@ def active_adapter(model: Any, label: str) -> str:
     active = [active] if isinstance(active, str) else list(active)
     if len(active) != 1:
         raise CheckpointError(
-            f"{label} has {len(active)} active adapters, expected one: model.set_adapter(name)."
+            f"{label} has {len(active)} active adapters, expected one. Call "
+            f"model.set_adapter(name)."
         )
     return str(active[0])
 
 
 def base_of_peft(model: Any) -> dict[str, torch.Tensor]:
-    """The state dict of a PeftModel's base, by the names that it had before."""
+    """The state dict of a PeftModel's base, with its original names."""
     state: dict[str, torch.Tensor] = {}
     for name, value in model.get_base_model().state_dict().items():
         if ".modules_to_save." in f".{name}" or "lora_" in name:
@@ -369,7 +373,7 @@ def base_of_peft(model: Any) -> dict[str, torch.Tensor]:
 
 
 def is_peft_model(item: Any) -> bool:
-    """Whether an object is a PeftModel of peft, by what it can do."""
+    """Whether an object is a PeftModel, judging by its methods."""
     return (
         isinstance(item, nn.Module)
         and hasattr(item, "peft_config")
@@ -383,7 +387,7 @@ def _plain(name: str) -> str:
 
 
 def _matrix(shape: tuple[int, ...], is_transposed: bool) -> tuple[int, int]:
-    """(outputs, inputs) of a weight; those of a kernel count as inputs."""
+    """(outputs, inputs) of a weight; kernel sizes count as inputs."""
     if len(shape) < 2:
         return (0, 0)
     rest = 1

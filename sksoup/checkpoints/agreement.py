@@ -1,4 +1,4 @@
-"""What a collection requires of its checkpoints: names, scores, one architecture."""
+"""The requirements of a collection: unique names, scores, one architecture."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ from .protocol import Entry, TensorInfo, is_text
 def named(
     checkpoints: Iterable[Any] | Mapping[str, Any], names: Sequence[str] | None
 ) -> tuple[list[Any], Sequence[str] | None]:
-    """Split what the user gave into items and names; an error for a single checkpoint."""
+    """Split the user's input into items and names; raise an error for a single checkpoint."""
     if isinstance(checkpoints, (str, os.PathLike)):
         raise TypeError(
             f"checkpoints={os.fspath(checkpoints)!r} is one path, expected several checkpoints. "
-            f"For a folder or a pattern write CheckpointCollection.from_path(...)."
+            f"For a folder or a pattern use CheckpointCollection.from_path(...)."
         )
     if isinstance(checkpoints, nn.Module):
-        raise TypeError("checkpoints is one module, expected several: put them in a list.")
+        raise TypeError(
+            "checkpoints is one module, expected several checkpoints. Put them in a list."
+        )
     if isinstance(checkpoints, Mapping):
         if any(isinstance(value, torch.Tensor) for value in checkpoints.values()):
-            raise TypeError("checkpoints is one state dict, expected several: put them in a list.")
+            raise TypeError(
+                "checkpoints is one state dict, expected several checkpoints. Put them in a list."
+            )
         names = tuple(checkpoints) if names is None else names
         items = list(checkpoints.values())
     elif isinstance(checkpoints, Iterable):
@@ -43,16 +47,18 @@ def named(
 
 
 def check_names(names: Sequence[str], n_checkpoints: int) -> None:
-    """Refuse names that are too few or many, empty, or not unique."""
+    """Raise an error for names that are too few or too many, empty, or not unique."""
     if len(names) != n_checkpoints:
-        raise ValueError(f"names has {len(names)} entries, expected {n_checkpoints}, one each.")
+        raise ValueError(
+            f"names has {len(names)} entries, expected {n_checkpoints}: one per checkpoint."
+        )
     wrong = next((name for name in names if not isinstance(name, str) or not name), None)
     if wrong is not None:
         raise TypeError(f"names must be non-empty strings, got {wrong!r}.")
     if odd := [name for name in names if not is_text(name)]:
         raise CheckpointError(
-            f"{odd[0]!r} can't name a checkpoint: it is not valid Unicode, so no recipe can be "
-            f"written with it. Rename the file, or give names=."
+            f"{odd[0]!r} can't be the name of a checkpoint: it is not valid Unicode and can't be "
+            f"written to a recipe. Rename the file, or pass names=."
         )
     repeated = [name for name, n in Counter(names).items() if n > 1]
     if repeated:
@@ -70,8 +76,8 @@ def check_scores(
     missing = [name for name in names if name not in scores]
     if missing:
         raise ValueError(
-            f"scores lacks {', '.join(map(repr, missing[:5]))} ({len(missing)} of {len(names)}); "
-            f"give every checkpoint one, or none."
+            f"scores has no entry for {', '.join(map(repr, missing[:5]))} ({len(missing)} of "
+            f"{len(names)} checkpoints). Pass a score for every checkpoint, or no scores."
         )
     known = {name: float(scores[name]) for name in names}
     bad = next((name for name, score in known.items() if not np.isfinite(score)), None)
@@ -81,13 +87,14 @@ def check_scores(
 
 
 def common_layout(entries: Mapping[str, Entry]) -> dict[str, TensorInfo]:
-    """The tensors that all checkpoints share, with promoted dtypes; raise where they differ."""
+    """The tensors that all checkpoints share, with promoted dtypes; raise if they differ."""
     first = next(iter(entries.values()))
     layout = dict(first.header)
     for tensor, info in layout.items():
         if info.dtype.is_complex:
             raise CheckpointError(
-                f"{first!r} can't be used: {tensor!r} is complex, expected floating or integer."
+                f"{first!r} can't be used: {tensor!r} has a complex dtype, expected a floating or "
+                f"integer one."
             )
     for name, entry in entries.items():
         try:
@@ -101,7 +108,7 @@ def common_layout(entries: Mapping[str, Entry]) -> dict[str, TensorInfo]:
 
 
 def _promote(layout: dict[str, TensorInfo], header: Mapping[str, TensorInfo], first: Entry) -> None:
-    """Promote the dtypes of a layout to hold another checkpoint; ValueError if it does not fit."""
+    """Promote the dtypes of a layout with another checkpoint's; raise ValueError if they differ."""
     if header.keys() != layout.keys():
         lacking = [tensor for tensor in layout if tensor not in header]
         extra = [tensor for tensor in header if tensor not in layout]
@@ -128,7 +135,7 @@ def _promote(layout: dict[str, TensorInfo], header: Mapping[str, TensorInfo], fi
             promoted = torch.promote_types(info.dtype, expected.dtype)
         except RuntimeError as error:  # float8 and unsigned integers promote to nothing
             raise ValueError(
-                f"{wrong}which torch can't mix with {expected.dtype} as in {first!r}: convert one "
-                f"of them"
+                f"{wrong}which torch can't promote with {expected.dtype} as in {first!r}: convert "
+                f"one of them"
             ) from error
         layout[tensor] = TensorInfo(info.shape, promoted)

@@ -1,4 +1,4 @@
-"""The module that checkpoints are loaded into: as given, or as the checkpoints describe it."""
+"""The module into which checkpoints are loaded: passed by the user or found in a checkpoint."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def _build_skorch_module(net: Any) -> nn.Module:
 
 
 def _refuse_arguments(factory: Callable[..., Any]) -> None:
-    """Refuse a class or function that can't be called without arguments."""
+    """Raise an error for a class or function that can't be called without arguments."""
     try:
         parameters = inspect.signature(factory).parameters.values()
-    except (ValueError, TypeError):  # some built-in ones have no signature
+    except (ValueError, TypeError):  # some built-in functions have no signature
         return
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     needed = [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
@@ -38,16 +38,16 @@ def _refuse_arguments(factory: Callable[..., Any]) -> None:
         inner = factory.func if isinstance(factory, partial) else factory
         name = getattr(inner, "__name__", repr(inner))
         raise TypeError(
-            f"module={name} needs arguments ({', '.join(needed)}), expected a factory without: "
-            f"module=lambda: {name}(...), such as module=lambda: nn.Linear(10, 2), or "
-            f"functools.partial({name}, ...), which can be sent to workers."
+            f"module={name} needs arguments ({', '.join(needed)}), expected a factory without "
+            f"required arguments. Pass module=lambda: {name}(...), such as module=lambda: "
+            f"nn.Linear(10, 2), or functools.partial({name}, ...), which can be sent to workers."
         )
 
 
 def find_architecture(
     given: Sequence[Any], module: Any, key: str | None = None
 ) -> ModuleSource | None:
-    """The module or factory to build from: as given, else of the first checkpoint that has one."""
+    """The module or factory that was passed, or that of the first checkpoint that has one."""
     if isinstance(module, (str, os.PathLike)):
         return _of_folder(module, key)
     for item in [module] if module is not None else given:
@@ -73,24 +73,24 @@ def find_architecture(
 
 
 def _of_folder(module: str | os.PathLike[str], key: str | None) -> HubModule:
-    """The architecture in a Hugging Face folder that the user names."""
+    """The architecture in a Hugging Face folder passed by the user."""
     path = Path(os.path.expanduser(module)).absolute()
     folder = hub_folder(path)
     if folder is None:
         raise CheckpointError(
-            f"module={os.fspath(module)!r} is no Hugging Face folder: it has no config.json."
+            f"module={os.fspath(module)!r} is not a Hugging Face folder: it has no config.json."
         )
     return HubModule(folder, path, key)
 
 
 def skeleton(module: ModuleSource | None) -> nn.Module | None:
-    """The module as given, or built on 'meta': no memory, no initialisation."""
+    """The module that was passed, or built on 'meta', without memory and initialization."""
     if module is None or isinstance(module, nn.Module):
         return module
     try:
         with preserved_random_state(), torch.device("meta"):
             built = module()
-    except Exception:  # one that can't be built so is built for real later, or never: to average
+    except Exception:  # it will be built normally later, or not at all for averaging
         return None
     return built if isinstance(built, nn.Module) else None
 

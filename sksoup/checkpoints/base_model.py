@@ -1,4 +1,4 @@
-"""The network that adapters were trained on: its weights, and what its layers are."""
+"""The base model of adapters: its weights and the kinds of its layers."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.AS
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LINEAR, CONVOLUTION, EMBEDDING, CONV1D = "linear", "convolution", "embedding", "Conv1D"
 KINDS = (LINEAR, CONVOLUTION, EMBEDDING, CONV1D)
-HEADS = ("score", "classifier")  # the last layers of classifiers, by PEFT
+HEADS = ("score", "classifier")  # the last layers of classifiers, according to PEFT
 TRANSPOSED = (EMBEDDING, CONV1D)  # weights are (inputs, outputs)
 
 
 class BaseModel(BaseCheckpoint):
-    """Weights by the names of a module, of which the kinds of layers and the ties are known.
+    """Weights by the names of a module, with the kinds of its layers and its tied tensors.
 
-    The module is not kept. Tensors that ``varying`` names are not the base's: a factory gives them
-    other values each time, or a PeftModel has trained them.
+    The module is not kept. Tensors in ``varying`` do not belong to the base: a factory initializes
+    them differently each time, or a PeftModel has trained them.
     """
 
     def __init__(self, entry: Entry, module: nn.Module, varying: Iterable[str] = ()) -> None:
@@ -63,15 +63,15 @@ class BaseModel(BaseCheckpoint):
             yield lambda name: read(self.entry.prefix + name)
 
     def identity(self) -> tuple[Any, ...]:
-        """That of its file, or its digest."""
+        """The identity of its file, or its digest."""
         return (self.entry.prefix, *self.entry.checkpoint.identity())
 
     def sha256(self, prefix: str = "") -> str:
-        """SHA-256 of its file, else of names and values."""
+        """SHA-256 of its file, or of names and values in memory."""
         return self.entry.checkpoint.sha256(self.entry.prefix)
 
     def warm(self) -> None:
-        """Have the operating system read its file into its cache."""
+        """Ask the operating system to read its file into its cache."""
         self.entry.checkpoint.warm()
 
     def held_tensors(self) -> Iterable[torch.Tensor]:
@@ -79,28 +79,28 @@ class BaseModel(BaseCheckpoint):
         return self.entry.checkpoint.held_tensors()
 
     def kind(self, module: str, label: str) -> str:
-        """What a layer is, one of `KINDS`; an error for other layers."""
-        kind = self._kinds.get(module, "no layer of the base")
+        """The kind of a layer, one of `KINDS`; raise an error for other layers."""
+        kind = self._kinds.get(module, "not a layer of the base")
         if kind not in KINDS:
             raise CheckpointError(
-                f"{label} can't be opened as a LoRA adapter: it adds to {module!r}, which is "
+                f"{label} can't be opened as a LoRA adapter: it changes {module!r}, which is "
                 f"{kind}, expected a linear layer, an embedding or a convolution (without groups). "
-                f"Merge it into its base model (peft: model.merge_and_unload())."
+                f"Merge the adapter into its base model (peft: model.merge_and_unload())."
             )
         return kind
 
     def has_factors(self, module: str, targets: Targets) -> bool:
-        """Whether PEFT gives a layer factors, by an adapter's configuration."""
+        """Whether PEFT adds factors to a layer, according to an adapter's configuration."""
         kind = self._kinds.get(module)
         is_linear = kind in (LINEAR, CONV1D)
         return kind in KINDS and targets.selects(module, is_linear, module in self._outputs)
 
     def check_target(self, name: str, label: str) -> None:
-        """Refuse to change a tensor that is also another: the two would no longer be one."""
+        """Raise an error if an adapter changes a tied tensor, which would untie it."""
         if others := self._tied.get(name):
             raise CheckpointError(
                 f"{label} can't be opened as a LoRA adapter: it changes {name!r}, which is tied to "
-                f"{', '.join(map(repr, others))} in the base, and PEFT changes one of them only. "
+                f"{', '.join(map(repr, others))} in the base, but PEFT changes only one of them. "
                 f"Untie them (transformers: tie_word_embeddings=False), or merge the adapter."
             )
 
@@ -121,11 +121,11 @@ class BaseModel(BaseCheckpoint):
         return self._kinds.keys()
 
     def lacks(self, name: str) -> bool:
-        """Whether a tensor is one of the module's that the weights do not hold, such as a head."""
+        """Whether the module has a tensor that the weights lack, such as a new head."""
         return name in self._names and name not in self.header
 
     def missing(self, header: Mapping[str, TensorInfo]) -> list[str]:
-        """The module's tensors that are in none of the two."""
+        """The module's tensors that are in neither of the two."""
         return sorted(
             name
             for name in self._names - header.keys()
@@ -134,7 +134,7 @@ class BaseModel(BaseCheckpoint):
 
 
 def _kind(part: nn.Module) -> str:
-    """What a layer is: one of `KINDS`, else in words."""
+    """The kind of a layer: one of `KINDS`, or a description."""
     transformers = sys.modules.get("transformers")
     if getattr(part, "groups", 1) != 1:
         return "a convolution with groups"
@@ -150,7 +150,7 @@ def _kind(part: nn.Module) -> str:
 
 
 def _outputs(network: nn.Module) -> frozenset[str]:
-    """Names of the last layers of models of transformers, which "all-linear" of PEFT leaves out."""
+    """Names of the output layers of transformers models, which PEFT's "all-linear" excludes."""
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(network, transformers.PreTrainedModel):
         return frozenset()
@@ -161,7 +161,7 @@ def _outputs(network: nn.Module) -> frozenset[str]:
 
 
 def tied_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
-    """For each tensor with several names, the others."""
+    """For each tensor with several names, its other names."""
     names: defaultdict[int, list[str]] = defaultdict(list)
     for name, value in module.state_dict(keep_vars=True).items():
         names[id(value)].append(name)
@@ -170,7 +170,7 @@ def tied_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def base_of_folder(folder: Path, module: HubModule) -> BaseModel:
-    """The base in a Hugging Face folder; its weights stay in their file."""
+    """The base in a Hugging Face folder; its weights stay in the file."""
     entries = drop_prefixes([Entry(open_checkpoint(folder))], module)
     (entry,) = convert_names(entries, module)
     network = skeleton(module)
@@ -180,9 +180,9 @@ def base_of_folder(folder: Path, module: HubModule) -> BaseModel:
 
 
 def base_of_module(module: ModuleSource, changed: Iterable[str] = ()) -> BaseModel:
-    """The base that a module is, or that a factory builds; its weights are held in memory.
+    """The base from a module or factory; its weights are kept in memory.
 
-    Tensors of a module that were changed are not the base's.
+    Tensors of a module that were changed do not belong to the base.
     """
     if isinstance(module, nn.Module):
         return BaseModel(Entry(MemoryCheckpoint(module.state_dict(), "in memory")), module, changed)
@@ -193,22 +193,24 @@ def base_of_module(module: ModuleSource, changed: Iterable[str] = ()) -> BaseMod
 
 
 def _build(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """The module, with random numbers of its own."""
+    """The module, built without changing the global random state."""
     with preserved_random_state():
         torch.manual_seed(seed)
         built = factory()
     if not isinstance(built, nn.Module):
-        raise TypeError(f"module={factory!r} returned a {type(built).__name__}, not an nn.Module.")
+        raise TypeError(
+            f"module={factory!r} returned a {type(built).__name__}, expected an nn.Module."
+        )
     return built.cpu()
 
 
 def find_base_folder(name: str, revision: Any = None) -> Path | None:
-    """The folder that a configuration names as its base, if it is on this machine."""
+    """The folder of the base named in a configuration, if it is on this machine."""
     if not name:
         return None
     try:
         folder = hub_folder(Path(name).expanduser())
-    except (OSError, ValueError, RuntimeError):  # no path at all
+    except (OSError, ValueError, RuntimeError):  # not a valid path
         folder = None
     if folder is not None or not HUB_ID.fullmatch(name) or ".." in name:
         return folder
@@ -217,5 +219,5 @@ def find_base_folder(name: str, revision: Any = None) -> Path | None:
     except ImportError:
         return None
     revision = revision if isinstance(revision, str) and HUB_ID.fullmatch(revision) else None
-    found = try_to_load_from_cache(name, "config.json", revision=revision)  # looks, fetches nothing
+    found = try_to_load_from_cache(name, "config.json", revision=revision)  # does not download
     return Path(found).parent if isinstance(found, str) else None

@@ -1,4 +1,4 @@
-"""Weights in a model's folder besides those that are opened: other programs may load them."""
+"""Find weights in a model folder other than those opened, which other programs may load."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from .peft_config import CONFIG
 from .read import TORCH_SUFFIXES
 from .shards import INDEX, weight_map
 
-# what programs that are given a folder look for
+# names that programs look for in a folder
 LOADED = (
     ".safetensors", *TORCH_SUFFIXES, INDEX, ".gguf", ".h5", ".msgpack", ".onnx", ".ot",
     "weights.npz",
 )  # fmt: skip
-MARKS = ("config.json", MODULES, CONFIG)  # files that make a folder a model
+MARKS = ("config.json", MODULES, CONFIG)  # files that mark a folder as a model
 
 
 def other_weights(path: Path, ingredients: Sequence[Path]) -> Iterator[str]:
-    """Names of weights that a program may load, of a folder or beside a file, and that are not it.
+    """Names of other weights that a program may load from a folder, or next to a file.
 
-    Weights in the module folders of sentence-transformers are none of them if an ingredient's
-    folder has the same.
+    Weights in the module folders of sentence-transformers are not listed if the folder of an
+    ingredient has the same.
     """
     folder = path if path.is_dir() else path.parent
     is_model = folder == path or any((folder / mark).exists() for mark in MARKS)
-    if not is_model and find_weights(folder) is None:  # nor is it one of skorch
+    if not is_model and find_weights(folder) is None:  # and it is not a skorch folder
         return
     file = weights_of(path) if path.is_dir() else path
     opened = {file.name, *(weight_map(file).values() if file.name.endswith(INDEX) else ())}

@@ -43,68 +43,71 @@ __all__ = ["CheckpointCollection"]
 
 
 class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
-    """Hold named checkpoints of one architecture and load their weights only when asked.
+    """Named checkpoints of one architecture, whose weights are loaded only when needed.
 
-    An immutable mapping from name to state dict. Opening it reads headers; the weights of a file
-    are read when a recipe, `mix` or ``collection[name]`` needs them, and let go afterwards.
+    An immutable mapping from names to state dicts. Opening a collection reads only headers. The
+    weights of a file are read when a recipe, `mix` or ``collection[name]`` needs them, and freed
+    afterwards.
 
     Parameters
     ----------
     checkpoints : iterable or mapping
-        Paths of files (``.safetensors``, ``.pt``, ``.pth``, ``.bin``, ``.ckpt``, an
-        ``.index.json`` of shards) or of Hugging Face, PEFT (LoRA) and skorch ``Checkpoint``
-        folders; modules, fitted skorch nets, PeftModels, or state dicts, which are copied to the
-        CPU; objects that satisfy the protocol ``sksoup.checkpoints.protocol.Checkpoint``; or a
-        collection, opened again without a read, to give it a module or scores. A mapping gives
-        them names.
+        Paths of files (``.safetensors``, ``.pt``, ``.pth``, ``.bin``, ``.ckpt``, an ``.index.json``
+        of shards) or of Hugging Face, PEFT (LoRA) and skorch ``Checkpoint`` folders; modules,
+        fitted skorch nets, PeftModels, or state dicts, which are copied to the CPU; objects that
+        implement the protocol ``sksoup.checkpoints.protocol.Checkpoint``; or another collection,
+        for example to add a module or scores without reading it again. A mapping sets the names.
     module : callable, nn.Module, skorch net, path or None, default=None
-        The architecture: a factory without arguments, a module (copied before use), a skorch net
-        or the path of a Hugging Face folder. By default that of the first module or net given, or
-        of the ``config.json`` of the first Hugging Face folder (extra ``hub``). Needed by
-        everything that predicts; `mix` and `Recipe.cook` do without. LoRA adapters need their
-        base, weights included: the network as it was before PEFT wrapped it; by default the folder
-        that they name, or its copy in the Hugging Face cache, if it is on this machine.
+        The architecture: a function or class without required arguments that returns a module, a
+        module (copied before use), a skorch net or the path of a Hugging Face folder. By default it
+        is taken from the first module or net among the checkpoints, or from the ``config.json`` of
+        the first Hugging Face folder (extra ``hub``). Needed for predictions, but not for `mix` and
+        `Recipe.cook`. LoRA adapters need their base model with its weights, as it was before PEFT
+        wrapped it. By default this is the folder that they name, or its copy in the local Hugging
+        Face cache.
     names : sequence of str or None, default=None
-        Unique names; by default file stems (with as much of the folder as makes them unique), or
-        ``checkpoint0``, ``checkpoint1``, ...
+        Unique names. By default file names without suffix (preceded by folder names if needed to
+        make them unique), or ``checkpoint0``, ``checkpoint1``, ... for checkpoints in memory.
     scores : mapping of str to float or None, default=None
-        Known held-out scores by name, greater is better. With them `GreedySoup` and
-        `BestCheckpoint` need not rank.
+        Known held-out scores by name; greater is better. With scores, `GreedySoup` and
+        `BestCheckpoint` do not have to evaluate the checkpoints to rank them.
     key : str or None, default=None
-        Which state dict to take out of training containers that hold several, such as ``"ema"``.
+        Which state dict to use from training checkpoints that contain several, such as ``"ema"``.
     prefix : str or None, default=None
-        Take only the tensors whose names begin with this, such as ``"model."`` of a Lightning file
-        that holds a loss's or a metric's tensors beside the network's, and leave it out of their
-        names. By default ``module.``, ``_orig_mod.`` and ``model.`` are dropped where that makes
-        all names fit the module, or each other. Where the module is one of transformers, tensors
-        have its names, as after ``from_pretrained``.
+        Use only the tensors whose names start with this prefix, and remove it from the names. For
+        example, ``"model."`` for Lightning files that also contain tensors of a loss or a metric.
+        By default the prefixes ``module.``, ``_orig_mod.`` and ``model.`` are removed if all names
+        then match the module, or each other. If the module is from transformers, tensors are
+        renamed as in ``from_pretrained``.
 
     Attributes
     ----------
     names : tuple of str
-        Names in order; the order of the last axis of ``coef_``.
+        Names, in the order of the last axis of ``coef_``.
     layout : dict of str to TensorInfo
-        Shape and dtype of every tensor, the promoted dtype where checkpoints differ.
+        Shape and dtype of every tensor. If the dtypes of the checkpoints differ, it is the promoted
+        dtype.
     nbytes : int
-        Size of one model's weights in bytes.
+        Size of the weights of one model in bytes.
     scores : dict of str to float or None
-        As given.
+                The known scores, as passed.
 
     Raises
     ------
     CheckpointError
-        No checkpoints; a file that is missing, empty, damaged, or holds more than tensors;
-        checkpoints that differ in keys, shapes or kind (floating or integer). While reading: NaN or
-        infinite weights, and files that changed since the collection was opened.
+        There are no checkpoints; a file is missing, empty or damaged, or contains objects other
+        than tensors; or checkpoints differ in keys, shapes or kind of dtype (floating or integer).
+        While reading: weights are NaN or infinite, or a file changed since the collection was
+        opened.
 
     Notes
     -----
-    Nothing is ever unpickled unsafely and no option allows it; harmless classes that a container
-    holds beside its weights become inert placeholders. A pickle of a collection holds the paths of
-    files (not their contents) and the tensors of in-memory checkpoints. Two collections are equal
-    only if they are the same object, and ``sklearn.base.clone`` returns the same object. An
-    infinite value is accepted only where it is the same in every checkpoint, as in a buffer that
-    masks attention; NaN never is.
+    Files are never unpickled unsafely, and there is no option for it. Harmless classes that a
+    training checkpoint contains in addition to the weights are replaced by inert placeholders. A
+    pickled collection contains the paths of files (not their contents) and the tensors of in-memory
+    checkpoints. Two collections are equal only if they are the same object, and
+    ``sklearn.base.clone`` returns the same object. Infinite values are accepted only if they are
+    the same in every checkpoint, as in an attention mask; NaN is never accepted.
 
     Examples
     --------
@@ -117,7 +120,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
 
     module: ModuleSource | None
     scores: dict[str, float] | None
-    rows: Mapping[str, slice] = MappingProxyType({})  # those of tensors that are read in part
+    rows: Mapping[str, slice] = MappingProxyType({})  # of the tensors that are read in part
 
     def __init__(
         self,
@@ -150,7 +153,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         self.scores = check_scores(scores, self.names)
         self.health = Health()
         self.whole: CheckpointCollection = self  # what `slice_rows` was called on
-        self._taken = ""  # which checkpoints of runs these are, in words
+        self._taken = ""  # which checkpoints of the runs were taken, in words
 
     @classmethod
     def from_path(
@@ -163,46 +166,47 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         key: str | None = None,
         prefix: str | None = None,
     ) -> Self:
-        """Open the checkpoints of a folder, a sweep or a glob pattern, in natural order.
+        """Open the checkpoints in a folder, a sweep or a glob pattern, in natural order.
 
         Parameters
         ----------
         path : str, path-like, or an iterable of them
-            A folder (all checkpoints in it: files, sharded ones once, Hugging Face and skorch
-            folders), a sweep (a folder of runs, up to two folders down, as transformers' Trainer
-            and Lightning leave them), a glob pattern (``"runs/**/*.safetensors"``,
-            ``"runs/checkpoint-*"``), or one file or Hugging Face folder. ``~`` is your home.
+            A folder (all checkpoints in it: files, sharded checkpoints, Hugging Face and skorch
+            folders), a sweep (a folder of runs, up to two levels deep, as written by transformers'
+            Trainer or Lightning), a glob pattern (``"runs/**/*.safetensors"``,
+            ``"runs/checkpoint-*"``), or a single file or Hugging Face folder. ``~`` is expanded to
+            the home folder.
         which : {"best", "last", "all"} or None, default=None
-            Which of several checkpoints of one run: of one training, that is a folder with
-            ``checkpoint-N`` folders, ``.ckpt`` files, or files named after an epoch, a step,
-            ``best`` or ``last``. "best" is what ``trainer_state.json``, Lightning's
-            ModelCheckpoint or the file's name calls so, else the last. By default the best of
-            each run of a sweep, and all of a path that is one run. The repr says what was taken,
-            and a line of the logger ``sksoup`` (level INFO) names them.
+            Which checkpoints to take from each training run: a folder with ``checkpoint-N``
+            folders, ``.ckpt`` files, or files named after an epoch, a step, ``best`` or ``last``.
+            "best" is the checkpoint marked as best in ``trainer_state.json``, by Lightning's
+            ModelCheckpoint or in the file name, otherwise the last one. By default the best one of
+            each run in a sweep, and all of them if the path is a single run. The repr says what was
+            taken, and the logger ``sksoup`` lists the names at level INFO.
         module, key, prefix
             As in the constructor.
         scores : mapping of str to float, "recorded" or None, default=None
-            As in the constructor; "recorded" takes those that the training wrote into
-            ``trainer_state.json`` or its ``.ckpt`` files, negated where smaller is better.
+            As in the constructor. "recorded" uses the scores that training wrote to
+            ``trainer_state.json`` or to the ``.ckpt`` files, negated if smaller is better.
 
         Returns
         -------
         collection : CheckpointCollection
-            Ordered so that ``ft2`` comes before ``ft10``. Where runs are told apart, names are
-            those of their folders.
+            Ordered so that ``ft2`` comes before ``ft10``. In a sweep, the names are those of the
+            run folders.
 
         Raises
         ------
         CheckpointError
-            Nothing is found; a folder is a checkpoint and holds more; recorded scores are missing,
-            of several metrics, or it is not written whether greater is better; or as in the
-            constructor.
+            No checkpoint was found; a folder is a checkpoint and contains further ones; recorded
+            scores are missing, are of different metrics, or do not say whether greater is better;
+            or as in the constructor.
 
         Notes
         -----
-        The model that a Trainer saves in the run's folder in the end counts as its last
-        checkpoint, unless its best is known; with "all" it is left out, as a copy of one of them.
-        Checkpoints of one step count once.
+        The final model that Trainer saves in the run folder counts as the last checkpoint, unless
+        the best one is known. With "all" it is left out, because it is a copy of one of the others.
+        Several checkpoints of the same step count once.
 
         Examples
         --------
@@ -272,13 +276,13 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Yields
         ------
         read : callable, tensor name -> tensor
-            Each tensor is on the CPU in its stored dtype and may be a view of the file: copy
-            what is to outlive the context, and never write to it.
+            Returns a tensor on the CPU in its stored dtype. It may be a view of the file: do not
+            write to it, and copy it if you need it after the context ends.
 
         Raises
         ------
         CheckpointError
-            The file changed or can't be read, or a tensor holds NaN or Inf.
+            The file changed or can't be read, or a tensor contains NaN or Inf.
         """
         entry = self._entries[name]
         with entry.checkpoint.open() as read_unchecked:
@@ -292,14 +296,14 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             yield read
 
     def check(self) -> None:
-        """Read every tensor that has not been read yet and raise where one is not finite.
+        """Read every tensor that has not been read yet, and raise an error if one is not finite.
 
         Raises
         ------
         CheckpointError
-            As `open`, naming file and tensor.
+            As for `open`. The message names the file and the tensor.
         """
-        based: dict[int, str] = {}  # bases that were read, and with which checkpoint
+        based: dict[int, str] = {}  # bases that were read, and the checkpoint read with each
         for name in self.names:
             unread = self.health.unread(name, self.layout)
             found = self._entries[name].checkpoint
@@ -312,7 +316,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
                         read(tensor)
 
     def _shares(self, name: str, other: str, tensor: str) -> bool:
-        """Whether a tensor is the base's in both of two adapters, and was seen in the other."""
+        """Whether two adapters share a tensor of the base, which was checked in the other one."""
         for entry in (self._entries[name], self._entries[other]):
             found = entry.checkpoint
             if not isinstance(found, LowRankCheckpoint) or found.adds(entry.prefix + tensor):
@@ -322,17 +326,18 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         return self.health.share(name, other, tensor)
 
     def on_one_base(self, names: Sequence[str] | None = None) -> dict[str, LowRankCheckpoint]:
-        """Return these checkpoints by name if all of them are a base and something of low rank.
+        """Return checkpoints by name if all of them are low-rank adapters of one base.
 
         Parameters
         ----------
         names : sequence of str or None, default=None
-            Names of checkpoints; all of them by default.
+            Names of checkpoints. By default all of them.
 
         Returns
         -------
         adapters : dict of str to LowRankCheckpoint
-            Empty where one is not, they have not one base, or names are without a prefix.
+            Empty if one is not an adapter, if they have different bases, or if a prefix was removed
+            from their names.
         """
         chosen = self.names if names is None else names
         adapters = self.adapters(chosen)
@@ -342,7 +347,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         return adapters if is_one and is_plain and len(adapters) == len(chosen) else {}
 
     def adapters(self, names: Iterable[str]) -> dict[str, LowRankCheckpoint]:
-        """Return those of these checkpoints that are a base and something of low rank.
+        """Return those of these checkpoints that are low-rank adapters.
 
         Parameters
         ----------
@@ -352,14 +357,14 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Returns
         -------
         adapters : dict of str to LowRankCheckpoint
-            By name, in order.
+                        Adapters by name, in order.
         """
         found = {name: self._entries[name].checkpoint for name in names}
         return {name: one for name, one in found.items() if isinstance(one, LowRankCheckpoint)}
 
     @contextmanager
     def open_factors(self, name: str) -> Iterator[tuple[ReadFactors, Read]]:
-        """Open what an adapter adds to its base: its factors, and the tensors that it holds whole.
+        """Open the factors of an adapter, and the tensors that it replaces in its base.
 
         Parameters
         ----------
@@ -369,14 +374,14 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Yields
         ------
         factors : callable, tensor name -> Factors or None
-            None where the tensor is the base's, or whole.
+            Returns None if the tensor is that of the base or is stored as a whole.
         read : callable, tensor name -> tensor
-            As `open`, for tensors that are held whole.
+            As in `open`, for tensors that are stored as a whole.
 
         Raises
         ------
         CheckpointError
-            As `open`.
+                        As for `open`.
         """
         with self.adapters([name])[name].open_factors() as (factors, read_unchecked):
 
@@ -397,26 +402,27 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     def _not_finite(self, name: str, tensor: str) -> CheckpointError:
         return CheckpointError(
             f"{self._entries[name]!r} can't be used: {tensor!r} holds NaN or infinite values. Its "
-            f"run has probably diverged: leave it out with collection.drop({name!r}), or all such "
-            f"with collection.healthy()."
+            f"training run has probably diverged. Leave it out with collection.drop({name!r}), or "
+            f"leave out all such checkpoints with collection.healthy()."
         )
 
     def describe(self) -> CollectionSummary:
-        """Compare the checkpoints: distances, directions, duplicates, frozen parts, a verdict.
+        """Compare the checkpoints: distances, directions, duplicates, frozen parts and a verdict.
 
         Returns
         -------
         summary : CollectionSummary
-            Print it, or use ``to_dict()``.
+            Summary that can be printed, or converted with ``to_dict()``.
 
         Notes
         -----
-        One read of all files; memory of one tensor, and of 256 numbers of each tensor of every
-        checkpoint. Checkpoints are compared pair by pair and with their median, so that the related
-        ones are recognised as long as they are the majority, however bad the others are: a
-        checkpoint is unrelated whose median cosine to the others is below 0.5, or that lies more
-        than 10 times as far from the median as is usual (more where the distances of a wide sweep
-        are spread more). One that can't be read, or holds NaN, is a row with its ``problem``.
+        All files are read once. Memory: one tensor, and 256 numbers for each tensor of every
+        checkpoint. Checkpoints are compared in pairs and with their median, so related checkpoints
+        are recognised as long as they are the majority, however bad the others are. A checkpoint is
+        unrelated if its median cosine to the others is below 0.5, or if its distance from the
+        median is more than 10 times the usual one (the factor is larger for a wide sweep with very
+        different distances). A checkpoint that can't be read or contains NaN is listed with its
+        ``problem``.
 
         Examples
         --------
@@ -425,21 +431,21 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         >>> start = torch.nn.Linear(20, 20).state_dict()
         >>> tuned = [{k: v + 0.01 * i for k, v in start.items()} for i in range(3)]
         >>> print(CheckpointCollection(tuned).describe().verdict[0])
-        These ingredients lie close together, as fine-tunings of one start do: good to mix.
+        The checkpoints are close together, as expected after fine-tuning: good to mix.
         """
         return describe(self)
 
     def healthy(self) -> CheckpointCollection:
-        """Return the collection without the checkpoints that would spoil a soup.
+        """Return the collection without the checkpoints that would ruin a soup.
 
-        Left out, with a warning that says why, is a checkpoint that can't be read, that holds NaN
-        or infinite values, or that is unrelated to the others: one that `describe` says points
-        elsewhere or lies far from them, such as a run that diverged.
+        Checkpoints are left out, with a warning that states the reason, if they can't be read,
+        contain NaN or infinite values, or are unrelated to the others according to `describe`, such
+        as those of a diverged run.
 
         Returns
         -------
         collection : CheckpointCollection
-            The others, in order, with their scores; this same object if nothing is wrong.
+            The other checkpoints, in order, with their scores; the same object if none is left out.
 
         Raises
         ------
@@ -449,16 +455,16 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Warns
         -----
         SoupWarning
-            Names what was left out.
+            Lists the checkpoints that were left out.
 
         See Also
         --------
-        drop : Leaves out by name.
+        drop : Leave out checkpoints by name.
 
         Notes
         -----
-        One read of all files; nothing is changed. An infinite tensor that most checkpoints share,
-        such as an attention mask, is allowed.
+        All files are read once; no file is changed. Infinite values that most checkpoints share, as
+        in an attention mask, are allowed.
 
         Examples
         --------
@@ -486,7 +492,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         if len(why) == len(self):
             raise CheckpointError(
                 f"No checkpoint of this collection is healthy: {said}. Most of them must be "
-                f"readable, finite, and fine-tuned from one start: check how they were made."
+                f"readable, finite and fine-tuned from the same weights. Check how they were made."
             )
         warnings.warn(
             f"Left out {len(why)} of {len(self)} checkpoints: {said}.", SoupWarning, stacklevel=2
@@ -494,7 +500,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         return self.drop(why)
 
     def relations(self, names: Iterable[str]) -> Relations:
-        """Compare those of these checkpoints that were read, by a few numbers of each matrix.
+        """Compare those of these checkpoints that were read, by a sample of each matrix.
 
         Parameters
         ----------
@@ -504,50 +510,51 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Returns
         -------
         relations : Relations
-            ``relations.unrelated`` is a dict from names to what was measured. `describe` judges in
-            the same way; here nothing is read, and networks with fewer than 64 numbers that differ
-            are not judged, nor adapters of one base of which factors were read only.
+            ``relations.unrelated`` maps the names of unrelated checkpoints to the measurement. The
+            criterion is that of `describe`, but nothing is read. Networks with fewer than 64
+            numbers that differ are not compared, nor are adapters of one base if only their factors
+            were read.
         """
         adapters = self.on_one_base().values()
         changed = {tensor for one in adapters for tensor in one.ranks}
-        # heads that are new in each of them say nothing of their start
+        # newly initialized heads do not show whether the rest is related
         read = [name for name in names if not self.health.unread(name, changed)]
         return self.health.relations(read, self.layout)
 
     def strangers(self, names: Iterable[str]) -> list[str]:
-        """Return those of these checkpoints that point elsewhere than the others, or lie far off.
+        """Return the names of those of these checkpoints that are unrelated to the others.
 
         Parameters
         ----------
         names : iterable of str
-            Checkpoints to compare; those that were not read yet are left out.
+            Checkpoints to compare. Those that have not been read yet are ignored.
 
         Returns
         -------
         strangers : list of str
-            Names, as in ``relations(names).unrelated``.
+            The keys of ``relations(names).unrelated``.
         """
         return list(self.relations(names).unrelated)
 
     def judged_by(self, health: Health) -> Self:
-        """Return the same collection, with what is read given to another judge.
+        """Return the same collection with another health check.
 
         Parameters
         ----------
         health : Health
-            Sees every tensor that is read.
+            Checks every tensor that is read.
 
         Returns
         -------
         collection : CheckpointCollection
-            Shares files and tensors with this one.
+            Shares files and tensors with this collection.
         """
         part = copy.copy(self)
         part.health = health
         return part
 
     def select(self, names: Iterable[str]) -> CheckpointCollection:
-        """Return a collection of these checkpoints only, in this order.
+        """Return a collection of these checkpoints only, in the order of ``names``.
 
         Parameters
         ----------
@@ -581,12 +588,12 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Parameters
         ----------
         names : str or iterable of str
-            Names of checkpoints to leave out.
+            Names of the checkpoints to leave out.
 
         Returns
         -------
         collection : CheckpointCollection
-            The others, in order.
+                        The other checkpoints, in order.
 
         Raises
         ------
@@ -597,42 +604,43 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         return self.select(name for name in self if name not in dropped)
 
     def add(self, name: str, checkpoint: Any) -> CheckpointCollection:
-        """Return a collection with one checkpoint more, such as the pretrained start.
+        """Return a collection with one more checkpoint, such as the pretrained weights.
 
         Parameters
         ----------
         name : str
-            Its name.
+                        Name of the new checkpoint.
         checkpoint : str, path-like, mapping of str to Tensor, or nn.Module
-            What the constructor takes.
+            Anything that the constructor accepts as a checkpoint.
 
         Returns
         -------
         collection : CheckpointCollection
-            These, in order, and the new one last. It has no ``scores``, as none is known of that.
+            The checkpoints of this collection followed by the new one. It has no ``scores``,
+            because the score of the new one is unknown.
 
         Raises
         ------
         ValueError
-            A checkpoint has this name.
+            The name is already taken.
         CheckpointError
-            As in the constructor: it can't be opened, or has other tensors than these.
+            The checkpoint can't be opened, or its tensors differ from those of the collection.
         """
         if name in self:
-            raise ValueError(f"{name!r} is in this collection: give the new one another name.")
+            raise ValueError(f"{name!r} is already in this collection. Choose another name.")
         entries = {**self._entries, name: checkpoint}
         both = CheckpointCollection(entries, module=self.module)
         return self._with(both._entries)
 
     def _renamed(self, names: Mapping[str, str], tensors: Iterable[str]) -> Self:
-        """Checkpoints by new names, without the prefixes that keep the tensors from these names."""
+        """Checkpoints by new names; prefixes that do not belong to the tensor names are removed."""
         entries = [self._entries[old] for old in names.values()]
         if self.layout.keys() != set(tensors):
             entries = fit_names([unconverted(entry) for entry in entries], set(tensors))
         return self._with(dict(zip(names, entries, strict=True)))
 
     def _with(self, entries: dict[str, Entry]) -> Self:
-        """The same with these checkpoints, which take their scores along."""
+        """The same collection with these checkpoints, and with their scores."""
         part = copy.copy(self)
         part.names, part._entries, part._taken = tuple(entries), entries, ""
         part.layout = common_layout(entries)
@@ -644,19 +652,20 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         return part
 
     def slice_rows(self, rows: Mapping[str, slice]) -> CheckpointCollection:
-        """Return the same checkpoints, of which only these rows (dimension 0) are read.
+        """Return the same checkpoints, restricted to slices along dimension 0 of their tensors.
 
         Parameters
         ----------
         rows : mapping of str to slice
-            By tensor name; a tensor that is not in it stays whole.
+            Slices by tensor name. Tensors that are not listed are read as a whole.
 
         Returns
         -------
         collection : CheckpointCollection
-            Shares files and tensors with this one; nothing is read. Of a ``.safetensors`` file no
-            other byte is read, a file of ``torch.save`` is mapped, and anything else (adapters,
-            converted or legacy files) is read whole and cut.
+            Shares files and tensors with this collection; nothing is read yet. From a
+            ``.safetensors`` file only the slices are read; a file written by ``torch.save`` is
+            memory-mapped; anything else (adapters, converted or legacy files) is read as a whole
+            and sliced.
         """
         entries = {
             name: Entry(SlicedCheckpoint(entry, rows)) for name, entry in self._entries.items()
@@ -671,33 +680,37 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Parameters
         ----------
         folder : str or path-like
-            Created when missing.
+                        Created if it does not exist.
 
         Returns
         -------
         collection : CheckpointCollection
-            Path-backed: pickles small and holds nothing in memory.
+            A collection of files, which holds no weights in memory and pickles to a small size.
 
         Raises
         ------
         FileExistsError
-            A file of that name is there already; nothing is written.
+            A file with one of the names already exists; nothing is written.
         ValueError
-            A name leads out of the folder.
+            A name points outside the folder.
         """
         root = Path(folder)
         paths = {name: root / f"{name}.safetensors" for name in self.names}
         if len({path.resolve() for path in paths.values()}) < len(paths):
             raise ValueError(
-                f"Two checkpoints would be written to one file in {str(root)!r}, such as 'a' and "
-                f"'b/../a': give them other names, names=."
+                f"Two checkpoints would be written to the same file in {str(root)!r}, such as 'a' "
+                f"and 'b/../a'. Choose other names with names=."
             )
         for path in paths.values():
             if root.resolve() not in path.resolve().parents:
-                raise ValueError(f"{str(path)!r} would be outside {str(root)!r}: change its name.")
+                raise ValueError(
+                    f"{str(path)!r} would be outside {str(root)!r}. Choose another "
+                    f"name for the checkpoint."
+                )
             if os.path.lexists(path):
                 raise FileExistsError(
-                    f"{str(path)!r} exists. Save the collection to another folder, or move it away."
+                    f"{str(path)!r} already exists. Save the collection to another folder, or move "
+                    f"the file away."
                 )
         for name, path in paths.items():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -705,28 +718,28 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         return CheckpointCollection(paths, module=self.module, scores=self.scores)
 
     def build_module(self) -> nn.Module:
-        """Build a fresh module of the architecture; global random state stays as it is.
+        """Build a new module of the architecture, without changing the global random state.
 
         Returns
         -------
         module : nn.Module
-            On the CPU, with whatever weights the factory gives. One that was wrapped with
-            ``fully_shard`` is not copied, and stays where it is.
+            A module on the CPU, with the weights that the factory initializes. A module that was
+            wrapped with ``fully_shard`` is not copied and stays on its device.
 
         Raises
         ------
         CheckpointError
-            No ``module`` was given.
+                        The collection has no ``module``.
         TypeError
             The factory does not return an ``nn.Module``.
         """
         if self.module is None:
             raise CheckpointError(
-                "This collection has no module, so it can average weights but not predict. Give "
+                "This collection has no module, so it can average weights but not predict. Pass "
                 "the architecture: CheckpointCollection(..., module=build_model)."
             )
         if isinstance(self.module, nn.Module):
-            if sharded_parts(self.module):  # can't be copied: it becomes the soup
+            if sharded_parts(self.module):  # can't be copied, so it becomes the soup
                 return self.module
             return copy.deepcopy(self.module).cpu()
         with preserved_random_state():
@@ -740,7 +753,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         return module.cpu()
 
     def path(self, name: str) -> Path | None:
-        """Return the file of a checkpoint, or None when it lives in memory.
+        """Return the file of a checkpoint, or None if it is in memory.
 
         Parameters
         ----------
@@ -750,7 +763,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Returns
         -------
         path : Path or None
-            Absolute.
+                        Absolute path.
         """
         return self._entries[name].checkpoint.path
 
@@ -763,28 +776,28 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         }
 
     def held_tensors(self) -> Iterator[torch.Tensor]:
-        """Walk the tensors that live in this collection itself, in no file.
+        """Iterate over the tensors that this collection holds in memory.
 
         Yields
         ------
         tensor : Tensor
-            Not a copy: never write to it.
+                        Not a copy: do not write to it.
         """
         for entry in self._entries.values():
             yield from entry.checkpoint.held_tensors()
 
     def warm(self, name: str) -> None:
-        """Have the operating system read a checkpoint's file into its cache, in the background.
+        """Ask the operating system to read a checkpoint's file into its cache in the background.
 
         Parameters
         ----------
         name : str
-            Name of the checkpoint; one in memory is warm already.
+            Name of the checkpoint. Nothing happens if it is in memory.
         """
         self._entries[name].checkpoint.warm()
 
     def identity(self, name: str) -> tuple[Any, ...]:
-        """Return what distinguishes a checkpoint from one that took its place.
+        """Return an identity that changes if the checkpoint is replaced.
 
         Parameters
         ----------
@@ -794,13 +807,13 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Returns
         -------
         identity : tuple
-            Sizes, modification times and inodes of its files; the SHA-256 of one in memory.
+            Sizes, modification times and inodes of its files, or the SHA-256 if it is in memory.
         """
         entry = self._entries[name]
         return (entry.prefix, *entry.checkpoint.identity())
 
     def sha256(self, name: str) -> str:
-        """Return the SHA-256 of a checkpoint: of its file, else of its names and values.
+        """Return the SHA-256 of a checkpoint's file, or of its names and values if it is in memory.
 
         Parameters
         ----------
@@ -810,7 +823,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Returns
         -------
         digest : str
-            64 hexadecimal digits, computed once.
+            64 hexadecimal digits. Computed only once.
         """
         entry = self._entries[name]
         return entry.checkpoint.sha256(entry.prefix)
@@ -826,8 +839,8 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Returns
         -------
         digest : str
-            64 hexadecimal digits; the same in memory and in a file of any format. Of a LoRA adapter
-            it is that of its own tensors and their scales, without the base.
+            64 hexadecimal digits; the same in memory and in a file of any format. For a LoRA
+            adapter it covers its own tensors and their scales, without the base.
         """
         entry = self._entries[name]
         if isinstance(entry.checkpoint, LowRankCheckpoint):
@@ -835,7 +848,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         return content_sha256(entry)
 
     def _key(self, name: str) -> str | None:
-        """Which state dict of its container a checkpoint is, where ``key`` was given."""
+        """The key of a checkpoint's state dict within its file, if ``key`` was passed."""
         return self._entries[name].checkpoint.key
 
     @contextmanager
@@ -845,7 +858,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
 
         def run() -> None:
             for name in self.names:
-                with suppress(Exception):  # which is raised where the digest is asked for
+                with suppress(Exception):  # raised again when the digest is requested
                     if not stop.is_set():
                         self.sha256(name)
 
@@ -856,16 +869,16 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             stop.set()
 
     def __sklearn_clone__(self) -> CheckpointCollection:
-        if multiprocessing.parent_process() is None:  # searches clone before they send to workers
+        if multiprocessing.parent_process() is None:  # not in the main process
             self.n_threads_of_parent = torch.get_num_threads()
         return self
 
     @contextmanager
     def threads_of_parent(self) -> Iterator[None]:
-        """In a worker, compute with as many threads as the process that sent this collection.
+        """In a worker, use as many threads as the process that sent this collection.
 
-        joblib gives its workers fewer, which would change the last bits of sums. (Soups are cloned
-        on the way, collections are not.)
+        joblib gives its workers fewer threads, which would change the last bits of sums. (Soups are
+        cloned when they are sent, collections are not.)
         """
         n, wanted = torch.get_num_threads(), getattr(self, "n_threads_of_parent", None)
         if wanted is None or multiprocessing.parent_process() is None:

@@ -1,7 +1,7 @@
-"""Files of Hugging Face by the names of the module: transformers writes other names than it has.
+"""Convert tensor names of Hugging Face files to those of the module, where they differ.
 
-What ``from_pretrained`` renames and merges on loading, this does tensor by tensor, by the same
-table, and reads nothing beforehand.
+Tensors are renamed and merged as in ``from_pretrained``, with the same table, but one at a time and
+without reading them in advance.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from .prefixes import prefixes_of
 from .protocol import Checkpoint, Entry, Read, TensorInfo
 from .sources import open_checkpoint
 
-# characters of a name that is matched with patterns, in squared time; networks have about 100
+# characters of a name; matching takes quadratic time, and usual names have about 100
 LONGEST = 500
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What transformers computes from some tensors of a file: experts merged, a matrix cut."""
+    """Tensors computed from others in a file, such as merged experts or a split matrix."""
 
     transform: Any  # a WeightConverter
-    first: str  # the first of the tensors that it makes
-    sources: tuple[tuple[str, str], ...]  # each tensor in the file, and the pattern it matches
+    first: str  # the first of the resulting tensors
+    sources: tuple[tuple[str, str], ...]  # each tensor in the file, and its pattern
 
     def run(self, read: Read, network: Any) -> dict[str, torch.Tensor]:
-        """The tensors that are made of what ``read`` gives."""
-        transform = copy.deepcopy(self.transform)  # it collects what it is given
+        """The tensors computed from those that ``read`` returns."""
+        transform = copy.deepcopy(self.transform)  # it accumulates its inputs
         for name, pattern in self.sources:
             transform.add_tensor(self.first, name, pattern, read(name))
         made = transform.convert(self.first, model=network, config=network.config)
@@ -52,7 +52,7 @@ Origin: TypeAlias = str | Conversion  # a name in the file, or what is computed 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the tensors of a module come from, behind a wrapper's prefix; shapes and dtypes."""
+    """The origins of a module's tensors (after a wrapper's prefix), their shapes and dtypes."""
 
     prefix: str
     origins: Mapping[str, Origin]
@@ -60,7 +60,7 @@ class Plan:
 
 
 class ConvertedCheckpoint(Checkpoint):
-    """A checkpoint whose tensors go by the names of a module; it is hashed as the file it is."""
+    """A checkpoint with the tensor names of a module; its digest is that of the file."""
 
     def __init__(self, entry: Entry, plan: Plan, network: nn.Module) -> None:
         self.entry = entry
@@ -75,7 +75,7 @@ class ConvertedCheckpoint(Checkpoint):
 
     @contextmanager
     def open(self) -> Iterator[Read]:
-        """Read tensors by the module's names; what has to be computed is, at each read."""
+        """Read tensors by the module's names, and compute them on each read where needed."""
         with self.entry.checkpoint.open() as read_stored:
 
             def stored(name: str) -> torch.Tensor:
@@ -90,18 +90,18 @@ class ConvertedCheckpoint(Checkpoint):
             yield read
 
     def identity(self) -> tuple[Any, ...]:
-        """That of the file; and the version of transformers, where that computes something."""
+        """The identity of the file, and the version of transformers if it computes tensors."""
         by = [sys.modules["transformers"].__version__] if self._is_computed else []
         return (self.entry.prefix, *self.entry.checkpoint.identity(), "converted", *by)
 
     def sha256(self, prefix: str = "") -> str:
-        """SHA-256 of the file; without any, of the names and values behind the prefix."""
+        """SHA-256 of the file, or without a file of the names and values after the prefix."""
         if self.path is None:
             return content_sha256(Entry(self, prefix))
         return self.entry.checkpoint.sha256(self.entry.prefix)
 
     def warm(self) -> None:
-        """Have the operating system read the file into its cache."""
+        """Ask the operating system to read the file into its cache."""
         self.entry.checkpoint.warm()
 
     def held_tensors(self) -> Iterable[torch.Tensor]:
@@ -110,24 +110,24 @@ class ConvertedCheckpoint(Checkpoint):
 
 
 def open_alike(path: Path, module: ModuleSource | None) -> Checkpoint:
-    """Open a file whose tensors go by the names of this module, as transformers would.
+    """Open a file with the tensor names of this module, as transformers would.
 
-    It drops no prefix of a wrapper (DDP, torch.compile), but may that of the model itself.
+    Prefixes of wrappers (DDP, torch.compile) are not removed, but that of the model itself may be.
     """
     (entry,) = convert_names([Entry(open_checkpoint(path), prefix="", is_given=True)], module)
     return entry.checkpoint
 
 
 def convert_names(entries: Sequence[Entry], module: ModuleSource | None) -> list[Entry]:
-    """Give tensors the module's names, where it is one of transformers and a file has others."""
+    """Rename tensors to the module's names if it is a transformers model and they differ."""
     entries = [unconverted(entry) for entry in entries]
     network = _network(entries, module)
     if network is None:
         return entries
-    planned: dict[tuple[Any, ...], Plan | None] = {}  # most files of a collection are alike
+    planned: dict[tuple[Any, ...], Plan | None] = {}  # most files have the same names
     converted = []
     for entry in entries:
-        if isinstance(entry.checkpoint, LowRankCheckpoint):  # by the module's names already
+        if isinstance(entry.checkpoint, LowRankCheckpoint):  # already has the module's names
             converted.append(entry)
             continue
         kind = _is_in_hub_folder(entry), entry.prefix, frozenset(entry.checkpoint.header.items())
@@ -143,13 +143,13 @@ def convert_names(entries: Sequence[Entry], module: ModuleSource | None) -> list
 
 
 def unconverted(entry: Entry) -> Entry:
-    """The same by the names of its file."""
+    """The same tensors by the names in files."""
     found = entry.checkpoint
     return found.entry if isinstance(found, ConvertedCheckpoint) else entry
 
 
 def stored_names(module: Any, weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """A module's weights as ``save_pretrained`` of transformers would write them."""
+    """A module's weights as transformers' ``save_pretrained`` would write them."""
     if _table(module) is None:
         return weights
     from transformers.core_model_loading import revert_weight_conversion
@@ -159,27 +159,27 @@ def stored_names(module: Any, weights: Mapping[str, torch.Tensor]) -> Mapping[st
 
 
 def _network(entries: Sequence[Entry], module: ModuleSource | None) -> nn.Module | None:
-    """The module, on 'meta' if it is to be built, if it is a model that transformers converts."""
+    """The module if it is a transformers model, on 'meta' if it has to be built; or None."""
     stored = next(filter(_is_in_hub_folder, entries), None)
-    # a factory is called only where what it builds may be such a model
+    # a factory is called only if it may build such a model
     if stored is None and not isinstance(module, nn.Module) and "transformers" not in sys.modules:
         return None
     network = skeleton(module)
     if network is None and module is not None and stored is not None:
-        # from_pretrained, for one, builds nothing on 'meta'; the folder has the same names
+        # some factories, such as from_pretrained, can't build on 'meta'; the folder has the names
         path = stored.checkpoint.path or Path()
         network = skeleton(HubModule(hub_folder(path) or path, path, stored.checkpoint.key))
     return None if network is None or _table(network) is None else network
 
 
 def _table(network: nn.Module) -> Callable[..., list[Any]] | None:
-    """What gives transformers' own table of conversions, for a model of transformers only."""
+    """The function that returns transformers' conversion table; None for other modules."""
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(network, transformers.PreTrainedModel):
         return None
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
-    except ImportError:  # before version 5: names in files are those of modules
+    except ImportError:  # before version 5, files have the names of modules
         return None
     table: Callable[..., list[Any]] = get_model_conversion_mapping
     return table
@@ -192,10 +192,10 @@ def _is_in_hub_folder(entry: Entry) -> bool:
 
 
 def _plan(entry: Entry, network: nn.Module, is_stored: bool) -> Plan | None:
-    """How a checkpoint is converted, by its header; None where its names are the module's."""
+    """How to convert a checkpoint, by its header; None if its names are the module's."""
     wanted = network.state_dict().keys()
     prefixes = [entry.prefix] if entry.is_given or entry.prefix else prefixes_of([*entry.header])
-    for prefix in prefixes:  # the first behind which all names become the module's
+    for prefix in prefixes:  # the first after which all names become the module's
         tried = Entry(entry.checkpoint, prefix)
         renamed = _rename(tried.header, network)
         if {new for new, *_ in renamed} <= wanted:
@@ -203,7 +203,7 @@ def _plan(entry: Entry, network: nn.Module, is_stored: bool) -> Plan | None:
     else:
         tried = Entry(entry.checkpoint, entry.prefix)
         renamed = _rename(tried.header, network)
-    if not is_stored and tried.header.keys() <= wanted:  # transformers did not write this file
+    if not is_stored and tried.header.keys() <= wanted:  # not written by transformers
         return None
     origins, computed = _origins(tried, network, renamed)
     if (
@@ -225,14 +225,14 @@ def _plan(entry: Entry, network: nn.Module, is_stored: bool) -> Plan | None:
         except Exception as error:
             names = [name for name, _ in conversion.sources]
             raise CheckpointError(
-                f"{entry!r} can't be opened: transformers can't make {conversion.first!r} of "
-                f"{names[0]!r} ({len(names)} tensors): {error}. Save it again from transformers."
+                f"{entry!r} can't be opened: transformers can't convert {names[0]!r} ({len(names)} "
+                f"tensors) to {conversion.first!r}: {error}. Save it again from transformers."
             ) from error
         if twice := values.keys() & header.keys():
             raise CheckpointError(
-                f"{entry!r} can't be opened: it holds {min(twice)!r} twice, as it is and in parts "
-                f"({conversion.sources[0][0]!r}, ...), and other readers may take the other one. "
-                f"Save it again from transformers."
+                f"{entry!r} can't be opened: it holds {min(twice)!r} twice, as one tensor and in "
+                f"parts ({conversion.sources[0][0]!r}, ...), and other programs may read the other "
+                f"one. Save it again from transformers."
             )
         made |= dict.fromkeys(values, conversion)
         header |= {name: TensorInfo.of(value) for name, value in values.items()}
@@ -240,7 +240,7 @@ def _plan(entry: Entry, network: nn.Module, is_stored: bool) -> Plan | None:
 
 
 def _rename(names: Iterable[str], network: Any) -> list[tuple[str, str, Any, str]]:
-    """For each name in a file: the module's, the name, its converter if any and the pattern."""
+    """For each name in a file: the module's name, the name, its converter and the pattern."""
     from transformers.core_model_loading import (
         WeightConverter,
         WeightRenaming,
@@ -248,7 +248,7 @@ def _rename(names: Iterable[str], network: Any) -> list[tuple[str, str, Any, str
     )
 
     table = _table(network)
-    transforms = [] if table is None else table(network)  # anew: some remember what they have seen
+    transforms = [] if table is None else table(network)  # a new table: some entries have a state
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
@@ -259,7 +259,7 @@ def _rename(names: Iterable[str], network: Any) -> list[tuple[str, str, Any, str
         if len(name) <= LONGEST:
             new, matched = rename_source_key(name, renamings, converters, base, state)
             pattern = matched or ""
-            if new not in state and name in state:  # it was the module's already
+            if new not in state and name in state:  # it already was the module's
                 new, pattern = name, ""
         renamed.append((new, name, by_pattern.get(pattern), pattern))
     return renamed
@@ -276,8 +276,8 @@ def _by_number(name: str) -> list[tuple[int, int, str]]:
 def _origins(
     entry: Entry, network: nn.Module, renamed: Iterable[tuple[str, str, Any, str]]
 ) -> tuple[dict[str, str], list[Conversion]]:
-    """Names in the file by those in the module, and what is computed from several."""
-    # what a module computes anew at every start, such as positions, older versions stored
+    """Names in the file by those in the module, and conversions of several tensors."""
+    # older versions stored tensors that modules compute when they are built, such as positions
     unsaved = {name for name, _ in network.named_buffers()} - network.state_dict().keys()
     origins: dict[str, str] = {}
     collected: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
@@ -288,8 +288,8 @@ def _origins(
             collected.setdefault(new, (converter, []))[1].append((name, pattern))
         elif origins.setdefault(new, name) != name:
             raise CheckpointError(
-                f"{entry!r} can't be opened: {origins[new]!r} and {name!r} are both {new!r} in "
-                f"{type(network).__name__}. Save it again from transformers."
+                f"{entry!r} can't be opened: {origins[new]!r} and {name!r} both correspond to "
+                f"{new!r} in {type(network).__name__}. Save it again from transformers."
             )
     computed = [Conversion(by, new, tuple(found)) for new, (by, found) in collected.items()]
     return origins, computed

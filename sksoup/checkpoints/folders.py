@@ -1,4 +1,4 @@
-"""What a folder is: a checkpoint of Hugging Face or skorch, or a folder of checkpoints."""
+"""Recognize folders: a Hugging Face or skorch checkpoint, or a folder of checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .read import read_safetensors_metadata
 from .shards import INDEX, weight_map
 from .workplace import MARK
 
-# what the weights of a Hugging Face or skorch folder are called, in order of preference
+# file names of weights in Hugging Face and skorch folders, in order of preference
 FOLDER_WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -21,15 +21,15 @@ FOLDER_WEIGHTS = (
     "params.safetensors",
     "params.pt",
 )
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # of PEFT
-# what training loops leave beside the weights
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT's names
+# files that training loops write next to the weights
 NOT_WEIGHTS = re.compile(
     r"(train_end_)?(training_args|optimizer|scheduler|criterion|scaler|rng_state(_\d+)?)\.(bin|pt|pth|safetensors)"
 )
 
 
 def find_weights(folder: Path) -> Path | None:
-    """Return the weights file of a Hugging Face, PEFT or skorch folder, or None for any other."""
+    """Return the weights file of a Hugging Face, PEFT or skorch folder, or None for others."""
     found = next((folder / name for name in FOLDER_WEIGHTS if (folder / name).is_file()), None)
     if (folder / CONFIG).is_file():
         return _adapter_weights(folder, found)
@@ -39,20 +39,20 @@ def find_weights(folder: Path) -> Path | None:
 
 
 def _adapter_weights(folder: Path, whole: Path | None) -> Path:
-    """The weights in a folder of PEFT."""
+    """The weights in a PEFT folder."""
     found = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()), None)
     if found is None or whole is not None:
         held = f"{whole.name!r}, too" if whole is not None else "no weights"
         raise CheckpointError(
-            f"{str(folder)!r} holds {CONFIG!r} of a PEFT adapter and {held}: expected one of "
-            f"{', '.join(ADAPTER_WEIGHTS)} beside it, and no whole model. Keep the one that you "
+            f"{str(folder)!r} holds {CONFIG!r} of a PEFT adapter and {held}, expected one of "
+            f"{', '.join(ADAPTER_WEIGHTS)} next to it, and no whole model. Keep the one that you "
             f"mean."
         )
     return found
 
 
 def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    """The files of weights that lie in a folder, sharded ones once, by their index."""
+    """The weights files in a folder; sharded checkpoints once, by their index."""
     paths = [path for path in folder.iterdir() if not path.name.startswith(MARK)]
     indices = [path for path in paths if path.name.endswith(INDEX)]
     shards = {folder / name for index in indices for name in set(weight_map(index).values())}
@@ -61,17 +61,17 @@ def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
 
 
 def is_weights(path: Path, suffixes: Collection[str]) -> bool:
-    """Whether a path is a file that may hold weights: not what training loops leave beside them."""
+    """Whether a path may be a weights file, and not another file of a training loop."""
     return path.suffix in suffixes and path.is_file() and not NOT_WEIGHTS.fullmatch(path.name)
 
 
 def weights_of(folder: Path) -> Path:
-    """The weights in a folder of Hugging Face or skorch; an error for any other folder."""
+    """The weights in a Hugging Face or skorch folder; raise an error for other folders."""
     found = find_weights(folder)
     if found is None:
         raise CheckpointError(
-            f"{str(folder)!r} is a folder without weights that sksoup reads: expected "
-            f"{', '.join(FOLDER_WEIGHTS)} beside a config.json, or params.pt of skorch. For a "
+            f"{str(folder)!r} is a folder without weights that sksoup can read, expected "
+            f"{', '.join(FOLDER_WEIGHTS)} next to a config.json, or skorch's params.pt. For a "
             f"folder of checkpoints use CheckpointCollection.from_path."
         )
     return found

@@ -1,4 +1,4 @@
-"""Bounds on the module that is built for a checkpoint: its size, its time and its memory."""
+"""Limits for building the module of a checkpoint: size, time and memory."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from torch.nn.modules.module import (
 from ..exceptions import CheckpointError
 from .protocol import TensorInfo
 
-SECONDS = 60  # to build on 'meta'; the largest models of transformers take some seconds
+SECONDS = 60  # to build on 'meta'; the largest transformers models take a few seconds
 SECONDS_PER_TENSOR = 0.02
-MEMORY = 2 << 30  # bytes that it may take on the way
+MEMORY = 2 << 30  # bytes, while building
 
 
 @contextmanager
 def bounded_growth(header: Mapping[str, TensorInfo], path: Path) -> Iterator[None]:
-    """Stop modules that register far more than the weights hold; use it on the device 'meta'.
+    """Stop modules that register many more tensors than the weights have; use it on 'meta'.
 
-    Elements may be 8 times those of the weights, and modules 20 times their tensors: a table that
-    is shared is registered several times (mT5: 5.5 times the elements), and not all modules hold
-    tensors (6 times the tensors at most in transformers 5.23). What weights do not hold (masks,
-    heads that are not trained yet) comes on top.
+    The limits are 8 times the elements of the weights and 20 modules per tensor: a shared embedding
+    is registered several times (mT5: 5.5 times the elements), and not all modules have tensors (at
+    most 6 modules per tensor in transformers 5.23). Tensors that the weights lack (masks, untrained
+    heads) are added to the limits.
     """
     most = {
         "elements": 8 * sum(info.size for info in header.values()) + (1 << 24),
         "modules": 20 * len(header) + 2_000,
     }
     grown = dict.fromkeys(most, 0)
-    here = threading.get_ident()  # the hooks are called for modules of all threads
+    here = threading.get_ident()  # hooks are called for modules of all threads
 
     def grow(unit: str, by: int) -> None:
         if threading.get_ident() == here:
             grown[unit] += by
             if grown[unit] > most[unit]:
                 raise CheckpointError(
-                    f"{str(path)!r} describes a larger module than the weights beside it: it has "
-                    f"more than {most[unit]} {unit}, for weights of {len(header)} tensors. Correct "
-                    f"the file, or give module=build_model."
+                    f"{str(path)!r} describes a module larger than its weights: it has more than "
+                    f"{most[unit]} {unit}, but the weights have {len(header)} tensors. Correct the "
+                    f"file, or pass module=build_model."
                 )
 
     def tensor(module: Any, name: str, value: torch.Tensor | None) -> None:
@@ -66,15 +66,15 @@ def bounded_growth(header: Mapping[str, TensorInfo], path: Path) -> Iterator[Non
 
 
 class _Stopped(BaseException):
-    """Ends the building thread; no ``except Exception`` on the way may catch it."""
+    """Ends the building thread; ``except Exception`` does not catch it."""
 
 
 @contextmanager
 def bounded_work(n_tensors: int, path: Path) -> Iterator[None]:
-    """Stop what builds a module and takes too long, or too much memory, before it has tensors.
+    """Stop building a module that takes too long or too much memory before it has tensors.
 
-    A config has many fields that drive loops in Python, and no list of them is complete. A thread
-    watches; the exception is raised between two steps of Python in the thread that builds.
+    Many config fields control loops in Python, and no list of them is complete. A watching thread
+    raises an exception between two bytecode instructions of the building thread.
     """
     here, done, fired = threading.get_ident(), threading.Event(), threading.Event()
     raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
@@ -102,7 +102,7 @@ def bounded_work(n_tensors: int, path: Path) -> Iterator[None]:
             failure = error
         with lock:
             done.set()
-        # on its way: to take it back, by None, would leave Python 3.11 with a signal for ever
+        # pending: cancelling it with None would leave a permanent signal in Python 3.11
         while fired.is_set() and not stopped:
             time.sleep(0.001)
     except _Stopped:
@@ -111,14 +111,14 @@ def bounded_work(n_tensors: int, path: Path) -> Iterator[None]:
         raise failure
     if stopped:
         raise CheckpointError(
-            f"{str(path)!r} describes a module that takes too long, or too much memory, to build "
-            f"({SECONDS} s or {MEMORY >> 30} GiB without any weights). Correct the file, or give "
-            f"module=build_model."
+            f"{str(path)!r} describes a module that takes too long or too much memory to build "
+            f"(more than {SECONDS} s or {MEMORY >> 30} GiB without any weights). Correct the file, "
+            f"or pass module=build_model."
         )
 
 
 def _resident() -> int:
-    """Bytes of memory that the process has; 0 where that is not known."""
+    """Memory of the process in bytes; 0 if unknown."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""What reading shows of checkpoints: whether they are finite, and where they point."""
+"""Properties of checkpoints found while reading: finite values, and directions."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from numpy.typing import NDArray
 
 from .relations import LEAST, Relations, relate
 
-SAMPLE = 256  # numbers kept of each tensor
-GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it are evenly spread, and in step with no row length
+SAMPLE = 256  # numbers sampled from each tensor
+GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples are evenly spread, whatever the row length
 
 
 class Health:
-    """What was seen of every tensor of every checkpoint, gathered while they are read."""
+    """Findings on every tensor of every checkpoint, collected while they are read."""
 
     def __init__(self) -> None:
         self._finite: dict[str, set[str]] = {}  # tensor -> checkpoints that passed
-        self._infinite: dict[str, tuple[str, torch.Tensor]] = {}  # constants, and whose
+        self._infinite: dict[str, tuple[str, torch.Tensor]] = {}  # constants, and the checkpoint
         self._samples: dict[str, dict[str, NDArray[np.float64]]] = {}  # checkpoint -> tensor
         self._largest: dict[str, dict[str, float]] = {}  # magnitudes: checkpoint -> tensor
         self._is_matrix: dict[str, bool] = {}
 
     def unread(self, name: str, tensors: Iterable[str]) -> list[str]:
-        """The tensors of a checkpoint that have not been seen."""
+        """The tensors of a checkpoint that have not been checked."""
         return [tensor for tensor in tensors if name not in self._finite.get(tensor, ())]
 
     def see(self, name: str, tensor: str, value: torch.Tensor) -> str | None:
-        """Name of the checkpoint that holds NaN, or Inf in a tensor that is not the same in all."""
+        """Name of the checkpoint with NaN, or with Inf in a tensor that differs between them."""
         seen = self._finite.setdefault(tensor, set())
         if name in seen:
             return None
@@ -48,7 +48,7 @@ class Health:
         return None
 
     def share(self, name: str, other: str, tensor: str) -> bool:
-        """Note of a tensor what was seen of the same one in another checkpoint, if it was."""
+        """Copy the findings on the same tensor of another checkpoint, if there are any."""
         seen = self._finite.get(tensor, set())
         if other not in seen:
             return False
@@ -59,7 +59,7 @@ class Health:
         return True
 
     def _look(self, name: str, tensor: str, value: torch.Tensor) -> float:
-        """The largest magnitude, perhaps NaN or Inf; keeps some numbers of a finite tensor."""
+        """The largest magnitude, which may be NaN or Inf; samples numbers of a finite tensor."""
         if not value.is_floating_point() or not value.numel():
             return 0.0
         # two numbers per tensor: NaN propagates into both
@@ -75,11 +75,11 @@ class Health:
     def relations(
         self, names: Iterable[str], tensors: Iterable[str], least: int = LEAST
     ) -> Relations:
-        """Compare the checkpoints that were read, by the numbers kept of them."""
+        """Compare the checkpoints that were read, by their samples."""
         read = [name for name in names if name in self._samples]
         seen = [self._samples[name] for name in read]
         shared = [t for t in tensors if seen and all(t in samples for samples in seen)]
-        # scales of norms start at 1 in every network: directions are those of matrices, if any
+        # scales of norms start at 1 in every network, so directions are those of matrices, if any
         # differ
         matrices = self._points(read, [t for t in shared if self._is_matrix[t]])
         points = matrices if matrices.shape[1] else self._points(read, shared)
@@ -87,14 +87,14 @@ class Health:
         return relate(read, points, largest, least)
 
     def _points(self, names: Sequence[str], tensors: Sequence[str]) -> NDArray[np.float64]:
-        """(K, n): the numbers kept of those of these tensors that differ."""
+        """(K, n): the samples of those of these tensors that differ."""
         parts = [np.stack([self._samples[name][t] for name in names]) for t in tensors]
         differing = [part for part in parts if (part[:1] != part).any()]
         return np.concatenate([*differing, np.empty((len(names), 0))], axis=1)
 
 
 def sample(value: torch.Tensor) -> NDArray[np.float64]:
-    """Some numbers of a tensor, evenly spread, scaled so that their length is that of all."""
+    """Evenly spread numbers of a tensor, scaled so that their norm estimates that of all."""
     flat = value.detach().reshape(-1)
     n = len(flat)
     if n <= SAMPLE:

@@ -1,4 +1,4 @@
-"""Hugging Face folders: the architecture that their config.json describes."""
+"""Build the architecture described by the config.json of a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .growth import bounded_growth, bounded_work
 from .hub_config import read_config
 from .sources import open_checkpoint
 
-# what PEFT calls a task -> transformers' class for it
+# PEFT's name of a task -> transformers' class for it
 AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -29,16 +29,16 @@ AUTO_CLASSES = {
 
 
 def hub_folder(path: Path) -> Path | None:
-    """Return the Hugging Face folder that a checkpoint's path is, or lies in."""
+    """Return the Hugging Face folder that a checkpoint's path is or is in."""
     folder = path if path.is_dir() else path.parent
     return folder.absolute() if (folder / "config.json").is_file() else None
 
 
 class HubModule:
-    """A factory for the architecture in a folder's config.json, through transformers, offline.
+    """A factory that builds the architecture in a folder's config.json offline with transformers.
 
-    The module is at most as large as the weights at ``path``, which are the folder's own. With a
-    ``task`` of PEFT it is transformers' model for that, perhaps with a head that the folder lacks.
+    The module may not be larger than the weights at ``path``, which are in the folder. With a PEFT
+    ``task`` it is transformers' model for that task, which may have a head that the folder lacks.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class HubModule:
             import transformers
         except ImportError as error:
             raise ImportError(
-                f"The architecture in {str(self.folder)!r} is built by transformers, which is not "
-                f"installed: pip install 'sksoup[hub]', or give module=build_model."
+                f"transformers is needed to build the architecture in {str(self.folder)!r}, but it "
+                f"is not installed. Run pip install 'sksoup[hub]', or pass module=build_model."
             ) from error
         path = self.folder / "config.json"
         header = open_checkpoint(self.path, self.key).header
@@ -81,8 +81,8 @@ class HubModule:
                 kind = described.get("model_type")
                 if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
                     raise CheckpointError(
-                        f"{str(path)!r} names the model type {kind!r}, which transformers "
-                        f"{transformers.__version__} does not have. Give module=build_model."
+                        f"{str(path)!r} has the model type {kind!r}, which transformers "
+                        f"{transformers.__version__} does not have. Pass module=build_model."
                     )
 
                 def build() -> nn.Module:
@@ -91,7 +91,7 @@ class HubModule:
                     module: nn.Module = build_from(config)
                     return module
 
-                # first where nothing is allocated, to see how large it becomes
+                # first on 'meta', where nothing is allocated, to check the size
                 with (
                     bounded_work(len(header), path),
                     bounded_growth(header, path),
@@ -105,13 +105,13 @@ class HubModule:
             lines = str(error).strip().splitlines() or [""]
             raise CheckpointError(
                 f"{str(path)!r} can't be built by transformers {transformers.__version__}: "
-                f"{type(error).__name__}: {lines[0].rstrip('.')}. Correct the file, or give "
+                f"{type(error).__name__}: {lines[0].rstrip('.')}. Correct the file, or pass "
                 f"module=build_model."
             ) from error
 
 
 def find_class(names: Any, path: Path) -> Any:
-    """The class of a model that a config names: one of transformers, and nothing else in it."""
+    """The model class named in a config, which must be a model of transformers."""
     import transformers
 
     name = names[0] if isinstance(names, list) and names else None
@@ -122,8 +122,8 @@ def find_class(names: Any, path: Path) -> Any:
         or not found.__module__.startswith("transformers.")
     ):
         raise CheckpointError(
-            f"{str(path)!r} names the architecture {name!r}, which is not a model that "
-            f"transformers {transformers.__version__} has. Give module=build_model."
+            f"{str(path)!r} has the architecture {name!r}, which is not a model of transformers "
+            f"{transformers.__version__}. Pass module=build_model."
         )
     return found
 
@@ -133,10 +133,10 @@ _switching = threading.RLock()
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Switch off all requests of huggingface_hub meanwhile, whatever a config may make it do."""
+    """Temporarily disable all requests of huggingface_hub, whatever a config contains."""
     from huggingface_hub import constants
 
-    with _switching:  # the switch is one for all threads
+    with _switching:  # the switch is shared by all threads
         before = constants.HF_HUB_OFFLINE
         constants.HF_HUB_OFFLINE = True
         try:

@@ -1,4 +1,4 @@
-"""What lies beside the weights in a Hugging Face folder, copied to the soup's folder."""
+"""Copy the other files of a Hugging Face folder to that of the soup."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 NOT_COMPANIONS = (
     "*.index.json", "trainer_state.json", "history.json", "*results.json", "adapter_config.json",
 )  # fmt: skip
-MODULES = "modules.json"  # of sentence-transformers: further modules, each in a folder
-ROUTER = "router_config.json"  # of one of them that is several, each in a folder
-LIMIT = 1 << 20  # bytes of either, which has a few lines
+MODULES = "modules.json"  # sentence-transformers: further modules, each in a folder
+ROUTER = "router_config.json"  # a module with several routes, each in a folder
+LIMIT = 1 << 20  # bytes; these files have a few lines
 MOST_MODULES = 100
 WEIGHTS = (".safetensors", *TORCH_SUFFIXES)
 
@@ -30,10 +30,10 @@ WEIGHTS = (".safetensors", *TORCH_SUFFIXES)
 def copy_companions(source: Path, target: Path, others: Sequence[Path] = ()) -> None:
     """Copy configuration, tokenizer and sentence-transformers' modules to another model folder.
 
-    Links may stay in the folder or lead to the blobs of the Hugging Face cache that it lies in
-    (models--x/snapshots/y/config.json -> ../../blobs/z). One that leads elsewhere is an error: the
-    file of another owner or purpose would be published with the soup. So are weights of a module
-    that are not the same in the ``others``, since they are not mixed.
+    Links may point into the folder or to the blobs of the Hugging Face cache that contains it
+    (models--x/snapshots/y/config.json -> ../../blobs/z). Other links raise an error, because a
+    private file could be published with the soup. Weights of a further module that differ in the
+    ``others`` also raise an error, because they are not mixed.
     """
     source = source.resolve()
     owned = [source]
@@ -48,16 +48,16 @@ def copy_companions(source: Path, target: Path, others: Sequence[Path] = ()) -> 
     modules = module_folders(source)
     for folder in (source, *modules):
         refuse_other_weights(folder)
-    # one module may lie in another
+    # a module may be inside another one
     of_modules = [*dict.fromkeys(path for module in modules for path in module_files(module))]
     for path in [*found, *of_modules]:
         if not any(path.resolve().is_relative_to(folder) for folder in owned):
             raise CheckpointError(
                 f"{str(path)!r} can't be copied: it is a link to {str(path.resolve())!r}, outside "
-                f"its folder. Put the file itself in its place, or use save(path)."
+                f"its folder. Replace the link with the file, or use save(path)."
             )
     _refuse_differing_weights(source, [p for p in of_modules if p.suffix in WEIGHTS], others)
-    for module in modules:  # an empty one, too: sentence-transformers looks for it
+    for module in modules:  # also an empty one, which sentence-transformers expects
         (target / module.relative_to(source)).mkdir(parents=True, exist_ok=True)
     for path in [*found, *of_modules]:
         copy = target / path.relative_to(source)
@@ -66,29 +66,29 @@ def copy_companions(source: Path, target: Path, others: Sequence[Path] = ()) -> 
 
 
 def module_folders(source: Path) -> list[Path]:
-    """The folders of sentence-transformers' modules, such as 1_Pooling: those that are there.
+    """The existing folders of sentence-transformers' modules, such as 1_Pooling.
 
-    Also those of the routes of a Router. No folder comes twice, by whatever links.
+    Includes those of the routes of a Router. No folder is listed twice, even through links.
     """
     root = Path(os.path.realpath(source))
     found = [source]
     reals = {str(root)}
-    for folder in found:  # which grows meanwhile: a Router may be a route of another
+    for folder in found:  # grows in the loop: a Router may be a route of another one
         for listing, names in _listings(folder):
             for name in map(Path, names):
                 module = folder / name
                 if name.is_absolute() or ".." in name.parts:
                     raise CheckpointError(
-                        f"{str(listing)!r} names the module {str(name)!r}, expected a folder "
-                        f"beside it. Correct the file, or use save(path)."
+                        f"{str(listing)!r} lists the module {str(name)!r}, expected a folder next "
+                        f"to it. Correct the file, or use save(path)."
                     )
                 if module in found or not _is_folder(module, listing):
-                    continue  # a folder has many spellings, such as 'a/./'
+                    continue  # a folder can be written in several ways, such as 'a/./'
                 real = os.path.realpath(module)
                 if real in reals or root.is_relative_to(real):
                     raise CheckpointError(
-                        f"{str(module)!r} can't be a module: it is a link to {real!r}, which is a "
-                        f"module already, or holds this one. Put the folder itself in its place."
+                        f"{str(module)!r} can't be a module: it is a link to {real!r}, which is "
+                        f"already a module, or holds this one. Replace the link with the folder."
                     )
                 reals.add(real)
                 found.append(module)
@@ -101,7 +101,7 @@ def _listings(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     for path in (folder / MODULES, folder / ROUTER, folder / "config.json"):
         if not path.is_file():
             continue
-        is_config = path.name == "config.json"  # of a Router, too, in older versions
+        is_config = path.name == "config.json"  # in older versions also of a Router
         try:
             listed: Any = json.loads(read_text(path, CONFIG_LIMIT if is_config else LIMIT))
             if path.name == MODULES:
@@ -110,11 +110,11 @@ def _listings(folder: Path) -> Iterator[tuple[Path, list[str]]]:
                 routes = listed.get("types") if isinstance(listed, dict) else None
                 names = [*routes] if isinstance(routes, dict) else []
             if not all(isinstance(name, str) for name in names):
-                raise TypeError("a 'path' that is no text")
+                raise TypeError("a 'path' that is not a string")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            if is_config and isinstance(error, json.JSONDecodeError):  # nobody else can read it
+            if is_config and isinstance(error, json.JSONDecodeError):  # unreadable for all
                 continue
             raise CheckpointError(
                 f"{str(path)!r} can't be read: expected a list of modules, each with a 'path' "
@@ -127,42 +127,42 @@ def _listings(folder: Path) -> Iterator[tuple[Path, list[str]]]:
 def _check_number(n_modules: int, listing: Path) -> None:
     if n_modules > MOST_MODULES:
         raise CheckpointError(
-            f"{str(listing)!r} can't be used: there are {n_modules:,} modules, expected "
-            f"{MOST_MODULES} at most. Correct the file, or use save(path)."
+            f"{str(listing)!r} can't be used: there are {n_modules:,} modules, expected at most "
+            f"{MOST_MODULES}. Correct the file, or use save(path)."
         )
 
 
 def _is_folder(path: Path, listing: Path) -> bool:
     try:
         return path.is_dir()
-    except OSError as error:  # a name that is too long for the file system
+    except OSError as error:  # a name too long for the file system
         raise CheckpointError(
-            f"{str(listing)!r} names a module that can't be one: {error.strerror}. Correct the "
+            f"{str(listing)!r} lists a module that can't be opened: {error.strerror}. Correct the "
             f"file, or use save(path)."
         ) from error
 
 
 def module_files(folder: Path) -> Iterator[Path]:
-    """All regular files in a folder and below, by links to files but not to folders."""
+    """All regular files below a folder; follows links to files but not to folders."""
     for root, _, names in os.walk(folder):
         yield from (path for name in sorted(names) if (path := Path(root, name)).is_file())
 
 
 def _refuse_differing_weights(source: Path, paths: Sequence[Path], others: Sequence[Path]) -> None:
-    """Weights of a module beside the network's are copied, so they have to be one for all."""
+    """Raise an error if the weights of a further module, which are copied, differ."""
     for path in paths:
         name = path.relative_to(source)
         for other in others:
             if not same_content(path, other / name):
                 raise CheckpointError(
-                    f"{str(path)!r} can't be copied: its weights are not mixed, and those in "
-                    f"{str(other)!r} differ. Use save(path) for the network's weights, and mix "
-                    f"this module's from the folders of its own ({str(name.parent)!r})."
+                    f"{str(path)!r} can't be copied: its weights are not mixed, but those in "
+                    f"{str(other)!r} differ. Use save(path) for the weights of the network, and "
+                    f"mix those of this module from its own folders ({str(name.parent)!r})."
                 )
 
 
 def same_content(one: Path, other: Path) -> bool:
-    """Whether two files hold the same bytes."""
+    """Whether two files have the same bytes."""
     if not other.is_file() or one.stat().st_size != other.stat().st_size:
         return False
     with one.open("rb") as a, other.open("rb") as b:

@@ -1,4 +1,4 @@
-"""A Hugging Face folder's config.json: read, and freed of what would fetch, load or run."""
+"""Read a Hugging Face config.json, and drop what would download, load or run something."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from .read import file_identity
 from .texts import read_text
 
 LIMIT = 8 << 20  # bytes; with 20,000 labels a config has about 1 MB
-MANY = 1 << 21  # layers, labels: transformers makes lists of so many before it makes any layer
+MANY = 1 << 21  # layers, labels: transformers makes lists of this length before any layer
 MOST_TURNS = 1 << 26  # about a second; 20,000 labels and 128 layers make 2^21
 COUNTS = re.compile(
     r"layer|depth|block|stage|expert|label|head|group|attention_types|dense|point|level|bins"
 )
 FOREIGN_CODE = ("auto_map", "custom_pipelines")
-# how attention and experts are computed is no part of the weights, and other names than those of
-# functions in transformers make it fetch and run a kernel: dropped, so that its default is used
+# how attention and experts are computed does not depend on the weights, and unknown names make
+# transformers download and run a kernel: dropped, so that the default is used
 KERNELS = ("attn_implementation", "experts_implementation")
 BUILT_IN = ("eager", "sdpa", "grouped_mm", "batched_mm")
-# an 'attribute_map' would give other fields these names
+# an 'attribute_map' could rename other fields to these
 DROPPED = ("attribute_map", "name_or_path", "_name_or_path")
-# by which transformers reads other weights, another config.json, other fields of it
+# fields that make transformers read other weights, another config.json or other fields of it
 OTHER_FILES = ("transformers_weights", "configuration_files", "attribute_map")
-SENTENCE_CONFIGS = "sentence_*config.json"  # what sentence-transformers hands to transformers
-# of that, arguments for the processor; all other fields that end in args or kwargs are for the
-# model or its configuration
+SENTENCE_CONFIGS = "sentence_*config.json"  # passed to transformers by sentence-transformers
+# arguments for the processor; all other fields that end in args or kwargs are for the model or
+# its configuration
 PROCESSOR_ARGUMENTS = ("tokenizer_args", "processor_kwargs", "processing_kwargs")
-# with which transformers reads the same weights; sentence-transformers drops trust_remote_code
+# arguments that do not change the weights; sentence-transformers drops trust_remote_code
 KNOWN_ARGUMENTS = (
     "dtype", "torch_dtype", "attn_implementation", "experts_implementation", "device_map",
     "low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "add_pooling_layer", "num_labels",
@@ -42,14 +42,14 @@ KNOWN_ARGUMENTS = (
     "use_memory_efficient_attention", "hidden_dropout_prob", "attention_probs_dropout_prob",
     "classifier_dropout",
 )  # fmt: skip
-# timm reads files and the hub by options, and by names like 'hf-hub:org/name', 'local-dir:/folder'
+# options and names with which timm reads files or the hub: 'hf-hub:org/name', 'local-dir:/folder'
 TIMM_NAME = re.compile(r"[\w.]+")
 TIMM_OPTIONS = ("model_args", "backbone_kwargs", "timm_default_kwargs")
 TIMM_LOADS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path")
 
 
 def read_config(path: Path, header: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """What a config.json holds, safe to build from; an error where that is impossible."""
+    """The contents of a config.json, safe to build from; raise an error if it can't be."""
     try:
         config = json.loads(read_text(path, LIMIT), object_hook=_decode_float)
     except (ValueError, RecursionError) as error:
@@ -70,7 +70,7 @@ def read_config(path: Path, header: Mapping[str, TensorInfo]) -> dict[str, Any]:
 
 
 def refuse_quantized(path: Path) -> None:
-    """Refuse weights beside a config.json that says they are quantized: they can't be averaged."""
+    """Raise an error if a config.json says that the weights are quantized."""
     config = (path if path.is_dir() else path.parent) / "config.json"
     try:
         identity = file_identity(config)
@@ -80,9 +80,9 @@ def refuse_quantized(path: Path) -> None:
         _refuse_quantized_part(part, config)
 
 
-@lru_cache(maxsize=1)  # many files may lie beside one
+@lru_cache(maxsize=1)  # many files may share one config.json
 def _quantized_parts(config: Path, identity: tuple[int, ...]) -> list[dict[str, Any]]:
-    """The parts of a config that say so; none of one that is an error where a module is built."""
+    """The parts of a config about quantization; none if the config itself is invalid."""
     try:
         found = json.loads(read_text(config, LIMIT))
     except (CheckpointError, ValueError, RecursionError):
@@ -91,7 +91,7 @@ def _quantized_parts(config: Path, identity: tuple[int, ...]) -> list[dict[str, 
 
 
 def refuse_other_weights(folder: Path) -> None:
-    """Refuse a folder whose configuration has other programs load other weights than are opened."""
+    """Raise an error if other programs would load other weights because of the configuration."""
     found = [folder / "config.json", *sorted(folder.glob(SENTENCE_CONFIGS))]
     for path in found:
         if not path.exists() or path.is_dir():
@@ -112,10 +112,10 @@ def refuse_other_weights(folder: Path) -> None:
 
 
 def _refuse_other_arguments(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse arguments by which transformers would load other files, or give them other names."""
+    """Raise an error for arguments that make transformers load or rename other files."""
     if config.get("backend", "torch") != "torch":
         raise CheckpointError(
-            f"{str(path)!r} has sentence-transformers load weights of the backend "
+            f"{str(path)!r} makes sentence-transformers load weights of the backend "
             f"{config['backend']!r}, expected 'torch'. Remove the field 'backend'."
         )
     for field, arguments in config.items():
@@ -127,22 +127,22 @@ def _refuse_other_arguments(config: Mapping[str, Any], path: Path) -> None:
             if value is None or value is False or (name in KNOWN_ARGUMENTS and is_plain):
                 continue
             raise CheckpointError(
-                f"{str(path)!r} gives transformers the argument {name!r} (in {field!r}), by which "
-                f"it may load other weights than those that are opened here. Remove it, or load "
-                f"the model with SentenceTransformer(..., {field}=...)."
+                f"{str(path)!r} passes the argument {name!r} (in {field!r}) to transformers, which "
+                f"may then load other weights than those opened here. Remove it, or load the model "
+                f"with SentenceTransformer(..., {field}=...)."
             )
 
 
 def _refuse_other_files(part: Mapping[str, Any], field: str, path: Path) -> None:
     if part.get(field):
         raise CheckpointError(
-            f"{str(path)!r} names other weights than those that are opened here, or another "
+            f"{str(path)!r} refers to other weights than those opened here, or to another "
             f"configuration ({field!r}), which transformers would read. Remove that field."
         )
 
 
 def output_labels(id2label: Any) -> tuple[str, ...]:
-    """The names of outputs by a config's ``id2label``, but for those that transformers makes up."""
+    """The output names in a config's ``id2label``, unless they are transformers' defaults."""
     if not isinstance(id2label, Mapping):
         return ()
     known = {str(k): name for k, name in id2label.items()}
@@ -171,11 +171,11 @@ def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _refuse_what_acts(part: dict[str, Any], path: Path) -> None:
-    """Refuse code, other repositories and quantized weights: none can be left out."""
+    """Raise an error for code, other repositories and quantized weights, which are essential."""
     for field in FOREIGN_CODE:
         if part.get(field):
             raise CheckpointError(
-                f"{str(path)!r} names code of its own ({field!r}), which sksoup never runs. Give "
+                f"{str(path)!r} refers to custom code ({field!r}), which sksoup never runs. Pass "
                 f"the architecture: module=build_model."
             )
     for field in ("transformers_weights", "configuration_files"):
@@ -188,25 +188,25 @@ def _refuse_what_acts(part: dict[str, Any], path: Path) -> None:
             continue
         if not TIMM_NAME.fullmatch(name) or (field != "architecture" and not is_timm):
             raise CheckpointError(
-                f"{str(path)!r} names another model ({field!r}: {name!r}), whose configuration "
-                f"would have to be fetched, which sksoup never does. Write that configuration "
-                f"into 'backbone_config', or give module=build_model."
+                f"{str(path)!r} refers to another model ({field!r}: {name!r}), whose configuration "
+                f"would have to be downloaded, which sksoup never does. Write that configuration "
+                f"to 'backbone_config', or pass module=build_model."
             )
 
 
 def _refuse_quantized_part(part: Mapping[str, Any], path: Path) -> None:
     if part.get("quantization_config"):
         raise CheckpointError(
-            f"{str(path)!r} can't be used: its weights are quantized ('quantization_config'), and "
-            f"can't be averaged. Save the checkpoint dequantized (transformers: "
-            f"model.dequantize()); if it is, remove that field."
+            f"{str(path)!r} can't be used: its weights are quantized ('quantization_config') and "
+            f"can't be averaged. Save a dequantized checkpoint (transformers: model.dequantize()); "
+            f"if it already is dequantized, remove that field."
         )
 
 
 def _refuse_counts(part: dict[str, Any], most: int, path: Path) -> None:
-    """Refuse counts of parts that no weights have: transformers makes lists of so many.
+    """Raise an error for implausible counts: transformers makes lists of that length.
 
-    It also repeats a list so many times, or looks so often for something in one.
+    It also repeats lists that many times, or searches them that often.
     """
     counts = {
         field: sum(map(abs, _integers(v))) for field, v in part.items() if COUNTS.search(field)
@@ -215,13 +215,13 @@ def _refuse_counts(part: dict[str, Any], most: int, path: Path) -> None:
     for field, count in counts.items():
         if count > most:
             raise CheckpointError(
-                f"{str(path)!r} can't be built: {field!r} is more than {most}, too many for "
-                f"these weights. Correct the file, or give module=build_model."
+                f"{str(path)!r} can't be built: {field!r} is more than {most}, too many for these "
+                f"weights. Correct the file, or pass module=build_model."
             )
         if count * longest > MOST_TURNS:
             raise CheckpointError(
-                f"{str(path)!r} can't be built: it has a list of {longest} items beside {field!r} "
-                f"of {count}, more than any model needs. Correct the file, or give "
+                f"{str(path)!r} can't be built: it has a list of {longest} items together with "
+                f"{field!r} of {count}, more than any model needs. Correct the file, or pass "
                 f"module=build_model."
             )
 
@@ -232,12 +232,12 @@ def _integers(value: Any) -> Iterator[int]:
 
 
 def _n_items(value: Any) -> int:
-    """The number of items in a list, and in the lists in it."""
+    """The number of items in a list, including nested lists."""
     return sum(1 for _ in _leaves(value)) if isinstance(value, list) else 0
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """What is in lists of lists, or the value itself."""
+    """The items of nested lists, or the value itself."""
     todo = [value]
     while todo:
         part = todo.pop()
@@ -248,7 +248,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _drop_what_acts(part: dict[str, Any]) -> None:
-    """Drop what would load, fetch or run something that the checkpoint's weights do not need."""
+    """Drop fields that would load, download or run something not needed for the weights."""
     for field in (*KERNELS, *("_" + field for field in KERNELS)):
         if part.get(field) not in BUILT_IN:
             part.pop(field, None)

@@ -1,4 +1,4 @@
-"""State dicts that are given as they are, copied to the CPU."""
+"""State dicts in memory, copied to the CPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class MemoryCheckpoint(Checkpoint):
         if empty := [name for name, value in given.items() if value.is_meta]:
             raise CheckpointError(
                 f"{label} can't be used: {empty[0]!r} is on the device 'meta', where tensors have "
-                f"no values. Load the weights before."
+                f"no values. Load the weights first."
             )
         for name, value in given.items():
             if value.dtype not in SAFETENSORS_DTYPES.values() and not value.is_complex():
@@ -43,7 +43,7 @@ class MemoryCheckpoint(Checkpoint):
 
     @contextmanager
     def open(self) -> Iterator[Read]:
-        """Give the tensors themselves."""
+        """Yield a function that returns the tensors themselves."""
         yield self.tensors.__getitem__
 
     def identity(self) -> tuple[Any, ...]:
@@ -58,7 +58,7 @@ class MemoryCheckpoint(Checkpoint):
         return self._digests[prefix]
 
     def held_tensors(self) -> Iterable[torch.Tensor]:
-        """All tensors; never write to them."""
+        """All tensors; do not write to them."""
         return self.tensors.values()
 
 
@@ -86,11 +86,11 @@ def check_state_dict(state: Any, where: str) -> dict[str, torch.Tensor]:
         )
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            # the name may be anything, and its text of any length
+            # the name may be any object, and its repr may be long
             what = repr(name) if isinstance(name, str) else f"a name of type {type(name).__name__}"
             raise CheckpointError(
-                f"{where} is not a plain state dict: {what} is a {type(value).__name__}, "
-                f"expected a tensor. Save module.state_dict() by itself."
+                f"{where} is not a plain state dict: {what} is a {type(value).__name__}, expected "
+                f"a tensor. Save only module.state_dict()."
             )
         if value.layout is not torch.strided or value.is_quantized or value.is_nested:
             raise CheckpointError(
@@ -99,7 +99,7 @@ def check_state_dict(state: Any, where: str) -> dict[str, torch.Tensor]:
             )
         if not is_text(name):
             raise CheckpointError(
-                f"{where} can't be used: the name {name!r} is not valid Unicode, so it can't be "
+                f"{where} can't be used: the name {name!r} is not valid Unicode and can't be "
                 f"written to a file. Rename the tensor."
             )
     return dict(state)

@@ -1,4 +1,4 @@
-"""Checkpoints that are a base and something of low rank: what they add to it, without the sum."""
+"""Checkpoints that add low-rank products to a base, which can be read without the sum."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 
 from .protocol import Checkpoint, Read
 
-BLOCK = 1 << 22  # numbers of a product that are computed at a time
+BLOCK = 1 << 22  # elements of a product that are computed at a time
 
 
 @dataclass(frozen=True)
 class Factors:
-    """A difference from the base, ``left @ right``, in the shape of its tensor when reshaped."""
+    """A difference from the base, ``left @ right``, to be reshaped to its tensor."""
 
-    left: torch.Tensor  # (m, r), any scale included
+    left: torch.Tensor  # (m, r), including any scale
     right: torch.Tensor  # (r, n)
 
     @property
@@ -27,13 +27,13 @@ class Factors:
         return len(self.right)
 
     def is_finite(self) -> bool:
-        """Whether both factors hold finite numbers only."""
+        """Whether both factors are finite."""
         return bool(torch.isfinite(self.left).all() and torch.isfinite(self.right).all())
 
     def add_to(self, sums: torch.Tensor, c: float = 1.0) -> None:
-        """Sums += c * (left @ right), the product rounded from float64, in place.
+        """Add c * (left @ right) to ``sums`` in place, with the product computed in float64.
 
-        In float64 the product hardly ever depends on how a processor orders its sums.
+        In float64 the result almost never depends on the order in which a processor sums.
         """
         if not c:
             return
@@ -52,12 +52,12 @@ def widened(w: torch.Tensor) -> torch.Tensor:
     return w.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-# gives the factors of a tensor, or None where it is the base's or held whole
+# returns the factors of a tensor, or None if it is the base's or stored as a whole
 ReadFactors: TypeAlias = Callable[[str], Factors | None]
 
 
 class BaseCheckpoint(Checkpoint):
-    """What others add to."""
+    """The base of low-rank checkpoints."""
 
     def content_sha256(self, without: Iterable[str] = ()) -> str:
         """SHA-256 of names and values, without some tensors."""
@@ -65,10 +65,10 @@ class BaseCheckpoint(Checkpoint):
 
 
 class LowRankCheckpoint(Checkpoint):
-    """A checkpoint that is computed: a base, products of factors, and tensors of its own.
+    """A checkpoint computed from a base, products of factors, and tensors of its own.
 
-    ``ranks`` has the tensors that differ by a product, ``whole`` those that it holds itself; all
-    others are the base's.
+    ``ranks`` lists the tensors that differ by a product, ``whole`` those that are stored as a
+    whole. All others are the base's.
     """
 
     base: BaseCheckpoint
@@ -76,20 +76,20 @@ class LowRankCheckpoint(Checkpoint):
     whole: frozenset[str]
 
     def open_factors(self) -> AbstractContextManager[tuple[ReadFactors, Read]]:
-        """Give what reads factors, and what reads whole tensors, without the base."""
+        """Yield functions that read factors and whole tensors, without the base."""
         raise NotImplementedError
 
     def content_sha256(self) -> str:
-        """SHA-256 of what it holds itself, the same in memory and in a file."""
+        """SHA-256 of its own tensors, the same in memory and in a file."""
         raise NotImplementedError
 
     def adds(self, name: str) -> bool:
-        """Whether a tensor is not simply the base's."""
+        """Whether a tensor differs from the base."""
         return name in self.ranks or name in self.whole
 
     @property
     def n_numbers(self) -> int:
-        """Numbers in its factors and in its own tensors."""
+        """Number of elements in its factors and its own tensors."""
         shapes = {name: self.header[name].shape for name in self.ranks}
         factors = sum(
             rank * (shapes[name][0] + math.prod(shapes[name][1:]))

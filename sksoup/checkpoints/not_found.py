@@ -1,4 +1,4 @@
-"""Why nothing was found at a path, and what would be."""
+"""Explain why nothing was found at a path, and suggest another one."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..exceptions import CheckpointError
 from .folders import is_weights
 from .patterns import matches_of
 
-MOST_FOLDERS = 1000  # to look through for what the user may have meant
+MOST_FOLDERS = 1000  # searched for a suggestion
 
 
 def nothing_at(path: str, suffixes: Collection[str]) -> CheckpointError:
-    """The error for a path or pattern without checkpoints: what is there, and what to write."""
+    """The error for a path or pattern without checkpoints, with a suggestion."""
     full = Path(os.path.expanduser(path))
     return CheckpointError(f"No checkpoints found at {path!r}: {_why(full, suffixes)}")
 
@@ -26,7 +26,7 @@ def _why(path: Path, suffixes: Collection[str]) -> str:
     expected = f"expected {', '.join(suffixes)} files, or folders with weights and a config.json"
     if path.is_dir():
         deeper = _pattern_below(path, suffixes)
-        remedy = f"the pattern {deeper!r} opens what is deeper in it" if deeper else expected
+        remedy = f"the pattern {deeper!r} opens those in its subfolders" if deeper else expected
         return f"it holds {_listed(path)}; {remedy}."
     if matches := sorted(islice(matches_of(str(path)), MOST_FOLDERS)):
         others = ", ".join(repr(match.name) for match in matches[:5])
@@ -35,22 +35,23 @@ def _why(path: Path, suffixes: Collection[str]) -> str:
     missing = path.absolute().relative_to(there).parts[0]
     start = "" if path.is_absolute() else f" (from the folder {str(Path.cwd())!r})"
     if glob.has_magic(missing):
-        return f"no name in {str(there)!r} matches {missing!r}{start}: it holds {_listed(there)}."
+        found = f"it holds {_listed(there)}"
+        return f"no name in {str(there)!r} matches {missing!r}{start}; {found}."
     names = [one.name for one in there.iterdir()]
     near = difflib.get_close_matches(missing, names, n=1)
-    remedy = f"the nearest name there is {near[0]!r}" if near else f"it holds {_listed(there)}"
+    remedy = f"a similar name there is {near[0]!r}" if near else f"it holds {_listed(there)}"
     return f"there is no {missing!r} in {str(there)!r}{start}; {remedy}."
 
 
 def _listed(folder: Path) -> str:
-    """The first names in a folder, and how many there are."""
+    """The first names in a folder, and their number."""
     names = sorted(one.name for one in folder.iterdir())
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(map(repr, names[:5])) + more or "nothing"
 
 
 def _pattern_below(folder: Path, suffixes: Collection[str]) -> str | None:
-    """A pattern that matches the first weights below a folder, in the folders looked through."""
+    """A pattern that matches the first weights found below a folder."""
     for root, _, files in islice(os.walk(folder), MOST_FOLDERS):
         found = [name for name in sorted(files) if is_weights(Path(root, name), suffixes)]
         if found:

@@ -1,4 +1,4 @@
-"""Adapters among what users give -> checkpoints of one base."""
+"""Convert adapters in the user's input to checkpoints of their base."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .peft_config import CONFIG, PeftConfig, adapter_folder
 from .protocol import Entry, TensorInfo
 from .sources import open_checkpoint
 
-# what the tensors of PEFT's methods are called
+# tensor names of PEFT's methods
 OF_PEFT = re.compile(
     r"\.(lora_|hada_w|lokr_|oft_|boft_|ia3_l|vera_|randlora_|hra_|vblora_|fourierft_|waveft_|"
     r"base_layer\.|modules_to_save\.|original_module\.)|^prompt_embeddings$"
@@ -31,7 +31,7 @@ LAST = ("classifier", "score", "out_proj", "logits_proj", "summary")
 def resolve_adapters(
     given: Sequence[Any], module: Any, key: str | None
 ) -> tuple[list[Any], ModuleSource | None]:
-    """What was given, with adapters opened on their base; and the architecture of all."""
+    """The input with adapters opened on their base, and the architecture."""
     folders = {i: found for i, item in enumerate(given) if (found := _adapter_folder(item))}
     models = {i: item for i, item in enumerate(given) if is_peft_model(item)}
     if not folders and not models:
@@ -59,11 +59,11 @@ def resolve_adapters(
 def _why_missing(missing: Iterable[str], base: BaseModel) -> str:
     if base.varying.issuperset(missing):
         return (
-            ": module= gives it other values each time it is called, or is a PeftModel that has "
-            "trained it in place. Give the pretrained network, as it was before"
+            ": module= initializes it differently each time it is called, or is a PeftModel that "
+            "has trained it in place. Pass the pretrained network, as it was before"
         )
     return (
-        ". Save the adapters with it (peft: modules_to_save), or give the network that has it: "
+        ". Save the adapters with it (peft: modules_to_save), or pass the network that has it: "
         "module=build_base"
     )
 
@@ -78,13 +78,13 @@ def _adapter_folder(item: Any) -> Path | None:
 def _base(
     configs: dict[int, PeftConfig], folders: dict[int, Path], models: dict[int, Any], module: Any
 ) -> tuple[BaseModel, ModuleSource]:
-    """The base as given, else that of the first model in memory, else the folder it is named by."""
+    """The base that was passed, or that of the first model in memory, or the named folder."""
     wrapped = {-1: module} if is_peft_model(module) else models if module is None else {}
     for i, model in wrapped.items():
         network, changed = unwrapped(model, "module=" if i < 0 else f"checkpoint {i} (in memory)")
         return base_of_module(network, changed), network
-    named = find_architecture([], module)  # None where nothing is given
-    is_path = isinstance(module, (str, os.PathLike)) and bool(configs)  # they tell the task
+    named = find_architecture([], module)  # None if nothing was passed
+    is_path = isinstance(module, (str, os.PathLike)) and bool(configs)  # they contain the task
     if named is not None and not is_path:
         if isinstance(named, HubModule):
             return base_of_folder(named.path, named), named
@@ -102,14 +102,14 @@ def _base(
 
 
 def _one_base(configs: dict[int, PeftConfig], folders: dict[int, Path]) -> Path:
-    """The folder that all configurations name as their base."""
+    """The folder of the base that all configurations name."""
     found: dict[str, tuple[int, Path]] = {}
     for i, config in configs.items():
         base = _named_base(config)
         if base is None:
             raise CheckpointError(
                 f"{str(folders[i])!r} is an adapter of {config.base_model or 'an unnamed base'!r}, "
-                f"which is not on this machine, and nothing is fetched. Give the base: "
+                f"which is not on this machine, and sksoup does not download it. Pass the base: "
                 f"module=build_base, an nn.Module, or the path of its folder."
             )
         found.setdefault(os.path.realpath(base), (i, base))
@@ -118,8 +118,9 @@ def _one_base(configs: dict[int, PeftConfig], folders: dict[int, Path]) -> Path:
         other, its_base = others[0]
         raise CheckpointError(
             f"{str(folders[other])!r} can't join {str(folders[first])!r}: it is an adapter of "
-            f"{str(its_base)!r}, and that one of {str(base)!r}. Open adapters of one base "
-            f"together; if the two folders hold the same model, give it: module={str(base)!r}."
+            f"{str(its_base)!r}, but the other one is an adapter of {str(base)!r}. Open only "
+            f"adapters of the same base together; if the two folders hold the same model, pass it: "
+            f"module={str(base)!r}."
         )
     return base
 
@@ -129,7 +130,7 @@ def _named_base(config: PeftConfig) -> Path | None:
 
 
 def _warn_of_other_bases(configs: Iterable[PeftConfig], base: BaseModel) -> None:
-    """The base was given, and the names may be of copies of it, or not."""
+    """Warn if adapters of differently named bases are opened on the base that was passed."""
     named: dict[Any, str] = {}
     for config in configs:
         if config.base_model:
@@ -140,17 +141,17 @@ def _warn_of_other_bases(configs: Iterable[PeftConfig], base: BaseModel) -> None
         listed = ", ".join(repr(name) for name in [*named.values()][:3])
         warnings.warn(
             f"These adapters name several bases ({listed}{', ...' if len(named) > 3 else ''}) and "
-            f"are all added to {base!r}. If they were trained on different models, mix those of "
-            f"each alone.",
+            f"are all added to {base!r}. If they were trained on different models, mix only those "
+            f"of each alone.",
             SoupWarning,
             stacklevel=4,
         )
 
 
 def _n_labels(header: Mapping[str, TensorInfo], task: str | None) -> int | None:
-    """The outputs of a classifier that an adapter holds: of its last matrix.
+    """The number of outputs of a classifier in an adapter: that of its last matrix.
 
-    By its name, and since the matrices before it are mostly square.
+    Found by its name, and because the matrices before it are usually square.
     """
     if task not in ("SEQ_CLS", "TOKEN_CLS"):
         return None
@@ -173,21 +174,22 @@ def _warn_of_quantized(configs: dict[int, PeftConfig], base: BaseModel) -> None:
     packed = sorted({c.base_model for c in configs.values() if c.is_of_quantized_base})
     if packed:
         warnings.warn(
-            f"These adapters were trained on {packed[0]!r}, a base with quantized weights, and are "
-            f"added to {base!r} in full precision: compare scores before you rely on the soup.",
+            f"These adapters were trained on {packed[0]!r}, a base with quantized weights, but are "
+            f"added to {base!r} in full precision. Compare scores before you rely on the soup.",
             SoupWarning,
             stacklevel=4,
         )
 
 
 def refuse_factors(entry: Entry) -> None:
-    """Refuse a bare file or state dict with tensors of PEFT: a mean of factors is no mean."""
+    """Raise an error for a bare file or state dict with PEFT tensors."""
     if isinstance(entry.checkpoint, AdapterCheckpoint):
         return
     found = next((name for name in entry.header if OF_PEFT.search(name)), None)
     if found is not None:
         raise CheckpointError(
-            f"{entry!r} holds {found!r}, a part of a PEFT adapter: the mean of factors is not the "
-            f"factors of the mean. Give the folder that peft's save_pretrained writes, with "
-            f"{CONFIG}, and module=base; or merge the adapter (peft: model.merge_and_unload())."
+            f"{entry!r} holds {found!r}, a factor of a PEFT adapter, and the product of averaged "
+            f"factors is not the average of the products. Pass the folder that peft's "
+            f"save_pretrained writes, with {CONFIG}, and module=base; or merge the adapter (peft: "
+            f"model.merge_and_unload())."
         )

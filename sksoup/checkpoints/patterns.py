@@ -1,4 +1,4 @@
-"""Paths that match a pattern, wherever links lead."""
+"""Find paths that match a pattern, without following links endlessly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def matches_of(pattern: str) -> Iterator[Path]:
-    """Paths that match a pattern; "**" does not follow links, which may lead anywhere and back."""
+    """Paths that match a pattern; "**" does not follow links, which may form cycles."""
     if "**" not in pattern:
         yield from map(Path, glob.glob(pattern))
         return

@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json: what a LoRA adapter's factors mean, and what is refused."""
+"""PEFT's adapter_config.json: how to read LoRA factors, and which options are unsupported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .texts import read_text
 
 CONFIG = "adapter_config.json"
 LIMIT = 1 << 20  # bytes; with patterns for every layer a config has some 100 kB
-# fields that say how an adapter was trained, or that are understood here; all others must be off
+# fields about training, or that are supported here; all others must be switched off
 KNOWN = frozenset(
     {
         "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path",
@@ -29,22 +29,22 @@ KNOWN = frozenset(
         "eva_config",
     }
 )  # fmt: skip
-# ways to begin that leave the base as it was; PiSSA, OLoRA, CorDA, LoftQ, ... change it
+# initializations that do not change the base; PiSSA, OLoRA, CorDA, LoftQ, ... change it
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-# names of bases whose weights are packed
+# name parts of bases with quantized weights
 QUANTIZED = re.compile(r"(?i)(bnb|nf4|gptq|awq|hqq|fp8|\bint[48]|[48]-?bit)")
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What a configuration says of the factors.
+    """The configuration of an adapter's factors.
 
     Parameters
     ----------
     where : str
-        The adapter, for errors.
+                The adapter, as named in errors.
     fields : mapping
-        As ``adapter_config.json`` holds them.
+        Fields of ``adapter_config.json``.
     """
 
     where: str
@@ -69,24 +69,24 @@ class PeftConfig:
 
     @property
     def base_model(self) -> str:
-        """Name or path of the base; empty where none is named."""
+        """Name or path of the base; empty if there is none."""
         name = self.fields.get("base_model_name_or_path")
         return name if isinstance(name, str) else ""
 
     @property
     def is_of_quantized_base(self) -> bool:
-        """Whether the name of the base says that its weights are packed."""
+        """Whether the name of the base suggests that its weights are quantized."""
         return QUANTIZED.search(self.base_model) is not None
 
     def checked(self) -> PeftConfig:
-        """The same, once it is known to be plain LoRA and every field to be understood."""
+        """The same, after checking that it is plain LoRA with supported fields only."""
         fields = self.fields
         kind = fields.get("peft_type")
         if kind != "LORA":
-            self._refuse(f"its 'peft_type' is {kind!r}, and only LORA is a sum of products")
+            self._refuse(f"its 'peft_type' is {kind!r}, expected 'LORA'")
         for name, value in fields.items():
             if name not in KNOWN and value:  # empty, None, False and 0 switch it off
-                self._refuse(f"it was trained with {name}={short(value)}, which is not known here")
+                self._refuse(f"it was trained with {name}={short(value)}, which is not supported")
         start = fields.get("init_lora_weights")
         if start not in PLAIN_STARTS:
             self._refuse(
@@ -107,30 +107,33 @@ class PeftConfig:
 
     @cached_property
     def targets(self) -> Targets:
-        """The modules that PEFT gives factors."""
+        """The modules to which PEFT adds factors."""
         return Targets(self.where, self.fields)
 
     def check_work(self, n_modules: int) -> None:
-        """Refuse patterns that take long to match with as many modules."""
+        """Raise an error for patterns that take too long to match with this many modules."""
         check_work(self.where, self._tries, n_modules)
 
     @cached_property
     def _tries(self) -> float:
-        """How many tries the name of a module may take; an error if a pattern may take too many."""
+        """Bound on the matching attempts per module name; raise an error if it is too large."""
         fields = ("rank_pattern", "alpha_pattern")
         of_fields = [check_patterns(self.where, f, self.fields.get(f) or {}) for f in fields]
         return self.targets.check() + sum(of_fields)
 
     def scaling(self, module: str, rank: int) -> float:
-        """What the product of a module's factors is multiplied by: lambda."""
+        """The factor lambda of the product of a module's factors."""
         expected = self._of_module("rank_pattern", module, self.fields.get("r", 8))
         if expected != rank:
-            self._refuse(f"the factors of {module!r} have rank {rank}, and it says {expected}")
+            self._refuse(
+                f"the factors of {module!r} have rank {rank}, expected {expected} as in "
+                f"its configuration"
+            )
         alpha = float(self._of_module("alpha_pattern", module, self.fields.get("lora_alpha", 8)))
         return alpha / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
 
     def _of_module(self, field: str, module: str, otherwise: Any) -> Any:
-        """The value of the first pattern that the module's name ends in, as in PEFT."""
+        """The value of the first pattern that matches the end of the module's name, as in PEFT."""
         for pattern, value in self._patterns[field]:
             if pattern.match(module):
                 return value
@@ -138,7 +141,7 @@ class PeftConfig:
 
     @cached_property
     def _patterns(self) -> dict[str, list[tuple[re.Pattern[str], Any]]]:
-        """For each field of patterns, each as an expression, and its value."""
+        """The compiled patterns of each field, with their values."""
         return {
             field: [(expression(p), v) for p, v in (self.fields.get(field) or {}).items()]
             for field in ("rank_pattern", "alpha_pattern")
@@ -164,5 +167,5 @@ def adapter_folder(path: Path) -> Path | None:
 
 
 def is_adapter_folder(path: Path) -> bool:
-    """Whether a path is a folder of PEFT."""
+    """Whether a path is a PEFT folder."""
     return (path / CONFIG).is_file()

@@ -1,4 +1,4 @@
-"""Patterns of names in a PEFT configuration: which ones are matched, and what that may take."""
+"""Patterns of names in a PEFT configuration, and bounds on the time to match them."""
 
 from __future__ import annotations
 
@@ -9,72 +9,75 @@ from typing import Any, NoReturn
 
 from ..exceptions import CheckpointError
 
-# a pattern of names may take exponential time to match: repeats share the letters of a name in as
-# many ways as there are, one of a group may square that, an optional part (not the "?" of a group
-# or a lazy repeat) doubles it, and a group of alternatives multiplies it by their number
+# matching a pattern may take exponential time: repeats can split the letters of a name in many
+# ways, repeats of a group may square that number, an optional part (not the "?" of a group or a
+# lazy repeat) doubles it, and a group of alternatives multiplies it by their number
 REPEATS = re.compile(r"[*+{]")
 REPEATED_GROUP = re.compile(r"\)[*+{]")
 OPTIONAL = re.compile(r"(?<![(*+}])\?")
-# flags, names, conditions, references; characters by their numbers, of which a class may have
-# ranges that take long to compile
+# flags, names, conditions, references; characters by code, with which a class may have ranges
+# that take long to compile
 ODD = re.compile(r"\(\?(?![:=!]|<[=!])|\\[^\W_dDwWsSbBAZ]")
-LONGEST = 500  # characters; a pattern with 80 layers has 300
-LETTERS = 64  # of a name; those of language models have about 50
-MOST_TRIES = 2e5  # of all patterns of a field
-MOST_WORK = 1e8  # tries of all patterns for all modules, some seconds
-MOST_PATTERNS = 10_000  # one for each layer is some 500
+LONGEST = 500  # characters; a pattern for 80 layers has 300
+LETTERS = 64  # per name; those of language models have about 50
+MOST_TRIES = 2e5  # for all patterns of a field
+MOST_WORK = 1e8  # attempts for all patterns and modules, a few seconds
+MOST_PATTERNS = 10_000  # one for each layer are about 500
 
 
 def check_patterns(
     where: str, field: str, patterns: Collection[Any], most_repeats: int = 2
 ) -> float:
-    """Refuse patterns that take long to compile or to match; how many tries a name may take."""
+    """Raise an error for patterns that take too long; return a bound on attempts per name."""
     if len(patterns) > MOST_PATTERNS:
-        refuse(where, f"its {field!r} holds {len(patterns):,} patterns, more than a network has")
+        refuse(where, f"its {field!r} holds {len(patterns):,} patterns, more than a network needs")
     tries = 0.0
     for pattern in patterns:
         if not isinstance(pattern, str):
-            refuse(where, f"its {field!r} holds {short(pattern)}, expected texts")
+            refuse(where, f"its {field!r} holds {short(pattern)}, expected strings")
         tries += _tries(pattern)
         if tries > MOST_TRIES or is_slow(pattern, most_repeats):
             refuse(
                 where,
-                f"its {field!r} holds {short(pattern)}, which may take too long to match: list "
-                f"the names, or use at most {LONGEST} characters, {most_repeats} repeats, none of "
-                f"a group, few alternatives, and no flags",
+                f"its {field!r} holds {short(pattern)}, which may take too long to match. List the "
+                f"names, or use at most {LONGEST} characters, {most_repeats} repeats, no repeated "
+                f"groups, few alternatives, and no flags",
             )
         try:
             expression(pattern)
         except (re.error, RecursionError, OverflowError) as error:
-            refuse(where, f"its {field!r} holds {short(pattern)}, which is no pattern ({error})")
+            refuse(
+                where,
+                f"its {field!r} holds {short(pattern)}, which is not a valid pattern ({error})",
+            )
     return tries
 
 
 def check_work(where: str, tries: float, n_modules: int) -> None:
-    """Refuse patterns that take long to match with as many modules."""
+    """Raise an error for patterns that take too long to match with this many modules."""
     if tries * n_modules > MOST_WORK:
         refuse(
             where,
-            f"its patterns may take too long to match with {n_modules:,} modules: list the names, "
+            f"its patterns may take too long to match with {n_modules:,} modules. List the names, "
             f"or use fewer repeats, optional parts and alternatives",
         )
 
 
 def expression(pattern: str) -> re.Pattern[str]:
-    """What PEFT matches the names of modules with."""
+    """Compile a pattern for module names as PEFT does."""
     return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def refuse(where: str, why: str) -> NoReturn:
-    """The error of an adapter that is not understood, or not opened."""
+    """Raise the error for an adapter that is not supported."""
     raise CheckpointError(
         f"{where} can't be opened as a LoRA adapter: {why}. Merge it into its base model (peft: "
-        f"model.merge_and_unload()) and give whole models instead."
+        f"model.merge_and_unload()) and pass whole models instead."
     )
 
 
 def short(value: Any) -> str:
-    """A value in an error, cut."""
+    """The repr of a value, shortened for an error."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -92,7 +95,7 @@ def is_slow(pattern: str, most_repeats: int) -> bool:
 
 
 def _tries(pattern: str) -> float:
-    """An upper bound, roughly, of the ways to match a pattern to a name; at most a billion."""
+    """A rough upper bound on the ways to match a pattern to a name, at most a billion."""
     bars, groups = pattern.count("|"), max(1, pattern.count("("))
     n_repeats = min(len(REPEATS.findall(pattern)), LETTERS)
     of_repeats = math.log(math.comb(LETTERS + n_repeats, n_repeats))

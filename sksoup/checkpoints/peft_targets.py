@@ -1,4 +1,4 @@
-"""The modules that PEFT gives factors when it loads an adapter, by the adapter's configuration."""
+"""The modules to which PEFT adds factors when it loads an adapter, by its configuration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from .peft_patterns import check_patterns, is_slow, refuse, short
 
-NOT_PLAIN = re.compile(r"[\\^$*+?{}\[\]|()]")  # PEFT takes these names as expressions
+NOT_PLAIN = re.compile(r"[\\^$*+?{}\[\]|()]")  # PEFT treats names with these as expressions
 ALL_LINEAR = "all-linear"
 MOST_REPEATS = 3  # such as .*language_model.*attn.*_proj
 MOST_PATTERNS = 100  # of 'layers_pattern': one or two are usual
@@ -20,13 +20,13 @@ ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 
 
 class Targets:
-    """What a configuration's fields select, by the rule of PEFT's `check_target_module_exists`."""
+    """The modules selected by a configuration, as in PEFT's `check_target_module_exists`."""
 
     def __init__(self, where: str, fields: Mapping[str, Any]) -> None:
         self.where, self._fields = where, fields
 
     def check(self) -> float:
-        """Refuse fields that would not be understood; how many tries a name may take."""
+        """Raise an error for unsupported fields; return a bound on attempts per name."""
         tries = 0.0
         for field in ("target_modules", "exclude_modules"):
             value = self._fields.get(field)
@@ -44,15 +44,15 @@ class Targets:
         return tries
 
     def _is_matched(self, field: str) -> bool:
-        """Whether an expression is matched here: no list of names, and none that may take long.
+        """Whether an expression is matched here: not a list of names, and not too long.
 
-        Long expressions are written by training libraries; only PEFT matches them.
+        Training libraries write long expressions, which only PEFT matches.
         """
         value = str(self._fields[field])
         return _listed(value) is None and not is_slow(value, MOST_REPEATS)
 
     def selects(self, module: str, is_linear: bool, is_output: bool) -> bool:
-        """Whether PEFT gives a module factors; ``is_output`` is of what "all-linear" leaves out."""
+        """Whether PEFT adds factors to a module; "all-linear" excludes it if ``is_output``."""
         if self._is_in("exclude_modules", module):
             return False
         if not self._saved.isdisjoint(_spans(module)):
@@ -66,7 +66,7 @@ class Targets:
         return not is_by_suffix or self._is_in_layers(module)
 
     def _is_in(self, field: str, module: str) -> bool:
-        """Whether a name ends in one of a list, or is matched by an expression."""
+        """Whether a name ends with one of a list, or matches an expression."""
         value = self._fields.get(field)
         if not value:
             return False
@@ -74,7 +74,7 @@ class Targets:
             listed = self._sets[field]
             if listed or self._is_matched(field):
                 return module in listed if listed else re.fullmatch(value, module) is not None
-            return field == "target_modules"  # it is taken at its word
+            return field == "target_modules"  # trusted without matching
         return not self._sets[field].isdisjoint(_ends(module))
 
     def _is_in_layers(self, module: str) -> bool:
@@ -111,7 +111,7 @@ class Targets:
         return frozenset(layers)
 
     def _names(self, field: str) -> Collection[str]:
-        """A field that is a list of names, or None; an error for anything else."""
+        """A field that is a list of names or None; raise an error for anything else."""
         value = self._fields.get(field) or ()
         if isinstance(value, str) and field == "layers_pattern":
             return [value]
@@ -123,7 +123,7 @@ class Targets:
 
 
 def _listed(pattern: str) -> frozenset[str] | None:
-    """The names that an expression is a plain list of, such as a soup's adapter may have."""
+    """The names in an expression that is a plain list, as in a soup's adapter."""
     if (found := NAMES.fullmatch(pattern)) is None:
         return None
     names = found[1] if found[1] is not None else found[2]
@@ -131,14 +131,14 @@ def _listed(pattern: str) -> frozenset[str] | None:
 
 
 def _ends(module: str) -> Iterator[str]:
-    """The name, and what is behind each of its dots."""
+    """The name, and its parts after each dot."""
     yield module
     parts = module.split(".")
     yield from (".".join(parts[k:]) for k in range(1, len(parts)))
 
 
 def _spans(module: str) -> Iterator[str]:
-    """All names between two dots, or ends, of a name."""
+    """All parts of a name between two dots or its ends."""
     parts = module.split(".")
     yield from (
         ".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)

@@ -1,4 +1,4 @@
-"""What a pickle would build, seen from its opcodes: nothing is built, and nothing runs."""
+"""Find out what a pickle would build from its opcodes, without building or running anything."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ import torch
 
 from ..exceptions import CheckpointError
 
-# all of torch that a state dict needs: torch itself, and libraries, allow more, such as classes
-# that open connections, and what builds tensors of any size, or without values
+# everything in torch that a state dict needs; torch and libraries allow more, such as classes that
+# open connections, and functions that build tensors of any size or without values
 _OF_TORCH = re.compile(
     r"torch\.(Size|device|([A-Z]\w*)?Tensor|[A-Z]\w*Storage|storage\.(Untyped|Typed)Storage"
     r"|nn\.parameter\.(Parameter|Buffer)|serialization\._get_layout"
     r"|_tensor\._rebuild_from_type_v2"
     r"|_utils\._rebuild_(tensor(_v[23])?|parameter(_with_state)?|sparse_tensor|qtensor))"
 )
-# attributes that a pickle must not set: they would hide methods
+# attributes that a pickle must not set, because they would hide methods
 _METHODS = {*dir(torch.Tensor), *dir(OrderedDict)}
-REUSED = 16  # times the size of a pickle that its calls may be given in all
+REUSED = 16  # maximum total size of the arguments of calls, in sizes of the pickle
 _LITERALS = ("NONE", "NEWFALSE", "NEWTRUE", "EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET",
              "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1")  # fmt: skip
-LEAST = 1 << 16  # bytes that a pickle counts for, if it has fewer
-NESTED = 10_000  # tuples within a tuple, each time it occurs: the hash of a tuple visits all
+LEAST = 1 << 16  # bytes that a smaller pickle is counted as
+NESTED = 10_000  # tuples within a tuple, counting repeats: hashing a tuple visits all of them
 ZIP64, LOCATOR, END = 56, 20, 22  # bytes of the records at the end of a zip archive
 LIST_OF_TEXTS = re.compile(r"\x80\](\(X*e|Xa)*\.")  # opcodes, without those of the memo
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -54,41 +54,42 @@ class _Tuple:
 
 @dataclass
 class _Box:
-    """A list, a dict or a set: its size, and the texts that are keys."""
+    """A list, a dict or a set: its size, and the keys that are strings."""
 
     size: int = 1
     keys: set[str] = field(default_factory=set)
 
     def take(self, items: list[Any], has_keys: bool) -> None:
-        """Add items; keys and values in turn."""
+        """Add items; for dicts, keys and values alternate."""
         self.size += sum(map(_size, items))
         if has_keys:
             self.keys.update(key for key in items[::2] if isinstance(key, str))
 
 
 def _size(value: Any) -> int:
-    """About how much a value holds: characters, items."""
+    """The approximate size of a value: characters, items."""
     if isinstance(value, str):
         return 1 + len(value)
     return value.size if isinstance(value, (_Tuple, _Box)) else 1
 
 
 def is_zip(path: Path) -> bool:
-    """Whether torch reads a file as a zip archive: by its first bytes, Python by its last ones."""
+    """Whether torch reads a file as a zip archive: it checks the first bytes, Python the last."""
     with path.open("rb") as file:
         found = file.read(4) == b"PK\3\4"
     if found == zipfile.is_zipfile(path):
         return found
     if found:
-        raise ValueError("it begins as a zip archive and does not end as one")
+        raise ValueError("it begins as a zip archive but does not end as one")
     raise CheckpointError(
-        f"{str(path)!r} can't be read: it is a zip archive by its last bytes and none by its first "
-        f"ones, so that two readers find different things in it. Load and save it with torch again."
+        f"{str(path)!r} can't be read: it is a zip archive according to its last bytes, but not "
+        f"according to its first ones, so two programs may read different contents. Load it and "
+        f"save it again with torch."
     )
 
 
 def check_pickles(path: Path) -> None:
-    """Refuse a file of torch.save that would fill memory, or never end, while it is read."""
+    """Raise an error for a torch file that would fill memory or never finish loading."""
     if not is_zip(path):
         with path.open("rb") as file:
             for _ in range(4):  # magic number, version, system, the object
@@ -96,43 +97,43 @@ def check_pickles(path: Path) -> None:
             listed = _keys(file, path) if used else set()
         if lost := sorted(used - listed):
             raise CheckpointError(
-                f"{str(path)!r} can't be read: the numbers of the storage {lost[0]!r} are not in "
-                f"it, and torch would give what is in memory. Load and save it with torch again."
+                f"{str(path)!r} can't be read: the data of the storage {lost[0]!r} is missing, and "
+                f"torch would return uninitialized memory. Load it and save it again with torch."
             )
         return
     with zipfile.ZipFile(path) as archive:
         if _directory(path) != archive.start_dir:
             raise CheckpointError(
-                f"{str(path)!r} can't be read: it is a zip archive whose end says that its "
-                f"directory is elsewhere than where it is, so that other readers may find other "
-                f"members in it. Load and save it with torch again."
+                f"{str(path)!r} can't be read: it is a zip archive whose end record points to a "
+                f"wrong position of its directory, so other programs may find other members in it. "
+                f"Load it and save it again with torch."
             )
         members = archive.infolist()
         packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-        # names of members are compared without case, and as they are stored: an extra field that
-        # gives another one is for zipfile alone
+        # names of members are compared as they are stored, without case: only zipfile uses an extra
+        # field with another name
         last = [(m.orig_filename.lower().rpartition("/")[2], m) for m in members]
         found = [m for name, m in last if name == "data.pkl"]
         if packed or archive.comment or len(found) > 1:
             raise CheckpointError(
                 f"{str(path)!r} can't be read: it is a zip archive that torch.save does not write: "
                 f"{'its members are compressed' if packed else 'it holds more than one pickle'}. "
-                f"Load and save it with torch again."
+                f"Load it and save it again with torch."
             )
         orders = [archive.open(m).read(8).decode("latin1") for n, m in last if n == "byteorder"]
-        if set(orders) - {sys.byteorder}:  # torch swaps bytes even where there are none: on 'meta'
+        if set(orders) - {sys.byteorder}:  # torch swaps bytes even on 'meta', where there are none
             raise CheckpointError(
-                f"{str(path)!r} can't be read: its numbers have the byte order {orders[0]!r}, "
-                f"expected {sys.byteorder!r}. Load it with torch and save it as .safetensors."
+                f"{str(path)!r} can't be read: it has the byte order {orders[0]!r}, expected "
+                f"{sys.byteorder!r}. Load it with torch and save it as .safetensors."
             )
         for member in found:
             _check(io.BytesIO(archive.read(member)), path)
 
 
 def _directory(path: Path) -> int:
-    """Where the end of a zip archive says that the directory begins, as torch reads it.
+    """The start of the directory according to the end of a zip archive, as torch reads it.
 
-    Python's zipfile takes the bytes just before the end instead. -1 where they contradict.
+    Python's zipfile uses the bytes just before the end instead. -1 if the two disagree.
     """
     with path.open("rb") as file:
         size = file.seek(0, io.SEEK_END)
@@ -149,7 +150,7 @@ def _directory(path: Path) -> int:
 
 
 def _keys(file: IO[bytes], path: Path) -> set[str]:
-    """The keys of the storages whose numbers follow: a pickled list of texts."""
+    """The keys of the storages that follow: a pickled list of strings."""
     found = list(pickletools.genops(file))
     codes = "".join(op.code for op, _, _ in found if op.code not in "qr")
     if not LIST_OF_TEXTS.fullmatch(codes):
@@ -158,7 +159,7 @@ def _keys(file: IO[bytes], path: Path) -> set[str]:
 
 
 def _check(file: IO[bytes], path: Path) -> set[str]:
-    """Follow one pickle: a stack of texts, names, tuples, and None for all else.
+    """Simulate one pickle with a stack of strings, names and tuples, and None for all else.
 
     Returns the keys of the storages that it uses.
     """
@@ -166,7 +167,7 @@ def _check(file: IO[bytes], path: Path) -> set[str]:
     stack: list[Any] = []
     marks: list[list[Any]] = []
     memo: dict[Any, Any] = {}
-    given = 0  # what calls were given, again and again where it is from the memo
+    given = 0  # total size of the arguments of calls, counting repeats from the memo
     for op, arg, where in pickletools.genops(file):
         name = op.name
         if name in ("BINPUT", "LONG_BINPUT"):
@@ -208,9 +209,9 @@ def _check(file: IO[bytes], path: Path) -> set[str]:
         elif name == "GLOBAL":
             stack.append(_Global(_checked_name(str(arg), path)))
         elif name != "PROTO":
-            return used if name == "STOP" else set()  # or an opcode that torch's reader refuses
+            return used if name == "STOP" else set()  # or an opcode that torch rejects
         if given > REUSED * max(where or 0, LEAST):
-            raise _refused(path, "calls that are given the same again and again")
+            raise _refused(path, "calls with the same large arguments again and again")
     return used
 
 
@@ -220,7 +221,7 @@ def _fill(box: Any, items: list[Any], has_keys: bool) -> None:
 
 
 def _check_state(state: Any, path: Path) -> None:
-    """Refuse attributes that would hide methods of tensors and dicts."""
+    """Raise an error for attributes that would hide methods of tensors and dicts."""
     parts = state.items if isinstance(state, _Tuple) else (state,)
     for part in parts:
         keys = part.keys if isinstance(part, _Box) else ()
@@ -229,7 +230,7 @@ def _check_state(state: Any, path: Path) -> None:
 
 
 def _key(storage: Any, path: Path) -> str:
-    """The key of a storage, from the tuple that stands for it: ("storage", class, key, ...)."""
+    """The key of a storage, from its tuple ("storage", class, key, ...)."""
     items = storage.items if isinstance(storage, _Tuple) else ()
     if len(items) < 3 or not isinstance(items[2], str):
         raise _refused(path, "more than tensors (a storage without a key)")
@@ -237,15 +238,15 @@ def _key(storage: Any, path: Path) -> str:
 
 
 def _nested(items: list[Any], path: Path) -> _Tuple:
-    """A tuple of these; an error for one that is made of itself, over and over."""
+    """A tuple of these items; raise an error for one that contains itself many times."""
     weight = 1 + sum(item.weight for item in items if isinstance(item, _Tuple))
     if weight > NESTED:
-        raise _refused(path, "tuples nested so that a reader would never end")
+        raise _refused(path, "tuples nested so deeply that reading would not finish")
     return _Tuple(tuple(items), weight, 1 + sum(map(_size, items)))
 
 
 def _checked_name(name: str, path: Path) -> str:
-    """A module and a name in it; an error for what is of torch and no part of tensors."""
+    """A module and a name in it; raise an error for names in torch not needed for tensors."""
     module, _, attribute = name.rpartition(" ")
     full = f"{module}.{attribute}"
     is_known = _OF_TORCH.fullmatch(full) is not None
@@ -255,26 +256,28 @@ def _checked_name(name: str, path: Path) -> str:
     if module.partition(".")[0] == "torch" and not is_dtype and not is_known:
         raise CheckpointError(
             f"{str(path)!r} can't be read: it holds more than tensors ({full}), and reading it "
-            f"could run code. sksoup never unpickles code; save the state dict alone: "
+            f"could run code. sksoup never unpickles code. Save only the state dict: "
             f"torch.save(module.state_dict(), path)."
         )
     return full
 
 
 def _check_call(called: Any, arguments: Any, path: Path) -> None:
-    """Refuse calls of what is no name, tensors and storages without numbers, and encodings."""
+    """Raise an error for calls of unnamed objects, tensors without data, and encodings."""
     if not isinstance(called, _Global):
-        raise _refused(path, "more than tensors (a call of what is no class or function)")
+        raise _refused(
+            path, "more than tensors (a call of something that is not a class or function)"
+        )
     kind, items = called.name, arguments.items if isinstance(arguments, _Tuple) else ()
     if kind.startswith("torch.") and kind.endswith(("Tensor", "Storage")):
-        # given a size, they hold what is in the memory of the process
-        raise _refused(path, f"tensors without their numbers (a call of {kind})")
+        # given a size only, they would expose memory of the process
+        raise _refused(path, f"tensors without their values (a call of {kind})")
     if kind.endswith("._rebuild_from_type_v2"):  # it calls its first argument with its third
         inner, given = (items[0], items[2]) if len(items) > 2 else (None, None)
         _check_call(inner, given, path)
         if len(items) > 3:
             _check_state(items[3], path)
-    # encodings other than the one that bytes are saved with, such as hex, double the size each time
+    # encodings other than that of saved bytes, such as hex, double the size each time
     is_latin1 = len(items) == 2 and isinstance(items[0], str) and items[1] == "latin1"
     if kind == "_codecs.encode" and not is_latin1:
         raise _refused(path, "an encoding that torch.save does not write")
@@ -282,6 +285,6 @@ def _check_call(called: Any, arguments: Any, path: Path) -> None:
 
 def _refused(path: Path, found: str) -> CheckpointError:
     return CheckpointError(
-        f"{str(path)!r} can't be read: it holds {found}, which could fill the memory, show what "
-        f"is in it, or hang. Save the state dict alone: torch.save(module.state_dict(), path)."
+        f"{str(path)!r} can't be read: it holds {found}, which could fill the memory, expose its "
+        f"contents, or hang. Save only the state dict: torch.save(module.state_dict(), path)."
     )

@@ -1,4 +1,4 @@
-"""Prefixes that wrappers put before all names of a network: dropped where that makes them fit."""
+"""Remove the prefixes that wrappers add to all names of a network, if the names then match."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from .architecture import ModuleSource, module_names
 from .protocol import Entry
 
 PREFIXES = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, Lightning
-CHAIN = 8  # wrappers around each other, at most
+CHAIN = 8  # maximum number of nested wrappers
 
 
 def take_prefix(entries: Sequence[Entry], prefix: str) -> list[Entry]:
-    """Take the tensors whose names begin with this; it is an error where none does."""
+    """Select the tensors whose names start with a prefix; raise an error if there are none."""
     taken = [Entry(entry.checkpoint, prefix, is_given=True) for entry in entries]
     for entry in taken:
         if not entry.header:
             names = list(entry.checkpoint.header)
             raise CheckpointError(
-                f"{entry!r} can't be opened with prefix={prefix!r}: no name in it begins so. Its "
-                f"names are {', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''}."
+                f"{entry!r} can't be opened with prefix={prefix!r}: no tensor name starts with it. "
+                f"Its names are "
+                f"{', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''}."
             )
     return taken
 
 
 def drop_prefixes(entries: Sequence[Entry], module: ModuleSource | None) -> list[Entry]:
-    """Drop the known prefixes where that makes the names fit; those that the user gave stay."""
+    """Remove known prefixes if the names then match; prefixes passed by the user are kept."""
     if any(entry.is_given for entry in entries):
         return list(entries)
     if any(len(prefixes_of(list(entry.checkpoint.header))) > 1 for entry in entries):
@@ -36,7 +37,7 @@ def drop_prefixes(entries: Sequence[Entry], module: ModuleSource | None) -> list
 
 
 def fit_names(entries: Sequence[Entry], wanted: set[str] | None) -> list[Entry]:
-    """Drop the prefixes that make the names those wanted, or else each other's."""
+    """Remove the prefixes so that the names match the wanted ones, or each other."""
     names = [list(entry.checkpoint.header) for entry in entries]
     choices = [prefixes_of(some) for some in names]
     fitting = [""] * len(entries)

@@ -1,4 +1,4 @@
-"""What a checkpoint is: named tensors, their shapes without a read, their values one at a time."""
+"""The interface of a checkpoint: shapes without reading, and values one tensor at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
 import torch
 
 Read: TypeAlias = Callable[[str], torch.Tensor]
-HASHING = threading.Lock()  # so that nothing is hashed twice at once
+HASHING = threading.Lock()  # keeps threads from hashing the same file twice
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TensorInfo:
         return self.size * self.dtype.itemsize
 
     def rows(self, where: slice | None) -> TensorInfo:
-        """Of some rows; None is all."""
+        """The shape and dtype of some rows; None is all of them."""
         if where is None:
             return self
         n = len(range(*where.indices(self.shape[0])))
@@ -48,7 +48,7 @@ class TensorInfo:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors of one shape have the same dtype and bits (NaN equals itself)."""
+    """Whether two tensors of the same shape have the same dtype and bits (NaN equals itself)."""
     if a.dtype != b.dtype:
         return False
     as_integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
@@ -56,7 +56,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def is_text(name: str) -> bool:
-    """Whether a name can be written as UTF-8: it holds no half of a surrogate pair."""
+    """Whether a name can be encoded as UTF-8, that is, has no unpaired surrogates."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -66,34 +66,34 @@ def is_text(name: str) -> bool:
 
 @runtime_checkable
 class Checkpoint(Protocol):
-    """One network's weights, in a file or computed; a collection takes any such object as it is.
+    """The weights of one network, in a file or computed; a collection accepts any such object.
 
-    A subclass inherits what holds for a checkpoint without a file and without tensors in memory.
-    A format of files is added to ``sources.KINDS``, too. Names are those of the file.
+    The defaults are those of a checkpoint without a file and without tensors in memory. A new file
+    format must also be added to ``sources.KINDS``. Tensor names are those in the file.
     """
 
-    header: Mapping[str, TensorInfo]  # of every tensor, without reading any
-    path: Path | None = None  # of its file or folder
-    key: str | None = None  # which state dict of a container it is, where that was given
+    header: Mapping[str, TensorInfo]  # of every tensor, without reading values
+    path: Path | None = None  # its file or folder
+    key: str | None = None  # which state dict of the file was selected, if any
 
     def open(self) -> AbstractContextManager[Read]:
-        """Give ``read(name) -> tensor``, on the CPU; perhaps a view of a file: use it promptly."""
+        """Yield ``read(name) -> tensor``, on the CPU; it may be a view of the file."""
         raise NotImplementedError
 
     def open_rows(self, rows: Mapping[str, slice]) -> AbstractContextManager[Read]:
-        """Give what reads no more than these rows of the tensors named, all of the others."""
+        """Yield a function that reads these rows of the named tensors, and all of the others."""
         return _cut(self.open(), rows)
 
     def identity(self) -> tuple[Any, ...]:
-        """What distinguishes it from one that took its place, without reading it."""
+        """An identity that changes if the checkpoint is replaced; found without reading it."""
         raise NotImplementedError
 
     def sha256(self, prefix: str = "") -> str:
-        """SHA-256 of its files; without any, `content_sha256` of what is behind the prefix."""
+        """SHA-256 of its files; without files, `content_sha256` of the tensors with the prefix."""
         raise NotImplementedError
 
     def warm(self) -> None:
-        """Have the operating system read it into its cache, if it can."""
+        """Ask the operating system to read it into its cache, if possible."""
         return
 
     def held_tensors(self) -> Iterable[torch.Tensor]:
@@ -109,11 +109,11 @@ def _cut(opened: AbstractContextManager[Read], rows: Mapping[str, slice]) -> Ite
 
 @dataclass(frozen=True)
 class Entry:
-    """A checkpoint in a collection: the tensors whose names begin with a prefix, without it."""
+    """A checkpoint in a collection: the tensors with a prefix, which is removed from names."""
 
     checkpoint: Checkpoint
     prefix: str = ""
-    is_given: bool = False  # the prefix, by the user
+    is_given: bool = False  # whether the user passed the prefix
     header: Mapping[str, TensorInfo] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

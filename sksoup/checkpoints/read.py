@@ -1,4 +1,4 @@
-"""Files of tensors: the header first, then tensors one at a time; safetensors."""
+"""Read files of tensors: first the header, then one tensor at a time; safetensors files."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from safetensors import safe_open
 from ..exceptions import CheckpointError
 from .protocol import HASHING, Checkpoint, Read, TensorInfo, is_text
 
-LEAVE_OUT = "leave it out: move it to another folder, or give the paths of the others only"
+LEAVE_OUT = "leave it out: move it to another folder, or pass only the paths of the others"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-# what torch makes of Ctrl-C while it takes over the bytes of a safetensors file, whatever they are
+# torch raises this for Ctrl-C while it takes over the bytes of a safetensors file
 SWALLOWED = "could not determine the shape of object type 'torch.storage.UntypedStorage'"
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -32,15 +32,15 @@ SAFETENSORS_DTYPES = {
 
 
 def file_identity(path: Path) -> tuple[int, int, int]:
-    """Size, modification time (ns) and inode: another file in its place differs in one of them."""
+    """Size, modification time (ns) and inode; a file that replaces it differs in one of them."""
     try:
         found = path.stat()
-    except (OSError, ValueError) as error:  # ValueError: a NUL or half a character in the name
+    except (OSError, ValueError) as error:  # ValueError: NUL or a surrogate in the name
         raise CheckpointError(
             f"{str(path)!r} can't be opened: {getattr(error, 'strerror', None) or error}. Check "
             f"the path, or leave the checkpoint out of the collection."
         ) from error
-    if not is_text(str(path)):  # safetensors and torch read none of these
+    if not is_text(str(path)):  # safetensors and torch can't read these
         raise CheckpointError(
             f"{str(path)!r} can't be opened: its name is not valid Unicode (UTF-8). Rename it."
         )
@@ -54,7 +54,7 @@ def file_identity(path: Path) -> tuple[int, int, int]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn whatever a reader raises on a damaged file into a CheckpointError that names it."""
+    """Convert any error of a reader on a damaged file to a CheckpointError with its path."""
     try:
         yield
     except CheckpointError:
@@ -66,57 +66,58 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
-    """The error for a file on which a reader has failed, with a remedy for the reason."""
+    """The error for a file that a reader could not read, with a remedy for the cause."""
     text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
     line = text.splitlines()[0] if text else ""
     if "Weights only load failed" in str(error) and re.search("GLOBAL|allowlisted", text):
         found = re.search(r"GLOBAL ([\w.]+)", text)
         wrong = (
             f"can't be read: it holds more than tensors{f' ({found[1]})' if found else ''}, and "
-            f"reading it could run code. sksoup never unpickles code; save the state dict alone: "
+            f"reading it could run code. sksoup never unpickles code. Save only the state dict: "
             f"torch.save(module.state_dict(), path)."
         )
     elif "Unsupported operand" in text:
         wrong = (
-            "can't be read safely: it was written with a pickle protocol that torch reads only by "
-            "running code. Save it anew, without pickle_protocol=."
+            "can't be read safely: it was written with a pickle protocol that torch can read only "
+            "by running code. Save it again, without pickle_protocol=."
         )
     elif "Can only " in text:
         wrong = (
-            f"can't be read: it holds objects beside tensors that can't be read without running "
-            f"code ({line}). Save the state dict alone: torch.save(module.state_dict(), path)."
+            f"can't be read: in addition to tensors it holds objects that can't be read without "
+            f"running code ({line}). Save only the state dict: torch.save(module.state_dict(), "
+            f"path)."
         )
     else:
         reason = f"{type(error).__name__}: {line}".rstrip(": .")
         wrong = f"can't be read: {reason}. "
         if isinstance(error, MemoryError) or "allocate memory" in text:
-            wrong += "There is too little memory, or its header is damaged."
+            wrong += "There is too little memory, or the header is damaged."
         else:
             wrong += (
-                f"The file is damaged, incomplete or of another format: copy or write it again, "
-                f"or {LEAVE_OUT}."
+                f"The file is damaged, incomplete or in another format. Copy or write it again, or "
+                f"{LEAVE_OUT}."
             )
     return CheckpointError(f"{str(path)!r} {wrong}")
 
 
 class CheckpointFile(Checkpoint):
-    """A file of tensors: its header, and what the file was when it was opened.
+    """A file of tensors: its header, and its size, time and inode when it was opened.
 
-    A format is a subclass with ``suffixes``, ``_read_header`` and ``_open``.
+    Each format is a subclass with ``suffixes``, ``_read_header`` and ``_open``.
     """
 
     suffixes: ClassVar[tuple[str, ...]]
 
     def __init__(self, file: Path, key: str | None = None, path: Path | None = None) -> None:
         self.file = file
-        self.path = file if path is None else path  # as it was given: perhaps the file's folder
+        self.path = file if path is None else path  # as passed; may be the folder of the file
         self.key = key
         self._digest: str | None = None
         self._opened_as = file_identity(file)
         if self._opened_as[0] == 0:
             raise CheckpointError(
-                f"{str(file)!r} is empty (0 bytes), expected a checkpoint. It was probably cut off "
-                f"while being written: write it again, or {LEAVE_OUT}."
+                f"{str(file)!r} is empty (0 bytes), expected a checkpoint. Writing it was probably "
+                f"interrupted. Write it again, or {LEAVE_OUT}."
             )
         with naming(file):
             self.header = self._read_header()
@@ -126,7 +127,7 @@ class CheckpointFile(Checkpoint):
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
-        """Whether a file has this format: by its suffix, or by how it begins."""
+        """Whether a file has this format, by its suffix or its first bytes."""
         return path.suffix in cls.suffixes
 
     @abstractmethod
@@ -134,17 +135,17 @@ class CheckpointFile(Checkpoint):
 
     @abstractmethod
     def _open(self) -> AbstractContextManager[Read]:
-        """Give what reads a tensor; may raise anything on a damaged file."""
+        """Yield a function that reads a tensor; may raise any error on a damaged file."""
 
     def open(self) -> AbstractContextManager[Read]:
-        """Read tensors, compared before and after with the file that was opened."""
+        """Read tensors; before and after, check that the file has not changed."""
         return self._checked(self._open(), {})
 
     @contextmanager
     def _checked(
         self, opened: AbstractContextManager[Read], rows: Mapping[str, slice]
     ) -> Iterator[Read]:
-        """Compare the file, and the shapes of these rows, with what was opened."""
+        """Check that the file and the shapes of these rows have not changed."""
         self._check_identity()
         with ExitStack() as stack:
             with naming(self.file):
@@ -154,7 +155,7 @@ class CheckpointFile(Checkpoint):
                 with naming(self.file):
                     value = torch.Tensor.detach(get(name)).resolve_neg()
                     if TensorInfo.of(value) != self.header[name].rows(rows.get(name)):
-                        raise ValueError(f"{name!r} is not what it was when the file was opened")
+                        raise ValueError(f"{name!r} changed since the file was opened")
                     return value
 
             yield read
@@ -165,7 +166,7 @@ class CheckpointFile(Checkpoint):
         return self.key, [self._opened_as]
 
     def sha256(self, prefix: str = "") -> str:
-        """SHA-256 of the file, checked to be the one first opened."""
+        """SHA-256 of the file, after checking that it has not changed."""
         with HASHING:
             if self._digest is None:
                 self._check_identity()
@@ -176,7 +177,7 @@ class CheckpointFile(Checkpoint):
         return self._digest
 
     def warm(self) -> None:
-        """Have the operating system read the file into its cache, if it can: no error if not."""
+        """Ask the operating system to read the file into its cache; never raises."""
         if hasattr(os, "posix_fadvise"):
             with suppress(OSError), self.file.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
@@ -190,7 +191,7 @@ class CheckpointFile(Checkpoint):
 
 
 class SafetensorsFile(CheckpointFile):
-    """A file of safetensors; skorch also writes the format to files called ``params.pt``."""
+    """A safetensors file; skorch also writes this format to files named ``params.pt``."""
 
     suffixes = (".safetensors",)
 
@@ -200,7 +201,7 @@ class SafetensorsFile(CheckpointFile):
             return super().accepts(path)
         size, *_ = file_identity(path)
         with naming(path), path.open("rb") as file:
-            start = file.read(9)  # the length of a JSON header, and the header
+            start = file.read(9)  # the length of a JSON header and its first byte
             return start[8:] == b"{" and int.from_bytes(start[:8], "little") < size
 
     def _read_header(self) -> dict[str, TensorInfo]:
@@ -223,7 +224,7 @@ class SafetensorsFile(CheckpointFile):
             yield file.get_tensor
 
     def open_rows(self, rows: Mapping[str, slice]) -> AbstractContextManager[Read]:
-        """Read no other byte than those of the rows."""
+        """Read only the bytes of the rows."""
         return self._checked(self._open_slices(rows), rows)
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What training loops write about their checkpoints: which is best, and how each one scored."""
+"""Records that training loops write about checkpoints: the best one, and the scores."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ..exceptions import CheckpointError
 from .texts import read_text
 from .torch_files import read_container
 
-TRAINER_STATE = "trainer_state.json"  # of transformers
-MOST_BYTES = 2**26  # a log of a million evaluations
-LOSS = "eval_loss"  # what Trainer always evaluates
-REMEDY = "Give them: scores={name: score, ...}, greater is better; or none, and soups score."
+TRAINER_STATE = "trainer_state.json"  # written by transformers
+MOST_BYTES = 2**26  # enough for a log of a million evaluations
+LOSS = "eval_loss"  # the metric that Trainer always evaluates
+REMEDY = "Pass scores={name: score, ...}, greater is better, or omit scores to measure them."
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is written about the checkpoints of one run, which go by their file names."""
+    """The record of the checkpoints of one run, by their file names."""
 
     best: str | None = None
-    metrics: Mapping[str, int] = field(default_factory=dict)  # of the best: 1, -1, or 0 if untold
+    metrics: Mapping[str, int] = field(default_factory=dict)  # of the best: 1, -1, or 0 if unknown
     values: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by name, by metric
     steps: Mapping[str, int] = field(default_factory=dict)
 
@@ -43,8 +43,8 @@ def read_trainer(state: Path, folder: str) -> Record:
         raise
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(
-            f"{str(state)!r} can't be read: it is not what transformers' Trainer writes "
-            f"({type(error).__name__}). Remove it, and the last checkpoint is taken."
+            f"{str(state)!r} can't be read: it is not in the format of transformers' Trainer "
+            f"({type(error).__name__}). Remove the file to use the last checkpoint."
         ) from error
     values: dict[str, dict[str, float]] = {}
     for entry in log:
@@ -56,7 +56,7 @@ def read_trainer(state: Path, folder: str) -> Record:
     if best is None and isinstance(step, int):
         best = f"checkpoint-{step}"
     end = f"checkpoint-{last}"
-    if best in (None, end):  # else the final model may be of the best step, or of the last
+    if best in (None, end):  # else the final model may be that of the best or of the last step
         values[folder] = values.get(end, {})
     score = _number(found.get("best_metric"))
     of_best = values.get(best or "", {})
@@ -71,13 +71,13 @@ def read_trainer(state: Path, folder: str) -> Record:
 
 
 def _direction(best: float, low: float, high: float) -> int:
-    """Which way a metric is better: Trainer tells only which of its values it called best."""
+    """Whether a greater metric is better: Trainer records only which value was the best."""
     is_most, is_least = best >= high, best <= low
     return is_most - is_least if is_most != is_least else 0
 
 
 def read_lightning(files: Sequence[Path]) -> Record:
-    """The record that Lightning's ModelCheckpoint leaves in each container of a run."""
+    """The record that Lightning's ModelCheckpoint writes to each file of a run."""
     found = {path.name: read_container(path) for path in files if path.suffix == ".ckpt"}
     steps = {
         name: step
@@ -86,7 +86,7 @@ def read_lightning(files: Sequence[Path]) -> Record:
     }
     best, metrics = None, {}
     values: dict[str, dict[str, float]] = {name: {} for name in steps}
-    for name in sorted(steps, key=lambda name: steps[name]):  # the last one is right
+    for name in sorted(steps, key=lambda name: steps[name]):  # the last record is current
         monitor, mode, state = _model_checkpoint(found[name])
         if monitor is None:
             continue
@@ -96,7 +96,7 @@ def read_lightning(files: Sequence[Path]) -> Record:
         for path, value in kept.items() if isinstance(kept, Mapping) else ():
             if (number := _number(value)) is not None and (file := _file_name(path)) is not None:
                 values.setdefault(file, {})[monitor] = number
-    for name, step in steps.items():  # last.ckpt has the weights of another file
+    for name, step in steps.items():  # last.ckpt has the same weights as another file
         values[name] = values[name] or next(
             (values[other] for other, at in steps.items() if at == step and values[other]), {}
         )
@@ -104,15 +104,19 @@ def read_lightning(files: Sequence[Path]) -> Record:
 
 
 def recorded_scores(taken: Sequence[tuple[Path, Record]]) -> list[float]:
-    """The score of every checkpoint by one metric, greater is better; an error says why not."""
+    """The score of every checkpoint by one metric, greater is better; raise if there is none."""
     named = [set(record.metrics) for _, record in taken if record.metrics]
     metrics = sorted(set.intersection(*named)) if named else [LOSS]
     if not metrics:
         listed = sorted(set.union(*named))
-        raise _no_scores(f"runs have their best by different metrics, {', '.join(listed[:5])}")
+        raise _no_scores(
+            f"the runs chose their best checkpoints by different metrics, {', '.join(listed[:5])}"
+        )
     found = {metric: _scores_by(metric, taken) for metric in metrics}
     if len({tuple(scores) for scores in found.values()}) > 1:
-        raise _no_scores(f"the best may be the best by {' or '.join(metrics[:5])}, which differ")
+        raise _no_scores(
+            f"the best checkpoint may have been chosen by {' or '.join(metrics[:5])}, which differ"
+        )
     return found[metrics[0]]
 
 
@@ -122,14 +126,14 @@ def _scores_by(metric: str, taken: Sequence[tuple[Path, Record]]) -> list[float]
     if without:
         raise _no_scores(
             f"{len(without)} of {len(taken)} checkpoints have no {metric!r}, such as "
-            f"{without[0]!r}. It is looked for in trainer_state.json, at the checkpoint's step, "
-            f"and in what Lightning's ModelCheckpoint(monitor=...) keeps in each .ckpt file"
+            f"{without[0]!r}. It is read from trainer_state.json, at the step of the checkpoint, "
+            f"and from the entry of Lightning's ModelCheckpoint(monitor=...) in each .ckpt file"
         )
     signs = {record.metrics.get(metric, 0) for _, record in taken} - {0}
-    if not signs and metric.endswith("loss"):  # as Trainer decides where it is not told
+    if not signs and metric.endswith("loss"):  # the default of Trainer
         signs = {-1}
     if len(signs) != 1:
-        raise _no_scores(f"whether a greater {metric!r} is better is not written down")
+        raise _no_scores(f"it is not recorded whether a greater {metric!r} is better")
     sign = signs.pop()
     return [sign * value for value in values if value is not None]
 
@@ -139,7 +143,7 @@ def _no_scores(why: str) -> CheckpointError:
 
 
 def _model_checkpoint(container: Mapping[str, Any]) -> tuple[str | None, str, Mapping[str, Any]]:
-    """What the first ModelCheckpoint that monitors something keeps: monitor, mode, state."""
+    """Monitor, mode and state of the first ModelCheckpoint that monitors a metric."""
     callbacks = container.get("callbacks")
     for key, state in callbacks.items() if isinstance(callbacks, Mapping) else ():
         is_name = isinstance(key, str) and key.startswith("ModelCheckpoint")
@@ -151,12 +155,12 @@ def _model_checkpoint(container: Mapping[str, Any]) -> tuple[str | None, str, Ma
 
 
 def _file_name(path: Any) -> str | None:
-    """The last part of a path of this or another machine: sweeps are moved."""
+    """The last part of a path on this or another machine, since sweeps may have been moved."""
     return PureWindowsPath(path).name or None if isinstance(path, str) else None
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, also of a tensor that holds one; None for all else."""
+    """A finite number, also from a tensor with one element; None for anything else."""
     if isinstance(value, torch.Tensor):
         value = value.item() if value.numel() == 1 else None
     if isinstance(value, bool) or not isinstance(value, (int, float)):

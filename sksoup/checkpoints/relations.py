@@ -1,4 +1,4 @@
-"""Which checkpoints do not belong to the others: by medians, which a few bad ones can't move."""
+"""Find unrelated checkpoints with medians, which are robust to a few bad ones."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-UNRELATED = 0.5  # median cosine to the others below which a network hardly shares their start
-FAR = 10.0  # times the usual distance; real fine-tunings reach 4, failed ones begin at 30
-SPREAD = 3.0  # a wide sweep raises FAR: e^(SPREAD * spread of the log-distances below the median)
+UNRELATED = 0.5  # a lower median cosine to the others indicates another starting point
+FAR = 10.0  # times the usual distance; fine-tuned networks reach 4, failed ones start at 30
+SPREAD = 3.0  # raises FAR in a wide sweep: e^(SPREAD * spread of log-distances below the median)
 FAR_AT_MOST = 100.0  # however wide the sweep is
-NEAR = 0.04  # of the weights' length: distances below are usual, whatever their median is
-HUGE = 1000.0  # times the largest value that is usual in a tensor
-BLOCK = 256  # checkpoints compared with all others at a time: memory does not grow as their square
-LEAST = 64  # numbers that differ, with fewer of which a fit does not warn
+NEAR = 0.04  # of the norm of the weights: smaller distances are usual, whatever the median
+HUGE = 1000.0  # times the usual largest value of a tensor
+BLOCK = 256  # checkpoints compared with all others at a time, so that memory is not quadratic
+LEAST = 64  # with fewer numbers that differ, fit does not warn
 
 
 @dataclass(frozen=True)
 class Relations:
-    """How checkpoints lie to each other: directions, distances, and which are unrelated."""
+    """Directions and distances of checkpoints, and which of them are unrelated."""
 
     names: tuple[str, ...]
     cosines: NDArray[np.float64]  # (K,), median of the cosines to each of the others
     distances: NDArray[np.float64]  # (K,), to the coordinate-wise median of all
-    elsewhere: dict[str, str] = field(default_factory=dict)  # name -> what was measured
+    elsewhere: dict[str, str] = field(default_factory=dict)  # name -> the measurement
     far: dict[str, str] = field(default_factory=dict)
 
     @property
     def unrelated(self) -> dict[str, str]:
-        """What was measured of those that point elsewhere or lie far from the others, by name."""
+        """Measurements of the checkpoints that differ in direction or are far away, by name."""
         found = {**self.far, **self.elsewhere}
         return {name: found[name] for name in self.names if name in found}
 
@@ -44,12 +44,12 @@ def relate(
 ) -> Relations:
     """Compare checkpoints by some of their numbers.
 
-    ``points`` (K, n) are scaled so that lengths are those of all weights; ``largest`` has the
-    largest magnitudes (K,) in each tensor. Where fewer than ``least`` numbers differ,
-    nothing is judged.
+    ``points`` (K, n) are scaled so that their norms are those of all weights; ``largest`` has the
+    largest magnitudes (K,) of each tensor. If fewer than ``least`` numbers differ, no checkpoint is
+    considered unrelated.
     """
     K = len(names)
-    # divided, so that squares of huge numbers are finite
+    # scaled, so that squares of huge numbers are finite
     scale = float(np.abs(points).max(initial=0)) or 1.0
     points = points / scale
     center = np.median(points, axis=0) if K else points.sum(axis=0)
@@ -70,11 +70,11 @@ def relate(
 
 
 def median_cosines(points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(K,): median cosine to each of the others, the higher of two; NaN for a single point."""
+    """(K,): median cosine to the others, the higher of two middle values; NaN for one point."""
     K = len(points)
     if K < 2:
         return np.full(K, np.nan)
-    # lengths of rows that are tiny beside others must not underflow
+    # norms of very small rows must not underflow
     most = np.abs(points).max(axis=1, initial=0, keepdims=True)
     unit = points / np.where(most > 0, most, 1)
     lengths = np.linalg.norm(unit, axis=1, keepdims=True)
@@ -90,9 +90,9 @@ def median_cosines(points: NDArray[np.float64]) -> NDArray[np.float64]:
 def _medians(
     cosines: NDArray[np.float64], both_zero: NDArray[np.bool_], first: int
 ) -> NDArray[np.float64]:
-    """(n,): medians of rows of the cosines (n, K), but for that of each with itself."""
+    """(n,): medians of the rows of cosines (n, K), without that of each with itself."""
     n, K = cosines.shape
-    cosines[both_zero] = 1  # zeros are like zeros, and like nothing else
+    cosines[both_zero] = 1  # zeros are similar only to zeros
     is_other = np.ones((n, K), dtype=bool)
     is_other[np.arange(n), first + np.arange(n)] = False
     others = cosines[is_other].reshape(n, K - 1)
@@ -100,7 +100,7 @@ def _medians(
 
 
 def _far(names: Sequence[str], distances: NDArray[np.float64], length: float) -> dict[str, str]:
-    """Those much farther from the median point than is usual among these."""
+    """Checkpoints much farther from the median point than usual."""
     median = float(np.median(distances))
     usual = max(median, NEAR * length)
     if not usual > 0:
@@ -110,7 +110,7 @@ def _far(names: Sequence[str], distances: NDArray[np.float64], length: float) ->
         nearer = np.maximum(distances[distances <= median], median / FAR_AT_MOST)
         spread = float(np.median(np.log(median / nearer)))
         limit = min(max(FAR, math.exp(SPREAD * spread)), FAR_AT_MOST)
-    measured = "{:,.0f} times as far from them as is usual"
+    measured = "{:,.0f} times the usual distance"
     return {
         name: measured.format(d / usual)
         for name, d in zip(names, distances, strict=True)
@@ -119,15 +119,15 @@ def _far(names: Sequence[str], distances: NDArray[np.float64], length: float) ->
 
 
 def _other_length(names: Sequence[str], lengths: NDArray[np.float64]) -> dict[str, str]:
-    """Both of two checkpoints, where one is much longer: it can't be said which is usual."""
+    """Both of two checkpoints if their norms differ greatly: it is unclear which is usual."""
     ratio = float(lengths.max() / lengths.min()) if lengths.min() > 0 else math.inf
     if ratio <= FAR:
         return {}
-    return dict.fromkeys(names, f"lengths that differ by a factor of {ratio:,.0f}")
+    return dict.fromkeys(names, f"norms that differ by a factor of {ratio:,.0f}")
 
 
 def _huge(names: Sequence[str], largest: Mapping[str, NDArray[np.float64]]) -> dict[str, str]:
-    """Those that hold much larger values than is usual in a tensor."""
+    """Checkpoints with much larger values than usual in a tensor."""
     usual = {tensor: float(np.median(values)) for tensor, values in largest.items()}
     floor = float(np.median(list(usual.values()))) if usual else 0.0
     found: dict[str, str] = {}

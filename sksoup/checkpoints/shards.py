@@ -1,4 +1,4 @@
-"""A checkpoint in several files, as Hugging Face's index of shards describes it."""
+"""A checkpoint in several files, described by a Hugging Face shard index."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .texts import read_text
 from .torch_files import TorchFile
 
 INDEX = ".index.json"
-INDEX_BYTES = 100_000_000  # at most, as the header of a .safetensors file
+INDEX_BYTES = 100_000_000  # the limit for the header of a .safetensors file
 
 
 class ShardedCheckpoint(Checkpoint):
-    """The shards that an index names, opened when their first tensor is read."""
+    """The shards listed in an index, opened when their first tensor is read."""
 
     def __init__(self, file: Path, key: str | None = None, path: Path | None = None) -> None:
         self.path = file if path is None else path
@@ -36,22 +36,23 @@ class ShardedCheckpoint(Checkpoint):
             if isinstance(part, TorchFile) and not part.is_plain:
                 raise CheckpointError(
                     f"{str(shard)!r} can't be used as a shard: it holds more than a plain state "
-                    f"dict, so that other readers may find other weights in it. Write the "
-                    f"checkpoint again, or leave it out."
+                    f"dict, so other programs may read other weights from it. Write the checkpoint "
+                    f"again, or leave it out."
                 )
         for tensor, name in self.weight_map.items():
             if tensor not in self.shards[name].header:
                 raise CheckpointError(
-                    f"{str(file)!r} does not fit its shards: {name!r} lacks {tensor!r}. Write the "
-                    f"checkpoint again, or leave it out."
+                    f"{str(file)!r} does not match its shards: {name!r} lacks {tensor!r}. Write "
+                    f"the checkpoint again, or leave it out."
                 )
         for name, opened in self.shards.items():
-            # other readers load all that is in the shards, and the last of two tensors wins
+            # other programs load all tensors in the shards, and the last of two with one name wins
             for tensor in opened.header:
                 if self.weight_map.get(tensor) != name:
                     raise CheckpointError(
-                        f"{str(file)!r} does not fit its shards: {name!r} holds {tensor!r}, which "
-                        f"is not in the index there. Write the checkpoint again, or leave it out."
+                        f"{str(file)!r} does not match its shards: {name!r} holds {tensor!r}, "
+                        f"which the index does not list there. Write the checkpoint again, or "
+                        f"leave it out."
                     )
         self.header = {t: self.shards[name].header[t] for t, name in self.weight_map.items()}
 
@@ -93,7 +94,7 @@ class ShardedCheckpoint(Checkpoint):
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def warm(self) -> None:
-        """Have the operating system read the shards into its cache."""
+        """Ask the operating system to read the shards into its cache."""
         for shard in self.shards.values():
             shard.warm()
 
@@ -107,7 +108,7 @@ def weight_map(path: Path) -> dict[str, str]:
         for tensor, name in weights.items():
             if not isinstance(name, str) or name != Path(name).name or not name.strip("."):
                 raise CheckpointError(
-                    f"{str(path)!r} names the shard {name!r} for {tensor!r}, expected the name of "
-                    f"a file beside it."
+                    f"{str(path)!r} lists the shard {name!r} for {tensor!r}, expected the name of "
+                    f"a file next to it."
                 )
         return dict(weights)

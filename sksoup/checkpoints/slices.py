@@ -1,4 +1,4 @@
-"""Some rows of every tensor of a checkpoint: what one rank holds of a model in shards."""
+"""Some rows of every tensor of a checkpoint: the part of a sharded model on one rank."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .protocol import Checkpoint, Entry, Read
 
 
 class SlicedCheckpoint(Checkpoint):
-    """Rows of the tensors of another checkpoint; a tensor without an entry in them is whole.
+    """Rows of the tensors of another checkpoint; tensors without an entry are whole.
 
-    It is the other checkpoint to all that asks which it is: file, identity and digest are its own.
+    Its file, identity and digest are those of the other checkpoint.
     """
 
     def __init__(self, entry: Entry, rows: Mapping[str, slice]) -> None:
@@ -28,7 +28,7 @@ class SlicedCheckpoint(Checkpoint):
 
     @contextmanager
     def open(self) -> Iterator[Read]:
-        """Read the rows; of a file of safetensors nothing else is read."""
+        """Read the rows; from a safetensors file nothing else is read."""
         with self._entry.checkpoint.open_rows(self._rows) as read:
             yield lambda name: read(self._entry.prefix + name)
 
@@ -41,7 +41,7 @@ class SlicedCheckpoint(Checkpoint):
         return self._entry.checkpoint.sha256(self._entry.prefix)
 
     def warm(self) -> None:
-        """Nothing: the system would read the rows of all ranks."""
+        """Do nothing: the system would read the rows of all ranks."""
 
     def held_tensors(self) -> Iterable[torch.Tensor]:
         """Those of the checkpoint."""

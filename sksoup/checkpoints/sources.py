@@ -1,4 +1,4 @@
-"""What users have (files, folders, modules, nets, state dicts) -> checkpoints, with names."""
+"""Convert files, folders, modules, nets and state dicts to checkpoints with names."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from .torch_files import TorchFile
 
 logger = logging.getLogger("sksoup")
 
-# the formats of files: the first that accepts a file opens it
+# the file formats: the first one that accepts a file opens it
 KINDS = (ShardedCheckpoint, SafetensorsFile, TorchFile)
 SUFFIXES = tuple(suffix for kind in KINDS for suffix in kind.suffixes)
 
 
 def open_checkpoint(path: Path, key: str | None = None) -> Checkpoint:
-    """Read the header of a checkpoint: a file, an index of shards, or a folder with either."""
+    """Read the header of a checkpoint: a file, a shard index, or a folder with either."""
     file = weights_of(path) if path.is_dir() else path
     refuse_quantized(path)
     for kind in KINDS:
         if kind.accepts(file):
             return kind(file, key, path)
     raise CheckpointError(
-        f"{str(path)!r} is not a checkpoint sksoup reads: got the suffix {path.suffix!r}, "
-        f"expected one of {', '.join(SUFFIXES)}."
+        f"{str(path)!r} is not a checkpoint that sksoup can read: it has the suffix "
+        f"{path.suffix!r}, expected one of {', '.join(SUFFIXES)}."
     )
 
 
 def open_source(item: Any, index: int, key: str | None) -> Entry:
-    """A checkpoint from a path, a module, a net, a state dict, or as it is; not an empty one."""
+    """A non-empty checkpoint from a path, a module, a net, a state dict, or a checkpoint."""
     entry = _entry(item, index, key)
     if not entry.checkpoint.header:
         raise CheckpointError(
@@ -77,24 +77,24 @@ def _entry(item: Any, index: int, key: str | None) -> Entry:
 
 @dataclass(frozen=True)
 class Found:
-    """Checkpoints that paths lead to, and what was chosen."""
+    """The checkpoints found at paths, and which of them were taken."""
 
     paths: list[Path]
-    names: list[str] | None  # where those of the files would not tell the runs
-    runs: list[Run]  # of each path
-    taken: str  # in words; empty where there was nothing to choose
+    names: list[str] | None  # if the file names would not distinguish the runs
+    runs: list[Run]  # the run of each path
+    taken: str  # in words; empty if there was no choice
 
 
 def find_checkpoints(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], which: Which | None = None
 ) -> Found:
-    """The checkpoints of folders, sweeps, patterns and files, each once, in natural order."""
+    """The checkpoints in folders, sweeps, patterns and files, each once, in natural order."""
     if which not in (None, *get_args(Which)):
         raise ValueError(f"which={which!r} is unknown: expected 'best', 'last', 'all' or None.")
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not given:
         raise CheckpointError("No checkpoints: expected at least one path or pattern.")
-    once: dict[str, Run] = {}  # links may lead to a run by several paths
+    once: dict[str, Run] = {}  # links may point to a run from several paths
     for run in (run for path in given for run in _runs_at(path, which)):
         once.setdefault(os.path.realpath(run.folder), run)
     runs = [*once.values()]
@@ -122,7 +122,7 @@ def find_checkpoints(
 
 
 def _runs_at(path: str | os.PathLike[str], which: Which | None) -> list[Run]:
-    """What is at one path, or matches one pattern."""
+    """The runs at one path, or those that match one pattern."""
     full = os.path.expanduser(path)
     root = Path(full)
     if root.is_dir():
@@ -144,32 +144,32 @@ def _runs_at(path: str | os.PathLike[str], which: Which | None) -> list[Run]:
 
 
 def _in_words(runs: Sequence[Run], which: Which) -> str:
-    """What was taken of the runs that have several checkpoints."""
+    """Describe what was taken from the runs that have several checkpoints."""
     if not runs:
         return ""
     n = len(runs)
     of = f"each of {n} runs" if n > 1 else "one run"
     said = f"{'all' if which == 'all' else f'the {which}'} of {of}"
     if which == "best" and (untold := sum(run.best is None for run in runs)):
-        said += f", the last of {untold} in which none is recorded as best"
+        said += f", the last of {untold} without a record of the best"
     if which == "all" and any(run.has_final for run in runs):
         said += ", without the final model beside them"
     return said
 
 
 def _folder_of(run: Run) -> Path:
-    """The folder that names a run."""
+    """The folder whose name is used for a run."""
     is_lightning = not run.is_alone and run.folder.name == "checkpoints"
     return (run.folder.parent if is_lightning else run.folder).absolute()
 
 
 def default_names(entries: Sequence[Entry]) -> tuple[str, ...]:
-    """Names of checkpoints by their paths; checkpoint0, ... in memory."""
+    """Names of checkpoints from their paths; checkpoint0, ... for those in memory."""
     return unique_names([entry.checkpoint.path for entry in entries])
 
 
 def unique_names(paths: Sequence[Path | None]) -> tuple[str, ...]:
-    """File stems; with suffixes, then folders, where these repeat; checkpoint0, ... for None."""
+    """File stems, with suffixes or folders if they repeat; checkpoint0, ... for None."""
     for depth in range(1, max((len(path.parts) for path in paths if path), default=1) + 1):
         for suffix in (False, True):
             names = tuple(
@@ -178,12 +178,12 @@ def unique_names(paths: Sequence[Path | None]) -> tuple[str, ...]:
             )
             if len(set(names)) == len(names):
                 return names
-    # the same file more than once
+    # the same file was passed more than once
     return tuple(f"{n}#{i}" if names.count(n) > 1 else n for i, n in enumerate(names))
 
 
 def _stem(path: Path, depth: int, suffix: bool) -> str:
-    """Stem after ``depth`` - 1 folders; a file all such folders have goes by its folder."""
+    """Stem with ``depth`` - 1 folders; a file that all folders have is named by its folder."""
     if path.is_file() and path.name in FOLDER_WEIGHTS:
         path = path.parent
     last = path.name if suffix or path.is_dir() else path.stem

@@ -1,4 +1,4 @@
-"""Read all checkpoints, the bad ones too, and find out which they are."""
+"""Read all checkpoints, including bad ones, and find out which ones are bad."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .health import Health
 from .protocol import Read, TensorInfo
 from .relations import UNRELATED, Relations
 
-MORE = "collection.describe() tells more."
+MORE = "See collection.describe() for details."
 
 
 class Openable(Protocol):
-    """What a survey needs of a collection."""
+    """The part of a collection that a survey needs."""
 
     names: tuple[str, ...]
     layout: dict[str, TensorInfo]
@@ -32,28 +32,28 @@ class Openable(Protocol):
 
 
 class Survey(Health):
-    """Health of checkpoints some of which are expected to be bad: judged when all were read."""
+    """Health of checkpoints of which some may be bad: decided after all have been read."""
 
     def __init__(self, health: Health) -> None:
-        self.__dict__.update(health.__dict__)  # what is seen here need not be seen again
-        self.problems: dict[str, str] = {}  # checkpoint -> why it can't be used
+        self.__dict__.update(health.__dict__)  # shared, so that nothing is checked twice
+        self.problems: dict[str, str] = {}  # checkpoint -> reason why it can't be used
         self._constants: dict[str, dict[str, bytes]] = defaultdict(dict)  # tensor -> checkpoint
 
     def see(self, name: str, tensor: str, value: torch.Tensor) -> None:
-        """Note what a tensor holds, without a judgement."""
+        """Record what a tensor contains, without raising an error."""
         if tensor in self._samples.get(name, ()):
-            return  # it was finite
+            return  # already known to be finite
         largest = self._look(name, tensor, value)
         if math.isnan(largest):
             self.problems.setdefault(name, f"{tensor!r} holds NaN")
         elif math.isinf(largest):
-            # adding 0 makes -0 and 0 the same bits
+            # adding 0 turns -0 into 0, so that the bits are equal
             self._constants[tensor][name] = (value.double() + 0).numpy().tobytes()
         else:
             self._finite.setdefault(tensor, set()).add(name)
 
     def judge_infinities(self, names: Sequence[str]) -> None:
-        """An infinite tensor is a constant if most checkpoints have it; the others are bad."""
+        """Infinite values are allowed if most checkpoints have them; the others are bad."""
         left = [name for name in names if name not in self.problems]
         for tensor, values in self._constants.items():
             held = {name: values[name] for name in left if name in values}
@@ -63,14 +63,14 @@ class Survey(Health):
                 if name in held and not (is_constant and held[name] == constant):
                     self.problems.setdefault(name, f"{tensor!r} holds infinite values")
                 elif name not in held and is_constant:
-                    wrong = f"{tensor!r} is finite, and infinite in most others"
+                    wrong = f"{tensor!r} is finite, but infinite in most others"
                     self.problems.setdefault(name, wrong)
 
 
 def survey(
     collection: Openable, visit: Callable[[str, str, torch.Tensor], None] | None = None
 ) -> Survey:
-    """Read every checkpoint once; ``visit(name, tensor, value)`` sees what is read."""
+    """Read every checkpoint once, and call ``visit(name, tensor, value)`` for every tensor."""
     found = Survey(collection.health)
     reading = collection.judged_by(found)
     for name in collection.names:
@@ -87,31 +87,32 @@ def survey(
 
 
 def usable(collection: Openable, found: Survey) -> list[str]:
-    """Names of those that could be read and are finite."""
+    """Names of the checkpoints that could be read and are finite."""
     return [name for name in collection.names if name not in found.problems]
 
 
 def judge(relations: Relations) -> str:
-    """What it means for a soup how its ingredients lie to each other."""
+    """A verdict on whether the checkpoints can be mixed."""
     elsewhere, far = list(relations.elsewhere), list(relations.far)
     only_far = [name for name in far if name not in relations.elsewhere]
     bad, n = list(relations.unrelated), len(relations.names)
     if not bad:
-        return "These ingredients lie close together, as fine-tunings of one start do: good to mix."
+        return "The checkpoints are close together, as expected after fine-tuning: good to mix."
     if 2 * len(bad) >= n:
         parts = []
         if elsewhere:
             parts.append(
-                f"{len(elsewhere)} of {n} point elsewhere than the others (median cosine below "
+                f"{len(elsewhere)} of {n} differ in direction from the others (median cosine below "
                 f"{UNRELATED})"
             )
         if only_far:
             parts.append(
-                f"{len(only_far)} of {n} lie far from the others ({relations.far[only_far[0]]})"
+                f"{len(only_far)} of {n} are far from the others ({relations.far[only_far[0]]})"
             )
         return (
-            f"These ingredients do not share a start: {' and '.join(parts)}. A soup of them will "
-            f"be noise. Fine-tune all from one pretrained start, with lower learning rates."
+            f"These checkpoints were not fine-tuned from the same weights: {' and '.join(parts)}. "
+            f"A soup of them will not work. Fine-tune all of them from the same pretrained "
+            f"weights, with lower learning rates."
         )
     parts = []
     if elsewhere:
@@ -119,31 +120,31 @@ def judge(relations: Relations) -> str:
         if elsewhere[0] in relations.far:
             measured += f"; {relations.far[elsewhere[0]]}"
         parts.append(
-            f"{listed(elsewhere)} {'does' if len(elsewhere) == 1 else 'do'} not share a start with "
-            f"the others, or diverged ({_of(elsewhere)}{measured})"
+            f"{listed(elsewhere)} {'was' if len(elsewhere) == 1 else 'were'} not fine-tuned from "
+            f"the same weights as the others, or diverged ({_of(elsewhere)}{measured})"
         )
     if only_far:
         parts.append(
-            f"{listed(only_far)} {'is' if len(only_far) == 1 else 'are'} far from the others, and "
+            f"{listed(only_far)} {'is' if len(only_far) == 1 else 'are'} far from the others and "
             f"probably diverged ({_of(only_far)}{relations.far[only_far[0]]})"
         )
     return f"{'; '.join(parts)}: {remedy(bad)}."
 
 
 def remedy(names: Sequence[str]) -> str:
-    """What to do about bad checkpoints."""
-    which = repr(names[0]) if len(names) == 1 else "[...]"
-    return f"leave out with collection.drop({which}) or collection.healthy()"
+    """How to leave out bad checkpoints."""
+    which, it = (repr(names[0]), "it") if len(names) == 1 else ("[...]", "them")
+    return f"leave {it} out with collection.drop({which}) or collection.healthy()"
 
 
 def listed(names: Sequence[str]) -> str:
-    """Five names at most, and the count of the rest."""
+    """At most five names, and the number of the others."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(map(repr, names[:5])) + more
 
 
 def reasons(problems: Mapping[str, str]) -> str:
-    """Five checkpoints at most, each with what is wrong with it."""
+    """At most five checkpoints, each with its problem."""
     more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
     return "; ".join(f"{name!r} ({why})" for name, why in list(problems.items())[:5]) + more
 

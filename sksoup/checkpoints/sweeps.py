@@ -1,4 +1,4 @@
-"""Folders of training runs: where the runs are, and which checkpoints of each are taken."""
+"""Find training runs in folders, and select checkpoints of each run."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from .records import TRAINER_STATE, Record, read_lightning, read_trainer
 
 Which: TypeAlias = Literal["best", "last", "all"]
 
-DEPTH = 2  # folders between a sweep and its runs
-STEP = re.compile(r"checkpoint-\d+")  # a folder of Trainer
-# folders of Lightning, which count for nothing in the depth
+DEPTH = 2  # levels of folders between a sweep and its runs
+STEP = re.compile(r"checkpoint-\d+")  # a folder written by Trainer
+# Lightning's folders, which do not count as levels
 LIGHTNING = re.compile(r"lightning_logs|version_\d+|checkpoints")
-# files of one training, not of several
+# names of files of a single training run
 TIMED = re.compile(r"(?i)(?<![a-z])(epoch|step|iter|iteration|last|latest|best|final)(?![a-z])")
 NAMED_BEST = re.compile(r"(?i)(?<![a-z])best(?![a-z])")
 NAMED_LAST = re.compile(r"(?i)(?<![a-z])(last|latest|final)(?![a-z])")
 
 
 def natural_key(path: Path) -> list[tuple[int, int, str]]:
-    """Sort digits by value: ft2 before ft10."""
+    """Sort key in which digits are compared by value: ft2 before ft10."""
     parts = re.split(r"(\d+)", path.as_posix())
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A folder with the checkpoints of one training, or a checkpoint that stands alone."""
+    """A folder with the checkpoints of one training run, or a single checkpoint."""
 
     folder: Path
     checkpoints: Sequence[Path]
@@ -42,7 +42,7 @@ class Run:
 
     @cached_property
     def record(self) -> Record:
-        """What the training loop wrote about these checkpoints."""
+        """The training loop's record of these checkpoints."""
         if steps := self._steps:
             states = (max(steps, key=natural_key) / TRAINER_STATE, self.folder / TRAINER_STATE)
             state = next((path for path in states if path.is_file()), states[0])
@@ -53,12 +53,12 @@ class Run:
 
     @property
     def _steps(self) -> list[Path]:
-        """The folders of Trainer."""
+        """The folders written by Trainer."""
         return [path for path in self.checkpoints if STEP.fullmatch(path.name)]
 
     @cached_property
     def ordered(self) -> list[Path]:
-        """The checkpoints by time, each step once."""
+        """The checkpoints in order of time, each step once."""
         steps = {} if self._steps else self.record.steps
 
         def time(path: Path) -> tuple[int, bool, list[tuple[int, int, str]]]:
@@ -73,26 +73,26 @@ class Run:
 
     @cached_property
     def best(self) -> Path | None:
-        """The checkpoint that the record, else a file's name, calls best; None if none does."""
+        """The best checkpoint according to the record or a file name; None if unknown."""
         named = [path for path in self.ordered if path.name == self.record.best]
         named += [path for path in self.ordered if NAMED_BEST.search(path.stem)]
         return named[0] if named else None
 
     def take(self, which: Which) -> list[Path]:
-        """The checkpoints that are asked for."""
+        """The requested checkpoints."""
         if self.is_alone:
             return list(self.checkpoints)
         if which == "all":
             return self.ordered
         if which == "best" and self.best is not None:
             return [self.best]
-        # what Trainer saved in the end; where it loaded its best, that is not the last
+        # Trainer's final model; if it loaded the best one, it is not the last
         is_last = self.record.best not in {path.name for path in self.checkpoints}
         return [self.folder] if self.has_final and is_last else self.ordered[-1:]
 
     @property
     def has_final(self) -> bool:
-        """Whether the folder is a checkpoint itself, beside those in it."""
+        """Whether the folder itself is a checkpoint, in addition to those in it."""
         return not self.is_alone and find_weights(self.folder) is not None
 
 
@@ -103,9 +103,9 @@ def find_runs(
     lightning: int = DEPTH + 1,
     seen: set[str] | None = None,
 ) -> Iterator[Run]:
-    """The runs in a folder, and the checkpoints that stand alone, in natural order.
+    """The runs and the single checkpoints in a folder, in natural order.
 
-    A folder that several links lead to is looked into once, and circles end.
+    A folder with several links to it is visited once, and cycles of links end.
     """
     inner = [path for path in folder.iterdir() if path.is_dir() and path.name[:1] != "."]
     inner.sort(key=natural_key)
@@ -114,8 +114,9 @@ def find_runs(
         if more := [path for path in inner if path not in steps and find_weights(path)]:
             raise CheckpointError(
                 f"{str(folder)!r} is a checkpoint and holds {len(more)} more, such as "
-                f"{more[0].name!r}: say which. CheckpointCollection([{str(folder)!r}]) opens that "
-                f"alone, and from_path({os.path.join(folder, '*', '')!r}) those in it."
+                f"{more[0].name!r}. Choose which to open: CheckpointCollection([{str(folder)!r}]) "
+                f"opens only the folder itself, and from_path({os.path.join(folder, '*', '')!r}) "
+                f"opens those in it."
             )
         yield Run(folder, steps or [folder], is_alone=not steps)
         return
@@ -139,12 +140,12 @@ def find_runs(
 
 
 def alone(paths: Iterable[Path]) -> list[Run]:
-    """Checkpoints that stand alone."""
+    """Checkpoints that do not belong to a run with others."""
     return [Run(path, [path], is_alone=True) for path in paths]
 
 
 def by_folder(runs: Sequence[Run]) -> list[Run]:
-    """The same, where files in one folder, and steps of Trainer, are of one run."""
+    """The same, if files in one folder or steps of Trainer belong to one run."""
     found: dict[Path, list[Path]] = {}
     for run in runs:
         is_part = run.is_alone and (run.folder.is_file() or STEP.fullmatch(run.folder.name))

@@ -1,4 +1,4 @@
-"""Small text files beside weights (configs, indices), read without trust in what the path is."""
+"""Read small text files next to weights (configs, indices) safely, whatever the path is."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..exceptions import CheckpointError
 def read_text(path: Path, limit: int) -> str:
     """The UTF-8 text of a regular file (or a link to one) of at most ``limit`` bytes."""
     try:
-        # opening a pipe or a device may wait for ever, or change it: looked at first, and again
-        # once open, since it may have been replaced in between
+        # opening a pipe or a device may block or change it: check before opening, and again after,
+        # since the file may have been replaced in between
         _check_regular(path, os.stat(path))
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         with open(descriptor, "rb") as file:

@@ -1,4 +1,4 @@
-"""Files that torch.save wrote: pickles, read without running what is in them."""
+"""Files written by torch.save: pickles, read without running code in them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .pickles import check_pickles, is_zip
 from .protocol import Read, TensorInfo
 from .read import SAFETENSORS_DTYPES, TORCH_SUFFIXES, CheckpointFile, file_identity, naming
 
-# what training loops keep beside a model, whose tensors are no weights
+# entries of training checkpoints whose tensors are not weights
 NO_MODEL = re.compile(
     r"(?i)optim|sched|scaler|scaling|rng|random|callback|loops|hooks|extra_state|metric|histor"
     r"|hparam|hyper_param|config|args|(^|_)sampler|loader|datamodule|iterator"
 )
-REPEATED = 100  # how often the numbers in a file may occur in its tensors
-# modules whose names a pickle has no harmless use for, also by their names in Python 2
+REPEATED = 100  # maximum ratio of the size of tensors to the size of the file
+# modules that no harmless pickle refers to, also by their names in Python 2
 _NEVER = ("builtins", "__builtin__", "os", "posix", "nt", "sys", "subprocess", "commands", "shutil",
           "socket", "importlib", "runpy", "pty", "ctypes", "code", "pdb", "webbrowser", "pickle",
           "cPickle", "operator", "functools", "multiprocessing", "asyncio", "signal", "platform",
@@ -32,15 +32,15 @@ _NEVER = ("builtins", "__builtin__", "os", "posix", "nt", "sys", "subprocess", "
 
 
 class TorchFile(CheckpointFile):
-    """A file of ``torch.save``: a state dict, or a training container that holds one."""
+    """A file written by ``torch.save``: a state dict, or a training checkpoint with one."""
 
     suffixes = TORCH_SUFFIXES
 
     def _read_header(self) -> dict[str, TensorInfo]:
         check_pickles(self.file)
-        # on 'meta' the storages stay on disk; a legacy pickle is read once and dropped
+        # on 'meta' the storages stay on disk; a legacy pickle is read once and freed
         raw = _load(self.file, "meta")
-        self.is_plain = _is_state_dict(raw)  # what is no container
+        self.is_plain = _is_state_dict(raw)  # not a training checkpoint
         state = _state_dict(raw, self.key, self.file)
         header = {name: TensorInfo.of(value) for name, value in state.items()}
         for name, info in header.items():
@@ -49,13 +49,13 @@ class TorchFile(CheckpointFile):
                     f"{str(self.file)!r} can't be used: {name!r} has dtype {info.dtype}, expected "
                     f"one of {', '.join(map(str, SAFETENSORS_DTYPES.values()))}."
                 )
-        # tied and expanded tensors are larger than their file, but not by far
+        # tied and expanded tensors can be larger than their file, but not much
         nbytes, size = sum(info.nbytes for info in header.values()), self.file.stat().st_size
         if nbytes > REPEATED * max(size, 2**20):
             raise CheckpointError(
                 f"{str(self.file)!r} can't be used: its tensors have {nbytes:,} bytes, expected at "
-                f"most {REPEATED} times the {size:,} of the file. Save clones of tensors that were "
-                f"expanded: tensor.clone()."
+                f"most {REPEATED} times the size of the file ({size:,}). Save clones of tensors "
+                f"that were expanded: tensor.clone()."
             )
         return header
 
@@ -64,19 +64,19 @@ class TorchFile(CheckpointFile):
         yield _state_dict(_load(self.file, "cpu"), self.key, self.file).__getitem__
 
 
-_ONE_AT_A_TIME = threading.Lock()  # torch has one list of safe globals for all threads
+_ONE_AT_A_TIME = threading.Lock()  # torch has one list of safe globals for the process
 
 
 def _state_dict(raw: Any, key: str | None, path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in what a file holds."""
+    """The state dict among the contents of a file."""
     where = repr(str(path))
     return check_state_dict(_unwrap(raw, key, where), where)
 
 
 def read_container(path: Path) -> Mapping[str, Any]:
-    """All that a training container holds, tensors as maps of the file; legacy pickles are empty.
+    """All entries of a training checkpoint, tensors mapped from the file; legacy pickles are empty.
 
-    What is in it is as the file has it: of any type, with placeholders for foreign classes.
+    Entries may have any type; unknown classes are replaced by placeholders.
     """
     file_identity(path)
     with naming(path):
@@ -88,8 +88,8 @@ def read_container(path: Path) -> Mapping[str, Any]:
 
 
 def _load(path: Path, device: str) -> Any:
-    """Load with ``weights_only``; harmless foreign classes become inert placeholders."""
-    packed = is_zip(path)  # torch's format since 1.6; only its classes can be listed
+    """Load with ``weights_only``; harmless unknown classes become inert placeholders."""
+    packed = is_zip(path)  # torch's format since 1.6; classes can only be listed for it
     with _ONE_AT_A_TIME, _nothing_allowed():
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if packed else []
         inert: list[Any] = [(_placeholder(name), name) for name in foreign if _is_harmless(name)]
@@ -99,7 +99,7 @@ def _load(path: Path, device: str) -> Any:
 
 @contextmanager
 def _nothing_allowed() -> Iterator[None]:
-    """Take back meanwhile what libraries have allowed torch to build from files: it would act."""
+    """Temporarily disallow the classes that libraries allowed torch to build, since they act."""
     allowed = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
@@ -111,9 +111,9 @@ def _nothing_allowed() -> Iterator[None]:
 
 @contextmanager
 def _without_a_warning_of_the_protocol() -> Iterator[None]:
-    """Ignore torch's warning of pickle protocols that it reads all the same."""
-    # the main thread opens every file first; catch_warnings in two threads at once would leave the
-    # filters of the process in disorder
+    """Ignore torch's warning about pickle protocols that it can read."""
+    # the main thread opens every file first; catch_warnings in two threads at once would corrupt
+    # the warning filters of the process
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -123,14 +123,14 @@ def _without_a_warning_of_the_protocol() -> Iterator[None]:
 
 
 def _is_harmless(name: str) -> bool:
-    """Whether a pickled name may become a placeholder: a class by its name, or part of numpy."""
+    """Whether a pickled name may become a placeholder: it looks like a class, or is in numpy."""
     module, _, attribute = name.rpartition(".")
     package = module.partition(".")[0]
     return package not in _NEVER and (package == "numpy" or attribute[:1].isupper())
 
 
 def _placeholder(name: str) -> type:
-    """Make a class that can be unpickled in the place of another and does nothing."""
+    """Make a class without behaviour that is unpickled in place of another one."""
 
     def ignore(self: Any, *args: Any, **kwargs: Any) -> None:
         pass
@@ -147,7 +147,7 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _holds_weights(entry: Any) -> bool:
-    """Whether an entry holds tensors with dimensions, at any depth, apart from optimizers'."""
+    """Whether an entry contains non-scalar tensors at any depth, except in optimizer states."""
     todo, seen = [entry], set()
     while todo:
         part = todo.pop()
@@ -155,7 +155,7 @@ def _holds_weights(entry: Any) -> bool:
             return True
         if id(part) in seen or not isinstance(part, (Mapping, list, tuple)):
             continue
-        seen.add(id(part))  # a pickle may hold itself
+        seen.add(id(part))  # a pickle may contain itself
         if not isinstance(part, Mapping):
             todo.extend(part)
         elif "param_groups" not in part:
@@ -168,7 +168,7 @@ def _holds_weights(entry: Any) -> bool:
 
 
 def _unwrap(state: Any, key: str | None, where: str) -> Any:
-    """Take the state dict out of a training container: the only one, or the one under the key."""
+    """The state dict of a training checkpoint: the only one, or the one under the key."""
     if not isinstance(state, Mapping) or (key is None and _is_state_dict(state)):
         return state
     candidates = [
@@ -176,26 +176,28 @@ def _unwrap(state: Any, key: str | None, where: str) -> Any:
         for name, value in state.items()
         if isinstance(name, str)
         and _is_state_dict(value)
-        and not name.endswith("_extra_state")  # part of a flat one
+        and not name.endswith("_extra_state")  # belongs to a flat state dict
     ]
     for name in candidates:
         twice = [n for n in state[name] if isinstance(state.get(n), torch.Tensor)]
         if twice:
             raise CheckpointError(
-                f"{where} holds {twice[0]!r} twice, beside {name!r} and in it: other readers may "
-                f"take the other one. Save the state dict alone: torch.save(state_dict, path)."
+                f"{where} holds {twice[0]!r} twice, next to {name!r} and inside it, and other "
+                f"programs may read the other one. Save only the state dict: "
+                f"torch.save(state_dict, path)."
             )
     listed = ", ".join(f"{name!r} ({len(state[name])} tensors)" for name in candidates)
     if key is not None:
         if key in candidates:
             return state[key]
-        offer = f"it offers {listed}" if listed else "it holds no state dict by any key"
+        offer = f"it holds {listed}" if listed else "it holds no state dict under any key"
         if _is_state_dict(state):
-            offer = "it is a plain state dict, which needs no key"
+            offer = "it is a plain state dict, for which no key is needed"
         raise CheckpointError(f"{where} has no state dict under key={key!r}: {offer}.")
     if len(candidates) > 1:
         raise CheckpointError(
-            f"{where} holds several state dicts: {listed}. Say which: key={candidates[0]!r}."
+            f"{where} holds several state dicts: {listed}. Choose one, for example with "
+            f"key={candidates[0]!r}."
         )
     mixed = [
         repr(name)
@@ -208,9 +210,9 @@ def _unwrap(state: Any, key: str | None, where: str) -> Any:
     ]
     if mixed:
         raise CheckpointError(
-            f"{where} holds the state dict {listed}, and tensors beside other values in "
-            f"{', '.join(mixed[:5])}: it is not clear which is the model. To take the former, give "
-            f"key={candidates[0]!r}; else save the model's by itself: "
+            f"{where} holds the state dict {listed}, and tensors together with other values in "
+            f"{', '.join(mixed[:5])}, so it is not clear which is the model. To use the former, "
+            f"pass key={candidates[0]!r}; otherwise save only the model's state dict: "
             f"torch.save(module.state_dict(), path)."
         )
     return state[candidates[0]] if candidates else state

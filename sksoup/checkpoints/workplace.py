@@ -1,4 +1,4 @@
-"""Where a file or folder is written before it takes its place: a private folder beside it."""
+"""Private folders for writing a file or folder before it is moved to its place."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import IO, Any
 
 try:
     import fcntl
-except ImportError:  # not on Windows, where nothing is swept
+except ImportError:  # on Windows, where leftovers are not removed
     fcntl: Any = None  # type: ignore[no-redef]
 
-MARK = ".sksoup-"  # how the names of these folders begin
+MARK = ".sksoup-"  # prefix of the names of these folders
 
 
 @contextmanager
 def workplace(target: Path) -> Iterator[Path]:
-    """Give a path in a new folder beside ``target`` that only this user can enter.
+    """Yield a path in a new folder next to ``target`` that only this user can enter.
 
-    What processes that were killed had left of the same target is removed.
+    Leftovers of killed processes for the same target are removed.
     """
-    # the target's own name could make this one longer than names may be
+    # including the name of the target could make this one too long
     name = f"{MARK}{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]}-{{}}.tmp"
     n = 0
     while (lock := _make(folder := target.parent / name.format(n))) is None:
@@ -39,9 +39,9 @@ def workplace(target: Path) -> Iterator[Path]:
 
 
 def _make(folder: Path) -> IO[bytes] | None:
-    """Make a folder and the lock in it, held while its process lives; None where one is in use.
+    """Make a folder with a lock that is held while the process lives; None if it is in use.
 
-    A link that was planted by the name is there, too: it is not followed.
+    An existing link with that name is not followed.
     """
     _sweep(folder)
     try:
@@ -49,7 +49,7 @@ def _make(folder: Path) -> IO[bytes] | None:
     except FileExistsError:
         return None
     path = folder / "lock"
-    with suppress(FileNotFoundError):  # swept before it was locked
+    with suppress(FileNotFoundError):  # removed before it was locked
         lock = path.open("xb")
         _take(lock)
         if _is_still(lock, path):
@@ -59,42 +59,42 @@ def _make(folder: Path) -> IO[bytes] | None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove a folder whose process is gone: the system has let go of its lock."""
+    """Remove a folder whose process has ended, so that its lock is released."""
     path = folder / "lock"
-    # r+b makes no file; locks on NFS need a file that is open for writing
+    # r+b does not create a file; locks on NFS need a file opened for writing
     with suppress(OSError), path.open("r+b") as lock:
         if not folder.is_symlink() and _take(lock, wait=False) and _is_still(lock, path):
             _remove(folder)
 
 
 def _remove(folder: Path) -> None:
-    """Remove what a save puts into its folder, and nothing else.
+    """Remove only the files that saving creates in its folder.
 
-    Who may rename folders here could have given its name to another one.
+    Another user could have renamed another folder to this name.
     """
     part = folder / "part"
     with suppress(OSError):
         if part.is_dir() and not part.is_symlink():
             shutil.rmtree(part, ignore_errors=True)
-        # safetensors writes to a file of such a name first
+        # safetensors first writes to a file with such a name
         for path in (part, *folder.glob(".tmp*"), folder / "lock"):
             path.unlink(missing_ok=True)
         folder.rmdir()
 
 
 def _take(lock: IO[bytes], wait: bool = True) -> bool:
-    """Whether the lock was taken; False where another process has it, or there are no locks."""
+    """Whether the lock was acquired; False if another process has it or locks are unsupported."""
     if fcntl is None:
         return False
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:  # a file system without locks: nothing there is ever swept
+    except OSError:  # a file system without locks: leftovers are not removed
         return False
     return True
 
 
 def _is_still(lock: IO[bytes], path: Path) -> bool:
-    """Whether what was locked is still there, and no other file in its place."""
+    """Whether the locked file still exists and was not replaced."""
     try:
         return os.path.samestat(os.fstat(lock.fileno()), path.stat())
     except FileNotFoundError:
@@ -102,7 +102,7 @@ def _is_still(lock: IO[bytes], path: Path) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder written to disk, where the system can."""
+    """Flush the names in a folder to disk, if the system supports it."""
     with suppress(OSError):
         file = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Files of tensors and texts, written whole or not at all."""
+"""Write files of tensors and texts atomically."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from .read import SAFETENSORS_DTYPES
 from .shards import INDEX
 from .workplace import sync_folder, workplace
 
-SHARD_BYTES = 5_000_000_000  # as Hugging Face cuts them
+SHARD_BYTES = 5_000_000_000  # the shard size of Hugging Face
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path; what is made there takes the place of ``path`` once it is on disk.
+    """Yield a temporary path; the file made there replaces ``path`` once it is on disk.
 
-    It has to be made anew (mode "x"): a link that someone has put there is not written through.
+    The file must be created with mode "x", so that a link placed there by others is not followed.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} can't be written: it is a folder, expected a file.")
     with _unwritten(path), workplace(path) as temporary:
         temporary.touch()
-        mode = temporary.stat().st_mode  # of new files; safetensors lets only the owner read
+        mode = temporary.stat().st_mode  # of new files; safetensors' are private
         temporary.unlink()
         yield temporary
         file = os.open(temporary, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
@@ -47,7 +47,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _unwritten(path: Path) -> Iterator[None]:
-    """Explain errors of the disk: no such folder, no room, no permission."""
+    """Explain disk errors: missing folder, full disk, no permission."""
     if not path.parent.is_dir():
         raise FileNotFoundError(
             f"{str(path)!r} can't be written: the folder {str(path.parent)!r} does not exist. "
@@ -55,12 +55,12 @@ def _unwritten(path: Path) -> Iterator[None]:
         )
     try:
         with suppress(FileNotFoundError):
-            path.lstat()  # raises for a name that can't be one, before any work
+            path.lstat()  # raises for an invalid name before any work
         yield
     except (OSError, SafetensorError) as error:
         error.add_note(
-            f"{str(path)!r} was not written; what was there before is as it was. Make room, or "
-            f"write to a folder that can be written to."
+            f"{str(path)!r} was not written; an existing file is unchanged. Free some disk space, "
+            f"or choose a folder with write permission."
         )
         raise
 
@@ -70,9 +70,9 @@ def write_safetensors(
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors and metadata to ``path``, atomically: the old file or the new, never a part."""
+    """Write tensors and metadata to ``path`` atomically."""
     with _replacing(path) as temporary:
-        # contiguous clones of what shares memory: the format stores every name by itself
+        # contiguous clones of tensors that share memory: the format stores every name separately
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         seen: set[int] = set()
         for name, tensor in whole.items():
@@ -84,10 +84,10 @@ def write_safetensors(
 
 
 def write_torch(path: Path, tensors: Mapping[str, torch.Tensor], beside: Path, text: str) -> None:
-    """Write a plain state dict by torch.save, and a text beside it: both are whole, or neither."""
+    """Write a plain state dict with torch.save, and a text file next to it, atomically."""
     with _replacing(path) as temporary, _replacing(beside) as temporary_text:
         _write_new(temporary_text, text)
-        # a view would take the whole tensor that it is a part of with it
+        # saving a view would save its whole storage
         whole = {
             name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
             for name, tensor in tensors.items()
@@ -95,7 +95,7 @@ def write_torch(path: Path, tensors: Mapping[str, torch.Tensor], beside: Path, t
         try:
             with temporary.open("xb") as file:
                 torch.save(whole, file)
-        except RuntimeError as error:  # what torch makes of a full disk
+        except RuntimeError as error:  # torch's error for a full disk
             raise OSError(f"torch.save could not write {str(path)!r}: {error}") from error
 
 
@@ -106,8 +106,8 @@ def write_shards(
     metadata: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write what ``read(names)`` yields, one tensor at a time, to shards in a new folder."""
-    names = sorted(infos, key=lambda name: -infos[name].dtype.itemsize)  # so all are aligned
+    """Write the tensors that ``read(names)`` yields, one at a time, to shards in a new folder."""
+    names = sorted(infos, key=lambda name: -infos[name].dtype.itemsize)  # so that all are aligned
     shards: list[list[str]] = [[]]
     filled = 0
     for name in names:
@@ -137,16 +137,16 @@ def _write_one_by_one(
     metadata: Mapping[str, str] | None,
 ) -> None:
     """Write a safetensors file whose tensors come one at a time, in the order of ``infos``."""
-    # the length of a JSON header as 8 bytes, the header padded to 8 bytes, then all bytes in a row;
-    # the library itself writes from memory only
+    # 8 bytes with the length of a JSON header, the header padded to 8 bytes, then all tensor bytes;
+    # the library itself can only write tensors that are in memory
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
     end = 0
     for name, info in infos.items():
         if info.dtype not in codes:
             raise CheckpointError(
-                f"{name!r} can't be written: safetensors has no {info.dtype}. Convert the "
-                f"checkpoints to another dtype."
+                f"{name!r} can't be written: safetensors does not support {info.dtype}. Convert "
+                f"the checkpoints to another dtype."
             )
         begin, end = end, end + info.nbytes
         offsets = [begin, end]
@@ -158,14 +158,14 @@ def _write_one_by_one(
         for name, info in infos.items():
             given, tensor = next(tensors)
             if given != name or TensorInfo.of(tensor) != info:
-                raise RuntimeError(f"{given!r} came where {name!r} was to be written")
+                raise RuntimeError(f"got the tensor {given!r}, expected {name!r}")
             data: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
             file.write(data)
         os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``, atomically."""
+    """Write ``text`` to ``path`` atomically."""
     with _replacing(path) as temporary:
         _write_new(temporary, text)
 
@@ -177,12 +177,13 @@ def _write_new(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``path`` that becomes it once all is written."""
-    # a link stays, and the empty folder that it points to is replaced; one to nothing is an error
+    """Yield a temporary folder next to ``path``, which is renamed to it once it is complete."""
+    # a link is kept, and the empty folder that it points to is replaced; a broken link is an error
     path = path if path.is_symlink() and not path.exists() else path.resolve()
     if os.path.lexists(path) and (not path.is_dir() or path.is_mount() or any(path.iterdir())):
         raise FileExistsError(
-            f"{str(path)!r} exists and is not an empty folder. Give another name, or move it away."
+            f"{str(path)!r} exists and is not an empty folder. Choose another name, or move it "
+            f"away."
         )
     with _unwritten(path), workplace(path) as temporary:
         temporary.mkdir()

@@ -1,1 +1,1 @@
-"""Rows and labels in any form -> tensors on a device, in minibatches."""
+"""Convert rows and labels in any form to minibatches of tensors on a device."""

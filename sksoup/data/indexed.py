@@ -1,4 +1,4 @@
-"""Held-out rows that are read by index as they are needed: more of them than memory holds."""
+"""Held-out rows larger than memory, read by index when they are needed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def as_loader(X: Any) -> DataLoader[Any]:
 
 
 def can_be_read_again(loader: DataLoader[Any]) -> bool:
-    """Whether row i of the data set is the i-th that the loader gives, every time."""
+    """Whether the loader always returns the rows in the order of the data set."""
     return (
         not isinstance(loader.dataset, IterableDataset)
         and hasattr(loader.dataset, "__len__")
@@ -59,15 +59,15 @@ def can_be_read_again(loader: DataLoader[Any]) -> bool:
 
 
 class IndexedRows:
-    """Rows of a data set, of which the first ones are in memory and the others are read each time.
+    """Rows of a data set; the first ones are in memory, the others are read when needed.
 
     Parameters
     ----------
     loader : DataLoader
-        Of a map-style data set. Its workers, collate function and pinned memory are used; its
-        batches are not.
+        Loader of a map-style data set. Its workers, collate function and pinned memory are used,
+        but not its batches.
     split : callable, batch -> inputs
-        Leaves the targets out, which are known from the first walk.
+        Removes the targets, which are known from the first pass.
     kept : inputs of shape (n_kept, ...)
         The first rows, in their own dtypes.
     digest : str
@@ -79,7 +79,7 @@ class IndexedRows:
     ) -> None:
         self._loader, self._split, self.kept, self.digest = loader, split, kept, digest
         self._rows = torch.arange(len(cast(Sized, loader.dataset)))
-        self.n_read = 0  # rows that were read again, for who wants to count
+        self.n_read = 0  # number of rows that were read again
 
     def __len__(self) -> int:
         return len(self._rows)

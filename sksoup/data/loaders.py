@@ -1,4 +1,4 @@
-"""Data sets and loaders of any kind -> inputs and targets, walked once."""
+"""Read inputs and targets from data sets and loaders of any kind, once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def as_batches(X: Any, y: Any) -> Any:
-    """A mapping that holds its targets as what it is: one batch; all else as it is."""
+    """Turn a mapping with its targets into a single batch; return anything else unchanged."""
     holds_targets = isinstance(X, Mapping) and (
         isinstance(y, str) or (y is None and any(name in X for name in LABELS))
     )
@@ -54,7 +54,7 @@ def from_lists(part: Sequence[Any]) -> NDArray[Any]:
 
 
 def is_apart(values: Any) -> bool:
-    """Whether targets or weights are given beside the rows, which must then come in order."""
+    """Whether targets or weights are passed separately, so that rows must come in order."""
     return values is not None and not isinstance(values, str)
 
 
@@ -67,11 +67,12 @@ def read_loader(
     pads: bool = False,
     keep: int | None = None,
 ) -> tuple[Any, Any]:
-    """Walk a loader once; inputs and targets as tensors on the CPU, targets as in `walk`.
+    """Read a loader once; inputs and targets as tensors on the CPU, targets as in `walk`.
 
-    Of a data set that does not fit into memory the first rows are kept, and the inputs are
-    `IndexedRows`. ``pads``: batches may be texts of different lengths, which are padded to the
-    longest. ``keep`` bounds what is kept, in bytes; it is never more than half of what is free.
+    If a data set does not fit into memory, only its first rows are kept, and the inputs are
+    `IndexedRows`. With ``pads``, batches may be texts of different lengths, which are padded to the
+    longest. ``keep`` limits the bytes that are kept, which are never more than half of the free
+    memory.
     """
     inputs: list[Any] = []
     targets: list[Any] = []
@@ -93,9 +94,9 @@ def read_loader(
         if held > limit and not can_leave_out:
             raise ValueError(
                 f"The held-out rows do not fit into memory: {held:,} bytes after "
-                f"{sum(map(n_rows, inputs)):,} rows, half of what is free. Give a data set with "
-                f"indices, or a DataLoader of one with shuffle=False, of which rows are read when "
-                f"they are needed; or hold out fewer."
+                f"{sum(map(n_rows, inputs)):,} rows, more than half of the free memory. Pass a "
+                f"data set with indices, or a DataLoader of one with shuffle=False, so that rows "
+                f"are read when they are needed; or hold out fewer rows."
             )
         while held > limit or (is_full and held > limit // 2):  # joining them takes as much again
             is_full = True
@@ -111,7 +112,7 @@ def read_loader(
 
 
 def note_rows(digest: Any, rows: Any) -> None:
-    """Add rows to a digest; those that are not finite are an error, as scikit-learn has it."""
+    """Add rows to a digest; raise an error if they are not finite, as scikit-learn does."""
     for part in parts_of(rows):
         if part.is_floating_point() and not bool(torch.isfinite(part).all()):
             raise ValueError("Input X contains NaN or infinite values, expected finite numbers.")
@@ -124,10 +125,10 @@ def _inputs_of(batch: Any, y: Any, n_inputs: int | None) -> Any:
 
 
 def padded(parts: list[Any], value: int = 0) -> list[Any]:
-    """Batches of texts, filled up at the end to the longest of them.
+    """Batches of texts, padded at the end to the longest one.
 
-    Inputs are filled with 0, which an attention mask leaves out; where there is none, it is made,
-    so that a model that looks both ways does not see what was filled in.
+    Inputs are padded with 0 and masked by the attention mask, which is created if there is none, so
+    that bidirectional models ignore the padding.
     """
     if not any(isinstance(X, Mapping) for X in parts):
         return _filled(parts, value)
@@ -138,7 +139,7 @@ def padded(parts: list[Any], value: int = 0) -> list[Any]:
 
 
 def _filled(parts: Sequence[Any], value: int) -> list[Any]:
-    """One input of all batches, in one length."""
+    """One input of all batches, padded to one length."""
     longest = max((part.shape[1] for part in parts if _is_sequence(part)), default=0)
     return [
         nn.functional.pad(part, (0, longest - part.shape[1]), value=value)
@@ -167,7 +168,7 @@ def minibatches(
     n_inputs: int | None,
     pads: bool = False,
 ) -> Iterator[tuple[Any, Any]]:
-    """Walk a loader once, in minibatches of ``size`` rows, as from arrays; None is one batch."""
+    """Read a loader once, in minibatches of ``size`` rows as for arrays; None is one batch."""
     if size is None:
         yield read_loader(X, y, ordered=ordered, n_inputs=n_inputs, pads=pads)
         return
@@ -191,7 +192,7 @@ def _cut(X: Any, rows: slice) -> Any:
 
 
 def targets_of(targets: list[Any], y: Any) -> Any:
-    """The targets that came with the rows, unless they were given beside them as ``y``."""
+    """The targets that came with the rows, unless they were passed separately as ``y``."""
     if is_apart(y):
         return y
     found = [part for part in targets if part is not None]
@@ -201,11 +202,11 @@ def targets_of(targets: list[Any], y: Any) -> Any:
 def walk(
     X: Any, y: Any, *, ordered: bool, n_inputs: int | None
 ) -> Iterator[tuple[Any, torch.Tensor | None]]:
-    """Inputs and targets batch by batch, as they come; global random state stays as it was.
+    """Inputs and targets batch by batch, without changing the global random state.
 
-    Targets are in a batch if ``y`` is None or the name of a key: the last of a tuple (unless it has
-    just the ``n_inputs`` that are known), or a key of a mapping. ``ordered`` refuses loaders that
-    shuffle.
+    Batches contain targets if ``y`` is None or the name of a key: the last item of a tuple (unless
+    it has only ``n_inputs`` items), or a key of a mapping. With ``ordered``, loaders that shuffle
+    raise an error.
     """
     if isinstance(X, IndexedRows):
         loader: Any = X.walk()
@@ -221,35 +222,35 @@ def walk(
             yield rows, None if labels is None else _numbers(labels)
     if is_empty:
         raise ValueError(
-            f"The {type(X).__name__} gave no rows: an iterator can be walked only once. Give a "
+            f"The {type(X).__name__} returned no rows: an iterator can be used only once. Pass a "
             f"DataLoader or a Dataset."
         )
 
 
 def _numbers(labels: Any) -> torch.Tensor:
-    """The targets in a batch as a tensor; texts are explained."""
+    """The targets in a batch as a tensor; raise an error for texts."""
     try:
         return torch.as_tensor(labels)
     except (TypeError, ValueError) as error:
         first = labels[0] if len(labels) else labels
         raise TypeError(
-            f"The targets in the rows can't be made a tensor: the first is {first!r}, expected a "
-            f"number. Give texts beside the rows, fit(checkpoints, X, y), and leave them out of X "
-            f"(rows.remove_columns('label') of a datasets.Dataset)."
+            f"The targets in the rows can't be converted to a tensor: the first is {first!r}, "
+            f"expected a number. Pass strings separately, fit(checkpoints, X, y), and remove them "
+            f"from X (rows.remove_columns('label') for a datasets.Dataset)."
         ) from error
 
 
 def _stacked(loader: Any) -> Iterator[Any]:
-    """The batches; rows of several lengths, which can't be stacked, are explained."""
+    """The batches; raise an error for rows of several lengths, which can't be stacked."""
     try:
         yield from loader
     except RuntimeError as error:
         if "stack expects each tensor to be equal size" not in str(error):
             raise
         raise ValueError(
-            f"The rows of a batch have different shapes, expected one: "
+            f"The rows of a batch have different shapes, expected one shape: "
             f"{str(error).strip().splitlines()[-1]}. Pad texts to one length, as with "
-            f"tokenizer(texts, padding='max_length', truncation=True), or give a DataLoader whose "
+            f"tokenizer(texts, padding='max_length', truncation=True), or pass a DataLoader whose "
             f"collate_fn pads."
         ) from error
 
@@ -261,25 +262,25 @@ def _check_order(loader: Any) -> None:
     shuffling = next((s for s in samplers if isinstance(s, SHUFFLING)), None)
     if shuffling is not None:
         raise ValueError(
-            f"The DataLoader shuffles ({type(shuffling).__name__}), so its rows do not come in the "
-            f"order of its data set, which matters here. Give one with shuffle=False."
+            f"The DataLoader shuffles ({type(shuffling).__name__}), but the rows are needed in the "
+            f"order of the data set. Pass a DataLoader with shuffle=False."
         )
     n = len(loader.dataset) if loader.drop_last and hasattr(loader.dataset, "__len__") else 0
     if lost := n % (loader.batch_size or 1):
         raise ValueError(
-            f"The DataLoader has drop_last=True, which leaves out {lost} of {n} rows. Give one "
+            f"The DataLoader has drop_last=True, which leaves out {lost} of {n} rows. Pass one "
             f"with drop_last=False."
         )
 
 
 def _split(batch: Any, y: Any, n_inputs: int | None) -> tuple[Any, Any]:
-    """The inputs in a batch, and the targets where they are in it."""
+    """The inputs in a batch, and the targets if it contains them."""
     if isinstance(batch, Mapping):
         key = y if isinstance(y, str) else next((name for name in LABELS if name in batch), None)
         if key is not None and key not in batch:
             raise ValueError(
-                f"Batches have no {key!r}: got {', '.join(map(repr, batch))}. Name the key that "
-                f"holds the targets: y='...'."
+                f"Batches have no {key!r}, but only {', '.join(map(repr, batch))}. Pass the key of "
+                f"the targets: y='...'."
             )
         inputs = {name: _tensor(part) for name, part in batch.items() if name != key}
         return inputs, None if key is None else batch[key]
@@ -287,7 +288,7 @@ def _split(batch: Any, y: Any, n_inputs: int | None) -> tuple[Any, Any]:
         *parts, last = batch
         if isinstance(y, str):
             raise ValueError(f"y={y!r} names a key, but batches are a {type(batch).__name__}.")
-        if y is not None or not parts or len(batch) == n_inputs:  # the targets are not in here
+        if y is not None or not parts or len(batch) == n_inputs:  # the batch contains no targets
             parts, last = [*parts, last], None
         if len(parts) == 1 and isinstance(parts[0], Mapping):
             return map_inputs(_tensor, parts[0]), last
@@ -304,8 +305,8 @@ def _tensor(part: Any) -> torch.Tensor:
     collated = default_collate(list(part)) if isinstance(part, (list, tuple)) else part
     if not isinstance(collated, torch.Tensor):
         raise TypeError(
-            f"A batch holds a {type(part).__name__} that is no tensor, such as {str(part)[:40]!r}. "
-            f"Tokenise text and drop other columns before."
+            f"A batch holds a {type(part).__name__} that is not a tensor, such as "
+            f"{str(part)[:40]!r}. Tokenize texts and remove other columns first."
         )
     return collated
 
@@ -317,8 +318,8 @@ def _concatenate(inputs: list[Any]) -> Any:
         shapes = [[tuple(part.shape[1:]) for part in parts_of(X)] for X in (first, other)]
         if kinds[0] != kinds[1] or shapes[0] != shapes[1]:
             raise ValueError(
-                f"Batches differ: rows of shape {shapes[0]} ({kinds[0]}) and of {shapes[1]} "
-                f"({kinds[1]}). Pad them to one shape."
+                f"Batches differ: some have rows of shape {shapes[0]} ({kinds[0]}), others of "
+                f"shape {shapes[1]} ({kinds[1]}). Pad them to one shape."
             )
     if isinstance(first, dict):
         return {name: torch.cat([X[name] for X in inputs]) for name in first}

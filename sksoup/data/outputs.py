@@ -1,4 +1,4 @@
-"""What a module's outputs mean: labels -> targets, outputs -> labels, probabilities, a score."""
+"""Interpret the outputs of a module: targets from labels; labels and scores from outputs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def is_dense(y: Any) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
-    """How the outputs of one module for one kind of targets are read."""
+    """The interpretation of the outputs of a module for one kind of targets."""
 
     task: Task
     n_outputs: int
@@ -61,9 +61,9 @@ class Outputs:
         module: Any = None,
         X: Any = None,
     ) -> Outputs:
-        """Read them from the module's output for one row and the targets; or say what differs.
+        """Find it from the module's output for one row and the targets, or raise an error.
 
-        ``call`` is the code that gives the outputs.
+        ``call`` is the code that returns the outputs, for errors.
         """
         if task in TEXT_TASKS:
             return cls._of_texts(output, y, kind_of_model(module, task), X)
@@ -73,13 +73,13 @@ class Outputs:
         if one_logit:
             if len(labels := np.unique(y)) > 2:
                 raise ValueError(
-                    f"{got}: one logit, which tells two labels apart, but y has {len(labels)}. "
-                    f"Expected (1, n_outputs)."
+                    f"{got}: one logit distinguishes two labels, but y has {len(labels)}. Expected "
+                    f"(1, n_outputs)."
                 )
             output = output.new_zeros((1, 2))  # as which it is used
         if dense and (output.ndim < 3 or output.shape[2:] != y.shape[1:]):
             raise ValueError(
-                f"{got}, and y has labels of shape {y.shape[1:]}: expected (1, n_outputs, "
+                f"{got}, but y has labels of shape {y.shape[1:]} per row, expected (1, n_outputs, "
                 f"{', '.join(map(str, y.shape[1:]))}). Move the axis of the outputs with "
                 f"forward=lambda module, X: {call}.movedim(-1, 1)."
             )
@@ -112,14 +112,14 @@ class Outputs:
 
     @property
     def described(self) -> NDArray[Any] | tuple[str, ...]:
-        """What the outputs stand for: their names where labels are their numbers, else labels."""
+        """Names of the outputs if labels are their indices, otherwise the labels."""
         if self.classes is None:
             return ()
         is_number = np.array_equal(self.classes, np.arange(self.n_outputs))
         return self.names if is_number and self.names is not None else self.classes
 
     def encode(self, y: NDArray[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Targets as the criterion takes them: class indices (N, ...), else floats (N, ...)."""
+        """Targets for the criterion: class indices (N, ...) or floats (N, ...)."""
         if self.classes is not None:
             order = np.argsort(self.classes)
             if not self.is_dense:
@@ -134,7 +134,7 @@ class Outputs:
         targets = to_tensor(np.asarray(y, dtype=np.float64)).reshape(len(y), -1)
         if targets.shape[1] != self.n_outputs:
             raise ValueError(
-                f"y has {targets.shape[1]} targets per row, expected {self.n_outputs}, one per "
+                f"y has {targets.shape[1]} targets per row, expected {self.n_outputs}: one per "
                 f"output of the module."
             )
         if self.task == "multilabel" and not bool(((targets == 0) | (targets == 1)).all()):
@@ -142,7 +142,7 @@ class Outputs:
         return targets.to(device, dtype).reshape(len(y), *self.shape)
 
     def counted(self, targets: torch.Tensor) -> torch.Tensor | None:
-        """(N,): positions of each row that have a label, where some have none."""
+        """(N,): number of labelled positions of each row, if some positions have no label."""
         labelled = targets != self.ignored
         if not (self.is_text or self.classes is not None) or bool(labelled.all()):
             return None
@@ -164,7 +164,7 @@ class Outputs:
         return logits.sigmoid() if self.task == "multilabel" else logits.softmax(dim=1)
 
     def right(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Weighted share of rows, or of pixels and tokens, whose prediction is right."""
+        """Weighted fraction of rows, or of pixels and tokens, with a correct prediction."""
         if self.classes is not None:
             right, counted = outputs.argmax(dim=1) == batch.y, batch.y != self.ignored
         else:
@@ -176,7 +176,7 @@ class Outputs:
         return (weight * right).sum() / weight.sum().clamp_min(1e-12)
 
     def score(self, y: Any, predicted: Any, weight: Any = None) -> float:
-        """Accuracy, or R² of a regression: the task's score, greater is better."""
+        """The default score of the task: accuracy, or R² for regression."""
         if self.task == "regression":
             return float(r2_score(y, predicted, sample_weight=weight))
         y = np.asarray(y)
@@ -201,7 +201,7 @@ def resolve_classes(
     classes: ArrayLike | None,
     names: Sequence[str] | None = None,
 ) -> NDArray[Any]:
-    """Labels in output order; a held-out fold that lacks a label must not shift the columns."""
+    """Labels in output order; a missing label must not shift the columns."""
     present = np.unique(y)
     if classes is not None:
         known = np.asarray(classes)
@@ -219,15 +219,15 @@ def resolve_classes(
         unknown = np.setdiff1d(present, named)
         if len(unknown):
             raise ValueError(
-                f"y holds labels that are no names of the module's outputs: {_some(unknown)}. Its "
-                f"config (id2label) has {_some(named)}. Give y by these names, or the labels in "
-                f"output order: classes=[...]."
+                f"y holds labels that are not names of the module's outputs: {_some(unknown)}. Its "
+                f"config (id2label) has {_some(named)}. Use these names in y, or pass the labels "
+                f"in the order of the outputs: classes=[...]."
             )
         return named
     if present.dtype.kind == "i" and IGNORED in present:
         raise ValueError(
-            f"y holds {IGNORED}, which leaves out positions of pixels and tokens, but here a row "
-            f"has one label. Leave these rows out, or give classes=[...] if it is a label."
+            f"y holds {IGNORED}, which marks pixels and tokens to ignore, but here each row has "
+            f"one label. Remove these rows, or pass classes=[...] if it is a label."
         )
     if len(present) == n_outputs:
         return present
@@ -236,7 +236,7 @@ def resolve_classes(
     raise ValueError(
         f"y can't be matched to the module's outputs: got {len(present)} distinct labels "
         f"({_some(present)}) for {n_outputs} outputs, expected {n_outputs} labels or integers in "
-        f"[0, {n_outputs}). Give the labels in output order: classes=[...]."
+        f"[0, {n_outputs}). Pass the labels in the order of the outputs: classes=[...]."
     )
 
 

@@ -26,7 +26,7 @@ def is_multiple(X: Any) -> bool:
 
 
 def is_loader(X: Any) -> bool:
-    """Whether rows have to be asked for: a Dataset, a DataLoader, an iterator of batches."""
+    """Whether X is a Dataset, a DataLoader or an iterator of batches."""
     is_hub = hasattr(X, "with_format") and hasattr(X, "column_names")  # datasets.Dataset
     kinds = (Dataset, DataLoader, Iterator, np.memmap, IndexedRows)
     return isinstance(X, kinds) or is_hub
@@ -57,9 +57,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """All held-out rows: on the device, or, where that is too small, inputs in host memory.
+    """All held-out rows on the device, or with inputs in host memory if the device is too small.
 
-    Where that is too small as well, they are read by index.
+    If host memory is also too small, inputs are read by index.
     """
 
     X: Inputs | IndexedRows  # (N, ...)
@@ -162,7 +162,7 @@ def one_ahead(make: Callable[[int], Batch], numbers: Iterable[int]) -> Iterator[
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Turn "auto" into cuda, else mps, else cpu; the ranks on one machine take one GPU each."""
+    """Resolve "auto" to cuda, mps or cpu; each rank on a machine uses its own GPU."""
     if device != "auto":
         return torch.device(device)
     if torch.cuda.is_available():
@@ -179,7 +179,7 @@ def to_tensor(values: Any) -> torch.Tensor:
 
 
 def to_inputs(X: Any, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Move inputs to the device: floating ones in the module's dtype, integers as they are."""
+    """Move inputs to the device; floating-point ones are converted to the module's dtype."""
 
     def move(part: Any) -> torch.Tensor:
         tensor = to_tensor(part)

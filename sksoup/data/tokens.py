@@ -1,4 +1,4 @@
-"""Texts: labels of tokens, which model predicts which of them, and their loss."""
+"""Language models: labels of tokens, which of them a model predicts, and their loss."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def kind_of_model(module: Any, task: str) -> str:
         if name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
             return "causal"
     raise ValueError(
-        f"task={task!r} can't tell what a {name} predicts: give task='causal-lm' (the next token), "
-        f"'masked-lm' (the token at its place) or 'seq2seq-lm' (labels of a decoder)."
+        f"task={task!r} is ambiguous for a {name}. Pass task='causal-lm' (predicts the next "
+        f"token), 'masked-lm' (the token at its position) or 'seq2seq-lm' (labels of a decoder)."
     )
 
 
@@ -57,37 +57,38 @@ def targets_from(X: Any) -> NDArray[np.int64] | None:
 def check_labels(
     y: NDArray[Any], kind: str, shape: tuple[int, ...], X: Any, is_part: bool = False
 ) -> None:
-    """Refuse labels that are no token ids of outputs of this shape, (n_tokens, vocabulary).
+    """Raise an error unless labels are token ids for outputs (n_tokens, vocabulary).
 
-    Those of a part of the rows may all be left out.
+    In a part of the rows, all labels may be ignored.
     """
     n_tokens, vocabulary = shape
     if y.shape[1] != n_tokens:
         raise ValueError(
-            f"y has {y.shape[1]} labels per row, and the module gives logits of {n_tokens} tokens: "
-            f"expected as many, {IGNORED} where one is left out. They are shifted inside."
+            f"y has {y.shape[1]} labels per row, but the module returns logits of {n_tokens} "
+            f"tokens, expected one label per token, with {IGNORED} at positions to ignore. Labels "
+            f"are shifted internally."
         )
     used = y[y != IGNORED]
     if used.size and (used.min() < 0 or used.max() >= vocabulary):
         wrong = used[(used < 0) | (used >= vocabulary)][0]
         raise ValueError(
-            f"y holds {wrong}, expected token ids in [0, {vocabulary}), and {IGNORED} where a "
-            f"token is left out."
+            f"y holds {wrong}, expected token ids in [0, {vocabulary}), or {IGNORED} at positions "
+            f"to ignore."
         )
     if is_part:
         return
     counted = y[:, 1:] if kind == "causal" else y
     if (counted == IGNORED).all():
         raise ValueError(
-            f"y holds no label that could be predicted: all are {IGNORED}"
-            f"{', or the first of their row' if kind == 'causal' else ''}."
+            f"y has no label to predict: all are "
+            f"{IGNORED}{', or the first of their row' if kind == 'causal' else ''}."
         )
     ids = targets_from(X)
     copies = kind != "causal" and ids is not None and ids.shape == y.shape
     if copies and np.array_equal(ids[y != IGNORED], used):  # type: ignore[index]
         what = "a masked" if kind == "masked" else "a sequence-to-sequence"
         raise ValueError(
-            f"y equals the inputs, which {what} model would only have to copy. Give its labels: "
+            f"y equals the inputs, which {what} model would only have to copy. Pass its labels: "
             + (
                 "the tokens that were masked (transformers' DataCollatorForLanguageModeling)."
                 if kind == "masked"
@@ -105,14 +106,14 @@ def shifted(y: NDArray[Any], kind: str) -> NDArray[np.int64]:
 
 
 def with_decoder_inputs(module: nn.Module, X: Any, y: Any, kind: str) -> Any:
-    """Add a decoder's inputs, made of the labels as transformers makes them, where X has none."""
+    """Add the decoder's inputs, made from the labels as in transformers, if X has none."""
     if kind != "seq2seq" or (isinstance(X, Mapping) and DECODER_INPUT in X):
         return X
     make = getattr(module, "prepare_decoder_input_ids_from_labels", None)
     if make is None:
         raise ValueError(
-            f"A {type(module).__name__} can't make its decoder's inputs of labels: give them in X, "
-            f"under {DECODER_INPUT!r}."
+            f"A {type(module).__name__} can't make its decoder's inputs from labels. Pass them in "
+            f"X, under {DECODER_INPUT!r}."
         )
     named = dict(X) if isinstance(X, Mapping) else {"input_ids": X}
     labels = torch.as_tensor(y)
@@ -126,7 +127,7 @@ def shown_score(score: float, task: Any) -> str:
 
 
 def perplexity(score: float) -> float:
-    """E to the mean loss of a token, of which the score is the negative."""
+    """Exp of the mean loss per token, which is the negative score."""
     return math.exp(min(-score, 700.0))
 
 

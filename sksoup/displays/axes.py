@@ -1,4 +1,4 @@
-"""What all displays share: axes, colours and labels."""
+"""Axes, colours and labels of all displays."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-# the palette of Okabe and Ito, which colour-blind readers can distinguish
+# the palette of Okabe and Ito, which is safe for colour-blind readers
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"
 SEPARATED = re.compile(r".*[/._-]")  # up to the last separator
 INCHES_PER_LABEL = 0.17
@@ -18,7 +18,7 @@ LONGEST_LABEL = 28  # characters
 
 
 class Display(ABC):
-    """Base of the displays: a subclass draws, and sets ``ax_`` and ``figure_``."""
+    """Base class of displays: a subclass draws, and sets ``ax_`` and ``figure_``."""
 
     def plot(self, ax: Any = None) -> Self:
         """Draw.
@@ -26,7 +26,7 @@ class Display(ABC):
         Parameters
         ----------
         ax : matplotlib Axes or None, default=None
-            Axes to draw on; None for those of a new figure.
+            Axes to draw on. None creates a new figure.
 
         Returns
         -------
@@ -46,7 +46,8 @@ def new_axes(ax: Any, wide: float, tall: float) -> tuple[Any, Any]:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError(
-            "Pictures need matplotlib: pip install matplotlib, or the extra sksoup[plot]."
+            "Plots need matplotlib, which is not installed. Run pip install matplotlib, or install "
+            "the extra sksoup[plot]."
         ) from error
     if ax is not None:
         return ax.figure, ax
@@ -54,7 +55,7 @@ def new_axes(ax: Any, wide: float, tall: float) -> tuple[Any, Any]:
 
 
 def label_ticks(ax: Any, which: str, names: Sequence[str]) -> None:
-    """Label as many ticks as there is room for, evenly."""
+    """Label as many evenly spaced ticks as fit."""
     box = ax.get_window_extent().transformed(ax.figure.dpi_scale_trans.inverted())
     room = box.width if which == "x" else box.height
     step = max(1, int(np.ceil(len(names) * INCHES_PER_LABEL / max(room, 0.1))))
@@ -64,7 +65,7 @@ def label_ticks(ax: Any, which: str, names: Sequence[str]) -> None:
 
 
 def shortened(names: Sequence[str]) -> list[str]:
-    """Names without their common start and end, cut at separators; long ones lose their middle."""
+    """Names without common prefix and suffix; long names are shortened in the middle."""
     start = SEPARATED.match(commonprefix(list(names)))  # noqa: RUF071 - of characters
     end = SEPARATED.match(commonprefix([name[::-1] for name in names]))  # noqa: RUF071
     cut = slice(start.end() if start else 0, -end.end() if end else None)

@@ -13,7 +13,7 @@ from .axes import BLUE, GREY, ORANGE, RED, label_ticks, new_axes, room_for
 
 
 class CoefficientsDisplay:
-    """Show the coefficients of a soup, layer by checkpoint, or how they are distributed.
+    """Show the coefficients of a soup as a map of layers and checkpoints, or as a histogram.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class CoefficientsDisplay:
         if self.coef.shape[1] != len(self.checkpoint_names):
             raise ValueError(
                 f"coef has shape {self.coef.shape}, expected ({len(self.layer_names)}, "
-                f"{len(self.checkpoint_names)}): a column for every checkpoint name."
+                f"{len(self.checkpoint_names)}): one column per checkpoint name."
             )
 
     @property
@@ -71,7 +71,7 @@ class CoefficientsDisplay:
         estimator : estimator
             A fitted soup.
         ax : matplotlib Axes or None, default=None
-            Axes to draw on; None for those of a new figure.
+            Axes to draw on. None creates a new figure.
         kind : {"map", "histogram"}, default="map"
             As in `plot`.
 
@@ -91,10 +91,10 @@ class CoefficientsDisplay:
         Parameters
         ----------
         ax : matplotlib Axes or None, default=None
-            Axes to draw on; None for those of a new figure.
+            Axes to draw on. None creates a new figure.
         kind : {"map", "histogram"}, default="map"
-            Layers by checkpoints, with 0 in white (bars if there is one row); or how often each
-            value occurs, with the share outside [0, 1].
+            "map" shows layers by checkpoints, with 0 in white, or bars if there is only one row.
+            "histogram" shows how often each value occurs, and the fraction outside [0, 1].
 
         Returns
         -------

@@ -12,12 +12,12 @@ from .axes import BLUE, ORANGE, RED, Display, label_ticks, new_axes, room_for
 
 
 class GreedyPathDisplay(Display):
-    """Show the candidates Greedy-Soup tried, those it kept, and the standard error of its score.
+    """Show the candidates of Greedy-Soup, those that were kept, and the standard errors.
 
     Parameters
     ----------
     path : list of dict
-        As ``GreedySoup().path_``.
+                The attribute ``path_`` of a fitted `GreedySoup`.
 
     Attributes
     ----------
@@ -50,9 +50,9 @@ class GreedyPathDisplay(Display):
         Parameters
         ----------
         estimator : GreedySoup
-            Fitted.
+                        A fitted estimator.
         ax : matplotlib Axes or None, default=None
-            Axes to draw on; None for those of a new figure.
+            Axes to draw on. None creates a new figure.
 
         Returns
         -------

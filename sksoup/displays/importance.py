@@ -1,4 +1,4 @@
-"""Display of which ingredients of a soup matter."""
+"""Display of the importance of the ingredients of a soup."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .axes import BLUE, ORANGE, Display, label_ticks, new_axes
 class IngredientImportanceDisplay(Display):
     """Show the score that a soup loses without each of its ingredients.
 
-    A bar for each ingredient, the largest loss at the top; those without which the soup scores
-    higher point to the left, in orange.
+    There is a bar for each ingredient, with the largest loss at the top. If the soup scores higher
+    without an ingredient, its bar is orange and points to the left.
 
     Parameters
     ----------
     importances : mapping of str to float
-        Score that is lost without each ingredient, as ``ingredient_importance(...).importances``.
+        Loss in score without each ingredient, as in ``ingredient_importance(...).importances``.
 
     Attributes
     ----------
@@ -41,14 +41,14 @@ class IngredientImportanceDisplay(Display):
 
     @classmethod
     def from_importance(cls, importance: Any, *, ax: Any = None) -> Self:
-        """Show what `sksoup.inspection.ingredient_importance` measured.
+        """Show a result of `sksoup.inspection.ingredient_importance`.
 
         Parameters
         ----------
         importance : IngredientImportance
             The result to show.
         ax : matplotlib Axes or None, default=None
-            Axes to draw on; None for those of a new figure.
+            Axes to draw on. None creates a new figure.
 
         Returns
         -------

@@ -15,19 +15,20 @@ from .axes import BLUE, GREEN, ORANGE, RED, Display, new_axes
 class LearningCurveDisplay(Display):
     """Show the held-out loss and score over the steps of a search by gradient descent.
 
-    Values of every minibatch, means of every epoch, and a line at each change of the model batch.
+    Shows the values of every minibatch, the mean of every epoch, and a vertical line at each change
+    of the model batch.
 
     Parameters
     ----------
     history : list of dict
-        As ``MEHLSoup().history_`` or ``LearnedSoup().history_``.
+        The attribute ``history_`` of a fitted `MEHLSoup` or `LearnedSoup`.
 
     Attributes
     ----------
     ax_ : matplotlib Axes
         Axes with the plot.
     score_ax_ : matplotlib Axes or None
-        Twin axes with the scores; None for a regression.
+        Twin axes with the scores. None for regression.
     figure_ : matplotlib Figure
         Figure that contains the axes.
 
@@ -42,7 +43,9 @@ class LearningCurveDisplay(Display):
     def __init__(self, history: Sequence[dict[str, Any]]) -> None:
         self.history = [record for record in history if "loss" in record]
         if not self.history:
-            raise ValueError("history holds no losses: only LearnedSoup and MEHLSoup record them.")
+            raise ValueError(
+                "history has no losses, expected the history_ of a fitted LearnedSoup or MEHLSoup."
+            )
 
     @classmethod
     def from_estimator(cls, estimator: Any, *, ax: Any = None) -> Self:
@@ -51,9 +54,9 @@ class LearningCurveDisplay(Display):
         Parameters
         ----------
         estimator : MEHLSoup or LearnedSoup
-            Fitted.
+                        A fitted estimator.
         ax : matplotlib Axes or None, default=None
-            Axes to draw on; None for those of a new figure.
+            Axes to draw on. None creates a new figure.
 
         Returns
         -------
@@ -95,7 +98,7 @@ class LearningCurveDisplay(Display):
     def _curve(
         self, ax: Any, what: str, color: str, marker: str, centers: NDArray[np.float64]
     ) -> None:
-        """Every minibatch, thin, and the mean of each epoch."""
+        """Draw every minibatch as a thin line, and the mean of each epoch."""
         steps = [np.asarray(record[what]) for record in self.history]
         ax.plot(np.concatenate(steps), color=color, linewidth=0.7, alpha=0.4)
         means = [part.mean() for part in steps]

@@ -80,12 +80,12 @@ def can_recalibrate(module: nn.Module, n_rows: int, batch_size: int | None) -> b
 
 
 def check_policy(problem: Problem, batch_size: int | None) -> None:
-    """Refuse rows from which ``batch_norm="recalibrate"`` can't measure variances."""
+    """Raise an error if ``batch_norm="recalibrate"`` can't measure variances."""
     module, n = problem.objective.module, len(problem.data)
     if batch_norms(module) and not can_recalibrate(module, n, batch_size):
         raise ValueError(
-            f"batch_norm='recalibrate' measures the variance of minibatches, and those of {n} rows "
-            f"with batch_size={batch_size} have one row each. Give more rows, a larger batch_size, "
+            f"batch_norm='recalibrate' measures the variance of minibatches, but with {n} rows and "
+            f"batch_size={batch_size} each has only one row. Pass more rows, a larger batch_size, "
             f"or batch_norm='average'."
         )
 

@@ -1,4 +1,4 @@
-"""Where deltas are taken from, how long they are, and the module laid out flat at that point."""
+"""The point from which deltas are measured, their norms, and the flat layout of the module."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from .problem import Problem
 
 @dataclass(frozen=True)
 class Anchor:
-    """The point g = sum_k q_k w_k that deltas w_k - g are taken from, and whether they are clipped.
+    """The point g = sum_k q_k w_k from which deltas are measured, and whether they are clipped.
 
-    ``weights`` (K,) are q times any number: a mean of n checkpoints has n ones, so that its q are
+    ``weights`` (K,) are q up to a factor: for a mean of n checkpoints they are n ones, so that q is
     exactly 1/n.
     """
 
@@ -168,7 +168,7 @@ class FlatModule:
         return self.grad[start:stop]
 
     def written(self) -> None:
-        """Note that weights were written."""
+        """Must be called after weights were written."""
 
     def forget_grad(self) -> None:
         """Set the gradient to 0."""
@@ -222,7 +222,7 @@ class ShardedModule(FlatModule):
         return own(tensor.grad).reshape(-1)[skipped : skipped + stop - start]
 
     def written(self) -> None:
-        """Give up what was gathered of the weights before."""
+        """Discard weights that were gathered before."""
         reshard(self.module)
 
     def forget_grad(self) -> None:

@@ -1,4 +1,4 @@
-"""Whether the best of all checkpoints is no better than a guess: labels or targets are off."""
+"""Detect that no checkpoint is better than chance, which indicates wrong labels or targets."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ WIDEST = 0.1  # they are at most so much, or a weak network might be taken for a
 
 
 def judge_scores(scores: Mapping[str, float], evaluate: Evaluator) -> str | None:
-    """What is probably wrong where no score is better than a guess on the rows of ``evaluate``.
+    """A warning if no score is better than chance on the rows of ``evaluate``, or None.
 
-    ``scores`` are those that ``evaluate`` measured. None for metrics of the user's own and several
-    labels per row. Too few rows to be certain are what is wrong themselves.
+    ``scores`` were measured by ``evaluate``. Returns None for custom metrics and several labels per
+    row. If there are too few rows to decide, the warning is about that.
     """
     outputs, n = evaluate.objective.outputs, _effective(evaluate.weight, len(evaluate.y))
     if outputs.is_text:
         return _of_loss(scores, evaluate)
     if len(scores) > 1 and n < FEW and not outputs.is_dense:
         return (
-            f"Only {n:.3g} held-out rows choose among {len(scores)} checkpoints, so the choice is "
-            f"mostly luck: an accuracy on them has a standard error of up to {0.5 / n**0.5:.2f}. "
-            f"Hold out {FEW} or more, and 50 or more for coefficients of every layer."
+            f"Only {n:.3g} held-out rows for selecting among {len(scores)} checkpoints, so the "
+            f"selection is mostly due to chance: the standard error of the accuracy is up to "
+            f"{0.5 / n**0.5:.2f}. Hold out {FEW} or more rows, or 50 or more for coefficients per "
+            f"layer."
         )
     least = MIN_ROWS.get(outputs.task, math.inf)
     if not scores or evaluate.scorer is not None or n < least:
@@ -41,9 +42,9 @@ def judge_scores(scores: Mapping[str, float], evaluate: Evaluator) -> str | None
         return _of_accuracy(name, best, evaluate, n)
     if evaluate.rows is not None and best < 0:
         return (
-            f"No checkpoint predicts these held-out rows better than the mean of y does: the "
-            f"highest R² is {best:.4f} ({name!r}), expected more than 0. The scale of y may differ "
-            f"from the one in training, as where targets were standardised: transform y, or the "
+            f"No checkpoint predicts these held-out rows better than the mean of y: the highest R² "
+            f"is {best:.4f} ({name!r}), expected more than 0. The scale of y may differ from that "
+            f"in training, for example if the targets were standardized. Transform y, or the "
             f"outputs with forward=."
         )
     return None
@@ -58,10 +59,10 @@ def _of_loss(scores: Mapping[str, float], evaluate: Evaluator) -> str | None:
     if scores[name] > -math.log(vocabulary):
         return None
     return (
-        f"No checkpoint is better than a guess on these held-out rows: the lowest loss is "
-        f"{-scores[name]:.4f} ({name!r}), and a guess among {vocabulary} tokens has "
-        f"{math.log(vocabulary):.4f}. The texts may be tokenised in another way than in training, "
-        f"or labels be shifted already: they are shifted inside, as transformers does."
+        f"No checkpoint is better than chance on these held-out rows: the lowest loss is "
+        f"{-scores[name]:.4f} ({name!r}), and guessing among {vocabulary} tokens has "
+        f"{math.log(vocabulary):.4f}. The texts may be tokenized differently than in training, or "
+        f"the labels may already be shifted; they are shifted internally, as in transformers."
     )
 
 
@@ -73,16 +74,16 @@ def _of_accuracy(name: str, best: float, evaluate: Evaluator, n: float) -> str |
         return ERRORS * math.sqrt(accuracy * (1 - accuracy) / n)
 
     if best <= chance + error(chance) and error(chance) <= WIDEST:
-        level = f"a guess among {n_classes} classes is right on {chance:.4f}"
+        level = f"guessing among {n_classes} classes is correct for {chance:.4f}"
     elif best < share - error(share) and error(share) <= WIDEST:
         level = f"the most frequent class alone is {share:.4f}"
     else:
         return None
     return (
-        f"No checkpoint is better than a guess on these held-out rows: the highest accuracy is "
-        f"{best:.4f} ({name!r}), and {level} of them. The labels may be in another order than the "
-        f"module's outputs: give them in output order, classes=[...]; or X may be prepared in "
-        f"another way than in training."
+        f"No checkpoint is better than chance on these held-out rows: the highest accuracy is "
+        f"{best:.4f} ({name!r}), and {level} of them. The order of the labels may differ from that "
+        f"of the module's outputs: pass them in the order of the outputs, classes=[...]. Or X may "
+        f"be preprocessed differently than in training."
     )
 
 

@@ -27,7 +27,7 @@ class Deltas(Protocol):
     flat: FlatModule
 
     def load(self, names: Sequence[str]) -> None:
-        """Take these checkpoints for the next outer iteration."""
+        """Load these checkpoints for the next outer iteration."""
 
     def combine(self, coef: torch.Tensor) -> None:
         """W <- start + sum_k coef_k delta_k, in the module (Eqs. 3, 7, 8)."""
@@ -80,7 +80,7 @@ class ModelBatch:
         return len(self._buffer)
 
     def release(self) -> None:
-        """Let the memory go, whoever holds on to this object."""
+        """Free the memory, even if there are references to this object."""
         del self.start, self._buffer, self.deltas, self._reader
 
     def load(self, names: Sequence[str]) -> None:
@@ -163,7 +163,7 @@ class Reader:
             self._thread.start()
 
     def close(self) -> None:
-        """Begin to read nothing more, and wait for the thread."""
+        """Stop reading, and wait for the thread."""
         self._order = ()
         self._free.put(None)
         if self._thread is not None:

@@ -56,8 +56,8 @@ class Settings:
 class Descent:
     """Minimises the held-out loss over the coefficients of some deltas, by minibatch steps.
 
-    With ``aside``, rows that take no part in the gradients, a run ends at the epoch (or the start)
-    where the loss on them was least.
+    With ``aside``, rows that are excluded from the gradients, a run returns to the epoch (or the
+    start) with the lowest loss on them.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class Descent:
 
         ``coef()`` gives (b, n_searched) as a function of the leaves, ``soup_coef`` turns that into
         the coefficients (n_searched, K) of the whole soup. Returns one record per epoch, with its
-        loss and gradient norm at every step. An epoch that the cache has is not run again: what it
-        left the leaves, the optimizer and the generator at is restored.
+        loss and gradient norm at every step. A cached epoch is not run again; the leaves, the
+        optimizer and the generator are restored from the cache.
         """
         settings, data = self.settings, self.problem.data
         n_steps = math.prod(self.n_steps.values())
@@ -129,8 +129,8 @@ class Descent:
                 record = {"epoch": epoch, **self._epoch(deltas, coef, state, scale)}
                 if (bad := state.not_finite(record, coef())) is not None:
                     raise DivergenceError(
-                        f"The loss or the coefficients stopped being finite at {where}step {bad}. "
-                        f"Lower lr (now {settings.lr}).",
+                        f"The loss or the coefficients became NaN or infinite at {where}step "
+                        f"{bad}. Lower lr (now {settings.lr}).",
                         self.problem.layers.expand(soup_coef(before)),
                     )
                 if best is not None:
@@ -210,7 +210,7 @@ class State:
             leaf.copy_(value)
 
     def not_finite(self, record: dict[str, list[float]], coef: torch.Tensor) -> int | None:
-        """The step, counted from 1, at which loss or gradient stopped being finite; or None."""
+        """The step, counted from 1, at which loss or gradient became NaN or infinite, or None."""
         steps = zip(record["loss"], record["grad_norm"], strict=True)
         n = len(record["loss"])
         finite = [math.isfinite(loss) and math.isfinite(norm) for loss, norm in steps]
@@ -303,9 +303,9 @@ class DeltaStorage:
         held = width * sum(one.n_numbers for one in center.checkpoints.on_one_base().values())
         if self.limit is not None and (needed := weights.nbytes + held) > self.limit:
             raise ValueError(
-                f"memory_limit={self.limit:,} bytes does not hold a search in adapters: it needs "
-                f"{needed:,} bytes for the base of {weights.nbytes:,} and the factors of all {n}. "
-                f"Raise the limit, or use fewer adapters."
+                f"memory_limit={self.limit:,} bytes is too small for a search over adapters, which "
+                f"needs {needed:,} bytes for the base ({weights.nbytes:,}) and the factors of all "
+                f"{n} adapters. Raise the limit, or use fewer adapters."
             )
         return n if wanted in (None, "auto") else min(int(wanted), n)
 
@@ -338,11 +338,11 @@ class DeltaStorage:
 
 
 class NotCached(Exception):
-    """Raised where a replay would have to run something."""
+    """Raised if a replay would have to compute something."""
 
 
 class ReplayedDeltas:
-    """The deltas of a finished search that is replayed from the cache: nothing is read for them."""
+    """Placeholder deltas for replaying a finished search from the cache, without reading."""
 
     def load(self, names: Sequence[str]) -> None:
         """Nothing is loaded."""
@@ -368,10 +368,10 @@ def within_memory(
     cache: Cache | None,
     on_halved: Callable[[int], None] = lambda n_models: None,
 ) -> Found | None:
-    """Run a search with as many models as memory holds; half as many whenever it runs out.
+    """Run a search with as many models as fit into memory; halve the number if it runs out.
 
-    A search that an earlier fit finished is replayed from the cache before any file is opened.
-    Gives None where all checkpoints are equal, so that there is nothing to search.
+    A search that was finished by an earlier fit is replayed from the cache before any file is
+    opened. Returns None if all checkpoints are equal.
     """
     key = ("models in memory", wanted, storage.limit, storage.n_ahead)
     n_models = None if cache is None else cache.find(*key)

@@ -44,12 +44,12 @@ class LowRankBatch:
         self._centers, self._whole = self._read_whole(center, delta_dtype)
 
     def release(self) -> None:
-        """Let the memory go, whoever holds on to this object."""
+        """Free the memory, even if there are references to this object."""
         for held in (self._base, self._stacks, self._centers, self._whole):
             held.clear()
 
     def load(self, names: Sequence[str]) -> None:
-        """Take these checkpoints for the next outer iteration; nothing is read."""
+        """Select these checkpoints for the next outer iteration; nothing is read."""
         places = [self._names.index(name) for name in names]
         self._batch = torch.tensor(places, device=self._device)
 

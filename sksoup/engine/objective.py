@@ -34,7 +34,7 @@ DEFAULT_CRITERIA: dict[Task, type[nn.Module]] = {
 
 @dataclass
 class Counts:
-    """What a fit cost: module calls on minibatches, and the rows in them."""
+    """Cost of a fit: numbers of forward and backward passes, and of rows in them."""
 
     n_forward: int = 0
     n_backward: int = 0
@@ -50,7 +50,7 @@ class Counts:
 
 
 class Objective:
-    """The held-out loss of the module's present weights, in eval mode, and its gradient.
+    """The held-out loss with the current weights of the module, in eval mode, and its gradient.
 
     With ``precision="bf16"`` the forward pass runs under autocast; the criterion does not.
     """
@@ -114,8 +114,9 @@ class Objective:
             return loss.mean()
         if loss.ndim == 0:
             raise ValueError(
-                "sample_weight needs a loss per row: the criterion returned one number for "
-                f"{len(batch)} rows. Give one with reduction='none', or drop sample_weight."
+                f"sample_weight needs one loss per row, but the criterion returned a single number "
+                f"for {len(batch)} rows. Pass a criterion with reduction='none', or omit "
+                f"sample_weight."
             )
         rows, amounts = loss.reshape(len(batch), -1), batch.amounts
         if batch.counted is not None and loss.shape == y.shape:  # 0 where there is no label
@@ -258,8 +259,9 @@ def as_output(output: Any) -> torch.Tensor:
         output = next(tensors, output)
     if not isinstance(output, torch.Tensor):
         raise TypeError(
-            f"The module returned a {type(output).__name__}, expected a tensor, a tuple with one, "
-            f"or something with logits. Tell how to get the outputs: forward=lambda module, X: ..."
+            f"The module returned a {type(output).__name__}, expected a tensor, a tuple with a "
+            f"tensor, or an object with logits. Pass a function that returns the outputs: "
+            f"forward=lambda module, X: ..."
         )
     return output
 
@@ -278,14 +280,14 @@ def _per_row(criterion: Loss) -> Loss:
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Copy weights into a module, in place: ties and unsaved buffers survive.
+    """Copy weights into a module in place; ties and unsaved buffers are kept.
 
     Parameters
     ----------
     module : nn.Module
-        Changed.
+        Module to change.
     weights : mapping of str to Tensor
-        Some or all of its state dict; of tensors in shards the rows that this rank holds.
+        Some or all entries of its state dict; for sharded tensors, the rows on this rank.
     """
     reshard(module)
     with torch.no_grad():
@@ -317,12 +319,12 @@ def prepare_module(
         if tuple(state[name].shape) != info.shape:
             raise CheckpointError(
                 f"The module does not fit the checkpoints: {name!r} has shape "
-                f"{tuple(state[name].shape)} in the module and {info.shape} in the checkpoints."
+                f"{tuple(state[name].shape)} in the module, but {info.shape} in the checkpoints."
             )
         if state[name].is_floating_point() != info.dtype.is_floating_point:
             raise CheckpointError(
                 f"The module does not fit the checkpoints: {name!r} has dtype {state[name].dtype} "
-                f"in the module and {info.dtype} in the checkpoints."
+                f"in the module, but {info.dtype} in the checkpoints."
             )
     wide = any(info.dtype == torch.float64 for info in checkpoints.layout.values())
     wide = wide or any(value.dtype == torch.float64 for value in state.values())
@@ -335,10 +337,11 @@ def _remedy(wanted: list[str], found: list[str]) -> str:
         prefix = name.removesuffix(wanted[0]) if wanted and name.endswith(wanted[0]) else ""
         if prefix and {prefix + name for name in wanted} <= set(found):
             return (
-                f"All of the module's names are there, behind {prefix!r}: open the checkpoints "
-                f"with CheckpointCollection(..., prefix={prefix!r}), which leaves the rest out."
+                f"The checkpoints have all names of the module after the prefix {prefix!r}. Open "
+                f"them with CheckpointCollection(..., prefix={prefix!r}), which ignores the other "
+                f"tensors."
             )
-    return "Give the architecture they were saved from: module=build_model."
+    return "Pass the architecture from which they were saved: module=build_model."
 
 
 def module_dtype(module: nn.Module) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Evaluations side by side: on the ranks of a job, or in workers of joblib."""
+"""Parallel evaluation on the ranks of a distributed job or in joblib workers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Trial(Protocol[T]):
 def evaluate_all(
     trial: Trial[T], items: Sequence[T], evaluate: Evaluator, n_workers: int
 ) -> Iterator[tuple[T, Evaluation]]:
-    """Evaluate items, in order; what the cache has is not evaluated again.
+    """Evaluate items in order; cached results are not computed again.
 
     The ranks of a distributed job take every n-th item; else ``n_workers`` processes or threads
     take a part each, with a module of their own; one worker evaluates here, item by item.

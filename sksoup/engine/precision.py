@@ -11,9 +11,9 @@ SLOWER = 3.0  # times, that are warned of
 
 
 def judge_bfloat16(device: torch.device) -> str | None:
-    """What to do about bfloat16 where the processor has no instructions for it; None if it has.
+    """A warning if bfloat16 is slow on this processor, or None.
 
-    It is measured: which processors are fast at it depends on torch, too.
+    The speed is measured, because it also depends on torch.
     """
     if device.type != "cpu":
         return None
@@ -21,9 +21,9 @@ def judge_bfloat16(device: torch.device) -> str | None:
     if slower < SLOWER:
         return None
     return (
-        f"precision='bf16' is slow on this processor: a product of matrices takes {slower:.0f} "
-        f"times as long in bfloat16 as in float32 (instructions that torch uses: "
-        f"{torch.backends.cpu.get_cpu_capability()}). Take precision='fp32', or a GPU."
+        f"precision='bf16' is slow on this processor: a matrix product takes {slower:.0f} times as "
+        f"long in bfloat16 as in float32 (instructions that torch uses: "
+        f"{torch.backends.cpu.get_cpu_capability()}). Use precision='fp32', or a GPU."
     )
 
 

@@ -1,4 +1,4 @@
-"""What a search is given and what it gives back; ranking, which several searches begin with."""
+"""Input and result of a search, and ranking, with which several searches start."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class Problem:
-    """All a search may use.
+    """The input of a search.
 
     Parameters
     ----------
     checkpoints : CheckpointCollection
-        What to mix.
+        The checkpoints to mix.
     layers : Layers
-        Which row of coefficients mixes which tensor; ``layers.n_searched`` rows are searched for.
+        Assignment of tensors to rows of coefficients. The search finds ``layers.n_searched`` rows.
     data : HeldOut
         The held-out rows on the device, in minibatches: ``data.batches(batch_size)``.
     objective : Objective
-        Loss, gradient and outputs of the module's present weights.
+        Loss, gradient and outputs with the current weights of the module.
     evaluate : Evaluator
-        ``evaluate().score`` is the held-out score of the module's present weights.
+        ``evaluate().score`` is the held-out score with the current weights of the module.
     progress : callable
-        ``with progress("evaluation", n_steps) as step`` begins a task that callbacks see;
-        ``step()`` ends each of its steps.
+        ``with progress("evaluation", n_steps) as step`` starts a task that is reported to
+        callbacks; ``step()`` ends each of its steps.
     cache : Cache or None, default=None
-        Keeps results for a fit that is stopped and started again; None without ``memory=``.
+        Stores results, so that an interrupted fit can resume. None without ``memory=``.
     """
 
     checkpoints: CheckpointCollection
@@ -66,28 +66,28 @@ class Problem:
 
     @property
     def module(self) -> nn.Module:
-        """A private module to try weights in (`load_weights`)."""
+        """A private module for trying weights (`load_weights`)."""
         return self.objective.module
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """The result of a search.
 
     Parameters
     ----------
     coef : ndarray of shape (n_searched, n_checkpoints), float64
         Coefficients of the searched layers; each row sums to 1.
     history : list of dict
-        What ``history_`` will be.
+                Value of the attribute ``history_``.
     attributes : dict of str
-        Fitted attributes of the recipe's own, by name.
+        Further fitted attributes of the recipe, by name.
     rivals : dict of str to ndarray of shape (n_searched, n_checkpoints)
-        Other coefficients, by what they are: they are mixed and scored on all held-out rows, too,
-        and the best is the soup.
+        Alternative coefficients by name. They are also mixed and scored on all held-out rows, and
+        the best candidate becomes the soup.
     decided : (Evaluator, float) or None, default=None
-        The score that the search decided by, and what measures it: the mix, which is rounded in
-        another way, is scored again, and a lower score is warned of.
+        The evaluator with which the search selected the soup, and the score. The mix, which is
+        rounded differently, is scored again, with a warning if its score is lower.
     """
 
     coef: NDArray[np.float64]
@@ -119,27 +119,27 @@ def rank_checkpoints(
     n_jobs: int | None = None,
     evaluate: Evaluator | None = None,
 ) -> Ranking:
-    """Score every checkpoint on the held-out rows; known scores are taken as given.
+    """Score every checkpoint on the held-out rows, or use known scores.
 
-    What the cache has is not evaluated. Ranks of a distributed job share the others out, and so
-    do workers; each has a module of its own and runs with this process's number of threads, so
-    that the scores do not depend on how many there are.
+    Cached scores are not evaluated again. The others are split between the ranks of a distributed
+    job or between workers. Each has its own module and uses the same number of threads as this
+    process, so the scores do not depend on the number of workers.
 
     Parameters
     ----------
     problem : Problem
-        Whose checkpoints are scored.
+                Problem with the checkpoints to score.
     step : callable
-        Called after each, as ``problem.progress`` gives it.
+        Function from ``problem.progress``, called after each checkpoint.
     n_jobs : int or None, default=None
-        Workers of joblib.
+                Number of joblib workers.
     evaluate : Evaluator or None, default=None
-        What scores them; by default ``problem.evaluate``.
+        Evaluator for the scores. By default ``problem.evaluate``.
 
     Returns
     -------
     ranking : Ranking
-        ``ranking.scores`` is a dict of str to float, in collection order.
+        ``ranking.scores`` is a dict of str to float, in the order of the collection.
     """
     checkpoints, evaluate = problem.checkpoints, evaluate or problem.evaluate
     if checkpoints.scores is not None:

@@ -1,4 +1,4 @@
-"""Held-out scores of the module's weights, stopped early when the rest can't change a decision."""
+"""Held-out scores of the module, stopped early if the other rows can't change the decision."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SLACK = 1e-9  # far above what float64 sums of penalties are off by, far below w
 class RowScore:
     """A score that is `top` minus a sum of penalties >= 0, one per row; on the CPU.
 
-    Accuracy and R² have 1 on top. Of language modeling the penalties are losses, and 0 is on top:
-    a loss has no bound, so that only what was seen counts against a candidate.
+    For accuracy and R² `top` is 1. For language modeling the penalties are losses and `top` is 0; a
+    loss has no upper bound, so only the rows seen so far count against a candidate.
     """
 
     task: Task
@@ -55,7 +55,7 @@ class RowScore:
 
     @property
     def most(self) -> float:
-        """The largest penalty a row can have."""
+        """The largest possible penalty of a row."""
         is_bounded = self.task not in ("regression", LANGUAGE_MODELING)
         return float(self.share.max()) if is_bounded else math.inf
 
@@ -96,7 +96,7 @@ class RowScore:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A held-out score, or an upper bound for it once that was enough to reject."""
+    """A held-out score, or an upper bound that was sufficient for rejection."""
 
     score: float
     n_rows: int
@@ -116,7 +116,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Scores the module's present weights on the held-out rows."""
+    """Scores the current weights of the module on the held-out rows."""
 
     objective: Objective
     data: HeldOut

@@ -1,4 +1,4 @@
-"""Inspection of soups: displays, comparisons on the same data, ingredients, loss barriers."""
+"""Inspect soups: displays, comparisons on the same data, importance, loss barriers."""
 
 from ..displays.coefficients import CoefficientsDisplay
 from ..displays.comparison import ComparisonDisplay

@@ -23,14 +23,14 @@ from ..tables import Table
 
 @dataclass(frozen=True)
 class LossBarrier:
-    r"""Hold the losses along straight lines between checkpoints, from `loss_barrier`.
+    r"""Losses along straight lines between checkpoints, measured by `loss_barrier`.
 
     Parameters
     ----------
     lines : tuple of (str, str)
         Names of the two ends; ``"mean"`` is the mean of all checkpoints.
     alpha : ndarray of shape (n_points,), float64
-        Places on the lines, from 0 (the first end) to 1.
+        Positions on the lines, from 0 (the first end) to 1.
     losses : ndarray of shape (n_lines, n_points), float64
         Mean loss over the rows.
 
@@ -38,7 +38,8 @@ class LossBarrier:
     ----------
     barriers : ndarray of shape (n_lines,), float64
         How far the loss rises above the straight line between the losses of both ends:
-        :math:`\max_\alpha L(\alpha) - (1 - \alpha) L(0) - \alpha L(1)`. 0 or less in one basin.
+        :math:`\max_\alpha L(\alpha) - (1 - \alpha) L(0) - \alpha L(1)`. 0 or less if both ends are
+        in the same basin.
 
     References
     ----------
@@ -91,42 +92,43 @@ def loss_barrier(
 ) -> LossBarrier:
     """Measure the loss along straight lines between checkpoints and to their mean.
 
-    Checkpoints that may be mixed lie in one basin: the loss does not rise between them.
+    Checkpoints can be mixed if they are in the same basin, that is, if the loss does not rise
+    between them.
 
     Parameters
     ----------
     checkpoints : CheckpointCollection
-        With a module.
+                Checkpoints with a module.
     X, y : array-like or Tensor of n_samples rows
-        Held-out rows.
+                Held-out data.
     n_points : int, default=11
-        Places on each line, the ends included.
+        Number of positions on each line, including the ends.
     n_pairs : int or None, default=10
-        Pairs of checkpoints, drawn at random when there are more; None for all K(K − 1)/2. The K
-        lines to the mean are always measured.
+        Number of pairs of checkpoints, drawn at random if there are more. None uses all K(K − 1)/2
+        pairs. The K lines to the mean are always measured.
     forward : callable or None, default=None
-        ``(module, X) -> outputs``, as for the soups.
+        Function ``(module, X) -> outputs`` that runs the forward pass, as for soups.
     task : str, default="classification"
-        What the outputs mean: "classification", "regression", "multilabel", or "language-modeling"
-        (docs: Language models).
+        How the outputs are interpreted: "classification", "regression", "multilabel", or
+        "language-modeling" (see the page "Language models").
     criterion : class, nn.Module or callable ``(output, y) -> loss``, default=None
-        By default that of the task: cross-entropy, squared error, or binary cross-entropy.
+        Loss. By default that of the task: cross-entropy, squared error or binary cross-entropy.
     classes, batch_size, device
         As in `MEHLSoup`.
     random_state : int, RandomState instance or None, default=0
-        Draws the pairs.
+                Seed for drawing the pairs.
 
     Returns
     -------
     barrier : LossBarrier
-        Losses along the lines; print it for a table.
+        Losses along the lines. Print it for a table.
 
     Raises
     ------
     ValueError
-        ``n_points`` below 2; X and y that do not fit.
-    CheckpointError
-        As `fit`.
+        ``n_points`` is less than 2, or X and y do not match.
+        CheckpointError
+        As for `fit`.
 
     Notes
     -----
@@ -146,12 +148,12 @@ def loss_barrier(
     pairs = list(combinations(checkpoints, 2))
     if n_pairs is not None and n_pairs < len(pairs):
         check_scalar(n_pairs, "n_pairs", Integral, min_val=0)
-        if random_state is None:  # entropy, not the state that all of NumPy shares
+        if random_state is None:  # fresh entropy instead of NumPy's global state
             random_state = int(np.random.SeedSequence().generate_state(1)[0])
         rng = check_random_state(random_state)
         pairs = [pairs[i] for i in sorted(rng.choice(len(pairs), n_pairs, replace=False))]
     alpha = np.linspace(0, 1, n_points)
-    like = UniformSoup(forward=forward, task=task, batch_size=batch_size)  # takes the same rows
+    like = UniformSoup(forward=forward, task=task, batch_size=batch_size)  # accepts the same rows
     like._check_params()
     X, y, _ = validate_rows(like, X, y, task)
     problem = prepare_problem(

@@ -14,7 +14,7 @@ from .barrier import LossBarrier, loss_barrier
 class LossBarrierDisplay(Display):
     """Show the loss along straight lines between checkpoints.
 
-    A curve for each line; lines to the mean of all checkpoints are dashed.
+    Each line is shown as a curve; lines to the mean of all checkpoints are dashed.
 
     Parameters
     ----------
@@ -51,11 +51,11 @@ class LossBarrierDisplay(Display):
         estimator : estimator
             A fitted soup.
         X, y : array-like or Tensor of n_samples rows
-            Rows to measure the loss on.
+            Data on which the loss is measured.
         ax : matplotlib Axes or None, default=None
-            Axes to draw on; None for those of a new figure.
+            Axes to draw on. None creates a new figure.
         **kwargs : dict
-            Parameters of `sksoup.inspection.loss_barrier`; by default those of the soup.
+            Parameters of `sksoup.inspection.loss_barrier`. By default those of the soup.
 
         Returns
         -------

@@ -1,4 +1,4 @@
-"""Which ingredients of a soup matter: the score that is lost without each of them."""
+"""Importance of the ingredients of a soup: the loss in score without each of them."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from ..tables import Table
 
 @dataclass(frozen=True)
 class IngredientImportance:
-    """Hold what `ingredient_importance` measured; ``print`` shows it as a table.
+    """Result of `ingredient_importance`. Print it for a table.
 
     Parameters
     ----------
     score : float
         Score of the soup.
     scores : dict of str to float
-        Score of the soup without each ingredient, in the collection's order.
+        Score of the soup without each ingredient, in the order of the collection.
     coef : dict of str to float
         Mean coefficient of each ingredient.
     n_rows : int
-        Number of rows that the scores were measured on.
+        Number of rows on which the scores were measured.
     scoring : str or None, default=None
-        Name of the metric; None for accuracy or R².
+        Name of the metric. None is accuracy or R².
 
     Attributes
     ----------
     importances : dict of str to float
-        Score that is lost without each ingredient, the largest loss first; negative where the soup
-        scores higher without it.
+        Loss in score without each ingredient, largest first. Negative if the soup scores higher
+        without it.
 
     Examples
     --------
@@ -70,17 +70,17 @@ class IngredientImportance:
 
     @property
     def statement(self) -> str:
-        """The rows and the metric behind the scores, in a sentence."""
+        """A sentence on the rows and the metric."""
         metric = "" if self.scoring is None else f" ({self.scoring})"
         return f"The soup scores {self.score:.4f}{metric} on these {self.n_rows:,} rows."
 
     def cells(self) -> list[tuple[str, ...]]:
-        """Return the rows of the table as text, the largest loss first.
+        """Return the rows of the table as text, largest loss first.
 
         Returns
         -------
         cells : list of tuple of str
-            A tuple per ingredient, in the order of ``header``.
+            One tuple per ingredient, with cells in the order of ``header``.
         """
         return [
             (name, f"{self.coef[name]:.4f}", f"{self.scores[name]:.4f}", f"{lost:+.4f}")
@@ -96,7 +96,7 @@ class IngredientImportance:
         Returns
         -------
         table : str
-            A row per ingredient, the largest loss first.
+            One row per ingredient, largest loss first.
         """
         return self._table().to_markdown()
 
@@ -107,61 +107,62 @@ class IngredientImportance:
 def ingredient_importance(
     soup: BaseSoup, X: Any, y: Any = None, *, scoring: Any = None
 ) -> IngredientImportance:
-    r"""Measure the score that a soup loses where an ingredient's share is given to the others.
+    r"""Measure the score that a soup loses without each of its ingredients.
 
-    The soup without ingredient k has, in every layer, the coefficients
+    The coefficient of an ingredient is distributed over the others. In every layer, the soup
+    without ingredient k has the coefficients
 
     .. math:: c'_k = 0, \qquad c'_j = c_j + c_k \frac{p_j}{\sum_{i \ne k} p_i}, \qquad p_j = |c_j|
 
-    so that each of the others gets a part of :math:`c_k` in proportion to the size of its own
-    coefficient, and rows still sum to 1. Of coefficients in [0, 1] these are the others' divided by
-    :math:`1 - c_k`; unlike that quotient they are defined for any coefficients. In a layer that
-    takes nothing but k, all other ingredients get equal parts: :math:`p_j = 1`.
+    so each of the others gets a part of :math:`c_k` in proportion to the absolute value of its own
+    coefficient, and rows still sum to 1. For coefficients in [0, 1] this divides the others by
+    :math:`1 - c_k`, but unlike that quotient it is defined for any coefficients. In a layer that
+    uses only k, all other ingredients get equal parts: :math:`p_j = 1`.
 
     Parameters
     ----------
     soup : estimator
-        A fitted soup, of two ingredients or more. Its checkpoints are read again.
+        A fitted soup with two or more ingredients. Its checkpoints are read again.
     X : array-like or Tensor of shape (n_samples, ...), dict, tuple, Dataset or DataLoader
-        Rows to score on, as in `fit`: those held out, or better test rows.
+        Data for the scores, as in `fit`: the held-out data or, better, test data.
     y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs), default=None
-        Labels or targets; None, or the name of a key, where they are in the batches.
+        Labels or targets. None, or the name of a key, if the batches contain them.
     scoring : str, callable or None, default=None
-        A scorer of scikit-learn, greater is better; by default accuracy or R².
+        A scikit-learn scorer (greater is better). By default accuracy or R².
 
     Returns
     -------
     importance : IngredientImportance
-        Scores and what is lost, for each checkpoint with a coefficient other than 0; print it for a
-        table.
+        Scores and losses in score, for each checkpoint with a coefficient other than 0. Print it
+        for a table.
 
     Raises
     ------
     TypeError
-        ``soup`` is not a soup: an ensemble, which has no weights of its own, or a search.
+        ``soup`` is not a soup but an ensemble, which has no weights, or a search.
     ValueError
-        The soup has one ingredient; X and y do not fit.
+        The soup has only one ingredient, or X and y do not match.
     CheckpointError
         A checkpoint changed or is missing.
 
     See Also
     --------
-    IngredientImportanceDisplay : Draws the result.
+    IngredientImportanceDisplay : Plot the result.
 
     Notes
     -----
-    What is lost depends on what is left: two ingredients that are alike replace each other, and
-    neither is important alone. Differences of less than about :math:`1/\sqrt{n}` on n rows may be
-    luck.
+    The importance of an ingredient depends on the others: two similar ingredients can replace each
+    other, so neither is important alone. Differences of less than about :math:`1/\sqrt{n}` on n
+    rows may be due to chance.
 
     The soup without k is linear in two sums and :math:`w_k`: with :math:`P = \sum_j p_j w_j` and
-    :math:`a = c_k / \sum_{i \ne k} p_i` it is :math:`w + a P - (c_k + a p_k) w_k`. So each file is
-    read twice, once for the sums and once to be left out, not K times. The weights agree with `mix`
-    of the changed coefficients up to rounding. Integer tensors, and statistics of BatchNorm that
-    were re-estimated, stay as they are in the soup.
+    :math:`a = c_k / \sum_{i \ne k} p_i` it is :math:`w + a P - (c_k + a p_k) w_k`. Therefore each
+    file is read only twice, once for the sums and once to be left out. The weights equal those of
+    `mix` with the changed coefficients up to rounding. Integer tensors and re-estimated BatchNorm
+    statistics are those of the soup.
 
-    Cost: K + 1 evaluations of the rows. Memory: four models (two sums, the module, what is loaded)
-    and one tensor.
+    Cost: K + 1 evaluations of the rows. Memory: four models (two sums, the module and the loaded
+    checkpoint) and one tensor.
 
     Examples
     --------
@@ -178,16 +179,16 @@ def ingredient_importance(
     """
     if not isinstance(soup, BaseSoup) or isinstance(soup, CheckpointEnsemble):
         raise TypeError(
-            f"soup is a {type(soup).__name__}, expected a fitted soup, such as a GreedySoup: its "
-            f"ingredients are mixed anew. Of a SoupSearchCV give soup_."
+            f"soup is a {type(soup).__name__}, expected a fitted soup, such as a GreedySoup, whose "
+            f"ingredients can be mixed again. For a SoupSearchCV pass its soup_."
         )
     check_is_fitted(soup, "module_")
     checkpoints, coef = soup.checkpoints_, np.atleast_2d(soup.coef_)
     used = [name for name, c in zip(checkpoints, coef.T, strict=True) if c.any()]
     if len(used) < 2:
         raise ValueError(
-            f"The soup has one ingredient, {used[0]!r}: there are no others to give its share to. "
-            f"Mix two checkpoints or more."
+            f"The soup has only one ingredient, {used[0]!r}, so it can't be left out, expected two "
+            f"or more. Fit a soup that mixes several checkpoints."
         )
     trial = copy.copy(soup)  # with a module of its own
     X, y, _ = validate_rows(trial, X, y, soup.task)
@@ -204,7 +205,7 @@ def ingredient_importance(
 
 
 class Without:
-    """The weights of a soup without an ingredient, from sums that are made once."""
+    """The weights of a soup without an ingredient, from sums that are computed once."""
 
     def __init__(self, soup: BaseSoup) -> None:
         self.checkpoints: CheckpointCollection = soup.checkpoints_
@@ -249,7 +250,7 @@ class Without:
 
 
 def parts_of_rest(coef: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(n_layers, K), p: each ingredient's part of a share that is given away, up to a factor."""
+    """(n_layers, K), p: the proportions in which a coefficient is distributed."""
     parts = np.abs(coef)
     alone = np.count_nonzero(coef, axis=1) < 2
     parts[alone] = coef.any(axis=0)  # equal parts for all that are used in any layer

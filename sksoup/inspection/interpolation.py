@@ -1,4 +1,4 @@
-"""Scores all the way from the pretrained start to a soup (WiSE-FT)."""
+"""Scores between the pretrained weights and a soup (WiSE-FT)."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from .test_sets import named_test_sets
 
 @dataclass(frozen=True)
 class InterpolationPath:
-    """Hold the scores of the weights between a start and a soup, from `interpolation_path`.
+    """Scores between pretrained weights and a soup, measured by `interpolation_path`.
 
     Parameters
     ----------
     t : ndarray of shape (n_points,), float64
-        Places on the way: 0 is the start, 1 the soup.
+        Positions: 0 is the pretrained weights, 1 is the soup.
     scores : ndarray of shape (n_points,), float64
         Scores on X.
     shifted : mapping of str to ndarray of shape (n_points,), float64
@@ -41,9 +41,9 @@ class InterpolationPath:
     Attributes
     ----------
     best_t : float
-        The place with the highest score on X, the nearest to the soup on ties.
+        The position with the highest score on X; the one closest to the soup if there are ties.
     mean_shifted : ndarray of shape (n_points,) or None
-        Mean score on the shifted sets; None without any.
+        Mean score on the shifted sets. None if there are none.
 
     References
     ----------
@@ -92,47 +92,49 @@ def interpolation_path(
     t: int | ArrayLike = 11,
     scoring: str | Callable[..., float] | None = None,
 ) -> InterpolationPath:
-    r"""Score the weights :math:`(1 - t) w_0 + t w` between a start and a soup.
+    r"""Score the weights :math:`(1 - t) w_0 + t w` between pretrained weights and a soup.
 
-    A fine-tuned model gains on data like its own, and often loses what the pretrained start knew of
-    other data. In between there may be one that is better on both: ``soup.interpolate(start, t)``
-    gives it. Choose t on held-out rows, not on those that are reported.
+    Fine-tuning improves a model on similar data, but often makes it worse on other data than the
+    pretrained model. A model between the two may be better on both; ``soup.interpolate(start, t)``
+    returns it. Choose t on held-out data, not on the test data that you report.
 
     Parameters
     ----------
     start : str, path-like, mapping of str to Tensor, or nn.Module
-        The pretrained start, as in `ModelStockSoup`.
+        The pretrained weights :math:`w_0`, as in `ModelStockSoup`.
     soup : estimator
         A fitted soup.
     X, y : array-like or Tensor of n_samples rows
-        Rows to score, as for ``soup.score``.
+        Data for the scores, as for ``soup.score``.
     X_shifted : mapping of str to test sets, or None, default=None
-        Sets under distribution shift by name: inputs whose labels are ``y_shifted``, or pairs
-        ``(X, y)``.
+        Named sets under distribution shift: inputs whose labels are ``y_shifted``, or pairs ``(X,
+        y)``.
     y_shifted : array-like or Tensor, or None, default=None
-        Labels of all shifted sets; None where they are pairs.
+        Labels of all shifted sets. None if they are pairs.
     t : int or array-like of shape (n_points,), default=11
-        How many places from 0 to 1, evenly; or the places.
+        Number of evenly spaced positions from 0 to 1, or the positions.
     scoring : str, callable or None, default=None
-        Metric, as in scikit-learn; by default that of ``soup.score``.
+        Metric, as in scikit-learn. By default that of ``soup.score``.
 
     Returns
     -------
     path : InterpolationPath
-        Scores along the way; print it for a table.
+        Scores at all positions. Print it for a table.
 
     Raises
     ------
     ValueError
-        Fewer than two places, or one that is not finite; sets and labels that do not fit.
+        There are fewer than two positions, a position is not finite, or sets and labels do not
+        match.
     TypeError
-        ``soup`` is an ensemble, or ``X_shifted`` is no mapping.
+        ``soup`` is an ensemble, or ``X_shifted`` is not a mapping.
     CheckpointError
-        The start can't be opened, or has other tensors.
+        ``start`` can't be opened, or its tensors differ.
 
     Notes
     -----
-    Cost: a forward pass over all rows for each place; the start is read once. Memory: four models.
+    Cost: a forward pass over all rows for each position; ``start`` is read once. Memory: four
+    models.
 
     Examples
     --------
@@ -147,7 +149,7 @@ def interpolation_path(
     """
     check_is_fitted(soup, "coef_")
     if not soup._has_recipe:
-        raise TypeError("soup is an ensemble, which has no weights of its own: give a soup.")
+        raise TypeError("soup is an ensemble, which has no weights, expected a soup.")
     places = _places(t)
     if X_shifted is not None and not isinstance(X_shifted, Mapping):
         raise TypeError(
@@ -176,15 +178,17 @@ def _places(t: int | ArrayLike) -> NDArray[np.float64]:
         return np.linspace(0, 1, int(t))
     places = np.asarray(t, dtype=np.float64)
     if places.ndim != 1 or len(places) < 2 or not np.isfinite(places).all():
-        raise ValueError(f"t must be a number of places or two finite places or more, got {t!r}.")
+        raise ValueError(
+            f"t must be a number of positions, or two or more finite positions, got {t!r}."
+        )
     return places
 
 
 class InterpolationDisplay(Display):
-    """Show the scores between a pretrained start and a soup.
+    """Show the scores between pretrained weights and a soup.
 
-    With shifted sets a curve of the mean score on them against the score on X, from the start to
-    the soup, as in the paper; else the score along the way.
+    With shifted sets, the mean score on them is plotted against the score on X, as in the paper;
+    otherwise the score is plotted against t.
 
     Parameters
     ----------
@@ -214,18 +218,18 @@ class InterpolationDisplay(Display):
     def from_estimator(
         cls, estimator: Any, X: Any, y: Any, *, start: Start, ax: Any = None, **kwargs: Any
     ) -> Self:
-        """Measure and show the way from a start to a fitted soup.
+        """Measure and show the scores between pretrained weights and a fitted soup.
 
         Parameters
         ----------
         estimator : estimator
             A fitted soup.
         X, y : array-like or Tensor of n_samples rows
-            Rows to score.
+                        Data for the scores.
         start : str, path-like, mapping of str to Tensor, or nn.Module
-            The pretrained start.
+                        The pretrained weights.
         ax : matplotlib Axes or None, default=None
-            Axes to draw on; None for those of a new figure.
+            Axes to draw on. None creates a new figure.
         **kwargs : dict
             Parameters of `sksoup.inspection.interpolation_path`.
 

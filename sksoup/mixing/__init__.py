@@ -1,1 +1,1 @@
-"""Coefficients -> weights, and the record of what was mixed."""
+"""Mix checkpoints with coefficients, and record how to rebuild the mix."""

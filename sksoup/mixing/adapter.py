@@ -1,4 +1,4 @@
-"""A soup of LoRA adapters as one adapter: their factors side by side, or the best of a rank."""
+"""A soup of LoRA adapters as one adapter: concatenated factors, or the best of a given rank."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ..checkpoints.low_rank import Factors
 from ..checkpoints.write import write_safetensors
 from ..exceptions import CheckpointError
 
-BIAS = re.compile(r"bias[^.]*$")  # such as in_proj_bias of an attention
-# of PEFT, which refuses other tasks
+BIAS = re.compile(r"bias[^.]*$")  # such as in_proj_bias of an attention layer
+# PEFT's tasks; it rejects others
 TASKS = (
     "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION",
 )  # fmt: skip
@@ -30,10 +30,10 @@ Bias: TypeAlias = Literal["none", "all", "lora_only"]  # of PEFT
 
 @dataclass(frozen=True)
 class MixedAdapter:
-    """What adapters of one base, mixed, add to it.
+    """The mixed difference of adapters from their base.
 
-    ``errors`` has, of every tensor with factors, the length of what their rank left out, relative
-    to the whole difference's.
+    ``errors`` has, for every tensor with factors, the norm of the part lost by the rank, relative
+    to that of the full difference.
     """
 
     adapters: Sequence[AdapterCheckpoint]  # the ingredients
@@ -42,7 +42,7 @@ class MixedAdapter:
     errors: Mapping[str, float]
 
     def on_base(self) -> dict[str, torch.Tensor]:
-        """The whole tensors that differ from the base's."""
+        """The tensors stored as a whole that differ from the base."""
         base = self.adapters[0].base
         found = dict(self.whole)
         with base.open() as read:
@@ -61,7 +61,7 @@ def mixed_adapter(
     mixed: Mapping[str, torch.Tensor],
     rank: int | None = None,
 ) -> MixedAdapter:
-    """The factors of a mix with coefficients (n_layers, K); heads are those of ``mixed``."""
+    """The factors of a mix with coefficients (n_layers, K); heads are taken from ``mixed``."""
     used = [name for name, c in zip(checkpoints.names, coef.T, strict=True) if c.any()]
     adapters = _all_adapters(checkpoints, used)
     whole = sorted({name for one in adapters for name in one.whole})
@@ -90,23 +90,24 @@ def _all_adapters(
         known = checkpoints.adapters(used)
         other = next((name for name in used if name not in known), used[0])
         raise CheckpointError(
-            f"No adapter can hold this soup: its ingredient {other!r} is a whole model"
-            f"{'' if other not in known else ' or has another base'}, and what it adds to the base "
-            f"has no low rank. Use save_pretrained or save, or leave it out of the collection."
+            f"This soup can't be written as an adapter: its ingredient {other!r} is a whole "
+            f"model{'' if other not in known else ' or has another base'}, so its difference from "
+            f"the base does not have a low rank. Use save_pretrained or save, or leave it out of "
+            f"the collection."
         )
     return found
 
 
 def side_by_side(factors: Sequence[Factors]) -> Factors:
-    """The sum of some products, as one: ranks add up."""
+    """The sum of products as one product, whose rank is the sum of the ranks."""
     left = torch.cat([each.left for each in factors], dim=1)
     return Factors(left, torch.cat([each.right for each in factors]))
 
 
 def truncated(factors: Factors, rank: int | None) -> tuple[Factors, float]:
-    """The nearest product of this rank, by singular values; and the relative length of the rest.
+    """The best approximation of this rank by singular values, and its relative error.
 
-    None keeps all, in no more columns than the tensor has.
+    None keeps all, with at most as many columns as the tensor.
     """
     most = min(len(factors.left), factors.right.shape[1])
     wanted = factors.rank if rank is None else rank
@@ -124,7 +125,7 @@ def truncated(factors: Factors, rank: int | None) -> tuple[Factors, float]:
 
 
 def check_peft() -> None:
-    """Refuse to begin without peft, which writes its own configuration."""
+    """Raise an error if peft, which writes the configuration, is not installed."""
     try:
         import peft  # noqa: F401
     except ImportError as error:
@@ -134,7 +135,7 @@ def check_peft() -> None:
 
 
 def write_adapter(folder: Path, mixed: MixedAdapter) -> None:
-    """Write PEFT's two files to a folder that is there."""
+    """Write PEFT's two files to an existing folder."""
     from peft import LoraConfig
 
     first = mixed.adapters[0]
@@ -182,13 +183,14 @@ def _as_peft(
 
 
 def _held_whole(mixed: MixedAdapter, kinds: Mapping[str, str]) -> tuple[list[str], Bias]:
-    """Modules that are saved whole, and PEFT's ``bias``: which biases are, beside them."""
+    """The modules that are saved as a whole, and PEFT's ``bias`` option for other biases."""
     parents = {name.rpartition(".")[0] for name in mixed.whole if not BIAS.search(name)}
     if "" in parents:
         raise CheckpointError(
-            "No adapter can hold this soup: a tensor of its root module is held whole. Use save."
+            "This soup can't be written as an adapter: a tensor of its root module is stored as a "
+            "whole. Use save."
         )
-    # peft can't wrap a module of one that it has wrapped
+    # peft can't wrap a module inside a wrapped one
     modules = [one for one in parents if not any(one.startswith(f"{o}.") for o in parents)]
     biases = {n for n in mixed.whole if not any(n.startswith(f"{one}.") for one in modules)}
     bias: Bias = "all"
@@ -198,7 +200,7 @@ def _held_whole(mixed: MixedAdapter, kinds: Mapping[str, str]) -> tuple[list[str
 
 
 def _targets(modules: list[str], adapter: AdapterCheckpoint) -> list[str] | str:
-    """The modules, as a list of names where each means itself only, else as a pattern."""
+    """The modules as a list of names if these are unambiguous, otherwise as a pattern."""
     names = adapter.base.modules
     if any(other.endswith(f".{module}") for module in modules for other in names):
         return f"^({'|'.join(map(re.escape, modules))})$"
@@ -206,17 +208,17 @@ def _targets(modules: list[str], adapter: AdapterCheckpoint) -> list[str] | str:
 
 
 def _agreed(fields: Iterable[Mapping[str, Any]], name: str) -> Any:
-    """A field on which all configurations agree; else None."""
+    """A field on which all configurations agree, or None."""
     values = [each.get(name) for each in fields]
     return values[0] if all(value == values[0] for value in values) else None
 
 
 def _text(value: Any) -> str | None:
-    """A field that is a text, else None: peft and its readers take no other."""
+    """A field that is a string, or None: peft accepts no other types."""
     return value if isinstance(value, str) else None
 
 
 def _auto_mapping(value: Any) -> dict[str, str] | None:
-    """The class of a base, and the package that it is of: texts, else None."""
+    """The class of a base and its package, if they are strings, or None."""
     is_plain = isinstance(value, dict) and value.keys() <= AUTO_MAPPING
     return value if is_plain and all(isinstance(v, str) for v in value.values()) else None

@@ -1,4 +1,4 @@
-"""The model card of a soup: what was mixed, in Markdown."""
+"""The model card of a soup in Markdown."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .origins import Origin, common_origin
 
 TAGS = ("model-soup", "merge", "sksoup")
 REBUILD = """\
-The exact coefficients are in the file's metadata, or in the `.recipe.json` beside it. With the \
-ingredients at hand, rebuild and compare the weights bit for bit:
+The exact coefficients are in the file's metadata, or in the `.recipe.json` next to it. If you \
+have the ingredients, you can rebuild the weights and compare them bit for bit:
 
 ```
 python -m sksoup verify FILE FOLDER_OF_INGREDIENTS
@@ -38,7 +38,7 @@ LOAD_FILE = """\
 from safetensors.torch import load_file
 
 model = build_model()  # your class, as for the ingredients
-model.load_state_dict(load_file("FILE"))  # of a .pt file: torch.load("FILE", weights_only=True)
+model.load_state_dict(load_file("FILE"))  # for a .pt file: torch.load("FILE", weights_only=True)
 model.eval()
 ```
 """
@@ -53,16 +53,16 @@ model.eval()
 ```
 """
 REBUILD_ADAPTER = """\
-The exact coefficients are in `recipe.json`. With the ingredients and their base at hand, rebuild \
-the whole network:
+The exact coefficients are in `recipe.json`. If you have the ingredients and their base, you can \
+rebuild the whole network:
 
 ```
 python -m sksoup cook recipe.json FOLDER_OF_ADAPTERS --base BASE -o soup.safetensors
 ```
 """
-# what GitHub makes addresses, mentions and formulas of, without any mark around them
+# characters from which GitHub makes links, mentions and formulas
 LIVE = re.compile(r"[@$]|(?<=:)/(?=/)|(?<=www)\.", re.IGNORECASE)
-MOST_ROWS = 20  # of a table of layers
+MOST_ROWS = 20  # rows in a table of layers
 
 
 def model_card(
@@ -71,11 +71,11 @@ def model_card(
     errors: Mapping[str, float] | None = None,
     architecture: str | None = None,
 ) -> str:
-    """A recipe in words, as a Hugging Face–style model card; all texts from outside are escaped.
+    """A model card in the style of Hugging Face; all texts from outside are escaped.
 
-    With the ingredients it is that of a Hugging Face folder, and has what their folders agree on;
-    with ``errors``, that of a PEFT folder whose factors leave so much out. ``architecture`` is the
-    class to load it with, where no config beside an ingredient says it.
+    With the ingredients it is the card of a Hugging Face folder, with information on which their
+    folders agree; with ``errors``, that of a PEFT folder with these approximation errors.
+    ``architecture`` is the class for loading it if no config of an ingredient names one.
     """
     used = [
         one for one, is_used in zip(recipe.ingredients, recipe.is_used(), strict=True) if is_used
@@ -96,18 +96,17 @@ def model_card(
     parts = [
         _front_matter(origin, library),
         f"# {_plain(recipe.method)} of {len(rows)} checkpoint{'s' * (len(rows) > 1)}\n",
-        f"One network mixed from {len(rows)} of {len(recipe.ingredients)} checkpoints that were "
-        f"fine-tuned from one start, by {_code(recipe.method)} of sksoup: its weights are "
-        f"their sum with the coefficients below, which sum to 1. It costs no more to run than "
-        f"any one of them.\n",
+        f"A model soup of {len(rows)} of {len(recipe.ingredients)} checkpoints that were "
+        f"fine-tuned from the same weights, made with {_code(recipe.method)} of sksoup. Its "
+        f"weights are a linear combination of theirs, with the coefficients below, which sum to 1. "
+        f"Inference costs the same as for a single checkpoint.\n",
         Table(header, rows, left=(0, 3)).to_markdown() + "\n",
     ]
     if recipe.held_out is not None:
         score, n = recipe.held_out
         parts.append(
             f"It scores {shown_score(score, recipe.params.get('task'))} on {n:,} held-out rows. "
-            f"The soup was selected by this score, so that it is optimistic: expect less on new "
-            f"rows.\n"
+            f"The soup was selected by this score, so it is optimistic: expect less on new rows.\n"
         )
     if origin.labels and origin.labels != recipe.classes:
         parts.append(f"Labels: {', '.join(map(_code, origin.labels))}.\n")
@@ -115,7 +114,9 @@ def model_card(
         labels = ", ".join(_code(str(label)) for label in recipe.classes)
         parts.append(f"Outputs, in order: {labels}.\n")
     if recipe.temperature != 1.0:
-        parts.append(f"Multiply the logits by {recipe.temperature:.6g} for probabilities.\n")
+        parts.append(
+            f"Multiply the logits by {recipe.temperature:.6g} before computing probabilities.\n"
+        )
     if recipe.recalibrated:
         parts.append(f"{len(recipe.recalibrated)} tensors were re-estimated from data.\n")
     name = origin.architecture or architecture or "AutoModel"
@@ -138,22 +139,25 @@ def _folder(checkpoints: CheckpointCollection, name: str) -> Path | None:
 
 
 def _of_rank(errors: Mapping[str, float]) -> str:
-    """How near an adapter is to its soup, layer by layer."""
+    """How well an adapter approximates its soup, layer by layer."""
     if not any(errors.values()):
-        return "This adapter is exactly the soup: it holds the ingredients' factors side by side.\n"
+        return (
+            "This adapter equals the soup exactly: its factors are those of the ingredients, "
+            "concatenated.\n"
+        )
     worst = sorted(errors, key=lambda name: -errors[name])[:MOST_ROWS]
     rows = [(_code(name), f"{errors[name]:.3g}") for name in worst]
     more = f" ({len(worst)} of {len(errors)} layers)" if len(worst) < len(errors) else ""
     return (
-        f"Its factors are of lower rank than the soup's. What they leave out, relative to what the "
-        f"soup adds to the base{more}:\n\n"
+        f"Its factors have a lower rank than the soup. The error relative to the full difference "
+        f"from the base{more}:\n\n"
         + Table(("layer", "relative error"), rows, left=(0,)).to_markdown()
         + "\n"
     )
 
 
 def _front_matter(origin: Origin, library: str | None) -> str:
-    """What the hub reads, as YAML: values are JSON texts in ASCII, which can't break out of it."""
+    """Metadata for the hub as YAML; values are ASCII JSON strings, which can't break out of it."""
     values: dict[str, Any] = {
         "base_model": origin.base_model,
         "library_name": library,
@@ -173,7 +177,7 @@ def _plain(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Text as a span of code, which it can't end: escapes mean nothing in there, so none are."""
+    """Text as a code span, which it can't end; backslash escapes have no effect in it."""
     return f"`{html.escape(_one_line(text), quote=False).replace('`', chr(39))}`"
 
 

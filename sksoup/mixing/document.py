@@ -1,4 +1,4 @@
-"""A recipe as a JSON document: written so that it can be opened, checked whole when it is read."""
+"""Recipes as JSON documents, all of whose fields are checked on reading."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .ingredients import Base, Ingredient
 from .layers import is_statistic
 from .mix import as_dtype, check_coef
 
-FORMAT_VERSION = 2  # 1 had no digest, and its coefficients were lists whatever their number
-MOST_BYTES = 100_000_000  # of the header of a .safetensors file; of a .json file, too
-LISTED = 4096  # coefficients that are written as numbers; more of them as the bytes of float64
-DEPTH = 20  # levels that lists and mappings of ``params`` may be nested
+FORMAT_VERSION = 2  # version 1 had no digest, and coefficients were always lists
+MOST_BYTES = 100_000_000  # of the header of a .safetensors file, and of a .json file
+LISTED = 4096  # coefficients written as numbers; more are written as the bytes of float64
+DEPTH = 20  # maximum nesting of lists and mappings in ``params``
 SHA256 = re.compile("[0-9a-f]{64}")
-WRONG = (KeyError, TypeError, ValueError, OverflowError)  # what reading a field raises
+WRONG = (KeyError, TypeError, ValueError, OverflowError)  # errors raised while reading a field
 
 _repr = Repr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = 120
@@ -54,7 +54,7 @@ def write_document(recipe: Any) -> str:
 
 
 def check_header(text: str, names: Iterable[str]) -> None:
-    """Refuse a document that the header of a .safetensors file has no room for."""
+    """Raise an error if a document is too large for the header of a .safetensors file."""
     entry = len('"":{"dtype":"F8_E4M3","shape":[],"data_offsets":[,]},') + 8 * 20  # 8 numbers
     tensors = sum(len(json.dumps(name)) + entry for name in names)
     _check_size(len(json.dumps(text)) + tensors, "with the names of the tensors")
@@ -63,38 +63,38 @@ def check_header(text: str, names: Iterable[str]) -> None:
 def _check_size(n_bytes: int, how: str) -> None:
     if n_bytes > MOST_BYTES:
         raise RecipeError(
-            f"The recipe can't be written: it takes {n_bytes / 1e6:,.0f} MB {how}, and the header "
-            f"of a .safetensors file has room for {MOST_BYTES / 1e6:,.0f} MB. Fit with fewer "
-            f"layers (layerwise= takes a function that groups them) or fewer checkpoints; "
-            f"soup.state_dict() has the weights, and soup.coef_ the coefficients."
+            f"The recipe can't be written: it takes {n_bytes / 1e6:,.0f} MB {how}, but the header "
+            f"of a .safetensors file is limited to {MOST_BYTES / 1e6:,.0f} MB. Fit with fewer "
+            f"layers (layerwise= accepts a function that groups them) or fewer checkpoints; "
+            f"soup.state_dict() returns the weights, and soup.coef_ has the coefficients."
         )
 
 
 def read_document(text: str, source: str) -> dict[str, Any]:
-    """The fields of a recipe from its JSON text, all of them checked; RecipeError if it is none."""
+    """The checked fields of a recipe from its JSON text; raise RecipeError if it is invalid."""
     document, digest = _parsed(text, source)
     version = document["format_version"]
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise RecipeError(
             f"{source} has recipe format {short(version)}, expected 1 to {FORMAT_VERSION}. If it "
-            f"was written by a newer sksoup, read it with that."
+            f"was written by a newer version of sksoup, read it with that version."
         )
     try:
         found = _fields(document)
         recorded = document.get("sha256") if version == 1 else document["sha256"]
     except WRONG as error:
-        raise RecipeError(f"{source} is not a whole sksoup recipe: {_wrong(error)}") from error
+        raise RecipeError(f"{source} is not a complete sksoup recipe: {_wrong(error)}") from error
     if recorded != (None if "sha256" not in document else digest):
         raise RecipeError(
             f"{source} was changed after it was written: its SHA-256 is {digest[:12]}..., expected "
-            f"{short(recorded)} as in its 'sha256'. Get the original. If the change was meant, "
+            f"{short(recorded)} as in its 'sha256'. Get the original. If the change was intended, "
             f"remove 'sha256' and set 'format_version' to 1."
         )
     return found
 
 
 def _parsed(text: str, source: str) -> tuple[dict[str, Any], str]:
-    """The document and its digest: finite numbers, no name twice, text that UTF-8 can hold."""
+    """The document and its digest, after checking numbers, duplicate names and UTF-8."""
     try:
         document = json.loads(text, parse_constant=_refused, object_pairs_hook=_mapping)
         document["format_version"]
@@ -109,11 +109,11 @@ def _parsed(text: str, source: str) -> tuple[dict[str, Any], str]:
 def _wrong(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"it has no {error}."
-    if isinstance(error, UnicodeEncodeError):  # whose text is the whole document
+    if isinstance(error, UnicodeEncodeError):  # its message contains the whole document
         near = error.object[max(0, error.start - 40) : error.end]
         return (
-            f"{near!r} holds half a surrogate, which is no text. If it is the name of a file, "
-            f"rename that, or open the collection with names=."
+            f"{near!r} has an unpaired surrogate, which is not valid text. If it is a file name, "
+            f"rename the file, or open the collection with names=."
         )
     return str(error)
 
@@ -131,7 +131,7 @@ def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _digest(document: dict[str, Any]) -> str:
-    """SHA-256 of canonical JSON; a ValueError for what has none: infinity, half a surrogate."""
+    """SHA-256 of canonical JSON; raise ValueError for infinity and unpaired surrogates."""
     text = json.dumps(
         document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
@@ -139,7 +139,7 @@ def _digest(document: dict[str, Any]) -> str:
 
 
 def _fields(document: dict[str, Any]) -> dict[str, Any]:
-    """The fields by name; KeyError, ValueError, TypeError or OverflowError for what is wrong."""
+    """The fields by name; raise KeyError, ValueError, TypeError or OverflowError if invalid."""
     layer_names = _texts(document["layer_names"], "layer_names")
     ingredients = tuple(map(_ingredient, _list(document["ingredients"], "ingredients")))
     if len({one.name for one in ingredients}) < len(ingredients):
@@ -212,8 +212,8 @@ def _statistics(value: Any, layers: Collection[str]) -> tuple[str, ...]:
     for name in names:
         if name not in layers or not is_statistic(name):
             raise ValueError(
-                f"recalibrated names {short(name)}, expected statistics of BatchNorm that are in "
-                f"layers: only those are re-estimated from data."
+                f"recalibrated lists {short(name)}, expected BatchNorm statistics that are in "
+                f"layers; only those are re-estimated from data."
             )
     return names
 
@@ -221,12 +221,12 @@ def _statistics(value: Any, layers: Collection[str]) -> tuple[str, ...]:
 def _labels(value: Any) -> tuple[Any, ...]:
     for label in (labels := _list(value, "classes")):
         if not isinstance(label, (bool, int, float, str)):
-            raise ValueError(f"classes holds {short(label)}, expected texts and numbers.")
+            raise ValueError(f"classes holds {short(label)}, expected strings and numbers.")
     return tuple(labels)
 
 
 def _packed(coef: NDArray[np.float64]) -> Any:
-    """Coefficients as lists of numbers, or the bytes of all, if they are many, in Base64."""
+    """Coefficients as lists of numbers, or if they are many as bytes in Base64."""
     if coef.size <= LISTED:
         return coef.tolist()
     data = np.ascontiguousarray(coef, dtype="<f8").tobytes()
@@ -234,7 +234,7 @@ def _packed(coef: NDArray[np.float64]) -> Any:
 
 
 def _coef(value: Any, shape: tuple[int, int]) -> NDArray[np.float64]:
-    """The coefficients from either form, for as many layers and checkpoints as are named."""
+    """The coefficients from either form, with the expected shape."""
     if isinstance(value, dict):
         data = base64.b64decode(_text(value["float64"], "coef['float64']"), validate=True)
         if value["shape"] != list(shape) or len(data) != 8 * shape[0] * shape[1]:
@@ -288,7 +288,7 @@ def _sha256(value: Any, what: str) -> str:
 
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{what} is {short(value)}, expected a text.")
+        raise ValueError(f"{what} is {short(value)}, expected a string.")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Where a recipe lies: in the metadata of a soup's file, beside it, or alone."""
+"""Store recipes in the metadata of a soup's file, next to it, or in a file of their own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
 
 def check_suffix(path: Path) -> None:
-    """Refuse the name of a file that no soup can be written to."""
+    """Raise an error for a file name with an unsupported suffix."""
     if path.suffix not in SUFFIXES:
         raise ValueError(
             f"{str(path)!r} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, got "
@@ -32,7 +32,7 @@ def check_suffix(path: Path) -> None:
 
 
 def beside(path: Path) -> Path:
-    """The recipe of a file of torch.save, which has no metadata: soup.pt -> soup.recipe.json."""
+    """The recipe file of a file without metadata: soup.pt -> soup.recipe.json."""
     return path.with_suffix(".recipe.json")
 
 
@@ -42,9 +42,9 @@ def write_soup(
     weights: Mapping[str, torch.Tensor],
     stored: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write weights, and the recipe with their SHA-256 in the same file, or beside it.
+    """Write weights, and the recipe with their SHA-256 in the same file or next to it.
 
-    ``stored`` are the weights by the names that whatever reads the file expects.
+    ``stored`` are the weights by the names that readers of the file expect.
     """
     check_suffix(path)
     text = replace(recipe, weights_sha256=digest_of_tensors(weights)).to_json()
@@ -57,12 +57,12 @@ def write_soup(
 
 
 def read_recipe(path: Path) -> str:
-    """The text of the recipe of a soup's file or folder, or of a .json file."""
+    """The text of the recipe in a soup's file or folder, or in a .json file."""
     if path.suffix in TORCH_SUFFIXES and not path.is_dir():
         if not beside(path).is_file():
             raise RecipeError(
-                f"{str(path)!r} has no sksoup recipe: there is no {beside(path).name!r} beside it, "
-                f"which soup.save writes. Keep the two files together."
+                f"{str(path)!r} has no sksoup recipe: there is no {beside(path).name!r} next to "
+                f"it, which soup.save writes. Keep the two files together."
             )
         return read_text(beside(path), MOST_BYTES)
     if path.suffix == ".safetensors" or path.name.endswith(INDEX) or path.is_dir():

@@ -1,4 +1,4 @@
-"""The checkpoints that a recipe names, and where a collection holds them."""
+"""The checkpoints listed in a recipe, and how they are found in a collection."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Ingredient:
     Parameters
     ----------
     name : str
-        Its name in the collection.
+        Name in the collection.
     sha256 : str
-        Hash of its file, or of names and values if it was in memory.
+        SHA-256 of its file, or of names and values if it was in memory.
     file : str or None, default=None
         File name without the folder; None if it was in memory.
     key : str or None, default=None
-        Name of the state dict in its container, where one was given.
+        Key of the state dict in its file, if one was passed.
 
     Examples
     --------
@@ -44,14 +44,15 @@ class Ingredient:
 
 @dataclass(frozen=True)
 class Base:
-    """The network that a recipe's LoRA adapters add to.
+    """The base model of the LoRA adapters in a recipe.
 
     Parameters
     ----------
     sha256 : str
-        Hash of its names and values, in a file or in memory.
+        SHA-256 of its names and values, in a file or in memory.
     without : tuple of str, default=()
-        Tensors that are not in the hash: all adapters hold them whole, such as a head.
+        Tensors that are not included in the SHA-256 because all adapters store them as a whole,
+        such as a head.
 
     Examples
     --------
@@ -71,22 +72,23 @@ def record_base(adapters: Collection[LowRankCheckpoint]) -> Base:
     digests = {one.base.content_sha256(without) for one in adapters}
     if len(digests) > 1:
         raise RecipeError(
-            "The adapters of this collection have different bases, so that no recipe can name it. "
+            "The adapters of this collection have different bases, so the recipe can't record one. "
             "Open them together: CheckpointCollection([...], module=base)."
         )
     return Base(digests.pop(), without)
 
 
 def check_base(base: Base | None, chosen: CheckpointCollection) -> None:
-    """Refuse adapters on another base than the recipe's."""
+    """Raise an error for adapters on another base than that of the recipe."""
     adapters = chosen.adapters(chosen.names)
     if base is None or not adapters:
         return
     held = frozenset.intersection(*(one.whole for one in adapters.values()))
     if unheld := sorted(set(base.without) - held):
         raise RecipeError(
-            f"The recipe leaves {unheld[0]!r} out of the SHA-256 of its base, which is for tensors "
-            f"that all its adapters hold whole. Get the original recipe, or fit the soup again."
+            f"The recipe excludes {unheld[0]!r} from the SHA-256 of its base, which is allowed "
+            f"only for tensors that all its adapters store as a whole. Get the original recipe, or "
+            f"fit the soup again."
         )
     for name, one in adapters.items():
         digest = one.base.content_sha256(base.without)
@@ -94,7 +96,7 @@ def check_base(base: Base | None, chosen: CheckpointCollection) -> None:
             raise RecipeError(
                 f"The base of {name!r} is not the one that the recipe was made with: its SHA-256 "
                 f"is {digest[:12]}..., expected {base.sha256[:12]}.... Open the adapters with "
-                f"module=base, that network or its folder (--base on the command line)."
+                f"module=base, the original network or its folder (--base on the command line)."
             )
 
 
@@ -104,44 +106,44 @@ def select_ingredients(
     layers: Mapping[str, int],
     checkpoints: CheckpointCollection,
 ) -> CheckpointCollection:
-    """The checkpoints of the ingredients that are used; their tensors are those of the recipe."""
+    """The checkpoints of the used ingredients, after checking their tensor names."""
     found = {one.name: find_ingredient(one, checkpoints) for one in compress(ingredients, is_used)}
     chosen = checkpoints._renamed(found, layers)
     if unlike := sorted(chosen.layout.keys() ^ layers.keys()):
         raise RecipeError(
-            f"The checkpoints hold other tensors than the recipe: {unlike[0]!r} is in one of "
-            f"them only, and so are {len(unlike) - 1} more of {len(layers)}. Open them "
-            f"as for the fit, with its module or prefix: CheckpointCollection(..., module=, "
-            f"prefix=); --prefix on the command line."
+            f"The tensors of the checkpoints differ from those of the recipe: {unlike[0]!r} is in "
+            f"only one of them, as are {len(unlike) - 1} more of {len(layers)}. Open the "
+            f"checkpoints as for the fit, with the same module or prefix: "
+            f"CheckpointCollection(..., module=, prefix=), or --prefix on the command line."
         )
     return chosen
 
 
 def find_ingredient(ingredient: Ingredient, checkpoints: CheckpointCollection) -> str:
-    """The name of an ingredient in a collection: found by its name, else by its hash."""
-    # a checkpoint from memory has the hash of its values, which may be in a file by now
+    """The name of an ingredient in a collection, found by its name or its hash."""
+    # the recorded hash of values in memory may match a checkpoint that is now in a file
     digest = checkpoints.sha256 if ingredient.file else checkpoints.content_sha256
     name = ingredient.name
     if name in checkpoints:
         match: str | None = name
         if digest(name) != ingredient.sha256:
             raise RecipeError(
-                f"The checkpoint {name!r} is not the one the recipe was made of: its SHA-256 is "
-                f"{digest(name)[:12]}..., expected {ingredient.sha256[:12]}.... Find the original, "
-                f"or fit the soup again."
+                f"The checkpoint {name!r} is not the one that the recipe was made of: its SHA-256 "
+                f"is {digest(name)[:12]}..., expected {ingredient.sha256[:12]}.... Find the "
+                f"original, or fit the soup again."
             )
     else:
         match = next((other for other in checkpoints if digest(other) == ingredient.sha256), None)
     if match is None:
         raise RecipeError(
             f"The recipe needs {name!r} (file {ingredient.file!r}, SHA-256 "
-            f"{ingredient.sha256[:12]}...), and the {len(checkpoints)} checkpoints given hold "
-            f"neither that name nor that content."
+            f"{ingredient.sha256[:12]}...), but none of the {len(checkpoints)} checkpoints "
+            f"has that name or that content. Add the missing checkpoint."
         )
     key = checkpoints._key(match)
     if None not in (key, ingredient.key) and key != ingredient.key:
         raise RecipeError(
-            f"The recipe was made of key={ingredient.key!r} of {match!r}, and the checkpoints were "
-            f"opened with key={key!r}."
+            f"The recipe was made with key={ingredient.key!r} of {match!r}, but the checkpoints "
+            f"were opened with key={key!r}. Open them with the same key."
         )
     return match

@@ -1,4 +1,4 @@
-"""Tensor names <-> layers that share coefficients <-> slices of one flat vector."""
+"""Assign tensors to layers that share coefficients."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Layerwise: TypeAlias = bool | Callable[[str], str]
 
 @dataclass(frozen=True)
 class Layers:
-    """Which row of ``coef_`` mixes which tensor.
+    """Assignment of tensors to rows of ``coef_``.
 
-    The first ``n_searched`` rows belong to parameters and are found by a search; the added rows
-    after them belong to buffers and are the mean of the rows in ``averaged``.
+    The first ``n_searched`` rows belong to parameters and are found by a search. The rows after
+    them belong to buffers and are means of the rows in ``averaged``.
     """
 
     names: tuple[str, ...]
     rows: Mapping[str, int]  # tensor name -> row
-    averaged: tuple[tuple[int, ...], ...]  # per added row, the searched rows it is the mean of
+    averaged: tuple[tuple[int, ...], ...]  # per added row, the searched rows that it averages
 
     @property
     def n_searched(self) -> int:
@@ -51,7 +51,7 @@ def group_layers(
 ) -> Layers:
     """Assign every tensor to a row: parameters by ``layerwise``, buffers by their neighbours.
 
-    Without a module, a layout tells parameters from statistics and integers by name and dtype.
+    Without a module, parameters are distinguished from statistics and integers by name and dtype.
     """
     named = module.state_dict(keep_vars=True) if isinstance(module, nn.Module) else module
     label: Callable[[str], str] = str if layerwise else lambda name: "all"
@@ -68,7 +68,7 @@ def group_layers(
                 by_identity[identity] = row
             rows[name] = by_identity[identity]
     if not rows:
-        raise CheckpointError("There are no parameters, so there is nothing to mix.")
+        raise CheckpointError("The checkpoints have no parameters, so there is nothing to mix.")
     neighbours_of = _Neighbours(rows)
     names = list(row_of_label)
     averaged: dict[tuple[int, ...], int] = {}
@@ -88,17 +88,17 @@ def group_layers(
 
 
 class _Neighbours:
-    """The parameters beside a buffer, else below its nearest ancestor that has some."""
+    """The parameters in the module of a buffer, or below the nearest ancestor with parameters."""
 
     def __init__(self, parameters: Mapping[str, int]) -> None:
         self._row = dict(parameters)
-        self._sorted = sorted(parameters)  # so that those below a module are in a row
+        self._sorted = sorted(parameters)  # so that those below a module are adjacent
         self._beside: dict[str, set[int]] = {}
         for name, row in parameters.items():
             self._beside.setdefault(name.rpartition(".")[0], set()).add(row)
 
     def find(self, buffer: str) -> tuple[str, bool]:
-        """The module that they are in, and whether they are its own."""
+        """The module of the neighbours, and whether they are direct parameters of it."""
         owner = buffer.rpartition(".")[0]
         if owner in self._beside:
             return owner, True
@@ -120,11 +120,11 @@ class _Neighbours:
 def check_layers(
     layers: Mapping[str, int] | None, layout: Mapping[str, TensorInfo], n_layers: int
 ) -> dict[str, int]:
-    """The row of every tensor; without ``layers`` there is one row for all."""
+    """The row of every tensor; without ``layers`` there is one row for all tensors."""
     if layers is None:
         if n_layers != 1:
             raise ValueError(
-                f"coef has {n_layers} rows but layers is None: say which tensor takes which row, "
+                f"coef has {n_layers} rows but layers is None. Pass the row of every tensor, "
                 f"layers={{tensor name: row}}, as in soup.layers_."
             )
         return dict.fromkeys(layout, 0)
@@ -132,7 +132,7 @@ def check_layers(
     if missing:
         raise ValueError(
             f"layers lacks {', '.join(map(repr, missing[:5]))} ({len(missing)} of {len(layout)} "
-            f"tensors): map every tensor of the checkpoints to a row of coef."
+            f"tensors). Map every tensor of the checkpoints to a row of coef."
         )
     wrong = next((name for name in layout if layers[name] not in range(n_layers)), None)
     if wrong is not None:

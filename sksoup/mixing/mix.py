@@ -1,4 +1,4 @@
-"""Coefficients -> weights: the one function every soup's weights come from."""
+"""Mix checkpoints with given coefficients: the function behind the weights of every soup."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .layers import check_layers, is_variance
 
 __all__ = ["mix"]
 
-# what the floating tensors of a mix can be converted to
+# dtypes that the floating-point tensors of a mix can be converted to
 DTYPES = {
     "float64": torch.float64, "float32": torch.float32,
     "float16": torch.float16, "bfloat16": torch.bfloat16,
 }  # fmt: skip
-GROUP = 1 << 22  # numbers: 16 MiB of an accumulator in float32
+GROUP = 1 << 22  # elements: 16 MiB of an accumulator in float32
 
 
 @overload
@@ -65,68 +65,74 @@ def mix(
     dtype: str | torch.dtype | None = None,
     shard_size: int | str = SHARD_BYTES,
 ) -> dict[str, torch.Tensor] | Path:
-    r"""Mix checkpoints into one state dict, with given coefficients.
+    r"""Mix checkpoints into one state dict with given coefficients.
 
-    Every floating tensor becomes :math:`w = \sum_k c_{lk} w_k`, with :math:`l` the layer of the
-    tensor and :math:`\sum_k c_{lk} = 1`. This is where the weights of every soup come from: for
-    each of them ``soup.state_dict()`` equals ``mix(checkpoints, soup.coef_, layers=soup.layers_)``
-    bit for bit, but for BatchNorm statistics that were re-estimated (``recalibrated_``).
+    Every floating-point tensor becomes :math:`w = \sum_k c_{lk} w_k`, where :math:`l` is the layer
+    of the tensor and :math:`\sum_k c_{lk} = 1`. The weights of every soup are computed by this
+    function: ``soup.state_dict()`` equals ``mix(checkpoints, soup.coef_, layers=soup.layers_)`` bit
+    for bit, except for BatchNorm statistics that were re-estimated (``recalibrated_``).
 
     Parameters
     ----------
     checkpoints : CheckpointCollection
-        Or anything its constructor takes. No module is needed.
+        The checkpoints, or anything that the constructor of `CheckpointCollection` accepts. No
+        module is needed.
     coef : array-like of shape (n_checkpoints,) or (n_layers, n_checkpoints)
-        Coefficients; each row sums to 1. A Series whose index is names is taken by these names.
+        Coefficients; each row sums to 1. A Series with checkpoint names as its index is matched by
+        name.
     layers : mapping of str to int or None, default=None
-        Row of ``coef`` for every tensor name; None when there is one row.
+        For every tensor name, the index of its row in ``coef``. May be None if there is only one
+        row.
     out : str or path-like, default=None
-        A new folder to write the mix to, for models larger than memory: sharded ``.safetensors``
-        with an index, as Hugging Face lays them out. It appears once all of it is written.
+        A new folder to which the mix is written, for models larger than memory: sharded
+        ``.safetensors`` files with an index, in the layout of Hugging Face. It appears only when it
+        is complete.
     dtype : {"float64", "float32", "float16", "bfloat16"}, torch.dtype or None, default=None
-        What the floating tensors are converted to, in the one rounding at the end; None keeps the
-        stored dtype.
+        Dtype to which the floating-point tensors are converted, in the one rounding at the end.
+        None keeps the stored dtype.
     shard_size : int or str, default="5GB"
-        Largest size of a file in ``out``: bytes, or a string such as "2GB". A tensor that is larger
-        has a file of its own.
+        Maximum size of a file in ``out``, in bytes or as a string such as "2GB". A larger tensor
+        has its own file.
 
     Returns
     -------
     state_dict : dict of str to Tensor, or Path
-        On the CPU, in the stored dtype (the promoted one where the mixed checkpoints differ) or in
-        ``dtype``. With ``out``, the path of that folder.
+        The mix on the CPU, in the stored dtype (the promoted one if the mixed checkpoints differ)
+        or in ``dtype``. With ``out``, the path of that folder.
 
     Raises
     ------
     ValueError
-        ``coef`` has another shape, is not finite, or a row does not sum to 1; ``layers`` does not
-        map every tensor to a row; ``dtype`` or ``shard_size`` is not one of those above.
+        ``coef`` has a wrong shape, is not finite, or has a row that does not sum to 1; ``layers``
+        does not map every tensor to a row; or ``dtype`` or ``shard_size`` is not one of the above.
     CheckpointError
-        A checkpoint can't be read; a mixed tensor is not finite, or too large for its dtype.
+        A checkpoint can't be read, or a mixed tensor is not finite or too large for its dtype.
     FileExistsError
-        ``out`` is there and not an empty folder; nothing is read.
+        ``out`` exists and is not an empty folder. Nothing is read.
 
     Warns
     -----
     SoupWarning
-        Integers of two dimensions or more, as quantized weights are, differ between checkpoints.
+        Integer tensors with two or more dimensions, such as quantized weights, differ between
+        checkpoints.
 
     Notes
     -----
-    The arithmetic is fixed, so that anyone gets the same bits: per tensor an accumulator in
-    float32 (float64 for float64) starts as :math:`c_1 w_1` and adds :math:`w_k c_k`, rounded, for
-    the checkpoints in order, and is cast once at the end. A coefficient of exactly 0 is not read.
-    A tensor whose bits are the same in all checkpoints read is copied as it is. Of LoRA adapters of
-    one base the accumulator starts as the base's :math:`w_0`, which is read once, and adds
-    :math:`c_k (\lambda_k B_k A_k)`, the product in float64 and rounded; tensors that one of them
-    holds whole, and adapters beside whole models, are mixed as any others. Integer tensors
-    are taken from the checkpoint with the largest mean coefficient, the first on ties. Running
-    variances are clamped at 0 from below.
+    The arithmetic is specified exactly, so that the result is reproducible bit for bit. For each
+    tensor, an accumulator in float32 (float64 for float64) starts with :math:`c_1 w_1`, adds the
+    rounded products :math:`w_k c_k` in the order of the checkpoints, and is cast once at the end.
+    Checkpoints with a coefficient of exactly 0 are not read. A tensor with the same bits in all
+    checkpoints read is copied. For LoRA adapters of one base, the accumulator starts with the
+    base's :math:`w_0`, which is read once, and adds :math:`c_k (\lambda_k B_k A_k)`, with the
+    product computed in float64 and rounded; tensors that an adapter stores as a whole, and adapters
+    that are mixed with whole models, are treated like any others. Integer tensors are taken from
+    the checkpoint with the largest mean coefficient (the first one if there are ties). Negative
+    running variances are set to 0.
 
     Each byte is read once. Memory: the result (in the accumulator's dtype) and one tensor; with
-    ``out`` no result, but a group of tensors that is no larger than 16 MiB or the largest one.
-    Files are mapped, one at a time: that counts as address space, not as memory. A legacy pickle
-    can only be loaded whole, once for every such group.
+    ``out``, instead of the result, a group of tensors of at most 16 MiB or the largest tensor.
+    Files are memory-mapped, one at a time. A legacy pickle can only be loaded as a whole, once for
+    every such group.
 
     References
     ----------
@@ -169,7 +175,7 @@ def mix_into(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write a mix to a new folder, as shards; ``metadata`` goes into each of them."""
+    """Write a mix to a new folder as shards, each with ``metadata``."""
     infos = {
         name: TensorInfo(checkpoints.layout[name].shape, dtype)
         for name, dtype in stored_dtypes(checkpoints, coef, dtype).items()
@@ -189,7 +195,7 @@ def mix_some(
     names: Iterable[str],
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Mix these tensors a few at a time: no more in memory than a group of them takes."""
+    """Mix these tensors in groups, with one group in memory at a time."""
     dtypes = stored_dtypes(checkpoints, coef, dtype)
     is_warned = False
     for group in _groups({name: checkpoints.layout[name].size for name in names}):
@@ -200,14 +206,15 @@ def mix_some(
 
 
 def _warn_of_integers(checkpoints: CheckpointCollection, differing: AbstractSet[str]) -> bool:
-    """Warn where tables of integers, which are copied, differ: quantized weights do."""
+    """Warn if integer matrices, which are copied, differ, as quantized weights do."""
     names = sorted(n for n in differing if not checkpoints.layout[n].dtype.is_floating_point)
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         warnings.warn(
-            f"Integers are not averaged, but those of {', '.join(map(repr, names[:5]))}{more} "
-            f"differ between the checkpoints: the mix has those of the largest coefficient. If "
-            f"they are quantized weights, it is useless: dequantize the checkpoints first.",
+            f"Integer tensors are not averaged, but {', '.join(map(repr, names[:5]))}{more} differ "
+            f"between the checkpoints, and the mix has those of the checkpoint with the largest "
+            f"coefficient. If they are quantized weights, the mix is useless. Dequantize the "
+            f"checkpoints first.",
             SoupWarning,
             stacklevel=3,
         )
@@ -215,9 +222,9 @@ def _warn_of_integers(checkpoints: CheckpointCollection, differing: AbstractSet[
 
 
 def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Cut the tensors, in order, into groups no larger than `GROUP` or the largest one.
+    """Split the tensors, in order, into groups of at most `GROUP` elements or one tensor.
 
-    Every group opens every checkpoint again, and very many tensors may be of one size.
+    Every checkpoint is opened again for every group, and many tensors may have the same size.
     """
     most, group, held = max([GROUP, *sizes.values()]), list[str](), 0
     for name, size in sizes.items():
@@ -230,21 +237,21 @@ def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
 
 
 def _in_order(coef: Any, names: Sequence[str]) -> Any:
-    """Coefficients in the order of the collection: a Series of pandas may have names."""
+    """Coefficients in the order of the collection; a pandas Series may be indexed by name."""
     index = coef.index
     if coef.ndim != 1 or not any(isinstance(name, str) for name in index):
         return coef
     if sorted(map(str, index)) != sorted(names):
         raise ValueError(
             f"coef has the index {', '.join(map(repr, list(index)[:5]))}, expected the names of "
-            f"the checkpoints, {', '.join(map(repr, names[:5]))}: or give coef.to_numpy(), in the "
+            f"the checkpoints, {', '.join(map(repr, names[:5]))}. Or pass coef.to_numpy(), in the "
             f"order of the collection."
         )
     return np.asarray(coef.loc[list(names)])
 
 
 def check_coef(coef: ArrayLike, n_checkpoints: int) -> NDArray[np.float64]:
-    """Return ``coef`` as (n_layers, n_checkpoints) float64; ValueError if it is not one."""
+    """Return ``coef`` as (n_layers, n_checkpoints) float64; raise ValueError if it is invalid."""
     given = np.asarray(coef)
     if np.iscomplexobj(given):
         raise ValueError("coef is complex, expected real coefficients.")
@@ -256,7 +263,7 @@ def check_coef(coef: ArrayLike, n_checkpoints: int) -> NDArray[np.float64]:
         )
     if not np.isfinite(rows).all():
         raise ValueError("coef holds NaN or infinite values, expected finite coefficients.")
-    # a few units in the last place of the numbers given; past 1e-3 nothing is left of the sum
+    # a few units in the last place of the given numbers, but at most 1e-3
     eps = np.finfo(given.dtype if given.dtype.kind == "f" else np.float64).eps
     with np.errstate(over="ignore"):
         off = np.abs(rows.sum(axis=1) - 1)
@@ -265,7 +272,8 @@ def check_coef(coef: ArrayLike, n_checkpoints: int) -> NDArray[np.float64]:
         off = off.max()
         raise ValueError(
             f"coef must sum to 1 along the last axis, got a row that is off by {off:.2g}. Divide "
-            f"by the sum, or add the pretrained start as a checkpoint that takes the rest."
+            f"by the sum, or add the pretrained weights as a checkpoint with the remaining "
+            f"coefficient."
         )
     return rows
 
@@ -276,11 +284,11 @@ def accumulate(
     rows: Mapping[str, int],
     names: Collection[str],
 ) -> tuple[dict[str, torch.Tensor], set[str]]:
-    """Read these tensors of all checkpoints once: the sums, and the names of those that differ.
+    """Read these tensors of all checkpoints once; return sums and the names of those that differ.
 
-    ``coef`` is (n_layers, K). Sums are uncast; tensors that are equal everywhere are as stored.
-    Integers are compared where they have two dimensions or more: counters differ always.
-    What adapters add to one base is summed without it.
+    ``coef`` is (n_layers, K). Sums are not cast; tensors that are equal everywhere are unchanged.
+    Integers are compared only if they have two or more dimensions, because counters always differ.
+    Adapters of one base are summed without the base.
     """
     used = [name for name, c in zip(checkpoints.names, coef.T, strict=True) if c.any()]
     adapters = checkpoints.on_one_base(used)
@@ -292,7 +300,7 @@ def accumulate(
     dtypes = {n: checkpoints.layout[n].dtype for n in names if n not in on_base}
     leader = int(coef.mean(axis=0).argmax())
     sums: dict[str, _Sum] = {}
-    tables: dict[str, torch.Tensor] = {}  # of integers, in the first checkpoint
+    tables: dict[str, torch.Tensor] = {}  # integer matrices of the first checkpoint
     for k, checkpoint in enumerate(checkpoints):
         if not coef[:, k].any() or not dtypes:
             continue
@@ -312,7 +320,7 @@ def accumulate(
                     else:
                         sums[name] = _Sum(read(name), c, dtype)
     differing |= {name for name, total in sums.items() if total.differs}
-    if checkpoints.rows:  # equal rows of a tensor that differs on another rank
+    if checkpoints.rows:  # rows that are equal here may differ on another rank
         differing = set[str]().union(*all_gather(differing))
         for name in differing & sums.keys():
             sums[name].spread()
@@ -326,7 +334,7 @@ def _accumulate_on_base(
     rows: Mapping[str, int],
     names: AbstractSet[str],
 ) -> tuple[dict[str, torch.Tensor], set[str]]:
-    """The same for adapters of one base: w_0, which is read once, and the sum of the products."""
+    """The same for adapters of one base: w_0, which is read once, plus the products."""
     differing = {n for n in names if any(n in one.ranks for one in adapters.values())}
     base = next(iter(adapters.values())).base
     with base.open() as read:
@@ -372,12 +380,12 @@ def stored_dtypes(
 
 
 def cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """One rounding to the stored dtype; variances stay >= 0."""
+    """Round once to the stored dtype; variances stay >= 0."""
     return (value.clamp_(min=0) if is_variance(name) else value).to(dtype)
 
 
 def _finished(name: str, value: torch.Tensor, dtype: torch.dtype, is_sum: bool) -> torch.Tensor:
-    """`cast`; a sum has to fit the dtype, while what all checkpoints share may be infinite."""
+    """`cast`, and check sums; tensors that all checkpoints share may be infinite."""
     stored = cast(name, value, dtype)
     if not dtype.is_floating_point or not value.numel():
         return stored
@@ -389,18 +397,18 @@ def _finished(name: str, value: torch.Tensor, dtype: torch.dtype, is_sum: bool) 
 
 
 def _check_range(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
-    """Raise an error if a sum is not finite, or is too large for the dtype it is stored in."""
-    # NaN propagates into both; a twentieth of what isfinite takes
+    """Raise an error if a sum is not finite or is too large for its dtype."""
+    # NaN propagates into both; 20 times faster than isfinite
     low, high = (float(end) for end in torch.aminmax(value))
     kind = torch.finfo(dtype)
-    most = kind.max * (1 + kind.eps / 4)  # a little above the largest number is rounded to it
+    most = kind.max * (1 + kind.eps / 4)  # slightly larger numbers are rounded to the largest one
     if -most <= low and high <= most:
         return
     if math.isfinite(low) and math.isfinite(high):
         raise CheckpointError(
-            f"The mix of {name!r} can't be stored: it reaches {max(-low, high):.6g}, and the "
-            f"largest number of {dtype} is {kind.max:.6g}. Convert the checkpoints to a wider "
-            f"dtype, give one (dtype=), or use coefficients closer to [0, 1]."
+            f"The mix of {name!r} can't be stored: it reaches {max(-low, high):.6g}, but the "
+            f"largest number in {dtype} is {kind.max:.6g}. Convert the checkpoints to a wider "
+            f"dtype, pass dtype=, or use coefficients closer to [0, 1]."
         )
     raise CheckpointError(
         f"The mix of {name!r} holds NaN or infinite values, expected finite ones. Leave out "
@@ -410,7 +418,7 @@ def _check_range(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
 
 
 class _Sum:
-    """sum_k c_k w_k, started only once two of the w_k differ: until then w_1 is kept as it is."""
+    """sum_k c_k w_k, which starts only when two of the w_k differ; until then w_1 is kept."""
 
     __slots__ = ("coefs", "differs", "dtype", "value")
 
@@ -429,7 +437,7 @@ class _Sum:
         self.value += w.to(self.dtype) * c  # two roundings: the product, then the sum
 
     def spread(self) -> None:
-        """Become the sum of what was equal so far."""
+        """Start the sum with the tensors that were equal so far."""
         if self.differs:
             return
         self.differs = True

@@ -1,4 +1,4 @@
-"""What the Hugging Face folders of ingredients say about a soup: base model, licence, task."""
+"""Base model, license and task of a soup, from the Hugging Face folders of its ingredients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..checkpoints.texts import read_text
 from ..exceptions import CheckpointError
 
 MOST_BYTES = 2**23
-# an identifier on the hub: a name, or an organisation's; no path
+# an identifier on the hub: name or organization/name, not a path
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,40}")
 FRONT = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
@@ -38,7 +38,7 @@ TASKS = {  # how names of architectures end -> what the hub calls the task
 
 @dataclass(frozen=True)
 class Origin:
-    """What all ingredients agree on; None or empty for the rest."""
+    """Values on which all ingredients agree; others are None or empty."""
 
     base_model: str | None = None
     licence: str | None = None
@@ -53,7 +53,7 @@ class Origin:
 
 
 def common_origin(folders: Iterable[Path | None]) -> Origin:
-    """What the folders' config.json and cards agree on; nothing if one has no folder."""
+    """Values on which configs and cards of all folders agree; none if a folder is missing."""
     found = [Origin() if folder is None else _origin(folder) for folder in folders]
     first = found[0] if found else Origin()
 
@@ -74,7 +74,7 @@ def _origin(folder: Path) -> Origin:
         config = None
     config = config if isinstance(config, dict) else {}
     card = _text(folder / "README.md")
-    if not card and STEP.fullmatch(folder.name):  # Trainer writes one for the run
+    if not card and STEP.fullmatch(folder.name):  # Trainer writes one card per run
         card = _text(folder.parent / "README.md")
     named = _entry(card, "base_model") or config.get("_name_or_path")
     licence = _entry(card, "license")
@@ -89,7 +89,7 @@ def _origin(folder: Path) -> Origin:
 
 
 def _text(path: Path) -> str:
-    """A small text, or none: a card is no reason to fail."""
+    """A small text, or an empty one; an unreadable card is not an error."""
     try:
         return read_text(path, MOST_BYTES) if path.is_file() else ""
     except CheckpointError:
@@ -97,7 +97,7 @@ def _text(path: Path) -> str:
 
 
 def _entry(card: str, name: str) -> str:
-    """A plain value in the front matter of a card, as hub cards have it."""
+    """A plain value in the front matter of a card."""
     front = FRONT.match(card)
     value = rf"(?m)^{name}:[ \t]*(?:\n-[ \t]+)?(\S+)[ \t]*\r?$(?!\n-)"  # or a list of one
     found = re.search(value, front[1] if front else "")
@@ -105,7 +105,7 @@ def _entry(card: str, name: str) -> str:
 
 
 def _is_hub_id(name: Any) -> bool:
-    """Whether a name is that of a model on the hub, not of a folder here or elsewhere."""
+    """Whether a name is that of a model on the hub and not of a folder."""
     return (
         isinstance(name, str)
         and HUB_ID.fullmatch(name) is not None

@@ -1,4 +1,4 @@
-"""The record of a soup: what was mixed and how, so that anyone can rebuild and verify it."""
+"""The record of a soup, from which its weights can be rebuilt and verified."""
 
 from __future__ import annotations
 
@@ -26,57 +26,59 @@ from .verification import Verification, verify
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """Record what was mixed: enough to rebuild a soup's weights bit for bit.
+    """Record of a soup, sufficient to rebuild its weights bit for bit.
 
     Parameters
     ----------
     method : str
         Name of the estimator that found the coefficients.
     ingredients : tuple of Ingredient
-        Every checkpoint of the collection, in its order.
+        All checkpoints of the collection, in order.
     coef : ndarray of shape (n_layers, n_checkpoints), dtype float64
         Coefficients; rows sum to 1.
     layers : dict of str to int
-        Row of ``coef`` for every tensor name.
+        For every tensor name, the index of its row in ``coef``.
     layer_names : tuple of str
-        Names of the rows.
+        Names of the rows of ``coef``.
     params : dict
-        Parameters of the estimator; those that JSON can't hold are kept as text.
+        Parameters of the estimator. Those that JSON can't represent are stored as text.
     scores : dict of str to float
-        Held-out scores of single checkpoints by name, where they were computed or given.
+        Held-out scores of single checkpoints by name, if they were computed or passed.
     temperature : float, default=1.0
-        Learned-Soup's factor on the logits; never folded into the weights.
+        Learned-Soup's factor on the logits. It is not part of the weights.
     recalibrated : tuple of str, default=()
-        Tensors that were re-estimated from data and that `cook` can't rebuild: statistics of
-        BatchNorm, and nothing else.
+        Names of BatchNorm statistics that were re-estimated from data and that `cook` can't
+        rebuild.
     versions : dict of str to str
         Versions of sksoup, torch, ...
     classes : tuple, default=()
-        Labels of the outputs, in order, where JSON can hold them; for integers names, if known.
+        Labels in the order of the outputs, if JSON can represent them; names instead of integers,
+        if known.
     weights_sha256 : str or None, default=None
-        SHA-256 of the soup's tensors as they were written: names, dtypes, shapes and bytes. `save`
-        of a soup fills it in; in a folder of shards, whose recipe is written before the tensors,
-        it is None. Recipes that differ in it alone are equal.
+        SHA-256 of the names, dtypes, shapes and bytes of the soup's tensors. It is set when a soup
+        is saved; in a folder of shards, where the recipe is written before the tensors, it is None.
+        Recipes that differ only in it are equal.
 
     held_out : tuple of (float, int) or None, default=None
-        Score of the soup on the held-out rows that it was selected by, and their number; None
-        where no recipe measured it.
+        Score of the soup on the held-out rows that it was selected on, and their number; None if it
+        was not measured.
     base : Base or None, default=None
-        The network that LoRA adapters among the ingredients add to.
+        The base model of LoRA adapters among the ingredients.
     dtype : str or None, default=None
-        What the floating tensors were converted to, such as "bfloat16"; None for that of the
-        ingredients.
+        Dtype to which the floating-point tensors were converted, such as "bfloat16". None is that
+        of the ingredients.
 
     Notes
     -----
-    Stored as JSON in the metadata of the soup's ``.safetensors`` file, or as a ``.json`` file.
-    Coefficients are written with 17 significant digits, which float64 survives exactly, or, if
-    there are more than 4,096 of them, as the bytes of little-endian float64 in Base64. Unknown
-    fields are ignored on reading; a newer format version is an error.
+    A recipe is stored as JSON in the metadata of the soup's ``.safetensors`` file, or as a
+    ``.json`` file. Coefficients are written with 17 significant digits, which is exact for float64;
+    if there are more than 4,096, they are written as little-endian float64 in Base64. On reading,
+    unknown fields are ignored, and a newer format version raises an error.
 
-    The document contains its own SHA-256 (``sha256``: of the JSON without it, with sorted keys and
-    no spaces), which is compared on reading. It shows accidental changes. It is not a signature:
-    those who change a recipe on purpose can write the SHA-256 that fits. Format version 1 had none.
+    The document contains its own SHA-256 (``sha256``, of the JSON without this field, with sorted
+    keys and no spaces), which is checked on reading. It detects accidental changes, but it is not a
+    signature: someone who changes a recipe on purpose can also change the SHA-256. Format version 1
+    has none.
 
     Examples
     --------
@@ -116,22 +118,22 @@ class Recipe:
         layer_names: tuple[str, ...] | None = None,
         **fields: Any,
     ) -> Recipe:
-        """Make the recipe of a collection and coefficients; hashes the files.
+        """Make a recipe from a collection and coefficients; hashes the files.
 
         Parameters
         ----------
         method : str
-            Where the coefficients come from.
-        checkpoints : CheckpointCollection
-            What was mixed.
+                        Name of the method that found the coefficients.
+                checkpoints : CheckpointCollection
+            The checkpoints that were mixed.
         coef : array-like of shape (n_checkpoints,) or (n_layers, n_checkpoints)
             Coefficients.
         layers : mapping of str to int
-            Row of ``coef`` for every tensor name.
+            For every tensor name, the index of its row in ``coef``.
         layer_names : tuple of str or None, default=None
-            Names of the rows, by default their numbers.
-        **fields
-            Any other field of `Recipe`.
+            Names of the rows of ``coef``. By default their numbers.
+                **fields
+            Other fields of `Recipe`.
 
         Returns
         -------
@@ -156,7 +158,7 @@ class Recipe:
         return hash(self._unsaved())
 
     def _unsaved(self) -> str:
-        """What two recipes are compared by: all that does not come from saving the weights."""
+        """The fields by which recipes are compared: all but those set when weights are saved."""
         return replace(self, weights_sha256=None).to_json()
 
     def to_json(self) -> str:
@@ -165,13 +167,12 @@ class Recipe:
         Returns
         -------
         text : str
-            One object; ``format_version`` says how to read it.
+            A JSON object, whose ``format_version`` defines the format.
 
         Raises
         ------
         RecipeError
-            The fields contradict each other, so that no one could read the text, or it would be
-            larger than 100 MB.
+            The fields are inconsistent, or the text would be larger than 100 MB.
         """
         return write_document(self)
 
@@ -182,9 +183,9 @@ class Recipe:
         Parameters
         ----------
         text : str
-            As `to_json` writes it.
+                        Text written by `to_json`.
         source : str, default="the text"
-            What to call it in errors.
+                        Name of the source in error messages.
 
         Returns
         -------
@@ -194,8 +195,8 @@ class Recipe:
         Raises
         ------
         RecipeError
-            Not JSON, not a recipe, written by a newer format version, or changed after it was
-            written. All fields are checked before any is used.
+            The text is not JSON, not a recipe, has a newer format version, or was changed after it
+            was written. All fields are checked before any is used.
         """
         return cls(**read_document(text, source))
 
@@ -206,8 +207,9 @@ class Recipe:
         Parameters
         ----------
         path : str or path-like
-            Where `save`, ``soup.save``, ``soup.save_pretrained`` or ``cook(out=...)`` wrote it. For
-            ``soup.pt`` and the like, ``soup.recipe.json`` beside it is read.
+            File or folder written by `save`, ``soup.save``, ``soup.save_pretrained`` or
+            ``cook(out=...)``. For a file such as ``soup.pt``, ``soup.recipe.json`` next to it is
+            read.
 
         Returns
         -------
@@ -217,24 +219,24 @@ class Recipe:
         Raises
         ------
         RecipeError
-            The file holds no recipe, or one that `from_json` refuses.
+            The file has no recipe, or one that `from_json` rejects.
         CheckpointError
             The file can't be read.
         """
         return cls.from_json(read_recipe(Path(path)), repr(os.fspath(path)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the recipe alone, as JSON, atomically.
+        """Write only the recipe, as JSON, atomically.
 
         Parameters
         ----------
         path : str or path-like
-            A ``.json`` file.
+                        Path of a ``.json`` file.
 
         Raises
         ------
-        RecipeError
-            As `to_json`.
+                RecipeError
+            As for `to_json`.
         """
         write_text(Path(path), self.to_json())
 
@@ -244,27 +246,27 @@ class Recipe:
         weights: Mapping[str, torch.Tensor],
         stored: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Write weights, with this recipe and their SHA-256 in it or beside it, atomically.
+        """Write weights with this recipe and their SHA-256, atomically.
 
         Parameters
         ----------
         path : str or path-like
-            A ``.safetensors`` file, with the recipe in its metadata; or a ``.pt``, ``.pth``,
-            ``.bin`` or ``.ckpt`` file: a plain state dict of ``torch.save``, with the recipe beside
-            it (``soup.pt`` and ``soup.recipe.json``).
+            Path of a ``.safetensors`` file, with the recipe in its metadata, or of a ``.pt``,
+            ``.pth``, ``.bin`` or ``.ckpt`` file: a plain state dict written by ``torch.save``, with
+            the recipe next to it (``soup.pt`` and ``soup.recipe.json``).
         weights : mapping of str to Tensor
-            The soup, by the recipe's names, of which the SHA-256 is taken.
+            The soup, by the names in the recipe. The SHA-256 is that of these tensors.
         stored : mapping of str to Tensor or None, default=None
-            The same by other names, as it is written.
+            The same tensors by other names, with which they are written.
 
         Raises
         ------
         ValueError
-            Another suffix.
+                        ``path`` has another suffix.
         RecipeError
-            As `to_json`, or the header of a .safetensors file would be larger than 100 MB.
+            As for `to_json`, or the header of a .safetensors file would be larger than 100 MB.
         OSError
-            The disk is full, or the like. What was there before is left, both files of it.
+            Writing failed, for example because the disk is full. Existing files are unchanged.
         """
         write_soup(Path(path), self, weights, stored)
 
@@ -302,29 +304,31 @@ class Recipe:
         Parameters
         ----------
         checkpoints : CheckpointCollection
-            Or anything its constructor takes. Ingredients are found by name, else by hash; those
-            with coefficient 0 throughout may be missing. Further checkpoints are ignored.
+            The ingredients, or anything that its constructor accepts. Ingredients are found by name
+            or by hash. Those whose coefficients are all 0 may be missing. Other checkpoints are
+            ignored.
         out : str or path-like, default=None
-            A new folder to write the weights to, in shards that contain the recipe, for models
-            larger than memory (see `mix`). There it has no ``recalibrated`` tensors: all are mixed.
+            A new folder to which the weights are written in shards that contain the recipe, for
+            models larger than memory (see `mix`). In it, all tensors are mixed, so the recipe has
+            no ``recalibrated`` ones.
         shard_size : int or str, default="5GB"
-            Largest size of a file in ``out``: bytes, or a string such as "2GB".
+            Maximum size of a file in ``out``, in bytes or as a string such as "2GB".
 
         Returns
         -------
         state_dict : dict of str to Tensor, or Path
-            As ``soup.state_dict()``, `recalibrated` tensors excepted (they are mixed). With
-            ``out``, the path of that folder.
+            The same as ``soup.state_dict()``, except for the `recalibrated` tensors, which are
+            mixed. With ``out``, the path of that folder.
 
         Raises
         ------
         RecipeError
-            An ingredient is missing, its contents are not those the soup was made of, or the recipe
-            is too large for the header of a shard.
+            An ingredient is missing or its contents differ from those that the soup was made of, or
+            the recipe is too large for the header of a shard.
 
         Notes
         -----
-        Reads each used file twice: once for its hash, once to mix.
+        Each used file is read twice: once for its hash and once for mixing.
         """
         checkpoints, is_used = _collection(checkpoints), self.is_used()
         chosen = select_ingredients(self.ingredients, is_used, self.layers, checkpoints)
@@ -344,38 +348,39 @@ class Recipe:
         weights: Mapping[str, torch.Tensor] | str | os.PathLike[str],
         checkpoints: CheckpointCollection | Any,
     ) -> Verification:
-        """Rebuild a soup tensor by tensor and compare it bit for bit; compare its SHA-256.
+        """Rebuild a soup tensor by tensor, and compare it and its SHA-256 with given weights.
 
-        What this proves: the ingredients, with the coefficients of the recipe, give the tensors
-        that are not in `Verification.unchecked`. All else (scores, temperature, classes, method,
-        versions, tensors that were re-estimated from data) can't be rebuilt from the ingredients:
-        it is covered by the SHA-256 that the recipe contains, which shows accidental changes. No
-        signature is involved: a file from a source that you don't trust may have any SHA-256.
+        This proves that the ingredients, mixed with the coefficients of the recipe, give all
+        tensors that are not in `Verification.unchecked`. Everything else (scores, temperature,
+        classes, method, versions, tensors that were re-estimated from data) can't be rebuilt from
+        the ingredients. It is covered only by the SHA-256 in the recipe, which detects accidental
+        changes. The SHA-256 is not a signature: a file from an untrusted source may contain any
+        SHA-256.
 
         Parameters
         ----------
         weights : mapping of str to Tensor, or path
-            The soup: a state dict, a file, or a folder. Other weights in the folder, or beside a
-            file in the folder of a model, are named: a program may load them instead.
+            The soup: a state dict, a file or a folder. Other weights in the folder, or next to a
+            file in a model folder, are reported, because a program may load them instead.
         checkpoints : CheckpointCollection
-            Or anything its constructor takes: the ingredients.
+            The ingredients, or anything that its constructor accepts.
 
         Returns
         -------
         findings : Verification
-            What differs, what can't be checked, and which ingredients are not those recorded.
+            Tensors that differ or can't be checked, and ingredients that are not those recorded.
 
         Raises
         ------
         CheckpointError
-            A file can't be read, a configuration names other weights, or a mix is not finite.
+            A file can't be read, a configuration refers to other weights, or a mix is not finite.
         RecipeError
-            The ingredients hold other tensors than the recipe; the soup is a container, or the
-            file of an adapter.
+            The tensors of the ingredients differ from those in the recipe; or the soup is a
+            training checkpoint or an adapter.
 
         Notes
         -----
-        Reads each used file twice, and the soup twice where its SHA-256 was recorded. Memory: a few
+        Each used file is read twice, as is the soup if its SHA-256 was recorded. Memory: a few
         tensors.
 
         Examples
@@ -392,18 +397,19 @@ class Recipe:
         return verify(self, weights, _collection(checkpoints))
 
     def to_card(self, checkpoints: CheckpointCollection | None = None) -> str:
-        """Describe the soup in words, as a Hugging Face–style model card.
+        """Return a model card of the soup in the style of Hugging Face.
 
         Parameters
         ----------
         checkpoints : CheckpointCollection or None, default=None
-            The ingredients, for the card of a Hugging Face folder: what their ``config.json`` and
-            cards agree on (base model, licence, task, labels) is added, and how to load it.
+            The ingredients, for the card of a Hugging Face folder. Information on which their
+            ``config.json`` files and cards agree (base model, license, task, labels) is added, as
+            well as instructions for loading.
 
         Returns
         -------
         card : str
-            Markdown with YAML front matter. Names and all other texts are escaped.
+            Markdown with YAML front matter. All names and other texts are escaped.
         """
         return model_card(self, checkpoints)
 

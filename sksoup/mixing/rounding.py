@@ -1,4 +1,4 @@
-"""How far two processors may differ in a tensor that adapters change."""
+"""Bound on the difference between processors in tensors with LoRA factors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from ..checkpoints.collection import CheckpointCollection
 
-MOST = 4  # sum_k |c_k| that counts: with larger ones the terms, and their rounding, cancel out
-STEPS = 4  # units in the last place; 2 where every product is moved by one, of 72 checkpoints, too
+MOST = 4  # cap on sum_k |c_k|: with larger ones the terms and their rounding cancel out
+STEPS = 4  # units in the last place; 2 if every product is off by one, also with 72 checkpoints
 
 
 def is_rounding(
@@ -19,11 +19,11 @@ def is_rounding(
     checkpoints: CheckpointCollection,
     coef: NDArray[np.float64],
 ) -> bool:
-    """Whether two tensors of one kind differ, in each number, by no more than rounding may.
+    """Whether two tensors differ in each number only by rounding.
 
-    ``coef`` is (K,). Another processor sums a product in another order, which may change its last
-    bit, that of the sum over the checkpoints, and that of the result. Whoever writes a recipe
-    chooses K and the coefficients, so that no bound may grow with them.
+    ``coef`` is (K,). Another processor may sum a product in another order, which may change the
+    last bit of the product, of the sum over the checkpoints and of the result. The bound must not
+    grow with K or the coefficients, since the author of a recipe chooses them.
     """
     a, b = expected.double(), given.cpu().double()
     bound = torch.finfo(expected.dtype).eps * a.abs() + _of_terms(name, checkpoints, coef)
@@ -58,6 +58,6 @@ def _of_terms(
         largest = torch.maximum(largest, term)
     wide = torch.float64 if info.dtype == torch.float64 else torch.float32
     eps = STEPS * torch.finfo(wide).eps + rank * torch.finfo(torch.float64).eps
-    if not is_on_base:  # where whole models are mixed, each is rounded as it is stored
+    if not is_on_base:  # if whole models are mixed, each is rounded as stored
         eps += torch.finfo(info.dtype).eps
     return eps * torch.minimum(total, MOST * largest)

@@ -1,4 +1,4 @@
-"""The mean of checkpoints that are kept one after the other; each file is read once."""
+"""Running mean of checkpoints; each file is read once."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .mix import cast
 
 
 class RunningMean:
-    """A sum over the checkpoints kept so far, which gives their mean with one more.
+    """A sum over the checkpoints kept so far, for computing their mean with one more.
 
-    Sums are in float64, those of floats of two bytes or fewer in float32: two models' memory at
-    most. They are numpy arrays, which joblib maps into the memory of its workers.
+    Sums are in float64, or in float32 for floats of at most two bytes; they need at most the memory
+    of two models. They are numpy arrays, which joblib memory-maps for its workers.
     """
 
     def __init__(self, layout: Mapping[str, TensorInfo]) -> None:
         self._layout = layout
-        self._kept: list[int] = []  # places in the collection
-        # sums; while all are equal the value itself, so that infinite constants stay as they are
+        self._kept: list[int] = []  # indices in the collection
+        # sums, or the value itself while all are equal, so that infinite constants are preserved
         self._values: dict[str, NDArray[Any]] = {}
         self._differing: set[str] = set()  # tensors whose value is a sum
-        self._dtypes: dict[str, torch.dtype] = {}  # promoted over those kept
-        self._gone: list[int] = []  # places of those that were taken out
+        self._dtypes: dict[str, torch.dtype] = {}  # promoted over the kept ones
+        self._gone: list[int] = []  # indices of those that were removed
 
     def extend(self, checkpoints: CheckpointCollection, kept: Sequence[int]) -> None:
         """Read and add those of ``kept`` that are not in the sum yet."""
@@ -48,7 +48,7 @@ class RunningMean:
         self._kept.append(k)
 
     def mean_with(self, k: int, read: Read) -> dict[str, torch.Tensor]:
-        """The mean of those kept and of the k-th checkpoint, which is open; nothing is added."""
+        """The mean of those kept and the k-th checkpoint, which is open; it is not added."""
         means: dict[str, torch.Tensor] = {}
         for tensor in self._layout:
             w = read(tensor)
@@ -59,7 +59,7 @@ class RunningMean:
         return means
 
     def leave_out(self, checkpoints: CheckpointCollection, dropped: Sequence[int]) -> None:
-        """Read all and take out those dropped, in this order, where that is not done yet."""
+        """Read all checkpoints, and remove those dropped, in this order, if not yet done."""
         if not self._kept:
             self.extend(checkpoints, range(len(checkpoints)))
         for k in dropped[len(self._gone) :]:
@@ -71,9 +71,9 @@ class RunningMean:
             self._gone.append(k)
 
     def mean_without(self, read: Read) -> dict[str, torch.Tensor] | None:
-        """The mean without one more, which is open; integers stay as they are in the sum.
+        """The mean without one more checkpoint, which is open; integers are unchanged.
 
-        None where the others can't be told from the sum, as beside a run that diverged.
+        None if the others are lost in the rounding of the sum, as with a diverged run.
         """
         n = len(self._kept) - len(self._gone) - 1
         means: dict[str, torch.Tensor] = {}
@@ -88,20 +88,20 @@ class RunningMean:
         return means
 
     def _subtract(self, tensor: str, read: Read) -> bool:
-        """Take one out of the sum of a tensor; False where `_without` is None."""
+        """Subtract one from the sum of a tensor; False if `_without` returns None."""
         value = self._without(tensor, read)
         if value is not None:
             self._values[tensor] = value.numpy()
         return value is not None
 
     def _restart(self, checkpoints: CheckpointCollection, dropped: Sequence[int]) -> None:
-        """Sum those that are left anew."""
+        """Compute the sum of the remaining checkpoints again."""
         vars(self).update(vars(RunningMean(self._layout)))
         self.extend(checkpoints, [k for k in range(len(checkpoints)) if k not in dropped])
         self._kept, self._gone = [*range(len(checkpoints))], [*dropped]
 
     def _without(self, tensor: str, read: Read) -> torch.Tensor | None:
-        """The sum without one; None where the rounding of the sum is not small beside it."""
+        """The sum without one; None if it is not large compared with rounding errors."""
         value = torch.tensor(self._values[tensor])
         of_sum = _largest(value) * torch.finfo(value.dtype).eps
         value -= read(tensor).to(value.dtype)
@@ -109,7 +109,7 @@ class RunningMean:
         return value if of_sum <= small * _largest(value) < math.inf else None
 
     def _with(self, tensor: str, k: int, w: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """A new tensor: the sum with ``w``, and True; or the value that all have, and False."""
+        """The sum with ``w`` and True, or the value that all share and False."""
         n, is_float = len(self._kept), w.is_floating_point()
         if not is_float and n and k > min(self._kept):  # `mix` takes the first in the collection
             return torch.tensor(self._values[tensor]), False

@@ -1,4 +1,4 @@
-"""Model Stock: how far from the pretrained start towards the mean of its fine-tunings to go."""
+"""Model Stock: the ratio between the pretrained weights and the mean of the checkpoints."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def stock_ratios(
     """The ratio t and cos(theta) of each searched row, (n_searched,), over the parameters in it.
 
     Jang et al., arXiv:2403.19522, Eqs. 1 and 5: t = K cos / (1 + (K - 1) cos), with the mean cosine
-    of the angles between the K differences from the start. Not above 0 it gives 0, which is the
-    start; a single difference has no angle, and gives 1, none gives 0. The pairs take no pass of
-    their own: the squared length of the sum of K unit vectors is K + K (K - 1) cos.
+    between the K differences from the pretrained weights. If it is not above 0, t is 0, the
+    pretrained weights. With a single difference, which has no angle, t is 1; with none, 0. No pass
+    over the pairs is needed: the squared norm of the sum of K unit vectors is K + K (K - 1) cos.
     """
     tuned = [name for name in checkpoints if name != start]
     K, rows = len(tuned), layers.rows
@@ -49,13 +49,13 @@ def stock_ratios(
 
 
 def _difference(w: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """The difference in float64; 0 where they are equal, also if both are infinite."""
+    """The difference in float64; 0 where both are equal, even if they are infinite."""
     w, start = w.double(), start.double()
     return torch.where(w == start, 0.0, w - start)
 
 
 def _length(difference: torch.Tensor) -> float:
-    """The norm of a tensor: its squares may be too large or too small for float64."""
+    """The norm of a tensor, also if squares would overflow or underflow in float64."""
     largest = float(difference.abs().max()) if difference.numel() else 0.0
     scale = math.ldexp(1.0, max(-1000, min(1000, math.frexp(largest)[1])))
     return scale * math.sqrt(float((difference / scale).square().sum()))
@@ -64,7 +64,7 @@ def _length(difference: torch.Tensor) -> float:
 def stock_coef(
     checkpoints: CheckpointCollection, start: str, ratios: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """(n_searched, K + 1): t of the mean, and the rest of the start, wherever it stands."""
+    """(n_searched, K + 1): t / K for each checkpoint, 1 - t for the pretrained weights."""
     is_start = np.array([name == start for name in checkpoints])
     t = ratios[:, None]
     coef: NDArray[np.float64] = np.where(is_start, 1 - t, t / max(1, (~is_start).sum()))

@@ -1,4 +1,4 @@
-"""A soup's weights compared, bit for bit, with those that its recipe gives."""
+"""Compare the weights of a soup bit for bit with those rebuilt from its recipe."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ LIMITS = (
 
 @dataclass(frozen=True)
 class Verification:
-    """Hold the findings of `Recipe.verify`; ``print`` shows a summary.
+    """Result of `Recipe.verify`. Print it for a summary.
 
     Parameters
     ----------
     differing : dict of str to str
-        Tensors of the soup that differ from what its recipe gives, and how.
+        Tensors of the soup that differ from those rebuilt from its recipe, and how they differ.
     unchecked : dict of str to str
-        Tensors that could not be rebuilt, and why.
+        Tensors that could not be rebuilt, and the reason.
     ingredients : dict of str to str
-        For every checkpoint of the recipe ``"ok"``, ``"unused"``, or what is wrong with it.
+        For every checkpoint in the recipe, ``"ok"``, ``"unused"`` or the problem.
     n_tensors : int
-        Tensors in the recipe.
+        Number of tensors in the recipe.
     sha256 : str, default="not recorded"
-        ``"ok"`` or ``"differs"``: the SHA-256 of the soup's tensors, of those in ``unchecked``,
-        too, against the one in the recipe; ``"not recorded"`` where the recipe has none.
+        ``"ok"`` or ``"differs"``, for the SHA-256 of the soup's tensors (including those in
+        ``unchecked``) compared with that in the recipe; ``"not recorded"`` if the recipe has none.
     rounded : tuple of str, default=()
-        Tensors that LoRA adapters change, and that differ by rounding only: products of matrices
-        depend in the last bit on the processor.
+        Tensors with LoRA factors that differ only by rounding, because the last bit of matrix
+        products depends on the processor.
     beside : tuple of str, default=()
-        Other weights in the soup's folder, which were not compared, and which a program that is
-        given the folder may load.
+        Other weights in the soup's folder, which were not compared but which a program may load
+        from it.
 
     Examples
     --------
@@ -81,9 +81,9 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether some tensor was checked, and neither any, nor the SHA-256, differs.
+        """Whether the soup matches: a tensor was checked, and no tensor and no SHA-256 differs.
 
-        And no other weights are in the folder.
+        There are also no other weights in the folder.
         """
         is_checked = len(self.unchecked) < self.n_tensors
         differs = self.differing or self.beside or self.sha256 == "differs"
@@ -95,7 +95,7 @@ class Verification:
         Returns
         -------
         findings : dict
-            Ready for JSON, with ``"ok"``.
+                        The fields and ``"ok"``, which can be converted to JSON.
         """
         return {"ok": self.ok, **asdict(self)}
 
@@ -116,7 +116,7 @@ class Verification:
         n = len(self.ingredients)
         if not lost:
             lines.append(f"{used} of {n} ingredients used, SHA-256 as recorded.")
-        beside = dict.fromkeys(self.beside, "is in the folder, too, and other programs may load it")
+        beside = dict.fromkeys(self.beside, "is also in the folder, and other programs may load it")
         parts = {
             "differs": self.differing, "not compared": beside, "not checked": self.unchecked,
             "ingredient": lost,
@@ -135,7 +135,7 @@ def verify(
     weights: Mapping[str, torch.Tensor] | str | os.PathLike[str],
     checkpoints: CheckpointCollection,
 ) -> Verification:
-    """Rebuild the soup of a recipe, tensor by tensor, and compare it with these weights."""
+    """Rebuild the soup of a recipe tensor by tensor, and compare it with these weights."""
     ingredients, is_used = {}, recipe.is_used()
     for ingredient, used in zip(recipe.ingredients, is_used, strict=True):
         ingredients[ingredient.name] = "ok" if used else "unused"
@@ -146,7 +146,7 @@ def verify(
             ingredients[ingredient.name] = str(error)
     beside = _beside(weights, checkpoints)
     names = [name for name in recipe.recalibrated if is_statistic(name)]
-    unchecked = dict.fromkeys(names, "was re-estimated from data, which no recipe can rebuild")
+    unchecked = dict.fromkeys(names, "was re-estimated from data, which a recipe can't rebuild")
     with _reading(weights, recipe.layers, checkpoints.module) as (header, read):
         digest = _compared(recipe.weights_sha256, header, read)
         if set(ingredients.values()) - {"ok", "unused"}:
@@ -198,7 +198,7 @@ def _digest(header: Mapping[str, TensorInfo], read: Read) -> str:
     for name, info in sorted(header.items()):
         entry = json.dumps(
             [name, str(info.dtype), list(info.shape)]
-        )  # JSON: where it ends is clear
+        )  # JSON, so that its end is unambiguous
         digest.update(entry.encode())
         digest.update(tensor_bytes(read(name)))
     return digest.hexdigest()
@@ -229,8 +229,8 @@ def _reading(
         ways = open_alike(path, module), open_checkpoint(path)
         if isinstance(ways[1], TorchFile) and not ways[1].is_plain:
             raise RecipeError(
-                f"{str(path)!r} holds more than a plain state dict, so that other readers may find "
-                f"other weights in it: expected what soup.save writes."
+                f"{str(path)!r} holds more than a plain state dict, so other programs may read "
+                f"other weights from it, expected a file written by soup.save."
             )
         opened = max(ways, key=lambda way: len(way.header.keys() & set(names)))
         with opened.open() as read:
@@ -238,20 +238,21 @@ def _reading(
 
 
 def _refuse_adapter(path: Path) -> None:
-    """Refuse the factors of an adapter: they are no weights of a model, whatever their names."""
+    """Raise an error for the factors of an adapter, which are not the weights of a model."""
     if adapter_folder(path) is not None:
         raise RecipeError(
-            f"{str(path)!r} is an adapter of PEFT, which can't be verified: its base is part of "
-            f"the model. Verify soup.state_dict(), or what soup.save or save_pretrained writes."
+            f"{str(path)!r} is a PEFT adapter, which can't be verified, because its base is part "
+            f"of the model. Verify soup.state_dict(), or the output of soup.save or "
+            f"save_pretrained."
         )
 
 
 def _beside(weights: Any, checkpoints: CheckpointCollection) -> tuple[str, ...]:
-    """Weights that a program may load in the place of those that are compared, or with them."""
+    """Weights that a program may load instead of, or in addition to, those compared."""
     if isinstance(weights, Mapping):
         return ()
     path = Path(weights)
-    if not path.exists() or is_adapter_folder(path):  # the error is of what opens it
+    if not path.exists() or is_adapter_folder(path):  # the error is raised when it is opened
         return ()
     paths = [checkpoints.path(name) for name in checkpoints]
     paths += [one.base.path for one in checkpoints.adapters(checkpoints.names).values()]

@@ -1,4 +1,4 @@
-"""Fine-tune, then soup: searches that keep the weights of every candidate."""
+"""Fine-tune and mix: searches that keep the weights of every candidate."""
 
 from .scorer import CheckpointScorer
 from .search import SoupSearchCV

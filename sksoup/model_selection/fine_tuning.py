@@ -1,4 +1,4 @@
-"""Fine-tune one candidate of a search from the start that all of them share."""
+"""Fine-tune one candidate of a search from the initial weights that all of them share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RECORD = "sksoup.candidate"  # key of a candidate's record in its file's metadat
 
 @dataclass(frozen=True)
 class Candidate:
-    """Result of one fine-tuning: weights, in memory or in a file, or an error."""
+    """Result of one training run: weights in memory or in a file, or an error."""
 
     score: float
     fit_time: float
@@ -40,35 +40,35 @@ class Candidate:
 
 
 def refuse_pipeline(estimator: Any) -> None:
-    """Refuse a pipeline, which would prepare the rows of each candidate in another way."""
+    """Raise an error for a pipeline, which would preprocess rows differently per candidate."""
     if hasattr(estimator, "steps"):
         raise TypeError(
-            "estimator is a Pipeline, expected a net: the soup predicts from rows that are "
-            "prepared in one way for all candidates. Put the search into the pipeline: "
-            "make_pipeline(scaler, SoupSearchCV(net, {'lr': ...}))."
+            "estimator is a Pipeline, expected a net, because the rows must be preprocessed in the "
+            "same way for all candidates. Put the search into the pipeline: make_pipeline(scaler, "
+            "SoupSearchCV(net, {'lr': ...}))."
         )
 
 
 def check_takes_weight(estimator: Any, scoring: Any) -> None:
-    """Check before the training that candidates can be scored with weights of the rows."""
+    """Check before training that candidates can be scored with sample weights."""
     score = estimator.score if scoring is None else scoring
     if callable(score) and not _takes_weight(score, keywords=True):
         what = f"score of {type(estimator).__name__}" if scoring is None else f"scoring={scoring!r}"
         raise TypeError(
-            f"sample_weight was given, and {what} has no such parameter. Give a scorer that "
-            f"weighs rows, such as scoring='accuracy', or drop sample_weight."
+            f"sample_weight was passed, but {what} has no such parameter. Pass a scorer that "
+            f"accepts it, such as scoring='accuracy', or omit sample_weight."
         )
 
 
 def _takes_weight(function: Callable[..., Any], keywords: bool = False) -> bool:
-    """Whether a function has a parameter ``sample_weight``, or takes any ``keywords``."""
+    """Whether a function has a parameter ``sample_weight``, or accepts any ``keywords``."""
     parameters = inspect.signature(function).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return "sample_weight" in parameters or (keywords and takes_any)
 
 
 def find_start(estimator: Any) -> nn.Module | None:
-    """Copy the module that all candidates start from; None if the estimator does not take one."""
+    """Copy the module from which all candidates start; None if the estimator has none."""
     if not (hasattr(estimator, "initialize") and hasattr(estimator, "partial_fit")):
         return None
     fitted = getattr(estimator, "module_", None)
@@ -76,9 +76,10 @@ def find_start(estimator: Any) -> nn.Module | None:
         return copy.deepcopy(fitted).cpu()
     if not isinstance(estimator.module, nn.Module):
         warnings.warn(
-            "The estimator's module is not an instance, so every clone would start from other "
-            "random weights, and their soup would be noise. One random start is drawn and shared "
-            "by all candidates. Give a module instance with pretrained weights, or a fitted net.",
+            "The estimator's module is not an instance, so every clone would start from different "
+            "random weights, and their soup would not work. Random initial weights are now drawn "
+            "once for all candidates. Pass a module instance with pretrained weights, or a fitted "
+            "net.",
             SoupWarning,
             stacklevel=3,  # the call of fit
         )
@@ -97,7 +98,7 @@ def fine_tune(
     scorer: Any,
     path: Path | None,
 ) -> Candidate:
-    """Fine-tune one candidate and score it; one that is on disk is read from there."""
+    """Fine-tune and score one candidate, or read it if it is on disk."""
     if path is not None and path.exists():
         return _recorded(path)
     X, y, X_held_out, y_held_out = parts
@@ -122,7 +123,7 @@ def fine_tune(
             where = f"{bad[0]!r} holds NaN or infinity" if bad else f"its score is {score}"
             raise ValueError(f"the fine-tuning diverged: {where}")
     except Exception as error:
-        # whatever the reason, a candidate that fails is reported and left out
+        # a candidate that fails for any reason is reported and left out
         return Candidate(math.nan, math.nan, f"{type(error).__name__}: {error}")
     module = copy.deepcopy(net.module_).cpu() if start is None else None
     if path is not None:
@@ -144,7 +145,7 @@ def _recorded(path: Path) -> Candidate:
     except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
     raise CheckpointError(
-        f"{str(path)!r} is not a candidate that a search wrote: {reason}. Remove it, and it is "
+        f"{str(path)!r} is not a candidate written by a search: {reason}. Remove it, and it is "
         f"trained again."
     )
 
@@ -154,7 +155,8 @@ def _load_start(module: nn.Module, start: nn.Module) -> None:
         module.load_state_dict(start.state_dict())
     except RuntimeError as error:
         raise ValueError(
-            f"the sampled parameters change the architecture, so it has no common start: {error}"
+            f"the sampled parameters change the architecture, so it can't start from the shared "
+            f"weights: {error}"
         ) from error
 
 

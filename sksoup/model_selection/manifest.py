@@ -1,4 +1,4 @@
-"""What must be the same for a search to continue in its folder."""
+"""The settings that must be equal for a search to continue in its folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_manifest(
     start: nn.Module | None,
     parts: Sequence[Any],
 ) -> dict[str, Any]:
-    """All that the candidates of a search depend on, as JSON."""
+    """Everything that the candidates of a search depend on, as JSON."""
     fixed = estimator.get_params(deep=False)
     return {
         "version": VERSION,
@@ -56,13 +56,13 @@ def claim(folder: Path, manifest: Mapping[str, Any]) -> None:
     found = _recorded(folder)
     if found is None and any(folder.glob("*.safetensors")):
         raise CheckpointError(
-            f"{str(folder)!r} holds checkpoints of unknown origin: give an empty folder."
+            f"{str(folder)!r} holds checkpoints of unknown origin. Choose an empty folder."
         )
     if found is not None and found != json.loads(json.dumps(manifest)):
         changed = [key for key in manifest if found.get(key) != manifest[key]]
         raise CheckpointError(
-            f"{str(folder)!r} holds another search: {', '.join(changed)} differ. Give another "
-            f"folder, or the same search to continue it."
+            f"{str(folder)!r} holds another search: {', '.join(changed)} differ. Choose another "
+            f"folder, or continue with the same settings."
         )
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
 
@@ -82,7 +82,7 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
     except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
     raise CheckpointError(
-        f"{str(path)!r} is not what a search writes: {reason}. Give another folder."
+        f"{str(path)!r} is not the manifest of a search: {reason}. Choose another folder."
     )
 
 

@@ -1,4 +1,4 @@
-"""A scorer that keeps the weights of every candidate, for the searches of scikit-learn."""
+"""A scorer that saves the weights of every candidate, for the searches of scikit-learn."""
 
 from __future__ import annotations
 
@@ -18,28 +18,27 @@ from .fine_tuning import RECORD, state_of
 
 
 class CheckpointScorer:
-    """Score a candidate, and keep its weights: for the searches of scikit-learn.
+    """Score a candidate and save its weights, in a search of scikit-learn.
 
-    Given as ``scoring=`` to an unmodified ``RandomizedSearchCV`` over a skorch net, it writes the
-    weights of every candidate and split to a folder, one file for each set of weights, with a hash
-    of the weights as its name.
+    Passed as ``scoring=`` to a ``RandomizedSearchCV`` over a skorch net, it writes the weights of
+    every candidate and split to a folder. The name of each file is a hash of the weights.
 
     Parameters
     ----------
     folder : str or path-like
-        Folder for the checkpoints; created if it does not exist.
+        Folder for the checkpoints. Created if it does not exist.
     scoring : str, callable or None, default=None
-        The score to return, as scikit-learn understands it.
+        The score to return, as in scikit-learn.
 
     See Also
     --------
-    SoupSearchCV : Fine-tunes from one start and mixes, in one estimator.
+    SoupSearchCV : Fine-tune and mix in one estimator.
 
     Notes
     -----
-    All candidates must share a start: give the net a module *instance*, since a clone of a net
-    with a module class is initialised anew. Candidates of several splits were trained on rows that
-    others hold out: fit the soup on rows that were not used in the search.
+    All candidates must start from the same weights. Pass a module *instance* to the net, because a
+    clone of a net with a module class is initialized again. Candidates of different splits were
+    trained on rows that others hold out, so fit the soup on rows that were not used in the search.
 
     Examples
     --------
@@ -61,7 +60,7 @@ class CheckpointScorer:
         Parameters
         ----------
         estimator : skorch net, pipeline that ends in one, or anything with ``module_``
-            Fitted.
+                        The fitted estimator.
         X : array-like
             Inputs.
         y : array-like or None, default=None
@@ -83,8 +82,8 @@ class CheckpointScorer:
         module = getattr(net, "module_", None)
         if not isinstance(module, nn.Module):
             raise TypeError(
-                f"{type(net).__name__} has no module_ to keep: CheckpointScorer scores fitted "
-                f"skorch nets, or pipelines that end in one."
+                f"{type(net).__name__} has no module_ to save. CheckpointScorer needs fitted "
+                f"skorch nets, or pipelines that end with one."
             )
         score = float(check_scoring(estimator, self.scoring)(estimator, X, y, **kwargs))
         state = check_state_dict(state_of(module), type(net).__name__)
@@ -95,7 +94,7 @@ class CheckpointScorer:
         return score
 
     def checkpoints(self, module: Any = None) -> CheckpointCollection:
-        """Open the checkpoints that were kept.
+        """Open the checkpoints that were saved.
 
         Parameters
         ----------
@@ -105,6 +104,6 @@ class CheckpointScorer:
         Returns
         -------
         checkpoints : CheckpointCollection
-            Sorted by name, that is, by hash; without scores.
+            The checkpoints, sorted by name, that is, by hash, without scores.
         """
         return CheckpointCollection.from_path(self.folder, module=module)

@@ -44,98 +44,101 @@ from .manifest import claim, make_manifest, recorded_seed
 
 @dataclass(eq=False, repr=False)
 class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
-    """Fine-tune a network many times with sampled hyper-parameters, then soup the results.
+    """Fine-tune a network many times with sampled hyperparameters and mix the results.
 
     Every candidate starts from the same weights and is fine-tuned on the training part of the rows.
-    The held-out part scores the candidates and fits the soup, which mixes all the networks of a
-    random search instead of keeping the best one.
+    The held-out part is used to score the candidates and to fit the soup, which mixes the networks
+    of a random search instead of keeping only the best one.
 
     Parameters
     ----------
     estimator : skorch net
-        What to fine-tune, with its module as an *instance* that holds the pretrained weights. A
-        module class is initialised once for all candidates, with a warning, since soups need a
-        pretrained start. If the net is fitted, its weights are the start. Any other estimator that
-        has ``module_`` after ``fit`` is fitted as it is; candidates that do not share a start are
-        an error. Classifiers must give logits (``criterion=nn.CrossEntropyLoss``). A pipeline is
-        refused: rows must be prepared in one way for all candidates, so the search is the last step
-        of the pipeline instead.
+        The net to fine-tune, whose module is an *instance* with the pretrained weights. A module
+        class is initialized once for all candidates, with a warning, because soups need pretrained
+        weights. If the net is fitted, fine-tuning starts from its weights. Any other estimator that
+        has ``module_`` after ``fit`` is fitted as it is; an error is raised if its candidates do
+        not start from the same weights. Classifiers must return logits
+        (``criterion=nn.CrossEntropyLoss``). A pipeline is not accepted, because the rows must be
+        preprocessed in the same way for all candidates; make the search the last step of a pipeline
+        instead.
     param_distributions : dict or list of dict
         As for ``sklearn.model_selection.ParameterSampler``.
     soup : estimator or None, default=None
-        An unfitted soup without checkpoints; None for `GreedySoup`.
+        An unfitted soup without checkpoints. None is a `GreedySoup`.
     n_iter : int, default=10
-        Candidates to sample.
+                Number of candidates to sample.
     scoring : str, callable or None, default=None
-        Scores candidates on the held-out part; None is the estimator's ``score``.
+        Metric for the candidates on the held-out part. None is the ``score`` of the estimator.
     cv : int, splitter, iterable or None, default=None
-        Its first split is used for all candidates: another one would hold out rows that some of
-        them were trained on. None holds out 20 %, stratified for classifiers.
+        Its first split is used for all candidates, because another split would hold out rows on
+        which some of them were trained. None holds out 20 %, stratified for classifiers.
     n_jobs : int or None, default=None
         Number of candidates that joblib fine-tunes in parallel.
     random_state : int, RandomState or None, default=None
-        Samples candidates, seeds their training, and splits the rows; the global random state is
-        left unchanged.
+        Seed for sampling the candidates, for their training and for splitting the rows. The global
+        random state is not changed.
     save_dir : str, path-like or None, default=None
-        Folder to which each candidate is written as it finishes; the same search continues with
-        the candidates that are there. None keeps the weights in memory.
+        Folder to which each candidate is written when it is finished. An interrupted search resumes
+        from the candidates in it. None keeps the weights in memory.
     verbose : int, default=0
-        Of joblib, as for ``RandomizedSearchCV``; the training itself is reported by the net.
+        Verbosity of joblib, as in ``RandomizedSearchCV``. The net itself reports on training.
 
     Attributes
     ----------
     soup_ : estimator
         The fitted soup.
     best_estimator_ : estimator
-        The same, under the name that scikit-learn's searches have for what predicts.
+        The same as ``soup_``, under the name used by scikit-learn's searches.
     checkpoints_ : CheckpointCollection
-        The candidates that did not fail, ``candidate000``, ...; with their scores on the held-out
-        part if the soup ranks by the same score.
+        The candidates that did not fail, ``candidate000``, ..., with their scores on the held-out
+        part if the soup uses the same metric.
     cv_results_ : dict of str to ndarray or list
-        As of ``RandomizedSearchCV``, one entry per candidate: ``params``, ``param_*``,
+        As in ``RandomizedSearchCV``, with one entry per candidate: ``params``, ``param_*``,
         ``mean_test_score``, ``rank_test_score``, ``mean_fit_time`` (seconds), and ``error``, the
-        reason of a failure or None.
+        reason for a failure or None.
     best_index_ : int
-        The candidate with the highest held-out score.
+        Index of the candidate with the highest held-out score.
     best_score_ : float
-        Its held-out score, not that of the soup.
+        Held-out score of this candidate, not of the soup.
     best_params_ : dict
-        Its hyper-parameters.
+        Hyperparameters of this candidate.
     classes_ : ndarray of shape (n_outputs,)
         Labels in output order (classification only).
     n_features_in_ : int
-        Features seen by `fit`.
+        Number of features seen during `fit`.
     feature_names_in_ : ndarray of shape (n_features,)
-        Their names, where X is a frame.
+        Names of the features, if X is a data frame.
 
     Raises
     ------
     TypeError
-        The estimator is a pipeline; weights are given, and the scorer does not take them.
+        The estimator is a pipeline, or ``sample_weight`` was passed but the scorer does not accept
+        it.
     ValueError
-        No candidate succeeded; the candidates do not share a start; a parameter is out of range.
+        All candidates failed, the candidates did not start from the same weights, or a parameter is
+        out of range.
     CheckpointError
-        ``save_dir`` holds another search; nothing is written.
+        ``save_dir`` contains another search. Nothing is written.
 
     Warns
     -----
     FitFailedWarning
-        Some candidates failed and are left out.
+        Some candidates failed and were left out.
     SoupWarning
-        The module is a class, so that the start is random.
+        The module is a class, so the initial weights are random.
 
     See Also
     --------
-    CheckpointScorer : Keeps the candidates of scikit-learn's own searches.
+    CheckpointScorer : Save the candidates of scikit-learn's own searches.
 
     Notes
     -----
-    Cost: ``n_iter`` fine-tunings and a soup. Memory: one network per worker, and, without
-    ``save_dir``, all candidates. Interrupting skorch's training ends that fine-tuning early rather
-    than the search.
+    Cost: ``n_iter`` training runs and one soup. Memory: one network per worker and, without
+    ``save_dir``, all candidates. Interrupting the training of skorch ends the current training run
+    early, not the search.
 
-    There is no ``refit``: where ``RandomizedSearchCV`` fits the best candidate anew on all rows,
-    the candidates are mixed. The best of them is ``checkpoints_[f"candidate{best_index_:03d}"]``.
+    There is no ``refit``: ``RandomizedSearchCV`` refits the best candidate on all rows, while this
+    search mixes the candidates. The best one is ``checkpoints_[f"candidate{best_index_:03d}"]``.
 
     References
     ----------
@@ -175,26 +178,28 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         Parameters
         ----------
         X : array-like or Tensor of shape (n_samples, ...), dict or tuple of them, or a Dataset
-            Inputs, as the estimator takes them.
+            Inputs, in the form that the estimator accepts.
         y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs), default=None
-            Labels or targets, as the estimator takes them; None where a Dataset holds them.
+            Labels or targets, in the form that the estimator accepts. None if a Dataset contains
+            them.
         sample_weight : array-like of shape (n_samples,) or None, default=None
-            Weights of the rows: of the held-out ones in the scores and in the soup; of the others
-            in the training, if the estimator's ``fit`` takes them. A skorch net takes none.
+            Weights of the rows. Those of the held-out rows are used for the scores and the soup;
+            the others for training if the estimator's ``fit`` accepts them, which skorch nets do
+            not.
 
         Returns
         -------
-        self : estimator
-            Fitted.
+                self : estimator
+            The fitted estimator.
         """
         soup, folder = self._soup(), None if self.save_dir is None else Path(self.save_dir)
         X, y, weight = validate_rows(self, X, y, soup.task, sample_weight)
-        X = map_inputs(to_numpy, X)  # nets move them to their device themselves
+        X = map_inputs(to_numpy, X)  # nets move inputs to their device
         scorer = check_scoring(self.estimator, self.scoring)
         if weight is not None:
             check_takes_weight(self.estimator, self.scoring)
         start = find_start(self.estimator)
-        if start is not None:  # nets take floats of the dtype of their module
+        if start is not None:  # nets need floats in the dtype of their module
             dtype = torch.empty(0, dtype=module_dtype(start)).numpy().dtype
             X = map_inputs(lambda x: x.astype(dtype, copy=False) if x.dtype.kind == "f" else x, X)
         seed = self._seed(folder)
@@ -207,13 +212,13 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         ]
         weights = None if weight is None else (weight[train], weight[held_out])
         rows = list(parts)
-        if start is not None:  # raise the errors of the soup before hours of training
+        if start is not None:  # raise errors of the soup before hours of training
             one = CheckpointCollection([start], module=start)
             trial = CheckpointEnsemble(  # which mixes nothing
                 one, forward=soup.forward, task=soup.task, classes=soup.classes, device=soup.device
             )
             trial.fit(*parts[2:])
-            if soup.task == "classification":  # nets take labels as indices of their outputs
+            if soup.task == "classification":  # nets need labels as indices of their outputs
                 rows[1::2] = [_indices(labels, trial) for labels in parts[1::2]]
         if folder is not None:
             data = [*parts, *(weights or ())]
@@ -243,15 +248,16 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         soup = GreedySoup(task=task) if self.soup is None else clone(self.soup)
         if soup.checkpoints is not None:
             raise ValueError(
-                "soup already has checkpoints, but SoupSearchCV makes its own: give a soup without."
+                "soup already has checkpoints, but SoupSearchCV makes its own. Pass a soup without "
+                "checkpoints."
             )
         soup._check_params()  # before the training
         criterion = getattr(self.estimator, "criterion", None)
         is_log = criterion is nn.NLLLoss or isinstance(criterion, nn.NLLLoss)
         if is_log and is_classifier(self.estimator):
             raise ValueError(
-                "The estimator's criterion is NLLLoss, so its module gives probabilities; soups "
-                "want logits: leave out the module's softmax and give "
+                "The estimator's criterion is NLLLoss, so its module returns probabilities, but "
+                "soups need logits. Remove the softmax from the module and use "
                 "criterion=torch.nn.CrossEntropyLoss."
             )
         return soup
@@ -289,8 +295,8 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
             )
         if failed:
             warnings.warn(
-                f"{len(failed)} of {len(candidates)} candidates failed and are left out; "
-                f"cv_results_['error'] has all reasons. The first: {failed[0]}",
+                f"{len(failed)} of {len(candidates)} candidates failed and are left out. See "
+                f"cv_results_['error'] for the reasons. The first: {failed[0]}",
                 FitFailedWarning,
                 stacklevel=3,  # the call of fit
             )
@@ -315,9 +321,9 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         module = next((m for m in modules if m is not None), None)
         if module is None:
             raise ValueError(
-                f"All candidates were found in save_dir, and {type(self.estimator).__name__} does "
-                f"not tell their architecture before it is fitted. Delete one of the files to have "
-                f"it fitted again."
+                f"All candidates were found in save_dir, but the architecture of "
+                f"{type(self.estimator).__name__} is not known before it is fitted. Delete one of "
+                f"the files, so that this candidate is fitted again."
             )
         # the same score on the same rows need not be computed twice
         ranks_alike = soup.scoring is None and getattr(soup, "ranking_fraction", None) is None
@@ -331,10 +337,10 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
             collection.check()
             if strangers := collection.strangers(collection.names):
                 raise ValueError(
-                    f"The candidates do not share a start: {len(strangers)} of {len(found)} point "
-                    f"elsewhere than the others, so a soup of them would be noise. "
-                    f"{type(self.estimator).__name__} seems to initialise its module anew for "
-                    f"every clone; give it a module instance with pretrained weights."
+                    f"The candidates did not start from the same weights: {len(strangers)} of "
+                    f"{len(found)} differ in direction from the others, so a soup of them would "
+                    f"not work. {type(self.estimator).__name__} seems to initialize its module for "
+                    f"every clone. Pass a module instance with pretrained weights."
                 )
         return collection
 
@@ -419,8 +425,8 @@ def _indices(labels: NDArray[Any], soup: BaseSoup) -> NDArray[np.int64]:
     unknown = np.setdiff1d(labels, soup.classes_)
     if len(unknown):
         raise ValueError(
-            f"The held-out part lacks labels that the training part has, such as {unknown[0]!r}. "
-            f"Give classes= to the soup, or a cv whose first split has all of them."
+            f"The held-out part lacks labels of the training part, such as {unknown[0]!r}. Pass "
+            f"classes= to the soup, or a cv whose first split has all labels."
         )
     indices: NDArray[np.int64] = soup.outputs_.encode(
         labels, torch.int64, torch.device("cpu")

@@ -1,4 +1,4 @@
-"""What all soups share: the two forms of fit, and what is kept of it."""
+"""The base class of all soups: validation, both forms of `fit`, and fitted attributes."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ from .validation import (
     validate_rows,
 )
 
-NOT_IN_RECIPES = ("checkpoints", "memory")  # parameters that change no result
-PLAIN = (bool, int, float, str)  # what JSON can hold
+NOT_IN_RECIPES = ("checkpoints", "memory")  # parameters that do not change the result
+PLAIN = (bool, int, float, str)  # types that JSON can represent
 PACKAGES = ("sksoup", "torch", "numpy", "scikit-learn", "safetensors")
 
 
 def two_forms(fit: Callable[..., Any]) -> Callable[..., Any]:
-    """Let ``fit`` be called with or without checkpoints; scikit-learn sees the second form."""
+    """Let ``fit`` be called with or without checkpoints; scikit-learn sees the form without."""
 
     @functools.wraps(fit)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -76,7 +76,7 @@ def two_forms(fit: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class DocLinkMixin:
-    """Links of scikit-learn's HTML display, where the package's metadata has a documentation."""
+    """Documentation links in scikit-learn's HTML display, if the package metadata has a URL."""
 
     _doc_link_module = "sksoup"
 
@@ -102,11 +102,11 @@ class BaseSoup(
     ProgressMixin,
     BaseEstimator,  # type: ignore[misc]
 ):
-    """Base of all soups: everything but the search for coefficients.
+    """Base class of all soups: everything except the search for coefficients.
 
     A recipe is a subclass with its parameters in ``__init__`` and one method, ``_search``, that
-    gets a `Problem` and returns `Found` coefficients. The parameters below have defaults here: a
-    recipe names those that it offers.
+    takes a `Problem` and returns a `Found` with the coefficients. The parameters below have
+    defaults here; a recipe lists those that it offers.
 
     Attributes
     ----------
@@ -115,7 +115,7 @@ class BaseSoup(
     module_ : nn.Module
         The soup, in eval mode, on the device.
     recipe_ : Recipe
-        The record that `save` writes.
+        Record of the soup, which `save` writes.
     """
 
     checkpoints: Any = None
@@ -133,7 +133,7 @@ class BaseSoup(
     shard: str | None = None
     memory: Any = None
 
-    _has_recipe = True  # an ensemble mixes nothing
+    _has_recipe = True  # False for an ensemble, which mixes nothing
 
     # ------------------------------------------------------------------ fit
 
@@ -150,58 +150,59 @@ class BaseSoup(
     def fit(self, checkpoints: Any, X: Any, y: Any = None, *, sample_weight: Any = None) -> Self:
         """Find the coefficients on held-out data and mix the soup.
 
-        Called as ``fit(checkpoints, X, y)``, or as ``fit(X, y)`` when the checkpoints were given
-        to the constructor.
+        Called as ``fit(checkpoints, X, y)``, or as ``fit(X, y)`` if the checkpoints were passed to
+        the constructor.
 
         Parameters
         ----------
         checkpoints : CheckpointCollection, callable or iterable
-            What to mix; a callable ``(X, y) -> CheckpointCollection`` makes it from the data, and
-            is given ``sample_weight`` too if it has a parameter of that name. By default the
-            constructor's ``checkpoints``.
+            Checkpoints to mix. A callable ``(X, y) -> CheckpointCollection`` makes them from the
+            data; ``sample_weight`` is passed to it if it has a parameter of that name. By default
+            the ``checkpoints`` of the constructor.
         X : array-like or Tensor of shape (n_samples, ...), dict or tuple of them, Dataset or \
                 DataLoader
-            Held-out inputs; a dict is fed by name, a tuple by position. Floating ones are converted
-            to the module's dtype. A torch ``Dataset``, a ``DataLoader``, a ``datasets.Dataset``, an
-            array in a file (``np.memmap``) or an iterator of batches is walked once and kept, in
-            its own dtype. What does not fit into half of the free memory is read by index when it
-            is needed, with the workers of the ``DataLoader``; that takes rows in a known order
-            (``shuffle=False``, not an iterator).
+            Held-out inputs. A dict is passed to the module by name, a tuple by position.
+            Floating-point inputs are converted to the dtype of the module. A torch ``Dataset``, a
+            ``DataLoader``, a ``datasets.Dataset``, an array in a file (``np.memmap``) or an
+            iterator of batches is read once and kept in memory in its own dtype. Data that does not
+            fit into half of the free memory is read by index when it is needed, with the workers of
+            the ``DataLoader``; this requires a fixed order (``shuffle=False``, not an iterator).
         y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs), default=None
-            Held-out labels or targets; integer labels of shape (n_samples, ...) where the module
-            gives (n_samples, n_outputs, ...), of pixels or tokens, -100 at positions that are left
-            out. None where the batches hold them: the second of a pair, or
+            Held-out labels or targets. If the module returns (n_samples, n_outputs, ...), as for
+            pixels or tokens, integer labels of shape (n_samples, ...), with -100 at positions to
+            ignore. None if the batches contain them, as the second item of a pair or under the key
             ``labels`` of a mapping; a string names another key.
         sample_weight : array-like of shape (n_samples,) or None, default=None
-            Weights of the rows, in the loss and in the held-out score.
+            Weights of the rows in the loss and in the held-out score.
 
         Returns
         -------
-        self : estimator
-            Fitted.
+                self : estimator
+            The fitted estimator.
 
         Raises
         ------
         CheckpointError
-            The checkpoints can't be opened, do not fit each other or the module, or hold NaN.
+            The checkpoints can't be opened, do not match each other or the module, or contain NaN.
         ValueError
-            X, y and parameters that do not fit each other.
+            X, y and the parameters are invalid or inconsistent.
         TypeError
-            A switch is neither True nor False; X holds checkpoints.
+            A boolean parameter is neither True nor False, or X contains checkpoints.
         DivergenceError
-            The loss or the coefficients stopped being finite.
+            The loss or the coefficients became NaN or infinite.
 
         Warns
         -----
         SoupWarning
-            There is one checkpoint; few rows choose among the checkpoints, or none of those is
-            better than a guess on them; checkpoints look unrelated. ``warnings_`` has all.
+            There is only one checkpoint; there are few held-out rows for so many checkpoints; no
+            checkpoint is better than chance on them; or checkpoints look unrelated. All messages
+            are kept in ``warnings_``.
 
         Notes
         -----
-        ``soup.set_callbacks(sklearn.callback.ProgressBar())`` before `fit` shows a progress bar, in
-        a terminal or a notebook (extra ``progress``). The logger ``"sksoup"`` tells at level INFO
-        how many steps a search takes, when it begins.
+        ``soup.set_callbacks(sklearn.callback.ProgressBar())`` before `fit` shows a progress bar in
+        a terminal or a notebook (extra ``progress``). At its start, a search logs its number of
+        steps to the logger ``"sksoup"`` at level INFO.
         """
         self._forget()
         try:
@@ -211,7 +212,7 @@ class BaseSoup(
             collection = collect(checkpoints, X, y, weight, type(self).__name__)
             with collection.threads_of_parent(), naming_lost_ranks():
                 problem = self._problem(collection, X, y, weight)
-                hashes = self._has_recipe and not rank()  # for all of a job
+                hashes = self._has_recipe and not rank()  # rank 0 hashes for all ranks
                 with collection.hashing() if hashes else nullcontext():
                     self._keep(problem, self._search(problem))
         except BaseException:
@@ -221,10 +222,10 @@ class BaseSoup(
 
     @abstractmethod
     def _search(self, problem: Problem) -> Found:
-        """Find the coefficients: the one method a recipe has to have."""
+        """Find the coefficients: the only method that a recipe must define."""
 
     def _check_params(self) -> None:
-        """Check the parameters all recipes share; recipes add theirs."""
+        """Check the parameters that all recipes share; recipes add their own."""
         check_choice(self.task, "task", TASKS)
         check_choice(self.batch_norm, "batch_norm", POLICIES)
         check_flag(self.compile, "compile")
@@ -240,13 +241,13 @@ class BaseSoup(
             raise TypeError(
                 f"forward must be a callable (module, X) or None, got {self.forward!r}."
             )
-        if self.memory is not None:  # refused before any work
+        if self.memory is not None:  # raises before any work is done
             open_cache(self.memory)
 
     def _problem(
         self, collection: CheckpointCollection, X: Any, y: Any, weight: NDArray[np.float64] | None
     ) -> Problem:
-        """The problem with this soup's metric and callbacks; sets what reads its outputs."""
+        """The problem with this soup's metric and callbacks; also sets ``outputs_``."""
         data = {"X": X, "y": y, "metadata": {} if weight is None else {"sample_weight": weight}}
         problem = prepare_problem(
             collection, X, y, weight,
@@ -259,8 +260,8 @@ class BaseSoup(
         check_sharded(self, problem)
         if self._has_recipe and len(collection) == 1:
             self._warn(
-                f"There is one checkpoint, {collection.names[0]!r}: nothing to mix or to choose "
-                f"from, the soup is that checkpoint. Give several."
+                f"There is one checkpoint only, {collection.names[0]!r}, so there is nothing to "
+                f"mix or to select, and the soup equals that checkpoint. Pass several checkpoints."
             )
         self.outputs_ = problem.objective.outputs
         if self.outputs_.classes is not None:
@@ -278,7 +279,7 @@ class BaseSoup(
         return problem
 
     def _fitted_view(self, problem: Problem) -> Any:
-        """A fitted soup as scorers of scikit-learn take one, without checkpoints and callbacks."""
+        """A fitted soup for scikit-learn's scorers, without checkpoints and callbacks."""
         soup = copy.copy(self)
         for name in [name for name in vars(self) if "callback" in name]:
             delattr(soup, name)
@@ -286,7 +287,7 @@ class BaseSoup(
         return soup
 
     def _keep(self, problem: Problem, found: Found) -> None:
-        """Set the fitted attributes; the soup is mixed from the coefficients alone."""
+        """Set the fitted attributes; the soup is mixed from the coefficients only."""
         layers, collection = problem.layers, problem.checkpoints.whole
         for name, value in found.attributes.items():
             setattr(self, name, value)
@@ -307,11 +308,11 @@ class BaseSoup(
             self._warn_of_rounding(self._score_of(problem, best, evaluate), decided)
 
     def _mix_best(self, problem: Problem, found: Found) -> NDArray[np.float64]:
-        """Mix what was found, or the rival that scores higher on all held-out rows: its coef."""
+        """Mix the result, or a rival that scores higher on all held-out rows; return its coef."""
         if not found.rivals:
             self._mix(problem, found.coef)
             return found.coef
-        candidates = {**found.rivals, "soup": found.coef}  # the soup last: it mostly stays
+        candidates = {**found.rivals, "soup": found.coef}  # the soup last: it usually wins
         mixed: list[str] = []
 
         def mix_it(name: str) -> None:
@@ -324,15 +325,16 @@ class BaseSoup(
             )
             for name, coef in candidates.items()
         }
-        best = max(reversed(scores), key=scores.__getitem__)  # the soup where it is level
+        best = max(reversed(scores), key=scores.__getitem__)  # ties go to the soup
         if best != "soup":
-            what = {"center": "the center that it was searched from", "best": "the best checkpoint"}
+            what = {"center": "its center", "best": "the best checkpoint"}
             self._warn(
-                f"What the search found scores {scores['soup']:.4f} on the held-out rows, "
-                f"{what[best]} {scores[best]:.4f}: the soup is that. held_out_scores_ has all."
+                f"The result of the search scores {scores['soup']:.4f} on the held-out rows, and "
+                f"{what[best]} {scores[best]:.4f}, so that is used as the soup. See "
+                f"held_out_scores_."
             )
             if "temperature_" in found.attributes:
-                self.temperature_ = 1.0  # what was found belongs to the soup
+                self.temperature_ = 1.0  # the learned one belongs to the result of the search
         if mixed[-1:] != [best]:
             mix_it(best)
         self.held_out_scores_ = dict(reversed(scores.items()))
@@ -345,13 +347,13 @@ class BaseSoup(
         evaluate: Evaluator,
         prepare: Callable[[], None] = lambda: None,
     ) -> float:
-        """The score of a mix, which ``prepare`` makes where the cache does not have it."""
+        """The score of a mix; ``prepare`` makes the mix if the cache does not have its score."""
 
         def score() -> float:
             prepare()
             return evaluate().score
 
-        if evaluate.cache is None:  # checkpoints in memory would be hashed for nothing
+        if evaluate.cache is None:  # avoids hashing checkpoints in memory
             return score()
         collection = problem.checkpoints
         identities = [collection.identity(name) for name in collection]
@@ -359,7 +361,7 @@ class BaseSoup(
         return evaluate.cache(key, score)
 
     def _mix(self, problem: Problem, searched: NDArray[np.float64]) -> None:
-        """Mix these coefficients into the module, and settle BatchNorm's statistics."""
+        """Load the mix with these coefficients into the module and set BatchNorm's statistics."""
         coef = problem.layers.expand(searched)
         weights = mix(problem.checkpoints, coef, layers=problem.layers.rows)
         load_weights(problem.module, weights)
@@ -368,7 +370,7 @@ class BaseSoup(
         self.recalibrated_ = settle(problem, self.batch_norm, self.batch_size) if settles else ()
 
     def _held_out(self, problem: Problem, found: Found) -> tuple[float, int] | None:
-        """The soup's score on the rows that it was selected by, and their number, if measured."""
+        """The soup's score on the rows that it was selected on and their number, if measured."""
         if found.rivals:
             return float(max(self.held_out_scores_.values())), len(problem.evaluate.data)
         if found.decided is not None:
@@ -385,7 +387,7 @@ class BaseSoup(
             self._warn_of_variances(problem, coef)
         self.module_ = problem.module
         params = self.get_params(deep=False)
-        self.recipe_ = broadcast(rank() or Recipe.record(  # one rank hashes the files
+        self.recipe_ = broadcast(rank() or Recipe.record(  # only one rank hashes the files
             type(self).__name__,
             collection,
             coef,
@@ -401,38 +403,38 @@ class BaseSoup(
         ))  # fmt: skip
 
     def interpolate(self, start: Start, t: float) -> Self:
-        """Return the soup a part of the way from the pretrained start to this one (WiSE-FT).
+        """Interpolate between the pretrained weights and this soup (WiSE-FT).
 
-        Its weights are ``(1 - t) w_0 + t w``: often better under distribution shift, where the
-        start is more robust than what was fine-tuned from it.
+        The result has the weights ``(1 - t) w_0 + t w``. It is often better under distribution
+        shift, where the pretrained model is more robust than the fine-tuned ones.
 
         Parameters
         ----------
         start : str, path-like, mapping of str to Tensor, or nn.Module
-            The pretrained start: the name of a checkpoint of ``checkpoints_``, else a file, folder,
-            state dict or module, which is added to it as "start".
+            The pretrained weights :math:`w_0`: the name of a checkpoint in ``checkpoints_``, or a
+            file, folder, state dict or module, which is added to it as "start".
         t : float
-            0 is the start, 1 this soup; outside it is extrapolated.
+            Position between the pretrained weights (0) and this soup (1). Other values extrapolate.
 
         Returns
         -------
         soup : estimator
             A fitted copy with its own ``module_``, ``coef_``, ``checkpoints_`` and ``recipe_``;
-            what the search left (such as ``history_``) is that of this soup. Its BatchNorm
-            statistics are mixed, also where those of this soup were re-estimated.
+            other attributes, such as ``history_``, are those of this soup. Its BatchNorm statistics
+            are mixed, even if those of this soup were re-estimated.
 
         Raises
         ------
         ValueError
-            ``t`` is not finite; the checkpoints hold another "start".
+            ``t`` is not finite, or the collection already has another checkpoint named "start".
         CheckpointError
-            The start can't be opened, or has other tensors.
+            ``start`` can't be opened, or its tensors differ.
         TypeError
             An ensemble has no weights to interpolate.
 
         See Also
         --------
-        sksoup.inspection.interpolation_path : The scores of all of the way.
+        sksoup.inspection.interpolation_path : Scores for several values of ``t``.
 
         References
         ----------
@@ -441,7 +443,7 @@ class BaseSoup(
         check_is_fitted(self, "coef_")
         check_finite(t, "t")
         if not self._has_recipe:
-            raise TypeError("An ensemble has no weights of its own: interpolate a soup.")
+            raise TypeError("An ensemble has no weights to interpolate. Fit a soup instead.")
         refuse_copy(self.module_)
         checkpoints = with_start(self.checkpoints_, start)
         name = name_of_start(self.checkpoints_, start)
@@ -468,7 +470,7 @@ class BaseSoup(
         return soup
 
     def _forget(self) -> None:
-        """Be unfitted, so that a fit that fails leaves no mixture of two."""
+        """Remove fitted attributes, so that a failed fit does not leave a mixture of two fits."""
         for name in [name for name in vars(self) if name.endswith("_") and name[0] != "_"]:
             delattr(self, name)
 
@@ -479,7 +481,7 @@ class BaseSoup(
         tags.target_tags.required = True
         tags.target_tags.multi_output = self.task != "classification"
         tags.input_tags.three_d_array = True
-        if self.task in TEXT_TASKS:  # neither labels of rows nor numbers
+        if self.task in TEXT_TASKS:  # targets are neither labels of rows nor numbers
             tags.target_tags.multi_output, tags.target_tags.required = True, False
             return tags
         if self.task == "regression":
@@ -493,21 +495,21 @@ class BaseSoup(
 
 @functools.cache
 def versions() -> Mapping[str, str]:
-    """Versions of what computed a soup."""
+    """Versions of the packages that computed a soup."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        with suppress(PackageNotFoundError):  # run from a folder that was never installed
+        with suppress(PackageNotFoundError):  # not installed, run from a source folder
             found[package] = version(package)
     return found
 
 
 def _labels(classes: Any) -> tuple[Any, ...]:
-    """Labels of the outputs, where JSON can hold them."""
+    """Labels of the outputs, if JSON can represent them."""
     labels = np.asarray(classes).tolist()
     return tuple(labels) if all(isinstance(label, PLAIN) for label in labels) else ()
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as JSON can hold them; anything else by its repr."""
+    """Values that JSON can represent; others are replaced by their repr."""
     items = {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
     return {k: v if v is None or isinstance(v, PLAIN) else repr(v) for k, v in items.items()}

@@ -1,4 +1,4 @@
-"""The systems that search for nothing: uniform soup, best checkpoint, ensemble of logits."""
+"""Baselines without a search: uniform soup, best checkpoint, ensemble of logits."""
 
 from __future__ import annotations
 
@@ -26,65 +26,68 @@ __all__ = ["BestCheckpoint", "CheckpointEnsemble", "UniformSoup"]
 class UniformSoup(BaseSoup):
     r"""Average all checkpoints with equal coefficients.
 
-    :math:`w = \frac{1}{K} \sum_k w_k`. The held-out data fixes only the labels.
+    :math:`w = \frac{1}{K} \sum_k w_k`. The held-out data only determines the labels.
 
     Parameters
     ----------
     checkpoints : CheckpointCollection, callable, iterable or None, default=None
-        What to mix; may be given to `fit` instead.
+        Checkpoints to mix. They can also be passed to `fit`.
     batch_norm : {"average", "recalibrate", "auto"}, default="average"
-        Running statistics of BatchNorm: mixed like the weights around them; or re-estimated from
-        the held-out rows (for the result); or whichever scores better on them, mixed on ties.
+        How the running statistics of BatchNorm are obtained. "average" mixes them with the
+        coefficients of the weights around them; "recalibrate" re-estimates them from the held-out
+        rows (for the result); "auto" takes whichever of the two scores higher on these rows, and
+        "average" if they are equal.
     forward : callable or None, default=None
-        ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
+        Function ``(module, X) -> outputs`` that runs the forward pass. By default ``module(X)``;
+        ``module(**X)`` for a dict and ``module(*X)`` for a tuple.
     task : str, default="classification"
-        What the outputs mean: "classification", "regression", "multilabel", or "language-modeling"
-        (docs: Language models).
+        How the outputs are interpreted: "classification", "regression", "multilabel", or
+        "language-modeling" (see the page "Language models").
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default the names in the module's config (``id2label`` of
-        transformers) where ``y`` is texts and it has names, else those of ``y`` sorted, if one per
-        output, else 0, 1, ....
+        Labels in the order of the outputs. By default the names in the module's config
+        (``id2label`` of transformers) if ``y`` holds strings and the config has names; otherwise
+        the sorted labels of ``y`` if there is one per output; otherwise 0, 1, ....
     batch_size : int or None, default=128
-        Rows per forward pass; None for all at once.
+        Number of rows per forward pass. None processes all rows at once.
     device : str or torch.device, default="auto"
-        Where the module runs; "auto" is cuda, else mps, else cpu.
+        Device that the module runs on. "auto" is "cuda" if available, else "mps", else "cpu".
     shard : {None, "auto"}, default=None
-        "auto" spreads the module over the ranks of a distributed job with PyTorch's FSDP2, block by
-        block, for models that no device holds (docs: Several devices). None lets every rank hold
-        the module, unless it was wrapped already.
+        "auto" shards the module across the ranks of a distributed job with PyTorch's FSDP2, block
+        by block, for models that do not fit on one device (see the page "Several devices"). With
+        None every rank holds the whole module, unless it is already wrapped.
 
     Attributes
     ----------
     coef_ : ndarray of shape (n_checkpoints,), float64
-        1/K each.
+        1/K for each checkpoint.
     module_ : nn.Module
         The soup, in eval mode, on the device.
     layers_ : dict of str to int
-        Row of ``coef_`` for every tensor.
+        For every tensor name, the index of its row in a two-dimensional ``coef_``.
     ingredients_ : tuple of str
-        All names.
+                Names of all checkpoints.
     layer_names_ : tuple of str
-        Names of the rows.
+        Names of the layers: the rows of a two-dimensional ``coef_``.
     classes_ : ndarray of shape (n_outputs,)
         Labels in output order (classification only).
     checkpoints_ : CheckpointCollection
-        What was mixed.
+        The checkpoints that were mixed.
     recipe_ : Recipe
-        The record that `save` writes.
+        Record of the soup, which `save` writes.
     warnings_ : tuple of str
-        What fitting warned of.
+        Messages of the warnings that `fit` issued.
     recalibrated_ : tuple of str
-        BatchNorm's tensors that were re-estimated from the held-out rows.
+        Names of the BatchNorm tensors that were re-estimated from the held-out rows.
     counts_ : Counts
-        Passes and rows, forward and backward, that the fit took.
+        Numbers of forward and backward passes, and of rows in them, during `fit`.
 
     See Also
     --------
-    GreedySoup : Leaves out what does not help.
+    GreedySoup : Leave out the checkpoints that do not help.
 
     Notes
     -----
-    Cost: one read of the checkpoints. Memory: two models.
+    Cost: each checkpoint is read once. Memory: two models.
 
     References
     ----------
@@ -118,62 +121,66 @@ class UniformSoup(BaseSoup):
 
 @dataclass(eq=False, repr=False)
 class BestCheckpoint(BaseSoup):
-    """Keep the checkpoint with the highest held-out score: the usual practice, as a baseline.
+    """Select the checkpoint with the highest held-out score: the usual practice, as a baseline.
 
     Its coefficients are 1 for that checkpoint and 0 for all others.
 
     Parameters
     ----------
     checkpoints : CheckpointCollection, callable, iterable or None, default=None
-        What to choose from; may be given to `fit` instead.
+        Checkpoints to choose from. They can also be passed to `fit`.
     scoring : str, callable or None, default=None
-        What the search maximises, such as ``"f1_macro"``: a scorer of scikit-learn, greater is
-        better; by default accuracy or R², by ``task``, which is what ``score`` returns always.
+        The metric to maximise: a scikit-learn scorer such as ``"f1_macro"`` (greater is better). By
+        default accuracy or R², depending on ``task``, which `score` returns whatever ``scoring``
+        is.
     forward : callable or None, default=None
-        ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
+        Function ``(module, X) -> outputs`` that runs the forward pass. By default ``module(X)``;
+        ``module(**X)`` for a dict and ``module(*X)`` for a tuple.
     task : str, default="classification"
-        What the outputs mean: "classification", "regression", "multilabel", or "language-modeling"
-        (docs: Language models).
+        How the outputs are interpreted: "classification", "regression", "multilabel", or
+        "language-modeling" (see the page "Language models").
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default the names in the module's config (``id2label`` of
-        transformers) where ``y`` is texts and it has names, else those of ``y`` sorted, if one per
-        output, else 0, 1, ....
+        Labels in the order of the outputs. By default the names in the module's config
+        (``id2label`` of transformers) if ``y`` holds strings and the config has names; otherwise
+        the sorted labels of ``y`` if there is one per output; otherwise 0, 1, ....
     batch_size : int or None, default=128
-        Rows per forward pass; None for all at once.
+        Number of rows per forward pass. None processes all rows at once.
     n_jobs : int or None, default=None
-        Checkpoints evaluated side by side, by joblib; the scores are the same for any number.
+        Number of joblib workers that evaluate checkpoints in parallel. The scores do not depend on
+        it.
     device : str or torch.device, default="auto"
-        Where the module runs; "auto" is cuda, else mps, else cpu.
+        Device that the module runs on. "auto" is "cuda" if available, else "mps", else "cpu".
     memory : str, path-like, joblib.Memory or None, default=None
-        Where scores are kept, so that a fit that was killed goes on where it was.
+        Folder or cache where scores are stored, so that an interrupted fit resumes where it
+        stopped.
 
     Attributes
     ----------
     coef_ : ndarray of shape (n_checkpoints,), float64
-        1 for the best, the first on ties; 0 elsewhere.
+        1 for the best checkpoint (the first one if there are ties), 0 for the others.
     individual_scores_ : dict of str to float
         Held-out score of each checkpoint.
     ingredients_ : tuple of str
-        Name of the one kept.
+        Name of the selected checkpoint.
     module_ : nn.Module
-        That checkpoint, in eval mode, on the device.
+        The selected checkpoint, in eval mode, on the device.
     layers_ : dict of str to int
-        Row of ``coef_`` for every tensor.
+        For every tensor name, the index of its row in a two-dimensional ``coef_``.
     layer_names_ : tuple of str
-        Names of the rows.
+        Names of the layers: the rows of a two-dimensional ``coef_``.
     classes_ : ndarray of shape (n_outputs,)
         Labels in output order (classification only).
     checkpoints_ : CheckpointCollection
-        What was chosen from.
+        The checkpoints that were compared.
     recipe_ : Recipe
-        The record that `save` writes.
+        Record of the soup, which `save` writes.
     warnings_ : tuple of str
-        What fitting warned of.
+        Messages of the warnings that `fit` issued.
 
     Notes
     -----
-    Cost: K evaluations of N rows, none when the collection has ``scores``. Memory: two
-    models; with workers, two for each.
+    Cost: K evaluations of N rows, or none if the collection has ``scores``. Memory: two models, or
+    two for each worker.
 
     References
     ----------
@@ -220,40 +227,42 @@ class BestCheckpoint(BaseSoup):
 class CheckpointEnsemble(BaseSoup):
     r"""Average the logits of all checkpoints: K times the inference cost of a soup.
 
-    Predicts from :math:`\frac{1}{K} \sum_k f(x; w_k)`. Not a soup: it has no ``module_`` and no
-    ``state_dict``, and every prediction reads all checkpoints. The papers' upper baseline.
+    Predicts from :math:`\frac{1}{K} \sum_k f(x; w_k)`. An ensemble is not a soup: it has no
+    ``module_`` and no ``state_dict``, and every prediction reads all checkpoints. In the papers it
+    serves as the upper baseline.
 
     Parameters
     ----------
     checkpoints : CheckpointCollection, callable, iterable or None, default=None
-        What to average; may be given to `fit` instead.
+        Checkpoints whose logits are averaged. They can also be passed to `fit`.
     forward : callable or None, default=None
-        ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
+        Function ``(module, X) -> outputs`` that runs the forward pass. By default ``module(X)``;
+        ``module(**X)`` for a dict and ``module(*X)`` for a tuple.
     task : str, default="classification"
-        What the outputs mean: "classification", "regression", "multilabel", or "language-modeling"
-        (docs: Language models).
+        How the outputs are interpreted: "classification", "regression", "multilabel", or
+        "language-modeling" (see the page "Language models").
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default the names in the module's config (``id2label`` of
-        transformers) where ``y`` is texts and it has names, else those of ``y`` sorted, if one per
-        output, else 0, 1, ....
+        Labels in the order of the outputs. By default the names in the module's config
+        (``id2label`` of transformers) if ``y`` holds strings and the config has names; otherwise
+        the sorted labels of ``y`` if there is one per output; otherwise 0, 1, ....
     batch_size : int or None, default=128
-        Rows per forward pass; None for all at once.
+        Number of rows per forward pass. None processes all rows at once.
     device : str or torch.device, default="auto"
-        Where the module runs; "auto" is cuda, else mps, else cpu.
+        Device that the module runs on. "auto" is "cuda" if available, else "mps", else "cpu".
 
     Attributes
     ----------
     coef_ : ndarray of shape (n_checkpoints,), float64
-        1/K each: the weights of the logits.
+        1/K for each checkpoint: the weights of the logits.
     classes_ : ndarray of shape (n_outputs,)
         Labels in output order (classification only).
     checkpoints_ : CheckpointCollection
-        What is averaged.
+        The checkpoints whose logits are averaged.
 
     Notes
     -----
-    Cost of a prediction: K reads and K forward passes. Memory: one model at a time; the rows of
-    a loader are kept, since every checkpoint needs them, as far as memory holds them.
+    Cost of a prediction: K reads and K forward passes. Memory: one model at a time. The rows of a
+    loader are kept in memory as far as they fit, because every checkpoint needs them.
 
     References
     ----------
@@ -286,14 +295,14 @@ class CheckpointEnsemble(BaseSoup):
             return Found(np.full((1, n), 1 / n))
 
     def _rows_at_once(self) -> int | None:
-        """All, so that each checkpoint is read once."""
+        """All rows, so that each checkpoint is read once."""
         return None
 
     def _outputs_of(self, X: Any) -> torch.Tensor:
         return self._network()[1](X)
 
     def _network(self) -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
-        """A module, and the mean logits of some rows: each time all checkpoints are read."""
+        """A module, and a function that reads all checkpoints and averages their logits."""
         checkpoints: CheckpointCollection = self.checkpoints_
         module = prepare_module(
             checkpoints.build_module(), checkpoints, resolve_device(self.device)
@@ -316,7 +325,7 @@ class CheckpointEnsemble(BaseSoup):
         """Not available: an ensemble has no weights of its own."""
         raise AttributeError(
             "An ensemble averages logits, not weights, so it has no state_dict and can't be saved "
-            "as one model. Fit a UniformSoup for the mean of the weights."
+            "as one model. To average the weights, fit a UniformSoup."
         )
 
     save = save_pretrained = save_adapter = report = to_skorch = state_dict

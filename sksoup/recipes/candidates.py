@@ -1,4 +1,4 @@
-"""Candidates of a greedy soup: their means with what was kept, evaluated in turn or ahead of it."""
+"""Evaluate the candidates of a greedy soup one by one, or several in advance in parallel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..runtime.fingerprint import fingerprint
 
 
 class Candidates:
-    """Evaluates candidates in their turn, and with several workers some ahead of it."""
+    """Evaluates candidates in order; with several workers, some of them in advance."""
 
     def __init__(
         self,
@@ -37,8 +37,8 @@ class Candidates:
         self.evaluate, self.n_workers = evaluate, n_workers
         self.batch_norm, self.early_rejection = batch_norm, early_rejection
         self.mean = RunningMean(problem.checkpoints.layout)
-        self.ahead: dict[int, Evaluation] = {}  # of candidates for the soup so far
-        self.digests: list[str] = []  # of the soup after each that was kept
+        self.ahead: dict[int, Evaluation] = {}  # evaluated in advance, with the current soup
+        self.digests: list[str] = []  # of the soup after each kept candidate
 
     def __call__(
         self, ingredients: list[int], needed: float, soup: Evaluation | None
@@ -61,18 +61,18 @@ class Candidates:
             self.ahead.update(found)
         evaluation = self.ahead.pop(candidate)
         if evaluation.score >= needed:
-            self.ahead.clear()  # they were for a soup without this one
+            self.ahead.clear()  # these were evaluated without the new ingredient
         return evaluation
 
     def _digest(self, kept: list[int]) -> str:
-        """What the soup so far depends on, for the cache: sums are rounded in this order."""
+        """Cache keys of the current soup; they depend on the order, in which sums are rounded."""
         checkpoints, digests = self.problem.checkpoints, self.digests
         if self.evaluate.cache is None:
             return ""
         if not digests:  # sums are in dtypes promoted over the collection
             digests.append(fingerprint([info.dtype for info in checkpoints.layout.values()]))
         for i in range(len(digests) - 1, len(kept)):
-            leads = kept[i] == min(kept[: i + 1])  # its integers are taken
+            leads = kept[i] == min(kept[: i + 1])  # integer tensors are taken from this one
             own = checkpoints.identity(checkpoints.names[kept[i]])
             digests.append(fingerprint(digests[-1], own, leads))
         return digests[-1]
@@ -80,20 +80,20 @@ class Candidates:
 
 @dataclass(frozen=True)
 class CandidateTrial:
-    """Scores the means of a soup's ingredients and one candidate each."""
+    """Scores the mean of a soup's ingredients and one candidate."""
 
     checkpoints: CheckpointCollection
     names: Mapping[int, str]  # of the candidates
-    data: HeldOut  # all rows, which re-estimate BatchNorm
+    data: HeldOut  # all rows, from which BatchNorm's statistics are re-estimated
     margins: Mapping[str, torch.Tensor]  # of single checkpoints, where known
     batch_norm: BatchNormPolicy
     early_rejection: bool
     kept: list[int]
-    digest: str  # of those kept, where there is a cache
-    mean: RunningMean  # brought up to those kept when a candidate has to be evaluated
+    digest: str  # of the kept ingredients, if there is a cache
+    mean: RunningMean  # updated with the kept ingredients when a candidate is evaluated
     needed: float
-    soup: Evaluation | None  # of those kept; None for the first candidate
-    is_alone: bool  # no candidate before it is undecided: it is added where its score suffices
+    soup: Evaluation | None  # of the kept ingredients; None for the first candidate
+    is_alone: bool  # no earlier candidate is undecided: can be added at once if it scores enough
 
     def __call__(self, candidate: int, evaluate: Evaluator) -> Evaluation:
         self.mean.extend(self.checkpoints, self.kept)
@@ -102,7 +102,7 @@ class CandidateTrial:
             load_weights(evaluate.objective.module, self.mean.mean_with(candidate, read))
             found = evaluate_named(score, name)
             if self.is_alone and found.score >= self.needed:
-                self.mean.add(candidate, read)  # its file is open
+                self.mean.add(candidate, read)  # while its file is open
         return found
 
     def key(self, candidate: int) -> tuple[Any, ...]:
@@ -126,13 +126,13 @@ class CandidateTrial:
         return hardest_first(self.soup, own, len(self.kept) + 1)
 
     def _score(self, order: torch.Tensor | None, evaluate: Evaluator) -> Evaluation:
-        """Evaluate with BatchNorm's statistics as mixed, re-estimated, or the better of the two."""
+        """Evaluate with mixed or re-estimated BatchNorm statistics, or the better of the two."""
 
         def score() -> Evaluation:
             if not self.early_rejection or order is None:
                 return evaluate()
             n = len(order)
-            # rows evaluated before the next look at the bound
+            # rows to evaluate before the bound is checked again
             size = min(max(32, -(-n // 16)), n, evaluate.batch_size or n)
             return evaluate.until(self.needed, order, size)
 
@@ -157,10 +157,10 @@ class CandidateTrial:
 def hardest_first(
     soup: Evaluation | None, own: torch.Tensor | None, n_ingredients: int
 ) -> torch.Tensor | None:
-    """Order the rows by the margins expected of a candidate; None where none are known."""
+    """Order the rows by the expected margins of a candidate; None if no margins are known."""
     if soup is None or soup.margins is None:
         return None
     margins = soup.margins
-    if own is not None:  # the candidate's; to first order outputs are linear in the weights
+    if own is not None:  # margins of the candidate; outputs are linear in weights to first order
         margins = margins + (own - margins) / n_ingredients
     return margins.argsort(stable=True)

@@ -21,7 +21,7 @@ from .greedy import GreedySoup
 from .validation import check_choice, no_progress
 
 CENTERS = ("top", "best", "greedy", "mean")
-TOP = 1 / 4  # of the checkpoints, by rank
+TOP = 1 / 4  # fraction of the checkpoints, best first
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Chosen:
     """The center of a search, and how the checkpoints ranked."""
 
     anchor: Anchor
-    best: int | None = None  # the checkpoint that ranks first; None where none were ranked
-    scores: dict[str, float] = field(default_factory=dict)  # that were measured for it
-    evaluate: Evaluator | None = None  # on these rows
-    is_checked: bool = True  # whether what is found is compared with the center
+    best: int | None = None  # the checkpoint that ranks first; None if none were ranked
+    scores: dict[str, float] = field(default_factory=dict)  # measured for the ranking
+    evaluate: Evaluator | None = None  # on the rows used for the ranking
+    is_checked: bool = True  # whether the result is compared with the center
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """Fitted attributes that tell of it."""
+        """Fitted attributes that describe the center."""
         return {"center_": self.anchor.q}
 
     def coef(self, problem: Problem) -> NDArray[np.float64]:
@@ -44,7 +44,7 @@ class Chosen:
         return np.tile(self.anchor.q, (problem.layers.n_searched, 1))
 
     def checked(self, found: Found, problem: Problem) -> Found:
-        """What was found, to be compared with the center and with the best-ranked checkpoint."""
+        """Add the center and the best-ranked checkpoint, which the result is compared with."""
         if not self.is_checked:
             return found
         rivals = {"center": self.coef(problem)}
@@ -57,7 +57,7 @@ class Chosen:
 
 
 def check_center(soup: Any) -> None:
-    """Check the parameters that say where a learned soup is searched from."""
+    """Check the parameters that determine where the search of a learned soup starts."""
     if isinstance(soup.center, str):
         check_choice(soup.center, "center", CENTERS)
     else:
@@ -68,7 +68,7 @@ def check_center(soup: Any) -> None:
 
 
 def _given(center: Any) -> NDArray[np.float64]:
-    """The coefficients of a center that the user gives."""
+    """The coefficients of a center given by the user."""
     try:
         q = np.asarray(center, dtype=np.float64)
     except (TypeError, ValueError):
@@ -82,9 +82,9 @@ def _given(center: Any) -> NDArray[np.float64]:
 
 
 def choose_center(soup: Any, problem: Problem, generator: torch.Generator) -> Chosen:
-    """Choose the center of a soup's search, and warn where no checkpoint beats a guess.
+    """Choose the center of a soup's search, and warn if no checkpoint is better than chance.
 
-    The generator draws the rows that rank.
+    The generator draws the rows used for the ranking.
     """
     chosen = _choose(soup, problem, generator)
     if chosen.evaluate is not None:
@@ -102,8 +102,8 @@ def _choose(soup: Any, problem: Problem, generator: torch.Generator) -> Chosen:
         q = _given(center)
         if len(q) != n:
             raise ValueError(
-                f"center has {len(q)} coefficients, expected {n}: one per checkpoint, in the "
-                f"collection's order."
+                f"center has {len(q)} coefficients, expected {n}: one per checkpoint, in the order "
+                f"of the collection."
             )
         best = None if known is None else rank_checkpoints(problem, no_step).order[0]
         return Chosen(Anchor(q, clips), best)
@@ -115,12 +115,12 @@ def _choose(soup: Any, problem: Problem, generator: torch.Generator) -> Chosen:
         best = checkpoints.names.index(greedy.attributes["ingredients_"][0])
         evaluate = problem.evaluate if known is None else None
         return Chosen(Anchor((greedy.coef[0] > 0).astype(float), clips), best, scores, evaluate)
-    checkpoints.check()  # and see which of them are unrelated to the others
+    checkpoints.check()  # also records which are unrelated to the others
     evaluate = None if known is not None else rows_to_rank(problem, soup.ranking_rows, generator)
     ranking = rank_checkpoints(problem, no_step, evaluate=evaluate)
     order = ranking.order
     unrelated = set(checkpoints.strangers(checkpoints.names))
-    # a network from another start may rank high, and would spoil the mean
+    # a network with another starting point may rank high, but would ruin the mean
     related = [k for k in order if checkpoints.names[k] not in unrelated] or order
     weights = np.zeros(n)
     weights[related[: math.ceil(TOP * n)] if center == "top" else order[:1]] = 1
@@ -130,19 +130,19 @@ def _choose(soup: Any, problem: Problem, generator: torch.Generator) -> Chosen:
 def center_instead(
     soup: Any, chosen: Chosen, problem: Problem, error: DivergenceError, attributes: dict[str, Any]
 ) -> Found:
-    """The center, and a warning, where a search diverged; from the mean it is an error."""
+    """Use the center, with a warning, if the search diverged; raise if the center is the mean."""
     if not chosen.is_checked:
         raise error
-    soup._warn(f"{error} The soup is the center that the search began at.")
+    soup._warn(f"{error} The soup is the center from which the search started.")
     return Found(chosen.coef(problem), attributes=attributes)
 
 
 def no_step(weights: Weights | None = None) -> None:
-    """No-op progress of a ranking, which is a small part of a fit."""
+    """No-op progress callback: ranking is a small part of a fit."""
 
 
 def rows_to_rank(problem: Problem, n_rows: int | None, generator: torch.Generator) -> Evaluator:
-    """An evaluation of ``n_rows`` rows that count, stratified by label; of all where few do."""
+    """An evaluator on ``n_rows`` rows with weight, stratified by label, or on all if fewer."""
     evaluate = problem.evaluate
     amounts = evaluate.data.amounts
     counting = np.arange(len(evaluate.data))
@@ -151,7 +151,7 @@ def rows_to_rank(problem: Problem, n_rows: int | None, generator: torch.Generato
     if n_rows is None or n_rows >= len(counting):
         return evaluate
     seed = int(torch.randint(2**31, (), generator=generator))
-    fraction = (n_rows + 0.5) / len(counting)  # a half: rounding must not take one away
+    fraction = (n_rows + 0.5) / len(counting)  # the half keeps rounding from dropping a row
     task = problem.objective.outputs.task
     drawn, _ = split_rows(evaluate.y[counting], task, None, fraction, seed)
     return evaluate.on(counting[drawn.numpy()])

@@ -1,4 +1,4 @@
-"""A fitted soup, out of Python: files, folders, a report, a net of skorch."""
+"""Export of a fitted soup: files, folders, a report, a skorch net."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ..runtime.shards import refuse_copy, sharded_parts
 
 
 class ExportMixin:
-    """Give away the weights of the fitted ``module_``, and the ``recipe_`` with them."""
+    """Export the weights of the fitted ``module_`` together with the ``recipe_``."""
 
     task: Task
     module_: nn.Module
@@ -52,9 +52,10 @@ class ExportMixin:
         Returns
         -------
         state_dict : dict of str to Tensor
-            Copies on the CPU, in the dtypes of the checkpoints: bit for bit
-            ``mix(soup.checkpoints_, soup.coef_, layers=soup.layers_)``, but for ``recalibrated_``.
-            Where ``module_`` is in shards it is that, of all tensors, on every rank that asks.
+            Copies on the CPU, in the dtypes of the checkpoints: bit for bit the result of
+            ``mix(soup.checkpoints_, soup.coef_, layers=soup.layers_)``, except for the tensors in
+            ``recalibrated_``. If ``module_`` is sharded, every rank that calls this method gets all
+            tensors.
         """
         check_is_fitted(self, "coef_")
         if sharded_parts(self.module_):
@@ -66,31 +67,32 @@ class ExportMixin:
         }
 
     def save(self, path: str | os.PathLike[str], card: bool = False) -> None:
-        """Write weights and recipe, atomically.
+        """Write the weights and the recipe atomically.
 
         Parameters
         ----------
         path : str or path-like
-            Ends in ``.safetensors``: one file with both. Or in ``.pt``, ``.pth``, ``.bin`` or
-            ``.ckpt``: a plain state dict, as ``torch.save(module.state_dict(), path)`` writes it,
-            with the recipe beside it, as ``soup.recipe.json`` for ``soup.pt``. What exists is
-            replaced, by all of the new or not at all. ``Recipe.load(path).cook(checkpoints)``
-            rebuilds the weights. In a distributed job rank 0 writes, and the others do not wait.
+            With the suffix ``.safetensors``, one file holds both. With ``.pt``, ``.pth``, ``.bin``
+            or ``.ckpt``, the file is a plain state dict, as written by
+            ``torch.save(module.state_dict(), path)``, and the recipe is written next to it
+            (``soup.recipe.json`` for ``soup.pt``). Existing files are replaced completely or not at
+            all. ``Recipe.load(path).cook(checkpoints)`` rebuilds the weights. In a distributed job
+            rank 0 writes, and the other ranks do not wait.
         card : bool, default=False
-            Whether to write a model card beside it, with the suffix ``.md``.
+            Whether to write a model card next to the file, with the suffix ``.md``.
 
         Raises
         ------
-        ValueError
-            Another suffix.
+                ValueError
+            ``path`` has another suffix.
         OSError
-            No such folder, no room, no permission.
+            The folder does not exist, the disk is full, or permission is denied.
 
         Notes
         -----
-        Two files can't take their places in one step: they are written whole under other names,
-        then the recipe is renamed, then the weights. If the computer stops in between, the
-        SHA-256 in the recipe is not that of the weights, which ``Recipe.verify`` shows.
+        Two files can't be replaced in one atomic step. They are written under temporary names; then
+        the recipe is renamed, then the weights. If the computer stops in between, the SHA-256 in
+        the recipe does not match the weights, which ``Recipe.verify`` reports.
         """
         check_is_fitted(self, "coef_")
         check_suffix(Path(path))
@@ -103,54 +105,55 @@ class ExportMixin:
     def report(
         self, path: str | os.PathLike[str], comparison: Any = None, importance: Any = None
     ) -> None:
-        """Write one HTML file about the soup, to read in any browser, without a network.
+        """Write a report on the soup as one HTML file that opens in any browser, also offline.
 
-        What was mixed, how well it does, the coefficients, how they were found, what to look at
-        and what to do about it.
+        The report shows the ingredients, the scores, the coefficients and how they were found, and
+        possible problems with suggestions.
 
         Parameters
         ----------
         path : str or path-like
-            Ends in ``.html``; an existing file is replaced.
+            Path with the suffix ``.html``. An existing file is replaced.
         comparison : SoupComparison or None, default=None
-            What `sksoup.inspection.compare_soups` measured, to show the soup beside the others.
+            Result of `sksoup.inspection.compare_soups`, to compare the soup with other methods.
         importance : IngredientImportance or None, default=None
-            What `sksoup.inspection.ingredient_importance` measured, to show which ingredients
-            matter.
+            Result of `sksoup.inspection.ingredient_importance`, to show which ingredients matter.
 
         Raises
         ------
         ValueError
-            Another suffix; ``importance`` is of another soup.
+            ``path`` has another suffix, or ``importance`` belongs to another soup.
         ImportError
             matplotlib is not installed.
         """
         check_is_fitted(self, "module_")
         if Path(path).suffix != ".html":
-            raise ValueError(f"{os.fspath(path)!r} must end in .html: the report is a web page.")
+            raise ValueError(
+                f"{os.fspath(path)!r} must have the suffix .html: the report is an HTML file."
+            )
         if not process_rank():
             write_text(Path(path), render(self, comparison, importance))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write a Hugging Face folder: weights, recipe, card, and the ingredients' configuration.
+        """Write a Hugging Face folder: weights, recipe, model card, configuration and tokenizer.
 
         Parameters
         ----------
         folder : str or path-like
-            A new folder; it appears once all of it is written. ``from_pretrained`` of transformers
-            reads it. ``config.json`` and the tokenizer's files are those of the first checkpoint
-            that lies in a folder of Hugging Face, and so are the further modules of
-            sentence-transformers. Of LoRA adapters it is the whole model, with the files of the
-            base and the configuration of ``module_``. Tensors have the names that transformers
-            gives them in files, which for some models are not those of ``module_``.
+            A new folder, which appears only when it is complete. ``from_pretrained`` of
+            transformers reads it. ``config.json``, the tokenizer files and any further modules of
+            sentence-transformers are copied from the first checkpoint that is in a Hugging Face
+            folder. For LoRA adapters the whole model is written, with the files of the base model
+            and the configuration of ``module_``. Tensors have the names that transformers uses in
+            files, which for some models differ from those in ``module_``.
 
         Raises
         ------
         CheckpointError
-            The ingredients did not come from Hugging Face folders; or modules of
-            sentence-transformers beside the network have weights that differ between them.
-        FileExistsError
-            The folder is there and not empty.
+            No ingredient is from a Hugging Face folder, or further modules of sentence-transformers
+            have weights that differ between the ingredients.
+                FileExistsError
+            The folder exists and is not empty.
         """
         check_is_fitted(self, "coef_")
         if process_rank():
@@ -165,15 +168,15 @@ class ExportMixin:
             sources += [one.path for one in adapters if one.path is not None]
         if not sources:
             raise CheckpointError(
-                f"{os.fspath(folder)!r} can't become a Hugging Face folder: no ingredient lies "
-                f"beside a config.json that could be copied. Use save(path)."
+                f"{os.fspath(folder)!r} can't become a Hugging Face folder: no ingredient has a "
+                f"config.json next to it that could be copied. Use save(path)."
             )
         if sharded_parts(self.module_):
             self._save_in_parts(Path(folder), sources)
             return
         with new_folder(Path(folder)) as temporary:
             copy_companions(sources[0], temporary, sources[1:])
-            if adapters and config is not None:  # of the base, with the head that adapters hold
+            if adapters and config is not None:  # of the base, with the head from the adapters
                 config = copy.deepcopy(config)
                 config.architectures = [type(self.module_).__name__]
                 config.save_pretrained(str(temporary))
@@ -185,16 +188,16 @@ class ExportMixin:
             write_text(temporary / "README.md", card)
 
     def _save_in_parts(self, folder: Path, sources: list[Path]) -> None:
-        """Write a soup that no memory holds: files of 5 GB at most, a few tensors at a time."""
+        """Write a soup larger than memory: files of at most 5 GB, a few tensors at a time."""
         layout = self.checkpoints_.layout
         shapes = {name: torch.empty(info.shape, device="meta") for name, info in layout.items()}
         has_adapters = bool(self.checkpoints_.adapters(self.checkpoints_.names))
         if has_adapters or stored_names(self.module_, shapes).keys() != shapes.keys():
             raise CheckpointError(
                 f"{os.fspath(folder)!r} can't become a Hugging Face folder from a sharded module: "
-                f"the ingredients are adapters, or transformers has other names for the tensors in "
-                f"files. Use soup.recipe_.cook(checkpoints, out=folder), which writes the weights "
-                f"by the module's names."
+                f"the ingredients are adapters, or transformers uses other tensor names in files "
+                f"than in the module. Use soup.recipe_.cook(checkpoints, out=folder), which writes "
+                f"the weights with the names of the module."
             )
         with new_folder(folder) as temporary:
             weights = self.recipe_.cook(self.checkpoints_, temporary / "weights")
@@ -213,44 +216,45 @@ class ExportMixin:
         *,
         sample_weight: Any = None,
     ) -> dict[str, float]:
-        """Write a soup of LoRA adapters as one adapter of PEFT.
+        """Write a soup of LoRA adapters as one PEFT adapter.
 
         Parameters
         ----------
         folder : str or path-like
-            A new folder; it appears once all of it is written, with a card and the recipe.
+            A new folder, which appears only when it is complete, with a model card and the recipe.
             ``PeftModel.from_pretrained(base, folder)`` opens it.
         rank : int or None, default=None
-            Columns of the factors of each layer. None keeps all of them: those of the ingredients
-            side by side, which is exactly the soup. With a rank, the nearest matrix of that rank.
+            Rank of the factors of each layer. None concatenates the factors of all ingredients,
+            which is exactly the soup. An integer writes the best approximation of that rank.
         X, y, sample_weight : as for `score`, default=None
-            Data to compare the scores of the soup and of the adapter of that rank on.
+            Data on which the adapter of that rank is compared with the soup.
 
         Returns
         -------
         errors : dict of str to float
-            For each tensor with factors, the length (Frobenius norm) of what the rank leaves out,
-            relative to that of all that the soup adds to the base; 0 where nothing is.
+            For each tensor with factors, the approximation error: the Frobenius norm of the part
+            that is lost, relative to that of the full difference from the base. 0 if nothing is
+            lost.
 
         Raises
         ------
         CheckpointError
-            An ingredient is a whole model or of another base; BatchNorm's statistics were
+            An ingredient is a whole model or has another base, or the statistics of BatchNorm were
             re-estimated.
         FileExistsError
-            The folder is there and not empty.
+            The folder exists and is not empty.
         ImportError
             peft is not installed.
 
         Warns
         -----
         SoupWarning
-            On ``X`` and ``y``, the adapter of this rank has another score than the soup.
+            On ``X`` and ``y`` the adapter of this rank and the soup have different scores.
 
         Notes
         -----
-        Scales are in the factors: lora_alpha is the rank. Heads (``modules_to_save``) and biases
-        are mixed as whole tensors. Factors are written in float32.
+        The scaling is included in the factors, so ``lora_alpha`` equals the rank. Heads
+        (``modules_to_save``) and biases are mixed as whole tensors. Factors are written in float32.
         """
         check_is_fitted(self, "coef_")
         check_peft()
@@ -258,8 +262,9 @@ class ExportMixin:
             check_scalar(rank, "rank", Integral, min_val=1)
         if self.recalibrated_:
             raise CheckpointError(
-                f"No adapter can hold this soup: {self.recalibrated_[0]!r} was re-estimated from "
-                f"data. Use save_pretrained or save, or fit with batch_norm='average'."
+                f"This soup can't be written as an adapter: {self.recalibrated_[0]!r} was "
+                f"re-estimated from data. Use save_pretrained or save, or fit with "
+                f"batch_norm='average'."
             )
         coef = np.atleast_2d(self.coef_)
         mixed = mixed_adapter(self.checkpoints_, coef, self.layers_, self.state_dict(), rank)
@@ -274,7 +279,7 @@ class ExportMixin:
         return dict(mixed.errors)
 
     def _compare_scores(self, mixed: MixedAdapter, X: Any, y: Any, sample_weight: Any) -> None:
-        """Warn where an adapter of less rank scores otherwise than the soup."""
+        """Warn if an adapter of lower rank has a different score than the soup."""
         near = copy.copy(self)
         near.module_ = copy.deepcopy(self.module_)
         load_weights(near.module_, mixed.on_base())
@@ -285,39 +290,41 @@ class ExportMixin:
         if scores[0] != scores[1]:
             warnings.warn(
                 f"The adapter of this rank scores {scores[1]:.4f}, the soup {scores[0]:.4f}. A "
-                f"higher rank is nearer; rank=None is exact.",
+                f"higher rank is more accurate; rank=None is exact.",
                 SoupWarning,
                 stacklevel=3,
             )
 
     def to_skorch(self, **kwargs: Any) -> Any:
-        """Give a skorch net with the soup's weights, initialised: to train on, or to hand over.
+        """Return an initialized skorch net with the soup's weights, for example to train further.
 
         Parameters
         ----------
         **kwargs : dict
-            Parameters of the net; by default a criterion that fits ``task`` and the soup's device.
+            Parameters of the net. By default the criterion matches ``task`` and the device is that
+            of the soup.
 
         Returns
         -------
         net : skorch.NeuralNetClassifier, or skorch.NeuralNetRegressor for ``task="regression"``
-            Its module is a copy. ``net.partial_fit(X, y)`` trains from these weights; ``fit`` does
-            so with ``warm_start=True``.
+            Its module is a copy. ``net.partial_fit(X, y)`` continues training from these weights;
+            ``fit`` does so only with ``warm_start=True``.
 
         Raises
         ------
         ValueError
-            ``task="multilabel"``, for which skorch has no net.
+            ``task`` is "multilabel", for which skorch has no net.
 
         Notes
         -----
-        skorch wants labels 0 to n_outputs - 1; its ``predict`` gives them, not ``classes_``.
+        skorch expects labels from 0 to n_outputs - 1, and its ``predict`` returns these rather than
+        ``classes_``.
         """
         check_is_fitted(self, "module_")
         refuse_copy(self.module_)
         if self.task == "multilabel":
             raise ValueError(
-                "skorch has no net for task='multilabel'; give module_ to a skorch.NeuralNet."
+                "skorch has no net for task='multilabel'. Pass module_ to a skorch.NeuralNet."
             )
         is_regression = self.task == "regression"
         kind = NeuralNetRegressor if is_regression else NeuralNetClassifier

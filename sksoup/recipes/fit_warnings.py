@@ -1,4 +1,4 @@
-"""What fitting warns of: at the line that called it, and kept in ``warnings_``."""
+"""Warnings of `fit`: issued at the line that called it, and kept in ``warnings_``."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..engine.scores import Evaluator
 from ..exceptions import SoupWarning
 from ..mixing.layers import is_variance
 
-INSIDE = {"sksoup", "sklearn", "joblib", "contextlib", "torch"}  # not who called fit
-ROUNDING = 1e-6  # of a score: what float32 outputs are off by; less is not worth a warning
+INSIDE = {"sksoup", "sklearn", "joblib", "contextlib", "torch"}  # not the caller of fit
+ROUNDING = 1e-6  # error of a score due to float32 outputs; smaller differences are ignored
 
 
 class WarningMixin:
-    """Warn of what a fit found odd."""
+    """Warnings about unexpected findings of a fit."""
 
     warnings_: tuple[str, ...]
     recalibrated_: tuple[str, ...]
@@ -39,45 +39,45 @@ class WarningMixin:
         warnings.warn(message, SoupWarning, stacklevel=level)
 
     def _warn_of_strangers(self, collection: CheckpointCollection, names: Sequence[str]) -> None:
-        """Warn of checkpoints that share no start with the others; once in a fit."""
+        """Warn of checkpoints that are unrelated to the others, once per fit."""
         relations = collection.relations(names)
         if relations.unrelated and not any(MORE in said for said in self.warnings_):
             self._warn(f"{judge(relations)} {MORE}")
 
     def _warn_of_chance(self, scores: Mapping[str, float], evaluate: Evaluator) -> None:
-        """Warn where no score is better than a guess: labels in another order; once in a fit.
+        """Warn if no score is better than chance (labels in another order?), once per fit.
 
-        ``scores`` were measured by ``evaluate``: those that the user gave are not judged.
+        ``scores`` were measured by ``evaluate``; scores given by the user are not checked.
         """
         said = judge_scores(scores, evaluate)
         if said is not None and said not in self.warnings_:
             self._warn(said)
 
     def _warn_of_digits(self, classes: NDArray[Any]) -> None:
-        """Warn of texts of numbers that are in another order than the numbers."""
+        """Warn if the labels are numbers as strings, which sort in another order than numbers."""
         texts = classes.tolist()
         if all(isinstance(t, str) and t.isascii() and t.isdigit() for t in texts) and (
             texts != sorted(texts, key=int)
         ):
             self._warn(
-                f"The labels are numbers as texts, and taken in the order of texts: "
-                f"{', '.join(map(repr, texts[:3]))}, .... If the outputs are in that of numbers, "
-                f"the soup is wrong: give y as integers, or the labels in output order: "
-                f"classes=[...]."
+                f"The labels are numbers as strings, and are sorted as strings: "
+                f"{', '.join(map(repr, texts[:3]))}, .... If the outputs are sorted as numbers, "
+                f"the soup is wrong: pass y as integers, or pass the labels in the order of the "
+                f"outputs with classes=[...]."
             )
 
     def _warn_of_rounding(self, score: float, decided: float) -> None:
-        """Warn where rounding left the mix below the score that the search decided by."""
+        """Warn if, because of rounding, the mix scores less than the search computed."""
         if score < decided - ROUNDING * max(1.0, abs(decided)):
             self._warn(
-                f"The soup scores {score:.7g} on the rows that decided, less than the "
-                f"{decided:.7g} that its ingredients were accepted with: `mix` rounds in another "
-                f"way than the search, and some rows are that close. Hold out more rows, or store "
-                f"the checkpoints in a wider dtype."
+                f"The soup scores {score:.7g} on the rows that it was selected on, less than the "
+                f"{decided:.7g} with which its ingredients were accepted: `mix` rounds differently "
+                f"than the search, and the predictions of some rows are that close. Hold out more "
+                f"rows, or store the checkpoints in a wider dtype."
             )
 
     def _warn_of_variances(self, problem: Problem, coef: NDArray[np.float64]) -> None:
-        """Warn where extrapolation left a running variance at 0, which ruins the outputs."""
+        """Warn if extrapolation set a running variance to 0, which can ruin the outputs."""
         rows, checkpoints = problem.layers.rows, problem.checkpoints
         zero = {
             name: value.cpu() <= 0
@@ -86,7 +86,7 @@ class WarningMixin:
         }
         suspects = {name for name, where in zero.items() if where.any()}
         varies = {name: torch.zeros_like(zero[name]) for name in suspects}
-        for checkpoint in checkpoints if suspects else ():  # dead in all is no news
+        for checkpoint in checkpoints if suspects else ():  # 0 in all is fine
             with checkpoints.open(checkpoint) as read:
                 for name, where in varies.items():
                     where |= read(name) > 0
@@ -96,12 +96,12 @@ class WarningMixin:
             name, n = next(iter(clamped.items()))
             more = f", and others in {len(clamped) - 1} more layers" if len(clamped) > 1 else ""
             self._warn(
-                f"Under these coefficients {n} of BatchNorm's variances in {name!r} would be "
-                f"negative{more}; they are 0 in the soup, which can make its outputs huge. "
-                f"batch_norm='recalibrate' measures them anew."
+                f"With these coefficients {n} of BatchNorm's running variances in {name!r} would "
+                f"be negative{more}. They are set to 0 in the soup, which can make its outputs "
+                f"very large. Use batch_norm='recalibrate' to re-estimate them."
             )
 
 
 def _package(frame: FrameType) -> str:
-    """The top package of the code that runs in a frame."""
+    """The top-level package of the code that a frame runs."""
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]

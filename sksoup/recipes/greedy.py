@@ -36,10 +36,10 @@ def greedy(
     min_improvement: float,
     on_step: Callable[[list[int]], None] = lambda ingredients: None,
 ) -> tuple[list[int], list[tuple[int, Evaluation, bool]]]:
-    """Recipe 1: try the candidates in order, keep one if the mean of the kept is not worse.
+    """Recipe 1: try the candidates in order, and keep those that do not make the mean worse.
 
-    ``evaluate(ingredients, needed, soup)`` gives the score of their mean, or a bound for it that
-    is below what is needed; ``soup`` is the evaluation of the ingredients kept so far.
+    ``evaluate(ingredients, needed, soup)`` returns the score of their mean, or an upper bound that
+    is below ``needed``; ``soup`` is the evaluation of the ingredients kept so far.
     """
     ingredients = [order[0]]
     soup = evaluate(ingredients, -math.inf, None)
@@ -48,7 +48,7 @@ def greedy(
     for candidate in order[1:]:
         needed = soup.score + min_improvement
         found = evaluate([*ingredients, candidate], needed, soup)
-        kept = found.score >= needed  # a bound is below
+        kept = found.score >= needed  # an upper bound is always below
         path.append((candidate, found, kept))
         if kept:
             ingredients, soup = [*ingredients, candidate], found
@@ -67,109 +67,116 @@ def uniform_coef(ingredients: list[int], n_checkpoints: int) -> NDArray[np.float
 class GreedySoup(BaseSoup):
     r"""Average the checkpoints that help, found greedily on the held-out score.
 
-    Tries the checkpoints by held-out score, best first: each stays if the mean of those kept,
-    :math:`w = \frac{1}{|S|} \sum_{k \in S} w_k`, scores at least as high with it as without. So the
-    soup scores at least as high as the best checkpoint on the rows that decide (with scores of its
-    own and ``min_improvement`` of 0 or more; but for rounding, of which a warning tells).
+    Tries the checkpoints in order of their held-out scores, best first. A checkpoint is kept if the
+    mean of those kept, :math:`w = \frac{1}{|S|} \sum_{k \in S} w_k`, scores at least as high with
+    it as without it. Therefore the soup scores at least as high as the best checkpoint on the rows
+    that it was selected on, provided that the collection has no ``scores``, ``ranking_fraction`` is
+    None and ``min_improvement`` is not negative. Rounding can cause small exceptions, with a
+    warning.
 
     Parameters
     ----------
     checkpoints : CheckpointCollection, callable, iterable or None, default=None
-        What to mix; may be given to `fit` instead.
+        Checkpoints to mix. They can also be passed to `fit`.
     scoring : str, callable or None, default=None
-        What the search maximises, such as ``"f1_macro"``: a scorer of scikit-learn, greater is
-        better; by default accuracy or R², by ``task``, which is what ``score`` returns always.
+        The metric to maximise: a scikit-learn scorer such as ``"f1_macro"`` (greater is better). By
+        default accuracy or R², depending on ``task``, which `score` returns whatever ``scoring``
+        is.
     min_improvement : float, default=0.0
-        How much a checkpoint must raise the held-out score to be kept; 0 keeps ties, as Recipe 1.
+        Minimum increase of the held-out score for a checkpoint to be kept. With 0 ties are kept, as
+        in Recipe 1.
     early_rejection : bool, default=True
-        Whether to stop evaluating a candidate once it can't reach the score it needs, for accuracy
-        (but of pixels and tokens) and R²; the soup is the same, rejected candidates have a bound
-        for a score.
+        Whether to stop evaluating a candidate once it can no longer reach the required score.
+        Applies to accuracy (except of pixels and tokens) and R². The soup is the same; the scores
+        of rejected candidates in ``path_`` are upper bounds.
     ranking_fraction : float or None, default=None
-        Part of the rows, drawn at random and stratified by label, that only rank the checkpoints;
-        the others only decide what is kept. None uses all rows for both, as Recipe 1. Not used if
-        the collection has ``scores``.
+        Fraction of the rows, drawn at random and stratified by label, that is used only to rank the
+        checkpoints; the others are used only to decide which are kept. None uses all rows for both,
+        as in Recipe 1. Ignored if the collection has ``scores``.
     batch_norm : {"average", "recalibrate", "auto"}, default="average"
-        Running statistics of BatchNorm: mixed like the weights around them; or re-estimated from
-        the held-out rows (for every candidate and the result); or whichever scores better on them,
-        mixed on ties.
+        How the running statistics of BatchNorm are obtained. "average" mixes them with the
+        coefficients of the weights around them; "recalibrate" re-estimates them from the held-out
+        rows (for every candidate and for the result); "auto" takes whichever of the two scores
+        higher on these rows, and "average" if they are equal.
     forward : callable or None, default=None
-        ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
+        Function ``(module, X) -> outputs`` that runs the forward pass. By default ``module(X)``;
+        ``module(**X)`` for a dict and ``module(*X)`` for a tuple.
     task : str, default="classification"
-        What the outputs mean: "classification", "regression", "multilabel", or "language-modeling"
-        (docs: Language models).
+        How the outputs are interpreted: "classification", "regression", "multilabel", or
+        "language-modeling" (see the page "Language models").
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default the names in the module's config (``id2label`` of
-        transformers) where ``y`` is texts and it has names, else those of ``y`` sorted, if one per
-        output, else 0, 1, ....
+        Labels in the order of the outputs. By default the names in the module's config
+        (``id2label`` of transformers) if ``y`` holds strings and the config has names; otherwise
+        the sorted labels of ``y`` if there is one per output; otherwise 0, 1, ....
     batch_size : int or None, default=128
-        Rows per forward pass; None for all at once.
+        Number of rows per forward pass. None processes all rows at once.
     n_jobs : int or None, default=None
-        Checkpoints ranked, and candidates tried, side by side, by joblib; the soup is the same for
-        any number. Candidates tried ahead of their turn may be for nothing. The running sum is sent
-        to every worker for each, on one machine as a file that joblib maps; a worker holds the
-        module and the mean, and reads no file but its candidates', so that a file is read
-        ``n_jobs + 4`` times at most.
+        Number of joblib workers that rank checkpoints and try candidates in parallel. The soup does
+        not depend on it. Candidates that are tried in advance may have to be tried again. The
+        running sum is sent to every worker for each candidate (on one machine, joblib memory-maps
+        it). A worker holds the module and the mean and reads only the files of its candidates, so a
+        file is read at most ``n_jobs + 4`` times.
     device : str or torch.device, default="auto"
-        Where the module runs; "auto" is cuda, else mps, else cpu.
+        Device that the module runs on. "auto" is "cuda" if available, else "mps", else "cpu".
     shard : {None, "auto"}, default=None
-        "auto" spreads the module over the ranks of a distributed job with PyTorch's FSDP2, block by
-        block, for models that no device holds (docs: Several devices). None lets every rank hold
-        the module, unless it was wrapped already.
+        "auto" shards the module across the ranks of a distributed job with PyTorch's FSDP2, block
+        by block, for models that do not fit on one device (see the page "Several devices"). With
+        None every rank holds the whole module, unless it is already wrapped.
     random_state : int, RandomState or None, default=None
-        Draws the rows of ``ranking_fraction``; nothing else is random.
+        Seed for drawing the rows of ``ranking_fraction``. Nothing else is random.
     memory : str, path-like, joblib.Memory or None, default=None
-        Where scores are kept, so that a fit that was killed goes on where it was.
+        Folder or cache where scores are stored, so that an interrupted fit resumes where it
+        stopped.
 
     Attributes
     ----------
     coef_ : ndarray of shape (n_checkpoints,), float64
         1/n for the n ingredients, 0 elsewhere.
     ingredients_ : tuple of str
-        Names of what was kept, in the order it was.
+        Names of the checkpoints that were kept, in the order in which they were added.
     individual_scores_ : dict of str to float
         Held-out score of each checkpoint.
     path_ : list of dict
-        What was tried, in order: ``candidate`` (name), ``score`` of the mean with it, or what it is
-        at most (``is_bound``), ``kept``, ``n_rows`` evaluated, ``gain`` over the soup without it,
-        and for accuracy and R² the ``standard_error`` of the score and of the gain
-        (``gain_standard_error``): a gain of less than about two of them may be luck. None where
-        unknown.
+        One record per candidate, in order: ``candidate`` (name), ``score`` of the mean with it (an
+        upper bound if ``is_bound``), ``kept``, ``n_rows`` evaluated, ``gain`` over the soup without
+        it, and for accuracy and R² the ``standard_error`` of the score and ``gain_standard_error``.
+        A gain of less than about two standard errors may be due to chance. Unknown values are None.
     n_rows_evaluated_ : int
-        Held-out rows evaluated while trying candidates, (K - 1) N without early rejection.
+        Number of held-out rows evaluated while trying candidates; (K - 1) N without early
+        rejection.
     module_ : nn.Module
         The soup, in eval mode, on the device.
     layers_ : dict of str to int
-        Row of ``coef_`` for every tensor.
+        For every tensor name, the index of its row in a two-dimensional ``coef_``.
     layer_names_ : tuple of str
-        Names of the rows.
+        Names of the layers: the rows of a two-dimensional ``coef_``.
     classes_ : ndarray of shape (n_outputs,)
         Labels in output order (classification only).
     checkpoints_ : CheckpointCollection
-        What was mixed.
+        The checkpoints that were mixed.
     history_ : list of dict
-        As ``path_``.
+        Same as ``path_``.
     recipe_ : Recipe
-        The record that `save` writes.
+        Record of the soup, which `save` writes.
     warnings_ : tuple of str
-        What fitting warned of.
+        Messages of the warnings that `fit` issued.
     recalibrated_ : tuple of str
-        BatchNorm's tensors that were re-estimated from the held-out rows.
+        Names of the BatchNorm tensors that were re-estimated from the held-out rows.
     counts_ : Counts
-        Passes and rows, forward and backward, that the fit took.
+        Numbers of forward and backward passes, and of rows in them, during `fit`.
 
     Raises
     ------
     ValueError
-        ``min_improvement`` is not a finite number, ``ranking_fraction`` is not between 0 and 1, at
-        `fit`.
+        Raised by `fit` if ``min_improvement`` is not finite or ``ranking_fraction`` is not between
+        0 and 1.
 
     Warns
     -----
     SoupWarning
-        Only the best checkpoint was kept; with how much the others lowered the score and whether
-        they look unrelated. Rounding left the soup more than 1e-6 below the score that its last
-        ingredient was accepted with; with both scores.
+        Only the best checkpoint was kept; the message says how much the others lowered the score
+        and whether they look unrelated. Or, because of rounding, the soup scores more than 1e-6
+        less than the mean did when its last ingredient was accepted.
 
     See Also
     --------
@@ -177,22 +184,23 @@ class GreedySoup(BaseSoup):
 
     Notes
     -----
-    Cost: K evaluations of N rows for the ranking, none when the collection has ``scores``
-    (but one for the best checkpoint), and K - 1 for the candidates. Of these most rows are spared,
-    exactly: the rows are evaluated hardest first, by the margin expected of the mean (to first
-    order it is the mean of the soup's and, once ranked, the candidate's own), in chunks of N / 16
-    rows (at least 32; whole minibatches as long as no bound can decide anything), until even a
-    perfect remainder would not reach the score needed.
+    Cost: K evaluations of N rows for the ranking (one, for the best checkpoint, if the collection
+    has ``scores``) and K - 1 for the candidates. Early rejection skips most of the latter without
+    changing the result: rows are evaluated hardest first, in chunks of N / 16 rows (at least 32;
+    whole minibatches as long as no bound can decide), until the required score is out of reach even
+    if all remaining rows were predicted perfectly. Rows are ordered by the expected margin of the
+    mean, which to first order is the mean of the margins of the soup and, if it was ranked, of the
+    candidate.
 
-    A candidate is the mean of a running sum and its file, cast once, so a file is read three times
-    at most: to rank it, to try it, to mix it. A fit that is resumed reads a kept one no more often.
-    The sum is in float64, in float32 for weights of two bytes or fewer. The soup itself is what
-    `mix` gives, which accumulates in float32; with two ingredients or more it is scored once more
-    on the rows that decided, N rows.
+    A candidate is computed from a running sum and its file, and cast once, so a file is read at
+    most three times: to rank it, to try it and to mix it. This also holds for a fit that is
+    resumed. The sum is in float64, or in float32 for weights of at most two bytes. The soup itself
+    is the result of `mix`, which accumulates in float32; with two or more ingredients it is scored
+    once more on the N rows that it was selected on.
 
-    Memory, in models of float32: the module, the sum (2), the mean that is loaded (1), and three of
-    the largest tensor in float64; K N margins on the CPU. A legacy pickle is whole in memory while
-    it is evaluated, one model more.
+    Memory, in float32 models: the module (1), the sum (2) and the loaded mean (1), plus three
+    copies of the largest tensor in float64 and K N margins on the CPU. A legacy pickle is loaded as
+    a whole while it is evaluated, which takes one more model.
 
     References
     ----------
@@ -246,26 +254,26 @@ class GreedySoup(BaseSoup):
         return found
 
     def find(self, problem: Problem, parts: tuple[Evaluator, Evaluator] | None = None) -> Found:
-        """The search, without a warning: MEHL-Soup may start at what it finds.
+        """Search without warnings, because MEHL-Soup may start from the result.
 
-        ``parts`` are what ranks and what accepts, drawn here by default.
+        ``parts`` are the evaluators that rank and accept; by default they are drawn here.
         """
         checkpoints = problem.checkpoints
         names, n = checkpoints.names, len(checkpoints)
         if max(effective_n_jobs(self.n_jobs), problem.objective.n_apart) > 1:
-            checkpoints.check()  # workers read some each, and can't compare constants
+            checkpoints.check()  # each worker reads only some, so it can't compare constants
         n_ranked = 0 if checkpoints.scores is not None else n
         to_rank, to_accept = parts or self._split(problem, is_known=not n_ranked)
         with problem.progress("evaluation", n_ranked + n) as step:
             try:
                 ranking = rank_checkpoints(problem, step, n_jobs=self.n_jobs, evaluate=to_rank)
             except ValueError:
-                checkpoints.check()  # infinite weights are the cause
+                checkpoints.check()  # names the infinite weights that caused it
                 raise
-            checkpoints.check()  # those that were not read for the ranking
+            checkpoints.check()  # reads those that the ranking did not read
             scores = ranking.scores
             if to_rank is not to_accept:
-                ranking = Ranking(scores, None)  # evaluations of other rows accept nothing
+                ranking = Ranking(scores, None)  # evaluations on other rows can't be reused
             ranked = ranking.order
             candidates = Candidates(
                 problem, ranking, ranked, to_accept, effective_n_jobs(self.n_jobs),
@@ -290,13 +298,13 @@ class GreedySoup(BaseSoup):
         )
 
     def _split(self, problem: Problem, is_known: bool) -> tuple[Evaluator, Evaluator]:
-        """What ranks and what accepts: the same, or each on rows of its own."""
+        """The evaluators that rank and accept: the same one, or two with separate rows."""
         evaluate = problem.evaluate
         if self.ranking_fraction is None or is_known:
             return evaluate, evaluate
         fraction, amounts = self.ranking_fraction, evaluate.data.amounts
         split = partial(split_rows, evaluate.y, self.task, amounts, fraction, self.random_state)
-        if self.random_state is None and problem.cache is not None:  # the rows it began with
+        if self.random_state is None and problem.cache is not None:  # the same rows if resumed
             parts = problem.cache(("split", fraction), split)
         else:
             parts = split()
@@ -315,15 +323,15 @@ class GreedySoup(BaseSoup):
             gains += f" ({least['candidate']!r}) to {most['gain']:+.4f} ({most['candidate']!r})"
         who = "each of the others" if len(others) > 1 else repr(least["candidate"])
         self._warn(
-            f"Only {best['candidate']!r}, the best checkpoint, is in the greedy soup: {who}, added "
-            f"to it, changed its held-out score of {best['score']:.4f} by {gains}{bounds}, where "
-            f"{self.min_improvement:g} or more was asked for. path_ has all of them; MEHLSoup "
-            f"weighs them instead. {related}"
+            f"Only {best['candidate']!r}, the best checkpoint, is in the greedy soup: adding {who} "
+            f"changed its held-out score of {best['score']:.4f} by {gains}{bounds}, expected "
+            f"{self.min_improvement:g} or more. See path_ for all of them; MEHLSoup learns "
+            f"coefficients instead. {related}"
         )
 
 
 def mean_of(checkpoints: CheckpointCollection, ingredients: list[int]) -> dict[str, torch.Tensor]:
-    """The mean of these checkpoints, in the bits that `mix` gives."""
+    """The mean of these checkpoints, bit for bit as `mix` computes it."""
     return mix(checkpoints, uniform_coef(ingredients, len(checkpoints)))
 
 
@@ -332,7 +340,7 @@ def describe_path(
     names: Sequence[str],
     rows: RowScore | None,
 ) -> list[dict[str, Any]]:
-    """``path_``: what was tried, with the gain over the soup at that time and their errors."""
+    """``path_``: the candidates, with gains over the soup at that time and standard errors."""
     path: list[dict[str, Any]] = []
     soup: Evaluation | None = None
     for candidate, found, kept in tried:

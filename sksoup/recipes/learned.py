@@ -45,90 +45,97 @@ class LearnedSoup(BaseSoup):
     r"""Learn coefficients on the simplex, and a temperature, on held-out data.
 
     Gradient descent on :math:`p = \mathrm{softmax}(a)`, from :math:`p_k = 1/K`, for the loss of
-    :math:`\beta f(x; g + \sum_k p_k s_k (w_k - g))`, with :math:`g = \sum_k q_k w_k` a good point
-    (the center) and :math:`s_k \le 1` a bound for long deltas; one softmax per layer with
-    ``layerwise`` (Learned-Soup+). The coefficients :math:`c_k = s_k p_k + (1 - \sum_j s_j p_j) q_k`
-    stay on the simplex. The soup, its center and the best checkpoint are compared on all held-out
-    rows, and the best of them is the result.
+    :math:`\beta f(x; g + \sum_k p_k s_k (w_k - g))`, where :math:`g = \sum_k q_k w_k`, the center,
+    is a good starting point and :math:`s_k \le 1` shortens long deltas. With ``layerwise`` there is
+    one softmax per layer (Learned-Soup+). The coefficients :math:`c_k = s_k p_k + (1 - \sum_j s_j
+    p_j) q_k` stay on the simplex. Finally the soup, its center and the best checkpoint are compared
+    on all held-out rows, and the one with the highest score is the result.
 
-    ``LearnedSoup(center="mean", clip_deltas=None)`` is the paper's: :math:`c` is the softmax, and
-    nothing is compared.
+    ``LearnedSoup(center="mean", clip_deltas=None)`` is the algorithm of the paper: :math:`c` is the
+    softmax, and there is no comparison at the end.
 
     Parameters
     ----------
     checkpoints : CheckpointCollection, callable, iterable or None, default=None
-        What to mix; may be given to `fit` instead.
+        Checkpoints to mix. They can also be passed to `fit`.
     layerwise : bool or callable, default=False
-        True gives every parameter tensor its own coefficients; a callable maps a parameter's name
-        to the label of its layer.
+        If True, every parameter tensor has its own coefficients. A callable maps the name of a
+        parameter to the label of its layer.
     center : {"top", "best", "greedy", "mean"} or array-like, default="top"
-        Coefficients :math:`q`, shape (n_checkpoints,), of the point that the search begins at and
-        that deltas are taken from: the mean of the quarter of the checkpoints that rank best, or
-        the best one, by a ranking on ``ranking_rows`` (none where the collection has ``scores``);
-        the `GreedySoup`; the mean of all, as in the paper; or as given, with sum 1. "top" leaves
-        out checkpoints that are unrelated to the others (`CheckpointCollection.strangers`).
+        Point where the search starts and from which deltas are measured. "top" is the mean of the
+        best quarter of the checkpoints, without those unrelated to the others
+        (`CheckpointCollection.strangers`); "best" is the best checkpoint; "greedy" is the
+        `GreedySoup`; "mean" is the mean of all checkpoints, as in the paper. An array of shape
+        (n_checkpoints,) gives its coefficients :math:`q`, which sum to 1. "top" and "best" rank the
+        checkpoints on ``ranking_rows``, or by the ``scores`` of the collection if it has them.
     ranking_rows : int or None, default=128
-        Held-out rows, drawn at random and stratified by label, that rank the checkpoints for
-        ``center="top"`` or ``"best"``; None, or more than there are, for all.
+        Number of held-out rows, drawn at random and stratified by label, that are used to rank the
+        checkpoints for ``center="top"`` or ``"best"``. None, or more rows than there are, uses all.
     clip_deltas : {"median"} or None, default="median"
-        "median" multiplies a delta that is longer than is usual in a layer so that it is as long as
-        the median, in the search and in the coefficients: a failed run can move the soup no further
-        than the others do. None leaves deltas as they are, as in the paper.
+        "median" shortens the deltas that are longer than the median of their layer to that median,
+        both during the search and in the coefficients, so that a diverged run cannot move the soup
+        further than the others. None leaves deltas unchanged, as in the paper.
     temperature : bool, default=True
-        Also learn a factor :math:`\beta` on the logits; regressions have none.
+        Whether to learn a factor :math:`\beta` on the logits as well. Regression has none.
     memory_limit : int, str or None, default=None
-        Bytes, or a string such as "8GB", for K + 2 models (K + 1 on a GPU); None is half of
-        what the device has free. Where they do not fit, the models are read from their files at
-        each step. Held-out rows that are read by index (docs: Models and data larger than memory)
-        are kept within as many bytes again.
+        Memory for K + 2 models (K + 1 on a GPU), in bytes or as a string such as "8GB". None is
+        half of the device's free memory. If the models do not fit, they are read from their files
+        at each step. Held-out rows that are read by index (docs: Models and data larger than
+        memory) are kept in memory up to the same number of bytes.
     delta_dtype : {"float32", "bfloat16"}, torch.dtype or None, default=None
-        What the K deltas are held in; None is the dtype of the module. bfloat16 halves their
-        memory.
+        Dtype in which the K deltas are stored. None is the dtype of the module. bfloat16 halves
+        their memory.
     shard : {None, "auto"}, default=None
-        "auto" spreads the module, its gradient and the deltas over the ranks of a distributed job
-        with PyTorch's FSDP2, block by block, for models that no device holds (docs: Several
-        devices). None lets every rank hold the module, unless it was wrapped already.
+        "auto" shards the module, its gradient and the deltas across the ranks of a distributed job
+        with PyTorch's FSDP2, block by block, for models that do not fit on one device (see the page
+        "Several devices"). With None every rank holds the whole module, unless it is already
+        wrapped.
     lr : float, default=0.05
         Learning rate for :math:`a` and :math:`\beta`.
     max_epochs : int, default=5
-        Passes over the held-out rows.
+        Number of passes over the held-out rows.
     batch_size : int or None, default=128
-        Rows per forward and backward pass; None for all at once.
+        Number of rows per forward and backward pass. None processes all rows at once.
     accumulate : int, default=1
-        Minibatches per step, as if they were one.
+        Number of minibatches whose gradients are accumulated for one step.
     precision : {"fp32", "bf16"}, default="fp32"
-        "bf16" runs the forward pass of the search under autocast; the soup stays as it is.
-        A processor without instructions for it is slower, which is measured first and warned of.
+        "bf16" runs the forward pass of the search under autocast; the dtype of the soup does not
+        change. A processor without bfloat16 instructions is slower with it; `fit` measures this
+        first and warns.
     compile : bool, default=False
-        Whether to run the search through ``torch.compile``.
+        Whether to compile the search with ``torch.compile``.
     optimizer : {"adamw", "sgd"}, default="adamw"
-        Without weight decay.
+        The optimizer, without weight decay.
     schedule : {"cosine", "constant"}, default="constant"
-        Cosine warms up over the first fifth of the steps.
+        Learning rate schedule. "cosine" warms up over the first fifth of the steps.
     shuffle : bool, default=True
-        Visit the rows in a new random order each epoch.
+        Whether to visit the rows in a new random order in each epoch.
     criterion : class, nn.Module, callable or None, default=None
-        Loss ``(output, y) -> scalar or one per row``; by default cross-entropy, squared error or
-        binary cross-entropy with logits, by ``task``.
+        Loss ``(output, y)`` that returns a scalar or one value per row. By default cross-entropy,
+        squared error or binary cross-entropy with logits, depending on ``task``.
     batch_norm : {"average", "recalibrate", "auto"}, default="average"
-        Running statistics of BatchNorm: mixed like the weights around them; or re-estimated from
-        the held-out rows (for the result; the search normalises by the minibatch); or whichever
-        scores better on them, mixed on ties.
+        How the running statistics of BatchNorm are obtained. "average" mixes them with the
+        coefficients of the weights around them; "recalibrate" re-estimates them from the held-out
+        rows (for the result; during the search, each minibatch is normalised by its own
+        statistics); "auto" takes whichever of the two scores higher on these rows, and "average" if
+        they are equal.
     forward : callable or None, default=None
-        ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
+        Function ``(module, X) -> outputs`` that runs the forward pass. By default ``module(X)``;
+        ``module(**X)`` for a dict and ``module(*X)`` for a tuple.
     task : str, default="classification"
-        What the outputs mean: "classification", "regression", "multilabel", or "language-modeling"
-        (docs: Language models).
+        How the outputs are interpreted: "classification", "regression", "multilabel", or
+        "language-modeling" (see the page "Language models").
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default the names in the module's config (``id2label`` of
-        transformers) where ``y`` is texts and it has names, else those of ``y`` sorted, if one per
-        output, else 0, 1, ....
+        Labels in the order of the outputs. By default the names in the module's config
+        (``id2label`` of transformers) if ``y`` holds strings and the config has names; otherwise
+        the sorted labels of ``y`` if there is one per output; otherwise 0, 1, ....
     device : str or torch.device, default="auto"
-        Where the module runs; "auto" is cuda, else mps, else cpu.
+        Device that the module runs on. "auto" is "cuda" if available, else "mps", else "cpu".
     random_state : int, RandomState or None, default=None
-        Seeds the order of the rows; never the global state.
+        Seed for the order of the rows. The global random state is neither used nor changed.
     memory : str, path-like, joblib.Memory or None, default=None
-        Where epochs are kept, so that a fit that was killed goes on where it was.
+        Folder or cache where epochs are stored, so that an interrupted fit resumes where it
+        stopped.
 
     Attributes
     ----------
@@ -137,47 +144,48 @@ class LearnedSoup(BaseSoup):
     center_ : ndarray of shape (n_checkpoints,), float64
         Coefficients :math:`q` of the center.
     held_out_scores_ : dict of str to float
-        Task's score on all held-out rows of what was searched for ("soup"), of its "center", and of
-        the "best" ranked checkpoint; not with ``center="mean"``, where nothing is compared.
+        Scores on all held-out rows of the search's result ("soup"), of its "center" and of the
+        highest-ranked checkpoint ("best"). Not set with ``center="mean"``, where nothing is
+        compared.
     temperature_ : float
-        :math:`\beta`: multiplies the logits in `predict_proba`, never folded into the weights.
+        The factor :math:`\beta` on the logits in `predict_proba`. It is not part of the weights.
     module_ : nn.Module
-        The soup, in eval mode, on the device; gives raw logits.
+        The soup, in eval mode, on the device. It returns raw logits, without the temperature.
     layers_ : dict of str to int
-        Row of ``coef_`` for every tensor.
+        For every tensor name, the index of its row in a two-dimensional ``coef_``.
     ingredients_ : tuple of str
         Names of the checkpoints with a coefficient other than 0.
     layer_names_ : tuple of str
-        Names of the rows.
+        Names of the layers: the rows of a two-dimensional ``coef_``.
     classes_ : ndarray of shape (n_outputs,)
         Labels in output order (classification only).
     checkpoints_ : CheckpointCollection
-        What was mixed.
+        The checkpoints that were mixed.
     history_ : list of dict
-        One per epoch: ``epoch``; ``loss``, ``grad_norm`` and, but for regressions, ``score`` (of
-        the minibatch) at every step.
+        One record per epoch: ``epoch``; ``loss``, ``grad_norm`` and, except in regression,
+        ``score`` of the minibatch at every step.
     recipe_ : Recipe
-        The record that `save` writes.
+        Record of the soup, which `save` writes.
     warnings_ : tuple of str
-        What fitting warned of.
+        Messages of the warnings that `fit` issued.
     recalibrated_ : tuple of str
-        BatchNorm's tensors that were re-estimated from the held-out rows.
+        Names of the BatchNorm tensors that were re-estimated from the held-out rows.
     counts_ : Counts
-        Passes and rows, forward and backward, that the fit took.
+        Numbers of forward and backward passes, and of rows in them, during `fit`.
 
     Raises
     ------
     DivergenceError
-        With ``center="mean"``, the loss or the coefficients stopped being finite.
+        With ``center="mean"``, the loss or the coefficients became NaN or infinite.
     ValueError
-        ``center`` has another number of coefficients than there are checkpoints, or negative ones.
+        ``center`` does not have one coefficient per checkpoint, or has negative ones.
 
     Warns
     -----
     SoupWarning
-        The memory does not hold K models: each step reads all files twice, which is slow. Or the
-        loss stopped being finite, or what was found scores lower on the held-out rows than its
-        center or the best checkpoint, which is the soup instead.
+        K models do not fit into memory, so each step reads all files twice, which is slow. Or the
+        loss became NaN or infinite, or the result scores lower on the held-out rows than its center
+        or the best checkpoint, which then becomes the soup.
 
     See Also
     --------
@@ -185,13 +193,13 @@ class LearnedSoup(BaseSoup):
 
     Notes
     -----
-    No graph over K models is built: :math:`\partial L / \partial p_k = \langle \nabla_w L, s_k (w_k
-    - g) \rangle` up to a constant that the softmax cancels. Cost: a forward and a backward pass
-    per step, as for `MEHLSoup` those of ranking and comparing, and the same reads with one pass
-    over the checkpoints. Memory: K + 2 models beside the module, its gradient and its activations,
-    K/2 + 2 with bfloat16 deltas; on a GPU one less, as the center is in host memory. Dropout is off
-    and BatchNorm uses its mixed statistics, which carry no gradient. The bound is that of
-    `MEHLSoup`.
+    The gradient needs no graph over K models: :math:`\partial L / \partial p_k = \langle \nabla_w
+    L, s_k (w_k - g) \rangle` up to a constant that the softmax cancels. Cost: one forward and one
+    backward pass per step; ranking, comparison and reads as for `MEHLSoup` with one pass over the
+    checkpoints. Memory: K + 2 models in addition to the module, its gradient and its activations,
+    or K/2 + 2 with bfloat16 deltas; one less on a GPU, because the center is in host memory.
+    Dropout is disabled, and BatchNorm uses its mixed statistics, which carry no gradient. The
+    factors :math:`s_k` are those of `MEHLSoup`.
 
     References
     ----------
@@ -247,8 +255,8 @@ class LearnedSoup(BaseSoup):
         check_flag(self.temperature, "temperature")
         if not isinstance(self.center, str) and np.min(self.center) < 0:
             raise ValueError(
-                f"center must not have negative coefficients, which no softmax gives, got "
-                f"{self.center!r}. MEHLSoup takes them."
+                f"center must not have negative coefficients, because LearnedSoup is restricted to "
+                f"the simplex, got {self.center!r}. MEHLSoup accepts them."
             )
 
     def _search(self, problem: Problem) -> Found:
@@ -267,9 +275,10 @@ class LearnedSoup(BaseSoup):
             self._warn_of_strangers(problem.checkpoints, names)
             if n_models < len(names):
                 self._warn(
-                    f"The memory holds {n_models} of {len(names)} models: each step reads all "
-                    f"files twice, which is slow. Raise memory_limit, halve the deltas with "
-                    f"delta_dtype='bfloat16', or take MEHLSoup, which needs few at a time."
+                    f"Only {n_models} of {len(names)} models fit into memory, so each step reads "
+                    f"all files twice, which is slow. Raise memory_limit, halve the memory of the "
+                    f"deltas with delta_dtype='bfloat16', or use MEHLSoup, which holds only a few "
+                    f"models at a time."
                 )
             generator.set_state(seed)
             kept = None if cache is None else cache.within(n_models)
@@ -316,7 +325,7 @@ class LearnedSoup(BaseSoup):
             )
         coef = a.detach().softmax(dim=0).T.cpu().double().numpy()  # (n_searched, K)
         coef = coef / coef.sum(axis=1, keepdims=True)
-        clipped = coef * factors.T  # the rest goes to the center: 0 where nothing is clipped
+        clipped = coef * factors.T  # the rest goes to the center; it is 0 if nothing is clipped
         rest = (coef * (1 - factors.T)).sum(axis=1, keepdims=True)
         attributes = {"temperature_": float(beta.detach()), **attributes}
         return Found(clipped + rest * anchor.q, history, attributes)

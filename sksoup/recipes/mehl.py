@@ -58,9 +58,9 @@ def draw_model_batches(
 
 
 class Displacement:
-    """How far alpha_B has moved from where an outer iteration began: (b, n_searched).
+    """How far alpha_B has moved since the start of an outer iteration: (b, n_searched).
 
-    A function of v, with alpha_B = s v, or s v / |delta| where ``norms`` are given.
+    A function of v, with alpha_B = s v, or s v / |delta| if ``norms`` are given.
     """
 
     def __init__(
@@ -98,109 +98,121 @@ class MEHLSoup(BaseSoup):
     r"""Learn coefficients in the hyperplane of the checkpoints, a few checkpoints at a time.
 
     Minimises the held-out loss of :math:`g + \sum_k \alpha_k s_k (w_k - g)` from :math:`\alpha =
-    0`, with :math:`g = \sum_k q_k w_k` a good point (the center) and :math:`s_k \le 1` a bound for
-    long deltas. :math:`\alpha` is free, so coefficients may be negative or exceed 1, yet sum to 1:
-    :math:`c_k = s_k \alpha_k + (1 - \sum_j s_j \alpha_j) q_k`. Each outer iteration loads
-    ``model_batch_size`` checkpoints and runs minibatch gradient steps on their :math:`\alpha` only
-    (block coordinate descent). ``layerwise`` gives every layer its own (MEHL-Soup+);
-    ``model_batch_size=None`` takes all checkpoints at once (HL-Soup). The soup, its center and the
-    best checkpoint are compared on all held-out rows, and the best of them is the result.
+    0`, where :math:`g = \sum_k q_k w_k`, the center, is a good starting point and :math:`s_k \le 1`
+    shortens long deltas. :math:`\alpha` is unconstrained, so coefficients may be negative or exceed
+    1, but they sum to 1: :math:`c_k = s_k \alpha_k + (1 - \sum_j s_j \alpha_j) q_k`. Each outer
+    iteration loads ``model_batch_size`` checkpoints and runs minibatch gradient steps on their
+    :math:`\alpha` only (block coordinate descent). With ``layerwise`` every layer has its own
+    coefficients (MEHL-Soup+); ``model_batch_size=None`` loads all checkpoints at once (HL-Soup).
+    Finally the soup, its center and the best checkpoint are compared on all held-out rows, and the
+    one with the highest score is the result.
 
-    ``MEHLSoup(center="mean", clip_deltas=None, weight_decay=0)`` is the paper's: :math:`q_k = 1/K`,
-    :math:`s_k = 1`, and nothing is compared.
+    ``MEHLSoup(center="mean", clip_deltas=None, weight_decay=0)`` is the algorithm of the paper:
+    :math:`q_k = 1/K`, :math:`s_k = 1`, and no comparison at the end.
 
     Parameters
     ----------
     checkpoints : CheckpointCollection, callable, iterable or None, default=None
-        What to mix; may be given to `fit` instead.
+        Checkpoints to mix. They can also be passed to `fit`.
     layerwise : bool or callable, default=False
-        True gives every parameter tensor its own coefficients; a callable maps a parameter's name
-        to the label of its layer.
+        If True, every parameter tensor has its own coefficients. A callable maps the name of a
+        parameter to the label of its layer.
     center : {"top", "best", "greedy", "mean"} or array-like, default="top"
-        Coefficients :math:`q`, shape (n_checkpoints,), of the point that the search begins at and
-        that deltas are taken from: the mean of the quarter of the checkpoints that rank best, or
-        the best one, by a ranking on ``ranking_rows`` (none where the collection has ``scores``);
-        the `GreedySoup`; the mean of all, as in the paper; or as given, with sum 1. "top" leaves
-        out checkpoints that are unrelated to the others (`CheckpointCollection.strangers`).
+        Point where the search starts and from which deltas are measured. "top" is the mean of the
+        best quarter of the checkpoints, without those unrelated to the others
+        (`CheckpointCollection.strangers`); "best" is the best checkpoint; "greedy" is the
+        `GreedySoup`; "mean" is the mean of all checkpoints, as in the paper. An array of shape
+        (n_checkpoints,) gives its coefficients :math:`q`, which sum to 1. "top" and "best" rank the
+        checkpoints on ``ranking_rows``, or by the ``scores`` of the collection if it has them.
     ranking_rows : int or None, default=128
-        Held-out rows, drawn at random and stratified by label, that rank the checkpoints for
-        ``center="top"`` or ``"best"``; None, or more than there are, for all.
+        Number of held-out rows, drawn at random and stratified by label, that are used to rank the
+        checkpoints for ``center="top"`` or ``"best"``. None, or more rows than there are, uses all.
     clip_deltas : {"median"} or None, default="median"
-        "median" multiplies a delta that is longer than is usual in a layer so that it is as long as
-        the median, in the search and in the coefficients: a failed run can move the soup no further
-        than the others do. None leaves deltas as they are, as in the paper.
+        "median" shortens the deltas that are longer than the median of their layer to that median,
+        both during the search and in the coefficients, so that a diverged run cannot move the soup
+        further than the others. None leaves deltas unchanged, as in the paper.
     model_batch_size : int, None or "auto", default="auto"
-        Checkpoints in memory at a time, b; None for all; "auto" for as many as ``memory_limit``
-        holds.
+        Number of checkpoints in memory at a time (b). None loads all; "auto" loads as many as fit
+        into ``memory_limit``.
     memory_limit : int, str or None, default=None
-        Bytes, or a string such as "8GB", for b + 2 models and those read ahead (b + 1 on a
-        GPU): it decides
-        ``model_batch_size="auto"``, and a given model batch that it does not hold is an error. None
-        is half of what the device has free, for "auto" only. Held-out rows that are read by index
-        (docs: Models and data larger than memory) are kept within as many bytes again.
+        Memory for b + 2 models (b + 1 on a GPU) and those that are read ahead, in bytes or as a
+        string such as "8GB". It determines ``model_batch_size="auto"``; an explicit model batch
+        that does not fit raises an error. None is half of the device's free memory, for "auto"
+        only. Held-out rows that are read by index (docs: Models and data larger than memory) are
+        kept in memory up to the same number of bytes.
     delta_dtype : {"float32", "bfloat16"}, torch.dtype or None, default=None
-        What the b deltas are held in; None is the dtype of the module. bfloat16 halves their
-        memory; sums are formed in the module's dtype.
+        Dtype in which the b deltas are stored. None is the dtype of the module. bfloat16 halves
+        their memory; sums are still computed in the module's dtype.
     shard : {None, "auto"}, default=None
-        "auto" spreads the module, its gradient and the deltas over the ranks of a distributed job
-        with PyTorch's FSDP2, block by block, for models that no device holds (docs: Several
-        devices). None lets every rank hold the module, unless it was wrapped already.
+        "auto" shards the module, its gradient and the deltas across the ranks of a distributed job
+        with PyTorch's FSDP2, block by block, for models that do not fit on one device (see the page
+        "Several devices"). With None every rank holds the whole module, unless it is already
+        wrapped.
     prefetch : int, default=1
-        Models that a background thread reads ahead of their use, each in memory of its own (pinned
-        host memory for CUDA); while it waits, the operating system reads the files of the next
-        model batch into its cache. 0 reads everything when it is needed.
+        Number of models that a background thread reads in advance, each into its own memory (pinned
+        host memory for CUDA). Meanwhile the operating system reads the files of the next model
+        batch into its cache. With 0 every file is read when it is needed.
     lr : float, default=0.05
         Learning rate for :math:`\alpha`, in units of coefficients.
     max_epochs : int, default=5
-        Passes over the held-out rows per model batch (inner iterations).
+        Number of passes over the held-out rows per model batch (inner iterations).
     model_epochs : int, default=1
-        Passes over the checkpoints.
+        Number of passes over the checkpoints.
     batch_size : int or None, default=128
-        Rows per forward and backward pass; None for all at once.
+        Number of rows per forward and backward pass. None processes all rows at once.
     accumulate : int, default=1
-        Minibatches per step, as if they were one.
+        Number of minibatches whose gradients are accumulated for one step.
     precision : {"fp32", "bf16"}, default="fp32"
-        "bf16" runs the forward pass of the search under autocast; the soup stays as it is.
-        A processor without instructions for it is slower, which is measured first and warned of.
+        "bf16" runs the forward pass of the search under autocast; the dtype of the soup does not
+        change. A processor without bfloat16 instructions is slower with it; `fit` measures this
+        first and warns.
     compile : bool, default=False
-        Whether to run the search through ``torch.compile``.
+        Whether to compile the search with ``torch.compile``.
     optimizer : {"adamw", "sgd"}, default="adamw"
-        Starts afresh with each model batch.
+        Its state is reset for each model batch.
     weight_decay : float or "auto", default="auto"
-        Of the optimizer, on :math:`\alpha`: towards the center. "auto" is 1000 / N, at most
-        1 / ``lr``: against the mean loss of N rows a prior on :math:`\alpha` weighs 1 / N.
+        Weight decay of the optimizer on :math:`\alpha`, which pulls the soup towards the center.
+        "auto" is 1000 / N for N held-out rows, but at most 1 / ``lr``: relative to the mean loss of
+        N rows, a prior on :math:`\alpha` has a weight proportional to 1 / N.
     schedule : {"cosine", "constant"}, default="cosine"
-        Per model batch; cosine warms up over the first fifth of its steps.
+        Learning rate schedule of each model batch. "cosine" warms up over the first fifth of the
+        steps.
     normalize : bool, default=False
-        Scale every delta to unit length per layer during the search, as the authors' code does
-        (with lr 0.01); the coefficients found are those of the deltas as they are.
+        Whether to scale every delta to unit length per layer during the search, as the authors'
+        code does (with ``lr=0.01``). The coefficients found refer to the unscaled deltas.
     validation_fraction : float or None, default=None
-        Part of the rows, drawn at random and stratified by label, that takes no part in the
-        gradients and chooses, for each model batch, the epoch (or the start) with the least loss.
+        Fraction of the rows, drawn at random and stratified by label, that is excluded from the
+        gradients and used to select, for each model batch, the epoch (or the starting point) with
+        the lowest loss.
     shuffle : bool, default=True
-        Visit the rows in a new random order each epoch.
+        Whether to visit the rows in a new random order in each epoch.
     criterion : class, nn.Module, callable or None, default=None
-        Loss ``(output, y) -> scalar or one per row``; by default cross-entropy, squared error or
-        binary cross-entropy with logits, by ``task``.
+        Loss ``(output, y)`` that returns a scalar or one value per row. By default cross-entropy,
+        squared error or binary cross-entropy with logits, depending on ``task``.
     batch_norm : {"average", "recalibrate", "auto"}, default="average"
-        Running statistics of BatchNorm: mixed like the weights around them; or re-estimated from
-        the held-out rows (for the result; the search normalises by the minibatch); or whichever
-        scores better on them, mixed on ties.
+        How the running statistics of BatchNorm are obtained. "average" mixes them with the
+        coefficients of the weights around them; "recalibrate" re-estimates them from the held-out
+        rows (for the result; during the search, each minibatch is normalised by its own
+        statistics); "auto" takes whichever of the two scores higher on these rows, and "average" if
+        they are equal.
     forward : callable or None, default=None
-        ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
+        Function ``(module, X) -> outputs`` that runs the forward pass. By default ``module(X)``;
+        ``module(**X)`` for a dict and ``module(*X)`` for a tuple.
     task : str, default="classification"
-        What the outputs mean: "classification", "regression", "multilabel", or "language-modeling"
-        (docs: Language models).
+        How the outputs are interpreted: "classification", "regression", "multilabel", or
+        "language-modeling" (see the page "Language models").
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default the names in the module's config (``id2label`` of
-        transformers) where ``y`` is texts and it has names, else those of ``y`` sorted, if one per
-        output, else 0, 1, ....
+        Labels in the order of the outputs. By default the names in the module's config
+        (``id2label`` of transformers) if ``y`` holds strings and the config has names; otherwise
+        the sorted labels of ``y`` if there is one per output; otherwise 0, 1, ....
     device : str or torch.device, default="auto"
-        Where the module runs; "auto" is cuda, else mps, else cpu.
+        Device that the module runs on. "auto" is "cuda" if available, else "mps", else "cpu".
     random_state : int, RandomState or None, default=None
-        Seeds the order of checkpoints and rows; never the global state.
+        Seed for the order of checkpoints and rows. The global random state is neither used nor
+        changed.
     memory : str, path-like, joblib.Memory or None, default=None
-        Where epochs are kept, so that a fit that was killed goes on where it was.
+        Folder or cache where epochs are stored, so that an interrupted fit resumes where it
+        stopped.
 
     Attributes
     ----------
@@ -209,52 +221,52 @@ class MEHLSoup(BaseSoup):
     center_ : ndarray of shape (n_checkpoints,), float64
         Coefficients :math:`q` of the center.
     held_out_scores_ : dict of str to float
-        Task's score on all held-out rows of what was searched for ("soup"), of its "center", and of
-        the "best" ranked checkpoint; not with ``center="mean"``, where nothing is compared.
+        Scores on all held-out rows of the search's result ("soup"), of its "center" and of the
+        highest-ranked checkpoint ("best"). Not set with ``center="mean"``, where nothing is
+        compared.
     model_batch_size_ : int
-        The resolved b, after any halving for lack of memory.
+        The value of b that was used, after any halving for lack of memory.
     module_ : nn.Module
         The soup, in eval mode, on the device.
     layers_ : dict of str to int
-        Row of ``coef_`` for every tensor.
+        For every tensor name, the index of its row in a two-dimensional ``coef_``.
     ingredients_ : tuple of str
         Names of the checkpoints with a coefficient other than 0.
     layer_names_ : tuple of str
-        Names of the rows.
+        Names of the layers: the rows of a two-dimensional ``coef_``.
     classes_ : ndarray of shape (n_outputs,)
         Labels in output order (classification only).
     checkpoints_ : CheckpointCollection
-        What was mixed.
+        The checkpoints that were mixed.
     history_ : list of dict
-        One per inner epoch: ``outer``, ``models`` (names), ``epoch``; ``loss``, ``grad_norm`` and,
-        but for regressions, ``score`` (of the minibatch) at every step; ``validation_loss`` at its
-        end, with ``validation_fraction``.
+        One record per inner epoch: ``outer`` (iteration), ``models`` (names), ``epoch``; ``loss``,
+        ``grad_norm`` and, except in regression, ``score`` of the minibatch at every step;
+        ``validation_loss`` at the end of the epoch, with ``validation_fraction``.
     recipe_ : Recipe
-        The record that `save` writes.
+        Record of the soup, which `save` writes.
     warnings_ : tuple of str
-        What fitting warned of.
+        Messages of the warnings that `fit` issued.
     recalibrated_ : tuple of str
-        BatchNorm's tensors that were re-estimated from the held-out rows.
+        Names of the BatchNorm tensors that were re-estimated from the held-out rows.
     counts_ : Counts
-        Passes and rows, forward and backward, that the fit took.
+        Numbers of forward and backward passes, and of rows in them, during `fit`.
 
     Raises
     ------
     DivergenceError
-        With ``center="mean"``, the loss or the coefficients stopped being finite; its ``coef`` are
-        those before that epoch.
+        With ``center="mean"``, the loss or the coefficients became NaN or infinite. The attribute
+        ``coef`` of the error holds the coefficients before that epoch.
     ValueError
-        ``memory_limit`` does not hold the model batch asked for; ``center`` has another number of
-        coefficients than there are checkpoints.
+        The requested model batch does not fit into ``memory_limit``; or ``center`` does not have
+        one coefficient per checkpoint.
 
     Warns
     -----
     SoupWarning
-        Memory ran out: the search starts again with half the model batch, and gives what it would
-        have given with that size from the beginning. Or the loss stopped being finite, or what was
-        found scores lower on the held-out rows than its center or the best checkpoint, which is the
-        soup instead. Or extrapolation made a mixed variance of BatchNorm negative, which is set
-        to 0.
+        Memory ran out, and the search starts again with half the model batch; the result is the
+        same as with that size from the beginning. Or the loss became NaN or infinite, or the result
+        scores lower on the held-out rows than its center or the best checkpoint, which then becomes
+        the soup. Or extrapolation made a running variance of BatchNorm negative; it is set to 0.
 
     See Also
     --------
@@ -264,22 +276,23 @@ class MEHLSoup(BaseSoup):
     Notes
     -----
     The gradient needs no graph over K models: :math:`\partial L / \partial \alpha_k = \langle
-    \nabla_w L(w), s_k (w_k - g) \rangle` (Eq. 6), one forward and backward pass of one model and
-    an inner product per step. With D parameters, N held-out rows and ``batch_size`` n there are
+    \nabla_w L(w), s_k (w_k - g) \rangle` (Eq. 6): each step needs one forward and backward pass of
+    one model, and inner products. With D parameters, N held-out rows and ``batch_size`` n there are
     ``ceil(K / b) * max_epochs * ceil(N / n)`` steps per pass over the checkpoints; the ranking
-    takes ``K * ranking_rows`` forward rows, the comparison 3 N. All files are read once to be
-    checked and once to be ranked (neither with ``center="mean"``), those in the center once more,
-    all once for the lengths of their deltas (not with the paper's settings), once per pass over
-    the checkpoints, and once for the last `mix`. Memory beside the module, its gradient and its
-    activations: b + 2 models (the deltas, the center, the soup), b/2 + 2 with bfloat16 deltas, and
-    ``prefetch`` models more. On a GPU it is one less: the center is in host memory, as is what is
-    read ahead. The docs' page on cost has the lower limit. Dropout is off and BatchNorm uses its
-    mixed statistics, which carry no gradient.
+    takes ``K * ranking_rows`` forward rows, and the comparison 3 N. All files are read once to be
+    checked and once to be ranked (neither with ``center="mean"``), once for the lengths of their
+    deltas (not with the paper's settings), once per pass over the checkpoints, and once for the
+    final `mix`; those in the center are read once more. Memory in addition to the module, its
+    gradient and its activations: b + 2 models (the deltas, the center, the soup), or b/2 + 2 with
+    bfloat16 deltas, and ``prefetch`` more models. On a GPU it is one model less, because the center
+    and the models that are read ahead are in host memory. The page "Cost" gives a lower bound.
+    Dropout is disabled, and BatchNorm uses its mixed statistics, which carry no gradient.
 
-    The bound is :math:`s_{kl} = \min(1, \mathrm{median}_j \lVert \delta_{jl} \rVert / \lVert
-    \delta_{kl} \rVert)` with :math:`\delta_k = w_k - g`, over the lengths that are not 0. A
-    layer's length is that of all the tensors that its coefficients mix, BatchNorm's statistics
-    included. With ``validation_fraction`` the rows set aside take no part in choosing the center.
+    The factor is :math:`s_{kl} = \min(1, \mathrm{median}_j \lVert \delta_{jl} \rVert / \lVert
+    \delta_{kl} \rVert)` with :math:`\delta_k = w_k - g`, where the median is over the nonzero
+    lengths. The length of a layer covers all tensors that its coefficients mix, including the
+    statistics of BatchNorm. With ``validation_fraction`` the rows set aside are not used to choose
+    the center.
 
     References
     ----------
@@ -420,7 +433,7 @@ class MEHLSoup(BaseSoup):
         return alpha, history
 
     def _norms(self, deltas: Deltas, cache: Cache | None) -> torch.Tensor | None:
-        """(b, n_searched), |delta| of each layer, with ``normalize``."""
+        """|delta| of each layer, (b, n_searched), if ``normalize`` is set."""
         if not self.normalize:
             return None
         return deltas.norms() if cache is None else cache(("norms",), lambda: deltas.norms())
@@ -428,7 +441,7 @@ class MEHLSoup(BaseSoup):
     def _set_aside(
         self, problem: Problem, fraction: float, generator: torch.Generator
     ) -> tuple[Problem, HeldOut]:
-        """Set rows aside to choose the iterate by."""
+        """Set rows aside to select the best epoch on."""
         seed = int(torch.randint(2**31, (), generator=generator))
         y, data = problem.evaluate.y, problem.data
         aside, rest = split_rows(y, self.task, data.amounts, fraction, seed)
@@ -437,6 +450,7 @@ class MEHLSoup(BaseSoup):
 
     def _warn_of_halving(self, b: int) -> None:
         self._warn(
-            f"Memory ran out: starting again with model_batch_size={b}. Give that, or a "
-            f"memory_limit, to save the attempt; delta_dtype='bfloat16' halves the deltas."
+            f"Memory ran out: starting again with model_batch_size={b}. To avoid the failed "
+            f"attempt, pass this value or a memory_limit; delta_dtype='bfloat16' halves the memory "
+            f"of the deltas."
         )

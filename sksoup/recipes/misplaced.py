@@ -1,4 +1,4 @@
-"""What comes in the place of rows or targets by mistake."""
+"""Errors for checkpoints that were passed in the place of rows or targets."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from ..data.rows import is_multiple
 
 
 def refuse_order(y: Any) -> None:
-    """Raise an error that explains it where checkpoints come where y should."""
+    """Raise an error if checkpoints were passed as y."""
     first = y[0] if isinstance(y, (list, tuple)) and y else y
     if isinstance(first, (CheckpointCollection, nn.Module, os.PathLike)):
         raise TypeError(
-            f"y is or holds a {type(first).__name__}, expected labels or targets. The checkpoints "
-            f"come first: fit(checkpoints, X, y)."
+            f"y is or contains a {type(first).__name__}, expected labels or targets. The "
+            f"checkpoints are the first argument: fit(checkpoints, X, y)."
         )
 
 
 def refuse_checkpoints(X: Any, y: Any) -> None:
-    """Raise an error that explains it where X holds checkpoints, or inputs without targets."""
+    """Raise an error if X contains checkpoints, or several inputs without targets."""
     if is_multiple(X):
         lengths = {len(part) if getattr(part, "ndim", 1) else 0 for part in parts_of(X)}
         if y is not None and lengths == {len(y)}:
             return
         if isinstance(X, Mapping) and y is not None and len(lengths) == 1 and not _is_state(X):
             raise ValueError(
-                f"X has the inputs {', '.join(map(repr, X))} of {lengths.pop()} rows, and y has "
-                f"{len(y)} targets: expected as many."
+                f"X has the inputs {', '.join(map(repr, X))} with {lengths.pop()} rows, and y has "
+                f"{len(y)} targets, expected the same number."
             )
         if y is None and isinstance(X, Mapping) and len(lengths) == 1 and not _is_state(X):
             raise ValueError(
-                f"X has the inputs {', '.join(map(repr, X))} of {lengths.pop()} rows, and there "
-                f"are no targets: give y, or put them into X under a key such as 'labels' (another "
-                f"key is named by y='...')."
+                f"X has the inputs {', '.join(map(repr, X))} with {lengths.pop()} rows, but there "
+                f"are no targets. Pass y, or add them to X under the key 'labels' (or another key, "
+                f"with y='key')."
             )
     items = list(X[:1]) if isinstance(X, (list, tuple)) else [X]
     for item in items:
@@ -47,14 +47,14 @@ def refuse_checkpoints(X: Any, y: Any) -> None:
             isinstance(value, torch.Tensor) for value in item.values()
         )
         if isinstance(item, (str, os.PathLike, nn.Module)) or is_state:
-            texts = ", or texts, which have to be tokenised first" if isinstance(item, str) else ""
+            texts = ", or strings, which must be tokenized first" if isinstance(item, str) else ""
             raise TypeError(
-                f"X holds {'a state dict' if is_state else type(item).__name__} where rows of data "
-                f"were expected: these look like checkpoints{texts}. Call fit(checkpoints, X, y), "
-                f"or wrap them: fit(CheckpointCollection(checkpoints, module=...), X)."
+                f"X contains {'a state dict' if is_state else type(item).__name__}, expected rows "
+                f"of data. These look like checkpoints{texts}. Call fit(checkpoints, X, y), or "
+                f"wrap them: fit(CheckpointCollection(checkpoints, module=...), X)."
             )
 
 
 def _is_state(X: Mapping[str, Any]) -> bool:
-    """Whether names are those of a state dict: with a dot, or of what one layer holds."""
+    """Whether the names are those of a state dict: with a dot, or of a single layer."""
     return any("." in name or name in ("weight", "bias") for name in X)

@@ -1,4 +1,4 @@
-"""Predictions of a fitted soup, for rows in any form."""
+"""Predictions and scores of a fitted soup, for rows in any form."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ from .validation import input_names, to_numpy, validate_inputs
 
 
 def _has_probabilities(soup: Any) -> bool:
-    """Whether there are probabilities to give; of tokens they would be too many to hold."""
+    """Whether there are probabilities; for tokens they would not fit into memory."""
     if soup.task in TEXT_TASKS:
         raise AttributeError(
-            "predict_proba is not available for language modeling: it would hold rows x tokens x "
-            "vocabulary numbers. soup.module_(**X).logits has them for a few rows, score the mean "
-            "log-likelihood."
+            "predict_proba is not available for language modeling: the result would have rows x "
+            "tokens x vocabulary numbers. Use soup.module_(**X).logits for a few rows, or score "
+            "for the mean log-likelihood."
         )
     return bool(soup.task != "regression")
 
 
 class PredictionMixin:
-    """Predict and score, with the fitted ``module_``."""
+    """Predict and score with the fitted ``module_``."""
 
     task: Task
     forward: Forward | None
@@ -62,14 +62,15 @@ class PredictionMixin:
         Parameters
         ----------
         X : array-like or Tensor of shape (n_samples, ...), dict, tuple, Dataset or DataLoader
-            Inputs, as in `fit`; a loader may be larger than memory, and must not shuffle.
+            Inputs, as in `fit`. A loader may be larger than memory, but it must not shuffle.
 
         Returns
         -------
         y : ndarray of shape (n_samples,) or (n_samples, n_outputs)
-            Labels from ``classes_``; 0 and 1 for multi-label; the module's dtype (float32) for
-            regression. Of language modeling the ids of the most likely tokens, (n_samples,
-            n_tokens): of a causal model each is that of the next token.
+            Labels from ``classes_``; 0 and 1 for multi-label; targets in the module's dtype
+            (float32) for regression. For language modeling, the ids of the most likely tokens, of
+            shape (n_samples, n_tokens); with a causal model, each is the prediction of the next
+            token.
         """
         if self.task in TEXT_TASKS:
             return self._predicted_tokens(X)
@@ -95,7 +96,7 @@ class PredictionMixin:
         return p.cpu().numpy()
 
     def _parts(self, X: Any, y: Any, ordered: bool) -> Iterator[tuple[Any, Any]]:
-        """Inputs and labels of a few rows at a time; labels None where there are none."""
+        """Inputs and labels of a few rows at a time; labels are None if there are none."""
         check_is_fitted(self, "coef_")
         if input_names(X) != self.input_names_:
             X = as_batches(X, y)
@@ -115,19 +116,19 @@ class PredictionMixin:
             yield map_inputs(itemgetter(part), X), None if y is None else y[part]
 
     def _network(self) -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
-        """A module of the architecture, and what gives the logits of some rows."""
+        """A module of the architecture, and a function that returns the logits of some rows."""
         return self.module_, partial(self._module_outputs, self.module_)
 
     def _predicted_tokens(self, X: Any) -> NDArray[np.int64]:
-        """The most likely token at each position; rows shorter than others end with -100."""
+        """The most likely token at each position; shorter rows are padded with -100."""
         check_is_fitted(self, "coef_")
         kind, (_, logits_of) = self.outputs_.predicts, self._network()
         names = self.input_names_
         if kind == "seq2seq" and not (isinstance(names, tuple) and DECODER_INPUT in names):
             raise ValueError(
-                f"predict needs the decoder's inputs, {DECODER_INPUT!r} in X as in fit: a "
-                f"sequence-to-sequence model predicts token after token. To write texts use "
-                f"soup.module_.generate(**X)."
+                f"predict needs the decoder's inputs {DECODER_INPUT!r} in X, as in fit, because a "
+                f"sequence-to-sequence model predicts one token after the other. To generate texts "
+                f"use soup.module_.generate(**X)."
             )
         parts = [
             torch.as_tensor(self.outputs_.decode(logits_of(rows)))
@@ -140,23 +141,23 @@ class PredictionMixin:
         lambda self: self.task == "classification" or self.task in TEXT_TASKS
     )
     def mean_log_likelihood(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
-        """Score the probabilities of the labels: minus the log-loss, walked by the minibatch.
+        """Return the mean log-likelihood of the labels (the negative log-loss), in minibatches.
 
         Parameters
         ----------
         X : array-like or Tensor of shape (n_samples, ...), dict, tuple, Dataset or DataLoader
             Inputs, as in `fit`.
         y : array-like or Tensor of shape (n_samples,) or (n_samples, ...), default=None
-            Labels, also of pixels or tokens, -100 where one is left out; None where they are in the
-            batches, or, for causal language models, where they are the inputs.
+            Labels, also of pixels or tokens, with -100 at positions to ignore. None if the batches
+            contain them or, for causal language models, if the inputs are the labels.
         sample_weight : array-like of shape (n_samples,) or None, default=None
             Weights of the rows.
 
         Returns
         -------
         score : float
-            Mean over all labels, each with the weight of its row; at most 0. Of a language model it
-            is -log(perplexity), and what `score` gives.
+            Mean over all labels, each with the weight of its row; at most 0. For a language model
+            it is -log(perplexity), which is also what `score` returns.
         """
         check_is_fitted(self, "coef_")
         reads, (module, logits_of) = self.outputs_, self._network()
@@ -170,7 +171,7 @@ class PredictionMixin:
             if labels is None and reads.predicts == "causal":
                 labels = targets_from(rows)
             if labels is None:
-                raise ValueError("score needs y, or batches that hold the labels.")
+                raise ValueError("score needs y, or batches that contain the labels.")
             labels = np.asarray(to_numpy(labels))
             rows = with_decoder_inputs(module, rows, labels, reads.predicts)
             losses, counted = self._losses(logits_of(rows), labels)
@@ -179,17 +180,19 @@ class PredictionMixin:
             amount += float(w @ counted)
             done += n
         if not amount > 0:
-            raise ValueError("score needs labels: y leaves out all of them, or weights are 0.")
+            raise ValueError(
+                "score needs labels, but y ignores all positions, or all weights are 0."
+            )
         return -total / amount
 
     def _losses(
         self, logits: torch.Tensor, y: NDArray[Any]
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """(n,) each: the sum of the log-losses of a row's labels, and how many there are."""
+        """For each row, the sum of the log-losses of its labels and their number, (n,) each."""
         reads = self.outputs_
         if reads.is_text:
             check_labels(y, reads.predicts, tuple(logits.shape[1:]), None, is_part=True)
-        else:  # classes are the last axis, as tokens are
+        else:  # move the classes to the last axis, as for tokens
             logits = logits.movedim(1, -1) * getattr(self, "temperature_", 1.0)
         targets = reads.encode(y, logits.dtype, logits.device)
         targets = targets.masked_fill(targets == reads.ignored, IGNORED)
@@ -200,7 +203,7 @@ class PredictionMixin:
         return losses, counted
 
     def _outputs_and_targets(self, X: Any, y: Any, ordered: bool) -> tuple[torch.Tensor, Any]:
-        """Raw outputs and targets of rows; a loader is walked once and never held whole."""
+        """Raw outputs and targets of rows; a loader is read once, never as a whole."""
         check_is_fitted(self, "coef_")
         if input_names(X) != self.input_names_:
             X = as_batches(X, y)
@@ -217,7 +220,7 @@ class PredictionMixin:
         return torch.cat(outputs), targets_of(targets, y)
 
     def _rows_at_once(self) -> int | None:
-        """How many rows of a loader are in memory while it is walked; None for all."""
+        """How many rows of a loader are in memory at a time; None for all."""
         return self.batch_size
 
     def _outputs_of(self, X: Any) -> torch.Tensor:
@@ -225,7 +228,7 @@ class PredictionMixin:
 
     def _module_outputs(self, module: nn.Module, X: Any) -> torch.Tensor:
         device, dtype = next(module.parameters()).device, module_dtype(module)
-        # those that a search has its scorer look at hold no collection
+        # the copies that a search passes to its scorer have no collection
         collection = getattr(self, "checkpoints_", None)
         with nullcontext() if collection is None else collection.threads_of_parent():
             return forward_in_batches(
@@ -244,21 +247,21 @@ class PredictionMixin:
         X : array-like or Tensor of shape (n_samples, ...), dict, tuple, Dataset or DataLoader
             Inputs, as in `fit`.
         y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs), default=None
-            Labels or targets; None, or the name of a key, where they are in the batches.
+            Labels or targets. None, or the name of a key, if the batches contain them.
         sample_weight : array-like of shape (n_samples,) or None, default=None
             Weights of the rows.
 
         Returns
         -------
         score : float
-            Greater is better; subset accuracy for ``task="multilabel"``; for language modeling
-            the mean log-likelihood of a token, -log(perplexity).
+            Greater is better. For ``task="multilabel"`` it is the subset accuracy, for language
+            modeling the mean log-likelihood of a token, -log(perplexity).
         """
         if self.task in TEXT_TASKS:
             return float(self.mean_log_likelihood(X, y, sample_weight))
         ordered = is_apart(y) or is_apart(sample_weight)
         outputs, y = self._outputs_and_targets(X, y, ordered)
         if y is None:
-            raise ValueError("score needs y, or batches that hold the targets.")
+            raise ValueError("score needs y, or batches that contain the targets.")
         reads = self.outputs_
         return reads.score(to_numpy(y), reads.decode(outputs), sample_weight)

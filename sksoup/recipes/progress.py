@@ -1,4 +1,4 @@
-"""How far a fit is: scikit-learn's callbacks, and a line in the log."""
+"""Progress of a fit: scikit-learn's callbacks, and a line in the log."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ProgressMixin(CallbackSupportMixin):  # type: ignore[misc]
     """Report the steps of a fit."""
 
     def _log_steps(self, problem: Problem, **factors: int) -> None:
-        """Log how many steps a search takes, at its start: a product of what is named."""
+        """Log the number of steps of a search at its start, as a product of named factors."""
         named = " x ".join(f"{n} {what.replace('_', ' ')}" for what, n in factors.items())
         total = f" = {math.prod(factors.values())} steps" if len(factors) > 1 else ""
         if not rank():
@@ -45,14 +45,14 @@ class ProgressMixin(CallbackSupportMixin):  # type: ignore[misc]
     def _progress(
         self, data: Mapping[str, Any], module: nn.Module, name: str, n_steps: int
     ) -> Iterator[Step]:
-        """Report each step to scikit-learn's callbacks; only here is their protocol used."""
+        """Report each step to scikit-learn's callbacks; their protocol is used only here."""
         root = self._init_callback_context(max_subtasks=n_steps)
         root.call_on_fit_task_begin(estimator=self)
         running: list[Any] = []
         remaining = n_steps
 
         def step(weights: Weights | None = None) -> None:
-            """End the running task, if any, and begin the next, if any is left."""
+            """End the running task, if any, and begin the next, if there is one."""
             nonlocal remaining
 
             def as_if_fitted() -> dict[str, Any]:

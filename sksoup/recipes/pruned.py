@@ -1,4 +1,4 @@
-"""Pruned soup: start from the mean of all, and drop what the mean is better without."""
+"""Pruned soup: start from the mean of all checkpoints and drop those that do not help."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from .validation import check_finite, check_flag
 
 __all__ = ["PrunedSoup"]
 
-NOTHING = -1  # to leave out
-Trial = tuple[int | None, Evaluation, bool]  # what was left out (None: nothing), how that scored
+NOTHING = -1  # no candidate is left out
+Trial = tuple[int | None, Evaluation, bool]  # candidate (None: all are in), its evaluation, dropped
 
 
 def prune(
@@ -35,10 +35,10 @@ def prune(
     min_improvement: float,
     on_step: Callable[[list[int]], None] = lambda dropped: None,
 ) -> tuple[list[int], list[Trial]]:
-    """Leave out each candidate in turn, for good if the mean of the others is not worse.
+    """Leave out each candidate in turn, and drop it if the mean of the others is not worse.
 
-    ``evaluate(dropped, candidate, needed, soup)`` gives the score of the mean without those
-    dropped and the candidate, or a bound for it that is below what is needed.
+    ``evaluate(dropped, candidate, needed, soup)`` returns the score of the mean without those
+    dropped and the candidate, or an upper bound that is below ``needed``.
     """
     dropped: list[int] = []
     soup = evaluate(dropped, None, -math.inf, None)
@@ -46,7 +46,7 @@ def prune(
     for candidate in order:
         needed = soup.score + min_improvement
         found = evaluate(dropped, candidate, needed, soup)
-        is_dropped = found.score >= needed  # a bound is below
+        is_dropped = found.score >= needed  # an upper bound is always below
         path.append((candidate, found, is_dropped))
         if is_dropped:
             dropped, soup = [*dropped, candidate], found
@@ -56,110 +56,114 @@ def prune(
 
 @dataclass(eq=False, repr=False)
 class PrunedSoup(BaseSoup):
-    r"""Average all checkpoints but those that the mean is better without.
+    r"""Average all checkpoints except those whose removal does not lower the held-out score.
 
-    Starts from the mean of all, and tries to leave out each checkpoint, worst first: it is dropped
-    if the mean of the others scores at least as high. The best checkpoint stays. So the soup scores
-    at least as high as `UniformSoup` on the held-out rows, but maybe lower than the best
-    checkpoint, which `GreedySoup` begins with.
+    Starts from the mean of all checkpoints and tries to leave out each of them, worst first. A
+    checkpoint is dropped if the mean of the others scores at least as high without it; the best
+    checkpoint is always kept. Therefore the soup scores at least as high as `UniformSoup` on the
+    held-out rows, but it can score lower than the best checkpoint, from which `GreedySoup` starts.
 
     Parameters
     ----------
     checkpoints : CheckpointCollection, callable, iterable or None, default=None
-        What to mix; may be given to `fit` instead.
+        Checkpoints to mix. They can also be passed to `fit`.
     scoring : str, callable or None, default=None
-        What the search maximises, such as ``"f1_macro"``: a scorer of scikit-learn, greater is
-        better; by default accuracy or R², by ``task``, which is what ``score`` returns always.
+        The metric to maximise: a scikit-learn scorer such as ``"f1_macro"`` (greater is better). By
+        default accuracy or R², depending on ``task``, which `score` returns whatever ``scoring``
+        is.
     min_improvement : float, default=0.0
-        How much dropping a checkpoint must raise the held-out score; 0 drops on ties, as the
-        authors do.
+        Minimum increase of the held-out score for a checkpoint to be dropped. With 0 ties are
+        dropped, as in the authors' code.
     early_rejection : bool, default=True
-        Whether to stop evaluating once the score that is needed can't be reached, for accuracy
-        (but of pixels and tokens) and R²; the soup is the same.
+        Whether to stop evaluating a candidate once it can no longer reach the required score.
+        Applies to accuracy (except of pixels and tokens) and R². The soup is the same.
     batch_norm : {"average", "recalibrate", "auto"}, default="average"
-        Running statistics of BatchNorm: mixed like the weights around them; or re-estimated from
-        the held-out rows (for every candidate and the result); or whichever scores better on them,
-        mixed on ties.
+        How the running statistics of BatchNorm are obtained. "average" mixes them with the
+        coefficients of the weights around them; "recalibrate" re-estimates them from the held-out
+        rows (for every candidate and for the result); "auto" takes whichever of the two scores
+        higher on these rows, and "average" if they are equal.
     forward : callable or None, default=None
-        ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
+        Function ``(module, X) -> outputs`` that runs the forward pass. By default ``module(X)``;
+        ``module(**X)`` for a dict and ``module(*X)`` for a tuple.
     task : str, default="classification"
-        What the outputs mean: "classification", "regression", "multilabel", or "language-modeling"
-        (docs: Language models).
+        How the outputs are interpreted: "classification", "regression", "multilabel", or
+        "language-modeling" (see the page "Language models").
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default the names in the module's config (``id2label`` of
-        transformers) where ``y`` is texts and it has names, else those of ``y`` sorted, if one per
-        output, else 0, 1, ....
+        Labels in the order of the outputs. By default the names in the module's config
+        (``id2label`` of transformers) if ``y`` holds strings and the config has names; otherwise
+        the sorted labels of ``y`` if there is one per output; otherwise 0, 1, ....
     batch_size : int or None, default=128
-        Rows per forward pass; None for all at once.
+        Number of rows per forward pass. None processes all rows at once.
     n_jobs : int or None, default=None
-        Checkpoints ranked side by side, by joblib; the soup is the same for any number.
+        Number of joblib workers that rank checkpoints in parallel. The soup does not depend on it.
     device : str or torch.device, default="auto"
-        Where the module runs; "auto" is cuda, else mps, else cpu.
+        Device that the module runs on. "auto" is "cuda" if available, else "mps", else "cpu".
     memory : str, path-like, joblib.Memory or None, default=None
-        Where scores are kept, so that a fit that was killed goes on where it was.
+        Folder or cache where scores are stored, so that an interrupted fit resumes where it
+        stopped.
 
     Attributes
     ----------
     coef_ : ndarray of shape (n_checkpoints,), float64
-        1/n for the n ingredients, 0 for what was dropped.
+        1/n for the n ingredients, 0 for the checkpoints that were dropped.
     ingredients_ : tuple of str
-        Names of what was kept, in the collection's order.
+        Names of the checkpoints that were kept, in the order of the collection.
     individual_scores_ : dict of str to float
         Held-out score of each checkpoint.
     path_ : list of dict
-        What was tried, in order: ``candidate`` (name; None first, for the mean of all), ``score``
-        of the mean without it, or what it is at most (``is_bound``), ``dropped``, ``n_rows``
-        evaluated, ``gain`` over the soup with it, and for accuracy and R² the ``standard_error`` of
-        the score and of the gain (``gain_standard_error``). None where unknown.
+        One record per trial, in order: ``candidate`` (name; None for the first trial, the mean of
+        all), ``score`` of the mean without it (an upper bound if ``is_bound``), ``dropped``,
+        ``n_rows`` evaluated, ``gain`` over the soup with it, and for accuracy and R² the
+        ``standard_error`` of the score and ``gain_standard_error``. Unknown values are None.
     n_rows_evaluated_ : int
-        Held-out rows evaluated while trying candidates, the mean of all included.
+        Number of held-out rows evaluated while trying candidates, including the mean of all.
     module_ : nn.Module
         The soup, in eval mode, on the device.
     layers_ : dict of str to int
-        Row of ``coef_`` for every tensor.
+        For every tensor name, the index of its row in a two-dimensional ``coef_``.
     layer_names_ : tuple of str
-        Names of the rows.
+        Names of the layers: the rows of a two-dimensional ``coef_``.
     classes_ : ndarray of shape (n_outputs,)
         Labels in output order (classification only).
     checkpoints_ : CheckpointCollection
-        What was mixed.
+        The checkpoints that were mixed.
     history_ : list of dict
-        As ``path_``.
+        Same as ``path_``.
     recipe_ : Recipe
-        The record that `save` writes.
+        Record of the soup, which `save` writes.
     warnings_ : tuple of str
-        What fitting warned of.
+        Messages of the warnings that `fit` issued.
     recalibrated_ : tuple of str
-        BatchNorm's tensors that were re-estimated from the held-out rows.
+        Names of the BatchNorm tensors that were re-estimated from the held-out rows.
     counts_ : Counts
-        Passes and rows, forward and backward, that the fit took.
+        Numbers of forward and backward passes, and of rows in them, during `fit`.
 
     Raises
     ------
     ValueError
-        ``min_improvement`` is not a finite number, at `fit`.
+        Raised by `fit` if ``min_improvement`` is not finite.
 
     Warns
     -----
     SoupWarning
-        Rounding left the soup more than 1e-6 below the score that it was accepted with.
+        Because of rounding, the soup scores more than 1e-6 less than the mean that was accepted.
 
     See Also
     --------
-    GreedySoup : Starts from the best checkpoint, and adds what helps.
+    GreedySoup : Start from the best checkpoint and add those that help.
 
     Notes
     -----
-    Cost: K evaluations of N rows for the ranking, none when the collection has ``scores``, one of
-    the mean of all, and K - 1 for the candidates, most of whose rows are spared, exactly, as in
-    `GreedySoup`. A file is read five times at most: to rank it, twice for the mean of all and its
-    sum, to leave it out, and to drop it or to mix the soup; all others are read anew where one is
-    so large that they are lost in the rounding of the sum. Memory: as `GreedySoup`.
+    Cost: K evaluations of N rows for the ranking (none if the collection has ``scores``), one for
+    the mean of all and K - 1 for the candidates, of which early rejection skips most rows as in
+    `GreedySoup`. A file is read at most five times: to rank it, twice for the mean of all and its
+    sum, to leave it out, and to drop it or to mix the soup. If a checkpoint has values so large
+    that the others are lost in rounding, the others are read again. Memory: as for `GreedySoup`.
 
     References
     ----------
     Dansereau et al., *Model soups to increase inference without increasing compute time*, 2023,
-    arXiv:2301.10092, with candidates sorted.
+    arXiv:2301.10092; here the candidates are sorted by score.
 
     Examples
     --------
@@ -199,7 +203,7 @@ class PrunedSoup(BaseSoup):
         self._log_steps(problem, evaluations=n_ranked + n)
         with problem.progress("evaluation", n_ranked + n - 1) as step:
             ranking = rank_checkpoints(problem, step, n_jobs=self.n_jobs)
-            checkpoints.check()  # those that were not read for the ranking
+            checkpoints.check()  # reads those that the ranking did not read
             if n_ranked:
                 self._warn_of_chance(ranking.scores, problem.evaluate)
             worst_first = ranking.order[:0:-1]  # the best stays
@@ -245,7 +249,7 @@ def kept_of(n: int, dropped: list[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class RemovalTrial(CandidateTrial):
-    """Scores the mean of what is kept, without one of them; or without `NOTHING`."""
+    """Scores the mean of those kept without one of them, or of all of them (`NOTHING`)."""
 
     dropped: list[int]
 
@@ -272,7 +276,7 @@ class RemovalTrial(CandidateTrial):
         return self
 
     def _order(self, candidate: int) -> torch.Tensor | None:
-        """Hardest rows first, by the margins expected of the mean without the candidate."""
+        """Order rows, hardest first, by the expected margins of the mean without the candidate."""
         if self.soup is None or self.soup.margins is None:
             return None
         margins, own = self.soup.margins, self.margins.get(self.names.get(candidate, ""))

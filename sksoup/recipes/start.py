@@ -1,4 +1,4 @@
-"""The pretrained start: a checkpoint of the collection, or one that is added to it."""
+"""The pretrained weights: a checkpoint of the collection, or one that is added to it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
 
-START = "start"  # the name of a start that is none of the collection's checkpoints
+START = "start"  # the name of pretrained weights that are added to the collection
 Start: TypeAlias = str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module
 
 
 def name_of_start(checkpoints: CheckpointCollection, start: Any) -> str:
-    """What the start is called in the collection, once it is in it."""
+    """The name that the pretrained weights have in the collection with them."""
     return start if isinstance(start, str) and start in checkpoints else START
 
 
 def with_start(checkpoints: CheckpointCollection, start: Any) -> CheckpointCollection:
-    """The collection with the start in it: as it is where ``start`` is a name of it."""
+    """The collection with the pretrained weights; unchanged if ``start`` is a name in it."""
     if isinstance(start, str) and start in checkpoints:
         return checkpoints
     if START in checkpoints:
         raise ValueError(
-            f"The collection holds a checkpoint named {START!r} beside the start that was given: "
-            f"drop it, or say start={START!r}."
+            f"The collection has a checkpoint named {START!r}, and other pretrained weights were "
+            f"passed as start. Drop that checkpoint, or pass start={START!r} to use it."
         )
     return checkpoints.add(START, start)

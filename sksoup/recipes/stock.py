@@ -1,4 +1,4 @@
-"""Model Stock: between the pretrained start and the mean, by the angle of the fine-tunings."""
+"""Model Stock: between the pretrained weights and the mean, by the angle of the checkpoints."""
 
 from __future__ import annotations
 
@@ -26,86 +26,90 @@ __all__ = ["ModelStockSoup"]
 
 @dataclass(eq=False, repr=False)
 class ModelStockSoup(BaseSoup):
-    r"""Mix the mean of all checkpoints with the pretrained start, by the angle between them.
+    r"""Interpolate between the pretrained weights and the mean of all checkpoints.
 
-    Fine-tunings of one start lie around a center that is nearer to the start than their mean. For
-    each layer, :math:`w = t \bar w + (1 - t) w_0` with
-    :math:`t = K \cos\theta / (1 + (K - 1) \cos\theta)`, where :math:`\theta` is the mean angle
-    between the differences :math:`w_k - w_0`: few checkpoints suffice, and no held-out score is
-    used. The held-out data fixes only the labels.
+    Checkpoints that were fine-tuned from the same pretrained weights lie around a center that is
+    closer to these weights than their mean is. For each layer, :math:`w = t \bar w + (1 - t) w_0`
+    with :math:`t = K \cos\theta / (1 + (K - 1) \cos\theta)`, where :math:`\cos\theta` is the mean
+    cosine between the differences :math:`w_k - w_0`. A few checkpoints are enough, and no held-out
+    scores are used; the held-out data only determines the labels.
 
     Parameters
     ----------
     checkpoints : CheckpointCollection, callable, iterable or None, default=None
-        What to mix; may be given to `fit` instead.
+        Checkpoints to mix. They can also be passed to `fit`.
     start : str, path-like, mapping of str to Tensor, or nn.Module, default="start"
-        The pretrained start :math:`w_0`: the name of a checkpoint of the collection, or, where none
-        has that name, a file, folder, state dict or module, which is added as "start". It has the
-        tensors that the fine-tunings have, head included.
+        The pretrained weights :math:`w_0`: the name of a checkpoint in the collection, or a file,
+        folder, state dict or module, which is added to the collection as "start". They must have
+        the same tensors as the fine-tuned checkpoints, including the head.
     layerwise : bool or callable, default=True
-        True: an angle for every parameter, as the authors do; False: one for all; a callable maps a
-        parameter's name to its layer's.
+        If True, compute an angle for every parameter, as the authors do; if False, one for the
+        whole model. A callable maps the name of a parameter to the label of its layer.
     batch_norm : {"average", "recalibrate", "auto"}, default="average"
-        Running statistics of BatchNorm: mixed like the weights around them; or re-estimated from
-        the held-out rows (for the result); or whichever scores better on them, mixed on ties.
+        How the running statistics of BatchNorm are obtained. "average" mixes them with the
+        coefficients of the weights around them; "recalibrate" re-estimates them from the held-out
+        rows (for the result); "auto" takes whichever of the two scores higher on these rows, and
+        "average" if they are equal.
     forward : callable or None, default=None
-        ``(module, X) -> outputs``, by default ``module(X)``, ``**X`` of a dict, ``*X`` of a tuple.
+        Function ``(module, X) -> outputs`` that runs the forward pass. By default ``module(X)``;
+        ``module(**X)`` for a dict and ``module(*X)`` for a tuple.
     task : str, default="classification"
-        What the outputs mean: "classification", "regression", "multilabel", or "language-modeling"
-        (docs: Language models).
+        How the outputs are interpreted: "classification", "regression", "multilabel", or
+        "language-modeling" (see the page "Language models").
     classes : array-like of shape (n_outputs,) or None, default=None
-        Labels in output order; by default the names in the module's config (``id2label`` of
-        transformers) where ``y`` is texts and it has names, else those of ``y`` sorted, if one per
-        output, else 0, 1, ....
+        Labels in the order of the outputs. By default the names in the module's config
+        (``id2label`` of transformers) if ``y`` holds strings and the config has names; otherwise
+        the sorted labels of ``y`` if there is one per output; otherwise 0, 1, ....
     batch_size : int or None, default=128
-        Rows per forward pass; None for all at once.
+        Number of rows per forward pass. None processes all rows at once.
     device : str or torch.device, default="auto"
-        Where the module runs; "auto" is cuda, else mps, else cpu.
+        Device that the module runs on. "auto" is "cuda" if available, else "mps", else "cpu".
 
     Attributes
     ----------
     ratios_ : ndarray of shape (n_layers,), float64
-        t of every layer, clipped to [0, 1]: 1 is the mean, 0 the start.
+        t of every layer, clipped to [0, 1]. 1 is the mean, 0 is the pretrained weights.
     cosines_ : ndarray of shape (n_layers,), float64
-        Mean cosine between the differences from the start.
+        Mean cosine between the differences from the pretrained weights, for every layer.
     coef_ : ndarray of shape (n_checkpoints,) or (n_layers, n_checkpoints), float64
-        t / K of each fine-tuning, 1 - t of the start.
+        t / K for each fine-tuned checkpoint, 1 - t for the pretrained weights.
     checkpoints_ : CheckpointCollection
-        What was mixed, with the start.
+        The checkpoints that were mixed, including the pretrained weights.
     module_ : nn.Module
         The soup, in eval mode, on the device.
     layers_ : dict of str to int
-        Row of ``coef_`` for every tensor.
+        For every tensor name, the index of its row in a two-dimensional ``coef_``.
     ingredients_ : tuple of str
-        Names with a coefficient other than 0.
+        Names of the checkpoints with a coefficient other than 0.
     layer_names_ : tuple of str
-        Names of the rows.
+        Names of the layers: the rows of a two-dimensional ``coef_``.
     classes_ : ndarray of shape (n_outputs,)
         Labels in output order (classification only).
     recipe_ : Recipe
-        The record that `save` writes.
+        Record of the soup, which `save` writes.
     warnings_ : tuple of str
-        What fitting warned of.
+        Messages of the warnings that `fit` issued.
     recalibrated_ : tuple of str
-        BatchNorm's tensors that were re-estimated from the held-out rows.
+        Names of the BatchNorm tensors that were re-estimated from the held-out rows.
     counts_ : Counts
-        Passes and rows, forward and backward, that the fit took.
+        Numbers of forward and backward passes, and of rows in them, during `fit`.
 
     Raises
     ------
     CheckpointError
-        ``start`` is no checkpoint's name and can't be opened, or has other tensors.
+        ``start`` is not the name of a checkpoint and can't be opened, or its tensors differ.
 
     See Also
     --------
-    UniformSoup : The mean alone.
-    sksoup.inspection.interpolation_path : Scores all the way from the start to a soup.
+    UniformSoup : The mean of the checkpoints.
+    sksoup.inspection.interpolation_path : Scores between the pretrained weights and a soup.
 
     Notes
     -----
-    Cost: two reads of each checkpoint, no passes. Memory: the start, and a sum in float64. A layer
-    whose differences have no common direction (a cosine of 0 or less) is the start's; a single
-    fine-tuning has no angle, and the soup is that.
+    Cost: two reads of each checkpoint and no forward passes. Memory: the pretrained weights and a
+    sum in float64. A layer whose differences have no common direction (a cosine of 0 or less) keeps
+    the pretrained weights. With a single fine-tuned checkpoint there is no angle, and the soup is
+    that checkpoint.
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""What users give, checked by scikit-learn's rules before any work is done."""
+"""Validation of the user's input, by scikit-learn's rules, before any work is done."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ DEFAULT_SCORING = {
     "classification": "accuracy", "multilabel": "accuracy", "regression": "r2",
     "language-modeling": "neg_log_loss",
 }  # fmt: skip
-DECAY_ROWS = 1000  # weight_decay="auto" is this / N: 1 for a thousand held-out rows
+DECAY_ROWS = 1000  # weight_decay="auto" is this / N: 1 for 1000 held-out rows
 
 INTEGERS = [np.int64, np.int32, np.int16, np.int8, np.uint8, np.bool_]
 FLOATS_AND_INTEGERS = [np.float64, np.float32, *INTEGERS]
@@ -66,7 +66,7 @@ FLOATS_AND_INTEGERS = [np.float64, np.float32, *INTEGERS]
 def validate_rows(
     estimator: Any, X: Any, y: Any, task: Task, sample_weight: Any = None
 ) -> tuple[Any, NDArray[Any], NDArray[np.float64] | None]:
-    """Check rows, targets and weights; note the features; what is on a device stays there."""
+    """Check rows, targets and weights; set the features; tensors stay on their device."""
     refuse_order(y)
     if isinstance(X, Mapping):
         X = as_batches(X, y)
@@ -110,7 +110,7 @@ def validate_rows(
 def _validate_indexed(
     estimator: Any, X: IndexedRows, y: Any, task: Task, sample_weight: Any, wants: dict[str, bool]
 ) -> tuple[IndexedRows, NDArray[Any], NDArray[np.float64] | None]:
-    """Check targets of rows that are not in memory: the rows were checked when they were walked."""
+    """Check targets of rows that are not in memory; the rows themselves were checked on reading."""
     first = X.take(torch.zeros(1, dtype=torch.long))
     if isinstance(first, torch.Tensor):
         first = validate_inputs(estimator, first, reset=True)
@@ -126,26 +126,26 @@ def _validate_indexed(
 
 
 def _check_dense(y: NDArray[Any]) -> NDArray[Any]:
-    """Check labels at several positions of a row; scikit-learn has no such targets."""
+    """Check labels at several positions of a row; scikit-learn has no check for them."""
     if y.ndim < 2 or y.dtype.kind not in "iu":
         raise ValueError(
-            f"y has shape {y.shape} and dtype {y.dtype}: labels at several positions of a row must "
-            f"be integers, {IGNORED} where one is left out."
+            f"y has shape {y.shape} and dtype {y.dtype}, expected integers for labels at several "
+            f"positions of a row, with {IGNORED} at positions to ignore."
         )
     if (y == IGNORED).all():
-        raise ValueError(f"y holds nothing but {IGNORED}, which leaves out every position.")
+        raise ValueError(f"y contains only {IGNORED}, so every position is ignored.")
     return y
 
 
 def validate_inputs(estimator: Any, X: Any, reset: bool = False) -> Any:
-    """Check rows to predict for: the same inputs as in `fit`; ``reset`` notes their features."""
+    """Check inputs: the same ones as in `fit`; with ``reset``, set their features."""
     if (got := input_names(X)) != (expected := estimator.input_names_):
         raise ValueError(
-            f"X has other inputs than in fit: got {_named(got)}, expected {_named(expected)}."
+            f"X has different inputs than in fit: got {_named(got)}, expected {_named(expected)}."
         )
-    if isinstance(X, IndexedRows):  # checked when they were walked
+    if isinstance(X, IndexedRows):  # checked when they were read
         return X
-    if is_multiple(X) or estimator.task in TEXT_TASKS:  # texts may have other lengths than in fit
+    if is_multiple(X) or estimator.task in TEXT_TASKS:  # texts may be longer or shorter than in fit
         return check_inputs(X)
     if isinstance(X, torch.Tensor) and X.device.type != "cpu":
         return X
@@ -170,7 +170,7 @@ def _named(names: tuple[str, ...] | int | None) -> str:
 
 
 def check_inputs(X: Any) -> Any:
-    """Check each of several inputs: as many rows in all, finite numbers."""
+    """Check each of several inputs: the same number of rows, finite numbers."""
 
     def check(part: Any) -> Any:
         if isinstance(part, torch.Tensor) and part.device.type != "cpu":
@@ -184,10 +184,10 @@ def check_inputs(X: Any) -> Any:
 
 
 def to_numpy(values: Any) -> Any:
-    """A tensor as an array, from any device; anything else as it is."""
+    """A tensor on any device as an array; anything else unchanged."""
     if not isinstance(values, torch.Tensor):
         return values
-    values = values.float() if values.dtype == torch.bfloat16 else values  # which numpy lacks
+    values = values.float() if values.dtype == torch.bfloat16 else values  # numpy has no bfloat16
     return values.detach().cpu().numpy()
 
 
@@ -197,7 +197,8 @@ def _check_weight(sample_weight: Any, y: Any) -> NDArray[np.float64] | None:
     weight = np.asarray(to_numpy(sample_weight), dtype=np.float64)
     if weight.shape != (len(y),):
         raise ValueError(
-            f"sample_weight has shape {weight.shape}, expected ({len(y)},), one per row of X."
+            f"sample_weight has shape {weight.shape}, expected ({len(y)},): one weight per row of "
+            f"X."
         )
     if not np.isfinite(weight).all() or (weight < 0).any() or not weight.any():
         raise ValueError("sample_weight must be finite, not negative, and not zero everywhere.")
@@ -205,25 +206,25 @@ def _check_weight(sample_weight: Any, y: Any) -> NDArray[np.float64] | None:
 
 
 def check_choice(value: Any, name: str, choices: tuple[Any, ...]) -> None:
-    """Refuse what is none of the values that a parameter may have."""
+    """Raise an error if a parameter has none of the allowed values."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 def check_flag(value: Any, name: str) -> None:
-    """Refuse what is neither True nor False: any text, "no" included, would count as True."""
+    """Raise an error unless a value is True or False: a string, even "no", would be true."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, got {value!r}.")
 
 
 def check_fraction(fraction: float | None, name: str) -> None:
-    """Check the part of the rows that is set aside for a purpose, if any is."""
+    """Check a fraction of the rows, unless it is None."""
     if fraction is not None:
         check_scalar(fraction, name, float, min_val=0, max_val=1, include_boundaries="neither")
 
 
 def check_finite(number: float, name: str) -> None:
-    """Check a parameter that may be any finite number."""
+    """Check that a parameter is a finite number."""
     check_scalar(number, name, Real)
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number!r}.")
@@ -232,10 +233,10 @@ def check_finite(number: float, name: str) -> None:
 def collect(
     checkpoints: Any, X: Any, y: Any, weight: NDArray[np.float64] | None, who: str
 ) -> CheckpointCollection:
-    """The collection that ``fit`` was given, or makes from what it was given."""
+    """The collection passed to ``fit``, or made from what was passed."""
     if checkpoints is None:
         raise ValueError(
-            f"{who} has no checkpoints: give them to the constructor, {who}(checkpoints).fit(X, "
+            f"{who} has no checkpoints. Pass them to the constructor, {who}(checkpoints).fit(X, "
             f"y), or to fit(checkpoints, X, y)."
         )
     if isinstance(checkpoints, CheckpointCollection):
@@ -244,9 +245,9 @@ def collect(
         return CheckpointCollection(checkpoints)
     if isinstance(X, IndexedRows):
         raise ValueError(
-            f"checkpoints={checkpoints!r} are to be made of held-out rows that do not fit into "
-            f"memory ({len(X):,} of them, {X.n_kept:,} fit). Give fewer rows, raise memory_limit "
-            f"if it is set, or give checkpoints that exist already."
+            f"checkpoints={checkpoints!r} needs the held-out rows in memory, but only {X.n_kept:,} "
+            f"of {len(X):,} fit. Pass fewer rows, raise memory_limit if it is set, or pass "
+            f"checkpoints that are already trained."
         )
     takes_weight = "sample_weight" in inspect.signature(checkpoints).parameters
     made = checkpoints(X, y, **({"sample_weight": weight} if takes_weight else {}))
@@ -277,7 +278,7 @@ def prepare_problem(
     cache: Cache | None = None,
     progress: Callable[[nn.Module, str, int], AbstractContextManager[Step]] | None = None,
 ) -> Problem:
-    """Make what a search is given from rows that `validate_rows` has checked."""
+    """Make the problem that a search solves from rows checked by `validate_rows`."""
     where = resolve_device(device)
     build = checkpoints.build_module
     built = build() if shard is None else build_sharded(build, where)
@@ -327,13 +328,13 @@ def no_progress(name: str, n_steps: int) -> Iterator[Step]:
 
 
 def _probe(module: nn.Module, row: Any, forward: Any) -> tuple[torch.Tensor, str]:
-    """Output for one row, which decides how outputs are read, and the code that gives it."""
+    """Output for one row, which determines how outputs are read, and the call as code."""
     try:
         with torch.no_grad():
             found = called(module, row, forward)
         output = found if isinstance(found, torch.Tensor) else as_output(found)
         return output, as_code(row, found, forward)
-    except (RuntimeError, IndexError, TypeError) as error:  # what torch raises on what does not fit
+    except (RuntimeError, IndexError, TypeError) as error:  # if X does not fit
         if isinstance(error, TypeError) and "module returned" in str(error):
             raise
         if world_size() > 1 and LOST.search(str(error)):
@@ -341,15 +342,15 @@ def _probe(module: nn.Module, row: Any, forward: Any) -> tuple[torch.Tensor, str
         fed = map_inputs(lambda part: f"shape {tuple(part.shape)} and dtype {part.dtype}", row)
         fed = ", ".join(f"{k}: {v}" for k, v in fed.items()) if isinstance(fed, dict) else fed
         raise ValueError(
-            f"The module can't take X: fed one row of {fed}, it raised {type(error).__name__}: "
-            f"{error}. Floating inputs are fed as the module's dtype, integers as they are, a "
-            f"mapping by name and a tuple by position."
+            f"The module does not accept X: with one row of {fed}, it raised "
+            f"{type(error).__name__}: {error}. Floating-point inputs are converted to the module's "
+            f"dtype, integers are passed unchanged, a mapping by name and a tuple by position."
         ) from error
 
 
 @dataclass(frozen=True)
 class SoupScorer:
-    """A scorer of scikit-learn on the held-out rows; ``soup`` is a fitted one to look at."""
+    """A scikit-learn scorer on the held-out rows; ``soup`` is the fitted soup that it gets."""
 
     soup: Any
     scorer: Callable[..., float]
@@ -362,7 +363,7 @@ class SoupScorer:
         soup.module_ = module
         extra = {} if self.weight is None else {"sample_weight": self.weight}
         X = self.X
-        if is_multiple(X) or soup.task in TEXT_TASKS:  # so that soup.module_(**X) works in a scorer
+        if is_multiple(X) or soup.task in TEXT_TASKS:  # lets a scorer call soup.module_(**X)
             X = to_inputs(X, module_dtype(module), next(module.parameters()).device)
         return float(self.scorer(soup, X, self.y, **extra))
 
@@ -377,7 +378,7 @@ class SoupScorer:
 
 
 def scorer_of(soup: Any, scoring: Any) -> Callable[..., float]:
-    """A scorer of scikit-learn for a fitted soup; the log-loss also of pixels and tokens."""
+    """A scikit-learn scorer for a fitted soup; the log-loss also for pixels and tokens."""
     if scoring == "neg_log_loss" and soup.outputs_.is_dense:
         return _log_likelihood
     scorer: Callable[..., float] = check_scoring(soup, scoring)
@@ -389,7 +390,7 @@ def _log_likelihood(soup: Any, X: Any, y: Any, sample_weight: Any = None) -> flo
 
 
 def scored_by(soup: Any, scoring: Any, problem: Problem, X: Any) -> Problem:
-    """The problem with scores by another metric than the task's own."""
+    """The problem, with another metric than the default one of the task."""
     evaluate = problem.evaluate
     if scoring == DEFAULT_SCORING[problem.objective.outputs.task]:
         return problem
@@ -398,11 +399,11 @@ def scored_by(soup: Any, scoring: Any, problem: Problem, X: Any) -> Problem:
     return replace(problem, evaluate=replace(evaluate, scorer=scorer, cache=cache))
 
 
-# ---------------------------------------------------------------- recipes that descend
+# ---------------------------------------------------------------- gradient-based recipes
 
 
 def check_descent(soup: Any) -> None:
-    """Check the parameters of a recipe that descends on coefficients."""
+    """Check the parameters of a gradient-based recipe."""
     check_choice(soup.optimizer, "optimizer", tuple(OPTIMIZERS))
     check_choice(soup.schedule, "schedule", SCHEDULES)
     check_choice(soup.precision, "precision", ("fp32", "bf16"))
@@ -426,58 +427,58 @@ def memory_limit_of(soup: Any) -> int | None:
 
 
 def warn_of_lr(soup: Any) -> None:
-    """Warn of steps that are longer than coefficients are."""
+    """Warn if steps are longer than the coefficients."""
     if soup.optimizer == "adamw" and soup.lr > 1 and not getattr(soup, "normalize", False):
         soup._warn(
-            f"lr={soup.lr:g} is the length of a step of AdamW in units of coefficients, which sum "
-            f"to 1: the search can't stop near a good soup. Usual are 0.01 to 0.1."
+            f"lr={soup.lr:g} is the step length of AdamW in units of coefficients, which sum to 1, "
+            f"so the search can't converge to a good soup. Usual values are 0.01 to 0.1."
         )
 
 
 def check_minibatches(soup: Any, problem: Problem, aside: HeldOut | None = None) -> None:
-    """Check that BatchNorm can normalise by the minibatches of a search, where it is to."""
+    """Check that BatchNorm can normalise by the minibatches of a search, if it has to."""
     if soup.batch_norm != "recalibrate" or not statistics(problem.module):
         return
     for n in (len(rows) for rows in (problem.data, aside) if rows is not None):
         size = min(soup.batch_size or n, n)
         if size == 1 or n % size == 1:
             raise ValueError(
-                f"batch_norm='recalibrate' normalises by the statistics of each minibatch, which "
-                f"one row does not have: {n} rows in minibatches of {size} leave one alone. Change "
-                f"batch_size."
+                f"batch_norm='recalibrate' normalises by the statistics of each minibatch, which a "
+                f"single row does not have, but {n} rows in minibatches of {size} leave a "
+                f"minibatch of one row. Change batch_size."
             )
     if world_size() > 1:
         raise ValueError(
-            "batch_norm='recalibrate' normalises by each minibatch, which the ranks of a "
-            "distributed job share out. Search with batch_norm='auto' or 'average'."
+            "batch_norm='recalibrate' normalises by each minibatch, which is split between the "
+            "ranks of a distributed job. Use batch_norm='auto' or 'average'."
         )
 
 
 def check_sharded(soup: Any, problem: Problem) -> None:
-    """Refuse what a module in shards can't do."""
+    """Raise an error for options that a sharded module does not support."""
     if not problem.objective.is_sharded:
         return
     if soup.compile:
         raise ValueError(
-            "compile=True can't be used with a sharded module: what is compiled would hold all of "
-            "its weights. Leave compile=False."
+            "compile=True can't be used with a sharded module: the compiled module would hold all "
+            "weights. Use compile=False."
         )
     if soup.batch_norm != "average" and statistics(problem.module):
         raise ValueError(
-            f"batch_norm={soup.batch_norm!r} can't be used with a sharded module, whose ranks see "
-            f"a part of the rows each. Use batch_norm='average'."
+            f"batch_norm={soup.batch_norm!r} can't be used with a sharded module, because each "
+            f"rank sees only a part of the rows. Use batch_norm='average'."
         )
     if effective_n_jobs(getattr(soup, "n_jobs", None)) > 1:
         raise ValueError(
-            f"n_jobs={soup.n_jobs} can't be used with a sharded module, which no worker can copy: "
-            f"its ranks share the rows out. Leave n_jobs=None."
+            f"n_jobs={soup.n_jobs} can't be used with a sharded module, which workers can't copy; "
+            f"its ranks already split the rows. Use n_jobs=None."
         )
 
 
 def weight_decay_of(soup: Any, problem: Problem) -> float:
-    """The weight decay: as given, or that of a prior, which weighs 1 / N against the mean loss.
+    """The weight decay: as given, or that of a prior, whose weight in the mean loss is 1 / N.
 
-    ``lr * weight_decay`` is at most 1, where a step forgets all those before.
+    ``lr * weight_decay`` is at most 1, since then a step already cancels all previous ones.
     """
     if soup.weight_decay != "auto":
         return float(soup.weight_decay)
@@ -487,7 +488,7 @@ def weight_decay_of(soup: Any, problem: Problem) -> float:
 
 
 def settings_of(soup: Any, problem: Problem) -> Settings:
-    """How a recipe descends."""
+    """The settings of the gradient descent of a recipe."""
     return Settings(
         soup.optimizer,
         soup.schedule,
@@ -502,15 +503,15 @@ def settings_of(soup: Any, problem: Problem) -> Settings:
 
 
 def storage_for(soup: Any, problem: Problem, n_ahead: int = 0) -> DeltaStorage:
-    """How a recipe holds deltas; reading ahead is for files."""
+    """How a recipe stores deltas; only files are read ahead."""
     checkpoints = problem.checkpoints
     has_files = any(checkpoints.path(name) is not None for name in checkpoints)
     return DeltaStorage(memory_limit_of(soup), soup.delta_dtype, n_ahead if has_files else 0)
 
 
 def search_cache(soup: Any, problem: Problem, *more: Any) -> Cache | None:
-    """The cache for all that distinguishes one descent from another, beside its seed."""
-    if problem.cache is None:  # checkpoints in memory would be hashed for nothing
+    """The cache of a descent, keyed by everything that affects its result except the seed."""
+    if problem.cache is None:  # avoids hashing checkpoints in memory
         return None
     return problem.cache.within(
         type(soup).__name__,

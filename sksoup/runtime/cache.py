@@ -1,4 +1,4 @@
-"""Results of pure functions, kept under explicit keys, so that a search that was killed goes on."""
+"""Store results of pure functions under explicit keys, so that interrupted fits can resume."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .distributed import broadcast, rank
 from .entries import SUFFIX, pack, read_entry, unpack, write_entry
 from .fingerprint import fingerprint
 
-ALGORITHM = 5  # counted up whenever the same inputs give other results than before
-FOLDER = "sksoup"  # in the folder or the joblib.Memory that a user gives
+ALGORITHM = 5  # increased whenever results change for the same inputs
+FOLDER = "sksoup"  # in the user's folder or joblib.Memory
 
 T = TypeVar("T")
 
 
 class Cache:
-    """Results in a folder, a file each, under keys of all that they depend on."""
+    """Results in a folder, one file each, under keys of everything that they depend on."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ class Cache:
         return other
 
     def __call__(self, key: tuple[Any, ...], compute: Callable[[], T]) -> T:
-        """What is kept under this key, or computed, and kept."""
+        """The result stored under this key; computed and stored if there is none."""
         found: T | None = self.find(*key)
         if found is None:
             found = compute()
@@ -46,11 +46,11 @@ class Cache:
         return found
 
     def find(self, *key: Any) -> Any:
-        """What is kept under this key, or None; rank 0 looks for all ranks."""
+        """The result stored under this key, or None; rank 0 reads it for all ranks."""
         return broadcast(self._find(key) if rank() == 0 else None)
 
     def keep(self, value: Any, *key: Any, everywhere: bool = False) -> None:
-        """Keep a value; rank 0 does, or each rank where each has other values."""
+        """Store a value, on rank 0, or on each rank if values differ."""
         if rank() and not everywhere:
             return
         digest = fingerprint(self._context, *key)
@@ -58,8 +58,9 @@ class Cache:
             write_entry(self._path(digest), pack(value, digest))
         except OSError as error:
             self._warn(
-                f"memory= could not keep a result ({error}): the fit goes on, but if it stops, "
-                f"this part is computed again. Make room in the folder, or make it writable."
+                f"memory= could not store a result ({error}). The fit continues, but if it is "
+                f"interrupted, this part will be computed again. Free some disk space, or make the "
+                f"folder writable."
             )
 
     def _find(self, key: tuple[Any, ...]) -> Any:
@@ -69,14 +70,14 @@ class Cache:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            self._warn(f"An entry of memory= is damaged ({error}): it is computed again.")
+            self._warn(f"An entry of memory= is damaged ({error}) and is computed again.")
             return None
 
     def _path(self, digest: str) -> Path:
         return self._folder / (digest + SUFFIX)
 
     def _warn(self, message: str) -> None:
-        """Warn, once in a fit."""
+        """Warn once per fit."""
         if not self._warned:
             self._warned.append(message)
             warnings.warn(message, SoupWarning, stacklevel=4)
@@ -87,7 +88,8 @@ def open_cache(memory: Any) -> Cache | None:
     if isinstance(memory, joblib.Memory):
         if memory.backend != "local":
             raise TypeError(
-                f"memory must be in a folder, got a joblib.Memory with backend={memory.backend!r}."
+                f"memory must use a local folder, got a joblib.Memory with "
+                f"backend={memory.backend!r}."
             )
         memory = memory.location
     if memory is None:
@@ -101,6 +103,6 @@ def open_cache(memory: Any) -> Cache | None:
     except (OSError, ValueError) as error:  # the latter for a name with a null byte
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"memory={os.fspath(memory)!r} can't be used: {reason}. Give a folder that can be "
+            f"memory={os.fspath(memory)!r} can't be used: {reason}. Pass a folder that can be "
             f"written to."
         ) from error

@@ -70,7 +70,7 @@ def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def agreed(is_shared: bool) -> Iterator[None]:
-    """End with an error on every rank where one of them has one: the others would wait for it.
+    """Raise an error on every rank if one of them has an error, since the others would wait.
 
     Only for what all ranks do in the same order, ``is_shared``.
     """
@@ -132,9 +132,9 @@ def _naming() -> Iterator[None]:
 def lost(error: Exception) -> RankError:
     """The error for a rank that is gone."""
     return RankError(
-        f"Rank {rank()} of {world_size()} lost the others: one of them stopped, or did not "
-        f"answer within the timeout of the process group ({str(error).splitlines()[0]}). Its "
-        f"own output says why. Start the job again; with memory= it goes on where it was."
+        f"Rank {rank()} of {world_size()} lost the others: one of them stopped, or did not answer "
+        f"within the timeout of the process group ({str(error).splitlines()[0]}). See its own "
+        f"output for the reason. Start the job again; with memory= it resumes where it stopped."
     )
 
 

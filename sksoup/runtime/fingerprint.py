@@ -159,6 +159,6 @@ def encode_other(value: Any, within: Within = ()) -> Iterator[Any]:
         yield Hasher(within).hash(value).encode()
     except Exception as error:  # pickling raises anything
         raise TypeError(
-            f"memory= can't tell whether {value!r} has changed, since it can't be pickled "
-            f"({error}). Give something that can, or memory=None."
+            f"memory= can't detect whether {value!r} has changed, because it can't be pickled "
+            f"({error}). Pass an object that can be pickled, or memory=None."
         ) from error

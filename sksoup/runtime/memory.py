@@ -1,4 +1,4 @@
-"""How many models the memory holds."""
+"""The number of models that fit into memory."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Budget:
             needed = self.n_fixed * self.model_bytes + b * self.delta_bytes
             remedy = f"model_batch_size={fits} fits" if fits >= 1 else "not even 1 fits"
             raise ValueError(
-                f"memory_limit={self.limit:,} bytes does not hold a model batch of {b}: it needs "
-                f"{needed:,} bytes for {b} deltas of {self.delta_bytes:,} and {self.n_fixed} "
+                f"memory_limit={self.limit:,} bytes is too small for a model batch of {b}, which "
+                f"needs {needed:,} bytes for {b} deltas of {self.delta_bytes:,} and {self.n_fixed} "
                 f"models of {self.model_bytes:,}. Raise the limit; {remedy}."
             )
         return b
@@ -61,8 +61,8 @@ def parse_bytes(limit: int | str, what: str = "memory_limit") -> int:
             value = int(float(number) * units[unit])
         except (KeyError, ValueError) as error:
             raise ValueError(
-                f"{what}={limit!r} is not a size: expected bytes or a number with KB, MB, "
-                f"GB or TB, such as '8GB'."
+                f"{what}={limit!r} is not a size, expected bytes or a number with KB, MB, GB or TB, "
+                f"such as '8GB'."
             ) from error
     else:
         value = int(limit)

@@ -38,7 +38,7 @@ def refuse_copy(module: nn.Module) -> None:
     if sharded_parts(module):
         raise TypeError(
             "A sharded module can't be copied. Save the soup (save_pretrained, or "
-            "recipe_.cook(checkpoints, out=folder)) and go on from its files."
+            "recipe_.cook(checkpoints, out=folder)) and continue from its files."
         )
 
 
@@ -81,9 +81,9 @@ def build_sharded(build: Callable[[], nn.Module], device: torch.device) -> nn.Mo
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         raise ValueError(
-            "shard='auto' spreads the module over the ranks of a job, and there is none: start "
-            "several processes with torchrun, and call torch.distributed.init_process_group() "
-            "first. On one device leave shard=None."
+            "shard='auto' shards the module across the ranks of a distributed job, but there is no "
+            "job. Start several processes with torchrun, and call "
+            "torch.distributed.init_process_group() first. On one device use shard=None."
         )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -140,9 +140,9 @@ def _refuse_ties(module: nn.Module, blocks: list[nn.Module]) -> None:
             known, where = first.setdefault(id(value), (name, block))
             if where != block:
                 raise ValueError(
-                    f"{name!r} is {known!r} of another block: FSDP2 can't shard tied weights of "
-                    f"two blocks. Wrap the module yourself, with both in one: "
-                    f"fully_shard(module), module=that."
+                    f"{name!r} is tied to {known!r} in another block, but FSDP2 can't shard "
+                    f"weights that are tied across blocks. Wrap the module yourself, with both in "
+                    f"one block: fully_shard(module), module=that."
                 )
 
 

@@ -110,7 +110,8 @@ def test_factors_of_modules_that_are_not_selected(tmp_path, fields):
     folder = save(tmp_path / "run")
     CheckpointCollection([folder], module=build)
     refused(
-        r"PEFT would not read '.*lora_A.weight': by adapter_config", configured(folder, **fields)
+        r"PEFT would not read '.*lora_A.weight': according to adapter_config",
+        configured(folder, **fields),
     )
 
 
@@ -175,7 +176,7 @@ def only_wrapped_pair(state):
     [
         (embedding_pair, "holds two pairs of factors of 'a'"),
         (wrapped_pair, "holds two pairs of factors of 'a'"),
-        (only_embedding_pair, "are not the factors that PEFT gives 'a', no embedding"),
+        (only_embedding_pair, "is not a factor that PEFT uses for 'a', which is not an embedding"),
         (only_wrapped_pair, r"PEFT would not read '.*a\.base_layer\.lora_A"),
         (lambda s: {**s, f"{P}b.bias": torch.ones(8)}, r"PEFT would not read '.*model\.b\.bias'"),
         (lambda s: {**s, f"{P}a.weight": torch.ones(8, 8)}, r"not read '.*a\.weight'"),
@@ -187,11 +188,11 @@ def only_wrapped_pair(state):
         ),
         (
             lambda s: {**s, f"{P}classifier.base_layer.bias": torch.ones(3)},
-            "'classifier' has none",
+            "'classifier' has no factors",
         ),
         (
             lambda s: {**s, f"{P}classifier.weight": torch.ones(3, 8, dtype=torch.int32)},
-            r"'classifier.weight' is torch.int32, and torch.float32 in the base",
+            r"'classifier.weight' has dtype torch.int32, expected torch.float32",
         ),
     ],
 )
@@ -204,7 +205,7 @@ def test_a_linear_pair_of_an_embedding_is_refused(tmp_path):
         return {n.replace("embedding_A", "A.weight").replace("embedding_B", "B.weight"): v
                 for n, v in state.items()}  # fmt: skip
 
-    refused("the factors that PEFT gives 'emb', an embedding",
+    refused("a factor that PEFT uses for 'emb', which is an embedding",
             rewritten(save(tmp_path / "run", target_modules=["emb"]), linear))  # fmt: skip
 
 
@@ -272,7 +273,7 @@ def test_usual_expressions_are_matched_for_every_layer_of_a_language_model(tmp_p
     [
         ({"target_modules": {"a": 1}}, "'target_modules' is .*, expected a list of names"),
         ({"target_modules": ["a", 5]}, "'target_modules' is .*, expected a list of names"),
-        ({"target_modules": "(a"}, "is no pattern"),
+        ({"target_modules": "(a"}, "is not a valid pattern"),
         ({"modules_to_save": ["(x+)+y"]}, r"'modules_to_save' holds '\(x\+\)\+y', expected names"),
         ({"modules_to_save": "head"}, "'modules_to_save' is 'head', expected a list"),
         ({"layers_pattern": ["(x+)+y"], "layers_to_transform": [1]}, "'layers_pattern' holds"),

@@ -44,7 +44,7 @@ def test_a_legacy_file_with_an_archive_behind_it_is_refused(tmp_path):
     path = write_legacy(tmp_path / "a.pt", pickled(), b"\x80\x02].")
     archive = write_zip(tmp_path / "b.pt", ("data.pkl", pickled(WEIGHT)), NUMBERS)
     path.write_bytes(path.read_bytes() + archive.read_bytes())
-    with pytest.raises(CheckpointError, match="two readers find different things"):
+    with pytest.raises(CheckpointError, match="two programs may read different"):
         CheckpointCollection([path])
 
 
@@ -190,7 +190,7 @@ def test_a_tensor_in_two_shards_is_refused(soup, tmp_path, capsys):
     index["weight_map"][last] = "other.safetensors"
     path.write_text(json.dumps(index))
     assert main(["verify", str(folder), str(tmp_path / "in")]) == 2
-    assert "is not in the index there" in capsys.readouterr().err
+    assert "which the index does not list there" in capsys.readouterr().err
 
 
 def test_a_shard_with_more_than_the_index_lists_is_refused(soup):
@@ -219,7 +219,7 @@ def test_a_container_is_not_verified(tmp_path):
     good = recipe.cook(ckpts)
     evil = {n: w + 1 for n, w in good.items()}
     torch.save({**evil, "extra": good}, tmp_path / "soup.pt")
-    with pytest.raises(CheckpointError, match="twice, beside 'extra'"):
+    with pytest.raises(CheckpointError, match="twice, next to 'extra'"):
         recipe.verify(tmp_path / "soup.pt", ckpts)
     torch.save({"extra": good}, tmp_path / "soup.pt")
     with pytest.raises(RecipeError, match="more than a plain state dict"):
@@ -245,7 +245,7 @@ def test_a_build_that_takes_too_long_is_stopped(tmp_path, monkeypatch, config):
     monkeypatch.setattr(growth, "SECONDS", 2)
     folder = write(tmp_path / "ft", config, {"w": torch.zeros(1000)})
     begin = time.perf_counter()
-    with pytest.raises(CheckpointError, match="takes too long, or too much memory"):
+    with pytest.raises(CheckpointError, match="takes too long or too much memory"):
         CheckpointCollection([folder]).build_module()
     assert time.perf_counter() - begin < 30
     assert ends_under_a_profiler()  # nothing is left that is raised, or signalled, later
@@ -324,6 +324,6 @@ def test_folders_that_many_links_lead_to_are_looked_into_once(tmp_path, monkeypa
 
 def test_two_names_for_one_file_are_not_saved(tmp_path):
     ckpts = CheckpointCollection({"x/y": {"w": torch.ones(1)}, "x//y": {"w": torch.zeros(1)}})
-    with pytest.raises(ValueError, match="one file"):
+    with pytest.raises(ValueError, match="the same file"):
         ckpts.save(tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -90,7 +90,7 @@ def test_an_added_ingredient_of_coefficient_0_is_seen():
 def test_only_statistics_are_excused(name):
     document = dict(DOCUMENT, format_version=1, recalibrated=[name])
     del document["sha256"]
-    with pytest.raises(RecipeError, match="expected statistics of BatchNorm"):
+    with pytest.raises(RecipeError, match="expected BatchNorm statistics"):
         Recipe.from_json(json.dumps(document))
     weights = dict(WEIGHTS, **{"head.weight": torch.zeros(3, 6)})
     findings = dataclasses.replace(RECIPE, recalibrated=("head.weight",)).verify(weights, NETS)
@@ -157,7 +157,7 @@ INGREDIENT = DOCUMENT["ingredients"][0]
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        (edited(coef=[[10**400, 0, 0]]), "not a whole sksoup recipe: int too large"),
+        (edited(coef=[[10**400, 0, 0]]), "not a complete sksoup recipe: int too large"),
         (edited(temperature=10**400), "too large"),
         (edited(scores={"a": 10**400}), "too large"),
         (edited(coef="X").replace('"X"', "[[1e400, 0, 0]]"), "not a sksoup recipe"),
@@ -170,8 +170,8 @@ INGREDIENT = DOCUMENT["ingredients"][0]
         ("[" * 100_000, "nested too deeply"),
         ('{"format_version": 1, "params": ' + '{"a":' * 100_000, "nested too deeply"),
         (edited(params="X").replace('"X"', '{"a":' * 50 + "1" + "}" * 50), "deeper than 20"),
-        (edited(method="X").replace("X", "\\ud800"), "holds half a surrogate"),
-        (edited(classes=["X"]).replace("X", "\\udcff"), "holds half a surrogate"),
+        (edited(method="X").replace("X", "\\ud800"), "has an unpaired surrogate"),
+        (edited(classes=["X"]).replace("X", "\\udcff"), "has an unpaired surrogate"),
         (edited(layers="X").replace('"X"', '{"w": 0, "w": 0}'), "it has 'w' twice"),
         ('{"format_version": 1, "format_version": 2}', "it has 'format_version' twice"),
         (edited(format_version=-5), "recipe format -5, expected 1 to 2"),
@@ -192,12 +192,12 @@ INGREDIENT = DOCUMENT["ingredients"][0]
         (edited(coef=[["0.5", "0.5", "0"]]), "coef holds '0.5', expected numbers"),
         (edited(coef=[[True, False, False]]), "coef holds True"),
         (edited(coef=[[None, 1, 0]]), "coef holds None"),
-        (edited(coef=[[1, 0, 0], [1, 0]]), "not a whole sksoup recipe"),
-        (edited(coef=[]), "not a whole sksoup recipe"),
-        (edited(coef=[[]]), "not a whole sksoup recipe"),
+        (edited(coef=[[1, 0, 0], [1, 0]]), "not a complete sksoup recipe"),
+        (edited(coef=[]), "not a complete sksoup recipe"),
+        (edited(coef=[[]]), "not a complete sksoup recipe"),
         (edited(coef={"shape": [1, 3], "float64": "AAAA"}), "3 bytes for 1 layers and 3 ingr"),
         (edited(coef={"shape": [3, 1], "float64": "A" * 32}), "coef has shape"),
-        (edited(coef={"shape": [1, 3], "float64": "!" * 32}), "not a whole sksoup recipe"),
+        (edited(coef={"shape": [1, 3], "float64": "!" * 32}), "not a complete sksoup recipe"),
         (edited(coef={"shape": [1, 3], "float64": "/" * 32}), "NaN or infinite"),
         (edited(coef={"shape": [1, 3]}), "it has no 'float64'"),
         (edited(layers={"w": 0.0}), "is 0.0, expected a row"),
@@ -214,13 +214,13 @@ INGREDIENT = DOCUMENT["ingredients"][0]
         (edited(temperature=-1.5), "expected a number above 0"),
         (edited(temperature="2"), "temperature is '2'"),
         (edited(temperature=None), "temperature is None"),
-        (edited(versions={"torch": 2}), "expected a text"),
+        (edited(versions={"torch": 2}), "expected a string"),
         (edited(classes=[["a"]]), "classes holds"),
         (edited(classes="ab"), "classes is 'ab', expected a list"),
         (edited(recalibrated="norm.running_mean"), "expected a list"),
         (edited(weights_sha256="0"), "weights_sha256 is '0'"),
         (edited(sha256=[]), "was changed after it was written"),
-        (edited(method=3), "method is 3, expected a text"),
+        (edited(method=3), "method is 3, expected a string"),
     ],
 )
 def test_strange_recipes_are_refused_before_anything_is_used(text, match):
@@ -325,7 +325,7 @@ def test_rows_that_rounding_left_beside_1_are_taken(values, seed):
         (
             torch.float16,
             [2.0, -1.0],
-            r"'w' can't be stored: it reaches 180000, and the largest number of torch.float16 is",
+            r"'w' can't be stored: it reaches 180000, but the largest number in torch.float16 is",
         ),
         (torch.float8_e4m3fn, [200.0, -199.0], "'w' can't be stored"),
         (torch.float32, [1e300, -1e300], "'w' holds NaN or infinite values"),

@@ -78,7 +78,7 @@ def test_configs_that_name_other_files_are_not_verified(parts, name, fields):
     change(path, **fields)
     for weights in (folder, folder / "model.safetensors"):
         with pytest.raises(
-            CheckpointError, match=r"config\.json' names other weights .*Remove that"
+            CheckpointError, match=r"config\.json' refers to other weights .*Remove that"
         ):
             recipe.verify(weights, ckpts)
 
@@ -103,7 +103,7 @@ def test_arguments_by_which_other_weights_are_loaded_are_not_verified(parts, tmp
     path = folder / "sentence_bert_config.json"
     path.write_text(json.dumps({"max_seq_length": 8, **fields}))
     for weights in (folder, folder / "model.safetensors"):
-        with pytest.raises(CheckpointError, match=r"bert_config\.json' (gives|has) .*Remove"):
+        with pytest.raises(CheckpointError, match=r"bert_config\.json' (passes|makes) .*Remove"):
             recipe.verify(weights, ckpts)
     with pytest.raises(CheckpointError, match=r"Remove"):  # nor passed on into a soup's folder
         copy_companions(folder, tmp_path)
@@ -191,7 +191,7 @@ def test_other_weights_in_the_folder_are_named(parts, capsys, name):
     assert not findings.ok
     assert findings.differing == {}
     assert findings.beside == (name,)
-    assert f"not compared: {name!r} is in the folder, too" in str(findings)
+    assert f"not compared: {name!r} is also in the folder" in str(findings)
     assert "NOT verified" in str(findings)
     if name != "adapter_config.json":  # opens as an adapter, or not at all
         assert recipe.verify(folder, ckpts).beside == (name,)
@@ -280,7 +280,7 @@ def test_modules_that_are_not_those_of_the_ingredients(parts):
     modules(folder, "", "3_Later")
     assert recipe.verify(folder, ckpts).beside == ("3_Later/model.safetensors",)
     modules(folder, "..")
-    with pytest.raises(CheckpointError, match=r"names the module '\.\.', expected a folder beside"):
+    with pytest.raises(CheckpointError, match=r"lists the module '\.\.', expected a folder next"):
         recipe.verify(folder, ckpts)
     modules(folder, "1_Pooling")
     change(folder / "1_Pooling" / "config.json", transformers_weights="x.safetensors")
@@ -305,7 +305,7 @@ def test_routes_are_modules(parts, name):
     save_file(other(load_file(folder / "model.safetensors")), elsewhere / "model.safetensors")
     assert recipe.verify(folder, ckpts).beside == ("query/deep/model.safetensors",)
     (elsewhere / "sentence_bert_config.json").write_text(json.dumps(ARGUMENTS[0]))
-    with pytest.raises(CheckpointError, match=r"deep/sentence_bert_config\.json' gives"):
+    with pytest.raises(CheckpointError, match=r"deep/sentence_bert_config\.json' passes"):
         recipe.verify(folder, ckpts)
 
 
@@ -316,7 +316,7 @@ def test_the_file_of_an_adapter_is_no_whole_model(parts):
     fields = {"peft_type": "LORA", "r": 1, "target_modules": ["query"]}
     (folder / "adapter_config.json").write_text(json.dumps(fields))
     for path in (folder, folder / "adapter_model.safetensors"):
-        with pytest.raises(RecipeError, match=r"is an adapter of PEFT, which can't be verified"):
+        with pytest.raises(RecipeError, match=r"is a PEFT adapter, which can't be verified"):
             recipe.verify(path, ckpts)
 
 

@@ -184,7 +184,7 @@ def test_a_link_to_nothing_is_not_replaced_without_force(tmp_path, capsys):
         assert "exists" in capsys.readouterr().err
         assert (tmp_path / name).is_symlink()
     collection = CheckpointCollection({"out": {"w": torch.ones(2)}})
-    with pytest.raises(FileExistsError, match=r"out\.safetensors' exists"):
+    with pytest.raises(FileExistsError, match=r"out\.safetensors' already exists"):
         collection.save(tmp_path)
 
 

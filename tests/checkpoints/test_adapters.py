@@ -274,7 +274,7 @@ def test_models_in_memory_on_their_own_base_or_a_given_one():
     other.norm.weight.data += 1
     for given in ({"module": other}, {}):
         models[1] = peft_model(3, base=other) if not given else models[1]
-        refused("'norm.weight' of its base is not that of the others'", models, **given)
+        refused("'norm.weight' of its base differs from that of the others", models, **given)
 
 
 def test_a_model_in_memory_is_the_base_as_it_was_before_its_head_was_trained(tmp_path):
@@ -309,7 +309,7 @@ def test_merged_and_rescaled_models_are_refused():
     model.unmerge_adapter()
     close(logits(build(), CheckpointCollection([model])["checkpoint0"]), logits(merge(model)))
     model.base_model.model.lin.set_scale("default", 3.0)
-    refused("'lin' scales its product by 2.4, and its configuration says 0.8", [model])
+    refused("'lin' scales its product by 2.4, expected 0.8", [model])
 
 
 def test_the_active_adapter_counts():
@@ -318,15 +318,15 @@ def test_the_active_adapter_counts():
     first = CheckpointCollection([model])["checkpoint0"]
     close(logits(build(), first), logits(merge(peft_model(0))))
     model.base_model.set_adapter(["default", "second"])
-    refused(r"has 2 active adapters, expected one: model.set_adapter\(name\)", [model])
+    refused(r"has 2 active adapters, expected one. Call model.set_adapter\(name\)", [model])
 
 
 def test_a_network_in_memory_that_is_no_peft_model_is_refused():
     model = peft_model(0)
     for given in (model.state_dict(), model.base_model, model.get_base_model()):
-        refused("a part of a PEFT adapter: the mean of factors is not the factors", [given])
+        refused("a factor of a PEFT adapter, and the product of averaged factors is not", [given])
     vera = peft.get_peft_model(build(), peft.VeraConfig(target_modules=["lin"], r=2))
-    refused("its 'peft_type' is .*VERA.*, and only LORA", [vera])
+    refused("its 'peft_type' is .*VERA.*, expected 'LORA'", [vera])
 
 
 # ---------------------------------------------------------------- where the base comes from
@@ -338,14 +338,14 @@ def test_ways_to_give_the_base(folder):
         found = CheckpointCollection([folder], module=module)["a0"]
         assert all(torch.equal(found[name], value) for name, value in expected.items())
     refused("an adapter of 'an unnamed base', which is not on this machine", [folder])
-    with pytest.raises(TypeError, match=r"not an nn\.Module"):
+    with pytest.raises(TypeError, match=r"expected an nn\.Module"):
         CheckpointCollection([folder], module=lambda: 5)
     with pytest.raises(TypeError, match="needs arguments"):
         CheckpointCollection([folder], module=nn.Linear)
 
 
 def test_a_factory_of_random_weights_is_no_base(folder, tmp_path):
-    refused("adds to '.*weight', which the base does not have", [folder], module=Net)
+    refused("changes '.*weight', which the base does not have", [folder], module=Net)
 
     def random_head() -> Net:
         net = build()
@@ -356,7 +356,9 @@ def test_a_factory_of_random_weights_is_no_base(folder, tmp_path):
     held = CheckpointCollection([folder], module=random_head)["a0"]  # the adapter has the head
     close(logits(build(), held), logits(merge(peft_model(0))))
     peft_model(0, modules_to_save=None).save_pretrained(str(tmp_path / "plain"))
-    error = refused("gives it other values each time", [tmp_path / "plain"], module=random_head)
+    error = refused(
+        "initializes it differently each time", [tmp_path / "plain"], module=random_head
+    )
     assert "neither it nor the base in memory has 'head.bias', 'head.weight'" in str(error)
     state = torch.random.get_rng_state()
     CheckpointCollection([folder], module=random_head)
@@ -454,7 +456,7 @@ def test_a_language_model_and_an_adapter_without_a_task(tmp_path, monkeypatch):
 def test_a_base_that_is_not_here_is_not_fetched(name, folder):
     """`conftest` fails a test that asks the network."""
     changed(folder, base_model_name_or_path=name, revision="main", task_type="SEQ_CLS")
-    refused("is not on this machine, and nothing is fetched. Give the base", [folder])
+    refused("is not on this machine, and sksoup does not download it. Pass the base", [folder])
     CheckpointCollection([folder], module=build)
 
 
@@ -471,8 +473,8 @@ def test_tied_tensors_grouped_convolutions_and_attentions_are_refused(tmp_path):
     cases = {
         "emb": (Tied, "changes 'emb.weight', which is tied to 'last.weight'"),
         "last": (Tied, "changes 'last.weight', which is tied to 'emb.weight'"),
-        "grouped": (Volumes, "adds to 'grouped', which is a convolution with groups"),
-        "att": (Volumes, "adds to 'att.weight', which the base does not have"),
+        "grouped": (Volumes, "changes 'grouped', which is a convolution with groups"),
+        "att": (Volumes, "changes 'att.weight', which the base does not have"),
     }
     for target, (kind, match) in cases.items():
         model = peft_model(0, seeded(kind), **one(target_modules=[target], modules_to_save=None))
@@ -541,14 +543,17 @@ def twice(state):
     ("change", "match"),
     [
         (drop_b, r"holds '.*lin.lora_A.weight' without '.*lin.lora_B.weight'"),
-        (without_prefix, "has not the name that PEFT gives it: expected 'base_model.model"),
-        (other_shape, r"'lin.weight' is torch.float32 of shape \(12, 8\) in the base, and the"),
-        (other_rank, "the factors of 'lin' have rank 6, and it says 5"),
-        (other_head, r"'head.weight' has shape \(4, 72\), and \(3, 72\) in the base"),
+        (without_prefix, "does not have a name that PEFT uses, expected 'base_model.model"),
+        (
+            other_shape,
+            r"'lin.weight' has dtype torch.float32 and shape \(12, 8\) in the base, which",
+        ),
+        (other_rank, "the factors of 'lin' have rank 6, expected 5"),
+        (other_head, r"'head.weight' has shape \(4, 72\), expected \(3, 72\) as in"),
         (no_module, "holds 'nowhere.weight', which the base does not have"),
-        (not_known, "'base_model.model.lin.lora_magnitude_vector' is not known here"),
-        (of_integers, "has dtype torch.int64, expected a floating one"),
-        (of_no_rank, "do not make that|have rank 0"),
+        (not_known, "'base_model.model.lin.lora_magnitude_vector' is not supported"),
+        (of_integers, "has dtype torch.int64, expected a floating-point one"),
+        (of_no_rank, "does not match the factors|have rank 0"),
         (of_numbers, "expected a matrix"),
         (nothing, "it holds no factors"),
         (twice, r"PEFT would not read '.*\.lin.bias'"),
@@ -571,9 +576,9 @@ def test_an_adapter_of_another_base_is_refused_by_its_shapes(folder):
             super().__init__()
             del self.conv2
 
-    for kind, match in ((Wider, "do not make that"), (Less, "the base does not have")):
+    for kind, match in ((Wider, "does not match the factors"), (Less, "the base does not have")):
         error = refused(match, [folder], module=seeded(kind))
-        assert "open adapters of one base together" in str(error)
+        assert "open only adapters of the same base together" in str(error)
 
 
 @pytest.mark.filterwarnings("default")
@@ -592,7 +597,7 @@ def test_a_copy_of_the_embedding_has_to_be_the_bases(tmp_path):
     network.load_state_dict(mix(same, [1.0]))
     close(outputs(network), expected)
     other = CheckpointCollection([tmp_path / "other"], module=bert)
-    with pytest.raises(CheckpointError, match=r"holds other values of '.*word_embeddings.weight'"):
+    with pytest.raises(CheckpointError, match=r"its values of '.*word_embeddings.weight'"):
         mix(other, [1.0])
 
 
@@ -613,7 +618,7 @@ def test_factors_without_their_configuration_are_refused_everywhere(folder, tmp_
     for k in range(2):
         shutil.copy(folder / WEIGHTS, bare / f"{k}.safetensors")
     shutil.copy(folder / WEIGHTS, tmp_path / WEIGHTS)
-    match = "a part of a PEFT adapter: the mean of factors is not the factors of the mean"
+    match = "a factor of a PEFT adapter, and the product of averaged factors is not"
     refused(match, [tmp_path / WEIGHTS])
     refused(match, [tmp_path / WEIGHTS], module=build)
     refused(match, [load_file(tmp_path / WEIGHTS)])
@@ -621,11 +626,11 @@ def test_factors_without_their_configuration_are_refused_everywhere(folder, tmp_
     with pytest.raises(CheckpointError, match=match):
         CheckpointCollection.from_path(bare)
     assert main(["average", str(bare), "-o", str(tmp_path / "out.safetensors")]) != 0
-    assert "the mean of factors" in capsys.readouterr().err
+    assert "the product of averaged factors" in capsys.readouterr().err
     assert not (tmp_path / "out.safetensors").exists()
     (bare / "0.safetensors").unlink()
     assert main(["average", str(folder), "-o", str(tmp_path / "out.safetensors")]) != 0
-    assert "nothing is fetched" in capsys.readouterr().err
+    assert "does not download it" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- many, and how much is read

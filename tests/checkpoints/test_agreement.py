@@ -42,7 +42,7 @@ def test_checkpoints_that_do_not_fit_each_other(tmp_path, change, match):
 )
 def test_dtypes_that_do_not_mix_are_named(dtypes):
     states = [{"w": torch.zeros(2).to(dtype)} for dtype in dtypes]
-    with pytest.raises(CheckpointError, match=f"'w' has dtype {dtypes[1]}, which torch can't mix"):
+    with pytest.raises(CheckpointError, match=f"'w' has dtype {dtypes[1]}, which torch can't"):
         CheckpointCollection(states)
 
 
@@ -50,7 +50,7 @@ def test_dtypes_that_do_not_mix_are_named(dtypes):
     ("checkpoints", "match"),
     [
         ("runs/*.pt", "from_path"),
-        (Net(), "put them in a list"),
+        (Net(), "Put them in a list"),
         (make_states(1, seed=0)[0], "is one state dict"),
         (3, "must be paths, modules or state dicts"),
         ([3], r"checkpoints\[0\] is a int"),
@@ -67,7 +67,7 @@ def test_what_is_not_a_collection(checkpoints, match):
         ({"names": ["a"]}, ValueError, "names has 1 entries, expected 2"),
         ({"names": ["a", "a"]}, ValueError, "'a' more than once"),
         ({"names": ["a", ""]}, TypeError, "non-empty strings"),
-        ({"scores": {"checkpoint0": 1.0}}, ValueError, "scores lacks 'checkpoint1'"),
+        ({"scores": {"checkpoint0": 1.0}}, ValueError, "scores has no entry for 'checkpoint1'"),
         (
             {"scores": {"checkpoint0": 1.0, "checkpoint1": np.nan}},
             ValueError,

@@ -58,7 +58,7 @@ class Other(torch.nn.Module):
 
 
 def test_another_architecture_is_still_another_architecture(zoo: Zoo):
-    with pytest.raises(CheckpointError, match=r"Give the architecture they were saved from"):
+    with pytest.raises(CheckpointError, match=r"Pass the architecture from which they were saved"):
         UniformSoup().fit(CheckpointCollection(zoo.checkpoints, module=Other), zoo.X, zoo.y)
 
 

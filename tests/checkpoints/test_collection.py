@@ -185,7 +185,7 @@ def test_a_checkpoint_is_added(zoo: Zoo, tmp_path):
     assert both.module is scored.module
     assert same_tensors(both["again"], first)
     assert "again" not in scored  # which stays as it is
-    with pytest.raises(ValueError, match="'checkpoint0' is in this collection"):
+    with pytest.raises(ValueError, match="'checkpoint0' is already in this collection"):
         scored.add("checkpoint0", first)
     with pytest.raises(CheckpointError, match="other"):
         scored.add("other", {"x": torch.zeros(1)})

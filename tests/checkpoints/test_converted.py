@@ -189,11 +189,13 @@ def test_what_transformers_can_not_convert_is_named(vits, mixtrals, tmp_path):
     module = MODELS["ViT"][0]
     stored = load_file(vits / "ft0" / "model.safetensors")
     twice = stored | {"vit.layers.0.mlp.fc2.bias": torch.zeros(8)}
-    with pytest.raises(CheckpointError, match=r"fc2.bias' and .*dense.bias' are both|are both"):
+    with pytest.raises(CheckpointError, match=r"both correspond to"):
         CheckpointCollection([twice], module=module)
     stored = load_file(mixtrals / "ft0" / "model.safetensors")
     stored["model.layers.0.block_sparse_moe.experts.3.w2.weight"] = torch.zeros(2, 2)
-    with pytest.raises(CheckpointError, match=r"transformers can't make .*down_proj' of .*11 tens"):
+    with pytest.raises(
+        CheckpointError, match=r"transformers can't convert .*11 tensors.* to .*down_proj'"
+    ):
         CheckpointCollection([stored], module=MODELS["Mixtral"][0])
 
 

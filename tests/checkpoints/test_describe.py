@@ -56,15 +56,15 @@ def test_fine_tunings_of_one_start_are_good_to_mix():
 def test_networks_without_a_common_start_are_told():
     torch.manual_seed(0)
     summary = CheckpointCollection([wide() for _ in range(4)]).describe()
-    assert "do not share a start: 4 of 4 point elsewhere" in summary.verdict[-1]
-    assert "A soup of them will be noise" in str(summary)
+    assert "were not fine-tuned from the same weights: 4 of 4 differ" in summary.verdict[-1]
+    assert "A soup of them will not work" in str(summary)
 
 
 def test_one_stranger_is_named():
     torch.manual_seed(0)
     nets = CheckpointCollection([*around(wide(), 4), wide()], names=[*"abcd", "stranger"])
     verdict = nets.describe().verdict[-1]
-    assert verdict.startswith("'stranger' does not share a start with the others")
+    assert verdict.startswith("'stranger' was not fine-tuned from the same weights")
     assert nets.strangers(nets) == ["stranger"]  # the same from a few numbers of each matrix
     assert nets.drop("stranger").describe().verdict[-1].endswith("good to mix.")
 
@@ -90,7 +90,7 @@ def test_the_table_has_a_column_for_every_number_and_a_note_of_copies():
     assert str(collection.describe()).splitlines()[:4] == [
         "name   norm  distance  cosine   score",
         "a         6         0  1.0000  0.5000",
-        "b         6         6  0.5000  1.0000  25 times as far from them as is usual",
+        "b         6         6  0.5000  1.0000  25 times the usual distance",
         "again     6         0  1.0000  0.5000  same as a",
     ]
 
@@ -155,7 +155,7 @@ def test_infinite_constants_and_integers_do_no_harm():
 def test_fitting_warns_of_unrelated_ingredients(zoo: Zoo):
     torch.manual_seed(0)
     strangers = CheckpointCollection([wide() for _ in range(3)], module=wide)
-    with pytest.warns(SoupWarning, match="do not share a start") as caught:
+    with pytest.warns(SoupWarning, match="were not fine-tuned from the same") as caught:
         UniformSoup().fit(strangers, zoo.X, zoo.y)
     assert caught[0].filename == __file__
     related = CheckpointCollection(around(wide(), 3), module=wide)
@@ -197,7 +197,7 @@ def test_a_regression_soup_of_strangers_is_called_noise(shared):
     if shared:
         assert soup.fit(checkpoints, *val).score(*val) > 0.9
         return
-    with pytest.warns(SoupWarning, match="do not share a start: 3 of 3 .* will be noise"):
+    with pytest.warns(SoupWarning, match="were not fine-tuned from the same weights: 3 of 3"):
         soup.fit(checkpoints, *val)
     assert soup.score(*val) < 0.5
     assert GreedySoup(task="regression").fit(checkpoints, *val).score(*val) >= best

@@ -49,7 +49,7 @@ def test_a_folder_that_is_a_checkpoint_and_holds_more_must_be_told(tmp_path):
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text("{}")
         save_file(make_states(1, seed=0)[0], folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"holds 1 more, such as 'other': say which"):
+    with pytest.raises(CheckpointError, match=r"holds 1 more, such as 'other'. Choose"):
         CheckpointCollection.from_path(tmp_path)
     # both remedies
     assert len(CheckpointCollection([tmp_path], module=Net)) == 1

@@ -33,7 +33,7 @@ def test_the_bound_grows_with_the_weights(tmp_path):
     with bounded_growth(header, tmp_path / "config.json"), torch.device("meta"):
         nn.Linear(1 << 12, 1 << 13, bias=False)  # 8 * 4 * 2**20 elements
         nn.Sequential(*map(nn.Identity, range(2_080)))
-        with pytest.raises(CheckpointError, match="2080 modules, for weights of 4 tensors"):
+        with pytest.raises(CheckpointError, match="2080 modules, but the weights have 4 tensors"):
             nn.Sequential(nn.Identity())
         nn.BatchNorm1d(1 << 10)  # of its buffers, one is None elsewhere
         with pytest.raises(CheckpointError, match="50331648 elements"):

@@ -128,9 +128,9 @@ def test_folders_that_do_not_tell_their_architecture(runs, tmp_path, monkeypatch
     save_file({"w": torch.ones(1)}, target / "model.safetensors")
     config = json.loads((runs / "checkpoint-500" / "config.json").read_text())
     for change, match in (
-        ({"architectures": ["NoSuchModel"]}, "names the architecture 'NoSuchModel', which"),
-        ({"architectures": []}, "names the architecture None, which"),
-        ({"auto_map": {"AutoModel": "evil.Model"}}, "names code of its own"),
+        ({"architectures": ["NoSuchModel"]}, "has the architecture 'NoSuchModel', which"),
+        ({"architectures": []}, "has the architecture None, which"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "refers to custom code"),
     ):
         (target / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(CheckpointError, match=match):
@@ -157,7 +157,7 @@ def test_a_file_in_such_a_folder_is_built_as_large_as_its_key(runs, tmp_path):
 
 def test_only_what_came_from_such_a_folder_goes_back(tmp_path, zoo):
     soup = UniformSoup().fit(zoo.checkpoints, zoo.X, zoo.y)
-    with pytest.raises(CheckpointError, match="no ingredient lies beside a config"):
+    with pytest.raises(CheckpointError, match="no ingredient has a config"):
         soup.save_pretrained(tmp_path / "soup")
     assert not (tmp_path / "soup").exists()
 

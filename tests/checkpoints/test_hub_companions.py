@@ -93,7 +93,7 @@ def test_weights_that_are_not_mixed_have_to_be_the_same(runs, tmp_path):
     soup = fit(runs)
     for change in (b"others in this", b"the same in aLL"):
         (runs / "ft1" / "2_Dense" / "model.safetensors").write_bytes(change)
-        with pytest.raises(CheckpointError, match=r"2_Dense.* its weights are not mixed, and tho"):
+        with pytest.raises(CheckpointError, match=r"2_Dense.* its weights are not mixed, but tho"):
             soup.save_pretrained(tmp_path / "soup")
     shutil.rmtree(runs / "ft1" / "2_Dense")
     with pytest.raises(CheckpointError, match="its weights are not mixed"):
@@ -108,13 +108,13 @@ def test_weights_that_are_not_mixed_have_to_be_the_same(runs, tmp_path):
         ("3", "can't be read: expected a list of modules"),
         ('["1_Pooling"]', "can't be read: expected a list of modules"),
         ('[{"name": "0"}]', r"can't be read: .*KeyError: 'path'"),
-        ('[{"path": 3}]', "can't be read: .* no text"),
+        ('[{"path": 3}]', "can't be read: .* not a string"),
         ("[" * 100_000, "can't be read"),
-        ('[{"path": "../ft1"}]', r"names the module '\.\./ft1', expected a folder beside it"),
-        ('[{"path": "/etc"}]', "names the module '/etc', expected a folder beside it"),
+        ('[{"path": "../ft1"}]', r"lists the module '\.\./ft1', expected a folder next to it"),
+        ('[{"path": "/etc"}]', "lists the module '/etc', expected a folder next to it"),
         (" " * (1 << 21), "larger than 1,048,576 bytes"),
-        (json.dumps([{"path": "m" * 5000}]), r"modules\.json' names a module .*name too long"),
-        (json.dumps([{"path": "m"}] * 101), r"there are 101 modules, expected 100 at most"),
+        (json.dumps([{"path": "m" * 5000}]), r"modules\.json' lists a module .*name too long"),
+        (json.dumps([{"path": "m"}] * 101), r"there are 101 modules, expected at most 100"),
     ],
 )
 def test_a_listing_that_can_not_be_read_is_named(content, match, runs, tmp_path):
@@ -183,7 +183,7 @@ def test_routes_in_routes_are_bounded(tmp_path):
         for name in names:
             (folder / name).mkdir()
         (folder / "router_config.json").write_text(json.dumps({"types": dict.fromkeys(listed)}))
-    with pytest.raises(CheckpointError, match=r"there are 101 modules, expected 100 at most"):
+    with pytest.raises(CheckpointError, match=r"there are 101 modules, expected at most 100"):
         copy_companions(source, tmp_path / "target")
 
 

@@ -23,16 +23,16 @@ def test_the_nearest_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert said("rnus") == (
         f"No checkpoints found at 'rnus': there is no 'rnus' in {str(tmp_path)!r} (from the folder "
-        f"{str(tmp_path)!r}); the nearest name there is 'runs'."
+        f"{str(tmp_path)!r}); a similar name there is 'runs'."
     )
     assert "no 'ft2' in" in said("runs/ft2/a.pt")
-    assert "the nearest name there is 'ft1'" in said("runs/ft2/*.pt")
+    assert "a similar name there is 'ft1'" in said("runs/ft2/*.pt")
     assert "it holds 'ft1'" in said(tmp_path / "runs" / "something")
 
 
 def test_a_pattern_without_a_match(tmp_path):
     (tmp_path / "a.txt").touch()
-    assert f"no name in {str(tmp_path)!r} matches '*.pt': it holds 'a.txt'" in said(
+    assert f"no name in {str(tmp_path)!r} matches '*.pt'; it holds 'a.txt'" in said(
         f"{tmp_path}/*.pt"
     )
     assert "it matches 'a.txt'; expected" in said(f"{tmp_path}/*.txt")
@@ -48,5 +48,5 @@ def test_what_a_folder_holds_and_the_pattern_that_opens_it(tmp_path):
     torch.save(STATE, deep / "ft0.pt")
     message = said(tmp_path)
     pattern = f"{tmp_path}/*/*/*/*/*.pt"
-    assert f"the pattern {pattern!r} opens what is deeper in it" in message
+    assert f"the pattern {pattern!r} opens those in its subfolders" in message
     assert from_path(pattern).names == ("ft0",)

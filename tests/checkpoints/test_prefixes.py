@@ -81,7 +81,7 @@ def test_tensors_beside_the_network_are_left_out_when_asked(zoo: Zoo, tmp_path):
     with pytest.raises(RecipeError, match=r"with its module or prefix"):
         soup.recipe_.cook(CheckpointCollection.from_path(tmp_path))
     assert soup.recipe_.cook(pickle.loads(pickle.dumps(part))).keys() == part.layout.keys()
-    with pytest.raises(CheckpointError, match=r"prefix='net.': no name in it begins so"):
+    with pytest.raises(CheckpointError, match=r"prefix='net.': no tensor name starts with it"):
         CheckpointCollection.from_path(tmp_path, prefix="net.")
 
 

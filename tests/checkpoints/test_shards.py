@@ -69,5 +69,5 @@ def test_an_index_that_names_what_its_shards_lack(index):
     document = json.loads(index.read_text())
     document["weight_map"]["c"] = document["weight_map"]["a"]
     index.write_text(json.dumps(document))
-    with pytest.raises(CheckpointError, match=r"does not fit its shards: '.*' lacks 'c'"):
+    with pytest.raises(CheckpointError, match=r"does not match its shards: '.*' lacks 'c'"):
         sources.open_checkpoint(index)

@@ -129,7 +129,7 @@ def test_a_wide_sweep_is_not_called_bad():
 def test_of_two_that_do_not_fit_neither_is_preferred(failure):
     collection = spoilt(failure, 2, [1], seed=0)
     assert problems(collection) == ["checkpoint0", "checkpoint1"]
-    assert "do not share a start: 2 of 2" in collection.describe().verdict[-1]
+    assert "were not fine-tuned from the same weights: 2 of 2" in collection.describe().verdict[-1]
     with pytest.raises(CheckpointError, match=r"No checkpoint .* is healthy: 'checkpoint0' \("):
         collection.healthy()
 
@@ -141,17 +141,20 @@ def test_one_bad_of_three_is_named(failure):
 
 def test_two_families_do_not_share_a_start():
     collection = CheckpointCollection([*good_states(3, 0), *good_states(3, 1)])
-    assert "do not share a start: 6 of 6 point" in collection.describe().verdict[-1]
+    assert (
+        "were not fine-tuned from the same weights: 6 of 6 differ"
+        in collection.describe().verdict[-1]
+    )
 
 
 def test_a_verdict_says_what_was_measured():
     far = spoilt("times 30", 6, [4], seed=0).describe().verdict[-1]
-    assert far.startswith("'checkpoint4' is far from the others, and probably diverged (")
-    assert (
-        "times as far from them as is usual): leave out with collection.drop('checkpoint4')" in far
-    )
+    assert far.startswith("'checkpoint4' is far from the others and probably diverged (")
+    assert "times the usual distance): leave it out with collection.drop('checkpoint4')" in far
     apart = spoilt("another start", 7, [2, 4], seed=0).describe().verdict[-1]
-    assert apart.startswith("'checkpoint2', 'checkpoint4' do not share a start with the others, or")
+    assert apart.startswith(
+        "'checkpoint2', 'checkpoint4' were not fine-tuned from the same weights"
+    )
     assert "('checkpoint2': median cosine" in apart
 
 

@@ -39,7 +39,7 @@ def test_one_of_each_run(sweep, caplog):
     assert files(found) == [
         "run-1/checkpoint-1000", "run-2/checkpoint-1000", "run-10/checkpoint-1500",
     ]  # fmt: skip
-    said = "the best of each of 3 runs, the last of 1 in which none is recorded as best"
+    said = "the best of each of 3 runs, the last of 1 without a record of the best"
     assert said in repr(found)
     (line,) = [record.getMessage() for record in caplog.records]
     assert said in line

@@ -38,10 +38,10 @@ def test_several_state_dicts_need_a_key(tmp_path):
     other = {"a": STATE["a"] + 1, "b": STATE["b"]}
     path = write_file(tmp_path / "run.pt", {"model": STATE, "ema": other, "step": 1})
     listed = r"run\.pt' holds several state dicts: 'model' \(2 tensors\), 'ema' \(2 tensors\)"
-    with pytest.raises(CheckpointError, match=listed + r"\. Say which: key='model'"):
+    with pytest.raises(CheckpointError, match=listed + r"\. Choose one, .* key='model'"):
         sources.open_checkpoint(path)
     assert torch.equal(read_all(path, "ema")["a"], other["a"])
-    with pytest.raises(CheckpointError, match=r"no state dict under key='nope': it offers 'model'"):
+    with pytest.raises(CheckpointError, match=r"no state dict under key='nope': it holds 'model'"):
         sources.open_checkpoint(path, "nope")
     plain = write_file(tmp_path / "plain.pt", STATE)
     with pytest.raises(CheckpointError, match="it is a plain state dict"):
@@ -152,7 +152,7 @@ class Settings(dict):
 
 def test_objects_that_can_not_be_made_inert_are_told_from_damage(tmp_path):
     torch.save({"model": {"w": torch.ones(2)}, "config": Settings(lr=1)}, tmp_path / "c.pt")
-    with pytest.raises(CheckpointError, match=r"objects beside tensors .* Save the state dict al"):
+    with pytest.raises(CheckpointError, match=r"in addition to tensors .* Save only the state"):
         sources.open_checkpoint(tmp_path / "c.pt")
 
 
@@ -265,5 +265,5 @@ def test_files_of_another_pickle_protocol_are_read_in_silence(tmp_path):
     )
     assert (done.stdout, done.stderr) == ("['w']\n", "")
     torch.save({"w": torch.ones(2)}, tmp_path / "b.pt", pickle_protocol=4)
-    with pytest.raises(CheckpointError, match=r"Save it anew, without pickle_protocol="):
+    with pytest.raises(CheckpointError, match=r"Save it again, without pickle_protocol="):
         sources.open_checkpoint(tmp_path / "b.pt")

@@ -33,7 +33,7 @@ def test_write_replaces_a_file_or_leaves_it_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left") as caught:
         write.write_safetensors(path, {"w": torch.zeros(2)})
     assert "soup.safetensors' was not written" in caught.value.__notes__[0]
-    assert "Make room" in caught.value.__notes__[0]
+    assert "Free some disk space" in caught.value.__notes__[0]
     assert torch.equal(load_file(path)["w"], torch.ones(2))
     assert folders.read_metadata(path) == {"note": "old"}
     assert [p.name for p in tmp_path.iterdir()] == ["soup.safetensors"]
@@ -101,10 +101,12 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         write.write_shards(tmp_path / "no" / "model", infos, fails)
     swapped = {"a": STATE["a"], "b": STATE["b"]}  # wider numbers go first
-    with pytest.raises(RuntimeError, match=r"'a' came where 'b' was to be written"):
+    with pytest.raises(RuntimeError, match=r"got the tensor 'a', expected 'b'"):
         write.write_shards(tmp_path / "m", infos, lambda names: iter(swapped.items()))
     odd = {"c": protocol.TensorInfo((1,), torch.float8_e4m3fnuz)}
-    with pytest.raises(CheckpointError, match=r"safetensors has no torch\.float8_e4m3fnuz"):
+    with pytest.raises(
+        CheckpointError, match=r"safetensors does not support torch\.float8_e4m3fnuz"
+    ):
         write.write_shards(tmp_path / "m", odd, fails)
 
 
@@ -155,7 +157,7 @@ def test_a_folder_that_can_not_be_written_to(tmp_path, monkeypatch):
     monkeypatch.setattr(write, "save_file", refuse)
     with pytest.raises(SafetensorError, match="Permission denied") as caught:
         write.write_safetensors(tmp_path / "soup.safetensors", {"w": torch.zeros(2)})
-    assert "folder that can be written to" in caught.value.__notes__[0]
+    assert "a folder with write permission" in caught.value.__notes__[0]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -140,8 +140,8 @@ def test_labels_of_tokens_with_the_axis_moved(pixels):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda y: y.astype(float), "must be integers, -100 where"),
-        (lambda y: np.full_like(y, -100), "nothing but -100"),
+        (lambda y: y.astype(float), "expected integers for labels at several"),
+        (lambda y: np.full_like(y, -100), "contains only -100"),
         (lambda y: y[:-1], "inconsistent numbers of samples"),
         (lambda y: y[:, :2], r"expected \(1, n_outputs, 2, 4\)"),
         (lambda y: y + 50, "can't be matched to the module's outputs"),

@@ -207,9 +207,9 @@ def test_what_can_not_be_read_again_has_to_fit(zoo: Zoo, monkeypatch):
         DataLoader(Pairs(X, y), sampler=RandomSampler(range(len(y)))),
         DataLoader(Pairs(X, y), batch_size=7, drop_last=True),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=r"do not fit into memory: .* Give a data set with"):
+        with pytest.raises(ValueError, match=r"do not fit into memory: .* Pass a data set with"):
             MEHLSoup().fit(zoo.checkpoints, rows)
-    with pytest.raises(ValueError, match="are to be made of held-out rows that do not fit"):
+    with pytest.raises(ValueError, match="needs the held-out rows in memory, but only"):
         MEHLSoup(lambda X, y: zoo.checkpoints).fit(Pairs(X, y))
 
 

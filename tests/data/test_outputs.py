@@ -139,8 +139,8 @@ def test_what_names_no_outputs_is_left_aside(names):
 def test_labels_that_are_no_names_are_an_error_with_both():
     y = np.array(["negative", "Positive", "meh"])
     match = (
-        r"no names of the module's outputs: 'Positive', 'meh'\. Its config \(id2label\) has "
-        r"'positive', 'neutral', 'negative'\. Give y by these names, or .* classes="
+        r"not names of the module's outputs: 'Positive', 'meh'\. Its config \(id2label\) has "
+        r"'positive', 'neutral', 'negative'\. Use these names in y, or .* classes="
     )
     with pytest.raises(ValueError, match=match):
         Outputs.of(torch.zeros(1, 3), y, "classification", module=REVIEWS)

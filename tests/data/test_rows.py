@@ -124,10 +124,13 @@ def test_several_inputs_with_a_scorer_a_split_and_a_barrier(two, zoo: Zoo):
         (lambda X: {**X, "left": X["left"] * np.nan}, "contains NaN"),
         (
             lambda X: {"left": X["left"]},
-            r"can't take X: fed one row of left: shape \(1, 4\).*right",
+            r"does not accept X: with one row of left: shape \(1, 4\).*right",
         ),
-        (lambda X: {**X, "more": X["left"]}, "can't take X.*more"),
-        (lambda X: {**X, "right": X["left"]}, r"can't take X.*right: shape \(1, 4\) and dtype"),
+        (lambda X: {**X, "more": X["left"]}, "does not accept X.*more"),
+        (
+            lambda X: {**X, "right": X["left"]},
+            r"does not accept X.*right: shape \(1, 4\) and dtype",
+        ),
     ],
 )
 def test_inputs_that_do_not_fit(two, zoo: Zoo, change, message):
@@ -242,7 +245,7 @@ def test_a_criterion_for_one_logit_gets_it(zoo: Zoo, weighted):
 
 def test_one_logit_tells_two_labels_apart(zoo: Zoo):
     checkpoints = CheckpointCollection(around(OneLogit(), 2))
-    with pytest.raises(ValueError, match="one logit, which tells two labels apart, but y has 3"):
+    with pytest.raises(ValueError, match="one logit distinguishes two labels, but y has 3"):
         UniformSoup().fit(checkpoints, zoo.X, zoo.y)
 
 

@@ -226,12 +226,17 @@ def test_an_ensemble_averages_the_logits_of_each_minibatch():
     ("kind", "task", "change", "said"),
     [
         ("bert", TASK, lambda X, y: (X, None), "y equals the inputs"),
-        ("gpt2", TASK, lambda X, y: (X, y[:, 1:]), r"y has 8 labels per row, and .* 9 tokens"),
+        ("gpt2", TASK, lambda X, y: (X, y[:, 1:]), r"y has 8 labels per row, but .* 9 tokens"),
         ("gpt2", TASK, lambda X, y: (X, y + VOCABULARY), r"expected token ids in \[0, 50\)"),
-        ("gpt2", TASK, lambda X, y: (X, y * 0 - 100), "holds nothing but -100"),
-        ("gpt2", TASK, lambda X, y: (X, y.masked_fill(torch.arange(9) > 0, -100)), "no label that"),
-        ("gpt2", TASK, lambda X, y: (X, y.float()), "must be integers"),
-        ("gpt2", TASK, lambda X, y: (X, y[:, 0]), "must be integers"),
+        ("gpt2", TASK, lambda X, y: (X, y * 0 - 100), "contains only -100"),
+        (
+            "gpt2",
+            TASK,
+            lambda X, y: (X, y.masked_fill(torch.arange(9) > 0, -100)),
+            "no label to predict",
+        ),
+        ("gpt2", TASK, lambda X, y: (X, y.float()), "expected integers"),
+        ("gpt2", TASK, lambda X, y: (X, y[:, 0]), "expected integers"),
     ],
 )
 def test_labels_that_can_not_be(kind, task, change, said):
@@ -269,7 +274,7 @@ def test_a_guess_is_warned_of():
     X, y = texts("gpt2")
     nets = [{n: 40 * w for n, w in checkpoints("gpt2")[name].items()} for name in ("checkpoint0",)]
     ckpts = CheckpointCollection([*nets, *nets], module=partial(build, "gpt2"))
-    with pytest.warns(SoupWarning, match=f"a guess among {VOCABULARY} tokens"):
+    with pytest.warns(SoupWarning, match=f"guessing among {VOCABULARY} tokens"):
         BestCheckpoint(task=TASK).fit(ckpts, X, y)
 
 

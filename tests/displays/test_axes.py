@@ -70,5 +70,7 @@ def test_shortened_names_lose_what_they_share():
 
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ImportError, match=r"pip install matplotlib, or the extra sksoup\[plot\]"):
+    with pytest.raises(
+        ImportError, match=r"pip install matplotlib, or install the extra sksoup\[plot\]"
+    ):
         CoefficientsDisplay([1.0], ["a"], ["all"]).plot()

@@ -45,5 +45,5 @@ def test_the_learning_curve_of_a_regression_has_no_scores():
 
 
 def test_what_never_descended_has_no_curve(zoo: Zoo):
-    with pytest.raises(ValueError, match="history holds no losses"):
+    with pytest.raises(ValueError, match="history has no losses"):
         LearningCurveDisplay.from_estimator(UniformSoup().fit(zoo.checkpoints, zoo.X, zoo.y))

@@ -113,7 +113,7 @@ def test_what_to_look_at(zoo: Zoo):
 
 def test_what_can_not_be_reported(zoo: Zoo, tmp_path):
     soup = UniformSoup().fit(zoo.checkpoints, zoo.X, zoo.y)
-    with pytest.raises(ValueError, match=r"must end in \.html"):
+    with pytest.raises(ValueError, match=r"must have the suffix \.html"):
         soup.report(tmp_path / "report.pdf")
     ensemble = CheckpointEnsemble().fit(zoo.checkpoints, zoo.X, zoo.y)
     with pytest.raises(AttributeError, match="averages logits"):
@@ -129,14 +129,14 @@ def test_what_fitting_warned_of(tmp_path):
         net.weight.data += 0.01 * torch.randn_like(net.weight)
     X, y = torch.randn(40, 30), torch.arange(40) % 3
     soup = PaperMEHL([*nets, stranger], max_epochs=1, random_state=0)
-    with pytest.warns(SoupWarning, match="share a start") as caught:
+    with pytest.warns(SoupWarning, match="fine-tuned from the same") as caught:
         soup.fit(X, y)
     assert caught[0].filename == __file__  # who called fit, however deep the warning is
     assert soup.warnings_ == tuple(str(warning.message) for warning in caught)
     soup.report(tmp_path / "soup.html")
     page = Page((tmp_path / "soup.html").read_text())
     assert "Warnings" in page.texts
-    assert sum("share a start" in part for part in page.texts) == 1
+    assert sum("fine-tuned from the same" in part for part in page.texts) == 1
     good = PaperMEHL(nets, max_epochs=1, random_state=0).fit(X, y)
     assert good.warnings_ == ()
     good.report(tmp_path / "good.html")

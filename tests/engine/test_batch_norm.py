@@ -144,14 +144,16 @@ def test_the_search_normalises_by_the_minibatch(zoo: Zoo):
 @pytest.mark.filterwarnings("ignore:lr=5")
 def test_variances_that_extrapolation_would_make_negative_are_told(zoo: Zoo):
     soup = PaperMEHL(layerwise=True, lr=5.0, max_epochs=3, random_state=0)
-    with pytest.warns(SoupWarning, match=r"BatchNorm's variances in 'norm.running_var' would be"):
+    with pytest.warns(
+        SoupWarning, match=r"BatchNorm's running variances in 'norm.running_var' would be"
+    ):
         soup.fit(zoo.checkpoints, zoo.X, zoo.y)
     variances = soup.module_.norm.running_var
     assert (variances >= 0).all()
     assert (variances == 0).any()
     with warnings.catch_warnings():
         warnings.filterwarnings(
-            "error", "Under these coefficients"
+            "error", "With these coefficients"
         )  # measured anew, they are what they should be
         soup.set_params(batch_norm="recalibrate").fit(zoo.checkpoints, zoo.X, zoo.y)
     assert (soup.module_.norm.running_var > 0).all()
@@ -160,7 +162,7 @@ def test_variances_that_extrapolation_would_make_negative_are_told(zoo: Zoo):
 @pytest.mark.parametrize("kind", [MEHLSoup, LearnedSoup])
 @pytest.mark.parametrize("batch_size", [1, 59])
 def test_a_minibatch_of_one_row_is_refused_before_the_search(zoo: Zoo, kind, batch_size):
-    with pytest.raises(ValueError, match=r"leave one alone|have one row each"):
+    with pytest.raises(ValueError, match=r"leave a minibatch of one|each has only one row"):
         kind(batch_norm="recalibrate", batch_size=batch_size).fit(zoo.checkpoints, zoo.X, zoo.y)
 
 
@@ -203,9 +205,9 @@ def test_convolutions_and_frozen_statistics():
 def test_one_row_has_no_variance(zoo: Zoo, policy):
     soup = UniformSoup(batch_norm=policy)
     if policy == "recalibrate":
-        with pytest.raises(ValueError, match=r"those of 1 rows .* have one row each"):
+        with pytest.raises(ValueError, match=r"with 1 rows .* each has only one row"):
             soup.fit(zoo.checkpoints, zoo.X[:1], zoo.y[:1])
-        with pytest.raises(ValueError, match="with batch_size=1 have one row each"):
+        with pytest.raises(ValueError, match="batch_size=1 each has only one row"):
             clone(soup).set_params(batch_size=1).fit(zoo.checkpoints, zoo.X, zoo.y)
         return
     mean = UniformSoup().fit(zoo.checkpoints, zoo.X, zoo.y)
@@ -233,7 +235,7 @@ def test_the_iterate_is_chosen_by_statistics_like_those_of_the_soup(zoo: Zoo):
 
 def test_rows_are_counted_once_some_are_set_aside(zoo: Zoo):
     soup = PaperMEHL(batch_norm="recalibrate", validation_fraction=0.15, max_epochs=1)
-    with pytest.raises(ValueError, match="9 rows in minibatches of 4 leave one alone"):
+    with pytest.raises(ValueError, match="9 rows in minibatches of 4 leave a minibatch of one"):
         clone(soup).set_params(batch_size=4).fit(zoo.checkpoints, zoo.X, zoo.y)
     clone(soup).set_params(batch_size=59).fit(zoo.checkpoints, zoo.X, zoo.y)  # 51 and 9
 

@@ -1,4 +1,4 @@
-"""Scores no better than a guess are noticed, on rows that are enough to be certain."""
+"""Scores no better than chance are noticed, on rows that are enough to be certain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from sksoup import BestCheckpoint, CheckpointCollection, GreedySoup, MEHLSoup, SoupWarning
 
 KINDS = pytest.mark.parametrize("kind", [BestCheckpoint, GreedySoup])
-GUESS = "No checkpoint is better than a guess"
+GUESS = "No checkpoint is better than chance"
 
 
 class Same(nn.Module):
@@ -142,10 +142,12 @@ def test_targets_of_another_scale(kind):
 @pytest.mark.parametrize("kind", [BestCheckpoint, GreedySoup, MEHLSoup])
 def test_few_rows_are_said(kind):
     y = np.arange(30) % 3
-    match = r"Only 5 held-out rows choose among 3 checkpoints.*up to 0\.22\. Hold out 30 or more"
+    match = (
+        r"Only 5 held-out rows for selecting among 3 checkpoints.*up to 0\.22\. Hold out 30 or more"
+    )
     with pytest.warns(SoupWarning, match=match) as caught:
         soup = kind(classes=[0, 1, 2]).fit(nets(), one_hot(y[:5]), y[:5])
-    assert sum("held-out rows choose" in said for said in soup.warnings_) == 1
+    assert sum("held-out rows for selecting" in said for said in soup.warnings_) == 1
     assert caught[0].filename == __file__
     with pytest.warns(SoupWarning, match="Only 29 held-out rows"):
         kind().fit(nets(), one_hot(y[:29]), y[:29])

@@ -145,8 +145,8 @@ def test_the_table_and_the_display(zoo: Zoo):
 def test_what_has_no_ingredients_to_leave_out(zoo: Zoo):
     ensemble = CheckpointEnsemble().fit(zoo.checkpoints, zoo.X, zoo.y)
     for stray in (ensemble, SoupSearchCV(None, {})):
-        with pytest.raises(TypeError, match=r"expected a fitted soup.*give soup_"):
+        with pytest.raises(TypeError, match=r"expected a fitted soup.*pass its soup_"):
             ingredient_importance(stray, zoo.X, zoo.y)
     one = GreedySoup(min_improvement=2.0).fit(zoo.checkpoints, zoo.X, zoo.y)
-    with pytest.raises(ValueError, match=r"has one ingredient, 'checkpoint\d'"):
+    with pytest.raises(ValueError, match=r"has only one ingredient, 'checkpoint\d'"):
         ingredient_importance(one, zoo.X, zoo.y)

@@ -109,7 +109,7 @@ def test_bad_input(zoo: Zoo):
     with pytest.raises(ValueError, match="t must be finite"):
         soup.interpolate(START, float("nan"))
     for t in ([0.5], [0, np.inf], [[0, 1]]):
-        with pytest.raises(ValueError, match="t must be a number of places"):
+        with pytest.raises(ValueError, match="t must be a number of positions"):
             interpolation_path(START, soup, zoo.X, zoo.y, t=t)
     with pytest.raises(ValueError, match="t == 1, must be >= 2"):
         interpolation_path(START, soup, zoo.X, zoo.y, t=1)
@@ -122,7 +122,7 @@ def test_bad_input(zoo: Zoo):
         interpolation_path(START, ensemble, zoo.X, zoo.y)
     named = CheckpointCollection({"start": START, "a": START}, module=lambda: Net(False))
     taken = UniformSoup().fit(named, zoo.X, zoo.y)
-    with pytest.raises(ValueError, match="a checkpoint named 'start' beside the start"):
+    with pytest.raises(ValueError, match="has a checkpoint named 'start', and other"):
         taken.interpolate(dict(START), 0.5)
 
 

@@ -159,7 +159,7 @@ def test_a_recipe_that_no_header_has_room_for(files, zoo: Zoo, tmp_path, monkeyp
         with pytest.raises(RecipeError, match=r"with the names of the tensors.*layerwise="):
             write()
     monkeypatch.setattr(document, "MOST_BYTES", 100)
-    with pytest.raises(RecipeError, match=r"MB as text, and the header.*layerwise="):
+    with pytest.raises(RecipeError, match=r"MB as text, but the header.*layerwise="):
         soup.recipe_.save(tmp_path / "recipe.json")
     assert [p.name for p in tmp_path.iterdir()] == ["zoo"]
 

@@ -50,7 +50,7 @@ def test_what_was_there_stays_if_one_of_the_two_can_not_be_written(soup, tmp_pat
         patch.setattr(torch, "save", full)
         with pytest.raises(OSError, match=r"torch\.save could not write .*soup\.pt") as caught:
             soup.save(path)
-    assert any("what was there before is as it was" in note for note in caught.value.__notes__)
+    assert any("an existing file is unchanged" in note for note in caught.value.__notes__)
     assert before == {p: p.read_bytes() for p in before}
     (tmp_path / "soup.recipe.json").unlink()
     (tmp_path / "soup.recipe.json").mkdir()
@@ -70,7 +70,7 @@ def test_a_view_is_written_without_what_it_is_a_part_of(soup, tmp_path):
 def test_a_recipe_that_is_not_beside_its_file(soup, tmp_path):
     soup.save(tmp_path / "soup.pt")
     (tmp_path / "soup.recipe.json").rename(tmp_path / "moved.json")
-    with pytest.raises(RecipeError, match=r"there is no 'soup\.recipe\.json' beside it"):
+    with pytest.raises(RecipeError, match=r"there is no 'soup\.recipe\.json' next to it"):
         Recipe.load(tmp_path / "soup.pt")
     assert Recipe.load(tmp_path / "moved.json") == soup.recipe_
     assert json.loads((tmp_path / "moved.json").read_text())["weights_sha256"]

@@ -47,7 +47,9 @@ def test_another_checkpoint_under_the_same_name_is_refused(files, zoo: Zoo, tmp_
     (tmp_path / "zoo" / "checkpoint2.safetensors").unlink()
     save_file(state, tmp_path / "zoo" / "checkpoint2.safetensors")
     altered = CheckpointCollection.from_path(tmp_path / "zoo")
-    with pytest.raises(RecipeError, match="'checkpoint2' is not the one the recipe was made of"):
+    with pytest.raises(
+        RecipeError, match="'checkpoint2' is not the one that the recipe was made of"
+    ):
         soup.recipe_.cook(altered)
     with pytest.raises(RecipeError, match="needs 'checkpoint2'"):
         soup.recipe_.cook(altered.drop("checkpoint2"))
@@ -62,7 +64,7 @@ def test_the_recipe_knows_which_state_dict_was_meant(tmp_path):
     ema, model = (CheckpointCollection(paths, key=key) for key in ("ema", "model"))
     recipe = Recipe.from_json(Recipe.record("by hand", ema, [0.5, 0.5], layers={"w": 0}).to_json())
     assert recipe.cook(ema) == {"w": torch.tensor([10.5])}
-    with pytest.raises(RecipeError, match=r"was made of key='ema' of '0', and .* key='model'"):
+    with pytest.raises(RecipeError, match=r"was made with key='ema' of '0', but .* key='model'"):
         recipe.cook(model)
     assert "key='ema'" in recipe.verify({"w": torch.tensor([10.5])}, model).ingredients["0"]
 

@@ -105,7 +105,7 @@ def test_tables_of_integers_that_differ_are_warned_of(tmp_path):
          "index": torch.arange(4).reshape(2, 2), "steps": torch.tensor([k])}
         for k in range(3)
     ]  # fmt: skip
-    match = r"those of 'q' differ between .*dequantize the checkpoints"
+    match = r"but 'q' differ between .*Dequantize the checkpoints"
     with pytest.warns(SoupWarning, match=match) as caught:
         mix(states, [0.0, 0.4, 0.6])
     assert caught[0].filename == __file__

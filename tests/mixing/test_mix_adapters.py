@@ -40,7 +40,7 @@ pytest.importorskip("peft")
 from ..adapters import build, merge, peft_model, rows, save_adapters
 
 # the adapters are moved far, so that what is wrong is seen
-pytestmark = pytest.mark.filterwarnings("ignore:.*share a start")
+pytestmark = pytest.mark.filterwarnings("ignore:.*fine-tuned from the same")
 COEF = [0.7, -0.4, 0.5, 0.2]
 
 
@@ -407,10 +407,10 @@ def test_the_command_line_takes_a_base(folder, tmp_path, capsys, monkeypatch):
     assert "is not the one that the recipe was made with" in capsys.readouterr().err
     Path("start").rename("moved")
     assert main(["verify", soup, "runs"]) != 0
-    assert "is not on this machine, and nothing is fetched" in capsys.readouterr().err
+    assert "is not on this machine, and sksoup does not download it" in capsys.readouterr().err
     assert main(["verify", soup, "runs", "--base", "moved"]) == 0
     assert main(["verify", soup, "runs", "--base", "nowhere"]) != 0
-    assert "is no Hugging Face folder" in capsys.readouterr().err
+    assert "is not a Hugging Face folder" in capsys.readouterr().err
 
 
 HOSTILE = [
@@ -431,7 +431,7 @@ def document_of(adapters) -> dict:
 def test_a_base_that_is_none_is_refused(value, adapters):
     document = dict(document_of(adapters), base=value, format_version=1)
     del document["sha256"]
-    with pytest.raises(RecipeError, match="is not a whole sksoup recipe"):
+    with pytest.raises(RecipeError, match="is not a complete sksoup recipe"):
         Recipe.from_json(json.dumps(document))
 
 
@@ -450,7 +450,7 @@ def test_a_recipe_can_not_leave_the_base_out_of_its_own_hash(folder, adapters):
     empty = next(iter(other.on_one_base().values())).base.content_sha256(nothing)
     for base in (Base(empty, nothing), Base("0" * 64, ("norm.weight",)), Base("0" * 64, ("",))):
         for collection in (adapters, other):
-            with pytest.raises(RecipeError, match=r"leaves '.*' out of the SHA-256 of its base"):
+            with pytest.raises(RecipeError, match=r"excludes '.*' from the SHA-256 of its base"):
                 dataclasses.replace(recipe, base=base).cook(collection)
 
 
@@ -474,7 +474,7 @@ def test_changed_adapters_are_refused(folder, tmp_path):
     config = tmp_path / "a1" / "adapter_config.json"
     fields = json.loads(config.read_text())
     config.write_text(json.dumps({**fields, "lora_alpha": 5}))  # the weights' file is the same
-    with pytest.raises(RecipeError, match="'a1' is not the one the recipe was made of"):
+    with pytest.raises(RecipeError, match="'a1' is not the one that the recipe was made of"):
         recipe.cook(CheckpointCollection.from_path(tmp_path, module=build))
     config.write_text(json.dumps({**fields, "lora_dropout": 0.9}))
     recipe.cook(CheckpointCollection.from_path(tmp_path, module=build))

@@ -71,7 +71,7 @@ def test_the_suffix_says_the_format(files, zoo: Zoo, tmp_path, monkeypatch):
         ("[]", "is not a sksoup recipe"),
         ("{}", "is not a sksoup recipe"),
         ('{"format_version": 99}', "recipe format 99, expected 1 to 2"),
-        ('{"format_version": 1}', "is not a whole sksoup recipe"),
+        ('{"format_version": 1}', "is not a complete sksoup recipe"),
     ],
 )
 def test_files_that_are_no_recipe(text, match, tmp_path):

@@ -45,7 +45,7 @@ def test_the_same_seed_gives_the_same_soup_and_leaves_global_state(zoo: Zoo):
 
 
 def test_a_module_class_is_drawn_once_and_said(zoo: Zoo):
-    with pytest.warns(SoupWarning, match=r"not an instance.*random start is drawn and shared"):
+    with pytest.warns(SoupWarning, match=r"not an instance.*are now drawn once for all"):
         search = search_of(net_of(PlainNet)).fit(zoo.X, zoo.y)
     assert unrelated(search.checkpoints_) == []
 
@@ -120,8 +120,8 @@ def test_an_estimator_that_initialises_per_clone_is_refused(tmp_path):
     start = nn.Linear(40, 10)
     search = search_of(ScratchNet(start)).fit(X, y)
     assert len(search.checkpoints_) == 4
-    with pytest.raises(ValueError, match=r"do not share a start.*ScratchNet"):
+    with pytest.raises(ValueError, match=r"did not start from the same weights.*ScratchNet"):
         search_of(ScratchNet(start, fresh=True)).fit(X, y)
     search_of(ScratchNet(start), save_dir=tmp_path).fit(X, y)
-    with pytest.raises(ValueError, match="does not tell their architecture"):
+    with pytest.raises(ValueError, match=r"the architecture of .* is not known"):
         search_of(ScratchNet(start), save_dir=tmp_path).fit(X, y)

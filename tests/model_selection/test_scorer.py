@@ -42,7 +42,7 @@ def test_the_scorer_finds_the_net_in_a_pipeline_and_refuses_others(tmp_path, zoo
     scorer = CheckpointScorer(tmp_path / "runs")
     pipe = make_pipeline(FunctionTransformer(), net_of()).fit(zoo.X, zoo.y)
     assert scorer(pipe, zoo.X, zoo.y) == pipe.score(zoo.X, zoo.y)
-    with pytest.raises(TypeError, match="has no module_ to keep"):
+    with pytest.raises(TypeError, match="has no module_ to save"):
         scorer(FunctionTransformer(), zoo.X, zoo.y)
     (file,) = (tmp_path / "runs").iterdir()
     record = json.loads(safe_open(file, "pt").metadata()["sksoup.candidate"])

@@ -106,7 +106,7 @@ def test_inside_cross_validation_and_pickle(zoo: Zoo):
 
 
 def test_probabilities_instead_of_logits_are_refused_before_training(zoo: Zoo):
-    with pytest.raises(ValueError, match="soups want logits"):
+    with pytest.raises(ValueError, match="soups need logits"):
         search_of(net_of(criterion=nn.NLLLoss)).fit(zoo.X, zoo.y)
 
 
@@ -202,7 +202,7 @@ def test_a_score_without_weights_is_refused_before_training(zoo: Zoo):
     def scoring(net, X, y):
         raise AssertionError("scored")
 
-    with pytest.raises(TypeError, match=r"scoring=<function .* has no such parameter.*drop"):
+    with pytest.raises(TypeError, match=r"scoring=<function .* has no such parameter.*omit"):
         search_of(scoring=scoring).fit(zoo.X, zoo.y, sample_weight=np.ones(60))
 
 

@@ -171,7 +171,7 @@ def test_new_heads_are_no_reason_to_warn(soup, data):
     """Only they are read whole where factors are searched; they alone would look unrelated."""
     collection = with_new_heads()
     soup = clone(soup).fit(collection, *data)
-    assert not [said for said in soup.warnings_ if "share a start" in said]
+    assert not [said for said in soup.warnings_ if "fine-tuned from the same" in said]
     assert "good to mix" in " ".join(collection.describe().verdict)
     assert collection.healthy() is collection
 
@@ -417,7 +417,7 @@ def test_a_saved_adapter_has_the_logits_of_the_soup(what, tmp_path):
     assert config["modules_to_save"] == heads.get(what, ["head"])
     recipe = Recipe.load(tmp_path / "soup" / "recipe.json")
     assert same_tensors(recipe.cook(collection), soup.state_dict())
-    assert "This adapter is exactly the soup" in (tmp_path / "soup" / "README.md").read_text()
+    assert "This adapter equals the soup exactly" in (tmp_path / "soup" / "README.md").read_text()
 
 
 def test_ranks_add_up_and_stay_below_the_size(tmp_path):

@@ -45,5 +45,5 @@ def test_ensemble_has_no_weights(zoo: Zoo, name):
 
 
 def test_ensemble_says_what_to_do_instead(zoo: Zoo):
-    with pytest.raises(AttributeError, match="Fit a UniformSoup"):
+    with pytest.raises(AttributeError, match="fit a UniformSoup"):
         CheckpointEnsemble().fit(zoo.checkpoints, zoo.X, zoo.y).state_dict()

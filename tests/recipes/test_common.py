@@ -258,7 +258,7 @@ def test_numbers_as_texts_are_warned_of():
 def test_minus_100_is_no_class():
     X, y = np.zeros((20, 4), np.float32), np.array([0, -100] * 10)
     checkpoints = CheckpointCollection([torch.nn.Linear(4, 2) for _ in range(2)])
-    with pytest.raises(ValueError, match=r"y holds -100, .*Leave these rows out, or give classes="):
+    with pytest.raises(ValueError, match=r"y holds -100, .*Remove these rows, or pass classes="):
         clone(SYSTEMS["Uniform-Soup"]).fit(checkpoints, X, y)
     clone(SYSTEMS["Uniform-Soup"]).set_params(classes=[-100, 0]).fit(checkpoints, X, y)
 

@@ -493,7 +493,7 @@ def test_the_limit_decides_the_model_batch(tmp_path, zoo: Zoo):
     ):
         soup = PaperMEHL(memory_limit=6 * model, random_state=0, **options)
         assert soup.fit(files, zoo.X, zoo.y).model_batch_size_ == expected
-    with pytest.raises(ValueError, match="does not hold a model batch of 7"):
+    with pytest.raises(ValueError, match="is too small for a model batch of 7"):
         PaperMEHL(memory_limit=6 * model, model_batch_size=None).fit(files, zoo.X, zoo.y)
 
 

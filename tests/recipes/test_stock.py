@@ -80,14 +80,14 @@ def test_the_start_may_be_anywhere(zoo: Zoo, tmp_path):
 
 def test_a_start_that_does_not_fit(zoo: Zoo):
     ckpts = fine_tunings(3, 0)
-    with pytest.raises(CheckpointError, match="start' is not a checkpoint sksoup reads"):
+    with pytest.raises(CheckpointError, match="start' is not a checkpoint that sksoup can"):
         ModelStockSoup().fit(ckpts, zoo.X, zoo.y)
     with pytest.raises(CheckpointError, match="w0"):
         ModelStockSoup(start={"w0": torch.zeros(2)}).fit(ckpts, zoo.X, zoo.y)
     other = CheckpointCollection(
         {"start": ckpts["w0"], "a": ckpts["a"]}, module=lambda: Net(False, torch.float64)
     )
-    with pytest.raises(ValueError, match="a checkpoint named 'start' beside the start"):
+    with pytest.raises(ValueError, match="has a checkpoint named 'start', and other"):
         ModelStockSoup(start=ckpts["b"]).fit(other, zoo.X, zoo.y)
 
 

@@ -134,7 +134,11 @@ def test_the_html_display_shows_what_parameters_mean(kind, monkeypatch):
     assert estimator._get_doc_link() == expected
     html = estimator_html_repr(estimator)
     assert expected in html
-    meaning = "Candidates to sample" if kind is SoupSearchCV else "Where the module runs"
+    meaning = (
+        "Number of candidates to sample"
+        if kind is SoupSearchCV
+        else "Device that the module runs on"
+    )
     assert meaning in html  # descriptions are shown where there is a page to link to
 
 

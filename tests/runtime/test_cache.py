@@ -345,10 +345,12 @@ def test_a_full_disk_stops_no_fit(tmp_path, files, zoo: Zoo):
 
     with (
         patch("sksoup.runtime.entries.Path.replace", full),
-        pytest.warns(SoupWarning, match=r"could not keep.*No space left.*Make room") as caught,
+        pytest.warns(
+            SoupWarning, match=r"could not store.*No space left.*Free some disk"
+        ) as caught,
     ):
         soup = recipe("MEHL", memory, files).fit(files, zoo.X, zoo.y)
-    assert sum("could not keep" in str(warning.message) for warning in caught) == 1
+    assert sum("could not store" in str(warning.message) for warning in caught) == 1
     assert_same(soup, plain)
     assert not [path for path in memory.rglob("*") if path.is_file()]  # nothing half-written
     assert_same(recipe("MEHL", memory, files).fit(files, zoo.X, zoo.y), plain)
@@ -356,7 +358,7 @@ def test_a_full_disk_stops_no_fit(tmp_path, files, zoo: Zoo):
 
 def test_a_memory_that_can_not_be_used_is_refused_before_any_work(tmp_path, files, zoo: Zoo):
     (tmp_path / "file").write_text("no folder")
-    with rows_through() as rows, pytest.raises(ValueError, match=r"can't be used: .*Give a folder"):
+    with rows_through() as rows, pytest.raises(ValueError, match=r"can't be used: .*Pass a folder"):
         recipe("MEHL", tmp_path / "file" / "memory", files).fit(files, zoo.X, zoo.y)
     assert rows == [0]
     with pytest.raises(TypeError, match=r"memory must be a folder.*got a int"):
@@ -379,7 +381,7 @@ def test_what_can_not_be_told_apart_is_refused(tmp_path, files, zoo: Zoo):
         def __call__(self, module, X):
             return module(X)
 
-    with pytest.raises(TypeError, match=r"can't tell whether .* has changed.*memory=None"):
+    with pytest.raises(TypeError, match=r"can't detect whether .* has changed.*memory=None"):
         BestCheckpoint(forward=Local(), memory=tmp_path).fit(files, zoo.X, zoo.y)
 
 

@@ -181,7 +181,7 @@ def test_a_rank_that_is_lost_ends_the_job_and_memory_resumes_it(folder, case):
     assert ranks[0].returncode == 1
     message = (folder / "error0.txt").read_text()
     assert "Rank 0 of 2 lost the others" in message
-    assert "with memory= it goes on where it was" in message
+    assert "with memory= it resumes where it stopped" in message
     assert "RankError" in said
     assert not (folder / "found0.json").exists()
     again = start(folder, "none", 2)
@@ -211,7 +211,7 @@ def test_batch_statistics_are_not_shared_out(monkeypatch):
     monkeypatch.setattr("sksoup.recipes.validation.world_size", lambda: 2)
     zoo = make_zoo(3, seed=0)
     assert isinstance(zoo.checkpoints.build_module(), Net)
-    with pytest.raises(ValueError, match=r"share out\. Search with batch_norm='auto'"):
+    with pytest.raises(ValueError, match=r"split between the ranks.*Use batch_norm='auto'"):
         MEHLSoup(batch_norm="recalibrate").fit(zoo.checkpoints, zoo.X, zoo.y)
 
 

@@ -39,11 +39,13 @@ def test_auto_takes_what_the_limit_holds():
 
 def test_a_limit_that_does_not_hold_what_is_asked_for():
     budget = Budget(2000, 100, 100, 2, torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"does not hold a model batch of 19: it needs 2,100"):
+    with pytest.raises(
+        ValueError, match=r"is too small for a model batch of 19, which needs 2,100"
+    ):
         budget.resolve(19, 72)
     with pytest.raises(ValueError, match="model_batch_size=18 fits"):
         budget.resolve(None, 72)
-    with pytest.raises(ValueError, match="does not hold a model batch of 1"):
+    with pytest.raises(ValueError, match="is too small for a model batch of 1"):
         Budget(250, 100, 100, 2, torch.device("cpu")).resolve("auto", 72)
 
 

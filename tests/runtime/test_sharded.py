@@ -147,7 +147,7 @@ def test_what_shards_can_not_do_is_refused_on_every_rank(folder):
         "compile": "ValueError: compile=True can't be used with a sharded module",
         "workers": "ValueError: n_jobs=2 can't be used with a sharded module",
         "columns": "ValueError: 'embed.weight' is placed as S(1)",
-        "tied": "ValueError: 'blocks.3.inner.weight' is 'blocks.0.inner.weight' of another block",
+        "tied": "ValueError: 'blocks.3.inner.weight' is tied to 'blocks.0.inner.weight'",
         "interpolate": "TypeError: A sharded module can't be copied",
         "skorch": "TypeError: A sharded module can't be copied",
     }.items():
@@ -155,7 +155,7 @@ def test_what_shards_can_not_do_is_refused_on_every_rank(folder):
 
 
 def test_shards_need_a_job():
-    with pytest.raises(ValueError, match=r"shard='auto' .* there is none: start several"):
+    with pytest.raises(ValueError, match=r"shard='auto' .* there is no job. Start several"):
         UniformSoup(shard="auto").fit([Blocks()], np.zeros((3, 8)), [0, 1, 2])
     with pytest.raises(ValueError, match="shard must be one of None, 'auto'"):
         UniformSoup(shard=True).fit([Blocks()], np.zeros((3, 8)), [0, 1, 2])
