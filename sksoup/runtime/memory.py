@@ -61,8 +61,8 @@ def parse_bytes(limit: int | str, what: str = "memory_limit") -> int:
             value = int(float(number) * units[unit])
         except (KeyError, ValueError) as error:
             raise ValueError(
-                f"{what}={limit!r} is not a size, expected bytes or a number with KB, MB, GB or TB, "
-                f"such as '8GB'."
+                f"{what}={limit!r} is not a size, expected bytes or a number with KB, MB, GB or "
+                f"TB, such as '8GB'."
             ) from error
     else:
         value = int(limit)
