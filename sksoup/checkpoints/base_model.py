@@ -138,6 +138,10 @@ def _kind(part: nn.Module) -> str:
     transformers = sys.modules.get("transformers")
     if getattr(part, "groups", 1) != 1:
         return "a convolution with groups"
+    if isinstance(part, CONVOLUTIONS) and part.padding_mode != "zeros":
+        return f"a convolution with padding_mode={part.padding_mode!r}, which PEFT ignores"
+    if isinstance(part, CONVOLUTIONS) and part.padding == "same" and max(part.dilation) > 1:
+        return "a convolution with dilation and padding='same', which PEFT ignores"
     if isinstance(part, nn.Linear):
         return LINEAR
     if isinstance(part, CONVOLUTIONS):

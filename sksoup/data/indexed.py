@@ -66,18 +66,23 @@ class IndexedRows:
     loader : DataLoader
         Loader of a map-style data set. Its workers, collate function and pinned memory are used,
         but not its batches.
-    split : callable, batch -> inputs
-        Removes the targets, which are known from the first pass.
+    split : callable, batch -> (inputs, targets or None)
+        Separates the targets, which are known from the first pass.
     kept : inputs of shape (n_kept, ...)
         The first rows, in their own dtypes.
     digest : str
         SHA-256 of all inputs.
+    targets : Tensor or None
+        The targets in the batches of the first pass: a loader that gives others later does not
+        give the rows in the order of their indices.
     """
 
     def __init__(
-        self, loader: DataLoader[Any], split: Any, kept: Inputs | None, digest: str
-    ) -> None:
+        self, loader: DataLoader[Any], split: Any, kept: Inputs | None, digest: str,
+        targets: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
         self._loader, self._split, self.kept, self.digest = loader, split, kept, digest
+        self._targets = targets
         self._rows = torch.arange(len(cast(Sized, loader.dataset)))
         self.n_read = 0  # number of rows that were read again
 
@@ -134,8 +139,23 @@ class IndexedRows:
             prefetch_factor=loader.prefetch_factor if loader.num_workers else None,
         )  # fmt: skip
         with preserved_random_state():
-            for batch in again:
-                yield self._split(batch)
+            for rows, batch in zip(indices, again, strict=True):
+                X, labels = self._split(batch)
+                self._check_order(rows, n_rows(X), labels)
+                yield X
+
+    def _check_order(self, rows: list[int], n_read: int, labels: Any) -> None:
+        """Refuse batches that are not the rows asked for, as their targets show."""
+        is_other = n_read != len(rows)
+        if not is_other and self._targets is not None and labels is not None:
+            is_other = not torch.equal(torch.as_tensor(labels), self._targets[rows])
+        if is_other:
+            raise ValueError(
+                "The rows do not fit into memory, and when they are read again by index, they have "
+                "other targets than in the first pass. Give a collate_fn that keeps the order of "
+                "the rows and their number, and a data set that gives the same row each time; or "
+                "use fewer rows."
+            )
 
     def _merged(self, rows: torch.Tensor, read: Any) -> Any:
         """The rows that are kept and those that were read, in the order asked for."""

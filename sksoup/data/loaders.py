@@ -106,8 +106,9 @@ def read_loader(
     labels = targets_of(targets, y)
     if loader is not None and is_full:
         kept = _concatenate(inputs) if inputs else None
-        split = partial(_inputs_of, y=y, n_inputs=n_inputs)
-        return IndexedRows(loader, split, kept, digest.hexdigest()), labels
+        split = partial(_split, y=y, n_inputs=n_inputs)
+        known = None if is_apart(y) else labels
+        return IndexedRows(loader, split, kept, digest.hexdigest(), known), labels
     return _concatenate(inputs), labels
 
 
@@ -118,10 +119,6 @@ def note_rows(digest: Any, rows: Any) -> None:
             raise ValueError("Input X contains NaN or infinite values, expected finite numbers.")
         digest.update(f"{part.dtype}{tuple(part.shape[1:])}".encode())
         digest.update(tensor_bytes(part))
-
-
-def _inputs_of(batch: Any, y: Any, n_inputs: int | None) -> Any:
-    return _split(batch, y, n_inputs)[0]
 
 
 def padded(parts: list[Any], value: int = 0) -> list[Any]:

@@ -326,9 +326,24 @@ def prepare_module(
                 f"The module does not fit the checkpoints: {name!r} has dtype {state[name].dtype} "
                 f"in the module, but {info.dtype} in the checkpoints."
             )
+    _refuse_copies(module, state, checkpoints)
     wide = any(info.dtype == torch.float64 for info in checkpoints.layout.values())
     wide = wide or any(value.dtype == torch.float64 for value in state.values())
     return module.to(device, torch.float64 if wide else torch.float32).eval()
+
+
+def _refuse_copies(
+    module: nn.Module, state: Mapping[str, torch.Tensor], checkpoints: CheckpointCollection
+) -> None:
+    """Refuse entries of a state dict that are not the module's tensors: no soup could be loaded."""
+    tensors = {id(value) for value in (*module.parameters(), *module.buffers())}
+    copies = [n for n in checkpoints.layout if id(state[n]) not in tensors]
+    if copies:
+        raise ValueError(
+            f"{copies[0]!r} in the state_dict() of {type(module).__name__} is neither a parameter "
+            f"nor a buffer, but a tensor that get_extra_state or a hook makes, so mixed weights "
+            f"can't be loaded into it. Register it as a buffer."
+        )
 
 
 def _remedy(wanted: list[str], found: list[str]) -> str:

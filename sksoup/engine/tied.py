@@ -8,6 +8,25 @@ from torch import nn
 from ..checkpoints.base_model import tied_names
 from ..checkpoints.collection import CheckpointCollection
 from ..exceptions import CheckpointError
+from ..runtime.shards import sharded_parts
+
+
+def refuse_shared_memory(module: nn.Module) -> None:
+    """Refuse two parameters with the same memory: a search would give them different values."""
+    known: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    if sharded_parts(module):  # each parameter has memory of its own
+        return
+    for name, value in module.named_parameters():
+        if value.is_meta or not value.numel():
+            continue
+        key = value.data_ptr(), value.shape, value.stride()
+        other = known.setdefault(key, name)
+        if other != name:
+            raise ValueError(
+                f"{other!r} and {name!r} are two parameters with the same memory (tied by .data), "
+                f"which a soup can't keep equal. Tie them as one parameter: "
+                f"b.weight = a.weight instead of b.weight.data = a.weight.data."
+            )
 
 
 def check_tied(module: nn.Module, checkpoints: CheckpointCollection) -> None:

@@ -79,7 +79,8 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         random state is not changed.
     save_dir : str, path-like or None, default=None
         Folder to which each candidate is written when it is finished. An interrupted search resumes
-        from the candidates in it. None keeps the weights in memory.
+        from the candidates in it. Changes in the code of the net or its module are not noticed: use
+        a new folder after them. None keeps the weights in memory.
     verbose : int, default=0
         Verbosity of joblib, as in ``RandomizedSearchCV``. The net itself reports on training.
 

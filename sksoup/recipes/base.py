@@ -210,7 +210,10 @@ class BaseSoup(
             self._check_params()
             X, y, weight = validate_rows(self, X, y, self.task, sample_weight)
             collection = collect(checkpoints, X, y, weight, type(self).__name__)
-            with collection.threads_of_parent(), naming_lost_ranks():
+            with (
+                collection.threads_of_parent(), naming_lost_ranks(),
+                torch.inference_mode(False), torch.enable_grad(),  # wherever fit is called from
+            ):  # fmt: skip
                 problem = self._problem(collection, X, y, weight)
                 hashes = self._has_recipe and not rank()  # rank 0 hashes for all ranks
                 with collection.hashing() if hashes else nullcontext():

@@ -44,7 +44,7 @@ from ..engine.objective import (
 )
 from ..engine.problem import Problem, Step
 from ..engine.scores import Evaluator
-from ..engine.tied import check_tied
+from ..engine.tied import check_tied, refuse_shared_memory
 from ..mixing.layers import Layerwise, group_layers
 from ..runtime.cache import Cache
 from ..runtime.distributed import LOST, agreed, world_size
@@ -285,6 +285,7 @@ def prepare_problem(
     module = prepare_module(built, checkpoints, where)
     if sharded_parts(module):
         checkpoints = checkpoints.slice_rows(rows_of(module))
+    refuse_shared_memory(module)
     with agreed(bool(checkpoints.rows)):
         check_tied(module, checkpoints)
     dtype, given = module_dtype(module), X

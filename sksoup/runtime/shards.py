@@ -146,9 +146,24 @@ def _refuse_ties(module: nn.Module, blocks: list[nn.Module]) -> None:
                 )
 
 
+def _refuse_lost(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Refuse buffers without values that no checkpoint has: they are computed from a parameter."""
+    state = module.state_dict(keep_vars=True)
+    lost = [name for name, value in buffers.items() if value.is_meta and name not in state]
+    if lost:
+        raise ValueError(
+            f"The buffer {lost[0]!r} of {type(module).__name__} is computed from a parameter and "
+            f"is not in its state_dict(), so shard='auto', which builds parameters without values, "
+            f"can't know it. Compute it from sizes (torch.ones(n, n) instead of "
+            f"torch.ones_like(weight)), or wrap the module yourself: fully_shard(module), "
+            f"module=that."
+        )
+
+
 def materialize(module: nn.Module, device: torch.device) -> None:
     """Give the shards memory on the device; what is in the buffers stays."""
     buffers: Mapping[str, torch.Tensor] = dict(module.named_buffers())
+    _refuse_lost(module, buffers)
     kept = {name: value.clone() for name, value in buffers.items() if not value.is_meta}
     module.to_empty(device=device)
     with torch.no_grad():

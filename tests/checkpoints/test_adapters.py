@@ -486,6 +486,31 @@ def test_tied_tensors_grouped_convolutions_and_attentions_are_refused(tmp_path):
     refused("'last.weight', which is tied", [tmp_path / "saved"], module=lambda: seeded(Tied))
 
 
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"padding_mode": "circular"}, "a convolution with padding_mode='circular', which PEFT"),
+        ({"padding": "same", "dilation": 2}, "a convolution with dilation and padding='same'"),
+    ],
+)
+def test_convolutions_whose_padding_peft_ignores_are_refused(tmp_path, settings, match):
+    """PEFT's branch adds something else to their output than its merged weights give."""
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(1, 2, 3, **{"padding": 1, **settings})
+            self.head = nn.Linear(10, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.conv(x[:, None].float()).flatten(1))
+
+    how = one(target_modules=["conv"], modules_to_save=None)
+    model = peft_model(0, seeded(Padded), **how)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    refused(match, [tmp_path / "adapter"], module=lambda: seeded(Padded))
+
+
 def drop_b(state):
     return {n: v for n, v in state.items() if "lin.lora_B" not in n}
 

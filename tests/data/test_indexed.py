@@ -194,6 +194,28 @@ def test_memory_takes_a_finished_fit_and_notices_other_rows(zoo: Zoo, monkeypatc
     assert other.counts_.rows_backward
 
 
+@pytest.mark.parametrize("changed", ["order", "number", "rows"])
+def test_rows_that_are_others_when_they_are_read_again_are_refused(zoo: Zoo, monkeypatch, changed):
+    """Once, the soup was searched with the targets of other rows, and no error."""
+    X, y = np.asarray(zoo.X, dtype=np.float32), np.asarray(zoo.y)
+    limited(monkeypatch, 0)
+    n_read = 0
+
+    def collate(batch):
+        nonlocal n_read
+        n_read += len(batch)
+        if changed == "order":
+            batch = sorted(batch, key=lambda row: float(row[0][0]))
+        if changed == "number" and n_read > len(y):
+            batch = batch + batch[:1]
+        X, labels = torch.utils.data.default_collate(batch)
+        return X, (labels + 1) % 3 if changed == "rows" and n_read > len(y) else labels
+
+    rows = DataLoader(Pairs(X, y), batch_size=8, collate_fn=collate)
+    with pytest.raises(ValueError, match="they have other targets than in the first pass"):
+        MEHLSoup(batch_size=16, random_state=0).fit(zoo.checkpoints, rows)
+
+
 def test_what_can_not_be_read_again_has_to_fit(zoo: Zoo, monkeypatch):
     X, y = np.asarray(zoo.X, dtype=np.float32), np.asarray(zoo.y)
     limited(monkeypatch, 100)

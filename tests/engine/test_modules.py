@@ -169,3 +169,68 @@ def test_a_soup_goes_to_onnx(zoo: Zoo):
     with torch.no_grad():
         expected = soup.module_(torch.as_tensor(zoo.X)).numpy()
     np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+class ExtraState(nn.Linear):
+    """Keeps a tensor that is no buffer."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+        self.mean = torch.zeros(4)
+
+    def get_extra_state(self):
+        return self.mean.clone()
+
+    def set_extra_state(self, state):
+        self.mean = state
+
+
+class Copies(nn.Linear):
+    """Writes copies of its weights, as layers with packed ones do."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+        self.register_state_dict_post_hook(
+            lambda module, state, prefix, _: state.update({n: w.clone() for n, w in state.items()})
+        )
+
+
+class SharedMemory(nn.Module):
+    """Two parameters, one memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight.data = self.first.weight.data
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, X):
+        return self.head(self.second(self.first(X).relu()))
+
+
+@pytest.mark.parametrize("soup", SOUPS, ids=lambda soup: type(soup).__name__)
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        (ExtraState, "'_extra_state' in the state_dict.. of ExtraState is neither a parameter nor"),
+        (Copies, "'weight' in the state_dict.. of Copies is neither a parameter nor a buffer"),
+        (SharedMemory, "'first.weight' and 'second.weight' are two parameters with the same mem"),
+    ],
+)
+def test_modules_that_could_not_hold_the_soup_are_refused(soup, kind, match):
+    """Once, other values than those that were scored were saved, or other ones scored."""
+    states = [kind().state_dict() for _ in range(3)]
+    with pytest.raises(ValueError, match=match):
+        clone(soup).fit(CheckpointCollection(states, module=kind), torch.randn(9, 4), [0, 1, 2] * 3)
+
+
+@pytest.mark.parametrize("soup", SOUPS, ids=lambda soup: type(soup).__name__)
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_fit_where_gradients_are_off(zoo: Zoo, soup, off):
+    """As in Lightning's validation hooks."""
+    expected = clone(soup).fit(zoo.checkpoints, zoo.X, zoo.y)
+    with off():
+        found = clone(soup).fit(zoo.checkpoints, zoo.X, zoo.y)
+        assert not torch.is_grad_enabled()
+    assert np.array_equal(found.coef_, expected.coef_)
+    assert not any(value.is_inference() for value in found.module_.state_dict().values())

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
+from torch import nn
 
 from benchmarks import plan
 from sksoup import UniformSoup
+from sksoup.runtime.shards import materialize, parameters_as_shapes
 
 from .blocks import Blocks, make_llamas, make_wide_zoo, make_zoo
 from .sharded_job import SOUPS, fit
@@ -159,3 +161,19 @@ def test_shards_need_a_job():
         UniformSoup(shard="auto").fit([Blocks()], np.zeros((3, 8)), [0, 1, 2])
     with pytest.raises(ValueError, match="shard must be one of None, 'auto'"):
         UniformSoup(shard=True).fit([Blocks()], np.zeros((3, 8)), [0, 1, 2])
+
+
+class Masked(nn.Linear):
+    """A mask that is not saved, and made from the weight."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.register_buffer("mask", torch.ones_like(self.weight).tril(), persistent=False)
+
+
+def test_a_buffer_that_is_made_from_a_parameter_is_refused():
+    """Once, it was whatever the memory had held before."""
+    with parameters_as_shapes():
+        module = Masked()
+    with pytest.raises(ValueError, match="The buffer 'mask' of Masked is computed from a param"):
+        materialize(module, torch.device("cpu"))
