@@ -62,6 +62,15 @@ class Table:
         body = "".join(self._html_row("td", row) for row in self.rows)
         return f"<table>{self._html_row('th', self.header)}{body}</table>"
 
+    def without_empty(self) -> Table:
+        """The table without the columns that have nothing but "-" or nothing at all in them."""
+        full = [
+            k for k in range(len(self.header)) if any(row[k] not in ("-", "") for row in self.rows)
+        ]
+        rows = [[row[k] for k in full] for row in self.rows]
+        left = [new for new, k in enumerate(full) if k in self.left]
+        return Table([self.header[k] for k in full], rows, left)
+
     def _padded(self, row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
         for k, (cell, width) in enumerate(zip(row, widths, strict=True)):
             yield cell.ljust(width) if k in self.left else cell.rjust(width)

@@ -76,15 +76,19 @@ def two_forms(fit: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class DocLinkMixin:
-    """Links of scikit-learn's HTML display, where the package's metadata has a documentation."""
+    """Links of scikit-learn's HTML display, if the package's metadata name its documentation.
+
+    There is none as long as the documentation has no public address.
+    """
 
     _doc_link_module = "sksoup"
 
     @property
     def _doc_link_template(self) -> str:
-        urls = dict(
-            entry.split(", ", 1) for entry in metadata("sksoup").get_all("Project-URL") or ()
-        )
+        entries: list[str] = []
+        with suppress(PackageNotFoundError):  # run from a folder that was never installed
+            entries = metadata("sksoup").get_all("Project-URL") or []
+        urls = dict(entry.split(", ", 1) for entry in entries)
         base: str | None = urls.get("Documentation")
         return "" if base is None else f"{base.rstrip('/')}/generated/{{name}}.html"
 
