@@ -197,7 +197,8 @@ class ComparisonDisplay(Display):
         ax.axvline(0, color="black", linewidth=0.8)
         ax.grid(axis="x", alpha=0.3)
         ax.set(xlabel="difference from the best checkpoint (95 % interval)")
-        ax.tick_params(axis="y", labelleft=False)
+        ax.tick_params(axis="y", labelleft=False, left=False)
+        ax.locator_params(axis="x", nbins=5)
         ax.legend(
             frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8,
             columnspacing=1.0, handletextpad=0.3,

@@ -158,10 +158,12 @@ def _scores(soup: Any, comparison: Any) -> str:
             if mine is None
             else f"This soup is the row {mine!r}."
         )
+        about = comparison.statement.removesuffix(comparison.verdict).rstrip()  # it is on top
         display = ComparisonDisplay.from_comparison(comparison)
         return (
-            f"<p>{escape(comparison.statement)}</p><p>{escape(which)}</p>"
+            f"<p>{escape(about)}</p><p>{escape(which)}</p>"
             f"{_table(comparison.header, comparison.cells())}"
+            f"<p>{escape(comparison.legend)}</p>"
             f"{_picture(display, 'Scores of all methods, and differences from the best')}"
         )
     scores = soup.recipe_.scores

@@ -272,14 +272,19 @@ class SoupComparison:
         return f"{self._table().to_text(rule=True)}\n{text}".rstrip()
 
     def _parts(self) -> list[str]:
-        """The lines below the table."""
+        """The paragraphs below the table."""
+        return [self.legend, *filter(None, [self.statement])]
+
+    @property
+    def legend(self) -> str:
+        """What the columns hold that are not scores."""
         legend = ["seconds", "forward and backward (passes over the validation data)"]
         if "memory" in self.header:
             legend.append("memory (in models)")
         costs = f"Cost of fitting: {', '.join(legend)}. Used: checkpoints in the soup."
         if any(r.difference_interval is not None for r in self.results):
             costs = f"vs best: difference from {self.reference!r}, ± its 95 % interval. {costs}"
-        return [costs, *filter(None, [self.statement])]
+        return costs
 
     def __repr__(self) -> str:
         n, tests = len(self.results), ", ".join(f"{n:,} {name}" for name, n in self.n_test.items())

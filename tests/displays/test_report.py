@@ -115,6 +115,14 @@ def test_the_verdict_is_on_top(zoo: Zoo, tmp_path):
     page = Page((tmp_path / "soup.html").read_text())
     assert page.texts.index(found.verdict_of("mean")) < page.texts.index("Scores")
     assert datetime.date.today().isoformat() in page.texts
+    assert (
+        sum(
+            "than the best checkpoint" in text or "differ significantly" in text
+            for text in page.texts
+        )
+        == 1
+    )  # one verdict
+    assert found.legend in page.texts
     assert "validation score" not in page.texts  # none is known: no empty column
 
 
