@@ -13,6 +13,14 @@ LATEX = {c: "\\" + c for c in "&%$#_{}"} | {
     "^": r"\textasciicircum{}",
     "±": r"$\pm$",
 }
+MOST_ROWS, MOST_CHARACTERS = 20, 60  # of a table and of a cell in a notebook
+STYLE = """
+.sksoup { overflow-x: auto; } .sksoup p { margin: .3em 0; }
+.sksoup table { border-collapse: collapse; font-size: .9em; margin: .4em 0; }
+.sksoup th, .sksoup td { padding: .2em .6em; border: 0; text-align: left; white-space: nowrap; }
+.sksoup tr { border-bottom: 1px solid #8886; background: none; }
+.sksoup .number { text-align: right; font-variant-numeric: tabular-nums; }
+"""
 PIPE = re.compile(r"(?<!\\)((?:\\\\)*)\|")  # one without a backslash that escapes it
 
 
@@ -54,6 +62,15 @@ class Table:
         body = "".join(self._html_row("td", row) for row in self.rows)
         return f"<table>{self._html_row('th', self.header)}{body}</table>"
 
+    def without_empty(self) -> Table:
+        """The table without the columns that have nothing but "-" or nothing at all in them."""
+        full = [
+            k for k in range(len(self.header)) if any(row[k] not in ("-", "") for row in self.rows)
+        ]
+        rows = [[row[k] for k in full] for row in self.rows]
+        left = [new for new, k in enumerate(full) if k in self.left]
+        return Table([self.header[k] for k in full], rows, left)
+
     def _padded(self, row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
         for k, (cell, width) in enumerate(zip(row, widths, strict=True)):
             yield cell.ljust(width) if k in self.left else cell.rjust(width)
@@ -64,6 +81,26 @@ class Table:
             for k, cell in enumerate(row)
         )
         return f"<tr>{''.join(cells)}</tr>"
+
+
+def notebook_html(heading: str, table: Table, notes: Sequence[str] = ()) -> str:
+    """What a notebook shows: a heading, the first rows of a table, notes; bounded and escaped."""
+    rows = [[shortened(cell) for cell in row] for row in table.rows[:MOST_ROWS]]
+    rest = len(table.rows) - len(rows)
+    notes = [f"… and {rest:,} more", *notes] if rest else notes
+    shown = Table([shortened(title) for title in table.header], rows, table.left)
+    below = "".join(f"<p>{html.escape(shortened(note, 1000))}</p>" for note in notes)
+    return (
+        f"<div class='sksoup'><style>{STYLE}</style>"
+        f"<p><b>{html.escape(shortened(heading, 200))}</b></p>{shown.to_html()}{below}</div>"
+    )
+
+
+def shortened(text: str, most: int = MOST_CHARACTERS) -> str:
+    """Printable text of at most so many characters; the middle of a longer one is left out."""
+    if len(text) > most:
+        text = f"{text[: most - most // 3 - 1]}…{text[-(most // 3) :]}"
+    return printable(text)
 
 
 def printable(text: str) -> str:

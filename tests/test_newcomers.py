@@ -111,7 +111,7 @@ def test_a_report_says_which_row_is_the_soup(zoo: Zoo, tmp_path):
     soup = UniformSoup().fit(zoo.checkpoints, zoo.X, zoo.y)
     found = compare_soups(zoo.checkpoints, zoo.X, zoo.y, recipes={"Mine": soup})
     soup.report(tmp_path / "a.html", found)
-    assert "This soup is none of these" in (tmp_path / "a.html").read_text()
+    assert "This soup is not in the table" in (tmp_path / "a.html").read_text()
     found.soups["Mine"].report(tmp_path / "b.html", found)
     assert "This soup is the row &#x27;Mine&#x27;." in (tmp_path / "b.html").read_text()
 

@@ -19,7 +19,7 @@ def test_the_page(tmp_path, monkeypatch, capsys):
         found = run("shift")
     said = capsys.readouterr().out
     assert "mean shifted %" in said
-    assert "noise (2,000 rows)" in said
+    assert "noise (2,000 examples)" in " ".join(said.split())
     results = {one.system: one for one in found["comparison"].results}
     assert all(list(one.tests) == ["clean", "noise", "dark"] for one in results.values())
     assert results["best"].worst < results["best"].test

@@ -94,6 +94,16 @@ def test_no_cell_breaks_out_of_its_place(table):
         assert len(re.sub(r"\\.", "", line).split("|")) == len(table.header) + 2
 
 
+def test_empty_columns_are_left_out():
+    table = Table(
+        ("name", "score", "note", "n"), [("a", "-", "", "1"), ("b", "-", "x", "2")], (0, 2)
+    )
+    found = table.without_empty()
+    assert found.header == ["name", "note", "n"]
+    assert found.rows == [["a", "", "1"], ["b", "x", "2"]]
+    assert found.left == [0, 1]
+
+
 def test_rows_that_do_not_fit_the_header_are_refused():
     with pytest.raises(ValueError, match="zip"):
         Table(("a", "b"), [("1",)]).to_text()

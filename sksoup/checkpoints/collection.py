@@ -21,6 +21,7 @@ from ..exceptions import CheckpointError, SoupWarning
 from ..runtime.distributed import agreed
 from ..runtime.random_state import preserved_random_state
 from ..runtime.shards import sharded_parts
+from ..tables import Table, notebook_html
 from .agreement import check_names, check_scores, common_layout, named
 from .architecture import ModuleSource
 from .converted import convert_names, unconverted
@@ -259,6 +260,16 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             f"CheckpointCollection({len(self)} checkpoint{'s' * (len(self) > 1)}, "
             f"{len(self.layout)} tensors, {self.nbytes:,} bytes each, {where}{taken})"
         )
+
+    def _repr_html_(self) -> str:
+        """The names, files and scores that are known; nothing is read."""
+        scores, rows = self.scores or {}, []
+        for name in self.names:
+            path = self.path(name)
+            file = "" if path is None else path.name
+            rows.append((name, file, f"{scores[name]:.4f}" if name in scores else ""))
+        table = Table(("name", "file", "score"), rows, left=(0, 1)).without_empty()
+        return notebook_html(repr(self), table)
 
     @property
     def nbytes(self) -> int:

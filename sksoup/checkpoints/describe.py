@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from ..runtime.fingerprint import tensor_bytes
-from ..tables import Table
+from ..tables import Table, notebook_html, shortened
 from .relations import Relations
 from .survey import Openable, judge, listed, remedy, survey, usable
 
+HEADER, LEFT = ("name", "norm", "distance", "cosine", "score", ""), (0, 5)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class CheckpointSummary:
     """Hold what `CheckpointCollection.describe` found of one checkpoint.
 
@@ -59,8 +61,35 @@ class CheckpointSummary:
     same_as: str | None
     problem: str | None = None
 
+    def __repr__(self) -> str:
+        score = "" if self.score is None else f", score {self.score:.4f}"
+        note = f", {shortened(self._note)}" if self._note else ""
+        return (
+            f"CheckpointSummary({shortened(self.name)!r}, norm {_number(self.norm, '.4g')}, "
+            f"distance {_number(self.distance, '.4g')}, cosine {_number(self.cosine, '.4f')}"
+            f"{score}{note})"
+        )
 
-@dataclass(frozen=True)
+    @property
+    def _note(self) -> str:
+        """What is wrong with it, or which it repeats."""
+        return self.problem or (f"same as {self.same_as}" if self.same_as else "")
+
+    def _cells(self) -> tuple[str, ...]:
+        return (
+            self.name,
+            _number(self.norm, ".4g"),
+            _number(self.distance, ".4g"),
+            _number(self.cosine, ".4f"),
+            "-" if self.score is None else f"{self.score:.4f}",
+            _short(self._note),
+        )
+
+    def _repr_html_(self) -> str:
+        return notebook_html("Checkpoint", Table(HEADER, [self._cells()], LEFT).without_empty())
+
+
+@dataclass(frozen=True, repr=False)
 class CollectionSummary:
     """Hold what `CheckpointCollection.describe` found; printed, it is a table and a verdict.
 
@@ -106,28 +135,30 @@ class CollectionSummary:
         return plain
 
     def __str__(self) -> str:
-        rows = [
-            (
-                row.name,
-                _number(row.norm, ".4g"),
-                _number(row.distance, ".4g"),
-                _number(row.cosine, ".4f"),
-                "-" if row.score is None else f"{row.score:.4f}",
-                _short(row.problem or (f"same as {row.same_as}" if row.same_as else "")),
-            )
-            for row in self.checkpoints
-        ]
-        header = ("name", "norm", "distance", "cosine", "score", "")
-        lines = [Table(header, rows, left=(0, 5)).to_text()]
+        return "\n".join([self._table().to_text(), *self._notes()])
+
+    def _table(self) -> Table:
+        return Table(HEADER, [row._cells() for row in self.checkpoints], LEFT)
+
+    def _notes(self) -> list[str]:
+        """The lines below the table."""
         kinds = ", ".join(f"{n} {dtype}" for dtype, n in self.dtypes.items())
-        lines.append(
+        return [
             f"{self.n_parameters:,} floating numbers each; tensors: {kinds}; "
-            f"{len(self.identical)} identical everywhere"
-        )
-        lines.append(
-            "distance: to the median of all; cosine: median of those to each other checkpoint"
-        )
-        return "\n".join([*lines, *self.verdict])
+            f"{len(self.identical)} identical everywhere",
+            "distance: to the median of all; cosine: median of those to each other checkpoint",
+            *self.verdict,
+        ]
+
+    def __repr__(self) -> str:
+        n = len(self.checkpoints)
+        verdict = shortened(self.verdict[-1], 100) if self.verdict else ""
+        return f"CollectionSummary({n} checkpoint{'s' * (n != 1)}: {verdict})"
+
+    def _repr_html_(self) -> str:
+        n = len(self.checkpoints)
+        heading = f"{n:,} checkpoint{'s' * (n != 1)}"
+        return notebook_html(heading, self._table().without_empty(), self._notes())
 
 
 def describe(collection: Openable) -> CollectionSummary:

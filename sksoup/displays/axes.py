@@ -54,6 +54,13 @@ def new_axes(ax: Any, wide: float, tall: float) -> tuple[Any, Any]:
     return plt.subplots(figsize=(wide, tall), layout="constrained")
 
 
+def new_panels(wide: float, tall: float) -> tuple[Any, Any]:
+    """A new figure with two axes side by side that share the vertical axis."""
+    figure, left = new_axes(None, wide, tall)
+    left.remove()
+    return figure, figure.subplots(1, 2, sharey=True)
+
+
 def label_ticks(ax: Any, which: str, names: Sequence[str]) -> None:
     """Label as many evenly spaced ticks as fit."""
     box = ax.get_window_extent().transformed(ax.figure.dpi_scale_trans.inverted())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import io
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -12,7 +13,7 @@ import numpy as np
 
 from ..checkpoints.survey import MORE, judge
 from ..data.tokens import shown_score
-from ..tables import Table
+from ..tables import Table, printable
 from .coefficients import CoefficientsDisplay
 from .comparison import ComparisonDisplay
 from .greedy_path import GreedyPathDisplay
@@ -27,7 +28,12 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 60rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; color: var(--mark); }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; } .wide img { min-width: 32rem; }
+.verdict { border-left: 4px solid var(--mark); background: var(--soft); padding: .6rem .9rem;
+  font-size: 1.1rem; }
+pre { overflow-x: auto; overflow-wrap: normal; font-size: .8rem; background: var(--soft);
+  padding: .5rem; }
+@media (max-width: 30rem) { body { font-size: 15px; padding: .7rem; } h1 { font-size: 1.3rem; } }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left;
   white-space: nowrap; }
@@ -47,14 +53,14 @@ def render(soup: Any, comparison: Any = None, importance: Any = None) -> str:
     used = recipe.is_used().sum()
     title = f"{recipe.method} of {used} of {len(recipe.ingredients)} checkpoints"
     sections = {
-        "How well it does": _scores(soup, comparison),
+        "Scores": _scores(soup, comparison),
         "Warnings": _list(soup.warnings_),
-        "What to look at": _list(advice(soup, comparison)),
+        "Notes": _list(advice(soup, comparison)),
         "Coefficients": _coefficients(soup),
-        "Which ingredients matter": "" if importance is None else _importance(soup, importance),
-        "How they were found": _search(soup),
-        "What was mixed": _ingredients(recipe),
-        "How to make it again": _reproduction(recipe),
+        "Which checkpoints matter": "" if importance is None else _importance(soup, importance),
+        "How the coefficients were found": _search(soup),
+        "Checkpoints in the soup": _ingredients(recipe),
+        "Reproduce this soup": _reproduction(recipe),
     }
     body = "\n".join(f"<h2>{name}</h2>\n{html}" for name, html in sections.items() if html)
     return (
@@ -63,10 +69,37 @@ def render(soup: Any, comparison: Any = None, importance: Any = None) -> str:
         "<link rel='icon' href='data:,'>"
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
         f"<h1>{escape(title)}</h1>\n"
-        "<p>One network, mixed from fine-tuned ones: its weights are their sum with the "
-        "coefficients below. It costs no more to run than any one of them.</p>\n"
+        f"<p>Written on <time>{datetime.date.today().isoformat()}</time> by sksoup "
+        f"{escape(recipe.versions.get('sksoup', ''))}.</p>\n"
+        f"<p class='verdict'>{escape(verdict(soup, comparison))}</p>\n"
+        "<p>The weights of this network are a weighted sum of the weights of the checkpoints, with "
+        "the coefficients below. It costs as much to run as one of them.</p>\n"
         f"{body}\n</body></html>\n"
     )
+
+
+def verdict(soup: Any, comparison: Any = None) -> str:
+    """Whether the soup is better than the best checkpoint on test data, in a sentence."""
+    if comparison is None or not comparison.n_test:
+        return (
+            "Whether this soup is better than the best checkpoint is not known: no scores on test "
+            "data were given."
+        )
+    mine = _row_of(soup, comparison)
+    found = comparison.verdict if mine is None else comparison.verdict_of(mine)
+    if found:
+        return str(found)
+    if mine is not None and mine == comparison.reference:
+        return f"This is the best checkpoint. {comparison.verdict}".rstrip()
+    return (
+        "Whether this soup is better than the best checkpoint is not known: BestCheckpoint was not "
+        "among the methods that were compared."
+    )
+
+
+def _row_of(soup: Any, comparison: Any) -> str | None:
+    """The soup's name in a comparison, if it is in it."""
+    return next((name for name, one in comparison.soups.items() if one is soup), None)
 
 
 def advice(soup: Any, comparison: Any = None) -> list[str]:
@@ -79,8 +112,8 @@ def advice(soup: Any, comparison: Any = None) -> list[str]:
     if outside:
         said.append(
             f"{100 * outside:.1f} % of the coefficients lie outside [0, 1]: the soup "
-            f"extrapolates. Hyperplane soups gain by this, and may overfit by it: rely on scores "
-            f"on test rows, which were not used to find the coefficients."
+            f"extrapolates. This can raise the score and can overfit: rely on scores on test "
+            f"data, which was not used to find the coefficients."
         )
     path = getattr(soup, "path_", [])
     lucky = [
@@ -89,23 +122,22 @@ def advice(soup: Any, comparison: Any = None) -> list[str]:
     ]  # fmt: skip
     if lucky:
         said.append(
-            f"{len(lucky)} of the ingredients were kept for a gain of less than two standard "
-            f"errors, which may be luck. Hold out more rows, or ask for more with "
-            f"min_improvement."
+            f"{len(lucky)} of the checkpoints were kept for a gain of less than two standard "
+            f"errors, which may be luck. Use more validation data, or raise min_improvement."
         )
     if path and len(used) == 1:
         said.append(
-            "Only the best checkpoint was kept, so this is no mixture. Fine-tune more "
-            "checkpoints from one start, or learn coefficients with MEHLSoup."
+            "Only the best checkpoint was kept, so this is not a mixture. Fine-tune more "
+            "checkpoints from the same pretrained weights, or learn coefficients with MEHLSoup."
         )
     if recipe.recalibrated:
         said.append(
-            f"{len(recipe.recalibrated)} BatchNorm tensors were re-estimated from the held-out "
-            f"rows: the checkpoints alone do not rebuild them."
+            f"{len(recipe.recalibrated)} BatchNorm tensors were re-estimated from the "
+            f"validation data: they can't be rebuilt from the checkpoints alone."
         )
     if recipe.temperature != 1.0:
         said.append(
-            f"A temperature of {recipe.temperature:.4g} was learnt: predict_proba multiplies the "
+            f"A temperature of {recipe.temperature:.4g} was learned: predict_proba multiplies the "
             f"logits by it, the network itself does not."
         )
     if comparison is None:
@@ -114,23 +146,25 @@ def advice(soup: Any, comparison: Any = None) -> list[str]:
             "soup.report(path, compare_soups(checkpoints, X_val, y_val, X_test, y_test))."
         )
     elif not comparison.n_test:
-        said.append("No test rows were given: scores on the held-out rows are optimistic.")
+        said.append("No test data was given: validation scores are optimistic.")
     return said
 
 
 def _scores(soup: Any, comparison: Any) -> str:
     if comparison is not None:
-        mine = next((name for name, one in comparison.soups.items() if one is soup), None)
+        mine = _row_of(soup, comparison)
         which = (
-            "This soup is none of these, which were fitted beside it."
+            "This soup is not in the table: the methods in it were fitted separately."
             if mine is None
             else f"This soup is the row {mine!r}."
         )
+        about = comparison.statement.removesuffix(comparison.verdict).rstrip()  # it is on top
         display = ComparisonDisplay.from_comparison(comparison)
         return (
-            f"<p>{escape(comparison.statement)}</p><p>{escape(which)}</p>"
+            f"<p>{escape(about)}</p><p>{escape(which)}</p>"
             f"{_table(comparison.header, comparison.cells())}"
-            f"{_picture(display, 'Scores of all systems')}"
+            f"<p>{escape(comparison.legend)}</p>"
+            f"{_picture(display, 'Scores of all methods, and differences from the best')}"
         )
     scores = soup.recipe_.scores
     if not scores:
@@ -139,7 +173,7 @@ def _scores(soup: Any, comparison: Any) -> str:
     shown = shown_score(scores[best], soup.task)
     return (
         f"<p>The best single checkpoint, <code>{escape(best)}</code>, scored {shown} "
-        f"on the held-out rows, on which the soup was fitted as well.</p>"
+        f"on the validation data, on which the soup was fitted as well.</p>"
     )
 
 
@@ -173,21 +207,28 @@ def _search(soup: Any) -> str:
     if getattr(soup, "path_", None):
         return _picture(GreedyPathDisplay.from_estimator(soup), "Candidates in the order tried")
     if any("loss" in record for record in soup.history_):
-        return _picture(LearningCurveDisplay.from_estimator(soup), "Held-out loss at every step")
-    return "<p>They are given by the recipe; there was no search.</p>"
+        return _picture(LearningCurveDisplay.from_estimator(soup), "Validation loss at every step")
+    return "<p>The method sets them without a search.</p>"
 
 
 def _ingredients(recipe: Any) -> str:
     scores = {name: f"{score:.4f}" for name, score in recipe.scores.items()}
-    rows = [
-        (one.name, f"{coef:.4f}", scores.get(one.name, "-"), one.sha256)
+    used = [
+        (one, coef)
         for one, coef, is_used in zip(
             recipe.ingredients, recipe.coef.mean(axis=0), recipe.is_used(), strict=True
         )
         if is_used
     ]
-    header = ("checkpoint", "mean coefficient", "held-out score", "SHA-256")
-    return _table(header, rows, left=(0, 3))
+    rows = [
+        (one.name, f"{coef:.4f}", scores.get(one.name, "-"), one.sha256[:12]) for one, coef in used
+    ]
+    header = ("checkpoint", "mean coefficient", "validation score", "SHA-256")
+    full = "\n".join(f"{one.sha256}  {printable(one.name)}" for one, _ in used)
+    return (
+        f"{_table(header, rows, left=(0, 3))}"
+        f"<details><summary>Full SHA-256</summary><pre>{escape(full)}</pre></details>"
+    )
 
 
 def _reproduction(recipe: Any) -> str:
@@ -197,8 +238,8 @@ def _reproduction(recipe: Any) -> str:
     )
     versions = ", ".join(f"{name} {version}" for name, version in recipe.versions.items())
     return (
-        "<p>With the checkpoints and the saved soup at hand, its weights are rebuilt and compared "
-        "bit for bit by <code>python -m sksoup verify FILE FOLDER</code>.</p>"
+        "<p>To rebuild the weights of the saved soup from the checkpoints and compare them bit for "
+        "bit, run <code>python -m sksoup verify FILE FOLDER</code>.</p>"
         f"<details><summary>Parameters</summary><ul>{params}</ul></details>"
         f"<p>{escape(versions)}</p>"
     )
@@ -212,7 +253,7 @@ def _list(items: Iterable[str]) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
     """A table that scrolls on a narrow screen."""
-    return f"<div class='wide'>{Table(header, rows, left).to_html()}</div>"
+    return f"<div class='wide'>{Table(header, rows, left).without_empty().to_html()}</div>"
 
 
 def _picture(display: Any, text: str) -> str:
@@ -223,4 +264,5 @@ def _picture(display: Any, text: str) -> str:
     display.figure_.savefig(buffer, format="png", dpi=120)
     plt.close(display.figure_)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f"<p><img alt='{escape(text, quote=True)}' src='data:image/png;base64,{data}'></p>"
+    image = f"<img alt='{escape(text, quote=True)}' src='data:image/png;base64,{data}'>"
+    return f"<p class='wide'>{image}</p>"

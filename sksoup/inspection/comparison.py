@@ -1,4 +1,4 @@
-"""Comparison of soups on the same checkpoints and rows."""
+"""Comparison of soups on the same checkpoints, validation data and test data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..recipes.learned import LearnedSoup
 from ..recipes.mehl import MEHLSoup
 from ..recipes.validation import check_flag, scorer_of
 from ..runtime.live_tensors import LiveTensors
+from .paired import Difference, PairedScore, paired_difference, paired_score
 from .results import SoupComparison, SoupResult
 from .test_sets import Rows, named_test_sets
 
@@ -140,26 +141,30 @@ def compare_soups(
     measure_memory: bool = True,
     on_result: Callable[[SoupResult], None] | None = None,
 ) -> SoupComparison:
-    """Fit several systems on the same checkpoints and held-out rows, and measure them.
+    """Fit several methods on the same checkpoints and validation data, and measure them.
+
+    Where one of them is `BestCheckpoint`, each of the others is compared with it: the difference of
+    their test scores is given with its 95 % confidence interval, paired by test example.
 
     Parameters
     ----------
     checkpoints : CheckpointCollection
         The checkpoints to mix.
     X_val, y_val : array-like or Tensor of n_samples rows
-        Held-out rows, on which the coefficients are found; ``y_val`` may be None for language
+        Validation data, on which the coefficients are found; ``y_val`` may be None for language
         models, as in `fit`.
     X_test : array-like, Tensor or mapping of str to test sets, or None, default=None
-        Test rows, which are used for scores only. Several test sets, such as
+        Test data, which is used for scores only. Several test sets, such as
         ``{"clean": X, "noise": X_noisy}``, by name: the first is the reference, the others are
         called shifted. Each is inputs whose labels are ``y_test``, or a pair ``(X, y)``. A mapping
         with the keys of ``X_val`` is one test set of several inputs.
     y_test : array-like or Tensor, or None, default=None
         Their labels; None where the test sets are pairs.
     recipes : mapping of str to estimator or None, default=None
-        Unfitted soups by name; they are cloned. By default the ten of `paper_systems` and the two
-        of `centered_systems` for classification; for another task give
-        ``recipes=paper_systems(K, task=...)``.
+        Unfitted soups by name; they are cloned. The first `BestCheckpoint` among them is what the
+        others are compared with, and is measured first; without one there are no differences. By
+        default the ten of `paper_systems` and the two of `centered_systems` for classification; for
+        another task give ``recipes=paper_systems(K, task=...)``.
     scoring : str, callable or None, default=None
         Metric of the results, as in scikit-learn; by default accuracy or R². It does not change
         the searches: `GreedySoup` has a ``scoring`` of its own, and the learned ones use a loss.
@@ -174,7 +179,7 @@ def compare_soups(
     Returns
     -------
     comparison : SoupComparison
-        Results and fitted systems.
+        Results and fitted methods.
 
     Raises
     ------
@@ -187,11 +192,33 @@ def compare_soups(
 
     Notes
     -----
-    Checkpoints are ranked once for all recipes that rank them on all rows in the same way; the time
-    and passes of the ranking are added to each of them, so that seconds can be compared. A recipe
-    that ranks on some of the rows does so itself. Memory is counted in a
-    second fit, so that counting does not slow the first; a recipe that uses gradient descent runs
-    one inner epoch in it.
+    *Differences.* All methods are tested on the same examples, so that most of the noise of their
+    scores is shared and cancels in the difference. For accuracy and log-loss (also of pixels and
+    tokens) the interval is the one of a paired t-test: the mean of the differences of the examples,
+    plus and minus Student's quantile times their standard error. For any other metric of
+    scikit-learn, R² and ``"f1_macro"`` among them, the standard error is that of a paired bootstrap
+    of 500 resamples of the test examples. A scoring function that is not made by ``make_scorer``
+    can't be resampled, as it may do anything with the soup: the difference has no interval then,
+    nor has one of a metric that is undefined on a resample. The interval relies on the central
+    limit theorem: it takes some tens of test examples on which the two methods differ.
+
+    With ``n_repeats`` the difference is the mean over the fits. Its variance is the sum of that of
+    the test examples, whose differences are averaged over the fits, and of that of the mean over
+    the seeds (Welch and Satterthwaite's degrees of freedom), so that the interval is one for the
+    method, not for a single fit.
+
+    With several test sets there are two differences: on the first, and of the mean score on the
+    shifted ones. Sets that share ``y_test`` are taken for the same examples in other forms and
+    averaged example by example; sets that are pairs are taken for independent samples.
+
+    Intervals and p-values are for one comparison each. ``SoupComparison.verdict`` corrects for the
+    number of comparisons.
+
+    *Cost.* Each fit predicts the validation and the test data once. Checkpoints are ranked once for
+    all recipes that rank them on all rows in the same way; the time and passes of the ranking are
+    added to each of them, so that seconds can be compared. A recipe that ranks on some of the rows
+    does so itself. Memory is counted in a second fit, so that counting does not slow the first; a
+    recipe that uses gradient descent runs one inner epoch in it.
 
     Examples
     --------
@@ -218,26 +245,42 @@ def compare_soups(
         raise ValueError(f"n_repeats must be an int >= 1, got {n_repeats!r}.")
     check_flag(measure_memory, "measure_memory")
     tests = named_test_sets(X_val, y_val, X_test, y_test)
-    results, soups = [], {}
+    shares_labels = y_test is not None
+    given = recipes or {**paper_systems(len(checkpoints)), **centered_systems(len(checkpoints))}
+    reference = next((n for n, soup in given.items() if isinstance(soup, BestCheckpoint)), None)
+    results: dict[str, SoupResult] = {}
+    soups: dict[str, BaseSoup] = {}
+    best: dict[str, PairedScore] | None = None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as memory:
         rankings: dict[str, tuple[float, int]] = {}
-        K = len(checkpoints)
-        for name, recipe in (recipes or {**paper_systems(K), **centered_systems(K)}).items():
+        for name in sorted(given, key=lambda name: name != reference):
+            recipe = given[name]
             ranked, cost = _ranked(recipe, checkpoints, X_val, y_val, memory, rankings)
-            soups[name], result = _measure(
-                name, ranked, cost, n_repeats, checkpoints, (X_val, y_val), tests, scoring
-            )
+            fits = _fits(ranked, n_repeats, checkpoints, (X_val, y_val), tests, scoring, reference)
+            soups[name] = fits[0].soup
+            result = _summary(name, fits, cost, _n_rows(X_val, y_val))
+            if name == reference:
+                best = fits[0].tests
+            elif best:
+                result = replace(result, **_differences(fits, best, shares_labels))
             if measure_memory:
                 memory_used = _extra_memory(ranked, checkpoints, X_val, y_val)
                 result = replace(result, extra_memory=memory_used)
             if "memory" in (params := recipe.get_params(deep=False)):
                 soups[name].set_params(memory=params["memory"])  # the shared one is temporary
-            results.append(result)
+            results[name] = result
             if on_result is not None:
                 on_result(result)
     n_test = {name: _n_rows(*rows) for name, rows in tests.items()}
     metric = None if scoring is None else getattr(scoring, "__name__", str(scoring))
-    return SoupComparison(tuple(results), soups, _n_rows(X_val, y_val), n_test, metric)
+    return SoupComparison(
+        tuple(results[name] for name in given),
+        {name: soups[name] for name in given},
+        _n_rows(X_val, y_val),
+        n_test,
+        metric,
+        reference if tests else None,
+    )
 
 
 def _n_rows(X: Any, y: Any) -> int:
@@ -266,17 +309,26 @@ def _ranked(
     return clone(recipe).set_params(memory=memory), rankings[key]
 
 
-def _measure(
-    name: str,
+@dataclass(frozen=True)
+class _Fit:
+    """One fit of a recipe, its time, and its scores."""
+
+    soup: BaseSoup
+    seconds: float
+    held_out: float
+    tests: dict[str, PairedScore]
+
+
+def _fits(
     recipe: BaseSoup,
-    ranking: tuple[float, int],
     n_repeats: int,
     checkpoints: CheckpointCollection,
     val: Rows,
     tests: Mapping[str, Rows],
     scoring: Any,
-) -> tuple[BaseSoup, SoupResult]:
-    """Fit a recipe ``n_repeats`` times; return the first soup and the mean result."""
+    reference: str | None,
+) -> list[_Fit]:
+    """Fit a recipe ``n_repeats`` times, once where it draws nothing at random."""
     params = recipe.get_params(deep=False)
     ranks_all = isinstance(recipe, GreedySoup) and recipe.ranking_fraction is None
     if "random_state" not in params or ranks_all:  # nothing is drawn
@@ -289,31 +341,56 @@ def _measure(
             soup.set_params(random_state=(int(seed) if isinstance(seed, Integral) else 0) + repeat)
         begin = time.perf_counter()
         soup.fit(checkpoints, *val)
-        seconds = time.perf_counter() - begin + ranking[0]
-        score = scorer_of(soup, scoring)
-        held_out = score(soup, *val)
-        fits.append((soup, seconds, held_out, [score(soup, *rows) for rows in tests.values()]))
-    soups, times, held_outs, tested = zip(*fits, strict=True)
-    first, n = soups[0], _n_rows(*val)
-    by_test = dict(zip(tests, zip(*tested, strict=True), strict=True))
-    spread = statistics.stdev if n_repeats > 1 else lambda scores: 0.0
-    means = {name: statistics.mean(scores) for name, scores in by_test.items()}
-    spreads = {name: spread(scores) for name, scores in by_test.items()}
-    return first, SoupResult(
+        seconds = time.perf_counter() - begin
+        held_out = scorer_of(soup, scoring)(soup, *val)
+        with_error = reference is not None
+        found = {
+            name: paired_score(soup, scoring, *rows, with_error) for name, rows in tests.items()
+        }
+        fits.append(_Fit(soup, seconds, held_out, found))
+    return fits
+
+
+def _summary(name: str, fits: list[_Fit], ranking: tuple[float, int], n: int) -> SoupResult:
+    """The mean result of the fits of a recipe; ``ranking`` is seconds and rows, n those of val."""
+    spread = statistics.stdev if len(fits) > 1 else lambda scores: 0.0
+    first, held_outs = fits[0].soup, [fit.held_out for fit in fits]
+    by_test = {test: [fit.tests[test].score for fit in fits] for test in fits[0].tests}
+    means = {test: statistics.mean(scores) for test, scores in by_test.items()}
+    spreads = {test: spread(scores) for test, scores in by_test.items()}
+    return SoupResult(
         system=name,
         held_out=statistics.mean(held_outs),
         test=next(iter(means.values()), None),
-        seconds=statistics.mean(times),
+        seconds=statistics.mean(fit.seconds for fit in fits) + ranking[0],
         forward_passes=(first.counts_.rows_forward + ranking[1]) / n,
         backward_passes=first.counts_.rows_backward / n,
         extra_memory=None,
         n_ingredients=int(np.count_nonzero(np.atleast_2d(first.coef_).any(axis=0))),
         held_out_std=spread(held_outs),
         test_std=next(iter(spreads.values()), 0.0),
-        n_repeats=n_repeats,
+        n_repeats=len(fits),
         tests=means,
         tests_std=spreads,
     )
+
+
+def _differences(
+    fits: list[_Fit], best: dict[str, PairedScore], shares_labels: bool
+) -> dict[str, Any]:
+    """The fields of a result that compare it with the best checkpoint."""
+    scored, (first, *shifted) = [fit.tests for fit in fits], best
+    own = paired_difference(scored, best, [first])
+    under = Difference(None)
+    if shifted:
+        under = paired_difference(scored, best, shifted, same_examples=shares_labels)
+    return {
+        "difference": own.value,
+        "difference_interval": own.interval,
+        "p_value": own.p_value,
+        "shifted_difference": under.value,
+        "shifted_difference_interval": under.interval,
+    }
 
 
 def _extra_memory(system: BaseSoup, checkpoints: CheckpointCollection, X: Any, y: Any) -> float:

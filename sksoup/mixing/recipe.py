@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.write import SHARD_BYTES, write_text
 from ..runtime.memory import parse_bytes
+from ..tables import Table, notebook_html, shortened
 from .card import model_card
 from .document import check_header, read_document, write_document
 from .files import METADATA_KEY, read_recipe, write_soup
@@ -24,7 +25,7 @@ from .mix import as_dtype, mix, mix_into
 from .verification import Verification, verify
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Recipe:
     """Record of a soup, sufficient to rebuild its weights bit for bit.
 
@@ -160,6 +161,29 @@ class Recipe:
     def _unsaved(self) -> str:
         """The fields by which recipes are compared: all but those set when weights are saved."""
         return replace(self, weights_sha256=None).to_json()
+
+    def __repr__(self) -> str:
+        n, n_layers = len(self.ingredients), len(self.coef)
+        return (
+            f"Recipe({shortened(str(self.method))!r}, {self.is_used().sum()} of {n} checkpoint"
+            f"{'s' * (n != 1)}, {n_layers} layer{'s' * (n_layers != 1)})"
+        )
+
+    def _repr_html_(self) -> str:
+        """The ingredients, those with the largest coefficients first."""
+        mean = self.coef.mean(axis=0)
+        found = zip(self.ingredients, mean, self.is_used(), strict=False)
+        used = sorted((one for one in found if one[2]), key=lambda one: -abs(one[1]))
+        scores = self.scores
+        rows = [
+            (one.name, f"{coef:.4f}", f"{scores[one.name]:.4f}" if one.name in scores else "-",
+             one.sha256[:12])
+            for one, coef, _ in used
+        ]  # fmt: skip
+        table = Table(
+            ("checkpoint", "mean coefficient", "validation score", "SHA-256"), rows, (0, 3)
+        )
+        return notebook_html(repr(self), table.without_empty())
 
     def to_json(self) -> str:
         """Return the recipe as a JSON text.

@@ -76,15 +76,16 @@ def two_forms(fit: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class DocLinkMixin:
-    """Documentation links in scikit-learn's HTML display, if the package metadata has a URL."""
+    """Links in scikit-learn's HTML display, if the package metadata has a documentation URL."""
 
     _doc_link_module = "sksoup"
 
     @property
     def _doc_link_template(self) -> str:
-        urls = dict(
-            entry.split(", ", 1) for entry in metadata("sksoup").get_all("Project-URL") or ()
-        )
+        entries: list[str] = []
+        with suppress(PackageNotFoundError):  # run from a folder that was never installed
+            entries = metadata("sksoup").get_all("Project-URL") or []
+        urls = dict(entry.split(", ", 1) for entry in entries)
         base: str | None = urls.get("Documentation")
         return "" if base is None else f"{base.rstrip('/')}/generated/{{name}}.html"
 

@@ -159,22 +159,11 @@ class PredictionMixin:
             Mean over all labels, each with the weight of its row; at most 0. For a language model
             it is -log(perplexity), which is also what `score` returns.
         """
-        check_is_fitted(self, "coef_")
-        reads, (module, logits_of) = self.outputs_, self._network()
         weight = None if sample_weight is None else np.asarray(to_numpy(sample_weight), dtype=float)
-        apart = to_numpy(y) if is_apart(y) else None
         total = amount = 0.0
         done = 0
-        for rows, own in self._parts(X, y, apart is not None or weight is not None):
-            n = n_rows(rows)
-            labels = own if apart is None else apart[done : done + n]
-            if labels is None and reads.predicts == "causal":
-                labels = targets_from(rows)
-            if labels is None:
-                raise ValueError("score needs y, or batches that contain the labels.")
-            labels = np.asarray(to_numpy(labels))
-            rows = with_decoder_inputs(module, rows, labels, reads.predicts)
-            losses, counted = self._losses(logits_of(rows), labels)
+        for losses, counted in self._row_losses(X, y, weight is not None):
+            n = len(losses)
             w = np.ones(n) if weight is None else weight[done : done + n]
             total += float(w @ losses)
             amount += float(w @ counted)
@@ -184,6 +173,26 @@ class PredictionMixin:
                 "score needs labels, but y ignores all positions, or all weights are 0."
             )
         return -total / amount
+
+    def _row_losses(
+        self, X: Any, y: Any, ordered: bool
+    ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.int64]]]:
+        """Log-losses by the minibatch, (n,) each: their sum over a row's labels, and the number."""
+        check_is_fitted(self, "coef_")
+        reads, (module, logits_of) = self.outputs_, self._network()
+        apart = to_numpy(y) if is_apart(y) else None
+        done = 0
+        for rows, own in self._parts(X, y, ordered or apart is not None):
+            n = n_rows(rows)
+            labels = own if apart is None else apart[done : done + n]
+            if labels is None and reads.predicts == "causal":
+                labels = targets_from(rows)
+            if labels is None:
+                raise ValueError("score needs y, or batches that contain the labels.")
+            labels = np.asarray(to_numpy(labels))
+            rows = with_decoder_inputs(module, rows, labels, reads.predicts)
+            yield self._losses(logits_of(rows), labels)
+            done += n
 
     def _losses(
         self, logits: torch.Tensor, y: NDArray[Any]

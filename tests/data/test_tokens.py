@@ -295,7 +295,7 @@ def test_tables_and_cards_say_perplexity():
     systems = paper_systems(4, task=TASK)
     some = {name: systems[name] for name in ("Best checkpoint", "Greedy-Soup", "Ensemble")}
     found = compare_soups(ckpts, X, None, X, None, recipes=some)
-    assert "held-out perplexity" in str(found)
+    assert "validation perplexity" in str(found)
     best = found.results[0]
     assert found.cells()[0][1] == f"{math.exp(-best.held_out):.3f}"
     greedy = GreedySoup(task=TASK, min_improvement=-1.0).fit(ckpts, X, y)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 from html.parser import HTMLParser
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from sksoup import (
+    BestCheckpoint,
     CheckpointCollection,
     CheckpointEnsemble,
     GreedySoup,
@@ -17,7 +19,7 @@ from sksoup import (
     SoupWarning,
     UniformSoup,
 )
-from sksoup.displays.report import advice
+from sksoup.displays.report import advice, verdict
 from sksoup.inspection import compare_soups, ingredient_importance
 
 from ..zoo import Net, PaperMEHL, Zoo, make_states
@@ -76,7 +78,8 @@ def test_a_page_in_itself(hostile, zoo: Zoo, soup, tmp_path):
     used = [i for i, u in zip(soup.recipe_.ingredients, soup.recipe_.is_used(), strict=True) if u]
     for ingredient in used:
         assert ingredient.name in page.texts
-        assert ingredient.sha256 in page.texts
+        assert ingredient.sha256[:12] in page.texts
+        assert f"{ingredient.sha256}  {ingredient.name}" in "\n".join(page.texts).splitlines()
     assert page.tags.count("img") == (1 if isinstance(soup, UniformSoup) else 2) + (
         isinstance(soup, MEHLSoup)
     )
@@ -94,10 +97,39 @@ def test_beside_the_others(zoo: Zoo, tmp_path):
     assert all(cell in page.texts for row in found.cells() for cell in row)
 
 
+def test_the_verdict_is_on_top(zoo: Zoo, tmp_path):
+    recipes = {"mean": UniformSoup(), "best": BestCheckpoint()}
+    found = compare_soups(zoo.checkpoints, zoo.X, zoo.y, zoo.X, zoo.y, recipes=recipes)
+    mean, best = found.soups["mean"], found.soups["best"]
+    assert verdict(mean, found) == found.verdict_of("mean") != ""
+    assert verdict(best, found) == f"This is the best checkpoint. {found.verdict}"
+    apart = UniformSoup().fit(zoo.checkpoints, zoo.X, zoo.y)
+    assert verdict(apart, found) == found.verdict
+    no_test = compare_soups(zoo.checkpoints, zoo.X, zoo.y, recipes=recipes)
+    assert "no scores on test data were given" in verdict(mean, no_test)
+    alone = compare_soups(
+        zoo.checkpoints, zoo.X, zoo.y, zoo.X, zoo.y, recipes={"mean": UniformSoup()}
+    )
+    assert "BestCheckpoint was not among the methods" in verdict(alone.soups["mean"], alone)
+    mean.report(tmp_path / "soup.html", found)
+    page = Page((tmp_path / "soup.html").read_text())
+    assert page.texts.index(found.verdict_of("mean")) < page.texts.index("Scores")
+    assert datetime.date.today().isoformat() in page.texts
+    assert (
+        sum(
+            "than the best checkpoint" in text or "differ significantly" in text
+            for text in page.texts
+        )
+        == 1
+    )  # one verdict
+    assert found.legend in page.texts
+    assert "validation score" not in page.texts  # none is known: no empty column
+
+
 def test_what_to_look_at(zoo: Zoo):
     greedy = GreedySoup(batch_size=20).fit(zoo.checkpoints, zoo.X, zoo.y)
     said = " ".join(advice(greedy))
-    assert ("no mixture" in said) == (len(greedy.ingredients_) == 1)
+    assert ("not a mixture" in said) == (len(greedy.ingredients_) == 1)
     assert "No comparison was given. To add one, call soup.report(" in said
     kept = [t for t in greedy.path_[1:] if t["kept"]]
     lucky = [t for t in kept if t["gain"] < 2 * (t["gain_standard_error"] or 0)]
@@ -108,7 +140,7 @@ def test_what_to_look_at(zoo: Zoo):
     assert "the soup extrapolates" in said
     assert "BatchNorm tensors were re-estimated" in said
     found = compare_soups(zoo.checkpoints, zoo.X, zoo.y, recipes={"mean": UniformSoup()})
-    assert "No test rows were given" in " ".join(advice(mehl, found))
+    assert "No test data was given" in " ".join(advice(mehl, found))
 
 
 def test_what_can_not_be_reported(zoo: Zoo, tmp_path):
@@ -148,11 +180,11 @@ def test_which_ingredients_matter(zoo: Zoo, hostile, tmp_path):
     path = tmp_path / "soup.html"
     soup.report(path, importance=ingredient_importance(soup, zoo.X, zoo.y))
     page = Page(path.read_text())
-    assert "Which ingredients matter" in page.texts
+    assert "Which checkpoints matter" in page.texts
     assert "score without it" in page.texts
     assert page.tags.count("img") == 2  # coefficients, and this
     soup.report(tmp_path / "plain.html")
-    assert "Which ingredients matter" not in Page((tmp_path / "plain.html").read_text()).texts
+    assert "Which checkpoints matter" not in Page((tmp_path / "plain.html").read_text()).texts
     other = UniformSoup().fit(zoo.checkpoints, zoo.X, zoo.y)
     path.unlink()
     with pytest.raises(ValueError, match="importance is of another soup: it has 7 ingredients"):

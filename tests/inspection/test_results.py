@@ -9,11 +9,11 @@ def test_tables_of_other_kinds():
         SoupResult("d\\e", 0.8, None, 0.1, 0.0, 0.0, 1.2, 24),
     )
     found = SoupComparison(rows, {}, 10)
-    assert "No test rows were given" in found.statement
+    assert "No test data was given" in found.statement
     assert r"| a\|b_c | 90.00 ± 1.00 | 88.00 ± 2.00 |" in found.to_markdown()
     latex = found.to_latex()
     assert r"a|b\_c & 90.00 $\pm$ 1.00 & 88.00 $\pm$ 2.00 & 0.10" in latex
-    assert r"held-out \%" in latex
+    assert r"validation \%" in latex
     assert r"d\textbackslash{}e & 80.00 & - &" in latex
     assert latex.count(r"\\") == 3
     assert latex.startswith(r"\begin{tabular}{lrrrrrrr}")

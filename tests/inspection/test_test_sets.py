@@ -42,14 +42,15 @@ def test_every_test_set_has_its_score(zoo: Zoo):
         assert result.worst == min(scores.values())
     assert any(result.worst < result.test for result in found.results)
     assert found.header[:7] == (
-        "system", "held-out %", "clean %", "noise %", "upside down %", "mean shifted %", "worst %",
+        "method", "validation %", "clean %", "noise %", "upside down %", "mean shifted %",
+        "worst %",
     )  # fmt: skip
     cells = found.cells()[1]
     assert len(cells) == len(found.header)
     assert cells[5:7] == tuple(
         f"{100 * score:.2f}" for score in (found.results[1].mean_shifted, found.results[1].worst)
     )
-    assert "clean (60 rows), noise (60 rows), upside down (60 rows)" in found.statement
+    assert "clean (60 examples), noise (60 examples), upside down (60 examples)" in found.statement
     frame = found.to_frame()
     assert frame.loc["mean", "noise"] == found.results[1].tests["noise"]
     assert frame.loc["mean", "worst"] == found.results[1].worst

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from email.message import EmailMessage
+from importlib.metadata import PackageNotFoundError
 
 import joblib
 import numpy as np
@@ -140,6 +141,15 @@ def test_the_html_display_shows_what_parameters_mean(kind, monkeypatch):
         else "Device that the module runs on"
     )
     assert meaning in html  # descriptions are shown where there is a page to link to
+
+
+def test_the_html_display_without_an_installed_package(monkeypatch):
+    def metadata(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("sksoup.recipes.base.metadata", metadata)
+    assert UniformSoup()._get_doc_link() == ""
+    assert "UniformSoup" in UniformSoup()._repr_html_()
 
 
 # ---------------------------------------------------------------------------- searches
