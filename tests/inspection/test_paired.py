@@ -134,6 +134,28 @@ def test_labels_of_pixels_count_by_row():
     assert result.difference_interval == pytest.approx((ratio - half, ratio + half))
 
 
+def test_tokens_count_by_text():
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
+    ids = torch.randint(5, (30, 6))
+    ckpts = CheckpointCollection(around(start, 3, spread=0.5), module=start)
+    recipes = {
+        "best": BestCheckpoint(task="causal-lm"),
+        "mean": UniformSoup(task="causal-lm", batch_size=8),
+    }
+    found = compare_soups(ckpts, ids, None, ids, None, recipes=recipes, measure_memory=False)
+    result, losses = found.results[1], {}
+    for name, soup in found.soups.items():
+        logits = soup.module_(ids)[:, :-1].detach()
+        each = nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none")
+        losses[name] = each.mean(dim=1).double().numpy()  # texts are of one length
+        assert found.results[name == "mean"].test == soup.score(ids)
+    test = stats.ttest_rel(losses["best"], losses["mean"])
+    assert result.difference == pytest.approx((losses["best"] - losses["mean"]).mean(), abs=1e-6)
+    assert result.difference_interval == pytest.approx(tuple(test.confidence_interval()), abs=1e-6)
+    assert " in perplexity on the 30 test examples" in found.verdict
+
+
 def test_repeats_add_the_variance_of_the_seeds():
     rng = np.random.default_rng(0)
     psi, theirs = rng.normal(size=(3, 40)), rng.normal(size=40)
