@@ -26,7 +26,7 @@ from ..recipes.learned import LearnedSoup
 from ..recipes.mehl import MEHLSoup
 from ..recipes.validation import check_flag, scorer_of
 from ..runtime.live_tensors import LiveTensors
-from .paired import Difference, PairedScore, paired_difference, paired_score
+from .paired import PairedScore, differences, paired_score
 from .results import SoupComparison, SoupResult
 from .test_sets import Rows, named_test_sets
 
@@ -262,7 +262,9 @@ def compare_soups(
             if name == reference:
                 best = fits[0].tests
             elif best:
-                result = replace(result, **_differences(fits, best, shares_labels))
+                result = replace(
+                    result, **differences([fit.tests for fit in fits], best, shares_labels)
+                )
             if measure_memory:
                 memory_used = _extra_memory(ranked, checkpoints, X_val, y_val)
                 result = replace(result, extra_memory=memory_used)
@@ -373,24 +375,6 @@ def _summary(name: str, fits: list[_Fit], ranking: tuple[float, int], n: int) ->
         tests=means,
         tests_std=spreads,
     )
-
-
-def _differences(
-    fits: list[_Fit], best: dict[str, PairedScore], shares_labels: bool
-) -> dict[str, Any]:
-    """The fields of a result that compare it with the best checkpoint."""
-    scored, (first, *shifted) = [fit.tests for fit in fits], best
-    own = paired_difference(scored, best, [first])
-    under = Difference(None)
-    if shifted:
-        under = paired_difference(scored, best, shifted, same_examples=shares_labels)
-    return {
-        "difference": own.value,
-        "difference_interval": own.interval,
-        "p_value": own.p_value,
-        "shifted_difference": under.value,
-        "shifted_difference_interval": under.interval,
-    }
 
 
 def _extra_memory(system: BaseSoup, checkpoints: CheckpointCollection, X: Any, y: Any) -> float:

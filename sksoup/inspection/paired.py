@@ -73,7 +73,8 @@ def paired_score(soup: BaseSoup, scoring: Any, X: Any, y: Any, with_error: bool)
     if not with_error:
         return PairedScore(score, n)
     if scoring in (None, "accuracy") and soup.task != "regression":
-        right = (seen.predict(np.arange(n)) == labels).reshape(n, -1)
+        predicted = seen.predict(np.arange(n))
+        right = (predicted == labels.reshape(predicted.shape)).reshape(n, -1)
         if soup.outputs_.is_dense:
             counted = (labels != IGNORED).reshape(n, -1)
             return PairedScore(
@@ -120,6 +121,23 @@ def _resampled(
         except ValueError:
             return None
     return found if np.isfinite(found).all() else None
+
+
+def differences(
+    fits: Sequence[Mapping[str, PairedScore]], best: Mapping[str, PairedScore], shares_labels: bool
+) -> dict[str, Any]:
+    """The fields of a `SoupResult` that compare it with the best checkpoint."""
+    first, *shifted = best
+    own, under = paired_difference(fits, best, [first]), Difference(None)
+    if shifted:
+        under = paired_difference(fits, best, shifted, same_examples=shares_labels)
+    return {
+        "difference": own.value,
+        "difference_interval": own.interval,
+        "p_value": own.p_value,
+        "shifted_difference": under.value,
+        "shifted_difference_interval": under.interval,
+    }
 
 
 def paired_difference(

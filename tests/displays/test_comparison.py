@@ -54,10 +54,17 @@ def test_differences_are_drawn_by_what_they_mean():
 def test_twelve_labels_do_not_overlap():
     names = [f"A method with a long name {k}" for k in range(12)]
     scores = np.linspace(0.5, 0.6, 12)
-    display = ComparisonDisplay(names, scores, scores, differences=scores).plot()
+    gains = np.linspace(-0.015, 0.026, 12)
+    intervals = np.stack([gains - 0.001, gains + 0.001], axis=1)
+    display = ComparisonDisplay(
+        names, scores, scores, differences=gains, intervals=intervals
+    ).plot()
     display.figure_.canvas.draw()
     boxes = [label.get_window_extent() for label in display.ax_.get_yticklabels()]
     assert len(boxes) == 12
+    assert not any(a.overlaps(b) for a, b in pairwise(boxes))
+    numbers = display.difference_ax_.get_xticklabels()
+    boxes = [number.get_window_extent() for number in numbers if number.get_text()]
     assert not any(a.overlaps(b) for a, b in pairwise(boxes))
 
 
