@@ -11,7 +11,6 @@ import torch
 
 from sksoup import Recipe, __version__
 
-from .pages import run
 from .zoo import Net, Zoo
 
 ROOT = Path(__file__).parent.parent
@@ -32,18 +31,6 @@ def test_code_of_the_readme(code, zoo: Zoo, tmp_path, monkeypatch):
     assert isinstance(found["soup"].module_, torch.nn.Module)
     weights = Recipe.load("soup.safetensors").cook(found["ckpts"])
     assert np.array_equal(weights["head.bias"], found["soup"].state_dict()["head.bias"])
-
-
-def test_code_of_the_first_page(zoo: Zoo, tmp_path, monkeypatch):
-    """The blocks of "Get started", one after the other."""
-    pytest.importorskip("matplotlib")
-    zoo.checkpoints.save(tmp_path / "runs")
-    monkeypatch.chdir(tmp_path)
-    found = run("start", MyNet=Net, X=zoo.X, y=zoo.y)
-    assert found["table"].soups["Mine"].score(found["X_test"], found["y_test"]) >= 0
-    assert (tmp_path / "soup.html").exists()
-    rows = torch.as_tensor(found["X_test"], dtype=torch.float32)
-    assert torch.equal(found["net"](rows), found["soup"].module_(rows))
 
 
 def test_the_citation_names_this_version():
