@@ -51,7 +51,7 @@ sphinx_gallery_conf = {
     "gallery_dirs": "auto_examples",
     "filename_pattern": r"plot_",
     "ignore_pattern": r"fit_",  # programs that pages of the documentation show
-    "within_subsection_sort": "teaching_order.place",
+    "within_subsection_order": "teaching_order.place",
     "backreferences_dir": "generated/backreferences",
     "doc_module": ("sksoup",),
     "capture_repr": ("_repr_html_",),
