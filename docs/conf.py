@@ -38,12 +38,13 @@ html_logo = html_favicon = "_static/logo.svg"
 html_show_sourcelink = False
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-html_sidebars = {"index": [], "**": ["globaltoc.html"]}  # all pages, under their captions
+html_sidebars = {"**": ["globaltoc.html"]}  # all pages, under their captions
 html_theme_options = {
     "logo": {"text": "sksoup"},
     "navigation_with_keys": False,
     "show_prev_next": True,
     "navbar_center": [],
+    "secondary_sidebar_items": {"**": ["page-toc"], "index": []},
 }
 
 sphinx_gallery_conf = {

@@ -66,7 +66,7 @@ names = [result.system for result in results]
 best = next(result.test for result in results if result.system == "Best checkpoint")
 learned = [name.startswith(("MEHL", "HL", "Learned", "Centered")) for name in names]
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.6), sharey=True, layout="constrained")
+figure, (left, right) = plt.subplots(1, 2, figsize=(7, 4.4), sharey=True, layout="constrained")
 for chosen, label, marker, color in (
     (True, "coefficients from gradients", "D", "#d55e00"),
     (False, "other methods", "o", "#0072b2"),
