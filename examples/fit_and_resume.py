@@ -2,13 +2,13 @@
 Stop and resume
 ===============
 
-Fits a soup with a memory. Killed at any time and started again, it goes on where it was::
+Fits a soup with ``memory=``. If it is killed and started again, it resumes::
 
     timeout --signal=KILL 6 python examples/fit_and_resume.py soup-memory
     python examples/fit_and_resume.py soup-memory
     python examples/fit_and_resume.py soup-memory
 
-The second run ends with the bits that a run without interruption gives, the third runs no pass.
+The second run gives the result of an uninterrupted run bit for bit; the third only loads it.
 """
 
 import sys
@@ -22,5 +22,5 @@ soup = MEHLSoup(layerwise=True, model_batch_size=6, random_state=0, memory=sys.a
 soup.fit(digits.checkpoints, digits.X_val, digits.y_val)
 
 passes = soup.counts_.n_forward + soup.counts_.n_backward
-print(f"{passes} passes, test accuracy {soup.score(digits.X_test, digits.y_test):.4f}")
+print(f"{passes} passes, test accuracy {soup.score(digits.X_test, digits.y_test):.2f}")
 print(sha256(soup.coef_.tobytes()).hexdigest())

@@ -2,8 +2,8 @@
 On a Dask cluster
 =================
 
-Ranks checkpoints, tries candidates and searches parameters on the workers of a Dask cluster, here
-two processes on this machine::
+Runs Greedy-Soup and a grid search on the workers of a Dask cluster, here two processes on one
+machine::
 
     python examples/fit_on_dask.py
 """

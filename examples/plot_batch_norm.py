@@ -1,12 +1,10 @@
 """
-BatchNorm
-=========
+BatchNorm: mix the statistics or re-estimate them
+=================================================
 
-Mix its running statistics, or measure them anew?
-
-BatchNorm normalises by running means and variances that training left behind. They belong to the
-network they were measured in: those of a soup can be mixed like its weights, which needs no data
-and can be rebuilt from the recipe, or re-estimated by passing the held-out rows through the soup.
+BatchNorm normalizes by running means and variances of the training data. In a soup, they can be
+averaged like the weights, which needs no data and can be rebuilt from the recipe, or re-estimated
+on the validation data. This example compares both.
 """
 
 # %%
@@ -84,8 +82,8 @@ checkpoints = CheckpointCollection(dict(found), module=found.module)  # without 
 print(checkpoints)
 
 # %%
-# Every system under both policies, and ``"auto"``, which keeps whichever scores better on the
-# held-out rows.
+# Each method with both policies, and with ``"auto"``, which keeps whichever scores better on the
+# validation data.
 
 systems = {
     "Uniform-Soup": UniformSoup(),
@@ -106,8 +104,8 @@ for name, soup in systems.items():
     )
 
 # %%
-# What was measured anew is named, in the soup and in the recipe it saves: no recipe can rebuild
-# these tensors from the checkpoints alone, and ``verify`` says so.
+# Re-estimated tensors are listed in the soup and in its recipe. They cannot be rebuilt from the
+# checkpoints alone; ``verify`` reports them as not checked.
 
 soup = UniformSoup(batch_norm="recalibrate").fit(checkpoints, X_val, y_val)
 print(soup.recalibrated_[:2], "...")
@@ -115,28 +113,30 @@ mixed = UniformSoup().fit(checkpoints, X_val, y_val)
 names = [name for name in soup.recalibrated_ if name.endswith("running_var")]
 ratios = {name: mixed.state_dict()[name] / soup.state_dict()[name] for name in names}
 for name, ratio in ratios.items():
-    print(f"{name:32} mixed / measured: {ratio.min():.2f} to {ratio.max():.2f}")
+    print(f"{name:32} mixed / re-estimated: {ratio.min():.2f} to {ratio.max():.2f}")
 
 # %%
-# In the first layer, whose inputs are the rows themselves, both agree; deeper they drift apart. The
-# picture: mixed against measured variances in every layer.
+# In the first layer, whose inputs are the images, both agree; in deeper layers they differ. The
+# figure shows mixed against re-estimated variances for every layer.
 
+markers = iter("osD^v")
 for (name, a), b in zip(mixed.module_.named_buffers(), soup.module_.buffers(), strict=True):
     if name.endswith("running_var"):
-        plt.scatter(b, a, s=12, label=name.removesuffix(".running_var"))
+        plt.scatter(b, a, s=14, marker=next(markers), label=name.removesuffix(".running_var"))
 plt.axline((0.1, 0.1), slope=1, color="grey", ls=":")
 plt.loglog()
-plt.xlabel("measured on held-out rows")
-plt.ylabel("mixed")
+plt.xlabel("re-estimated variance")
+plt.ylabel("mixed variance")
+plt.title("BatchNorm variances of a soup: mixed against re-estimated")
 plt.legend()
 plt.show()
 
 # %%
-# The result, checked: on the rows it chooses by, ``"auto"`` is never worse than mixing.
+# A check: on the validation data, ``"auto"`` is never worse than mixing.
 
 scores = [
     UniformSoup(batch_norm=policy).fit(checkpoints, X_val, y_val).score(X_val, y_val)
     for policy in ("average", "auto")
 ]
 if scores[1] < scores[0]:
-    raise RuntimeError("auto should not be worse than mixing on the held-out rows")
+    raise RuntimeError("auto should not be worse than mixing on the validation data")

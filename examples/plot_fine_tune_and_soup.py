@@ -1,14 +1,15 @@
 """
-Fine-tune and soup in one estimator (skorch)
-============================================
+Fine-tune and mix in one estimator (skorch)
+===========================================
 
-A random search trains many networks and throws all but one away.
-`sksoup.model_selection.SoupSearchCV` keeps them: it fine-tunes clones of a skorch net from
-one pretrained start, writes each as it finishes, and mixes them on the rows it held out.
+A random search trains many networks and keeps only the best one.
+`sksoup.model_selection.SoupSearchCV` fine-tunes a skorch net several times from one pretrained
+start, saves every candidate, and mixes them using part of the data as validation data.
 """
 
 # %%
-# Pretrain on clean digits; the task are shifted, noisy ones, of which there are few.
+# The net is pretrained on clean digits. The task is to classify shifted, noisy digits, of which
+# there are only a few.
 
 import tempfile
 from pathlib import Path
@@ -50,9 +51,9 @@ net = NeuralNetClassifier(
 print(f"pretrained: {net.score(X_test, y_test):.3f}")
 
 # %%
-# Sample hyper-parameters, fine-tune, soup. The fitted net is the start; were its module a class and
-# the net not fitted, a warning would say that the start is random. A search that is killed goes on
-# from the checkpoints in ``save_dir``.
+# Sample hyperparameters, fine-tune and mix. The fitted net is the start. (If the net were not
+# fitted, the start would be random, with a warning.) An interrupted search resumes from the
+# checkpoints in ``save_dir``.
 
 folder = tempfile.TemporaryDirectory()
 search = SoupSearchCV(
@@ -72,7 +73,7 @@ print(search.checkpoints_)
 print(sorted(path.name for path in Path(folder.name).iterdir())[:3], "...")
 
 # %%
-# What the search would have given, and what the soup gives.
+# The best candidate, which a random search would return, and the soup.
 
 best = net.initialize()
 best.module_.load_state_dict(search.checkpoints_[f"candidate{search.best_index_:03d}"])
@@ -80,23 +81,24 @@ print(f"best candidate: {best.score(X_test, y_test):.3f}")
 print(f"soup:           {search.score(X_test, y_test):.3f}")
 
 scores = search.cv_results_["mean_test_score"]
-plt.scatter([p["lr"] for p in search.cv_results_["params"]], scores, label="candidates, held out")
-plt.axhline(best.score(X_test, y_test), ls=":", label="best candidate, test")
+plt.scatter([p["lr"] for p in search.cv_results_["params"]], scores, label="candidates, validation")
+plt.axhline(best.score(X_test, y_test), color="C2", ls=":", label="best candidate, test")
 plt.axhline(search.score(X_test, y_test), color="C1", label="soup, test")
 plt.xscale("log")
 plt.xlabel("learning rate")
 plt.ylabel("accuracy")
+plt.title("Accuracy of candidates by learning rate, and of their soup")
 plt.legend()
 plt.show()
 
 # %%
-# A soup is a start, too: ``to_skorch`` gives a net with its weights, to train on.
+# ``to_skorch`` returns a net with the weights of the soup, which can be trained further.
 
 more = search.soup_.to_skorch(verbose=0, train_split=None, lr=1e-3, max_epochs=1)
 more.partial_fit(X_train, y_train)
 
 # %%
-# The result, checked: at the cost of one network, at least as good as the best candidate.
+# A check: the soup is at least as accurate as the best candidate.
 
 if search.score(X_test, y_test) < best.score(X_test, y_test):
     raise RuntimeError("the soup should not be worse than the best candidate")

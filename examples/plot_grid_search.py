@@ -2,13 +2,13 @@
 Grid search over soups
 ======================
 
-A soup is a scikit-learn estimator, so its parameters, and the collections it is made of, are
-searched like any others. Here: how fast to learn the coefficients, one set for the whole network or
-one per layer, and whether to leave the weakest checkpoints out.
+A soup is a scikit-learn estimator, so its parameters can be searched like any others. This example
+searches over the learning rate of the coefficients, one set for the network or one per layer, and
+whether to leave out the weakest checkpoints.
 """
 
 # %%
-# A zoo of 24 digit networks, fine-tuned from one start, as files. Opening them reads headers only.
+# 24 digit networks, fine-tuned from one start.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,11 +21,11 @@ from sksoup.datasets import make_digits_checkpoints
 torch.set_num_threads(1)  # below, two workers use a core each
 zoo = make_digits_checkpoints()
 best = BestCheckpoint().fit(zoo.checkpoints, zoo.X_val, zoo.y_val)
-print(best)
+print(f"best checkpoint {best.score(zoo.X_test, zoo.y_test):.3f}")
 
 # %%
-# ``checkpoints`` is a parameter like the others: a collection is never copied or sliced by the
-# search, and a worker of ``n_jobs=2`` is sent paths, not weights.
+# ``checkpoints`` is a parameter too. The search neither copies nor slices a collection, and with
+# ``n_jobs=2``, workers receive paths, not weights.
 
 ranked = sorted(best.individual_scores_, key=best.individual_scores_.get, reverse=True)
 grid = {
@@ -39,8 +39,8 @@ search = GridSearchCV(
 search.fit(zoo.X_val, zoo.y_val)
 
 # %%
-# Each fold learns coefficients on half of the held-out rows and is scored on the other half; the
-# best setting is then fitted on all of them. The search never sees the test rows.
+# In each fold, the coefficients are fitted on half of the validation data and scored on the other
+# half. The best setting is then fitted on all of it. The test data is not used in the search.
 
 soup = search.best_estimator_
 print(search.best_params_)
@@ -48,11 +48,11 @@ print(f"best checkpoint {best.score(zoo.X_test, zoo.y_test):.3f}")
 print(f"searched soup   {soup.score(zoo.X_test, zoo.y_test):.3f}")
 
 # %%
-# The curves of the search: the held-out loss against the learning rate.
+# The cross-validated loss against the learning rate.
 
 results = search.cv_results_
-for n in (24, 8):
-    for layerwise in (False, True):
+for n, style in ((24, "-"), (8, "--")):
+    for layerwise, marker in ((False, "o"), (True, "D")):
         rows = [
             k
             for k, p in enumerate(results["params"])
@@ -61,18 +61,20 @@ for n in (24, 8):
         plt.plot(
             [results["params"][k]["lr"] for k in rows],
             -results["mean_test_score"][rows],
-            marker="o",
+            marker + style,
+            color="#0072b2" if n == 24 else "#d55e00",
             label=f"{n} checkpoints, {'per layer' if layerwise else 'one set'}",
         )
 plt.xscale("log")
 plt.xlabel("learning rate of the coefficients")
 plt.ylabel("log loss (cross-validated)")
+plt.title("Cross-validated loss of the soup by learning rate")
 plt.legend()
 plt.show()
 
 # %%
-# The result, checked: the searched soup beats the best checkpoint on rows neither has seen, and its
-# coefficients sum to one in every layer.
+# A check: the soup is more accurate than the best checkpoint on the test data, and its coefficients
+# sum to one in every layer.
 
 if soup.score(zoo.X_test, zoo.y_test) <= best.score(zoo.X_test, zoo.y_test):
     raise RuntimeError("the searched soup should beat the best checkpoint")

@@ -2,9 +2,9 @@
 Look at a soup
 ==============
 
-Coefficients, paths and barriers are looked at, not read. The displays follow scikit-learn's
-convention:
-``from_estimator``, ``plot(ax=...)``, ``figure_``, ``ax_``.
+Plot the coefficients of a soup, the path of the greedy search and the importance of each
+checkpoint, and write a report. The displays follow scikit-learn's convention (``from_estimator``,
+``plot(ax=...)``, ``figure_``, ``ax_``).
 """
 
 # %%
@@ -29,18 +29,18 @@ from sksoup.inspection import (
 )
 
 digits = make_digits_checkpoints(random_state=0)
-held_out = digits.X_val, digits.y_val
+validation = digits.X_val, digits.y_val
 recipes = {
     "Greedy": GreedySoup(),
     "MEHL": MEHLSoup(model_batch_size=6, random_state=0),
     "MEHL+": MEHLSoup(layerwise=True, model_batch_size=6, random_state=0),
 }
 for recipe in recipes.values():
-    recipe.fit(digits.checkpoints, *held_out)
+    recipe.fit(digits.checkpoints, *validation)
 greedy, scalar, layerwise = recipes.values()
 ComparisonDisplay(
     list(recipes),
-    held_out=[soup.score(*held_out) for soup in recipes.values()],
+    held_out=[soup.score(*validation) for soup in recipes.values()],
     test=[soup.score(digits.X_test, digits.y_test) for soup in recipes.values()],
 ).plot()
 
@@ -48,12 +48,14 @@ ComparisonDisplay(
 # Coefficients
 # ------------
 #
-# One number per checkpoint; those outside [0, 1] are red, the dotted line is the uniform soup.
+# One number per checkpoint. Coefficients outside [0, 1] are orange; the dotted line is the uniform
+# soup.
 
 CoefficientsDisplay.from_estimator(scalar)
 
 # %%
-# With one row per layer it is a map, white at 0; or, as in the MEHL paper's Figure 1, a histogram.
+# With one set of coefficients per layer, the display is a heat map, white at 0. A histogram, as in
+# Figure 1 of the MEHL paper, is available too.
 
 CoefficientsDisplay.from_estimator(layerwise)
 
@@ -62,44 +64,45 @@ CoefficientsDisplay.from_estimator(layerwise)
 CoefficientsDisplay.from_estimator(layerwise, kind="histogram")
 
 # %%
-# What greedy tried
-# -----------------
+# The path of the greedy search
+# -----------------------------
 #
-# Candidates in the order of their own scores. Triangles are upper bounds: the candidate was
-# rejected before all rows were seen. The band is one standard error of the soup's score: gains
-# within it may be luck.
+# Candidates are tried in the order of their own scores. Triangles are upper bounds of candidates
+# that were rejected before all examples were evaluated. The band is one standard error of the
+# soup's score; gains within it may be due to chance.
 
 GreedyPathDisplay.from_estimator(greedy)
 
 # %%
-# Which ingredients matter
+# Which checkpoints matter
 # ------------------------
 #
-# The score that the soup loses where an ingredient's share is given to the others, in proportion to
-# their coefficients. Bars to the left, in orange: the soup is better without it on these rows.
+# The importance of a checkpoint is the score that the soup loses when its share is given to the
+# others in proportion to their coefficients. For orange bars to the left, the soup is better
+# without the checkpoint on these examples.
 
-importance = ingredient_importance(scalar, *held_out)
+importance = ingredient_importance(scalar, *validation)
 IngredientImportanceDisplay.from_importance(importance)
 print(importance)
 
 # %%
-# The search, and the landscape
-# -----------------------------
+# Learning curve and loss barriers
+# --------------------------------
 #
-# The held-out loss step by step, and along straight lines between the ingredients of the greedy
-# soup: no barrier, so they may be mixed.
+# The validation loss at every step of the search, and on straight lines between the ingredients of
+# the greedy soup: there is no barrier, so they can be mixed.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
 LearningCurveDisplay.from_estimator(layerwise, ax=left)
-LossBarrierDisplay.from_estimator(greedy, *held_out, ax=right, n_points=7)
+LossBarrierDisplay.from_estimator(greedy, *validation, ax=right, n_points=7)
 
 # %%
-# A report to mail
-# ----------------
+# A report
+# --------
 #
-# One HTML file with all of this, readable in any browser without a network: what was mixed, how
-# well it does, and what to look at. Given what ``compare_soups`` measured, it shows the soup beside
-# the others; given ``importance=``, which ingredients matter.
+# One HTML file with all of this, readable in any browser without a network connection. Pass the
+# result of ``compare_soups`` to include the comparison, and ``importance=`` to include the
+# importance of each checkpoint.
 
 with tempfile.TemporaryDirectory() as folder:
     page = Path(folder) / "soup.html"

@@ -2,16 +2,16 @@
 A soup in a pipeline
 ====================
 
-Networks are trained on preprocessed inputs, so a soup of them stands at the end of a pipeline.
-There is one trap: ``Pipeline.fit`` refits every step, and a scaler that is refitted on a few
-held-out rows feeds the networks something they were not trained on.
+Networks are often trained on preprocessed inputs, so that a soup of them is the last step of a
+pipeline. There is one pitfall: ``Pipeline.fit`` refits every step. A scaler refitted on a few
+validation examples gives the networks inputs that they were not trained on.
 """
 
 # %%
-# Networks for a table: scikit-learn's breast-cancer data, standardized with a scaler that was
-# fitted on the training rows. One pretrained start, then eight fine-tunings with other seeds and
-# rates.
+# Networks for tabular data: scikit-learn's breast cancer data set, standardized with a scaler that
+# was fitted on the training data. One pretrained start and eight fine-tunings.
 
+import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_breast_cancer
 from sklearn.frozen import FrozenEstimator
@@ -48,17 +48,16 @@ fine_tunings = SoupSearchCV(
 checkpoints = fine_tunings.checkpoints_
 
 # %%
-# The scaler of the training, frozen: ``fit`` leaves it alone, and everything scikit-learn does with
-# a pipeline works.
+# ``FrozenEstimator`` keeps the scaler of the training as it is when the pipeline is fitted.
 
 pipe = make_pipeline(FrozenEstimator(scaler), GreedySoup(checkpoints)).fit(X_val, y_val)
-print(pipe)
 print(f"test accuracy: {pipe.score(X_test, y_test):.3f}")
 print(f"cross-validated: {cross_val_score(pipe, X_val, y_val, cv=3).mean():.3f}")
 
 # %%
-# The trap: the same pipeline with a scaler that is refitted, on held-out rows that differ from the
-# training rows, as they do in practice. These twenty come from one end of the first feature.
+# The pitfall: the same pipeline with a scaler that is refitted on validation data that differ from
+# the training data, as often happens in practice. These twenty examples have the largest values of
+# the first feature.
 
 few = X_val[:, 0].argsort()[-20:]
 trap = make_pipeline(StandardScaler(), GreedySoup(checkpoints, classes=[0, 1]))
@@ -68,8 +67,17 @@ frozen.fit(X_val[few], y_val[few])
 print(f"scaler refitted: {trap.score(X_test, y_test):.3f}")
 print(f"scaler frozen:   {frozen.score(X_test, y_test):.3f}")
 
+plt.figure(figsize=(6, 2.5), layout="constrained")
+scores = [trap.score(X_test, y_test), frozen.score(X_test, y_test)]
+bars = plt.barh(["scaler refitted", "scaler frozen"], scores, color=["#d55e00", "#0072b2"])
+plt.bar_label(bars, fmt="%.3f", padding=3)
+plt.xlim(0, 1.15)
+plt.xlabel("test accuracy")
+plt.title("The same soup behind a refitted and a frozen scaler")
+plt.show()
+
 # %%
-# The result, checked.
+# A check.
 
 if frozen.score(X_test, y_test) <= trap.score(X_test, y_test):
     raise RuntimeError("the frozen scaler should do better than the refitted one")

@@ -2,19 +2,18 @@
 From a folder of checkpoints to one better model
 ================================================
 
-Somebody fine-tuned the same network 24 times. Usual practice keeps the file with the best
-held-out score. Here the ten systems of the two papers, and `MEHLSoup` as it is by default, turn the
-whole folder into one model each, using the held-out rows only, and are then compared on test rows
-that none of them saw.
+A network was fine-tuned 24 times. The usual practice is to keep only the checkpoint with the best
+validation score. This tutorial mixes all of them into one better model, compares the methods of the
+two papers with `MEHLSoup` on test data, and saves the result.
 """
 
 # %%
-# The zoo
-# -------
-# A small convolutional network, pretrained once on real digits and fine-tuned 24 times from that
-# start on shifted and noisy ones, with random hyper-parameters. The 24 files come with sksoup, so
-# that everybody sees the same accuracies, up to 0.1 points: processors round differently. Opening
-# the folder reads headers only.
+# The checkpoints
+# ---------------
+# A small convolutional network was pretrained on scikit-learn's digits and fine-tuned 24 times on
+# shifted, noisy digits with random hyperparameters. The 24 files come with sksoup, so accuracies are
+# the same everywhere up to 0.1 points: processors round differently. Opening the folder reads only
+# file headers.
 
 import matplotlib.pyplot as plt
 
@@ -29,8 +28,8 @@ print(ckpts)
 # %%
 # One better model in three lines
 # -------------------------------
-# ``layerwise=True`` gives every parameter tensor its own coefficients. They sum to 1, yet may be
-# negative: the soup may lie outside of the checkpoints, not only between them.
+# ``layerwise=True`` gives every parameter tensor its own coefficients. They sum to 1 but may be
+# negative, so the soup need not lie between the checkpoints.
 
 soup = MEHLSoup(layerwise=True, random_state=0)
 soup.fit(ckpts, zoo.X_val, zoo.y_val)
@@ -38,14 +37,15 @@ print(f"test accuracy {100 * soup.score(zoo.X_test, zoo.y_test):.2f} %")
 print(f"coefficients {soup.coef_.shape}, from {soup.coef_.min():.2f} to {soup.coef_.max():.2f}")
 
 # %%
-# All systems
+# All methods
 # -----------
-# `compare_soups` fits them on the held-out rows and measures them. Passes are passes of one model
-# over the held-out rows; memory is in sizes of one model, beside the module itself.
+# `compare_soups` fits each method on the validation data and evaluates it on the test data.
+# *Forward* and *backward* count passes over the validation data, *extra memory* is in sizes of one
+# model.
 
 
 def tell(result: SoupResult) -> None:
-    """Print a line as soon as a system is done."""
+    """Print a line as soon as a method is done."""
     print(f"  {result.system}: {result.seconds:.1f} s", flush=True)
 
 
@@ -54,39 +54,43 @@ print()
 print(comparison)
 
 # %%
-# What it buys, and what it costs
-# -------------------------------
-# Test accuracy against the memory that fitting took. MEHL-Soup works on a quarter of the
-# checkpoints at a time; Centered-Soup, which is `MEHLSoup` by default, on as many as memory holds.
+# Gain and cost
+# -------------
+# The figure shows the difference in test accuracy to the best checkpoint, and the memory that
+# fitting took. MEHL-Soup holds a quarter of the checkpoints at a time; Centered-Soup (`MEHLSoup`
+# with its defaults) as many as fit.
 
-figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-for result in comparison.results:
-    is_ours = result.system.startswith(("MEHL", "Centered"))
-    axes.plot(
-        result.extra_memory, 100 * result.test, "o", color="tab:orange" if is_ours else "tab:blue"
-    )
-labelled: list[tuple[float, float]] = []
-for result in sorted(comparison.results, key=lambda r: r.test):
-    x, y = result.extra_memory, 100 * result.test
-    while any(abs(x - a) < 8 and abs(y - b) < 0.12 for a, b in labelled):
-        y += 0.04  # move a label up until it is free
-    labelled.append((x, y))
-    axes.annotate(result.system, (x, y), (6, 0), textcoords="offset points", va="center")
-axes.set(
-    xlabel="peak memory of fitting, in models",
-    ylabel="test accuracy, %",
-    title="Twelve systems, one folder of checkpoints",
-    xlim=(-1, 36),
-)
-axes.spines[["top", "right"]].set_visible(False)
+results = sorted(comparison.results, key=lambda result: result.test)
+names = [result.system for result in results]
+best = next(result.test for result in results if result.system == "Best checkpoint")
+learned = [name.startswith(("MEHL", "HL", "Learned", "Centered")) for name in names]
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(7, 4.4), sharey=True, layout="constrained")
+for chosen, label, marker, color in (
+    (True, "coefficients from gradients", "D", "#d55e00"),
+    (False, "other methods", "o", "#0072b2"),
+):
+    rows = [row for row, is_learned in enumerate(learned) if is_learned == chosen]
+    gains = [100 * (results[row].test - best) for row in rows]
+    left.plot(gains, rows, marker, color=color, label=label)
+    right.plot([results[row].extra_memory for row in rows], rows, marker, color=color, label=label)
+left.axvline(0, color="grey", linestyle=":")
+left.set(xlabel="test accuracy minus best checkpoint, points", yticks=range(len(names)))
+left.set_yticklabels(names)
+right.set(xlabel="memory to fit, in models")
+right.legend(loc="center right")
+for axes in (left, right):
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+figure.suptitle("Twelve methods on the same 24 checkpoints")
 figure.savefig("quickstart.png", dpi=120)
 plt.show()
 
 # %%
 # Save, verify, rebuild
 # ---------------------
-# The file holds the weights and the recipe: which checkpoints (by SHA-256), which coefficients.
-# Anyone who has the checkpoints can rebuild it, bit for bit.
+# The file holds the weights and the recipe: the checkpoints (with their SHA-256) and the
+# coefficients. Anyone who has the checkpoints can rebuild the soup bit for bit.
 
 import tempfile
 from pathlib import Path

@@ -2,17 +2,18 @@
 Bring your own data
 ===================
 
-Held-out rows come in many forms: arrays, tensors, dicts of them, data sets, loaders, streams. A
-soup takes them as they are, and gives the same bits for the same rows whatever they come in.
+Validation and test data may be arrays, tensors, dicts of them, data sets, loaders or streams. The
+same examples give bit-identical results in any form.
 """
 
 # %%
 # A few small fine-tuned networks
 # -------------------------------
 #
-# Eight convolutional networks for digits, fine-tuned from one start (made once, then cached).
+# Eight convolutional networks for digits, fine-tuned from one start.
 
 import datasets
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import nn
@@ -31,12 +32,12 @@ recipe = MEHLSoup(layerwise=True, max_epochs=2, random_state=0)
 # Arrays and tensors
 # ------------------
 #
-# The plain form. Floating inputs are converted to the module's dtype, integers are fed as they are.
-# Tensors that are on a GPU stay there.
+# Floating point inputs are converted to the module's dtype; integers are passed as they are.
+# Tensors on a GPU stay there.
 
 soup = recipe.fit(checkpoints, X_val, y_val)
 plain = soup.coef_.copy()
-print(f"accuracy on test rows: {soup.score(X_test, y_test):.3f}")
+print(f"test accuracy: {soup.score(X_test, y_test):.3f}")
 
 same = recipe.fit(checkpoints, torch.as_tensor(X_val), torch.as_tensor(y_val))
 assert np.array_equal(same.coef_, plain)
@@ -45,13 +46,13 @@ assert np.array_equal(same.coef_, plain)
 # Data sets and loaders
 # ---------------------
 #
-# A ``Dataset`` or ``DataLoader`` of ``(rows, targets)`` needs no ``y``. It is walked once, with its
-# own sampler and workers, and the rows stay in memory for the search: held-out data is small, and
-# every checkpoint has to see it. Global random state is afterwards what it was.
+# A ``Dataset`` or ``DataLoader`` of ``(inputs, targets)`` needs no ``y``. It is read once, with its
+# own sampler and workers, and kept in memory during the search. The global random state is not
+# changed.
 
 
 class Digits(Dataset):
-    """Decodes one row at a time, as a folder of images would."""
+    """Decode one example at a time, as a folder of images would."""
 
     def __init__(self, X, y):
         self.X, self.y = X, y
@@ -67,14 +68,15 @@ loader = DataLoader(Digits(X_val, y_val), batch_size=50, num_workers=2)
 for data in (Digits(X_val, y_val), loader, TensorDataset(*map(torch.as_tensor, (X_val, y_val)))):
     soup = recipe.fit(checkpoints, data)
     assert np.array_equal(soup.coef_, plain)
-print(f"accuracy on test rows: {soup.score(Digits(X_test, y_test)):.3f}")
+print(f"test accuracy: {soup.score(Digits(X_test, y_test)):.3f}")
 
 # %%
-# A loader that shuffles can be fitted and scored on, since rows and targets stay together. Where
-# rows must come in order, it is refused: to predict, and when targets or weights are given apart.
+# A loader that shuffles can be used to fit and score, since inputs and targets stay together. It
+# raises an error where the order matters: for predictions, and if targets or weights are given
+# separately.
 
 shuffling = DataLoader(Digits(X_test, y_test), batch_size=50, shuffle=True)
-print(f"accuracy on test rows: {soup.score(shuffling):.3f}")
+print(f"test accuracy: {soup.score(shuffling):.3f}")
 try:
     soup.predict(shuffling)
 except ValueError as error:
@@ -84,18 +86,17 @@ except ValueError as error:
 # Streams
 # -------
 #
-# An ``IterableDataset``, or an iterator of batches, is walked once. What is already used up is an
-# error, not an empty score.
+# An ``IterableDataset`` or an iterator of batches is read once. An exhausted iterator is an error.
 
 
 class Stream(IterableDataset):
-    """Rows from somewhere that can only be read from the beginning."""
+    """Examples that can only be read from the beginning."""
 
     def __iter__(self):
         yield from zip(X_test, y_test.tolist(), strict=True)
 
 
-print(f"accuracy on test rows: {soup.score(Stream()):.3f}")
+print(f"test accuracy: {soup.score(Stream()):.3f}")
 batches = iter(DataLoader(Stream(), batch_size=100))
 p = soup.predict_proba(batches)
 try:
@@ -104,39 +105,39 @@ except ValueError as error:
     print(error)
 
 # %%
-# ``predict``, ``predict_proba`` and ``score`` hold only a few minibatches of a loader in memory, so
-# it may be larger than that. To *fit*, the rows are kept. When they are too many, hold out fewer,
-# or keep images as ``uint8``, a quarter of the size, and convert them on the device with
-# ``forward``:
+# ``predict``, ``predict_proba`` and ``score`` hold only a few minibatches of a loader in memory.
+# ``fit`` keeps all examples that can be read only once. To save memory, images can be stored as
+# ``uint8``, a quarter of the size, and converted on the device with ``forward``:
 
 mean, scale = X_val.min(), np.ptp(X_val)
 as_bytes = np.round(255 * (X_val - mean) / scale).astype(np.uint8)
 
 
 def from_bytes(module, X):
-    """Undo what made bytes of the pixels, on the device where the module runs."""
+    """Convert bytes back to pixels, on the device of the module."""
     return module(X / 255 * scale + mean)
 
 
 soup = MEHLSoup(layerwise=True, max_epochs=2, random_state=0, forward=from_bytes)
 soup.fit(checkpoints, as_bytes, y_val)
-print(f"accuracy on held-out rows: {soup.score(as_bytes, y_val):.3f}, {as_bytes.nbytes:,} bytes")
+print(f"validation accuracy: {soup.score(as_bytes, y_val):.3f}, {as_bytes.nbytes:,} bytes")
 
 # %%
 # Several inputs
 # --------------
 #
-# A mapping is fed by name, ``module(**X)``, and a tuple by position, ``module(*X)``: arrays,
-# tensors, skorch's ``SliceDict``, or batches of a loader. Targets in a mapping are taken from
-# ``labels`` (or ``label``, ``targets``, ``target``, ``y``); ``y="name"`` names any other key. So a
-# tokenised ``datasets.Dataset`` goes in as it is, once columns that are no tensors are dropped.
+# A mapping is passed by name, ``module(**X)``, and a tuple by position, ``module(*X)``. Its values
+# are arrays, tensors, skorch's ``SliceDict``, or batches of a loader. Targets in a mapping are
+# taken from ``labels`` (or ``label``, ``targets``, ``target``, ``y``); ``y="name"`` selects any
+# other key. A tokenized ``datasets.Dataset`` can be used once columns that are not tensors are
+# dropped.
 
 texts = ["a fine soup", "a poor broth", "fine bread", "poor wine", "very fine", "so poor"] * 20
 vocabulary = {word: k for k, word in enumerate(sorted({w for t in texts for w in t.split()}), 1)}
 
 
 def tokenise(row):
-    """Numbers of the words, three per text."""
+    """The ids of the words, three per text."""
     ids = [vocabulary[word] for word in row["text"].split()]
     return {"ids": [*ids, 0, 0][:3]}
 
@@ -147,7 +148,7 @@ tokens = data.map(tokenise, remove_columns="text")
 
 
 class BagOfWords(nn.Module):
-    """The mean of the words' vectors, and a head."""
+    """The mean of the word vectors, and a linear head."""
 
     def __init__(self):
         super().__init__()
@@ -175,20 +176,35 @@ text_soup = GreedySoup().fit(CheckpointCollection(tuned), tokens)
 print(f"accuracy: {text_soup.score(tokens):.3f}; inputs: {text_soup.input_names_}")
 
 # %%
-# Weights of rows
-# ---------------
+# Sample weights
+# --------------
 #
-# ``sample_weight`` weighs rows in the loss and in the held-out score, here to make the digit 8
-# count three times.
+# ``sample_weight`` weights the examples in the loss and in the validation score. Here the digit 8
+# counts three times.
 
-eights = y_test == 8
+by_digit = {}
 for weight in (None, np.where(y_val == 8, 3.0, 1.0)):
     soup = recipe.fit(checkpoints, X_val, y_val, sample_weight=weight)
-    found = soup.score(X_test[eights], y_test[eights])
-    print(f"accuracy on eights{'' if weight is None else ', which count three times'}: {found:.3f}")
+    by_digit[weight is not None] = [
+        soup.score(X_test[y_test == digit], y_test[y_test == digit]) for digit in range(10)
+    ]
+    label = "equal weights" if weight is None else "eights count three times"
+    print(f"accuracy on eights, {label}: {by_digit[weight is not None][8]:.3f}")
+
+plt.bar(np.arange(10) - 0.2, by_digit[False], 0.4, color="#0072b2", label="equal weights")
+plt.bar(
+    np.arange(10) + 0.2, by_digit[True], 0.4, color="#d55e00", hatch="//", label="8 counts 3 times"
+)
+plt.xticks(range(10))
+plt.ylim(0.5, 1)
+plt.xlabel("digit")
+plt.ylabel("test accuracy")
+plt.title("Accuracy by digit of a soup with and without sample weights")
+plt.legend(loc="lower left")
+plt.show()
 
 # %%
-# What does not fit is said before anything is computed, with what was expected and what came:
+# Inputs that do not fit raise an error before anything is computed:
 
 try:
     recipe.fit(checkpoints, X_val[:, :-1], y_val)

@@ -2,24 +2,24 @@
 Bring your own model
 ====================
 
-Any ``nn.Module`` can be souped: what it is fed, what it gives and what it is scored by are all
-open. This page walks from a text classifier of Hugging Face through pixels and regression to the
-way out again.
+sksoup works with any ``nn.Module``, whatever its inputs, outputs, loss and metric. This tutorial
+covers a Hugging Face text classifier, several outputs, custom losses, segmentation and regression.
 """
 
 # %%
 # A Hugging Face model, from its folders
 # --------------------------------------
 #
-# ``save_pretrained`` or a ``Trainer`` leaves a folder per run. The architecture comes from
-# ``config.json``, inputs are the tokeniser's dict, and outputs are found by ``logits``, also where
-# the model puts its loss before them. Here a tiny BERT with random weights stands for yours;
-# ``benchmarks/zoo.py`` does the same with a real encoder of 22M parameters.
+# ``save_pretrained`` and ``Trainer`` write one folder per run. The architecture is taken from
+# ``config.json``, the inputs are the tokenizer's dict, and the outputs are ``logits``. A tiny BERT
+# with random weights is used here; ``benchmarks/zoo.py`` does the same with an encoder of 22M
+# parameters.
 
 import tempfile
 import warnings
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from scipy.ndimage import rotate
@@ -44,7 +44,7 @@ rng = np.random.default_rng(0)
 
 
 def train(net, X, y, criterion, lr, epochs, seed=0):
-    """Fine-tune in place, plainly."""
+    """Fine-tune in place."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(net.parameters(), lr)
     net.train()
@@ -67,7 +67,7 @@ labels = torch.as_tensor((ids < 20).sum(axis=1) > 4).long()
 
 
 def bert_loss(net, X, y, rows):
-    """Models of Hugging Face compute it themselves when given labels."""
+    """Hugging Face models compute the loss if labels are given."""
     return net(**{name: part[rows] for name, part in X.items()}, labels=y[rows]).loss
 
 
@@ -94,9 +94,10 @@ again = BertForSequenceClassification.from_pretrained(Path(folder.name) / "soup"
 # Outputs
 # -------
 #
-# A module may give a tensor, a tuple or list with one, a mapping with ``"logits"``, or an object
-# with ``.logits``. ``forward=`` gets the outputs of any other, or converts inputs on the device: a
-# callable ``(module, X) -> outputs``, the same for the search, for scores and for predictions.
+# A module may return a tensor, a tuple or list that begins with one, a mapping with ``"logits"``,
+# or an object with ``.logits``. For anything else, or to convert inputs on the device, pass a
+# callable ``forward(module, X) -> outputs``. It is used for the search, for scores and for
+# predictions.
 
 X, y = load_digits(return_X_y=True)
 X = (X / 16).astype("float32")
@@ -105,7 +106,7 @@ X_train, X_val, y_train, y_val = train_test_split(X_rest, y_rest, test_size=400,
 
 
 class TwoHeads(nn.Module):
-    """Gives a dictionary, under names of its own."""
+    """Return a dictionary with other keys."""
 
     def __init__(self):
         super().__init__()
@@ -118,7 +119,7 @@ class TwoHeads(nn.Module):
 
 
 def both_losses(net, X, y, rows):
-    """Digits and their parity together."""
+    """The sum of the losses of digit and parity."""
     output = net(X[rows])
     parity = nn.functional.binary_cross_entropy_with_logits(
         output["parity"][:, 0], (y[rows] % 2).float()
@@ -127,7 +128,7 @@ def both_losses(net, X, y, rows):
 
 
 def fine_tunings(build, X, y, loss, lrs=(3e-4, 1e-3, 2e-3, 4e-3), shared_start=True):
-    """Train a little, then go on from there with several learning rates."""
+    """Pretrain, then fine-tune with several learning rates."""
     X, y = torch.as_tensor(X), torch.as_tensor(y)
     torch.manual_seed(0)
     start = train(build(), X, y, loss, 3e-3, 10).state_dict()
@@ -147,8 +148,8 @@ soup = MEHLSoup(forward=lambda module, X: module(X)["digit"], random_state=0)
 print(f"digits: {soup.fit(two_heads, X_val + noise, y_val).score(X_test, y_test):.3f}")
 
 # %%
-# One logit is taken as two of which one is 0, so that ``predict_proba`` has its two columns; a
-# criterion of yours is given the one logit, as ``BCEWithLogitsLoss`` wants it.
+# A single logit is treated as two logits, one of which is 0, so that ``predict_proba`` has two
+# columns. A custom criterion receives the single logit, as ``BCEWithLogitsLoss`` expects.
 
 parity = LearnedSoup(
     forward=lambda module, X: module(X)["parity"], criterion=nn.BCEWithLogitsLoss, random_state=0
@@ -160,8 +161,8 @@ print(f"parity: {parity.score(X_test, y_test % 2):.3f}, {parity.predict_proba(X_
 # The loss
 # --------
 #
-# ``criterion`` is a class, an instance or any callable ``(outputs, targets) -> loss``. Class
-# weights and label smoothing are those of torch:
+# ``criterion`` is a class, an instance or any callable ``(outputs, targets) -> loss``, for example
+# with class weights and label smoothing:
 
 criterion = nn.CrossEntropyLoss(weight=torch.linspace(1, 2, 10), label_smoothing=0.1)
 soup = MEHLSoup(forward=lambda module, X: module(X)["digit"], criterion=criterion, random_state=0)
@@ -171,9 +172,10 @@ print(f"digits: {soup.fit(two_heads, X_val + noise, y_val).score(X_test, y_test)
 # Labels of pixels or tokens
 # --------------------------
 #
-# Integer labels of shape ``(n_samples, ...)`` go with outputs ``(n_samples, n_outputs, ...)``, as
-# in torch's criteria; -100 leaves a position out of loss and score. Here: which pixels of a noisy
-# image are ink? A border that nobody labelled is left out.
+# For segmentation and token classification, labels are integers of shape ``(n_samples, ...)`` and
+# outputs have shape ``(n_samples, n_outputs, ...)``, as in PyTorch's losses. The label -100
+# excludes a position from loss and score. Here, pixels of noisy images are classified as ink or
+# background, without the unlabelled border.
 
 ink = (X_rest > 0.3).astype(np.int64).reshape(-1, 8, 8)
 ink[:, [0, -1]] = -100
@@ -198,16 +200,16 @@ soup = MEHLSoup(random_state=0).fit(pixels, noisy, ink[800:])
 print(f"pixels: {soup.score(noisy, ink[800:]):.3f}, {soup.predict(noisy).shape}")
 
 # %%
-# Regression, and a soup that is noise
-# ------------------------------------
+# Regression, and a soup that fails
+# ---------------------------------
 #
-# ``task="regression"`` takes one target or many and scores by R². The networks below tell by how
-# much a digit was turned. Fine-tuned from one start, their soups are about as good as the best of
-# them, or better.
+# ``task="regression"`` accepts one target or several and scores by R². The networks below estimate
+# by how much a digit was rotated. Fine-tuned from one start, their soups are about as good as the
+# best checkpoint, or better.
 
 
 def turned(images, seed):
-    """Digits turned by up to 60 degrees either way, and the angles / 60."""
+    """Digits rotated by up to 60 degrees either way, and the angles / 60."""
     angle = np.random.default_rng(seed).uniform(-1, 1, len(images)).astype("float32")
     rows = [
         rotate(image.reshape(8, 8), 60 * a, reshape=False, order=1).ravel()
@@ -222,7 +224,7 @@ def square_loss(net, X, y, rows):
 
 
 def angles():
-    """From pixels to one number."""
+    """A network with one output."""
     return nn.Sequential(
         nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1)
     )
@@ -230,6 +232,7 @@ def angles():
 
 def r2_of(checkpoints):
     """Test R² of the best checkpoint and of three soups."""
+    scores = {}
     for recipe in (
         BestCheckpoint(task="regression"),
         UniformSoup(task="regression"),
@@ -237,40 +240,54 @@ def r2_of(checkpoints):
         MEHLSoup(task="regression", layerwise=True, random_state=0),
     ):
         recipe.fit(checkpoints, *turned(X_val, 1))
-        print(f"{type(recipe).__name__:16}{recipe.score(*turned(X_test, 2)):7.3f}")
+        scores[type(recipe).__name__] = recipe.score(*turned(X_test, 2))
+        print(f"{type(recipe).__name__:16}{scores[type(recipe).__name__]:7.3f}")
+    return scores
 
 
-r2_of(fine_tunings(angles, *turned(X_train, 0), square_loss))
+together = r2_of(fine_tunings(angles, *turned(X_train, 0), square_loss))
 
 # %%
-# The same networks trained from *different* starts are each as good, but their mean is noise: this
-# is how a regression soup falls from 0.93 to 0.05. Fitting says so.
+# Trained from *different* starts, each network is as good, but their mean is useless: R² falls from
+# 0.93 to 0.05. Fitting issues a warning.
 
 apart = fine_tunings(angles, *turned(X_train, 0), square_loss, shared_start=False)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always", SoupWarning)
-    r2_of(apart)
+    separate = r2_of(apart)
 print(caught[0].message)
 
 # %%
-# ``describe`` says it before anything is mixed:
+figure, axes = plt.subplots(figsize=(6.5, 3.5), layout="constrained")
+for shift, (scores, label, color, hatch) in enumerate(
+    ((together, "same start", "#0072b2", ""), (separate, "different starts", "#d55e00", "//"))
+):
+    places = np.arange(len(scores)) + 0.4 * shift
+    axes.bar(places, list(scores.values()), 0.38, label=label, color=color, hatch=hatch)
+axes.set_xticks(np.arange(len(together)) + 0.2, list(together))
+axes.set(ylabel="test R²", title="Regression soups of networks with the same or different starts")
+axes.legend(loc="lower right")
+plt.show()
+
+# %%
+# ``describe`` reports it before anything is mixed:
 
 print(*apart.describe().verdict, sep="\n")
 
 # %%
-# State that is not learnt
-# ------------------------
+# Buffers and other state
+# -----------------------
 #
-# Tied weights stay tied, frozen parts are copied as they are, integer buffers come from the
-# ingredient that counts most, and buffers outside the state dict are left alone. Weight norm and
-# spectral norm are mixed in their own parametrisation. BatchNorm has a page of its own:
-# :doc:`plot_batch_norm`. Dropout is off throughout, in the search as well: see :doc:`/concepts`.
+# Tied weights stay tied, frozen parts are copied, integer buffers are taken from the checkpoint
+# with the largest coefficient, and buffers outside the state dict are not changed. Weight norm and
+# spectral norm are mixed in their own parametrization. For BatchNorm, see :doc:`plot_batch_norm`.
+# Dropout is off, in the search as well (:doc:`/concepts`).
 #
-# Out again
-# ---------
+# Export
+# ------
 #
-# ``module_`` is your module with the soup's weights, in eval mode, and nothing else: whatever takes
-# modules takes it, ``torch.export`` here and ``torch.onnx.export(soup.module_, args)`` likewise.
+# ``module_`` is your module with the weights of the soup, in eval mode. It can be exported like any
+# other module, with ``torch.export`` as here or with ``torch.onnx.export(soup.module_, args)``.
 
 program = torch.export.export(again, args=(), kwargs={name: t[:2] for name, t in tokens.items()})
 print(f"{type(program).__name__} with {len(program.state_dict)} tensors")

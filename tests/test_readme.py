@@ -16,7 +16,6 @@ from benchmarks.paper import common, page
 from sksoup import CheckpointCollection, Recipe, __version__
 from sksoup.datasets import load_digits_checkpoints
 
-from .pages import run
 from .zoo import Net, Zoo
 
 ROOT = Path(__file__).parent.parent
@@ -86,18 +85,6 @@ def test_it_is_short_and_its_links_lead_somewhere():
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", TEXT) if "://" not in link]
     assert len(links) > 10
     assert [link for link in links if not (ROOT / link).exists()] == []
-
-
-def test_code_of_the_first_page(zoo: Zoo, tmp_path, monkeypatch):
-    """The blocks of "Get started", one after the other."""
-    pytest.importorskip("matplotlib")
-    zoo.checkpoints.save(tmp_path / "runs")
-    monkeypatch.chdir(tmp_path)
-    found = run("start", MyNet=Net, X=zoo.X, y=zoo.y)
-    assert found["table"].soups["Mine"].score(found["X_test"], found["y_test"]) >= 0
-    assert (tmp_path / "soup.html").exists()
-    rows = torch.as_tensor(found["X_test"], dtype=torch.float32)
-    assert torch.equal(found["net"](rows), found["soup"].module_(rows))
 
 
 def test_the_citation_and_the_changelog_name_this_version():
