@@ -11,7 +11,7 @@ two papers with `MEHLSoup` on test data, and saves the result.
 # The checkpoints
 # ---------------
 # A small convolutional network was pretrained on scikit-learn's digits and fine-tuned 24 times on
-# shifted, noisy digits with random hyperparameters. The 24 files come with sksoup, so the accuracies
+# shifted, noisy digits with random hyperparameters. The 24 files come with sksoup, so accuracies
 # are the same everywhere up to 0.1 points: processors round differently. Opening the folder reads
 # only file headers.
 
