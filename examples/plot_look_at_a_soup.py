@@ -42,7 +42,7 @@ ComparisonDisplay(
     list(recipes),
     held_out=[soup.score(*validation) for soup in recipes.values()],
     test=[soup.score(digits.X_test, digits.y_test) for soup in recipes.values()],
-).plot()
+).plot().ax_.set_title("Validation and test accuracy of three soups")
 
 # %%
 # Coefficients
@@ -51,17 +51,20 @@ ComparisonDisplay(
 # One number per checkpoint. Coefficients outside [0, 1] are orange; the dotted line is the uniform
 # soup.
 
-CoefficientsDisplay.from_estimator(scalar)
+display = CoefficientsDisplay.from_estimator(scalar)
+display.ax_.set_title("Coefficient of each checkpoint")
 
 # %%
 # With one set of coefficients per layer, the display is a heat map, white at 0. A histogram, as in
 # Figure 1 of the MEHL paper, is available too.
 
-CoefficientsDisplay.from_estimator(layerwise)
+display = CoefficientsDisplay.from_estimator(layerwise)
+display.ax_.set_title("Coefficients of each checkpoint and layer")
 
 # %%
 
-CoefficientsDisplay.from_estimator(layerwise, kind="histogram")
+display = CoefficientsDisplay.from_estimator(layerwise, kind="histogram")
+display.ax_.set_title("Histogram of the coefficients")
 
 # %%
 # The path of the greedy search
@@ -71,7 +74,8 @@ CoefficientsDisplay.from_estimator(layerwise, kind="histogram")
 # that were rejected before all examples were evaluated. The band is one standard error of the
 # soup's score; gains within it may be due to chance.
 
-GreedyPathDisplay.from_estimator(greedy)
+display = GreedyPathDisplay.from_estimator(greedy)
+display.ax_.set_title("Score of each candidate of the greedy search")
 
 # %%
 # Which checkpoints matter
@@ -82,7 +86,8 @@ GreedyPathDisplay.from_estimator(greedy)
 # without the checkpoint on these examples.
 
 importance = ingredient_importance(scalar, *validation)
-IngredientImportanceDisplay.from_importance(importance)
+display = IngredientImportanceDisplay.from_importance(importance)
+display.ax_.set_title("Importance of each checkpoint")
 print(importance)
 
 # %%
@@ -95,6 +100,7 @@ print(importance)
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
 LearningCurveDisplay.from_estimator(layerwise, ax=left)
 LossBarrierDisplay.from_estimator(greedy, *validation, ax=right, n_points=7)
+figure.suptitle("Learning curve, and loss between checkpoints of the greedy soup")
 
 # %%
 # A report

@@ -110,6 +110,18 @@ class MEHLSoup(BaseSoup):
     ``MEHLSoup(center="mean", clip_deltas=None, weight_decay=0)`` is the algorithm of the paper:
     :math:`q_k = 1/K`, :math:`s_k = 1`, and no comparison at the end.
 
+    Its parameters by purpose:
+
+    - *essential*: ``checkpoints``, ``layerwise``, ``task``, ``classes``, ``max_epochs``,
+      ``random_state``;
+    - *memory*: ``model_batch_size``, ``memory_limit``, ``delta_dtype``, ``batch_size``,
+      ``accumulate``, ``prefetch``, ``shard``;
+    - *optimiser*: ``lr``, ``optimizer``, ``weight_decay``, ``schedule``, ``model_epochs``,
+      ``shuffle``;
+    - *advanced*: ``center``, ``ranking_rows``, ``clip_deltas``, ``normalize``,
+      ``validation_fraction``, ``criterion``, ``forward``, ``batch_norm``, ``precision``,
+      ``compile``, ``device``, ``memory``.
+
     Parameters
     ----------
     checkpoints : CheckpointCollection, callable, iterable or None, default=None
