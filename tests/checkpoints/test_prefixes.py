@@ -72,7 +72,7 @@ def test_tensors_beside_the_network_are_left_out_when_asked(zoo: Zoo, tmp_path):
         saved |= {"criterion.weight": torch.ones(3), "train_acc.total": torch.tensor(float(k))}
         torch.save({"state_dict": saved, "epoch": k}, tmp_path / f"{k}.ckpt")
     whole = CheckpointCollection.from_path(tmp_path, module=Net)
-    with pytest.raises(CheckpointError, match=r"are there, behind 'model.': .*prefix='model.'"):
+    with pytest.raises(CheckpointError, match=r"after the prefix 'model.'. .*prefix='model.'"):
         UniformSoup().fit(whole, zoo.X, zoo.y)
     part = CheckpointCollection.from_path(tmp_path, module=Net, prefix="model.")
     assert set(part.layout) == set(Net().state_dict())
