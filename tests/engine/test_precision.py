@@ -28,7 +28,7 @@ def processor(monkeypatch):
 def test_slow_bfloat16_is_warned_of_before_the_search(zoo: Zoo, processor, kind):
     processor(20.0)
     soup = kind(precision="bf16", max_epochs=1, random_state=0, device="cpu")
-    message = r"is slow on this processor: .* takes 20 times .*instructions.*Take precision='fp32'"
+    message = r"is slow on this processor: .* takes 20 times .*instructions.*Use precision='fp32'"
     with warnings.catch_warnings():
         warnings.simplefilter("error", SoupWarning)  # raised, so no step can come before
         with pytest.raises(SoupWarning, match=message):

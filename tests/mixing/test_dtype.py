@@ -57,7 +57,7 @@ def test_checkpoints_of_two_bytes_are_summed_wide_and_rounded_once():
 def test_what_is_too_large_for_the_dtype_is_an_error():
     for values in ([7e4, 8e4], [7e4, 7e4]):  # a sum, and what is equal in all
         nets = CheckpointCollection([{"w": torch.tensor([v])} for v in values])
-        with pytest.raises(CheckpointError, match=r"reaches 7.*largest number of torch.float16"):
+        with pytest.raises(CheckpointError, match=r"reaches 7.*largest number in torch.float16"):
             mix(nets, [0.5, 0.5], dtype="float16")
     mask = CheckpointCollection([{"w": torch.tensor([1.0, -torch.inf])}] * 2)
     assert mix(mask, [0.5, 0.5], dtype="float16")["w"].tolist() == [1.0, -np.inf]
