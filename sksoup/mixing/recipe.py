@@ -124,8 +124,8 @@ class Recipe:
         Parameters
         ----------
         method : str
-                        Name of the method that found the coefficients.
-                checkpoints : CheckpointCollection
+            Name of the method that found the coefficients.
+        checkpoints : CheckpointCollection
             The checkpoints that were mixed.
         coef : array-like of shape (n_checkpoints,) or (n_layers, n_checkpoints)
             Coefficients.
@@ -133,7 +133,7 @@ class Recipe:
             For every tensor name, the index of its row in ``coef``.
         layer_names : tuple of str or None, default=None
             Names of the rows of ``coef``. By default their numbers.
-                **fields
+        **fields
             Other fields of `Recipe`.
 
         Returns

@@ -152,7 +152,7 @@ class ExportMixin:
         CheckpointError
             No ingredient is from a Hugging Face folder, or further modules of sentence-transformers
             have weights that differ between the ingredients.
-                FileExistsError
+        FileExistsError
             The folder exists and is not empty.
         """
         check_is_fitted(self, "coef_")
