@@ -259,7 +259,7 @@ class Recipe:
 
         Raises
         ------
-                RecipeError
+        RecipeError
             As for `to_json`.
         """
         write_text(Path(path), self.to_json())

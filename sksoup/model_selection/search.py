@@ -190,7 +190,7 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
 
         Returns
         -------
-                self : estimator
+        self : estimator
             The fitted estimator.
         """
         soup, folder = self._soup(), None if self.save_dir is None else Path(self.save_dir)

@@ -178,7 +178,7 @@ class BaseSoup(
 
         Returns
         -------
-                self : estimator
+        self : estimator
             The fitted estimator.
 
         Raises

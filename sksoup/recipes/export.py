@@ -83,7 +83,7 @@ class ExportMixin:
 
         Raises
         ------
-                ValueError
+        ValueError
             ``path`` has another suffix.
         OSError
             The folder does not exist, the disk is full, or permission is denied.
