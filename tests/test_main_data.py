@@ -212,7 +212,7 @@ def test_warnings_are_lines_on_stderr_and_part_of_json(folder, capsys):
     )
     assert main(line.split()) == 0
     said = capsys.readouterr().err
-    assert "sksoup: warning: There is one checkpoint, 'ft0'" in said
+    assert "sksoup: warning: There is one checkpoint only, 'ft0'" in said
     assert ".py:" not in said
     assert main([*line.split(), "--json"]) == 0
     printed = capsys.readouterr()

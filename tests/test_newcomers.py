@@ -118,7 +118,7 @@ def test_a_report_says_which_row_is_the_soup(zoo: Zoo, tmp_path):
 
 def test_texts_as_targets_in_the_rows_are_explained(zoo: Zoo):
     names = np.array(["ham", "spam", "ad"])[zoo.y]
-    with pytest.raises(TypeError, match=r"first is .*'(ham|spam|ad)'.*texts beside the rows"):
+    with pytest.raises(TypeError, match=r"first is .*'(ham|spam|ad)'.*Pass strings separately"):
         BestCheckpoint().fit(zoo.checkpoints, {"x": zoo.X, "labels": names})
 
 

@@ -91,7 +91,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     nbytes : int
         Size of the weights of one model in bytes.
     scores : dict of str to float or None
-                The known scores, as passed.
+        The known scores, as passed.
 
     Raises
     ------
@@ -368,7 +368,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Returns
         -------
         adapters : dict of str to LowRankCheckpoint
-                        Adapters by name, in order.
+            Adapters by name, in order.
         """
         found = {name: self._entries[name].checkpoint for name in names}
         return {name: one for name, one in found.items() if isinstance(one, LowRankCheckpoint)}
@@ -604,7 +604,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Returns
         -------
         collection : CheckpointCollection
-                        The other checkpoints, in order.
+            The other checkpoints, in order.
 
         Raises
         ------
@@ -620,7 +620,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Parameters
         ----------
         name : str
-                        Name of the new checkpoint.
+            Name of the new checkpoint.
         checkpoint : str, path-like, mapping of str to Tensor, or nn.Module
             Anything that the constructor accepts as a checkpoint.
 
@@ -691,7 +691,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Parameters
         ----------
         folder : str or path-like
-                        Created if it does not exist.
+            Created if it does not exist.
 
         Returns
         -------
@@ -774,7 +774,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Returns
         -------
         path : Path or None
-                        Absolute path.
+            Absolute path.
         """
         return self._entries[name].checkpoint.path
 
@@ -792,7 +792,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Yields
         ------
         tensor : Tensor
-                        Not a copy: do not write to it.
+            Not a copy: do not write to it.
         """
         for entry in self._entries.values():
             yield from entry.checkpoint.held_tensors()

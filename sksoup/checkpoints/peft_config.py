@@ -42,7 +42,7 @@ class PeftConfig:
     Parameters
     ----------
     where : str
-                The adapter, as named in errors.
+        The adapter, as named in errors.
     fields : mapping
         Fields of ``adapter_config.json``.
     """

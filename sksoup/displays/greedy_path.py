@@ -17,7 +17,7 @@ class GreedyPathDisplay(Display):
     Parameters
     ----------
     path : list of dict
-                The attribute ``path_`` of a fitted `GreedySoup`.
+        The attribute ``path_`` of a fitted `GreedySoup`.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class GreedyPathDisplay(Display):
         Parameters
         ----------
         estimator : GreedySoup
-                        A fitted estimator.
+            A fitted estimator.
         ax : matplotlib Axes or None, default=None
             Axes to draw on. None creates a new figure.
 

@@ -54,7 +54,7 @@ class LearningCurveDisplay(Display):
         Parameters
         ----------
         estimator : MEHLSoup or LearnedSoup
-                        A fitted estimator.
+            A fitted estimator.
         ax : matplotlib Axes or None, default=None
             Axes to draw on. None creates a new figure.
 

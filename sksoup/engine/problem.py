@@ -79,7 +79,7 @@ class Found:
     coef : ndarray of shape (n_searched, n_checkpoints), float64
         Coefficients of the searched layers; each row sums to 1.
     history : list of dict
-                Value of the attribute ``history_``.
+        Value of the attribute ``history_``.
     attributes : dict of str
         Further fitted attributes of the recipe, by name.
     rivals : dict of str to ndarray of shape (n_searched, n_checkpoints)
@@ -128,11 +128,11 @@ def rank_checkpoints(
     Parameters
     ----------
     problem : Problem
-                Problem with the checkpoints to score.
+        Problem with the checkpoints to score.
     step : callable
         Function from ``problem.progress``, called after each checkpoint.
     n_jobs : int or None, default=None
-                Number of joblib workers.
+        Number of joblib workers.
     evaluate : Evaluator or None, default=None
         Evaluator for the scores. By default ``problem.evaluate``.
 

@@ -98,9 +98,9 @@ def loss_barrier(
     Parameters
     ----------
     checkpoints : CheckpointCollection
-                Checkpoints with a module.
+        Checkpoints with a module.
     X, y : array-like or Tensor of n_samples rows
-                Held-out data.
+        Held-out data.
     n_points : int, default=11
         Number of positions on each line, including the ends.
     n_pairs : int or None, default=10
@@ -116,7 +116,7 @@ def loss_barrier(
     classes, batch_size, device
         As in `MEHLSoup`.
     random_state : int, RandomState instance or None, default=0
-                Seed for drawing the pairs.
+        Seed for drawing the pairs.
 
     Returns
     -------

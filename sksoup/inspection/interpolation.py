@@ -225,9 +225,9 @@ class InterpolationDisplay(Display):
         estimator : estimator
             A fitted soup.
         X, y : array-like or Tensor of n_samples rows
-                        Data for the scores.
+            Data for the scores.
         start : str, path-like, mapping of str to Tensor, or nn.Module
-                        The pretrained weights.
+            The pretrained weights.
         ax : matplotlib Axes or None, default=None
             Axes to draw on. None creates a new figure.
         **kwargs : dict

@@ -207,9 +207,9 @@ class Recipe:
         Parameters
         ----------
         text : str
-                        Text written by `to_json`.
+            Text written by `to_json`.
         source : str, default="the text"
-                        Name of the source in error messages.
+            Name of the source in error messages.
 
         Returns
         -------
@@ -255,7 +255,7 @@ class Recipe:
         Parameters
         ----------
         path : str or path-like
-                        Path of a ``.json`` file.
+            Path of a ``.json`` file.
 
         Raises
         ------

@@ -95,7 +95,7 @@ class Verification:
         Returns
         -------
         findings : dict
-                        The fields and ``"ok"``, which can be converted to JSON.
+            The fields and ``"ok"``, which can be converted to JSON.
         """
         return {"ok": self.ok, **asdict(self)}
 

@@ -60,7 +60,7 @@ class CheckpointScorer:
         Parameters
         ----------
         estimator : skorch net, pipeline that ends in one, or anything with ``module_``
-                        The fitted estimator.
+            The fitted estimator.
         X : array-like
             Inputs.
         y : array-like or None, default=None

@@ -66,7 +66,7 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
     soup : estimator or None, default=None
         An unfitted soup without checkpoints. None is a `GreedySoup`.
     n_iter : int, default=10
-                Number of candidates to sample.
+        Number of candidates to sample.
     scoring : str, callable or None, default=None
         Metric for the candidates on the held-out part. None is the ``score`` of the estimator.
     cv : int, splitter, iterable or None, default=None

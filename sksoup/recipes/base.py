@@ -161,7 +161,7 @@ class BaseSoup(
             data; ``sample_weight`` is passed to it if it has a parameter of that name. By default
             the ``checkpoints`` of the constructor.
         X : array-like or Tensor of shape (n_samples, ...), dict or tuple of them, Dataset or \
-                DataLoader
+            DataLoader
             Held-out inputs. A dict is passed to the module by name, a tuple by position.
             Floating-point inputs are converted to the dtype of the module. A torch ``Dataset``, a
             ``DataLoader``, a ``datasets.Dataset``, an array in a file (``np.memmap``) or an

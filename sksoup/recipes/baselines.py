@@ -65,7 +65,7 @@ class UniformSoup(BaseSoup):
     layers_ : dict of str to int
         For every tensor name, the index of its row in a two-dimensional ``coef_``.
     ingredients_ : tuple of str
-                Names of all checkpoints.
+        Names of all checkpoints.
     layer_names_ : tuple of str
         Names of the layers: the rows of a two-dimensional ``coef_``.
     classes_ : ndarray of shape (n_outputs,)
