@@ -150,7 +150,9 @@ def shift_scores(systems: Sequence[Mapping[str, Any]]) -> Iterable[list[str]]:
         )]  # fmt: skip
 
 
-def shift_gains(systems: Sequence[Mapping[str, Any]]) -> Iterable[list[str]]:
+def shift_gains(
+    systems: Sequence[Mapping[str, Any]], memory: Mapping[str, float] | None = None
+) -> Iterable[list[str]]:
     """A row for each system: what it gains over the rivals, paired by split, and its cost."""
     for name in systems[0]:
         gains = [
@@ -162,6 +164,8 @@ def shift_gains(systems: Sequence[Mapping[str, Any]]) -> Iterable[list[str]]:
             cell([one[name] and one[name][what] for one in systems], lambda v: f"{mean_of(v):.0f}")
             for what in ("seconds", "forward", "backward")
         ]
+        if memory is not None:
+            cost.append(f"{memory[name]:.1f}" if name in memory else "–")
         yield [name, *gains, *cost]
 
 
@@ -502,15 +506,17 @@ class Page:
         """Clean and shifted test sets: the scores, and what is gained over two rivals."""
         if "shift" not in self.found:
             return ""
-        parts = []
+        parts, counted = [], self.found.get("shift_memory", {"results": {}})["results"]
         for kind, seeds in self.found["shift"]["results"].items():
             systems = [seed["systems"] for seed in seeds]
+            (memory,) = counted.get(kind, [None])
+            costs = ["seconds", "forward", "backward", *(["memory"] if memory else [])]
             title = f"{SHIFT_TITLES[kind]}, {len(seeds)} splits"
             below = "; ".join(below_greedy(systems)) or "none"
             parts += [
                 table(["system", *SHIFT_COLUMNS], shift_scores(systems), title),
-                table(["system", *SHIFT_GAINS, "seconds", "forward", "backward"],
-                      shift_gains(systems), f"{title}: gains in points, cost of the fit"),
+                table(["system", *SHIFT_GAINS, *costs], shift_gains(systems, memory),
+                      f"{title}: gains in points, cost of the fit"),
                 table(["claim", "clean", "shifted"], shift_claims(systems), f"{title}: claims"),
                 f"Test sets on which {CENTERED_PLUS} is significantly below Greedy-Soup: "
                 f"{below}.\n",

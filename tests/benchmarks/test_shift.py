@@ -230,6 +230,9 @@ def test_the_page_says_what_was_measured(tmp_path):
         "+6.00 ± 0.00", "+4.00 ± 0.00", "3", "5", "2",
     ]  # fmt: skip
     assert gains["Centered-Soup+"][2].startswith("+1.50 ± ")
+    counted = {row[0]: row[-1] for row in page.shift_gains(systems, {"Centered-Soup+": 5.12})}
+    assert counted["Centered-Soup+"] == "5.1"
+    assert counted["Greedy-Soup"] == "–"
 
 
 def test_amounts_of_rows_and_ingredients(monkeypatch, tmp_path):
