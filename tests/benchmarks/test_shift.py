@@ -273,3 +273,21 @@ def test_memory_of_every_system_of_the_tables(tmp_path):
     assert list(found) == list(shift.every_system(some, 0))
     assert found["Best checkpoint"] < found["MEHL-Soup"] < found["HL-Soup"]
     assert found["HL-Soup"] > 4  # all the deltas
+
+
+def test_which_soup_quotes_the_amounts():
+    seeds = page.Page(page.common.RESULTS).found["amounts"]["results"]["photos"]
+
+    def mean(what, n, name):
+        return float(np.mean([seed[what][n][name] for seed in seeds]))
+
+    accuracies = [mean("ingredients", n, "Centered-Soup+") for n in seeds[0]["ingredients"]]
+    *first, last = [f"{value:.1f}" for value in accuracies]
+    text = " ".join((page.README.parent / "docs" / "which.rst").read_text("utf-8").split())
+    assert f"its accuracy is {', '.join(first)} and {last} %" in text
+    rows = seeds[0]["rows"]
+    assert min(mean("rows", n, "Centered-Soup+") - mean("rows", n, page.BEST) for n in rows) > 0
+    for n in rows:
+        gains = [seed["rows"][n]["Centered-Soup+"] - seed["rows"][n][page.BEST] for seed in seeds]
+        value, half = page.common.mean_and_interval(gains)
+        assert value - half < 0
