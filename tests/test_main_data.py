@@ -226,7 +226,8 @@ def test_compare_prints_the_table_of_the_systems_that_were_asked_for(folder, cap
     assert "Greedy-Soup" in (table := capsys.readouterr().out)
     assert "HL-Soup" not in table
     assert main([*line.split(), "--json", "--scoring", "f1_macro"]) == 0
-    (result,) = json.loads(capsys.readouterr().out)["results"]
-    assert result["system"] == "Greedy-Soup"
+    best, greedy = json.loads(capsys.readouterr().out)["results"]
+    assert (best["system"], greedy["system"]) == ("Best checkpoint", "Greedy-Soup")
+    assert greedy["difference"] is not None
     with pytest.raises(SystemExit):  # needs test data
         main(["compare", "nets", "--module", "model:build", "--data", "val.npz"])

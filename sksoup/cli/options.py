@@ -233,8 +233,8 @@ def compare(parser: Parser) -> None:
     group = parser.add_argument_group("comparison")
     group.add_argument(
         "--system", action="append", choices=list(systems(1)), metavar="NAME",
-        help="compare this method only; repeat it for several (default: all): "
-        + ", ".join(systems(1)),
+        help="compare only this method with the best checkpoint; repeat it for several (default: "
+        "all): " + ", ".join(systems(1)),
     )  # fmt: skip
     group.add_argument(
         "--scoring", metavar="NAME",

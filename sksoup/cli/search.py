@@ -57,7 +57,8 @@ def compare(options: argparse.Namespace) -> Result:
     """Fit all systems, or those asked for, and show their scores."""
     collection = _opened(options)
     val, test, _, classes = load_data(options, collection)
-    chosen = options.system or list(systems(1))
+    # the first is what the others are compared with
+    chosen = list(dict.fromkeys(["Best checkpoint", *(options.system or systems(1))]))
     recipes = systems(len(collection), options.task, options.random_state or 0)
     recipes = {name: soup for name, soup in recipes.items() if name in chosen}
     for soup in recipes.values():
