@@ -166,7 +166,7 @@ Tokens = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Texts:
-    """Tokenised docstrings and the numbers of their packages, in three parts, and later ones."""
+    """Tokenized docstrings and the numbers of their packages, in three parts, and later ones."""
 
     finetune: tuple[Tokens, torch.Tensor]
     val: tuple[Tokens, torch.Tensor]
@@ -203,13 +203,13 @@ def docstrings(package: str, paragraph: int = 0) -> Iterator[str]:
 
 
 def load_texts(seed: int, n_finetune: int, n_val: int, n_test: int, length: int) -> Texts:
-    """Draw rows of every package, tokenise them, split them by label."""
+    """Draw rows of every package, tokenize them, split them by label."""
     rng = np.random.default_rng(seed)
     each = -(-(n_finetune + n_val + n_test) // len(PACKAGES))
     texts, labels = draw_texts(0, each, rng)
 
     def part(rows: Any) -> tuple[Tokens, torch.Tensor]:
-        return tokenised([texts[i] for i in rows], length), labels[rows]
+        return tokenized([texts[i] for i in rows], length), labels[rows]
 
     rest, test = train_test_split(
         np.arange(len(texts)), test_size=n_test, stratify=labels, random_state=seed
@@ -220,7 +220,7 @@ def load_texts(seed: int, n_finetune: int, n_val: int, n_test: int, length: int)
     later = []
     for paragraph in (1, 2):
         drawn, numbers = draw_texts(paragraph, n_test // len(PACKAGES), rng)
-        later.append((tokenised(drawn, length), numbers))
+        later.append((tokenized(drawn, length), numbers))
     words = [texts[i] for i in (*val, *test)]
     return Texts(part(finetune), part(val), part(test), words, later)
 
@@ -238,7 +238,7 @@ def draw_texts(
     return texts, torch.tensor(labels)
 
 
-def tokenised(texts: list[str], length: int) -> Tokens:
+def tokenized(texts: list[str], length: int) -> Tokens:
     """Of the encoder's tokenizer."""
     from transformers import AutoTokenizer
 
@@ -430,7 +430,7 @@ class TextRows:
         for severity in SEVERITIES:
             rng = np.random.default_rng([seed, severity])
             texts = [mistyped(parts.words[i], severity, rng) for i in test]
-            sets[f"typing {severity}"] = tokenised(texts, self.length), y[test]
+            sets[f"typing {severity}"] = tokenized(texts, self.length), y[test]
             sets[f"paragraph {severity}"] = parts.later[severity - 1]
         return sets
 

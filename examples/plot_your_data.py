@@ -136,7 +136,7 @@ texts = ["a fine soup", "a poor broth", "fine bread", "poor wine", "very fine", 
 vocabulary = {word: k for k, word in enumerate(sorted({w for t in texts for w in t.split()}), 1)}
 
 
-def tokenise(row):
+def tokenize(row):
     """The ids of the words, three per text."""
     ids = [vocabulary[word] for word in row["text"].split()]
     return {"ids": [*ids, 0, 0][:3]}
@@ -144,7 +144,7 @@ def tokenise(row):
 
 data = datasets.Dataset.from_dict({"text": texts, "label": [1, 0] * 60})
 datasets.disable_progress_bars()
-tokens = data.map(tokenise, remove_columns="text")
+tokens = data.map(tokenize, remove_columns="text")
 
 
 class BagOfWords(nn.Module):

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from .cli.output import check_output
 from .cli.parser import build_parser
+from .cli.wording import in_commands
 from .exceptions import SoupWarning
 from .tables import printable
 
@@ -31,15 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ERRORS as error:
         message = "\n".join([str(error), *getattr(error, "__notes__", ())])
         if options.json:
-            print(json.dumps({"error": message}))
+            print(json.dumps({"error": in_commands(message)}))
         else:
-            print(f"sksoup: {_shown(message)}", file=sys.stderr)
+            print(f"sksoup: {_shown(in_commands(message))}", file=sys.stderr)
         return 2
     if options.json:
         document = {**document, **({"warnings": warned} if warned else {})}
         print(json.dumps(document, indent=1, allow_nan=False))
     else:
-        print(_shown(text))
+        print(_shown(in_commands(text)))
     return int(status)
 
 
@@ -53,9 +54,9 @@ def _shown_warnings(is_json: bool) -> Iterator[list[str]]:
         if not issubclass(category, SoupWarning):
             shown_before(message, category, *args, **kwargs)
             return
-        found.append(str(message))
+        found.append(in_commands(str(message)))
         if not is_json:
-            print(f"sksoup: warning: {_shown(str(message))}", file=sys.stderr)
+            print(f"sksoup: warning: {_shown(found[-1])}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", SoupWarning)

@@ -80,7 +80,7 @@ class DigitsConvNet(nn.Module):
         Returns
         -------
         logits : Tensor of shape (n, 10)
-            Unnormalised.
+            Unnormalized.
         """
         images = X.reshape(-1, 1, 8, 8)
         logits: torch.Tensor = self.head(self.features(images).flatten(1))

@@ -83,7 +83,7 @@ def test_a_dict_may_hold_its_labels(kind, key):
         assert np.array_equal(together.predict(rows), apart.predict({"tokens": kind(tokens)}))
 
 
-def test_lists_that_were_not_padded_and_texts_that_were_not_tokenised(zoo: Zoo):
+def test_lists_that_were_not_padded_and_texts_that_were_not_tokenized(zoo: Zoo):
     with pytest.raises(ValueError, match=r"lists of different lengths.*padding=True"):
         UniformSoup().fit(zoo.checkpoints, {"X": [[1, 2], [1]]}, [0, 1])
     with pytest.raises(TypeError, match="or strings, which must be tokenized first"):

@@ -192,8 +192,10 @@ def draw_rows(rows: tuple[Any, Any], n: int, seed: int) -> tuple[Any, Any]:
     X, y = rows
     if n >= len(y):
         return rows
-    X, _, y, _ = train_test_split(X, y, train_size=n, stratify=y, random_state=seed)
-    return X, y
+    drawn, _ = train_test_split(np.arange(len(y)), train_size=n, stratify=y, random_state=seed)
+    if isinstance(X, Mapping):
+        return {name: values[drawn] for name, values in X.items()}, y[drawn]
+    return X[drawn], y[drawn]
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:

@@ -429,7 +429,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         -----
         All files are read once. Memory: one tensor, and 256 numbers for each tensor of every
         checkpoint. Checkpoints are compared in pairs and with their median, so related checkpoints
-        are recognised as long as they are the majority, however bad the others are. A checkpoint is
+        are recognized as long as they are the majority, however bad the others are. A checkpoint is
         unrelated if its median cosine to the others is below 0.5, or if its distance from the
         median is more than 10 times the usual one (the factor is larger for a wide sweep with very
         different distances). A checkpoint that can't be read or contains NaN is listed with its

@@ -102,7 +102,7 @@ class CollectionSummary:
     dtypes : dict of str to int
         Number of tensors by dtype.
     identical : tuple of str
-        Tensors whose bits are the same everywhere: frozen parts, or all of them in copies.
+        Tensors whose bits are the same in all checkpoints: frozen parts, or all of them in copies.
     verdict : tuple of str
         What this means for a soup, in plain words.
 
@@ -142,11 +142,13 @@ class CollectionSummary:
 
     def _notes(self) -> list[str]:
         """The lines below the table."""
-        kinds = ", ".join(f"{n} {dtype}" for dtype, n in self.dtypes.items())
+        kinds = ", ".join(f"{n} of {dtype}" for dtype, n in self.dtypes.items())
         return [
-            f"{self.n_parameters:,} floating numbers each; tensors: {kinds}; "
-            f"{len(self.identical)} identical everywhere",
-            "distance: to the median of all; cosine: median of those to each other checkpoint",
+            f"Each checkpoint has {self.n_parameters:,} floating-point numbers. Tensors: {kinds}; "
+            f"{len(self.identical)} are the same in all checkpoints.",
+            "distance: of the weights from the median of all checkpoints. cosine: between the "
+            "weights and those of another checkpoint, median over the others; near 1 after "
+            "fine-tuning from one start.",
             *self.verdict,
         ]
 
@@ -247,7 +249,12 @@ def _verdict(
         )
     if identical:
         verdict.append(
-            f"{len(identical)} of {len(tensors)} tensors are the same everywhere (frozen parts): "
-            f"they cost nothing to search."
+            f"{len(identical)} of {len(tensors)} tensors are the same in all checkpoints, and so "
+            f"in every soup (frozen parts, or counters): they cost nothing to search."
+        )
+    if any(name.endswith(".running_var") for name in tensors):
+        verdict.append(
+            "The network has BatchNorm: batch_norm='recalibrate' can give a better soup, so try "
+            "both."
         )
     return (*verdict, judge(relations))

@@ -59,7 +59,7 @@ class ShardedCheckpoint(Checkpoint):
     def __repr__(self) -> str:
         return repr(str(self.path))
 
-    suffixes: ClassVar[tuple[str, ...]] = ()  # an index is recognised by the end of its name
+    suffixes: ClassVar[tuple[str, ...]] = ()  # an index is recognized by the end of its name
 
     @classmethod
     def accepts(cls, path: Path) -> bool:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.hub_config import output_labels
 from .files import DataFile, listed, read_file
-from .tokenizer import find_tokenizer, first_config, tokenise
+from .tokenizer import find_tokenizer, first_config, tokenize
 
 MULTIPLE = ("regression", "multilabel")  # tasks with several targets per example
 
@@ -46,7 +46,7 @@ def load_data(
     if options.text is not None:
         texts = [file.texts(options.text) for file in files]
         tokenizer = find_tokenizer(collection, options.tokenizer)
-        inputs = [tokenise(tokenizer, part, options.max_length, collection) for part in texts]
+        inputs = [tokenize(tokenizer, part, options.max_length, collection) for part in texts]
     else:
         inputs = [_inputs(file, options) for file in files]
     found = [

@@ -18,7 +18,7 @@ PATHS = (
 TASKS = ("classification", "regression", "multilabel", "language-modeling")
 
 
-def checkpoints(parser: Parser) -> None:
+def checkpoints(parser: Parser) -> Any:
     """What to mix."""
     group = parser.add_argument_group("checkpoints")
     group.add_argument("sources", metavar="PATH", nargs="+", help=PATHS)
@@ -40,6 +40,16 @@ def checkpoints(parser: Parser) -> None:
         help="Hugging Face folder of the model that LoRA adapters were trained on (default: the "
         "one that they name)",
     )  # fmt: skip
+    return group
+
+
+def chosen_checkpoints(parser: Parser) -> None:
+    """What to mix, and what to leave out."""
+    checkpoints(parser).add_argument(
+        "--healthy", action="store_true",
+        help="leave out checkpoints that diverged, hold NaN or can't be read, with a warning that "
+        "names them",
+    )  # fmt: skip
 
 
 def report(parser: Parser) -> None:
@@ -58,7 +68,7 @@ def data(parser: Parser, needs_test: bool = False) -> None:
     )  # fmt: skip
     group.add_argument(
         "--test", metavar="FILE", required=needs_test,
-        help="test data in the same form, used for scores only",
+        help="test data in the same form, on which the soup and the best checkpoint are scored",
     )  # fmt: skip
     group.add_argument(
         "--label", metavar="NAME", action="append",
@@ -176,7 +186,7 @@ def greedy(parser: Parser) -> None:
     group = parser.add_argument_group("search")
     group.add_argument(
         "--scoring", metavar="NAME",
-        help="metric of scikit-learn to maximise, such as f1_macro (default: accuracy, or R² of a "
+        help="metric of scikit-learn to maximize, such as f1_macro (default: accuracy, or R² of a "
         "regression)",
     )  # fmt: skip
     group.add_argument(

@@ -24,8 +24,9 @@ exit status:
 Pickles are loaded with weights_only=True.
 """
 
-FITTED = (options.checkpoints, options.data, options.network)
-COMPARED = (options.checkpoints, options.data_and_test, options.network)
+MIXED = (options.output_of_dtype, options.report)
+FITTED = (options.chosen_checkpoints, options.data, options.network)
+WRITTEN = (options.output, options.report)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ COMMANDS = {
         "PATH [PATH ...] -o OUT",
         "average checkpoints, with equal or given weights",
         "Average the weights of checkpoints. Needs no data.",
-        (options.checkpoints, options.average, options.output_of_dtype, options.report),
+        (options.chosen_checkpoints, options.average, *MIXED),
     ),
     "stock": Command(
         weights.stock,
@@ -95,22 +96,15 @@ COMMANDS = {
         "mix the mean with the pretrained start (Model Stock)",
         "Mix the mean of the checkpoints with the pretrained start, by the angle between the "
         "fine-tunings in each layer (Model Stock). Needs no data.",
-        (options.checkpoints, options.stock, options.output_of_dtype, options.report),
+        (options.chosen_checkpoints, options.stock, *MIXED),
     ),
     "greedy": Command(
         search.search,
         "PATH [PATH ...] --data FILE -o OUT",
         "average the checkpoints that help on validation data (Greedy-Soup)",
         "Add checkpoints to an average one by one, best first, and keep those that do not lower "
-        "the score on validation data (Greedy-Soup). The safe choice.",
-        (
-            options.checkpoints,
-            options.data,
-            options.network,
-            options.greedy,
-            options.output,
-            options.report,
-        ),
+        "the score on validation data (Greedy-Soup). It needs no gradients, and any metric will do.",
+        (*FITTED, options.greedy, *WRITTEN),
     ),
     "learned": Command(
         search.search,
@@ -118,29 +112,16 @@ COMMANDS = {
         "learn coefficients between 0 and 1 on validation data (Learned-Soup)",
         "Learn coefficients between 0 and 1 on validation data, with all checkpoints in memory "
         "(Learned-Soup).",
-        (
-            options.checkpoints,
-            options.data,
-            options.network,
-            options.learned,
-            options.output,
-            options.report,
-        ),
+        (*FITTED, options.learned, *WRITTEN),
     ),
     "mehl": Command(
         search.search,
         "PATH [PATH ...] --data FILE -o OUT",
         "learn coefficients on validation data, in little memory (MEHL-Soup)",
         "Learn coefficients, which may be negative or larger than 1, on validation data, with as "
-        "many checkpoints in memory as fit (MEHL-Soup).",
-        (
-            options.checkpoints,
-            options.data,
-            options.network,
-            options.mehl,
-            options.output,
-            options.report,
-        ),
+        "many checkpoints in memory as fit (MEHL-Soup): one per checkpoint, or with --layerwise one "
+        "per checkpoint and layer, which is better from about 50 validation examples on.",
+        (*FITTED, options.mehl, *WRITTEN),
     ),
     "compare": Command(
         search.compare,
@@ -149,7 +130,7 @@ COMMANDS = {
         "Fit the methods on the validation data and print a table of their scores on the "
         "validation and test data, and of their cost. No soup is written.",
         (
-            options.checkpoints,
+            options.chosen_checkpoints,
             options.data_and_test,
             options.network,
             options.compare,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from difflib import get_close_matches
@@ -18,8 +19,10 @@ from tqdm import tqdm
 
 from ..checkpoints.collection import CheckpointCollection
 from ..data.tokens import shown_score
+from ..exceptions import SoupWarning
 from ..inspection.comparison import centered_systems, compare_soups, paper_systems
 from ..recipes.base import BaseSoup
+from ..recipes.baselines import BestCheckpoint
 from ..recipes.greedy import GreedySoup
 from ..recipes.learned import LearnedSoup
 from ..recipes.mehl import MEHLSoup
@@ -50,7 +53,8 @@ def search(options: argparse.Namespace) -> Result:
         soup.set_callbacks(ProgressBar())
     soup.fit(collection, val.X, val.y)
     write_soup(Path(options.output), soup, tokenizer)
-    return False, *_summary(options, soup, val, test)
+    best = None if test is None else _best_checkpoint(soup, options, classes, val)
+    return False, *_summary(options, soup, best, val, test)
 
 
 def compare(options: argparse.Namespace) -> Result:
@@ -65,13 +69,29 @@ def compare(options: argparse.Namespace) -> Result:
         given = _params(soup, options, classes)
         soup.set_params(**{n: v for n, v in given.items() if n not in ("scoring", "random_state")})
     tested = (None, None) if test is None else (test.X, test.y)
-    with tqdm(total=len(recipes), unit="system", disable=None, leave=False) as bar:
+    with (
+        tqdm(total=len(recipes), unit="system", disable=None, leave=False) as bar,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", SoupWarning)  # they are kept, and shown below
         found = compare_soups(
             collection, val.X, val.y, *tested, recipes=recipes, scoring=options.scoring,
             n_repeats=options.repeats, measure_memory=options.measure_memory,
             on_result=lambda result: bar.update(),
         )  # fmt: skip
+    _warn_by_method(found.soups)
     return False, {"results": [asdict(result) for result in found.results]}, str(found)
+
+
+def _warn_by_method(soups: Mapping[str, BaseSoup]) -> None:
+    """Show each warning of the fits once, with the methods that gave it."""
+    methods: dict[str, list[str]] = {}
+    for name, soup in soups.items():
+        for message in soup.warnings_:
+            methods.setdefault(message, []).append(name)
+    for message, names in methods.items():
+        who = "all methods" if len(names) == len(soups) else ", ".join(names)
+        warnings.warn(f"{who}: {message}", SoupWarning, stacklevel=2)
 
 
 def systems(
@@ -98,7 +118,7 @@ def _opened(options: argparse.Namespace) -> CheckpointCollection:
             f"is no config.json of Hugging Face beside them. Give --module package.module:factory, "
             f"a class or a function of yours that returns the network."
         )
-    return collection
+    return collection.healthy() if options.healthy else collection
 
 
 def _check_device(device: str | None) -> None:
@@ -136,8 +156,21 @@ def _params(
     return found if classes is None else {**found, "classes": classes}
 
 
+def _best_checkpoint(
+    soup: BaseSoup, options: argparse.Namespace, classes: list[Any] | None, val: Data
+) -> BestCheckpoint:
+    """The best checkpoint on the validation data, by the scores of the search if it has all."""
+    best = BestCheckpoint()
+    best.set_params(**_params(best, options, classes))
+    known = getattr(soup, "individual_scores_", None)
+    checkpoints = CheckpointCollection(soup.checkpoints_, scores=known)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SoupWarning)  # those of the search were shown
+        return best.fit(checkpoints, val.X, val.y)
+
+
 def _summary(
-    options: argparse.Namespace, soup: Any, val: Data, test: Data | None
+    options: argparse.Namespace, soup: Any, best: Any, val: Data, test: Data | None
 ) -> tuple[dict[str, Any], str]:
     """What was found, for JSON and as text."""
     scoring = getattr(options, "scoring", None)
@@ -145,7 +178,10 @@ def _summary(
     score = scorer_of(soup, scoring)
     sets = {"validation": val} | ({} if test is None else {"test": test})
     scores = {name: float(score(soup, data.X, data.y)) for name, data in sets.items()}
-    best = _best_score(soup)
+    of_best = {
+        name: _best_score(soup) if best is None else float(score(best, data.X, data.y))
+        for name, data in sets.items()
+    }
     task = options.task if scoring is None else None
     lines = [
         f"{options.output}: {type(soup).__name__}, {len(soup.ingredients_)} of "
@@ -153,8 +189,8 @@ def _summary(
     ]
     for name, value in scores.items():
         line = f"{metric} on the {sets[name].n:,} {name} examples: {shown_score(value, task)}"
-        if name == "validation" and best is not None:
-            line += f" (best checkpoint: {shown_score(best, task)})"
+        if (other := of_best[name]) is not None:
+            line += f" (best checkpoint: {shown_score(other, task)})"
         lines.append(line)
     found = {
         "output": options.output,
@@ -165,10 +201,14 @@ def _summary(
         "metric": metric,
         "scores": scores,
         "n_examples": {name: data.n for name, data in sets.items()},
-        "best_checkpoint": None if best is None else float(best),
+        "best_checkpoint": of_best,
         "recalibrated": list(soup.recalibrated_),
     }
-    return found, "\n".join([*lines, OPTIMISTIC])
+    if test is None:
+        lines.append(OPTIMISTIC)
+    else:
+        lines.append("`sksoup compare` tells whether a difference is more than chance.")
+    return found, "\n".join(lines)
 
 
 def _best_score(soup: Any) -> float | None:

@@ -56,7 +56,7 @@ def _load(folder: Path) -> Any:
         ) from error
 
 
-def tokenise(
+def tokenize(
     tokenizer: Any, texts: Sequence[str], max_length: int | None, collection: CheckpointCollection
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Inputs of a model: arrays by name, padded to the longest text, cut at ``max_length``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,8 @@ from .. import __version__
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.prefixes import PREFIXES
 from ..checkpoints.protocol import Read
-from ..exceptions import CheckpointError, RecipeError
+from ..checkpoints.survey import MORE, judge
+from ..exceptions import CheckpointError, RecipeError, SoupWarning
 from ..mixing.layers import Layers, group_layers
 from ..mixing.recipe import Recipe
 from ..mixing.stock import stock_coef, stock_ratios
@@ -109,6 +111,9 @@ def _recorded(
 
 def _write(options: argparse.Namespace, recipe: Recipe, collection: CheckpointCollection) -> Result:
     remark = write_mix(options, recipe, collection)
+    relations = collection.relations(collection.names)  # of what was read for the mix
+    if relations.unrelated:
+        warnings.warn(f"{judge(relations)} {MORE}", SoupWarning, stacklevel=2)
     output, n = str(Path(options.output)), int(recipe.is_used().sum())
     done = {"output": output, "ingredients": n, "recalibrated": list(recipe.recalibrated)}
     text = f"{output}: {n} checkpoint{'s' * (n > 1)} mixed"
@@ -159,6 +164,8 @@ def opened(
     collection = _Watched.from_path(
         options.sources, which=options.which, module=options.base, key=key, prefix=options.prefix
     )
+    if getattr(options, "healthy", False):
+        collection = collection.healthy()
     total = len(collection) * collection.nbytes
     with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         collection.report = bar.update

@@ -87,6 +87,8 @@ def verdict(soup: Any, comparison: Any = None) -> str:
         )
     mine = _row_of(soup, comparison)
     found = comparison.verdict if mine is None else comparison.verdict_of(mine)
+    if found and mine is not None and sum(r.p_value is not None for r in comparison.results) > 1:
+        return f"{found} This is not corrected for the number of methods in the table."
     if found:
         return str(found)
     if mine is not None and mine == comparison.reference:

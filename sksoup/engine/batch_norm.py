@@ -36,7 +36,7 @@ def statistics(module: nn.Module) -> tuple[str, ...]:
 
 
 def batch_statistics(module: nn.Module) -> AbstractContextManager[None]:
-    """Normalise by the statistics of the minibatch, gradient included; keep the running ones."""
+    """Normalize by the statistics of the minibatch, gradient included; keep the running ones."""
     return _training(batch_norms(module), momentum=0.0)
 
 
@@ -58,7 +58,7 @@ def recalibrate(objective: Objective, data: HeldOut, batch_size: int | None) -> 
 
 @contextmanager
 def _training(layers: dict[str, Any], momentum: float | None) -> Iterator[None]:
-    """Have these layers normalise by the minibatch, and nothing else behave as in training."""
+    """Have these layers normalize by the minibatch, and nothing else behave as in training."""
     before = {
         name: (layer.momentum, layer.num_batches_tracked.clone()) for name, layer in layers.items()
     }

@@ -54,7 +54,7 @@ class Settings:
 
 
 class Descent:
-    """Minimises the held-out loss over the coefficients of some deltas, by minibatch steps.
+    """Minimizes the held-out loss over the coefficients of some deltas, by minibatch steps.
 
     With ``aside``, rows that are excluded from the gradients, a run returns to the epoch (or the
     start) with the lowest loss on them.
@@ -94,7 +94,7 @@ class Descent:
         scale: torch.Tensor | None = None,
         where: str = "",
     ) -> list[dict[str, Any]]:
-        """Minimise the loss of ``start + sum_k coef_k delta_k`` over ``leaves``, in place.
+        """Minimize the loss of ``start + sum_k coef_k delta_k`` over ``leaves``, in place.
 
         ``coef()`` gives (b, n_searched) as a function of the leaves, ``soup_coef`` turns that into
         the coefficients (n_searched, K) of the whole soup. Returns one record per epoch, with its

@@ -272,8 +272,9 @@ class SoupComparison:
         return f"{self._table().to_text(rule=True)}\n{text}".rstrip()
 
     def _parts(self) -> list[str]:
-        """The paragraphs below the table."""
-        return [self.legend, *filter(None, [self.statement])]
+        """The paragraphs below the table; the verdict is one of its own."""
+        about = self.statement.removesuffix(self.verdict).rstrip()
+        return [part for part in (self.legend, about, self.verdict) if part]
 
     @property
     def legend(self) -> str:

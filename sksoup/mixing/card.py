@@ -96,10 +96,9 @@ def model_card(
     parts = [
         _front_matter(origin, library),
         f"# {_plain(recipe.method)} of {len(rows)} checkpoint{'s' * (len(rows) > 1)}\n",
-        f"A model soup of {len(rows)} of {len(recipe.ingredients)} checkpoints that were "
-        f"fine-tuned from the same weights, made with {_code(recipe.method)} of sksoup. Its "
-        f"weights are a linear combination of theirs, with the coefficients below, which sum to 1. "
-        f"Inference costs the same as for a single checkpoint.\n",
+        f"A model soup of {len(rows)} of {len(recipe.ingredients)} checkpoints, made with "
+        f"{_code(recipe.method)} of sksoup. Its weights are a weighted sum of theirs, with the "
+        f"coefficients below, which sum to 1. It costs as much to run as one of them.\n",
         Table(header, rows, left=(0, 3)).to_markdown() + "\n",
     ]
     if recipe.held_out is not None:

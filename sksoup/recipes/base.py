@@ -331,11 +331,10 @@ class BaseSoup(
         }
         best = max(reversed(scores), key=scores.__getitem__)  # ties go to the soup
         if best != "soup":
-            what = {"center": "its center", "best": "the best checkpoint"}
+            what = {"center": "center from which the search started", "best": "best checkpoint"}
             self._warn(
-                f"The result of the search scores {scores['soup']:.4f} on the held-out rows, and "
-                f"{what[best]} {scores[best]:.4f}, so that is used as the soup. See "
-                f"held_out_scores_."
+                f"The soup is the {what[best]}: it scores {scores[best]:.4f} on the held-out rows, "
+                f"and the result of the search {scores['soup']:.4f} (see held_out_scores_)."
             )
             if "temperature_" in found.attributes:
                 self.temperature_ = 1.0  # the learned one belongs to the result of the search

@@ -130,7 +130,7 @@ class BestCheckpoint(BaseSoup):
     checkpoints : CheckpointCollection, callable, iterable or None, default=None
         Checkpoints to choose from. They can also be passed to `fit`.
     scoring : str, callable or None, default=None
-        The metric to maximise: a scikit-learn scorer such as ``"f1_macro"`` (greater is better). By
+        The metric to maximize: a scikit-learn scorer such as ``"f1_macro"`` (greater is better). By
         default accuracy or R², depending on ``task``, which `score` returns whatever ``scoring``
         is.
     forward : callable or None, default=None

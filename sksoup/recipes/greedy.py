@@ -79,7 +79,7 @@ class GreedySoup(BaseSoup):
     checkpoints : CheckpointCollection, callable, iterable or None, default=None
         Checkpoints to mix. They can also be passed to `fit`.
     scoring : str, callable or None, default=None
-        The metric to maximise: a scikit-learn scorer such as ``"f1_macro"`` (greater is better). By
+        The metric to maximize: a scikit-learn scorer such as ``"f1_macro"`` (greater is better). By
         default accuracy or R², depending on ``task``, which `score` returns whatever ``scoring``
         is.
     min_improvement : float, default=0.0
@@ -324,9 +324,9 @@ class GreedySoup(BaseSoup):
         who = "each of the others" if len(others) > 1 else repr(least["candidate"])
         self._warn(
             f"Only {best['candidate']!r}, the best checkpoint, is in the greedy soup: adding {who} "
-            f"changed its held-out score of {best['score']:.4f} by {gains}{bounds}, expected "
-            f"{self.min_improvement:g} or more. See path_ for all of them; MEHLSoup learns "
-            f"coefficients instead. {related}"
+            f"changed its held-out score of {best['score']:.4f} by {gains}{bounds}, and "
+            f"{self.min_improvement:g} or more is needed (min_improvement). path_ lists all of "
+            f"them; MEHLSoup learns coefficients instead. {related}"
         )
 
 

@@ -116,7 +116,7 @@ class LearnedSoup(BaseSoup):
     batch_norm : {"average", "recalibrate", "auto"}, default="average"
         How the running statistics of BatchNorm are obtained. "average" mixes them with the
         coefficients of the weights around them; "recalibrate" re-estimates them from the held-out
-        rows (for the result; during the search, each minibatch is normalised by its own
+        rows (for the result; during the search, each minibatch is normalized by its own
         statistics); "auto" takes whichever of the two scores higher on these rows, and "average" if
         they are equal.
     forward : callable or None, default=None

@@ -97,7 +97,7 @@ def coef_after(
 class MEHLSoup(BaseSoup):
     r"""Learn coefficients in the hyperplane of the checkpoints, a few checkpoints at a time.
 
-    Minimises the held-out loss of :math:`g + \sum_k \alpha_k s_k (w_k - g)` from :math:`\alpha =
+    Minimizes the held-out loss of :math:`g + \sum_k \alpha_k s_k (w_k - g)` from :math:`\alpha =
     0`, where :math:`g = \sum_k q_k w_k`, the center, is a good starting point and :math:`s_k \le 1`
     shortens long deltas. :math:`\alpha` is unconstrained, so coefficients may be negative or exceed
     1, but they sum to 1: :math:`c_k = s_k \alpha_k + (1 - \sum_j s_j \alpha_j) q_k`. Each outer
@@ -116,7 +116,7 @@ class MEHLSoup(BaseSoup):
       ``random_state``;
     - *memory*: ``model_batch_size``, ``memory_limit``, ``delta_dtype``, ``batch_size``,
       ``accumulate``, ``prefetch``, ``shard``;
-    - *optimiser*: ``lr``, ``optimizer``, ``weight_decay``, ``schedule``, ``model_epochs``,
+    - *optimizer*: ``lr``, ``optimizer``, ``weight_decay``, ``schedule``, ``model_epochs``,
       ``shuffle``;
     - *advanced*: ``center``, ``ranking_rows``, ``clip_deltas``, ``normalize``,
       ``validation_fraction``, ``criterion``, ``forward``, ``batch_norm``, ``precision``,
@@ -204,7 +204,7 @@ class MEHLSoup(BaseSoup):
     batch_norm : {"average", "recalibrate", "auto"}, default="average"
         How the running statistics of BatchNorm are obtained. "average" mixes them with the
         coefficients of the weights around them; "recalibrate" re-estimates them from the held-out
-        rows (for the result; during the search, each minibatch is normalised by its own
+        rows (for the result; during the search, each minibatch is normalized by its own
         statistics); "auto" takes whichever of the two scores higher on these rows, and "average" if
         they are equal.
     forward : callable or None, default=None

@@ -68,7 +68,7 @@ class PrunedSoup(BaseSoup):
     checkpoints : CheckpointCollection, callable, iterable or None, default=None
         Checkpoints to mix. They can also be passed to `fit`.
     scoring : str, callable or None, default=None
-        The metric to maximise: a scikit-learn scorer such as ``"f1_macro"`` (greater is better). By
+        The metric to maximize: a scikit-learn scorer such as ``"f1_macro"`` (greater is better). By
         default accuracy or R², depending on ``task``, which `score` returns whatever ``scoring``
         is.
     min_improvement : float, default=0.0

@@ -437,20 +437,20 @@ def warn_of_lr(soup: Any) -> None:
 
 
 def check_minibatches(soup: Any, problem: Problem, aside: HeldOut | None = None) -> None:
-    """Check that BatchNorm can normalise by the minibatches of a search, if it has to."""
+    """Check that BatchNorm can normalize by the minibatches of a search, if it has to."""
     if soup.batch_norm != "recalibrate" or not statistics(problem.module):
         return
     for n in (len(rows) for rows in (problem.data, aside) if rows is not None):
         size = min(soup.batch_size or n, n)
         if size == 1 or n % size == 1:
             raise ValueError(
-                f"batch_norm='recalibrate' normalises by the statistics of each minibatch, which a "
+                f"batch_norm='recalibrate' normalizes by the statistics of each minibatch, which a "
                 f"single row does not have, but {n} rows in minibatches of {size} leave a "
                 f"minibatch of one row. Change batch_size."
             )
     if world_size() > 1:
         raise ValueError(
-            "batch_norm='recalibrate' normalises by each minibatch, which is split between the "
+            "batch_norm='recalibrate' normalizes by each minibatch, which is split between the "
             "ranks of a distributed job. Use batch_norm='auto' or 'average'."
         )
 

@@ -102,7 +102,7 @@ def test_shifted_texts_are_the_test_rows_retyped_and_later_paragraphs(monkeypatc
     words = [f"number {i}" for i in range(n)]
     parts = zoo.Texts(half, half, rest, words, later)
     monkeypatch.setattr(zoo, "mistyped", lambda text, severity, rng: text)
-    monkeypatch.setattr(zoo, "tokenised", lambda texts, length: texts)
+    monkeypatch.setattr(zoo, "tokenized", lambda texts, length: texts)
     rows = zoo.TextRows(n_val=16)
     _, (X, y) = rows.cut(parts, 3)
     sets = rows.shifted(parts, 3)

@@ -190,7 +190,7 @@ def test_a_real_encoder(tmp_path):
 
 
 def test_a_text_classifier_from_its_folders(tmp_path):
-    """A real encoder with a head, fine-tuned a little, souped with the tokeniser's dict."""
+    """A real encoder with a head, fine-tuned a little, souped with the tokenizer's dict."""
     source = encoder_folder()
     texts = [
         "a plate of soup", "bread and butter", "the cook tastes the broth", "fresh vegetables",

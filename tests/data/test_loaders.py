@@ -324,17 +324,17 @@ def test_minibatches_cut_anew(sizes, size):
 
 
 def test_a_data_set_of_the_hub(tmp_path):
-    """A real `datasets.Dataset` of text, tokenised with ``map``, its other columns dropped."""
+    """A real `datasets.Dataset` of text, tokenized with ``map``, its other columns dropped."""
     texts = ["a good soup", "a bad broth", "good bread", "bad wine", "very good", "so bad"] * 4
     labels = [1, 0, 1, 0, 1, 0] * 4
     words = {word: k for k, word in enumerate(sorted({w for t in texts for w in t.split()}), 1)}
 
-    def tokenise(row):
+    def tokenize(row):
         ids = [words[word] for word in row["text"].split()]
         return {"input_ids": (ids + [0] * 3)[:3], "attention_mask": ([1] * len(ids) + [0] * 3)[:3]}
 
     data = datasets.Dataset.from_dict({"text": texts, "label": labels})
-    tokens = data.map(tokenise, remove_columns="text")
+    tokens = data.map(tokenize, remove_columns="text")
     config = transformers.BertConfig(
         vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=8, num_labels=2,

@@ -67,7 +67,7 @@ def test_pairs_have_labels_of_their_own(zoo: Zoo):
 
 
 def test_a_mapping_of_inputs_is_one_test_set(zoo: Zoo):
-    """Tokenised texts are mappings themselves."""
+    """Tokenized texts are mappings themselves."""
     one = compare(zoo, {"x": zoo.X[:30]}, zoo.y[:30], X={"x": zoo.X})
     assert one.header[2] == "test %"
     assert one.results[0].mean_shifted is one.results[0].worst is None

@@ -94,7 +94,7 @@ def test_a_changed_architecture_has_no_common_start(zoo: Zoo):
 
 
 class ScratchNet(ClassifierMixin, BaseEstimator):
-    """Anything with ``module_``: trains a module it may or may not initialise anew."""
+    """Anything with ``module_``: trains a module it may or may not initialize anew."""
 
     def __init__(self, module=None, fresh=False, lr=0.1):
         self.module = module

@@ -81,7 +81,7 @@ def run(find: Callable[[Path, str], dict[str, object]]) -> None:
     """Join the job, write what this rank finds, or the error of a lost rank."""
     folder, case = Path(sys.argv[1]), sys.argv[2]
     warnings.simplefilter("error")
-    for known in ("The result of the search scores", "There is one checkpoint", "None of the"):
+    for known in ("The soup is the (best|center)", "There is one checkpoint", "None of the"):
         warnings.filterwarnings("ignore", known, SoupWarning)
     warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)  # of torch.compile itself
     torch.set_num_threads(1)

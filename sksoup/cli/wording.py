@@ -1,0 +1,24 @@
+"""Messages of the package with the remedies of the command line, not those of Python."""
+
+from __future__ import annotations
+
+import re
+
+# what a message advises in Python, and what to do on the command line
+REMEDIES = (
+    (r"[Ll]eave (it|them) out with collection\.drop\((\[\.\.\.\]|.*?['\"])\) or "
+     r"collection\.healthy\(\)", r"--healthy leaves \1 out"),
+    (r"Leave it out with collection\.drop\(.*?['\"]\), or leave out all such checkpoints with "
+     r"collection\.healthy\(\)", "--healthy leaves out all such checkpoints"),
+    (r"See collection\.describe\(\) for details", "See `sksoup inspect`"),
+    (r" \(see held_out_scores_\)", ""),
+    (r"path_ lists all of them; MEHLSoup learns", "`sksoup mehl` learns"),
+    (r"classes=\[\.\.\.\]", "--classes"),
+)  # fmt: skip
+
+
+def in_commands(message: str) -> str:
+    """The message as a reader of the command line needs it."""
+    for pattern, remedy in REMEDIES:
+        message = re.sub(pattern, remedy, message)
+    return message
