@@ -21,24 +21,23 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from sksoup import BestCheckpoint, CheckpointCollection, MEHLSoup
 
 ckpts = CheckpointCollection.from_path("runs")
-tokenizer = AutoTokenizer.from_pretrained("tokenizer")
+tokenizer = AutoTokenizer.from_pretrained("runs/seed0")  # of one of the runs
 
-table = pd.read_csv("heldout.csv")  # columns text and label
+table = pd.read_csv("labelled.csv")  # columns text and label; not used for training
 val, test = train_test_split(table, test_size=0.5, stratify=table.label, random_state=0)
 
 
-def tokenised(part):
+def tokenize(part):
     return dict(tokenizer(list(part.text), padding=True, truncation=True, max_length=64,
                           return_tensors="pt"))
 
 
-X_val, X_test = tokenised(val), tokenised(test)
+X_val, X_test = tokenize(val), tokenize(test)
 best = BestCheckpoint().fit(ckpts, X_val, val.label)
-soup = MEHLSoup(random_state=0).fit(ckpts, X_val, val.label)
+soup = MEHLSoup(layerwise=True, random_state=0).fit(ckpts, X_val, val.label)
 print(best.score(X_test, test.label), soup.score(X_test, test.label))
 
-soup.save_pretrained("soup")  # a new folder, with a model card
-tokenizer.save_pretrained("soup")
+soup.save_pretrained("soup")  # a new folder, with the tokenizer and a model card
 model = AutoModelForSequenceClassification.from_pretrained("soup")
 # [end]
 """  # the page shows this string's lines
@@ -50,7 +49,7 @@ def test_the_page(tmp_path, monkeypatch):
     words = ["good", "bad", "fine", "poor", "tea", "soup"]
     vocabulary = tmp_path / "vocab.txt"
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
-    BertTokenizerFast(str(vocabulary)).save_pretrained(tmp_path / "tokenizer")
+    tokenizer = BertTokenizerFast(str(vocabulary))
     config = BertConfig(
         vocab_size=11, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32, max_position_embeddings=64, num_labels=2,
@@ -59,11 +58,12 @@ def test_the_page(tmp_path, monkeypatch):
     for k in range(3):
         for p in start.parameters():
             p.data += 0.01
-        start.save_pretrained(tmp_path / "runs" / f"seed{k}")
+        for part in (start, tokenizer):
+            part.save_pretrained(tmp_path / "runs" / f"seed{k}")
     rng = np.random.default_rng(0)
     labels = np.arange(40) % 2
     texts = [f"{rng.choice(['bad', 'poor'] if y else ['good', 'fine'])} soup" for y in labels]
-    pd.DataFrame({"text": texts, "label": labels}).to_csv(tmp_path / "heldout.csv", index=False)
+    pd.DataFrame({"text": texts, "label": labels}).to_csv(tmp_path / "labelled.csv", index=False)
     monkeypatch.chdir(tmp_path)
     found: dict[str, object] = {}
     with warnings.catch_warnings():

@@ -54,5 +54,8 @@ def test_the_page(tmp_path, monkeypatch):
     vocabulary = len(json.loads(Path("soup/tokenizer.json").read_text())["model"]["vocab"])
     assert soup.score(found["X_test"]) > -math.log(vocabulary)  # it has learned something
     assert found["write"].model.config.model_type == "gpt2"
-    assert set(found["by_match"].individual_scores_) == set(ckpts)
+    by_match, X = found["by_match"], found["X"]
+    assert set(by_match.individual_scores_) == set(ckpts)
+    scores = by_match.individual_scores_.values()
+    assert found["exact_match"](by_match, X, X["input_ids"]) >= max(scores)
     assert main(["verify", "soup", "sweep"]) == 0

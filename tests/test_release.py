@@ -95,8 +95,9 @@ def test_the_workflows_run_the_commands_of_the_repository():
     )
     (job,) = ci["jobs"].values()
     pyproject = (ROOT / "pyproject.toml").read_text("utf-8")
-    supported = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', pyproject)
-    assert job["strategy"]["matrix"]["python"] == supported
+    tested = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', pyproject)
+    assert tested
+    assert set(tested) <= set(job["strategy"]["matrix"]["python"])
     assert len(job["strategy"]["matrix"]["system"]) == 2
     assert {"run": ".ci/run"} in job["steps"]
     build, publish = release["jobs"]["build"], release["jobs"]["publish"]
