@@ -303,3 +303,36 @@ def test_sweeps(tmp_path, capsys):
     capsys.readouterr()
     run("inspect", tmp_path / "styde", status=2)
     assert "a similar name there is 'study'" in capsys.readouterr().err
+
+
+def test_what_would_ruin_an_average_is_warned_of_and_can_be_left_out(runs, tmp_path, capsys):
+    for k in range(4):
+        base = torch.randn(40, 40, generator=torch.Generator().manual_seed(0))
+        save_file({"w": base + 0.01 * k}, runs / f"ft{k}.safetensors")
+    torch.manual_seed(3)
+    save_file({"w": torch.randn(40, 40)}, runs / "alien.safetensors")
+    run("average", runs, "-o", tmp_path / "mean.safetensors")
+    said = capsys.readouterr().err
+    assert "warning: 'alien' was not fine-tuned from the same weights" in said
+    assert "--healthy leaves it out. See `sksoup inspect`." in said
+    assert "collection" not in said
+    run("average", runs, "-o", tmp_path / "good.safetensors", "--healthy")
+    printed = capsys.readouterr()
+    assert "warning: Left out 1 of 5 checkpoints: 'alien'" in printed.err
+    assert "4 checkpoints mixed" in printed.out
+    save_file({"w": torch.full((40, 40), torch.nan)}, runs / "alien.safetensors")
+    run("average", runs, "-o", tmp_path / "no.safetensors", status=2)
+    assert "--healthy leaves out all such checkpoints." in capsys.readouterr().err
+    run("average", runs, "-o", tmp_path / "finite.safetensors", "--healthy")
+
+
+@pytest.mark.parametrize("name", ["mean.safetensors", "mean"])
+def test_a_soup_among_its_ingredients_is_named(runs, capsys, name):
+    run("average", runs, "-o", runs / name)
+    assert "sksoup wrote" not in capsys.readouterr().err
+    run("inspect", runs)
+    assert "'mean' is a soup that sksoup wrote" in capsys.readouterr().out
+    run("average", runs, "-o", runs.parent / "again.safetensors")
+    assert "warning: 'mean' is a soup that sksoup wrote" in capsys.readouterr().err
+    run("verify", runs / name, runs)  # where it is no ingredient
+    assert capsys.readouterr().err == ""

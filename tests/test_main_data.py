@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from sksoup import CheckpointCollection, GreedySoup, MEHLSoup, Recipe
+from sksoup import BestCheckpoint, CheckpointCollection, GreedySoup, MEHLSoup, Recipe
 from sksoup.__main__ import main
 from sksoup.cli.files import read_file
 
@@ -231,3 +231,27 @@ def test_compare_prints_the_table_of_the_systems_that_were_asked_for(folder, cap
     assert greedy["difference"] is not None
     with pytest.raises(SystemExit):  # needs test data
         main(["compare", "nets", "--module", "model:build", "--data", "val.npz"])
+
+
+def test_the_best_checkpoint_is_scored_on_the_test_data_too(folder, capsys):
+    line = "nets --module model:build --data val.npz --test test.npz --json --force"
+    nets = CheckpointCollection.from_path("nets", module=Net)
+    val, test = (np.load(f"{name}.npz") for name in ("val", "test"))
+    best = BestCheckpoint().fit(nets, val["X"], val["y"])
+    for command in ("greedy", "mehl --epochs 1"):
+        assert main(f"{command} {line} -o b.safetensors".split()) == 0
+        found = json.loads(capsys.readouterr().out)["best_checkpoint"]
+        assert found["validation"] == pytest.approx(best.score(val["X"], val["y"]))
+        assert found["test"] == pytest.approx(best.score(test["X"], test["y"]))
+    assert main(f"greedy {line} -o b.safetensors".replace("--json", "").split()) == 0
+    said = capsys.readouterr().out
+    assert said.count("(best checkpoint: ") == 2
+    assert "`sksoup compare` tells whether a difference is more than chance." in said
+
+
+def test_compare_names_the_methods_that_warn(folder, capsys):
+    line = "compare nets/ft0.safetensors --module model:build --data val.npz --test test.npz"
+    assert main([*line.split(), "--system", "Greedy-Soup"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("There is one checkpoint only") == 1
+    assert "sksoup: warning: all methods: There is one checkpoint only" in said

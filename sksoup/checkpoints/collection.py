@@ -31,7 +31,7 @@ from .in_memory import content_sha256
 from .low_rank import Factors, LowRankCheckpoint, ReadFactors
 from .on_base import refuse_factors, resolve_adapters
 from .prefixes import drop_prefixes, fit_names, take_prefix
-from .protocol import Entry, Read, TensorInfo
+from .protocol import Entry, Read, TensorInfo, is_soup
 from .records import recorded_scores
 from .relations import Relations
 from .slices import SlicedCheckpoint
@@ -510,6 +510,16 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         )
         return self.drop(why)
 
+    def soups(self) -> list[str]:
+        """Return the names of the checkpoints that are soups which sksoup wrote.
+
+        Returns
+        -------
+        soups : list of str
+            Names of the files and folders that contain a recipe, or have one beside them.
+        """
+        return [name for name, entry in self._entries.items() if is_soup(entry.checkpoint)]
+
     def relations(self, names: Iterable[str]) -> Relations:
         """Compare those of these checkpoints that were read, by a sample of each matrix.
 
@@ -575,7 +585,8 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Returns
         -------
         collection : CheckpointCollection
-            Shares files and tensors with this one; nothing is read.
+            Shares files and tensors with this one; nothing is read. The same object if these are
+            all of its checkpoints, in their order.
 
         Raises
         ------
@@ -652,6 +663,8 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
 
     def _with(self, entries: dict[str, Entry]) -> Self:
         """The same collection with these checkpoints, and with their scores."""
+        if tuple(entries) == self.names and all(self._entries[n] is entries[n] for n in entries):
+            return self  # with what was found while it was read
         part = copy.copy(self)
         part.names, part._entries, part._taken = tuple(entries), entries, ""
         part.layout = common_layout(entries)

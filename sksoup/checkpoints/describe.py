@@ -14,7 +14,7 @@ import torch
 from ..runtime.fingerprint import tensor_bytes
 from ..tables import Table, notebook_html, shortened
 from .relations import Relations
-from .survey import Openable, judge, listed, remedy, survey, usable
+from .survey import Openable, judge, judge_soups, listed, remedy, survey, usable
 
 HEADER, LEFT = ("name", "norm", "distance", "cosine", "score", ""), (0, 5)
 
@@ -203,6 +203,7 @@ def describe(collection: Openable) -> CollectionSummary:
         tuple(same),
         (
             *_unusable(problems),
+            *_soups(collection),
             *_verdict([s for s in summaries if s.name in copied], relations, same, layout),
         ),
     )
@@ -226,6 +227,11 @@ def _unusable(problems: Mapping[str, str]) -> tuple[str, ...]:
     which = "it" if len(problems) == 1 else "them"
     what = remedy(list(problems)).replace("leave out", f"Leave {which} out")
     return (*said[:5], *rest, f"{what}.")
+
+
+def _soups(collection: Openable) -> tuple[str, ...]:
+    said = judge_soups(collection.soups(), len(collection.names))
+    return (said,) if said else ()
 
 
 def _verdict(

@@ -55,6 +55,11 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(as_integers), b.contiguous().view(as_integers))
 
 
+def is_soup(checkpoint: Any) -> bool:
+    """Whether sksoup wrote a checkpoint, with its recipe, as far as its class can tell."""
+    return bool(getattr(checkpoint, "is_soup", False))
+
+
 def is_text(name: str) -> bool:
     """Whether a name can be encoded as UTF-8, that is, has no unpaired surrogates."""
     try:

@@ -20,6 +20,8 @@ from .protocol import HASHING, Checkpoint, Read, TensorInfo, is_text
 
 LEAVE_OUT = "leave it out: move it to another folder, or pass only the paths of the others"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+RECIPE_KEY = "sksoup"  # of the recipe in the metadata of a soup
+RECIPE_SUFFIX = ".recipe.json"  # of the recipe beside a file without metadata
 # torch raises this for Ctrl-C while it takes over the bytes of a safetensors file
 SWALLOWED = "could not determine the shape of object type 'torch.storage.UntypedStorage'"
 SAFETENSORS_DTYPES = {
@@ -107,6 +109,7 @@ class CheckpointFile(Checkpoint):
     """
 
     suffixes: ClassVar[tuple[str, ...]]
+    is_soup = False  # whether sksoup wrote it, with a recipe
 
     def __init__(self, file: Path, key: str | None = None, path: Path | None = None) -> None:
         self.file = file
@@ -206,6 +209,7 @@ class SafetensorsFile(CheckpointFile):
 
     def _read_header(self) -> dict[str, TensorInfo]:
         with safe_open(self.file, framework="pt") as file:
+            self.is_soup = RECIPE_KEY in (file.metadata() or {})
             header = {}
             for name in file.keys():  # noqa: SIM118  (a safe_open is not a mapping)
                 part = file.get_slice(name)

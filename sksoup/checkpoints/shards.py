@@ -54,6 +54,7 @@ class ShardedCheckpoint(Checkpoint):
                         f"which the index does not list there. Write the checkpoint again, or "
                         f"leave it out."
                     )
+        self.is_soup = any(shard.is_soup for shard in self.shards.values())
         self.header = {t: self.shards[name].header[t] for t, name in self.weight_map.items()}
 
     def __repr__(self) -> str:

@@ -30,6 +30,8 @@ class Openable(Protocol):
 
     def judged_by(self, health: Health) -> Self: ...
 
+    def soups(self) -> list[str]: ...
+
 
 class Survey(Health):
     """Health of checkpoints of which some may be bad: decided after all have been read."""
@@ -129,6 +131,18 @@ def judge(relations: Relations) -> str:
             f"probably diverged ({_of(only_far)}{relations.far[only_far[0]]})"
         )
     return f"{'; '.join(parts)}: {remedy(bad)}."
+
+
+def judge_soups(names: Sequence[str], n: int) -> str:
+    """A remark on soups among the checkpoints; empty if there are none, or only soups."""
+    if not names or len(names) == n:
+        return ""
+    what = "is a soup" if len(names) == 1 else "are soups"
+    return (
+        f"{listed(names)} {what} that sksoup wrote, among checkpoints that may be its "
+        f"ingredients: these would count twice, and its validation score is optimistic. Leave "
+        f"soups out with collection.drop([...]), and keep them in another folder."
+    )
 
 
 def remedy(names: Sequence[str]) -> str:

@@ -16,7 +16,14 @@ from ..exceptions import CheckpointError
 from .in_memory import check_state_dict
 from .pickles import check_pickles, is_zip
 from .protocol import Read, TensorInfo
-from .read import SAFETENSORS_DTYPES, TORCH_SUFFIXES, CheckpointFile, file_identity, naming
+from .read import (
+    RECIPE_SUFFIX,
+    SAFETENSORS_DTYPES,
+    TORCH_SUFFIXES,
+    CheckpointFile,
+    file_identity,
+    naming,
+)
 
 # entries of training checkpoints whose tensors are not weights
 NO_MODEL = re.compile(
@@ -41,6 +48,7 @@ class TorchFile(CheckpointFile):
         # on 'meta' the storages stay on disk; a legacy pickle is read once and freed
         raw = _load(self.file, "meta")
         self.is_plain = _is_state_dict(raw)  # not a training checkpoint
+        self.is_soup = self.file.with_suffix(RECIPE_SUFFIX).is_file()
         state = _state_dict(raw, self.key, self.file)
         header = {name: TensorInfo.of(value) for name, value in state.items()}
         for name, info in header.items():

@@ -103,7 +103,7 @@ COMMANDS = {
         "PATH [PATH ...] --data FILE -o OUT",
         "average the checkpoints that help on validation data (Greedy-Soup)",
         "Add checkpoints to an average one by one, best first, and keep those that do not lower "
-        "the score on validation data (Greedy-Soup). It needs no gradients, and any metric will do.",
+        "the score on validation data (Greedy-Soup). Needs no gradients, and takes any metric.",
         (*FITTED, options.greedy, *WRITTEN),
     ),
     "learned": Command(
@@ -119,8 +119,8 @@ COMMANDS = {
         "PATH [PATH ...] --data FILE -o OUT",
         "learn coefficients on validation data, in little memory (MEHL-Soup)",
         "Learn coefficients, which may be negative or larger than 1, on validation data, with as "
-        "many checkpoints in memory as fit (MEHL-Soup): one per checkpoint, or with --layerwise one "
-        "per checkpoint and layer, which is better from about 50 validation examples on.",
+        "many checkpoints in memory as fit (MEHL-Soup): one per checkpoint, or with --layerwise "
+        "one per checkpoint and layer, for 50 validation examples or more.",
         (*FITTED, options.mehl, *WRITTEN),
     ),
     "compare": Command(

@@ -18,7 +18,7 @@ from .. import __version__
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.prefixes import PREFIXES
 from ..checkpoints.protocol import Read
-from ..checkpoints.survey import MORE, judge
+from ..checkpoints.survey import MORE, judge, judge_soups
 from ..exceptions import CheckpointError, RecipeError, SoupWarning
 from ..mixing.layers import Layers, group_layers
 from ..mixing.recipe import Recipe
@@ -42,7 +42,9 @@ def average(options: argparse.Namespace) -> Result:
     with opened(options) as collection:
         coef = _weights(options.weights, collection.names)[None]
         layers = Layers(("all",), dict.fromkeys(collection.layout, 0), ())
-        return _write(options, _recorded("average", options, collection, coef, layers), collection)
+        done = _write(options, _recorded("average", options, collection, coef, layers), collection)
+        _warn_of(collection)
+        return done
 
 
 def stock(options: argparse.Namespace) -> Result:
@@ -53,7 +55,9 @@ def stock(options: argparse.Namespace) -> Result:
         weights = [name for name in layers.names if name in collection.layout]
         ratios, _ = stock_ratios(collection, "start", layers, weights)
         coef = layers.expand(stock_coef(collection, "start", ratios))
-        return _write(options, _recorded("stock", options, collection, coef, layers), collection)
+        done = _write(options, _recorded("stock", options, collection, coef, layers), collection)
+        _warn_of(collection)
+        return done
 
 
 def cook(options: argparse.Namespace) -> Result:
@@ -96,6 +100,15 @@ def _weights(given: list[float] | None, names: tuple[str, ...]) -> NDArray[np.fl
     return coef
 
 
+def _warn_of(collection: CheckpointCollection) -> None:
+    """Warn if what was mixed, and so read, does not look fine-tuned from one start, or is mixed."""
+    relations = collection.relations(collection.names)
+    if relations.unrelated:
+        warnings.warn(f"{judge(relations)} {MORE}", SoupWarning, stacklevel=2)
+    if said := judge_soups(collection.soups(), len(collection)):
+        warnings.warn(said, SoupWarning, stacklevel=2)
+
+
 def _recorded(
     method: str,
     options: argparse.Namespace,
@@ -111,9 +124,6 @@ def _recorded(
 
 def _write(options: argparse.Namespace, recipe: Recipe, collection: CheckpointCollection) -> Result:
     remark = write_mix(options, recipe, collection)
-    relations = collection.relations(collection.names)  # of what was read for the mix
-    if relations.unrelated:
-        warnings.warn(f"{judge(relations)} {MORE}", SoupWarning, stacklevel=2)
     output, n = str(Path(options.output)), int(recipe.is_used().sum())
     done = {"output": output, "ingredients": n, "recalibrated": list(recipe.recalibrated)}
     text = f"{output}: {n} checkpoint{'s' * (n > 1)} mixed"
@@ -164,9 +174,8 @@ def opened(
     collection = _Watched.from_path(
         options.sources, which=options.which, module=options.base, key=key, prefix=options.prefix
     )
-    if getattr(options, "healthy", False):
-        collection = collection.healthy()
-    total = len(collection) * collection.nbytes
+    is_chosen = getattr(options, "healthy", False)  # which takes a read of all
+    total = len(collection) * collection.nbytes * (2 if is_chosen else 1)
     with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         collection.report = bar.update
-        yield collection
+        yield collection.healthy() if is_chosen else collection

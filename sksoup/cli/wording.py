@@ -10,6 +10,7 @@ REMEDIES = (
      r"collection\.healthy\(\)", r"--healthy leaves \1 out"),
     (r"Leave it out with collection\.drop\(.*?['\"]\), or leave out all such checkpoints with "
      r"collection\.healthy\(\)", "--healthy leaves out all such checkpoints"),
+    (r"Leave soups out with collection\.drop\(\[\.\.\.\]\), and keep them", "Keep soups"),
     (r"See collection\.describe\(\) for details", "See `sksoup inspect`"),
     (r" \(see held_out_scores_\)", ""),
     (r"path_ lists all of them; MEHLSoup learns", "`sksoup mehl` learns"),

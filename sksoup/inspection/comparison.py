@@ -17,7 +17,9 @@ from sklearn.base import clone
 
 from ..checkpoints.collection import CheckpointCollection
 from ..data.arrays import n_rows, parts_of
+from ..data.loaders import walk
 from ..data.outputs import Task
+from ..data.rows import is_loader
 from ..exceptions import SoupWarning
 from ..recipes.base import BaseSoup
 from ..recipes.baselines import BestCheckpoint, CheckpointEnsemble, UniformSoup
@@ -248,6 +250,7 @@ def compare_soups(
     shares_labels = y_test is not None
     given = recipes or {**paper_systems(len(checkpoints)), **centered_systems(len(checkpoints))}
     reference = next((n for n, soup in given.items() if isinstance(soup, BestCheckpoint)), None)
+    n_val = _n_rows(X_val, y_val)
     results: dict[str, SoupResult] = {}
     soups: dict[str, BaseSoup] = {}
     best: dict[str, PairedScore] | None = None
@@ -258,7 +261,7 @@ def compare_soups(
             ranked, cost = _ranked(recipe, checkpoints, X_val, y_val, memory, rankings)
             fits = _fits(ranked, n_repeats, checkpoints, (X_val, y_val), tests, scoring, reference)
             soups[name] = fits[0].soup
-            result = _summary(name, fits, cost, _n_rows(X_val, y_val))
+            result = _summary(name, fits, cost, n_val)
             if name == reference:
                 best = fits[0].tests
             elif best:
@@ -278,7 +281,7 @@ def compare_soups(
     return SoupComparison(
         tuple(results[name] for name in given),
         {name: soups[name] for name in given},
-        _n_rows(X_val, y_val),
+        n_val,
         n_test,
         metric,
         reference if tests else None,
@@ -286,6 +289,10 @@ def compare_soups(
 
 
 def _n_rows(X: Any, y: Any) -> int:
+    """How many examples; those of a loader are counted in a pass over it."""
+    if is_loader(X):
+        batches = walk(X, y, ordered=False, n_inputs=None)
+        return sum(n_rows(rows) for rows, _ in batches)
     return n_rows(X) if y is None else len(y)
 
 

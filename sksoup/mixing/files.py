@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.folders import read_metadata
-from ..checkpoints.read import TORCH_SUFFIXES
+from ..checkpoints.read import RECIPE_KEY, RECIPE_SUFFIX, TORCH_SUFFIXES
 from ..checkpoints.shards import INDEX
 from ..checkpoints.texts import read_text
 from ..checkpoints.write import write_safetensors, write_torch
@@ -18,7 +18,6 @@ from ..exceptions import CheckpointError, RecipeError
 from .document import MOST_BYTES, check_header
 from .verification import digest_of_tensors
 
-METADATA_KEY = "sksoup"
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
 
@@ -33,7 +32,7 @@ def check_suffix(path: Path) -> None:
 
 def beside(path: Path) -> Path:
     """The recipe file of a file without metadata: soup.pt -> soup.recipe.json."""
-    return path.with_suffix(".recipe.json")
+    return path.with_suffix(RECIPE_SUFFIX)
 
 
 def write_soup(
@@ -51,7 +50,7 @@ def write_soup(
     written = weights if stored is None else stored
     if path.suffix == ".safetensors":
         check_header(text, written)
-        write_safetensors(path, written, {METADATA_KEY: text, "format": "pt"})
+        write_safetensors(path, written, {RECIPE_KEY: text, "format": "pt"})
     else:
         write_torch(path, written, beside(path), text)
 
@@ -66,7 +65,7 @@ def read_recipe(path: Path) -> str:
             )
         return read_text(beside(path), MOST_BYTES)
     if path.suffix == ".safetensors" or path.name.endswith(INDEX) or path.is_dir():
-        if (found := read_metadata(path).get(METADATA_KEY)) is not None:
+        if (found := read_metadata(path).get(RECIPE_KEY)) is not None:
             return found
         raise RecipeError(
             f"{str(path)!r} holds weights but no sksoup recipe. Only files written by soup.save "

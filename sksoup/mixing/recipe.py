@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from ..checkpoints.collection import CheckpointCollection
+from ..checkpoints.read import RECIPE_KEY
 from ..checkpoints.write import SHARD_BYTES, write_text
 from ..runtime.memory import parse_bytes
 from ..tables import Table, notebook_html, shortened
 from .card import model_card
 from .document import check_header, read_document, write_document
-from .files import METADATA_KEY, read_recipe, write_soup
+from .files import read_recipe, write_soup
 from .ingredients import Base, Ingredient, check_base, record_base, select_ingredients
 from .layers import check_layers
 from .mix import as_dtype, mix, mix_into
@@ -365,7 +366,7 @@ class Recipe:
         mixed = replace(self, recalibrated=(), weights_sha256=None)
         text = (mixed if self.recalibrated else self).to_json()
         check_header(text, self.layers)
-        return mix_into(Path(out), chosen, coef, rows, {METADATA_KEY: text}, dtype, most)
+        return mix_into(Path(out), chosen, coef, rows, {RECIPE_KEY: text}, dtype, most)
 
     def verify(
         self,

@@ -22,6 +22,7 @@ from sklearn.utils import ClassifierTags, RegressorTags, Tags, check_scalar
 from sklearn.utils.validation import check_is_fitted
 
 from ..checkpoints.collection import CheckpointCollection
+from ..checkpoints.survey import judge_soups
 from ..data.outputs import TASKS, Task
 from ..data.tokens import TEXT_TASKS
 from ..engine.batch_norm import POLICIES, BatchNormPolicy, check_policy, settle
@@ -267,6 +268,8 @@ class BaseSoup(
                 f"There is one checkpoint only, {collection.names[0]!r}, so there is nothing to "
                 f"mix or to select, and the soup equals that checkpoint. Pass several checkpoints."
             )
+        if self._has_recipe and (said := judge_soups(collection.soups(), len(collection))):
+            self._warn(said)
         self.outputs_ = problem.objective.outputs
         if self.outputs_.classes is not None:
             self.classes_ = self.outputs_.classes

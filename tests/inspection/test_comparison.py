@@ -4,9 +4,11 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from sklearn.base import clone
 from sklearn.metrics import f1_score, make_scorer
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.data import DataLoader, TensorDataset
 
 from sksoup import BestCheckpoint, GreedySoup, MEHLSoup, UniformSoup
 from sksoup.inspection import (
@@ -98,6 +100,17 @@ def test_repeats(zoo: Zoo):
     assert bars.test_std.tolist() == [0.0, mehl.test_std]
     with pytest.raises(ValueError, match="n_repeats must be an int >= 1, got 0"):
         compare_soups(zoo.checkpoints, zoo.X, zoo.y, n_repeats=0)
+
+
+def test_examples_of_loaders_are_counted_and_not_their_minibatches(zoo: Zoo):
+    n = len(zoo.y)
+    loader = DataLoader(TensorDataset(torch.as_tensor(zoo.X), torch.as_tensor(zoo.y)), 7)
+    recipes = {"best": BestCheckpoint()}
+    arrays = compare_soups(zoo.checkpoints, zoo.X, zoo.y, zoo.X, zoo.y, recipes=recipes)
+    found = compare_soups(zoo.checkpoints, loader, None, loader, None, recipes=recipes)
+    assert found.n_held_out == n
+    assert found.n_test == {"test": n}
+    assert found.results[0].forward_passes == arrays.results[0].forward_passes
 
 
 def test_any_systems_and_no_test_rows(zoo: Zoo):

@@ -302,7 +302,7 @@ def test_a_ruined_statistic_does_not_pass(zoo: Zoo):
 def test_what_scores_lower_than_its_center_is_replaced_and_that_is_said(zoo: Zoo):
     soup = MEHLSoup(center="greedy", optimizer="sgd", lr=1e3, schedule="constant", max_epochs=1,
                     weight_decay=0, random_state=0)  # fmt: skip
-    with pytest.warns(SoupWarning, match="The soup is the best checkpoint: it scores"):
+    with pytest.warns(SoupWarning, match="The soup is the center from which"):
         soup.fit(zoo.checkpoints, zoo.X, zoo.y)
     greedy = quietly(GreedySoup(), zoo.checkpoints, zoo.X, zoo.y)
     scores = soup.held_out_scores_
@@ -310,7 +310,6 @@ def test_what_scores_lower_than_its_center_is_replaced_and_that_is_said(zoo: Zoo
     np.testing.assert_array_equal(soup.coef_, greedy.coef_)
     assert soup.recipe_.coef.tolist() == [soup.coef_.tolist()]
     assert soup.ingredients_ == tuple(n for n in zoo.checkpoints if n in greedy.ingredients_)
-    assert any("that is used as the soup" in said for said in soup.warnings_)
 
 
 @pytest.mark.parametrize("recipe", [MEHLSoup, LearnedSoup])

@@ -243,7 +243,7 @@ def test_path_tells_gains_and_their_noise(zoo: Zoo):
 
 
 def test_keeping_only_the_best_says_why(zoo: Zoo):
-    with pytest.warns(SoupWarning, match=r"Only 'checkpoint\d'.*See path_") as caught:
+    with pytest.warns(SoupWarning, match=r"Only 'checkpoint\d'.*path_ lists all") as caught:
         GreedySoup(min_improvement=2.0).fit(zoo.checkpoints, zoo.X, zoo.y)
     assert caught[0].filename == __file__
     two = zoo.checkpoints.select(["checkpoint0", "checkpoint1"])
