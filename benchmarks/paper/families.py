@@ -105,11 +105,15 @@ def verdict(values: Sequence[float], least: float = 0.0, digits: int = 2) -> str
     return mark.format(f"{mean:+.{digits}f} ± {half:.{digits}f}")
 
 
-def statement(some: Sequence[Family], system: str, rival: str, of_rival: str) -> str:
-    """In how many families a system is better than another one, and where."""
-    measured = [(family, gains) for family in some if (gains := family.gains(system, rival))]
+Sides = Mapping[bool | None, Sequence[str]]  # better, worse, inconclusive: families and gains
+
+
+def compared(some: Sequence[Family], system: str, rival: str) -> Sides:
+    """In which families a system is better or worse than another one, or neither."""
     sides: dict[bool | None, list[str]] = {True: [], False: [], None: []}
-    for family, gains in measured:
+    for family in some:
+        if not (gains := family.gains(system, rival)):
+            continue
         mean, half = common.mean_and_interval(gains)
         if family.is_perplexity:
             direction = "lower" if mean > 0 else "higher"
@@ -117,13 +121,19 @@ def statement(some: Sequence[Family], system: str, rival: str, of_rival: str) ->
         else:
             gain = f"{mean:+.1f} ± {half:.1f}"
         sides[is_above(gains)].append(f"{family.title} {gain}")
+    return sides
+
+
+def statement(some: Sequence[Family], system: str, rival: str, of_rival: str) -> str:
+    """In how many families a system is better than another one, and where."""
+    sides = compared(some, system, rival)
 
     def where(cells: Sequence[str]) -> str:
         return f" ({'; '.join(cells)})" if cells else ""
 
     return (
         f"{CODE[system]} is better than {of_rival} in {len(sides[True]) or 'none'} of "
-        f"{len(measured)} families of models{where(sides[True])}, worse in "
+        f"{sum(map(len, sides.values()))} families of models{where(sides[True])}, worse in "
         f"{len(sides[False]) or 'none'}{where(sides[False])}, and inconclusive in "
         f"{len(sides[None]) or 'none'}."
     )
@@ -137,20 +147,48 @@ def worst_seed(some: Sequence[Family], system: str) -> str:
         if not family.is_perplexity
         for gain in family.gains(system)
     )
-    return f"Its worst result on a single seed is {gain:+.1f} points ({title})."
+    return f"{gain:+.1f} points ({title})"
 
 
 def statements(some: Sequence[Family]) -> dict[str, str]:
     """One statement for each claim, in Markdown; README and the docs quote them."""
-    best = "the best checkpoint"
+
+    def against_best(system: str) -> str:
+        return (
+            f"{statement(some, system, BEST, 'the best checkpoint')} Its worst result on a single "
+            f"seed is {worst_seed(some, system)}."
+        )
+
     return {
-        "best": f"{statement(some, DEFAULT, BEST, best)} {worst_seed(some, DEFAULT)}",
-        "greedy_best": f"{statement(some, GREEDY, BEST, best)} {worst_seed(some, GREEDY)}",
+        "best": against_best(DEFAULT),
+        "greedy_best": against_best(GREEDY),
         "greedy": statement(some, DEFAULT, GREEDY, CODE[GREEDY]),
         "ensemble": statement(some, ENSEMBLE, DEFAULT, CODE[DEFAULT]),
         "again": statement(some, AGAIN, DEFAULT, CODE[DEFAULT]),
-        "paper": f"{statement(some, PAPER_FORM, BEST, best)} {worst_seed(some, PAPER_FORM)}",
+        "paper": against_best(PAPER_FORM),
+        "paper_default": statement(some, PAPER_FORM, DEFAULT, CODE[DEFAULT]),
     }
+
+
+def readme_table(some: Sequence[Family]) -> str:
+    """The statements that README shows, as a table in Markdown."""
+    rows = [
+        (CODE[DEFAULT], DEFAULT, "the best checkpoint", BEST),
+        (CODE[ENSEMBLE], ENSEMBLE, CODE[DEFAULT], DEFAULT),
+        (CODE[AGAIN], AGAIN, CODE[DEFAULT], DEFAULT),
+        (CODE[PAPER_FORM], PAPER_FORM, CODE[DEFAULT], DEFAULT),
+    ]
+    lines = ["| | against | better | worse | inconclusive |", "| --- | --- | --- | --- | --- |"]
+    for title, system, of_rival, rival in rows:
+        sides = compared(some, system, rival)
+        better, worse = (
+            f"{len(cells)}: {'; '.join(cells)}" if (cells := sides[side]) else "none"
+            for side in (True, False)
+        )
+        lines.append(
+            f"| {title} | {of_rival} | {better} | {worse} | {len(sides[None]) or 'none'} |"
+        )
+    return "\n".join(lines)
 
 
 def seeds_of(some: Sequence[Family]) -> str:

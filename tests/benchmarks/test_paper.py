@@ -163,8 +163,13 @@ def test_verdicts_and_statements():
         "models (Net +1.0 ± 0.3; Words 10.0 ± 0.0 % lower perplexity), worse in none, and "
         "inconclusive in 1."
     )
-    assert families.worst_seed(some, families.DEFAULT) == (
-        "Its worst result on a single seed is +0.0 points (Level)."
+    assert families.worst_seed(some, families.DEFAULT) == "+0.0 points (Level)"
+    (row,) = (
+        line for line in families.readme_table(some).splitlines() if "best checkpoint" in line
+    )
+    assert row == (
+        "| `MEHLSoup(layerwise=True)` | the best checkpoint | 2: Net +1.0 ± 0.3; Words 10.0 ± 0.0 "
+        "% lower perplexity | none | 1 |"
     )
 
 
