@@ -104,7 +104,7 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
     best_params_ : dict
         Hyperparameters of this candidate.
     classes_ : ndarray of shape (n_outputs,)
-        Sorted labels (classification only), the order of the columns of `predict_proba`.
+        Sorted labels (classification only), in the order of the columns of `predict_proba`.
     n_features_in_ : int
         Number of features seen during `fit`.
     feature_names_in_ : ndarray of shape (n_features,)
