@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
+from sklearn.metrics import f1_score, roc_auc_score
 
 from sksoup import BestCheckpoint, CheckpointCollection, GreedySoup, MEHLSoup, Recipe
 from sksoup.__main__ import main
@@ -204,6 +206,50 @@ def test_targets_of_several_columns_and_the_order_of_labels(folder, capsys):
     assert main([*TABLE.split(), "--classes", "owl", "dog", "cat", "--force", "--json"]) == 0
     assert Recipe.load("out.safetensors").classes == ("owl", "dog", "cat")
     os.remove("out.safetensors")
+
+
+def test_metrics_of_probabilities_and_of_several_labels(folder, capsys):
+    line = [*TABLE.split(), "--force", "--json", "--scoring", "roc_auc_ovr", "--classes"]
+    order = ["owl", "dog", "cat"]
+    assert main([*line, *order]) == 0
+    document = json.loads(capsys.readouterr().out)
+    rows = np.loadtxt("table.csv", delimiter=",", dtype=str, skiprows=1)
+    net = Net().eval()
+    net.load_state_dict(load_file("out.safetensors"), strict=False)
+    with torch.no_grad():
+        p = net(torch.as_tensor(rows[:, :4].astype(np.float32))).softmax(dim=1)
+    each = [roc_auc_score(rows[:, 4] == label, p[:, k]) for k, label in enumerate(order)]
+    assert document["scores"]["validation"] == pytest.approx(np.mean(each))
+    os.remove("out.safetensors")
+    rng = np.random.default_rng(0)
+    many = [(*rng.normal(size=4).round(3), *rng.integers(0, 2, 3)) for _ in range(20)]
+    write_csv(folder / "several.csv", tuple("abcdxyz"), many)
+    data = "--data several.csv --task multilabel --label x --label y --label z --json"
+    line = f"nets --module model:build {data} --scoring f1_micro"
+    assert main(["greedy", *line.split(), "-o", "out.safetensors"]) == 0
+    score = json.loads(capsys.readouterr().out)["scores"]["validation"]
+    tested = ["--system", "Greedy-Soup", "--test", "several.csv"]
+    assert main(["compare", *line.split(), *tested]) == 0
+    greedy = json.loads(capsys.readouterr().out)["results"][-1]
+    assert 0 < greedy["test"] < 1
+    assert greedy["held_out"] == pytest.approx(greedy["test"])
+    net.load_state_dict(load_file("out.safetensors"), strict=False)
+    X, y = np.array(many)[:, :4].astype(np.float32), np.array(many)[:, 4:]
+    with torch.no_grad():
+        assert score == pytest.approx(f1_score(y, net(torch.as_tensor(X)) > 0, average="micro"))
+    os.remove("out.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("cells", "labels"),
+    [
+        (["01", "1", "2"], ["01", "1", "2"]), (["7", "007"], ["7", "007"]),
+        (["01", "02", "10"], [1, 2, 10]), (["1.0", "2", " 2"], [1, 2, 2]), (["-1", "+1"], [-1, 1]),
+    ],
+)  # fmt: skip
+def test_labels_that_differ_in_leading_zeros_are_texts(tmp_path, cells, labels):
+    write_csv(tmp_path / "a.csv", ("x", "y"), [(cell, 0) for cell in cells])
+    assert read_file(tmp_path / "a.csv").labels("x").tolist() == labels
 
 
 def test_warnings_are_lines_on_stderr_and_part_of_json(folder, capsys):

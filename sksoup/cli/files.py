@@ -85,7 +85,10 @@ class DataFile:
         return list(found)
 
     def labels(self, name: str) -> NDArray[Any]:
-        """A column or an array of labels: integers if all of them are, else texts."""
+        """A column or an array of labels: integers if all of them are, else texts.
+
+        If both "01" and "1" occur they are different labels, so that all are texts.
+        """
         if not self.is_table:
             return self._checked(name)
         cells = self.texts(name)
@@ -93,7 +96,9 @@ class DataFile:
         with np.errstate(invalid="ignore"):  # also 1.0, as tables with missing values write it
             is_integer = np.isfinite(numbers) & (numbers == np.floor(numbers))
         if is_integer.all() and (np.abs(numbers) < 2**53).all():
-            return numbers.astype(np.int64)
+            digits = {cell.strip() for cell in cells if cell.strip().isdigit()}
+            if len(set(map(int, digits))) == len(digits):
+                return numbers.astype(np.int64)
         return np.array(cells)
 
     def _checked(self, name: str) -> NDArray[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -110,6 +111,18 @@ class Outputs:
             "language-modeling", shape[-1], shape, is_dense=True, is_text=True, predicts=kind
         )
 
+    @cached_property
+    def order(self) -> NDArray[np.int64]:
+        """Indices of the outputs in the sorted order of their labels."""
+        return np.argsort([] if self.classes is None else self.classes)
+
+    @property
+    def labels(self) -> NDArray[Any] | list[NDArray[np.int64]] | None:
+        """``classes_`` as in scikit-learn: sorted; for several labels per row, those of each."""
+        if self.task == "multilabel":
+            return [np.array([0, 1])] * self.n_outputs
+        return None if self.classes is None else self.classes[self.order]
+
     @property
     def described(self) -> NDArray[Any] | tuple[str, ...]:
         """Names of the outputs if labels are their indices, otherwise the labels."""
@@ -121,13 +134,10 @@ class Outputs:
     def encode(self, y: NDArray[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Targets for the criterion: class indices (N, ...) or floats (N, ...)."""
         if self.classes is not None:
-            order = np.argsort(self.classes)
             if not self.is_dense:
-                found = order[np.searchsorted(self.classes, y, sorter=order)]
-                return torch.as_tensor(found).to(device)
+                return torch.as_tensor(self._indices(y)).to(device)
             left_out = y == IGNORED
-            where = np.searchsorted(self.classes, y, sorter=order)
-            found = order[np.where(left_out, 0, where)]
+            found = self._indices(np.where(left_out, self.classes[0], y))
             return to_tensor(np.where(left_out, self.ignored, found)).to(device)
         if self.is_text:
             return to_tensor(shifted(y, self.predicts)).to(device)
@@ -140,6 +150,24 @@ class Outputs:
         if self.task == "multilabel" and not bool(((targets == 0) | (targets == 1)).all()):
             raise ValueError("y must hold only 0 and 1 for task='multilabel'.")
         return targets.to(device, dtype).reshape(len(y), *self.shape)
+
+    def _indices(self, y: NDArray[Any]) -> NDArray[np.int64]:
+        """The output of each label, or an error if there is none."""
+        classes = np.asarray(self.classes)
+        try:
+            places = np.searchsorted(classes, y, sorter=self.order).clip(max=len(classes) - 1)
+        except TypeError:  # labels of another type, which have no order among the classes
+            places = np.zeros(y.shape, dtype=np.int64)
+        indices: NDArray[np.int64] = self.order[places]
+        is_other = np.asarray(classes[indices] != y)
+        if is_other.any():
+            known, found = classes.tolist(), dict.fromkeys(y[is_other].tolist())
+            unknown = np.array([label for label in found if label not in known], dtype=object)
+            raise ValueError(
+                f"y holds labels that are not classes of the soup: {_some(unknown)}. Expected "
+                f"{_some(classes)}."
+            )
+        return indices
 
     def counted(self, targets: torch.Tensor) -> torch.Tensor | None:
         """(N,): number of labelled positions of each row, if some positions have no label."""
@@ -160,8 +188,11 @@ class Outputs:
         return values.reshape(len(values)) if self.is_column else values.reshape(len(values), -1)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Softmax over the outputs; a sigmoid of each for several labels."""
-        return logits.sigmoid() if self.task == "multilabel" else logits.softmax(dim=1)
+        """Softmax over the outputs, in the order of `labels`; a sigmoid of each for several."""
+        if self.task == "multilabel":
+            return logits.sigmoid()
+        order = torch.as_tensor(self.order, device=logits.device)
+        return logits.softmax(dim=1).index_select(1, order)
 
     def right(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Weighted fraction of rows, or of pixels and tokens, with a correct prediction."""

@@ -67,7 +67,7 @@ class LossBarrierDisplay(Display):
         names = [n for n, c in zip(estimator.checkpoints_, coef.T, strict=True) if c.any()]
         params = ("task", "forward", "criterion", "batch_size", "device")
         given = {name: getattr(estimator, name) for name in params if hasattr(estimator, name)}
-        given |= {"classes": getattr(estimator, "classes_", None), **kwargs}
+        given |= {"classes": estimator.outputs_.classes, **kwargs}
         measured = loss_barrier(estimator.checkpoints_.select(names), X, y, **given)
         return cls(measured).plot(ax=ax)
 

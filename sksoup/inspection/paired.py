@@ -17,7 +17,7 @@ from sklearn.metrics import accuracy_score, make_scorer
 from ..data.loaders import is_apart
 from ..data.tokens import IGNORED, TEXT_TASKS
 from ..recipes.base import BaseSoup
-from ..recipes.validation import scorer_of, to_numpy
+from ..recipes.validation import is_log_likelihood, scorer_of, to_numpy
 
 N_RESAMPLES = 500  # gives a standard error to 3 %
 LEVEL = 0.95
@@ -55,8 +55,8 @@ class Difference:
 
 def paired_score(soup: BaseSoup, scoring: Any, X: Any, y: Any, with_error: bool) -> PairedScore:
     """Score a soup on a test set in one pass over its rows."""
-    is_dense_loss = scoring == "neg_log_loss" and soup.outputs_.is_dense
-    if is_dense_loss or (scoring is None and soup.task in TEXT_TASKS):
+    is_loss = scoring == "neg_log_loss" and is_log_likelihood(soup)
+    if is_loss or (scoring is None and soup.task in TEXT_TASKS):
         return _log_likelihood(soup, X, y)
     known = scoring is None or isinstance(scoring, (str, SCORER))
     if not known or soup.task in TEXT_TASKS:  # a function may do anything with the soup
@@ -81,9 +81,6 @@ def paired_score(soup: BaseSoup, scoring: Any, X: Any, y: Any, with_error: bool)
                 score, n, _deviations((right & counted).sum(axis=1), counted.sum(axis=1))
             )
         return PairedScore(score, n, _deviations(right.all(axis=1), np.ones(n)))
-    if scoring == "neg_log_loss":
-        losses, counted = seen._losses(outputs, labels)
-        return PairedScore(score, n, _deviations(-losses, counted))
 
     def score_of(rows: NDArray[np.int64]) -> float:
         return float(scorer(seen, rows, labels[rows]))

@@ -104,7 +104,7 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
     best_params_ : dict
         Hyperparameters of this candidate.
     classes_ : ndarray of shape (n_outputs,)
-        Labels in output order (classification only).
+        Sorted labels (classification only), in the order of the columns of `predict_proba`.
     n_features_in_ : int
         Number of features seen during `fit`.
     feature_names_in_ : ndarray of shape (n_features,)
@@ -352,8 +352,9 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
 
     @property
     def classes_(self) -> NDArray[Any]:
-        """Labels in output order."""
-        return self._fitted().classes_
+        """Sorted labels."""
+        labels: NDArray[Any] = self._fitted().classes_
+        return labels
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Predict with the soup.

@@ -271,11 +271,10 @@ class BaseSoup(
         if self._has_recipe and (said := judge_soups(collection.soups(), len(collection))):
             self._warn(said)
         self.outputs_ = problem.objective.outputs
-        if self.outputs_.classes is not None:
-            self.classes_ = self.outputs_.classes
-            is_texts = self.classes_.dtype.kind in "UO"
-            if is_texts and self.classes is None and self.outputs_.names is None:
-                self._warn_of_digits(self.classes_)
+        if self.outputs_.labels is not None:
+            self.classes_: Any = self.outputs_.labels
+        if self.classes is None:
+            self._warn_of_labels(self.outputs_, problem.evaluate.y)
         if self.batch_norm == "recalibrate":
             check_policy(problem, self.batch_size)
         is_slow = judge_bfloat16(problem.data.y.device) if self.precision == "bf16" else None

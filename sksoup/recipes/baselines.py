@@ -69,7 +69,8 @@ class UniformSoup(BaseSoup):
     layer_names_ : tuple of str
         Names of the layers: the rows of a two-dimensional ``coef_``.
     classes_ : ndarray of shape (n_outputs,)
-        Labels in output order (classification only).
+        Sorted labels (classification only), in the order of the columns of `predict_proba`;
+        ``recipe_.classes`` has the order of the outputs. For multi-label, a list of arrays [0, 1].
     checkpoints_ : CheckpointCollection
         The checkpoints that were mixed.
     recipe_ : Recipe
@@ -169,7 +170,8 @@ class BestCheckpoint(BaseSoup):
     layer_names_ : tuple of str
         Names of the layers: the rows of a two-dimensional ``coef_``.
     classes_ : ndarray of shape (n_outputs,)
-        Labels in output order (classification only).
+        Sorted labels (classification only), in the order of the columns of `predict_proba`;
+        ``recipe_.classes`` has the order of the outputs. For multi-label, a list of arrays [0, 1].
     checkpoints_ : CheckpointCollection
         The checkpoints that were compared.
     recipe_ : Recipe
@@ -255,7 +257,8 @@ class CheckpointEnsemble(BaseSoup):
     coef_ : ndarray of shape (n_checkpoints,), float64
         1/K for each checkpoint: the weights of the logits.
     classes_ : ndarray of shape (n_outputs,)
-        Labels in output order (classification only).
+        Sorted labels (classification only), in the order of the columns of `predict_proba`. For
+        multi-label, a list of arrays [0, 1].
     checkpoints_ : CheckpointCollection
         The checkpoints whose logits are averaged.
 

@@ -317,8 +317,9 @@ class ExportMixin:
 
         Notes
         -----
-        skorch expects labels from 0 to n_outputs - 1, and its ``predict`` returns these rather than
-        ``classes_``.
+        skorch expects the indices of the module's outputs as labels, 0 to n_outputs - 1, and its
+        ``predict`` returns these: ``recipe_.classes[i]`` is the label of output i. They are not
+        indices of ``classes_``, which is sorted.
         """
         check_is_fitted(self, "module_")
         refuse_copy(self.module_)

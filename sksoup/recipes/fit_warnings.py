@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.survey import MORE, judge
+from ..data.outputs import Outputs
 from ..engine.chance import judge_scores
 from ..engine.problem import Problem
 from ..engine.scores import Evaluator
@@ -52,6 +53,22 @@ class WarningMixin:
         said = judge_scores(scores, evaluate)
         if said is not None and said not in self.warnings_:
             self._warn(said)
+
+    def _warn_of_labels(self, outputs: Outputs, y: NDArray[Any]) -> None:
+        """Warn if labels were matched to the outputs without ``classes``, and it may be wrong."""
+        classes = outputs.classes
+        if classes is None:
+            return
+        if classes.dtype.kind in "UO" and outputs.names is None:
+            self._warn_of_digits(classes)
+        if classes.dtype.kind in "iu" and classes[0] == 0 and not (y == 0).any():
+            n = outputs.n_outputs
+            self._warn(
+                f"y holds integers below {n}, the number of outputs, but no 0. They are used as "
+                f"indices of the outputs, which is right if the labels are 0 to {n - 1}, and wrong "
+                f"if they are 1 to {n}. Pass the labels in the order of the outputs: "
+                f"classes=range({n}), or classes=range(1, {n + 1})."
+            )
 
     def _warn_of_digits(self, classes: NDArray[Any]) -> None:
         """Warn if the labels are numbers as strings, which sort in another order than numbers."""

@@ -151,7 +151,8 @@ class GreedySoup(BaseSoup):
     layer_names_ : tuple of str
         Names of the layers: the rows of a two-dimensional ``coef_``.
     classes_ : ndarray of shape (n_outputs,)
-        Labels in output order (classification only).
+        Sorted labels (classification only), in the order of the columns of `predict_proba`;
+        ``recipe_.classes`` has the order of the outputs. For multi-label, a list of arrays [0, 1].
     checkpoints_ : CheckpointCollection
         The checkpoints that were mixed.
     history_ : list of dict

@@ -45,6 +45,24 @@ def _has_probabilities(soup: Any) -> bool:
     return bool(soup.task != "regression")
 
 
+def _part(what: str, values: Any, start: int, n: int) -> Any:
+    """The labels or weights of n rows, or an error if there are fewer."""
+    part = values[start : start + n]
+    if len(part) < n:
+        raise ValueError(
+            f"{what} has {len(values):,} entries, fewer than X has rows. Expected one per row."
+        )
+    return part
+
+
+def _check_rest(what: str, values: Any, n: int) -> None:
+    """Raise an error if there are more labels or weights than rows."""
+    if values is not None and len(values) != n:
+        raise ValueError(
+            f"{what} has {len(values):,} entries, but X has {n:,} rows. Expected one per row."
+        )
+
+
 class PredictionMixin:
     """Predict and score with the fitted ``module_``."""
 
@@ -89,7 +107,8 @@ class PredictionMixin:
         Returns
         -------
         p : ndarray of shape (n_samples, n_outputs), float32
-            Columns in the order of ``classes_``. A learned ``temperature_`` is applied.
+            Columns in the order of ``classes_``, which is sorted. A learned ``temperature_`` is
+            applied.
         """
         logits = self._outputs_and_targets(X, None, ordered=True)[0]
         p = self.outputs_.probabilities(logits * getattr(self, "temperature_", 1.0))
@@ -100,20 +119,24 @@ class PredictionMixin:
         check_is_fitted(self, "coef_")
         if input_names(X) != self.input_names_:
             X = as_batches(X, y)
+        size = self.batch_size if self.outputs_.is_dense else self._rows_at_once()
         if is_loader(X):
             names = self.input_names_
             for rows, labels in minibatches(
-                X, y, self.batch_size, ordered=ordered, pads=True,
+                X, y, size, ordered=ordered, pads=True,
                 n_inputs=names if isinstance(names, int) else None,
             ):  # fmt: skip
                 yield validate_inputs(self, rows), labels
             return
         X = validate_inputs(self, X)
         n = n_rows(X)
-        size = self.batch_size or n
-        for start in range(0, n, size):
-            part = slice(start, start + size)
-            yield map_inputs(itemgetter(part), X), None if y is None else y[part]
+        parts = [slice(start, start + (size or n)) for start in range(0, n, size or n)]
+        if isinstance(X, IndexedRows):
+            inputs: Iterator[Any] = X.walk(size or n)
+        else:
+            inputs = (map_inputs(itemgetter(part), X) for part in parts)
+        for rows, part in zip(inputs, parts, strict=True):
+            yield rows, None if y is None else y[part]
 
     def _network(self) -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
         """A module of the architecture, and a function that returns the logits of some rows."""
@@ -158,16 +181,23 @@ class PredictionMixin:
         score : float
             Mean over all labels, each with the weight of its row; at most 0. For a language model
             it is -log(perplexity), which is also what `score` returns.
+
+        Raises
+        ------
+        ValueError
+            ``y`` holds labels that are not in ``classes_``; ``y`` or ``sample_weight`` has another
+            length than X; or there are no labels with a weight.
         """
         weight = None if sample_weight is None else np.asarray(to_numpy(sample_weight), dtype=float)
         total = amount = 0.0
         done = 0
         for losses, counted in self._row_losses(X, y, weight is not None):
             n = len(losses)
-            w = np.ones(n) if weight is None else weight[done : done + n]
+            w = np.ones(n) if weight is None else _part("sample_weight", weight, done, n)
             total += float(w @ losses)
             amount += float(w @ counted)
             done += n
+        _check_rest("sample_weight", weight, done)
         if not amount > 0:
             raise ValueError(
                 "score needs labels, but y ignores all positions, or all weights are 0."
@@ -184,7 +214,7 @@ class PredictionMixin:
         done = 0
         for rows, own in self._parts(X, y, ordered or apart is not None):
             n = n_rows(rows)
-            labels = own if apart is None else apart[done : done + n]
+            labels = own if apart is None else _part("y", apart, done, n)
             if labels is None and reads.predicts == "causal":
                 labels = targets_from(rows)
             if labels is None:
@@ -193,6 +223,7 @@ class PredictionMixin:
             rows = with_decoder_inputs(module, rows, labels, reads.predicts)
             yield self._losses(logits_of(rows), labels)
             done += n
+        _check_rest("y", apart, done)
 
     def _losses(
         self, logits: torch.Tensor, y: NDArray[Any]

@@ -379,11 +379,16 @@ class SoupScorer:
 
 
 def scorer_of(soup: Any, scoring: Any) -> Callable[..., float]:
-    """A scikit-learn scorer for a fitted soup; the log-loss also for pixels and tokens."""
-    if scoring == "neg_log_loss" and soup.outputs_.is_dense:
+    """A scikit-learn scorer for a fitted soup; the log-loss for all labels, present or not."""
+    if scoring == "neg_log_loss" and is_log_likelihood(soup):
         return _log_likelihood
     scorer: Callable[..., float] = check_scoring(soup, scoring)
     return scorer
+
+
+def is_log_likelihood(soup: Any) -> bool:
+    """Whether the log-loss is that of ``mean_log_likelihood``: not of several labels per row."""
+    return soup.outputs_.classes is not None or soup.outputs_.is_text
 
 
 def _log_likelihood(soup: Any, X: Any, y: Any, sample_weight: Any = None) -> float:

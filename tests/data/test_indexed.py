@@ -55,6 +55,7 @@ SOUPS = {
     "greedy": GreedySoup(batch_size=16),
     "greedy split": GreedySoup(ranking_fraction=0.5, batch_size=16, random_state=0),
     "greedy scored": GreedySoup(scoring="f1_macro", batch_size=16),
+    "greedy loss": GreedySoup(scoring="neg_log_loss", batch_size=16),
     "learned": LearnedSoup(max_epochs=2, batch_size=16, random_state=0),
     "MEHL": MEHLSoup(layerwise=True, max_epochs=2, batch_size=16, random_state=0),
     "aside": MEHLSoup(validation_fraction=0.3, max_epochs=2, batch_size=16, random_state=0),

@@ -208,7 +208,8 @@ def test_labels_in_output_order(zoo: Zoo):
     soup.fit(zoo.checkpoints, zoo.X, np.array(order)[zoo.y])
     plain = LearnedSoup(random_state=0).fit(zoo.checkpoints, zoo.X, zoo.y)
     assert np.array_equal(soup.coef_, plain.coef_)
-    assert soup.classes_.tolist() == order
+    assert soup.classes_.tolist() == sorted(order)
+    assert list(soup.recipe_.classes) == order
     assert soup.score(zoo.X, np.array(order)[zoo.y]) == plain.score(zoo.X, zoo.y)
 
 

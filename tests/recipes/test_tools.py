@@ -162,7 +162,9 @@ def test_the_html_display_without_an_installed_package(monkeypatch):
         lambda soup: RandomizedSearchCV(
             soup, {"lr": [0.01, 0.1, 1]}, n_iter=2, cv=2, random_state=0
         ),
-        lambda soup: HalvingGridSearchCV(soup, {"lr": [0.01, 0.1]}, cv=2, min_resources=20),
+        lambda soup: HalvingGridSearchCV(  # of few rows, which may lack the label 0
+            soup.set_params(classes=[0, 1, 2]), {"lr": [0.01, 0.1]}, cv=2, min_resources=20
+        ),
     ],
 )
 def test_searches_over_parameters(files, zoo: Zoo, search):
