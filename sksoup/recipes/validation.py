@@ -32,6 +32,7 @@ from ..data.tokens import IGNORED, TEXT_TASKS, kind_of_model, targets_from, with
 from ..engine.batch_norm import statistics
 from ..engine.deltas import resolve_delta_dtype
 from ..engine.descent import OPTIMIZERS, SCHEDULES, DeltaStorage, Settings
+from ..engine.merging import PLAIN, SWITCHES, refuse_merging
 from ..engine.objective import (
     Criterion,
     Forward,
@@ -296,6 +297,8 @@ def prepare_problem(
     else:
         row = to_inputs(map_inputs(lambda part: to_tensor(part[:1]).clone(), X), dtype, where)
     output, call = _probe(module, row, forward)
+    if {*map(SWITCHES, map(type, module.modules()))} != {PLAIN} and not sharded_parts(module):
+        refuse_merging(module, row, forward, checkpoints.layout)
     outputs = Outputs.of(output, y, task, classes, criterion, call, module, given)
     targets = outputs.encode(y, dtype, where)
     is_streamed = not fits(X, where)
