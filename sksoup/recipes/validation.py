@@ -25,7 +25,7 @@ from torch import nn
 from ..checkpoints.collection import CheckpointCollection
 from ..data.arrays import map_inputs, n_rows, parts_of
 from ..data.indexed import IndexedRows
-from ..data.loaders import as_batches, from_lists, is_apart, read_loader
+from ..data.loaders import MASK, Padded, as_batches, from_lists, is_apart, read_loader
 from ..data.outputs import Outputs, Task, is_dense
 from ..data.rows import HeldOut, fits, is_loader, is_multiple, resolve_device, to_inputs, to_tensor
 from ..data.tokens import IGNORED, TEXT_TASKS, kind_of_model, targets_from, with_decoder_inputs
@@ -140,7 +140,11 @@ def _check_dense(y: NDArray[Any]) -> NDArray[Any]:
 
 def validate_inputs(estimator: Any, X: Any, reset: bool = False) -> Any:
     """Check inputs: the same ones as in `fit`; with ``reset``, set their features."""
-    if (got := input_names(X)) != (expected := estimator.input_names_):
+    got, expected = input_names(X), estimator.input_names_
+    has_masks = estimator.task in TEXT_TASKS and isinstance(got, tuple)
+    if has_masks and isinstance(expected, tuple) and MASK not in expected:  # padded, unlike in fit
+        got = tuple(name for name in got if name != MASK)
+    if got != expected:
         raise ValueError(
             f"X has different inputs than in fit: got {_named(got)}, expected {_named(expected)}."
         )
@@ -161,6 +165,8 @@ def input_names(X: Any) -> tuple[str, ...] | int | None:
         X = X.take(torch.zeros(1, dtype=torch.long))
     if not is_multiple(X):
         return None
+    if isinstance(X, Padded):
+        return tuple(name for name in X if name != MASK)
     return tuple(X) if isinstance(X, Mapping) else len(X)
 
 
