@@ -141,9 +141,9 @@ def _check_dense(y: NDArray[Any]) -> NDArray[Any]:
 def validate_inputs(estimator: Any, X: Any, reset: bool = False) -> Any:
     """Check inputs: the same ones as in `fit`; with ``reset``, set their features."""
     got, expected = input_names(X), estimator.input_names_
-    has_masks = estimator.task in TEXT_TASKS and isinstance(got, tuple)
-    if has_masks and isinstance(expected, tuple) and MASK not in expected:  # padded, unlike in fit
-        got = tuple(name for name in got if name != MASK)
+    if isinstance(got, tuple) and isinstance(expected, tuple) and estimator.task in TEXT_TASKS:
+        # batches that are padded have a mask, even if those in fit did not
+        got = tuple(name for name in got if name != MASK or MASK in expected)
     if got != expected:
         raise ValueError(
             f"X has different inputs than in fit: got {_named(got)}, expected {_named(expected)}."
