@@ -27,6 +27,7 @@ from .architecture import ModuleSource
 from .converted import convert_names, unconverted
 from .describe import CollectionSummary, describe
 from .health import Health
+from .hub_agreement import check_configs
 from .in_memory import content_sha256
 from .low_rank import Factors, LowRankCheckpoint, ReadFactors
 from .on_base import refuse_factors, resolve_adapters
@@ -97,9 +98,15 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     ------
     CheckpointError
         There are no checkpoints; a file is missing, empty or damaged, or contains objects other
-        than tensors; or checkpoints differ in keys, shapes or kind of dtype (floating or integer).
-        While reading: weights are NaN or infinite, or a file changed since the collection was
-        opened.
+        than tensors; checkpoints differ in keys, shapes or kind of dtype (floating or integer);
+        or Hugging Face folders differ in the order of their labels or in a setting of the network
+        (heads, activation, ...). While reading: weights are NaN or infinite, or a file changed
+        since the collection was opened.
+
+    Warns
+    -----
+    SoupWarning
+        The ``config.json`` of Hugging Face folders differ in other settings that may matter.
 
     Notes
     -----
@@ -147,6 +154,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         else:
             entries = take_prefix(entries, prefix)
         entries = convert_names(entries, self.module)
+        check_configs(entries)
         self.names: tuple[str, ...] = tuple(names) if names is not None else default_names(entries)
         check_names(self.names, len(entries))
         self._entries: dict[str, Entry] = dict(zip(self.names, entries, strict=True))

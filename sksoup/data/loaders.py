@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
+from itertools import islice, pairwise
+from numbers import Integral
 from operator import itemgetter
 from typing import Any
 
@@ -13,8 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
+    DistributedSampler,
+    IterableDataset,
     RandomSampler,
+    SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
     default_collate,
@@ -29,6 +35,11 @@ from .tokens import IGNORED
 
 LABELS = ("labels", "label", "targets", "target", "y")  # keys that hold targets
 SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+MASK = "attention_mask"
+
+
+class Padded(dict[str, torch.Tensor]):
+    """Texts of several lengths, whose attention mask is not from the user but was created."""
 
 
 def as_batches(X: Any, y: Any) -> Any:
@@ -101,15 +112,19 @@ def read_loader(
         while held > limit or (is_full and held > limit // 2):  # joining them takes as much again
             is_full = True
             held -= sum(part.nbytes for part in parts_of(inputs.pop()))
+    makes_mask = False
     if pads:
+        own = [isinstance(X, Mapping) and MASK in X for X in inputs]
         inputs, targets = padded(inputs), padded(targets, IGNORED)
+        makes_mask = not all(own) and isinstance(inputs[0], Mapping) and MASK in inputs[0]
     labels = targets_of(targets, y)
     if loader is not None and is_full:
         kept = _concatenate(inputs) if inputs else None
         split = partial(_split, y=y, n_inputs=n_inputs)
         known = None if is_apart(y) else labels
         return IndexedRows(loader, split, kept, digest.hexdigest(), known), labels
-    return _concatenate(inputs), labels
+    found = _concatenate(inputs)
+    return Padded(found) if makes_mask else found, labels
 
 
 def note_rows(digest: Any, rows: Any) -> None:
@@ -129,7 +144,8 @@ def padded(parts: list[Any], value: int = 0) -> list[Any]:
     """
     if not any(isinstance(X, Mapping) for X in parts):
         return _filled(parts, value)
-    if len({part.shape[1] for X in parts for part in X.values() if _is_sequence(part)}) > 1:
+    lengths = {part.shape[1] for X in parts for part in X.values() if _is_sequence(part)}
+    if len(lengths) > 1 or any(MASK in X for X in parts):
         parts = [_with_mask(X) for X in parts]
     named = {name: _filled([X[name] for X in parts], value) for name in parts[0]}
     return [dict(zip(named, row, strict=True)) for row in zip(*named.values(), strict=True)]
@@ -151,9 +167,9 @@ def _is_sequence(part: Any) -> bool:
 
 
 def _with_mask(X: Any) -> Any:
-    if not isinstance(X, Mapping) or "attention_mask" in X or "input_ids" not in X:
+    if not isinstance(X, Mapping) or MASK in X or "input_ids" not in X:
         return X
-    return {**X, "attention_mask": torch.ones_like(X["input_ids"])}
+    return {**X, MASK: torch.ones_like(X["input_ids"])}
 
 
 def minibatches(
@@ -253,14 +269,27 @@ def _stacked(loader: Any) -> Iterator[Any]:
 
 
 def _check_order(loader: Any) -> None:
+    """Raise an error if a DataLoader does not return all rows in the order of the data set."""
     if not isinstance(loader, DataLoader):
         return
-    samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
-    shuffling = next((s for s in samplers if isinstance(s, SHUFFLING)), None)
-    if shuffling is not None:
+    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    sampler = sampler.sampler if type(sampler) is BatchSampler else sampler
+    if isinstance(sampler, DistributedSampler):
         raise ValueError(
-            f"The DataLoader shuffles ({type(shuffling).__name__}), but the rows are needed in the "
+            f"The DataLoader has a {type(sampler).__name__}, which gives each rank a part of the "
+            f"rows, but all rows are needed in the order of the data set. Pass a DataLoader "
+            f"without a sampler: sksoup distributes the rows between the ranks itself."
+        )
+    if isinstance(sampler, SHUFFLING):
+        raise ValueError(
+            f"The DataLoader shuffles ({type(sampler).__name__}), but the rows are needed in the "
             f"order of the data set. Pass a DataLoader with shuffle=False."
+        )
+    if not isinstance(loader.dataset, IterableDataset) and not _is_in_order(sampler, loader):
+        raise ValueError(
+            f"The DataLoader has a sampler ({type(sampler).__name__}) that does not return the "
+            f"rows in the order of the data set, in which they are needed. Pass a DataLoader "
+            f"without a sampler, or one whose batches contain the labels to fit and score."
         )
     n = len(loader.dataset) if loader.drop_last and hasattr(loader.dataset, "__len__") else 0
     if lost := n % (loader.batch_size or 1):
@@ -268,6 +297,31 @@ def _check_order(loader: Any) -> None:
             f"The DataLoader has drop_last=True, which leaves out {lost} of {n} rows. Pass one "
             f"with drop_last=False."
         )
+
+
+def _is_in_order(sampler: Any, loader: DataLoader[Any]) -> bool:
+    """Whether a sampler gives increasing indices and, unless it is a list, those of all rows."""
+    if type(sampler) is SequentialSampler:
+        return True
+    if isinstance(sampler, Iterator) or not hasattr(loader.dataset, "__len__"):
+        return False
+    n = len(loader.dataset)
+    is_list = isinstance(sampler, (Sequence, np.ndarray, torch.Tensor))  # a part, on purpose
+    with preserved_random_state():
+        found = list(islice(_flat(sampler), n + 1))
+    if not all(isinstance(index, Integral) for index in found):  # keys
+        return is_list
+    return all(a < b for a, b in pairwise(found)) and (is_list or len(found) == n)
+
+
+def _flat(indices: Any) -> Iterator[Any]:
+    """Indices, of which some may be in lists: batches."""
+    for index in indices:
+        found = index.tolist() if isinstance(index, (np.ndarray, torch.Tensor)) else index
+        if isinstance(found, Sequence) and not isinstance(found, str):
+            yield from found
+        else:
+            yield found
 
 
 def _split(batch: Any, y: Any, n_inputs: int | None) -> tuple[Any, Any]:

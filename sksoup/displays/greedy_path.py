@@ -1,4 +1,4 @@
-"""Display of the candidates of Greedy-Soup."""
+"""Display of the candidates of Greedy-Soup and Pruned-Soup."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from .axes import BLUE, ORANGE, RED, Display, label_ticks, new_axes, room_for
 class GreedyPathDisplay(Display):
     """Show the candidates of Greedy-Soup, those that were kept, and the standard errors.
 
+    For Pruned-Soup, show the candidates and those that were dropped.
+
     Parameters
     ----------
     path : list of dict
-        The attribute ``path_`` of a fitted `GreedySoup`.
+        The attribute ``path_`` of a fitted `GreedySoup` or `PrunedSoup`.
 
     Attributes
     ----------
@@ -45,11 +47,11 @@ class GreedyPathDisplay(Display):
 
     @classmethod
     def from_estimator(cls, estimator: Any, *, ax: Any = None) -> Self:
-        """Show the path of a fitted `GreedySoup`.
+        """Show the path of a fitted `GreedySoup` or `PrunedSoup`.
 
         Parameters
         ----------
-        estimator : GreedySoup
+        estimator : GreedySoup or PrunedSoup
             A fitted estimator.
         ax : matplotlib Axes or None, default=None
             Axes to draw on. None creates a new figure.
@@ -64,13 +66,15 @@ class GreedyPathDisplay(Display):
 
     def _draw(self, ax: Any) -> None:
         n = len(self.path)
-        names = [tried["candidate"] for tried in self.path]
+        names = ["all" if t["candidate"] is None else t["candidate"] for t in self.path]
         wide, tall = min(max(0.22 * n + 3.5, 5.5), 15.0), 3.6 + room_for(names)
         self.figure_, self.ax_ = new_axes(ax, wide, tall)
         scores = np.array([tried["score"] for tried in self.path])
-        kept = np.array([tried["kept"] for tried in self.path])
+        is_pruned = "dropped" in self.path[0]  # it starts with all of them
+        changed = np.array([t["dropped" if is_pruned else "kept"] for t in self.path])
+        changed[0] |= is_pruned
         bound = np.array([tried["is_bound"] for tried in self.path])
-        last = np.maximum.accumulate(np.where(kept, np.arange(n), 0))  # the soup at that time
+        last = np.maximum.accumulate(np.where(changed, np.arange(n), 0))  # the soup at that time
         soup, x = scores[last], np.arange(n)
         error = np.array([self.path[k]["standard_error"] or np.nan for k in last])
         if np.isfinite(error).any():
@@ -79,13 +83,14 @@ class GreedyPathDisplay(Display):
                 label="soup ± standard error",
             )  # fmt: skip
         self.ax_.step(x, soup, where="post", color=BLUE, linewidth=1.2)
+        yes, no = ("dropped", "kept") if is_pruned else ("kept", "left out")
         for chosen, marker, color, label in (
-            (kept, "o", BLUE, "kept"),
-            (~kept & ~bound, "x", RED, "left out"),
-            (~kept & bound, "v", ORANGE, "left out, at most this"),
+            (changed & (x >= is_pruned), "o", BLUE, yes),
+            (~changed & ~bound, "x", RED, no),
+            (~changed & bound, "v", ORANGE, f"{no}, at most this"),
         ):
             if chosen.any():
                 self.ax_.plot(x[chosen], scores[chosen], marker, color=color, label=label)
-        self.ax_.set(xlabel="tried, in order", ylabel="held-out score with it")
+        self.ax_.set(xlabel="tried, in order", ylabel=f"held-out score with{'out' * is_pruned} it")
         self.ax_.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
         label_ticks(self.ax_, "x", names)

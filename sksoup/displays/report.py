@@ -118,13 +118,14 @@ def advice(soup: Any, comparison: Any = None) -> list[str]:
             f"data, which was not used to find the coefficients."
         )
     path = getattr(soup, "path_", [])
+    change = "dropped" if path and "dropped" in path[0] else "kept"  # Pruned-Soup or Greedy-Soup
     lucky = [
         t["candidate"] for t in path[1:]
-        if t["kept"] and t["gain_standard_error"] and t["gain"] < 2 * t["gain_standard_error"]
+        if t[change] and t["gain_standard_error"] and t["gain"] < 2 * t["gain_standard_error"]
     ]  # fmt: skip
     if lucky:
         said.append(
-            f"{len(lucky)} of the checkpoints were kept for a gain of less than two standard "
+            f"{len(lucky)} of the checkpoints were {change} for a gain of less than two standard "
             f"errors, which may be luck. Use more validation data, or raise min_improvement."
         )
     if path and len(used) == 1:

@@ -64,7 +64,8 @@ class Objective:
         compile: bool = False,
         forward: Forward | None = None,
     ) -> None:
-        self.module = module.eval()
+        module.eval()  # its return value may be None in a subclass
+        self.module = module
         self.outputs = outputs
         self._call: Callable[..., Any] = torch.compile(self.module) if compile else self.module
         self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
@@ -329,7 +330,9 @@ def prepare_module(
     _refuse_copies(module, state, checkpoints)
     wide = any(info.dtype == torch.float64 for info in checkpoints.layout.values())
     wide = wide or any(value.dtype == torch.float64 for value in state.values())
-    return module.to(device, torch.float64 if wide else torch.float32).eval()
+    module = module.to(device, torch.float64 if wide else torch.float32)
+    module.eval()  # its return value may be None in a subclass
+    return module
 
 
 def _refuse_copies(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from sklearn.utils import check_scalar
 from sklearn.utils.validation import check_is_fitted
-from skorch import NeuralNetClassifier, NeuralNetRegressor
+from skorch import NeuralNetBinaryClassifier, NeuralNetClassifier, NeuralNetRegressor
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
@@ -21,9 +21,9 @@ from ..checkpoints.converted import stored_names
 from ..checkpoints.hub import hub_folder
 from ..checkpoints.hub_companions import copy_companions
 from ..checkpoints.write import new_folder, write_text
-from ..data.outputs import Task
+from ..data.outputs import Outputs, Task
 from ..displays.report import render
-from ..engine.objective import load_weights
+from ..engine.objective import Forward, load_weights
 from ..exceptions import CheckpointError, SoupWarning
 from ..mixing.adapter import MixedAdapter, check_peft, mixed_adapter, write_adapter
 from ..mixing.card import model_card
@@ -34,10 +34,19 @@ from ..runtime.distributed import rank as process_rank
 from ..runtime.shards import refuse_copy, sharded_parts
 
 
+class BinaryLoss(nn.BCEWithLogitsLoss):
+    """The loss of one logit, which also takes labels that are integers."""
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return super().forward(logits, labels.to(logits.dtype))
+
+
 class ExportMixin:
     """Export the weights of the fitted ``module_`` together with the ``recipe_``."""
 
     task: Task
+    forward: Forward | None
+    outputs_: Outputs
     module_: nn.Module
     checkpoints_: CheckpointCollection
     recipe_: Recipe
@@ -306,14 +315,16 @@ class ExportMixin:
 
         Returns
         -------
-        net : skorch.NeuralNetClassifier, or skorch.NeuralNetRegressor for ``task="regression"``
-            Its module is a copy. ``net.partial_fit(X, y)`` continues training from these weights;
-            ``fit`` does so only with ``warm_start=True``.
+        net : skorch.NeuralNetClassifier, NeuralNetBinaryClassifier or NeuralNetRegressor
+            A binary classifier if the module returns one logit, a regressor for
+            ``task="regression"``. Its module is a copy. ``net.partial_fit(X, y)`` continues
+            training from these weights; ``fit`` does so only with ``warm_start=True``.
 
         Raises
         ------
         ValueError
-            ``task`` is "multilabel", for which skorch has no net.
+            ``task`` is "multilabel", for which skorch has no net, or the soup has a ``forward``,
+            which skorch can't call.
 
         Notes
         -----
@@ -327,9 +338,18 @@ class ExportMixin:
             raise ValueError(
                 "skorch has no net for task='multilabel'. Pass module_ to a skorch.NeuralNet."
             )
-        is_regression = self.task == "regression"
-        kind = NeuralNetRegressor if is_regression else NeuralNetClassifier
-        criterion = nn.MSELoss if is_regression else nn.CrossEntropyLoss
+        if self.forward is not None:
+            raise ValueError(
+                f"A skorch net calls module(X), not forward={self.forward!r} of this soup, so its "
+                f"outputs would differ. Pass a module whose forward() does the same to a "
+                f"skorch.NeuralNet, and load the weights from state_dict()."
+            )
+        kind: Any = NeuralNetClassifier
+        criterion: type[nn.Module] = nn.CrossEntropyLoss
+        if self.task == "regression":
+            kind, criterion = NeuralNetRegressor, nn.MSELoss
+        elif self.outputs_.one_logit:
+            kind, criterion = NeuralNetBinaryClassifier, BinaryLoss
         device = next(self.module_.parameters()).device.type
         module = copy.deepcopy(self.module_).train()
         return kind(module, **{"criterion": criterion, "device": device, **kwargs}).initialize()

@@ -25,13 +25,14 @@ from torch import nn
 from ..checkpoints.collection import CheckpointCollection
 from ..data.arrays import map_inputs, n_rows, parts_of
 from ..data.indexed import IndexedRows
-from ..data.loaders import as_batches, from_lists, is_apart, read_loader
+from ..data.loaders import MASK, Padded, as_batches, from_lists, is_apart, read_loader
 from ..data.outputs import Outputs, Task, is_dense
 from ..data.rows import HeldOut, fits, is_loader, is_multiple, resolve_device, to_inputs, to_tensor
 from ..data.tokens import IGNORED, TEXT_TASKS, kind_of_model, targets_from, with_decoder_inputs
 from ..engine.batch_norm import statistics
 from ..engine.deltas import resolve_delta_dtype
 from ..engine.descent import OPTIMIZERS, SCHEDULES, DeltaStorage, Settings
+from ..engine.merging import PLAIN, SWITCHES, refuse_merging
 from ..engine.objective import (
     Criterion,
     Forward,
@@ -139,7 +140,11 @@ def _check_dense(y: NDArray[Any]) -> NDArray[Any]:
 
 def validate_inputs(estimator: Any, X: Any, reset: bool = False) -> Any:
     """Check inputs: the same ones as in `fit`; with ``reset``, set their features."""
-    if (got := input_names(X)) != (expected := estimator.input_names_):
+    got, expected = input_names(X), estimator.input_names_
+    if isinstance(got, tuple) and isinstance(expected, tuple) and estimator.task in TEXT_TASKS:
+        # batches that are padded have a mask, even if those in fit did not
+        got = tuple(name for name in got if name != MASK or MASK in expected)
+    if got != expected:
         raise ValueError(
             f"X has different inputs than in fit: got {_named(got)}, expected {_named(expected)}."
         )
@@ -160,6 +165,8 @@ def input_names(X: Any) -> tuple[str, ...] | int | None:
         X = X.take(torch.zeros(1, dtype=torch.long))
     if not is_multiple(X):
         return None
+    if isinstance(X, Padded):
+        return tuple(name for name in X if name != MASK)
     return tuple(X) if isinstance(X, Mapping) else len(X)
 
 
@@ -296,6 +303,8 @@ def prepare_problem(
     else:
         row = to_inputs(map_inputs(lambda part: to_tensor(part[:1]).clone(), X), dtype, where)
     output, call = _probe(module, row, forward)
+    if {*map(SWITCHES, map(type, module.modules()))} != {PLAIN} and not sharded_parts(module):
+        refuse_merging(module, row, forward, checkpoints.layout)
     outputs = Outputs.of(output, y, task, classes, criterion, call, module, given)
     targets = outputs.encode(y, dtype, where)
     is_streamed = not fits(X, where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import weakref
 
@@ -19,7 +20,9 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
+    RandomSampler,
     SequentialSampler,
     TensorDataset,
 )
@@ -377,3 +380,84 @@ def test_another_error_of_a_data_set_is_its_own(zoo: Zoo):
 
     with pytest.raises(RuntimeError, match="no such row"):
         UniformSoup().fit(zoo.checkpoints, Broken(zoo.X, zoo.y))
+
+
+class Backwards(SequentialSampler):
+    """A sampler of the user's."""
+
+    def __iter__(self):
+        return iter(range(len(self.data_source) - 1, -1, -1))
+
+
+class Forwards(Backwards):
+    def __iter__(self):
+        return iter(range(len(self.data_source)))
+
+
+class Endless(Backwards):
+    def __iter__(self):
+        return itertools.count()
+
+
+OUT_OF_ORDER = [
+    lambda rows: {"sampler": Backwards(rows)},
+    lambda rows: {"sampler": Endless(rows)},
+    lambda rows: {"sampler": [3, 1, 2]},
+    lambda rows: {"sampler": torch.randperm(len(rows))},
+    lambda rows: {"batch_sampler": [[5, 6], [0, 1]]},
+    lambda rows: {"batch_sampler": BatchSampler(Backwards(rows), 7, drop_last=False)},
+    lambda rows: {"batch_sampler": BatchSampler(RandomSampler(rows), 7, drop_last=False)},
+    lambda rows: {"batch_size": None, "sampler": BatchSampler(Backwards(rows), 7, False)},
+    lambda rows: {"sampler": DistributedSampler(rows, num_replicas=1, rank=0)},
+    lambda rows: {"sampler": DistributedSampler(rows, num_replicas=2, rank=1, shuffle=False)},
+]
+
+
+@pytest.mark.parametrize("sampling", OUT_OF_ORDER)
+def test_samplers_that_do_not_keep_the_order_need_labels_in_the_batches(zoo: Zoo, sampling):
+    X, y = torch.as_tensor(zoo.X), torch.as_tensor(zoo.y)
+    rows, both = TensorDataset(X), TensorDataset(X, y)
+    loader = DataLoader(rows, **sampling(rows))
+    refused = pytest.raises(ValueError, match=r"DataLoader .*order of the data set.*Pass a DataL")
+    soup = UniformSoup(device="cpu").fit(zoo.checkpoints, zoo.X, zoo.y)
+    with refused:
+        UniformSoup(device="cpu").fit(zoo.checkpoints, loader, zoo.y)
+    with refused:
+        soup.score(loader, zoo.y)
+    with refused:
+        soup.predict(loader)
+    if not isinstance(loader.sampler, Endless):
+        soup.score(DataLoader(both, **sampling(both)))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        lambda rows: {"sampler": Forwards(rows)},
+        lambda rows: {"sampler": range(len(rows))},
+        lambda rows: {"batch_sampler": torch.arange(len(rows)).split(7)},
+        lambda rows: {"batch_sampler": [list(range(50)), list(range(50, len(rows)))]},
+        lambda rows: {"batch_size": None, "sampler": BatchSampler(Forwards(rows), 7, False)},
+    ],
+)
+def test_samplers_that_keep_the_order_are_read(zoo: Zoo, sampling):
+    rows = TensorDataset(torch.as_tensor(zoo.X))
+    soup = UniformSoup(device="cpu").fit(zoo.checkpoints, zoo.X, zoo.y)
+    loader = DataLoader(rows, **sampling(rows))
+    np.testing.assert_array_equal(soup.predict(loader), soup.predict(zoo.X))
+    assert soup.score(loader, zoo.y) == soup.score(zoo.X, zoo.y)
+
+
+def test_a_list_of_some_rows_in_order_is_read(zoo: Zoo):
+    soup = UniformSoup(device="cpu").fit(zoo.checkpoints, zoo.X, zoo.y)
+    loader = DataLoader(TensorDataset(torch.as_tensor(zoo.X)), sampler=[1, 5, 9])
+    np.testing.assert_array_equal(soup.predict(loader), soup.predict(zoo.X[[1, 5, 9]]))
+
+
+def test_an_iterator_as_a_sampler_is_refused_and_not_consumed(zoo: Zoo):
+    rows = TensorDataset(torch.as_tensor(zoo.X))
+    sampler = iter(range(len(rows)))
+    soup = UniformSoup(device="cpu").fit(zoo.checkpoints, zoo.X, zoo.y)
+    with pytest.raises(ValueError, match="order of the data set"):
+        soup.predict(DataLoader(rows, sampler=sampler))
+    assert next(sampler) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import warnings
 from html.parser import HTMLParser
 
 import pytest
@@ -16,6 +17,7 @@ from sksoup import (
     CheckpointEnsemble,
     GreedySoup,
     MEHLSoup,
+    PrunedSoup,
     SoupWarning,
     UniformSoup,
 )
@@ -190,3 +192,18 @@ def test_which_ingredients_matter(zoo: Zoo, hostile, tmp_path):
     with pytest.raises(ValueError, match="importance is of another soup: it has 7 ingredients"):
         soup.report(path, importance=ingredient_importance(other, zoo.X, zoo.y))
     assert not path.exists()
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+@pytest.mark.parametrize("soup", [PrunedSoup(), GreedySoup(), UniformSoup(), BestCheckpoint()])
+def test_every_soup_of_any_size_has_a_report(zoo: Zoo, hostile, soup, n, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SoupWarning)
+        soup.fit(hostile.select(hostile.names[:n]), zoo.X, zoo.y)
+    soup.report(tmp_path / "soup.html")
+    page = Page((tmp_path / "soup.html").read_text())
+    assert "script" not in page.tags
+    drops = [tried for tried in getattr(soup, "path_", []) if tried.get("dropped")]
+    assert any("were dropped for a gain" in text for text in page.texts) == any(
+        t["gain_standard_error"] and t["gain"] < 2 * t["gain_standard_error"] for t in drops
+    )

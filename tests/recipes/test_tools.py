@@ -319,6 +319,29 @@ def test_regression_soups_become_regressors():
         soup.to_skorch()
 
 
+def test_soups_of_one_logit_become_binary_classifiers(zoo: Zoo):
+    def build():
+        return nn.Linear(4, 1)
+
+    torch.manual_seed(0)
+    nets = CheckpointCollection([build() for _ in range(3)], module=build)
+    X = zoo.X.astype(np.float32)
+    y = (zoo.X @ nets["checkpoint1"]["weight"].numpy()[0] > 0).astype(int)
+    soup = BestCheckpoint(nets).fit(X, y)
+    net = soup.to_skorch(verbose=0, max_epochs=2)
+    np.testing.assert_array_equal(net.predict(X), soup.predict(X))
+    assert set(soup.predict(X)) == {0, 1}
+    np.testing.assert_allclose(net.predict_proba(X), soup.predict_proba(X), atol=1e-6)
+    net.partial_fit(X, y)
+    assert len(net.history) == 2
+
+
+def test_a_forward_of_its_own_can_not_go_on_in_skorch(zoo: Zoo):
+    soup = UniformSoup(forward=lambda module, X: -module(X)).fit(zoo.checkpoints, zoo.X, zoo.y)
+    with pytest.raises(ValueError, match=r"calls module\(X\), not forward=.*skorch.NeuralNet"):
+        soup.to_skorch()
+
+
 # ----------------------------------------------------------------------------- logging
 
 
