@@ -22,6 +22,7 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
     "sphinx-mathjax-offline",  # equations are set without a network, too
+    "myst_parser",  # for the changelog
     "numpydoc",
     "sphinx_gallery.gen_gallery",
     "command_line",  # of this folder

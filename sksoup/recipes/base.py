@@ -161,14 +161,14 @@ class BaseSoup(
             Checkpoints to mix. A callable ``(X, y) -> CheckpointCollection`` makes them from the
             data; ``sample_weight`` is passed to it if it has a parameter of that name. By default
             the ``checkpoints`` of the constructor.
-        X : array-like or Tensor of shape (n_samples, ...), dict or tuple of them, Dataset or \
-            DataLoader
-            Held-out inputs. A dict is passed to the module by name, a tuple by position.
-            Floating-point inputs are converted to the dtype of the module. A torch ``Dataset``, a
-            ``DataLoader``, a ``datasets.Dataset``, an array in a file (``np.memmap``) or an
-            iterator of batches is read once and kept in memory in its own dtype. Data that does not
-            fit into half of the free memory is read by index when it is needed, with the workers of
-            the ``DataLoader``; this requires a fixed order (``shuffle=False``, not an iterator).
+        X : array-like, Tensor, dict or tuple of them, Dataset or DataLoader
+            Held-out inputs of shape (n_samples, ...). A dict is passed to the module by name, a
+            tuple by position. Floating-point inputs are converted to the dtype of the module. A
+            torch ``Dataset``, a ``DataLoader``, a ``datasets.Dataset``, an array in a file
+            (``np.memmap``) or an iterator of batches is read once and kept in memory in its own
+            dtype. Data that does not fit into half of the free memory is read by index when it is
+            needed, with the workers of the ``DataLoader``; this requires a fixed order
+            (``shuffle=False``, not an iterator).
         y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs), default=None
             Held-out labels or targets. If the module returns (n_samples, n_outputs, ...), as for
             pixels or tokens, integer labels of shape (n_samples, ...), with -100 at positions to
