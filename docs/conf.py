@@ -27,6 +27,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "command_line",  # of this folder
 ]
+suppress_warnings = ["myst.header"]  # the changelog begins below the title of its page
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 default_role = "py:obj"

@@ -12,16 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
-from sklearn.metrics import accuracy_score, make_scorer
 
 from ..data.loaders import is_apart
 from ..data.tokens import IGNORED, TEXT_TASKS
 from ..recipes.base import BaseSoup
-from ..recipes.validation import is_log_likelihood, scorer_of, to_numpy
+from ..recipes.validation import SCORER, is_log_likelihood, scorer_of, to_numpy
 
 N_RESAMPLES = 500  # gives a standard error to 3 %
 LEVEL = 0.95
-SCORER = type(make_scorer(accuracy_score))  # what scikit-learn's scorers are
 
 
 @dataclass(frozen=True, eq=False)

@@ -197,8 +197,9 @@ class BaseSoup(
         -----
         SoupWarning
             There is only one checkpoint; there are few held-out rows for so many checkpoints; no
-            checkpoint is better than chance on them; or checkpoints look unrelated. All messages
-            are kept in ``warnings_``.
+            checkpoint is better than chance on them; checkpoints look unrelated; or labels may not
+            be those of the outputs: numbers as strings, or integers without a 0. All messages are
+            kept in ``warnings_``.
 
         Notes
         -----

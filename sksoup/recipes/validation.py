@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from joblib import effective_n_jobs
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import check_scoring
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.metrics import check_scoring, get_scorer
 from sklearn.utils import check_array, check_scalar, check_X_y
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, validate_data
@@ -58,6 +59,7 @@ DEFAULT_SCORING = {
     "classification": "accuracy", "multilabel": "accuracy", "regression": "r2",
     "language-modeling": "neg_log_loss",
 }  # fmt: skip
+SCORER = type(get_scorer("accuracy"))  # what make_scorer returns
 DECAY_ROWS = 1000  # weight_decay="auto" is this / N: 1 for 1000 held-out rows
 
 INTEGERS = [np.int64, np.int32, np.int16, np.int8, np.uint8, np.bool_]
@@ -392,7 +394,41 @@ def scorer_of(soup: Any, scoring: Any) -> Callable[..., float]:
     if scoring == "neg_log_loss" and is_log_likelihood(soup):
         return _log_likelihood
     scorer: Callable[..., float] = check_scoring(soup, scoring)
+    outputs = soup.outputs_
+    if outputs.is_dense and not outputs.is_text and isinstance(scoring, (str, SCORER)):
+        return PositionScorer(scorer)
     return scorer
+
+
+@dataclass(frozen=True)
+class PositionScorer:
+    """A scikit-learn scorer on pixels or tokens; each labelled one has the weight of its row."""
+
+    scorer: Callable[..., float]
+
+    def __call__(self, soup: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
+        y = np.asarray(to_numpy(y))
+        used = y != IGNORED
+        seen = LabelledPositions(soup, used)
+        if sample_weight is None:
+            return float(self.scorer(seen, X, y[used]))
+        counts = used.reshape(len(used), -1).sum(axis=1)
+        return float(self.scorer(seen, X, y[used], sample_weight=np.repeat(sample_weight, counts)))
+
+
+class LabelledPositions(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """The predictions of a soup at the positions of X that have a label, one after the other."""
+
+    def __init__(self, soup: Any, used: NDArray[np.bool_]) -> None:
+        self.soup, self.used, self.classes_ = soup, used, soup.classes_
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        predicted: NDArray[Any] = self.soup.predict(X)[self.used]
+        return predicted
+
+    def predict_proba(self, X: Any) -> NDArray[np.float32]:
+        probabilities: NDArray[np.float32] = np.moveaxis(self.soup.predict_proba(X), 1, -1)
+        return probabilities[self.used]
 
 
 def is_log_likelihood(soup: Any) -> bool:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
-from sklearn.metrics import log_loss
+from sklearn.metrics import balanced_accuracy_score, jaccard_score, log_loss, roc_auc_score
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from sksoup import (
+    BestCheckpoint,
     CheckpointCollection,
     CheckpointEnsemble,
     GreedySoup,
@@ -22,6 +23,7 @@ from sksoup import (
     UniformSoup,
     mix,
 )
+from sksoup.inspection import compare_soups
 from sksoup.recipes.greedy import uniform_coef
 
 from ..references import greedy_reference
@@ -90,6 +92,43 @@ def test_greedy_is_the_obvious_one(pixels):
     assert soup.ingredients_ == tuple(checkpoints.names[k] for k in kept)
     split = GreedySoup(ranking_fraction=0.5, random_state=0).fit(checkpoints, X, y)
     assert split.path_[0]["n_rows"] == 15
+
+
+METRICS = {
+    "jaccard_macro": lambda y, predicted, p, w: jaccard_score(
+        y, predicted, average="macro", sample_weight=w
+    ),
+    "balanced_accuracy": lambda y, predicted, p, w: balanced_accuracy_score(
+        y, predicted, sample_weight=w
+    ),
+    "accuracy": lambda y, predicted, p, w: np.average(y == predicted, weights=w),
+    "roc_auc_ovr": lambda y, predicted, p, w: np.mean(
+        [roc_auc_score(y == k, p[:, k], sample_weight=w) for k in range(3)]
+    ),
+}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
+def test_scorers_of_scikit_learn_see_the_labelled_pixels(pixels, metric, order):
+    checkpoints, X, y = pixels
+    weight = None if metric == "roc_auc_ovr" else np.arange(30) % 4 / 2
+    named = np.where(y == -100, -100, np.array(order)[y.clip(min=0)])
+    best = BestCheckpoint(scoring=metric, classes=order)
+    best.fit(checkpoints, X, named, sample_weight=weight)
+    used = y != -100
+    each = None if weight is None else np.repeat(weight, used.reshape(30, -1).sum(axis=1))
+    for name, score in best.individual_scores_.items():
+        module = checkpoints.build_module()
+        module.load_state_dict(checkpoints[name])
+        with torch.no_grad():
+            p = module(torch.as_tensor(X)).softmax(1).movedim(1, -1).numpy()[used]
+        assert score == pytest.approx(METRICS[metric](y[used], p.argmax(1), p, each))
+    compared = compare_soups(
+        checkpoints, X, named, X, named, recipes={"best": clone(best)}, scoring=metric,
+        measure_memory=False,
+    )  # fmt: skip
+    assert compared.results[0].test == compared.results[0].held_out
 
 
 def test_ignored_positions_are_out_of_loss_and_score(pixels):
