@@ -54,11 +54,12 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     Parameters
     ----------
     checkpoints : iterable or mapping
-        Paths of files (``.safetensors``, ``.pt``, ``.pth``, ``.bin``, ``.ckpt``, an ``.index.json``
-        of shards) or of Hugging Face, PEFT (LoRA) and skorch ``Checkpoint`` folders; modules,
-        fitted skorch nets, PeftModels, or state dicts, which are copied to the CPU; objects that
-        implement the protocol ``sksoup.checkpoints.protocol.Checkpoint``; or another collection,
-        for example to add a module or scores without reading it again. A mapping sets the names.
+        Paths of files (``.safetensors``, ``.pt``, ``.pth``, ``.bin``, ``.ckpt``, ``.pth.tar``, an
+        ``.index.json`` of shards) or of Hugging Face, PEFT (LoRA) and skorch ``Checkpoint``
+        folders; modules, fitted skorch nets, PeftModels, or state dicts, which are copied to the
+        CPU; objects that implement the protocol ``sksoup.checkpoints.protocol.Checkpoint``; or
+        another collection, for example to add a module or scores without reading it again. A
+        mapping sets the names.
     module : callable, nn.Module, skorch net, path or None, default=None
         The architecture: a function or class without required arguments that returns a module, a
         module (copied before use), a skorch net or the path of a Hugging Face folder. By default it
@@ -162,6 +163,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         self.scores = check_scores(scores, self.names)
         self.health = Health()
         self.whole: CheckpointCollection = self  # what `slice_rows` was called on
+        self._opened_with = key, prefix
         self._taken = ""  # which checkpoints of the runs were taken, in words
 
     @classmethod
@@ -641,7 +643,8 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         name : str
             Name of the new checkpoint.
         checkpoint : str, path-like, mapping of str to Tensor, or nn.Module
-            Anything that the constructor accepts as a checkpoint.
+            Anything that the constructor accepts as a checkpoint. If it does not match this
+            collection, it is opened with the same ``key`` and ``prefix``.
 
         Returns
         -------
@@ -658,8 +661,19 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         """
         if name in self:
             raise ValueError(f"{name!r} is already in this collection. Choose another name.")
-        entries = {**self._entries, name: checkpoint}
-        both = CheckpointCollection(entries, module=self.module)
+        key, prefix = self._opened_with
+        try:
+            both = CheckpointCollection({**self._entries, name: checkpoint}, module=self.module)
+        except CheckpointError as error:
+            if key is None and prefix is None:
+                raise
+            try:  # as the others were opened
+                alone = CheckpointCollection(
+                    {name: checkpoint}, module=self.module, key=key, prefix=prefix
+                )
+                both = CheckpointCollection({**self._entries, **alone._entries}, module=self.module)
+            except CheckpointError:
+                raise error from None
         return self._with(both._entries)
 
     def _renamed(self, names: Mapping[str, str], tensors: Iterable[str]) -> Self:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..exceptions import CheckpointError
 from .peft_config import CONFIG
-from .read import read_safetensors_metadata
+from .read import read_safetensors_metadata, suffix_of
 from .shards import INDEX, weight_map
 from .workplace import MARK
 
@@ -62,7 +62,9 @@ def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
 
 def is_weights(path: Path, suffixes: Collection[str]) -> bool:
     """Whether a path may be a weights file, and not another file of a training loop."""
-    return path.suffix in suffixes and path.is_file() and not NOT_WEIGHTS.fullmatch(path.name)
+    if suffix_of(path) not in suffixes or not path.is_file():
+        return False
+    return not NOT_WEIGHTS.fullmatch(path.name.lower().removesuffix(".tar"))
 
 
 def weights_of(folder: Path) -> Path:

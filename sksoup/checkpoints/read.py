@@ -33,6 +33,13 @@ SAFETENSORS_DTYPES = {
 }  # fmt: skip
 
 
+def suffix_of(path: Path) -> str:
+    """The suffix in lower case: ".pt" of "a.PT", and ".pth" of "a.pth.tar", a usual name."""
+    name = Path(path.name.lower())
+    inner = Path(name.stem).suffix
+    return inner if name.suffix == ".tar" and inner in TORCH_SUFFIXES else name.suffix
+
+
 def file_identity(path: Path) -> tuple[int, int, int]:
     """Size, modification time (ns) and inode; a file that replaces it differs in one of them."""
     try:
@@ -131,7 +138,7 @@ class CheckpointFile(Checkpoint):
     @classmethod
     def accepts(cls, path: Path) -> bool:
         """Whether a file has this format, by its suffix or its first bytes."""
-        return path.suffix in cls.suffixes
+        return suffix_of(path) in cls.suffixes
 
     @abstractmethod
     def _read_header(self) -> dict[str, TensorInfo]: ...
@@ -200,7 +207,7 @@ class SafetensorsFile(CheckpointFile):
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
-        if path.suffix not in TORCH_SUFFIXES:
+        if suffix_of(path) not in TORCH_SUFFIXES:
             return super().accepts(path)
         size, *_ = file_identity(path)
         with naming(path), path.open("rb") as file:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..exceptions import CheckpointError
+from .read import suffix_of
 from .texts import read_text
 from .torch_files import read_container
 
@@ -78,7 +79,7 @@ def _direction(best: float, low: float, high: float) -> int:
 
 def read_lightning(files: Sequence[Path]) -> Record:
     """The record that Lightning's ModelCheckpoint writes to each file of a run."""
-    found = {path.name: read_container(path) for path in files if path.suffix == ".ckpt"}
+    found = {path.name: read_container(path) for path in files if suffix_of(path) == ".ckpt"}
     steps = {
         name: step
         for name, container in found.items()

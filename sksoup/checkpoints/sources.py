@@ -18,7 +18,7 @@ from .in_memory import MemoryCheckpoint
 from .not_found import nothing_at
 from .patterns import matches_of
 from .protocol import Checkpoint, Entry
-from .read import SafetensorsFile
+from .read import SafetensorsFile, suffix_of
 from .shards import INDEX, ShardedCheckpoint
 from .sweeps import Run, Which, alone, by_folder, find_runs, natural_key
 from .torch_files import TorchFile
@@ -186,5 +186,6 @@ def _stem(path: Path, depth: int, suffix: bool) -> str:
     """Stem with ``depth`` - 1 folders; a file that all folders have is named by its folder."""
     if path.is_file() and path.name in FOLDER_WEIGHTS:
         path = path.parent
-    last = path.name if suffix or path.is_dir() else path.stem
+    stem = path.stem if suffix_of(path) == path.suffix.lower() else Path(path.stem).stem
+    last = path.name if suffix or path.is_dir() else stem
     return "/".join([*path.parent.parts[1:], last][-depth:])

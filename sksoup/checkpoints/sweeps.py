@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 
 from ..exceptions import CheckpointError
 from .folders import find_weights, list_files
+from .read import suffix_of
 from .records import TRAINER_STATE, Record, read_lightning, read_trainer
 
 Which: TypeAlias = Literal["best", "last", "all"]
@@ -123,7 +124,7 @@ def find_runs(
     files = sorted(list_files(folder, suffixes), key=natural_key)
     if files or steps:
         found = sorted([*files, *filter(find_weights, inner)], key=natural_key)
-        if steps or any(path.suffix == ".ckpt" or TIMED.search(path.stem) for path in files):
+        if steps or any(suffix_of(path) == ".ckpt" or TIMED.search(path.stem) for path in files):
             yield Run(folder, found)
         else:
             yield from alone(found)

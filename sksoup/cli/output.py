@@ -19,6 +19,7 @@ from ..checkpoints.sources import SUFFIXES
 from ..checkpoints.write import SHARD_BYTES, new_folder, write_text
 from ..exceptions import CheckpointError
 from ..mixing.card import model_card
+from ..mixing.files import refuse_inputs
 from ..mixing.recipe import Recipe
 from ..runtime.memory import parse_bytes
 
@@ -57,15 +58,6 @@ def check_not_input(output: Path, recipe: Recipe, collection: CheckpointCollecti
     """Refuse to replace a checkpoint that is mixed."""
     mixed = [one.name for one in recipe.ingredients if one.name in collection]
     refuse_inputs(output, [path for path in map(collection.path, mixed) if path])
-
-
-def refuse_inputs(output: Path, paths: list[Path]) -> None:
-    """Refuse an output that is one of these files, or one of these folders."""
-    if {output.resolve(), output.resolve().parent} & {path.resolve() for path in paths}:
-        raise FileExistsError(
-            f"{str(output)!r} is one of the checkpoints to be mixed. Give another name, or move "
-            f"it away first."
-        )
 
 
 def write_mix(options: argparse.Namespace, recipe: Recipe, collection: CheckpointCollection) -> str:

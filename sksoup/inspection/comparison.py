@@ -190,7 +190,8 @@ def compare_soups(
         neither True nor False.
     ValueError
         Only one of ``X_test`` and ``y_test`` is given, or a test set has another number of labels
-        than of rows; ``n_repeats`` is less than 1; or as `fit`.
+        than of rows, or its rows come in another order each time; ``n_repeats`` is less than 1; or
+        as `fit`.
 
     Notes
     -----

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
@@ -17,6 +18,7 @@ from ..data.loaders import is_apart
 from ..data.tokens import IGNORED, TEXT_TASKS
 from ..recipes.base import BaseSoup
 from ..recipes.validation import SCORER, is_log_likelihood, scorer_of, to_numpy
+from ..runtime.fingerprint import fingerprint
 
 N_RESAMPLES = 500  # gives a standard error to 3 %
 LEVEL = 0.95
@@ -28,12 +30,14 @@ class PairedScore:
 
     ``deviations`` are either one per example, what it adds to the score to first order (mean 0),
     or, if ``is_resampled``, the scores on resamples of the examples, the same for all soups.
+    ``labels`` is a digest of the labels, in the order of the examples.
     """
 
     score: float
     n: int
     deviations: NDArray[np.float64] | None = None
     is_resampled: bool = False
+    labels: str = ""
 
     def variance(self, deviations: NDArray[np.float64]) -> float:
         """Variance of a score, or of a difference of scores, from its deviations."""
@@ -64,6 +68,7 @@ def paired_score(soup: BaseSoup, scoring: Any, X: Any, y: Any, with_error: bool)
     if labels is None:
         raise ValueError("score needs y, or batches that hold the targets.")
     labels, n = np.asarray(to_numpy(labels)), len(outputs)
+    digest = fingerprint(labels)
     seen = copy.copy(soup)  # rows are fed by number: their outputs are known
     seen.__dict__["_outputs_and_targets"] = lambda rows, y, ordered: (outputs[rows], y)
     scorer = scorer_of(seen, scoring)
@@ -75,26 +80,35 @@ def paired_score(soup: BaseSoup, scoring: Any, X: Any, y: Any, with_error: bool)
         right = (predicted == labels.reshape(predicted.shape)).reshape(n, -1)
         if soup.outputs_.is_dense:
             counted = (labels != IGNORED).reshape(n, -1)
-            return PairedScore(
-                score, n, _deviations((right & counted).sum(axis=1), counted.sum(axis=1))
-            )
-        return PairedScore(score, n, _deviations(right.all(axis=1), np.ones(n)))
+            found = _deviations((right & counted).sum(axis=1), counted.sum(axis=1))
+        else:
+            found = _deviations(right.all(axis=1), np.ones(n))
+        return PairedScore(score, n, found, labels=digest)
 
     def score_of(rows: NDArray[np.int64]) -> float:
         return float(scorer(seen, rows, labels[rows]))
 
-    return PairedScore(score, n, _resampled(score_of, n), is_resampled=True)
+    return PairedScore(score, n, _resampled(score_of, n), is_resampled=True, labels=digest)
 
 
 def _log_likelihood(soup: BaseSoup, X: Any, y: Any) -> PairedScore:
     """The mean log-likelihood of labels at several positions of a row, such as tokens."""
-    losses, counted = zip(*soup._row_losses(X, y, ordered=False), strict=True)
+    labels: list[str] = []  # digests of each row's, without those of padding
+    seen = copy.copy(soup)
+
+    def losses_of(logits: torch.Tensor, y: NDArray[Any]) -> Any:
+        labels.extend(fingerprint(row[row != IGNORED]) for row in map(np.asarray, y))
+        return soup._losses(logits, y)
+
+    seen.__dict__["_losses"] = losses_of
+    losses, counted = zip(*seen._row_losses(X, y, ordered=False), strict=True)
     total = sum(float(np.ones(len(part)) @ part) for part in losses)  # as in mean_log_likelihood
     amount = float(sum(part.sum() for part in counted))
     if not amount > 0:
         raise ValueError("score needs labels: y leaves out all of them.")
     sums, counts = np.concatenate(losses), np.concatenate(counted)
-    return PairedScore(-total / amount, len(sums), _deviations(-sums, counts))
+    deviations = _deviations(-sums, counts)
+    return PairedScore(-total / amount, len(sums), deviations, labels=fingerprint(labels))
 
 
 def _deviations(sums: NDArray[Any], counts: NDArray[Any]) -> NDArray[np.float64]:
@@ -122,6 +136,7 @@ def differences(
     fits: Sequence[Mapping[str, PairedScore]], best: Mapping[str, PairedScore], shares_labels: bool
 ) -> dict[str, Any]:
     """The fields of a `SoupResult` that compare it with the best checkpoint."""
+    _refuse_other_order(fits, best)
     first, *shifted = best
     own, under = paired_difference(fits, best, [first]), Difference(None)
     if shifted:
@@ -133,6 +148,20 @@ def differences(
         "shifted_difference": under.value,
         "shifted_difference_interval": under.interval,
     }
+
+
+def _refuse_other_order(
+    fits: Sequence[Mapping[str, PairedScore]], best: Mapping[str, PairedScore]
+) -> None:
+    """Raise an error if a test set gave its examples in another order each time."""
+    for fit in fits:
+        for name, reference in best.items():
+            if fit[name].labels != reference.labels:
+                raise ValueError(
+                    f"The test set {name!r} can't be used to compare methods: its labels came in "
+                    f"another order than for the best checkpoint, so the examples can't be "
+                    f"paired. Pass a DataLoader with shuffle=False, or arrays."
+                )
 
 
 def paired_difference(

@@ -65,6 +65,12 @@ LIVE = re.compile(r"[@$]|(?<=:)/(?=/)|(?<=www)\.", re.IGNORECASE)
 MOST_ROWS = 20  # rows in a table of layers
 
 
+def is_card(text: str) -> bool:
+    """Whether a text is a model card that `model_card` made: by the tags in its front matter."""
+    head = text[3:].partition("\n---")[0] if text.startswith("---") else ""
+    return all(tag in head for tag in TAGS)
+
+
 def model_card(
     recipe: Any,
     checkpoints: CheckpointCollection | None = None,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..checkpoints.shards import INDEX
 from ..checkpoints.texts import read_text
 from ..checkpoints.write import write_safetensors, write_torch
 from ..exceptions import CheckpointError, RecipeError
+from .card import is_card
 from .document import MOST_BYTES, check_header
 from .verification import digest_of_tensors
 
@@ -27,6 +29,30 @@ def check_suffix(path: Path) -> None:
         raise ValueError(
             f"{str(path)!r} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, got "
             f"{path.suffix!r}."
+        )
+
+
+def refuse_inputs(output: Path, paths: Iterable[Path]) -> None:
+    """Refuse an output that is one of these files, or one of these folders."""
+    if {output.resolve(), output.resolve().parent} & {path.resolve() for path in paths}:
+        raise FileExistsError(
+            f"{str(output)!r} is one of the checkpoints to be mixed. Give another name, or move "
+            f"it away first."
+        )
+
+
+def refuse_other_text(card: Path) -> None:
+    """Refuse to replace a text that is not a model card of a soup."""
+    if not os.path.lexists(card):
+        return
+    try:
+        text = read_text(card, MOST_BYTES)
+    except CheckpointError:
+        text = ""
+    if not is_card(text):
+        raise FileExistsError(
+            f"{str(card)!r} exists and is not a model card of a soup, so it is not replaced. Move "
+            f"it away, give the soup another name, or pass card=False."
         )
 
 

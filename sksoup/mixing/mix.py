@@ -381,7 +381,10 @@ def stored_dtypes(
 
 def cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Round once to the stored dtype; variances stay >= 0."""
-    return (value.clamp_(min=0) if is_variance(name) else value).to(dtype)
+    if is_variance(name):
+        wide = value if value.dtype.itemsize > 1 else value.float()  # float8 has no clamp
+        value = wide.clamp_(min=0)
+    return value.to(dtype)
 
 
 def _finished(name: str, value: torch.Tensor, dtype: torch.dtype, is_sum: bool) -> torch.Tensor:
@@ -391,8 +394,10 @@ def _finished(name: str, value: torch.Tensor, dtype: torch.dtype, is_sum: bool) 
         return stored
     if is_sum:
         _check_range(name, value, dtype)
-    elif value.dtype != dtype and (finite := value[value.isfinite()]).numel():
-        _check_range(name, finite, dtype)
+    elif value.dtype != dtype:
+        wide = value if value.dtype.itemsize > 1 else value.float()  # float8 has no isfinite
+        if (finite := wide[wide.isfinite()]).numel():
+            _check_range(name, finite, dtype)
     return stored
 
 

@@ -27,7 +27,7 @@ from ..engine.objective import Forward, load_weights
 from ..exceptions import CheckpointError, SoupWarning
 from ..mixing.adapter import MixedAdapter, check_peft, mixed_adapter, write_adapter
 from ..mixing.card import model_card
-from ..mixing.files import check_suffix
+from ..mixing.files import check_suffix, refuse_inputs, refuse_other_text
 from ..mixing.mix import cast, mix
 from ..mixing.recipe import Recipe
 from ..runtime.distributed import rank as process_rank
@@ -88,10 +88,14 @@ class ExportMixin:
             all. ``Recipe.load(path).cook(checkpoints)`` rebuilds the weights. In a distributed job
             rank 0 writes, and the other ranks do not wait.
         card : bool, default=False
-            Whether to write a model card next to the file, with the suffix ``.md``.
+            Whether to write a model card next to the file, with the suffix ``.md``. An existing
+            model card of a soup is replaced.
 
         Raises
         ------
+        FileExistsError
+            ``path`` is one of the checkpoints, or the card would replace a file that is not a model
+            card of a soup. Nothing is written.
         ValueError
             ``path`` has another suffix.
         OSError
@@ -107,6 +111,10 @@ class ExportMixin:
         check_suffix(Path(path))
         if process_rank():
             return
+        given = map(self.checkpoints_.path, self.checkpoints_)
+        refuse_inputs(Path(path), [checkpoint for checkpoint in given if checkpoint is not None])
+        if card:
+            refuse_other_text(Path(path).with_suffix(".md"))
         self.recipe_.save_weights(Path(path), self.state_dict())
         if card:
             write_text(Path(path).with_suffix(".md"), self.recipe_.to_card())

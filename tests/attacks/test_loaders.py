@@ -1,4 +1,4 @@
-"""Loaders of texts whose batches are of different lengths and have no attention mask."""
+"""Loaders that pad nothing, mask nothing, or give another order each time."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
-from sksoup import CheckpointCollection, GreedySoup
+from sksoup import BestCheckpoint, CheckpointCollection, GreedySoup, UniformSoup
+from sksoup.inspection import compare_soups
+
+from ..zoo import Zoo
 
 
 class Tiny(nn.Module):
@@ -60,3 +63,43 @@ def test_a_mask_that_fit_was_given_stays_required():
     soup = GreedySoup(task="causal-lm").fit(collection(), loader([4, 6, 5], with_mask=True))
     with pytest.raises(ValueError, match=r"different inputs than in fit.*'attention_mask'"):
         soup.predict(next(iter(loader([5]))))
+
+
+def shuffled(rows) -> DataLoader:
+    """Another order each time, whatever the global random state is."""
+    return DataLoader(rows, batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("scoring", [None, "f1_macro", "neg_log_loss"])
+def test_test_rows_in_another_order_each_time_are_not_paired(zoo: Zoo, scoring):
+    X, y = torch.as_tensor(zoo.X), torch.as_tensor(zoo.y)
+    recipes = {"best": BestCheckpoint(), "mean": UniformSoup()}
+
+    def compare(test, recipes):
+        return compare_soups(
+            zoo.checkpoints, X, y, test, recipes=recipes, scoring=scoring, measure_memory=False
+        ).results
+
+    one_order = DataLoader(TensorDataset(X, y), batch_size=8)
+    expected = compare({"one": (X, y)}, recipes)[-1]
+    assert compare({"one": (one_order, None)}, recipes)[-1].p_value == pytest.approx(
+        expected.p_value
+    )
+    with pytest.raises(ValueError, match=r"(test set 'one'.*in another|the) order.*shuffle=False"):
+        compare({"one": (shuffled(TensorDataset(X, y)), None)}, recipes)
+    if scoring is None:  # where nothing is paired, the order does not matter
+        (mean,) = compare({"one": (shuffled(TensorDataset(X, y)), None)}, {"mean": UniformSoup()})
+        assert mean.test == pytest.approx(expected.test)
+
+
+def test_test_texts_in_another_order_each_time_are_not_paired():
+    rows = loader([4] * 12).dataset
+    recipes = {
+        "best": BestCheckpoint(task="causal-lm"), "mean": UniformSoup(task="causal-lm"),
+    }  # fmt: skip
+    test = DataLoader(rows, batch_size=1, shuffle=True, generator=torch.Generator().manual_seed(0),
+                      collate_fn=lambda texts: {"input_ids": torch.stack(texts)})  # fmt: skip
+    ids = next(iter(loader([4])))
+    with pytest.raises(ValueError, match="in another order"):
+        compare_soups(collection(), ids, None, {"test": (test, None)}, recipes=recipes,
+                      measure_memory=False)  # fmt: skip

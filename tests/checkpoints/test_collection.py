@@ -191,3 +191,31 @@ def test_a_checkpoint_is_added(zoo: Zoo, tmp_path):
         scored.add("other", {"x": torch.zeros(1)})
     files = zoo.checkpoints.save(tmp_path)
     assert files.add("again", files.path("checkpoint0")).path("again") == files.path("checkpoint0")
+
+
+def test_a_checkpoint_is_added_with_the_key_and_prefix_of_the_others(tmp_path):
+    def lightning(value: float, names=("net.", "loss.")):
+        return {
+            "state_dict": {name + "weight": torch.full((2, 2), value) for name in names},
+            "ema": {name + "weight": torch.full((2, 2), -value) for name in names},
+        }
+
+    for k in range(3):
+        torch.save(lightning(float(k)), tmp_path / f"{k}.ckpt")
+    torch.save(lightning(9.0, names=("loss.",)), tmp_path / "other.ckpt")
+    nets = CheckpointCollection(
+        [tmp_path / "1.ckpt", tmp_path / "2.ckpt"], key="ema", prefix="net.",
+        module=lambda: torch.nn.Linear(2, 2, bias=False),
+    )  # fmt: skip
+    both = nets.add("start", tmp_path / "0.ckpt").add("more", {"weight": torch.ones(2, 2)})
+    assert [both[name]["weight"][0, 0].item() for name in both] == [-1.0, -2.0, -0.0, 1.0]
+    soup = UniformSoup().fit(nets, torch.eye(2), [0, 1]).interpolate(tmp_path / "0.ckpt", 0.5)
+    assert soup.state_dict()["weight"][0, 0].item() == -0.75
+    with pytest.raises(CheckpointError, match=r"other\.ckpt"):
+        nets.add("start", tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match="'weight' has shape"):
+        nets.add("start", {"weight": torch.ones(3, 2)})
+    only_key = CheckpointCollection([tmp_path / "1.ckpt"], key="ema")
+    assert only_key.add("start", tmp_path / "0.ckpt")["start"]["net.weight"][0, 0] == 0
+    with pytest.raises(CheckpointError, match="cannot join this collection"):
+        only_key.add("start", {"weight": torch.ones(3, 2)})

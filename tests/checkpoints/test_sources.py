@@ -65,3 +65,20 @@ def test_a_suffix_and_a_folder_that_are_none_of_a_checkpoint(tmp_path):
     (tmp_path / "folder.pt").mkdir()
     with pytest.raises(CheckpointError, match="is a folder without weights"):
         CheckpointCollection([tmp_path / "folder.pt"])
+
+
+def test_suffixes_in_capitals_and_of_the_imagenet_example_are_not_left_out(tmp_path):
+    state = {"weight": torch.zeros(2)}
+    for name in ("a.PT", "b.pt", "c.pth.tar", "d.Pth.Tar"):
+        torch.save(state, tmp_path / name)
+    save_file(state, tmp_path / "e.SAFETENSORS")
+    save_file(state, tmp_path / "f.pth.tar")  # by its first bytes
+    (tmp_path / "optimizer.PT").write_bytes(b"no weights")
+    (tmp_path / "optimizer.pth.tar").write_bytes(b"no weights")
+    (tmp_path / "data.tar").write_bytes(b"no weights")
+    (tmp_path / "data.json.tar").write_bytes(b"no weights")
+    assert CheckpointCollection.from_path(tmp_path).names == ("a", "b", "c", "d", "e", "f")
+    assert len(CheckpointCollection.from_path(tmp_path / "*.tar")) == 2
+    assert len(CheckpointCollection([tmp_path / "a.PT", tmp_path / "c.pth.tar"])) == 2
+    with pytest.raises(CheckpointError, match=r"has the suffix '\.tar', expected"):
+        CheckpointCollection([tmp_path / "data.tar"])

@@ -87,3 +87,13 @@ def test_shards_are_no_larger_than_asked_for(nets, tmp_path):
         with pytest.raises(ValueError, match="shard_size="):
             mix(nets, COEF, out=tmp_path / "no", shard_size=wrong)
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("name", ["weight", "running_var"])
+@pytest.mark.parametrize("wanted", [None, "float32", "float16", "bfloat16"])
+def test_tensors_of_one_byte_that_are_equal_are_converted(dtype, name, wanted):
+    value = torch.tensor([0.5, 1.0, 2.0]).to(dtype)
+    found = mix([{name: value}, {name: value.clone()}], [0.5, 0.5], dtype=wanted)[name]
+    assert found.dtype == (dtype if wanted is None else getattr(torch, wanted))
+    assert found.float().tolist() == [0.5, 1.0, 2.0]

@@ -74,3 +74,33 @@ def test_a_recipe_that_is_not_beside_its_file(soup, tmp_path):
         Recipe.load(tmp_path / "soup.pt")
     assert Recipe.load(tmp_path / "moved.json") == soup.recipe_
     assert json.loads((tmp_path / "moved.json").read_text())["weights_sha256"]
+
+
+def test_save_does_not_replace_an_ingredient(soup, files, tmp_path, monkeypatch):
+    path = files.path(files.names[3])
+    before = path.read_bytes()
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(path)
+    monkeypatch.chdir(path.parent)
+    for given in (path, link, path.name):
+        with pytest.raises(FileExistsError, match="is one of the checkpoints to be mixed"):
+            soup.save(given)
+    assert path.read_bytes() == before
+    soup.save(tmp_path / "soup.safetensors")
+    soup.save(tmp_path / "soup.safetensors")  # a soup may be replaced
+
+
+@pytest.mark.parametrize(
+    "text", [b"MY NOTES", b"", b"\xff", b"---\ntags: [a]\n---\nmodel-soup merge sksoup"]
+)
+def test_a_card_does_not_replace_another_text(soup, tmp_path, text):
+    notes = tmp_path / "soup.md"
+    notes.write_bytes(text)
+    with pytest.raises(FileExistsError, match=r"soup\.md' exists and is not a model card"):
+        soup.save(tmp_path / "soup.safetensors", card=True)
+    assert notes.read_bytes() == text
+    assert not (tmp_path / "soup.safetensors").exists()
+    soup.save(tmp_path / "soup.safetensors")
+    notes.unlink()
+    for _ in range(2):  # a card of a soup is replaced
+        soup.save(tmp_path / "soup.safetensors", card=True)
