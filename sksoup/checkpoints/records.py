@@ -20,6 +20,8 @@ from .torch_files import read_container
 TRAINER_STATE = "trainer_state.json"  # written by transformers
 MOST_BYTES = 2**26  # enough for a log of a million evaluations
 LOSS = "eval_loss"  # the metric that Trainer always evaluates
+GREATER = re.compile(r"acc|f1|precision|recall|auc|iou|bleu|rouge|exact_match|matthews|pearson")
+LESS = re.compile(r"loss|perplexity|error|mse|mae|_wer|_cer")
 REMEDY = "Pass scores={name: score, ...}, greater is better, or omit scores to measure them."
 
 
@@ -67,14 +69,24 @@ def read_trainer(state: Path, folder: str) -> Record:
         for name in of.keys() & chosen_by:
             low, high = seen.get(name, (of[name], of[name]))
             seen[name] = min(low, of[name]), max(high, of[name])
-    metrics = {name: _direction(of_best[name], *seen[name]) for name in chosen_by}
+    metrics = {name: _direction(name, of_best[name], *seen[name]) for name in chosen_by}
     return Record(best, metrics, values)
 
 
-def _direction(best: float, low: float, high: float) -> int:
-    """Whether a greater metric is better: Trainer records only which value was the best."""
+def _direction(name: str, best: float, low: float, high: float) -> int:
+    """Whether a greater metric is better: Trainer records only which value was the best.
+
+    Older versions compare only the steps that were saved with each other, so that the best may
+    look like the worst of all evaluations. What contradicts the name of the metric is unknown.
+    """
     is_most, is_least = best >= high, best <= low
-    return is_most - is_least if is_most != is_least else 0
+    if (
+        is_most == is_least
+        or (is_least and GREATER.search(name))
+        or (is_most and LESS.search(name))
+    ):
+        return 0
+    return is_most - is_least
 
 
 def read_lightning(files: Sequence[Path]) -> Record:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..checkpoints.collection import CheckpointCollection
 from ..data.arrays import Inputs, map_inputs, n_rows
@@ -153,6 +154,13 @@ class Objective:
                 continue
             share = batch.amount / total
             output = self._forward_own(batch.X)
+            if not output.requires_grad:
+                raise ValueError(
+                    f"The coefficients can't be learned: the outputs of "
+                    f"{type(self.module).__name__} have no gradient, expected ones that depend on "
+                    f"the weights differentiably. Remove torch.no_grad(), inference_mode() and "
+                    f"detach() from its forward(), or use GreedySoup, which needs no gradient."
+                )
             loss = self.loss(output, batch, scale) * share
             loss.backward()  # type: ignore[no-untyped-call]
             self.counts.n_backward += 1
@@ -302,6 +310,12 @@ def prepare_module(
 ) -> nn.Module:
     """Check that the checkpoints fit the module; compute in float32, or float64 where stored so."""
     state = module.state_dict(keep_vars=True)
+    if lazy := [name for name, value in state.items() if is_lazy(value)]:
+        raise ValueError(
+            f"The module has no shape for {lazy[0]!r} yet ({type(module).__name__} has lazy "
+            f"layers), expected the architecture of the checkpoints. Let the factory call it once "
+            f"with a batch before it returns it, or use layers with sizes."
+        )
     present = {id(value) for name, value in state.items() if name in checkpoints.layout}
     missing = [n for n in state if n not in checkpoints.layout and id(state[n]) not in present]
     unexpected = [name for name in checkpoints.layout if name not in state]

@@ -107,6 +107,11 @@ def validate_rows(
         )
     if task == "classification":
         check_classification_targets(y)
+    if task == "regression" and y.dtype.kind not in "biuf":
+        raise ValueError(
+            f"y holds {y.flat[0]!r} (dtype {y.dtype}), expected numbers for task='regression'. "
+            f"Convert it with y.astype(float), or use task='classification' for labels."
+        )
     return X, y, None if sample_weight is None else _check_weight(sample_weight, y)
 
 
@@ -346,7 +351,7 @@ def _probe(module: nn.Module, row: Any, forward: Any) -> tuple[torch.Tensor, str
             found = called(module, row, forward)
         output = found if isinstance(found, torch.Tensor) else as_output(found)
         return output, as_code(row, found, forward)
-    except (RuntimeError, IndexError, TypeError) as error:  # if X does not fit
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:  # if X does not fit
         if isinstance(error, TypeError) and "module returned" in str(error):
             raise
         if world_size() > 1 and LOST.search(str(error)):

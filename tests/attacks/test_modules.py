@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sksoup import CheckpointCollection, GreedySoup, MEHLSoup, UniformSoup
+from sksoup import CheckpointCollection, GreedySoup, LearnedSoup, MEHLSoup, UniformSoup
 
 X = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(30) % 3
@@ -120,3 +122,48 @@ def test_modules_that_only_switch_otherwise_are_scored_as_by_load_state_dict(bui
         net.load_state_dict(nets[name])
         net.eval()
         assert scores[name] == pytest.approx(float((net(X).argmax(1) == Y).float().mean()))
+
+
+class Lazy(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.LazyLinear(3))
+
+
+class NoGradient(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+class OfTheBatch(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False))
+
+
+def test_a_lazy_module_is_named():
+    state = nn.Sequential(nn.Linear(4, 3)).state_dict()
+    with pytest.raises(ValueError, match=r"no shape for '0\.weight' yet \(Lazy has lazy layers\)"):
+        UniformSoup().fit(CheckpointCollection([state, state], module=Lazy), X, Y)
+
+
+@pytest.mark.parametrize("soup", [MEHLSoup(max_epochs=1), LearnedSoup(max_epochs=1)])
+def test_outputs_without_a_gradient_can_not_be_learned_from(soup):
+    with pytest.raises(ValueError, match=r"outputs of NoGradient have no gradient.*GreedySoup"):
+        soup.fit(collection(NoGradient), X, Y)
+    assert GreedySoup().fit(collection(NoGradient), X, Y).coef_.sum() == pytest.approx(1)
+
+
+def test_a_module_that_needs_a_batch_is_refused_by_what_it_raised():
+    with pytest.raises(ValueError, match=r"does not accept X: with one row.*more than 1 value per"):
+        UniformSoup().fit(collection(OfTheBatch), X, Y)
+
+
+def test_a_regression_on_strings_is_refused():
+    build = partial(nn.Linear, 4, 1)
+    with pytest.raises(
+        ValueError, match=r"y holds .*'0.5'.*expected numbers for task='regression'"
+    ):
+        UniformSoup(task="regression").fit(collection(build), X, ["0.5"] * len(X))

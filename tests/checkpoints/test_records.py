@@ -30,20 +30,39 @@ def test_a_loss_is_negated(tmp_path):
 
 
 def test_the_direction_is_what_the_best_was_of_all(tmp_path):
-    log = {5: {"eval_loss": 1.0, "eval_f1": 0.75}, 10: {"eval_loss": 1.0, "eval_f1": 0.5}}
-    write_trainer(tmp_path / "most", log, best=5, metric="eval_f1")
+    log = {5: {"eval_loss": 1.0, "eval_mine": 0.75}, 10: {"eval_loss": 1.0, "eval_mine": 0.5}}
+    write_trainer(tmp_path / "most", log, best=5, metric="eval_mine")
     assert scores(tmp_path / "most") == [0.75, 0.5]
-    write_trainer(tmp_path / "least", log, best=10, metric="eval_f1")
+    write_trainer(tmp_path / "least", log, best=10, metric="eval_mine")
     assert scores(tmp_path / "least") == [-0.75, -0.5]
     # one run tells for all: in a single evaluation the best is both
-    write_trainer(tmp_path / "s" / "one", {5: {"eval_f1": 0.5}}, best=5, metric="eval_f1")
-    with pytest.raises(CheckpointError, match="not recorded whether a greater 'eval_f1' is better"):
+    write_trainer(tmp_path / "s" / "one", {5: {"eval_mine": 0.5}}, best=5, metric="eval_mine")
+    with pytest.raises(
+        CheckpointError, match="not recorded whether a greater 'eval_mine' is better"
+    ):
         scores(tmp_path / "s")
-    write_trainer(tmp_path / "s" / "two", log, best=5, metric="eval_f1")
+    write_trainer(tmp_path / "s" / "two", log, best=5, metric="eval_mine")
     assert scores(tmp_path / "s") == [0.5, 0.75]
-    write_trainer(tmp_path / "s" / "other", log, best=10, metric="eval_f1")
-    with pytest.raises(CheckpointError, match="not recorded whether a greater 'eval_f1' is better"):
+    write_trainer(tmp_path / "s" / "other", log, best=10, metric="eval_mine")
+    with pytest.raises(
+        CheckpointError, match="not recorded whether a greater 'eval_mine' is better"
+    ):
         scores(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("name", "best"), [("eval_f1", 10), ("eval_accuracy", 10), ("eval_rmse", 5)]
+)
+def test_a_direction_that_contradicts_the_name_is_unknown(tmp_path, name, best):
+    """Older versions of Trainer compare only the steps that they saved."""
+    log = {5: {"eval_loss": 1.0, name: 0.75}, 10: {"eval_loss": 1.0, name: 0.5}}
+    write_trainer(tmp_path / "s" / "one", log, best=best, metric=name)
+    with pytest.raises(CheckpointError, match=f"not recorded whether a greater '{name}' is better"):
+        scores(tmp_path / "s")
+    write_trainer(tmp_path / "s" / "two", log, best=15 - best, metric=name)  # another run tells
+    sign = -1 if name == "eval_rmse" else 1
+    values = {5: 0.75, 10: 0.5}
+    assert scores(tmp_path / "s") == [sign * values[best], sign * values[15 - best]]
 
 
 def test_metrics_that_can_not_be_told_apart(tmp_path):
