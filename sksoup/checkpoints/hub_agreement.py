@@ -17,29 +17,21 @@ from .low_rank import LowRankCheckpoint
 from .protocol import Entry
 from .texts import read_text
 
-# fields that do not change the outputs in eval mode: names, training, generation
-HARMLESS = re.compile(
-    r"name|version|dtype|commit|use_cache|implementation|drop|label2id|id2label|problem_type|"
-    r"^output_|return_dict|torchscript|gradient_checkpointing|^task|_task$|task_specific|"
-    r"^(bos|eos|sep|cls|mask|unk)_token_id|init|_std$|^mask_|spec_augment|loss|coef|smoothing|"
-    r"freeze|^ctc_|penalty|beam|^(max|min)_length|temperature|^top_[kp]$|typical_p|ngram|"
-    r"early_stopping|do_sample|words_ids|suppress|^forced_|return_sequences|chunk_size_feed|"
-    r"^prefix$|tokenizer|length_decay"
-)
-# fields that change the outputs
-DECISIVE = re.compile(
-    r"head|(^|_)act($|_)|activation|eps($|ilon)|rope|rotary|(?<!max_)position|scal|window|stride|"
-    r"dilation|patch|norm|is_decoder|cross_attention|pool|causal|bidirectional|group|per_tok|"
-    r"residual|gate|kernel"
+# how many heads the weights are cut into, which their shapes do not show
+HEADS = re.compile(r"(num|n|encoder|decoder)_(attention_|key_value_)?heads?")
+# other settings of the network; they are plain values that no version of transformers rewrites
+NOTABLE = re.compile(
+    r"(^|_)act($|_)|activation|eps($|ilon)|rope_theta|rotary|position_embedding_type|stride|"
+    r"dilation|patch_size|is_decoder|pool|causal|experts_per_tok|residual"
 )
 
 
 def check_configs(entries: Iterable[Entry]) -> None:
     """Compare the configs of Hugging Face folders with that of the first one.
 
-    Raise an error if the labels have another order or a setting of the network differs, and warn of
-    other differences. A field that only one of two configs has is ignored, since versions of
-    transformers write different ones.
+    Raise an error if the labels have another order or the number of heads differs, and warn of
+    other settings of the network. A field that only one of two configs has is ignored, since
+    versions of transformers write different ones.
     """
     first: tuple[Path, dict[str, Any]] | None = None
     seen: set[bytes] = set()  # digests of the texts: most are equal
@@ -85,11 +77,13 @@ def _text(path: Path) -> str:
 
 
 def _parsed(text: str) -> dict[str, Any] | None:
+    """A config of transformers, which names a type of model; others belong to the user."""
     try:
         config = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return config if isinstance(config, dict) else None
+    is_hub = isinstance(config, dict) and isinstance(config.get("model_type"), str)
+    return config if is_hub else None
 
 
 def _compare(
@@ -98,17 +92,18 @@ def _compare(
     """What differs and may matter, by field; raise an error for what does matter."""
     odd = _compare_labels(path, config, first, expected)
     for field, got, other in _differences(config, expected):
-        if any(map(HARMLESS.search, field)):
-            continue
         name = _short(".".join(field))
-        if any(map(DECISIVE.search, field)):
+        if HEADS.fullmatch(field[-1]):
             raise CheckpointError(
                 f"{str(path)!r} describes another network than {str(first)!r}: {name} is "
                 f"{_short(got)}, expected {_short(other)}. The weights have equal shapes, but the "
                 f"network uses them differently, so they can't be mixed. Leave one of the two out, "
                 f"or correct the file if the network was trained with the other value."
             )
-        odd[name] = f"{name} is {_short(got)} in {str(path)!r}, {_short(other)} in {str(first)!r}"
+        if NOTABLE.search(field[-1]):
+            odd[name] = (
+                f"{name} is {_short(got)} in {str(path)!r}, {_short(other)} in {str(first)!r}"
+            )
     return odd
 
 
@@ -136,14 +131,28 @@ def _compare_labels(
 def _differences(
     config: dict[str, Any], expected: dict[str, Any]
 ) -> Iterable[tuple[tuple[str, ...], Any, Any]]:
-    """Fields in both that differ, as paths into nested configs."""
+    """Fields with plain values in both that differ, as paths into nested configs.
+
+    Versions of transformers write an unused value as null, a list as text, and the same function as
+    "gelu" or "gelu_pytorch_tanh".
+    """
     todo: list[tuple[tuple[str, ...], Any, Any]] = [((), config, expected)]
     while todo:
         field, got, other = todo.pop()
         if isinstance(got, dict) and isinstance(other, dict):
             todo.extend(((*field, name), got[name], other[name]) for name in got if name in other)
-        elif got != other:
+        elif got != other and _kind(got) == _kind(other) != "" and not _are_gelus(got, other):
             yield field, got, other
+
+
+def _kind(value: Any) -> str:
+    """Text, number or flag; empty for others."""
+    kinds = {bool: "flag", int: "number", float: "number", str: "text"}
+    return kinds.get(type(value), "")
+
+
+def _are_gelus(*names: Any) -> bool:
+    return all(isinstance(name, str) and name.startswith("gelu") for name in names)
 
 
 def _short(value: Any) -> str:

@@ -47,9 +47,7 @@ def test_labels_in_another_order_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"hidden_act": "relu"}, "hidden_act"),
         ({"num_attention_heads": 4}, "num_attention_heads"),
-        ({"layer_norm_eps": 1e-5}, "layer_norm_eps"),
         ({"text_config": {"num_attention_heads": 1}}, "text_config.num_attention_heads"),
     ],
 )
@@ -67,6 +65,7 @@ def test_another_network_is_refused(tmp_path, change, name):
         {"_name_or_path": "other", "transformers_version": "3.0", "use_cache": False},
         {"text_config": {"num_attention_heads": 2, "hidden_dropout_prob": 0.5}},
         {"text_config": {}, "label2id": {"negative": 2}, "problem_type": "regression"},
+        {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": None, "pad_token_id": 3},
     ],
 )
 def test_fields_that_say_nothing_about_the_outputs_may_differ(tmp_path, change):
@@ -78,14 +77,39 @@ def test_fields_that_say_nothing_about_the_outputs_may_differ(tmp_path, change):
 
 def test_other_differences_are_a_warning_that_lists_them(tmp_path):
     labels = {"0": "NEG", "1": "positive", "2": "neutral"}
-    folders(tmp_path, {"pad_token_id": 1}, {"pad_token_id": 0, "model_type": "bort"},
-            {"id2label": labels})  # fmt: skip
+    folders(tmp_path, {"hidden_act": "relu"}, {"layer_norm_eps": 1e-5}, {"id2label": labels})
     with pytest.warns(SoupWarning, match="differ") as caught:
         CheckpointCollection.from_path(tmp_path)
-    assert '"model_type" is "bort" in' in str(caught[0].message)
-    assert 'output 0 is "NEG" in' in str(caught[0].message)
+    for found in ('"hidden_act" is "relu" in', '"layer_norm_eps" is 1e-05 in', 'output 0 is "NEG"'):
+        assert found in str(caught[0].message)
     assert caught[0].filename.endswith("collection.py")  # from_path
-    assert "pad_token_id" not in str(caught[0].message)  # ft0 does not have it
+
+
+def test_configs_of_the_user_are_not_compared(tmp_path):
+    """Hyperparameters that a training script wrote beside its weights."""
+    own = {"model_type": ..., "architectures": ..., "id2label": ...}
+    folders(tmp_path, *[{**own, "num_heads": k, "activation": f"f{k}"} for k in range(3)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(CheckpointCollection.from_path(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("name", ["Qwen2Config", "DebertaV2Config", "T5Config", "GemmaConfig"])
+def test_an_old_config_beside_the_one_that_transformers_writes(tmp_path, name):
+    """What the authors of the models published, and what transformers saves of it."""
+    transformers = pytest.importorskip("transformers")
+    published = {
+        "use_sliding_window": False, "sliding_window": 32768, "pos_att_type": "p2c|c2p",
+        "tie_word_embeddings": False, "hidden_act": "gelu",
+    }  # fmt: skip
+    config = getattr(transformers, name)(**published)
+    paths = folders(tmp_path, {})
+    old = {**config.to_dict(), **published}
+    for path, saved in zip(paths, (old, config.to_dict()), strict=True):
+        (path / "config.json").write_text(json.dumps(saved))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(CheckpointCollection(paths)) == 2
 
 
 def test_equal_texts_are_read_but_parsed_once(tmp_path, monkeypatch):
