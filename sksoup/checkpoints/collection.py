@@ -32,7 +32,7 @@ from .in_memory import content_sha256
 from .low_rank import Factors, LowRankCheckpoint, ReadFactors
 from .on_base import refuse_factors, resolve_adapters
 from .prefixes import drop_prefixes, fit_names, take_prefix
-from .protocol import Entry, Read, TensorInfo, is_soup
+from .protocol import Entry, Read, TensorInfo
 from .records import recorded_scores
 from .relations import Relations
 from .slices import SlicedCheckpoint
@@ -528,7 +528,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         soups : list of str
             Names of the files and folders that contain a recipe, or have one beside them.
         """
-        return [name for name, entry in self._entries.items() if is_soup(entry.checkpoint)]
+        return [n for n, e in self._entries.items() if getattr(e.checkpoint, "is_soup", False)]
 
     def relations(self, names: Iterable[str]) -> Relations:
         """Compare those of these checkpoints that were read, by a sample of each matrix.

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..data.arrays import Inputs, map_inputs
+from ..runtime.fingerprint import fingerprint
 from ..runtime.random_state import preserved_random_state
 from .objective import Forward, as_output, called
 
@@ -23,19 +24,14 @@ def refuse_merging(
 
     A module that merges, fuses or caches weights in eval() would be evaluated with those of an
     earlier checkpoint. Needs two passes of one row with made-up weights, which stay in the module.
+    (A module that caches weights in its first pass is not found.)
     """
     try:
-        _load_made_up(module, names)
-        after = _output(module, row, forward)
-        before = _output(_reloaded(module, names), row, forward)
-        if _are_close(after, before):
-            return
-        again = _output(_reloaded(module, names), row, forward)
-    except Exception:  # the module may refuse made-up weights; then nothing is known
-        return
+        differ = _difference_in_eval(module, row, forward, names)
+        changed = _changed_by_eval(module, names)
     finally:
         module.eval()
-    if not _are_close(before, again):  # its outputs differ between any two passes
+    if not changed and differ is None:
         return
     parts = {
         type(part).__name__: name
@@ -43,20 +39,54 @@ def refuse_merging(
         if SWITCHES(type(part)) != PLAIN
     }
     kinds = [f"{kind} ({name!r})" if name else kind for kind, name in list(parts.items())[:5]]
+    found = (
+        f"eval() changes {changed!r}"
+        if changed
+        else f"With weights that are loaded in eval mode, the outputs differ by up to {differ:.3g} "
+        f"from those with the same weights loaded in training mode, followed by eval()"
+    )
     raise ValueError(
         f"The module can't be evaluated with one checkpoint after another: a train() or eval() of "
-        f"its own merges, fuses or caches weights (in {' or '.join(kinds)}). With weights that are "
-        f"loaded in eval mode, the outputs differ by up to {_difference(after, before):.3g} from "
-        f"those with the same weights loaded in training mode, followed by eval(); expected equal "
-        f"outputs. Build the module so that it does not merge, such as "
+        f"its own merges, fuses or caches weights (in {' or '.join(kinds)}). {found}; expected "
+        f"equal values. Build the module so that it does not merge, such as "
         f"lora.Linear(..., merge_weights=False) of loralib."
     )
+
+
+def _changed_by_eval(module: nn.Module, names: Collection[str]) -> str | None:
+    """Name of a tensor that eval() changes, such as one that factors are added to."""
+    module.train()
+    _load_made_up(module, names, seed=0)
+    loaded = {name: fingerprint(value) for name, value in module.state_dict().items()}
+    module.eval()
+    found = module.state_dict()
+    changed = (
+        name for name in loaded if name in found and fingerprint(found[name]) != loaded[name]
+    )
+    return next(changed, None)
+
+
+def _difference_in_eval(
+    module: nn.Module, row: Inputs, forward: Forward | None, names: Collection[str]
+) -> float | None:
+    """How much outputs differ with weights loaded before and after eval(); None for rounding."""
+    try:
+        _load_made_up(module, names, seed=1)  # others than eval() was called with
+        after = _output(module, row, forward)
+        before = _output(_reloaded(module, names), row, forward)
+        if _are_close(after, before):
+            return None
+        again = _output(_reloaded(module, names), row, forward)
+    except Exception:  # the module may refuse made-up weights; then nothing is known
+        return None
+    # None if its outputs differ between any two passes
+    return _difference(after, before) if _are_close(before, again) else None
 
 
 def _reloaded(module: nn.Module, names: Collection[str]) -> nn.Module:
     """The module after made-up weights were loaded in training mode."""
     module.train()
-    _load_made_up(module, names)
+    _load_made_up(module, names, seed=1)
     module.eval()
     return module
 
@@ -72,22 +102,20 @@ def _output(module: nn.Module, row: Inputs, forward: Forward | None) -> torch.Te
     return output.detach().double()
 
 
-def _load_made_up(module: nn.Module, names: Collection[str]) -> None:
-    """Fill floating-point weights with numbers of the usual size, which have no zeros or ties.
+def _load_made_up(module: nn.Module, names: Collection[str], seed: int) -> None:
+    """Fill floating-point weights with random numbers of the usual size.
 
     Vectors are positive, as variances have to be.
     """
+    generator = torch.Generator().manual_seed(seed)
     for name, value in module.state_dict(keep_vars=True).items():
-        if name not in names or not value.is_floating_point():
-            continue
-        tensor = value.detach()
-        n_in = tensor[0].numel() if tensor.ndim > 1 else 1
-        tensor.fill_(1.0)
-        for axis, size in enumerate(tensor.shape):
-            wave = torch.arange(size, dtype=tensor.dtype, device=tensor.device).add_(1 + axis)
-            wave = wave.cos_() if tensor.ndim > 1 else wave.cos_().mul_(0.1).add_(1)
-            tensor.mul_(wave.view(-1, *[1] * (tensor.ndim - 1 - axis)))
-        tensor.mul_(n_in**-0.5)
+        if name in names and value.is_floating_point():
+            numbers = torch.randn(value.shape, generator=generator)
+            if value.ndim > 1:
+                numbers *= numbers[0].numel() ** -0.5
+            else:
+                numbers = 1 + 0.1 * numbers.tanh()
+            value.detach().copy_(numbers)
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -269,7 +269,8 @@ class BaseSoup(
                 f"There is one checkpoint only, {collection.names[0]!r}, so there is nothing to "
                 f"mix or to select, and the soup equals that checkpoint. Pass several checkpoints."
             )
-        if self._has_recipe and (said := judge_soups(collection.soups(), len(collection))):
+        soups = collection.soups() if self._has_recipe else []
+        if soups and (said := judge_soups(soups, len(collection))):
             self._warn(said)
         self.outputs_ = problem.objective.outputs
         if self.outputs_.labels is not None:

@@ -20,19 +20,19 @@ class Merged(nn.Linear):
 
     def __init__(self, merge_weights: bool = True) -> None:
         super().__init__(4, 3)
-        self.lora_A, self.lora_B = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.zeros(3, 2))
+        self.down, self.up = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.zeros(3, 2))
         self.merge_weights, self.merged = merge_weights, False
 
     def train(self, mode: bool = True) -> Merged:
         super().train(mode)
         if self.merge_weights and self.merged == mode:
-            self.weight.data += (self.lora_B @ self.lora_A).data * (-1 if mode else 1)
+            self.weight.data += (self.up @ self.down).data * (-1 if mode else 1)
             self.merged = not mode
         return self
 
     def forward(self, x):
         base = F.linear(x, self.weight, self.bias)
-        return base if self.merged else base + x @ self.lora_A.T @ self.lora_B.T
+        return base if self.merged else base + x @ self.down.T @ self.up.T
 
 
 class Fused(nn.Module):
@@ -101,6 +101,15 @@ def test_modules_that_merge_weights_in_eval_are_refused(build, soup):
     named = rf"caches weights \(in {build.__name__}\).*merge_weights=False"
     with pytest.raises(ValueError, match=named):
         soup.fit(collection(build), X, Y)
+
+
+@pytest.mark.parametrize("after", [nn.LayerNorm(3), nn.Softmax(-1)])
+def test_a_layer_that_merges_is_found_before_one_that_hides_sizes(after):
+    def build():
+        return nn.Sequential(Merged(), after, nn.Linear(3, 3))
+
+    with pytest.raises(ValueError, match=r"in Merged \('0'\)"):
+        UniformSoup().fit(collection(build), X, Y)
 
 
 def test_the_part_that_merges_is_named():
