@@ -301,3 +301,19 @@ def test_compare_names_the_methods_that_warn(folder, capsys):
     said = capsys.readouterr().err
     assert said.count("There is one checkpoint only") == 1
     assert "sksoup: warning: all methods: There is one checkpoint only" in said
+
+
+def test_columns_of_the_test_table_are_those_of_the_validation_table_by_name(folder, capsys):
+    header, *rows = [line.split(",") for line in Path("table.csv").read_text().splitlines()]
+    order = [header.index(name) for name in ("species", *"dbca")]
+    write_csv(Path("moved.csv"), tuple(header[k] for k in order),
+              [[row[k] for k in order] for row in rows])  # fmt: skip
+    line = [*TABLE.split(), "--json", "--force", "--test"]
+    scores = []
+    for test in ("table.csv", "moved.csv"):
+        assert main([*line, test]) == 0
+        scores.append(json.loads(capsys.readouterr().out)["scores"]["test"])
+    assert scores[0] == scores[1]
+    write_csv(Path("lacks.csv"), ("id", *header[1:]), rows)
+    assert main([*line, "lacks.csv"]) == 2
+    assert f"'lacks.csv' has no column {header[0]!r}" in capsys.readouterr().out

@@ -14,7 +14,7 @@ import torch
 from ..runtime.fingerprint import tensor_bytes
 from ..tables import Table, notebook_html, shortened
 from .relations import Relations
-from .survey import Openable, judge, judge_soups, listed, remedy, survey, usable
+from .survey import Openable, Survey, judge, judge_soups, listed, remedy, survey, usable
 
 HEADER, LEFT = ("name", "norm", "distance", "cosine", "score", ""), (0, 5)
 
@@ -205,6 +205,7 @@ def describe(collection: Openable) -> CollectionSummary:
             *_unusable(problems),
             *_soups(collection),
             *_verdict([s for s in summaries if s.name in copied], relations, same, layout),
+            *_new_heads(found, names, relations),
         ),
     )
 
@@ -232,6 +233,20 @@ def _unusable(problems: Mapping[str, str]) -> tuple[str, ...]:
 def _soups(collection: Openable) -> tuple[str, ...]:
     said = judge_soups(collection.soups(), len(collection.names))
     return (said,) if said else ()
+
+
+def _new_heads(found: Survey, names: Sequence[str], relations: Relations) -> tuple[str, ...]:
+    """A remark if a few matrices of related checkpoints have little in common, such as a head."""
+    tensors = found.unrelated_tensors(names, found.matrices)
+    if relations.unrelated or not tensors or 2 * len(tensors) > len(found.matrices):
+        return ()
+    name, cosine = next(iter(tensors.items()))
+    more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+    return (
+        f"But the values of {name!r}{more} have little in common (median cosine {cosine:.2f}): if "
+        f"each run began with a random head of its own, the runs do not mix. Save one start with "
+        f"its head, and begin every run from it.",
+    )
 
 
 def _verdict(

@@ -112,9 +112,9 @@ def judge(relations: Relations) -> str:
                 f"{len(only_far)} of {n} are far from the others ({relations.far[only_far[0]]})"
             )
         return (
-            f"These checkpoints were not fine-tuned from the same weights: {' and '.join(parts)}. "
-            f"A soup of them will not work. Fine-tune all of them from the same pretrained "
-            f"weights, with lower learning rates."
+            f"These checkpoints were not fine-tuned from the same weights, or with learning rates "
+            f"that are too high: {' and '.join(parts)}. A soup of them will not work. Fine-tune "
+            f"all of them from the same saved start, with lower learning rates."
         )
     parts = []
     if elsewhere:

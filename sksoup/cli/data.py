@@ -48,7 +48,10 @@ def load_data(
         tokenizer = find_tokenizer(collection, options.tokenizer)
         inputs = [tokenize(tokenizer, part, options.max_length, collection) for part in texts]
     else:
-        inputs = [_inputs(file, options) for file in files]
+        # the columns of the validation data, by name, also where the test data have another order
+        first = next((file for file in files if file.is_table), files[0])
+        columns = _columns(first, options)
+        inputs = [_inputs(file, columns if file.is_table else options.inputs) for file in files]
     found = [
         Data(X, y, len(next(iter(file.parts.values()))))
         for file, X, y in zip(files, inputs, targets, strict=True)
@@ -97,15 +100,20 @@ def _targets(file: DataFile, options: argparse.Namespace) -> Any:
     return columns[0] if len(columns) == 1 else np.stack(columns, axis=1)
 
 
-def _inputs(file: DataFile, options: argparse.Namespace) -> Any:
+def _columns(file: DataFile, options: argparse.Namespace) -> list[str]:
+    """The columns of the inputs in a table: those given, or all but the labels."""
+    labels = _label_names(file, options) if file.is_table else []
+    names = options.inputs or [name for name in file.parts if name not in labels]
+    if not names:
+        raise ValueError(f"{str(file.path)!r} has no columns besides {listed(labels)}.")
+    return list(names)
+
+
+def _inputs(file: DataFile, names: Sequence[str] | None) -> Any:
     """Inputs: a matrix of the numeric columns of a table; an array, or several by name."""
-    labels = _label_names(file, options)
-    if file.is_table:
-        names = options.inputs or [name for name in file.parts if name not in labels]
-        if not names:
-            raise ValueError(f"{str(file.path)!r} has no columns besides {listed(labels)}.")
+    if file.is_table and names:
         return np.stack([file.numbers(name) for name in names], axis=1).astype(np.float32)
-    names = options.inputs or ["X"]
+    names = names or ["X"]
     arrays = {name: file.numbers(name) for name in names}
     return arrays if len(arrays) > 1 else arrays[names[0]]
 

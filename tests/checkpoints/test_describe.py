@@ -213,3 +213,25 @@ def test_medians_of_cosines_are_those_of_all_at_once(monkeypatch):
     unit = points[0] / np.linalg.norm(points[0])
     others = [p @ unit / (np.linalg.norm(p) or 1) for p in points[1:]]
     assert np.isclose(whole[0], sorted(others)[5])
+
+
+def test_a_random_head_of_each_run_is_named():
+    body = nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 40)).state_dict()
+
+    def runs(head: bool) -> CheckpointCollection:
+        generator = torch.Generator().manual_seed(0)
+        one = torch.randn(5, 40, generator=generator)
+        states = []
+        for _ in range(6):
+            state = {n: v + 0.01 * torch.randn(v.shape, generator=generator)
+                     for n, v in {**body, "head.weight": one}.items()}  # fmt: skip
+            if head:
+                state["head.weight"] = 0.05 * torch.randn(5, 40, generator=generator) + 0.02
+            states.append(state)
+        return CheckpointCollection(states)
+
+    assert "good to mix" in runs(head=False).describe().verdict[-1]
+    said = runs(head=True).describe().verdict
+    assert "good to mix" in said[-2]
+    assert said[-1].startswith("But the values of 'head.weight' have little in common (median cos")
+    assert "random head of its own" in said[-1]
