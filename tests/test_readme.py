@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.paper import common, page
+from benchmarks.paper import common, families, page
 from sksoup import CheckpointCollection, Recipe, __version__
 from sksoup.datasets import load_digits_checkpoints
 
@@ -68,10 +68,18 @@ def test_every_number_is_known():
         str(len(zoo.checkpoints)),
         str(min(int(n) for seeds in few for n in seeds[0])),  # validation examples
         "95",  # intervals, as in common.mean_and_interval
-        "0", "1", "2", "4",  # seeds, 1 model, b + 2 models, a model batch
+        "0", "1", "3", "4",  # seeds, 1 model, b + 3 models, a model batch
     }  # fmt: skip
     assert set(re.findall(r"(?<![\w.-])\d[\d.,]*\d|(?<![\w.-])\d", text)) - known == {"2026"}
     assert f"of {len(zoo.y_test):,} test examples" in PRINTED
+
+
+def test_in_how_many_families_it_is_better():
+    words = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    found = families.compared(page.Page(common.RESULTS).families, families.DEFAULT, families.BEST)
+    better, worse, n = len(found[True]), len(found[False]), sum(map(len, found.values()))
+    counts = f"{words[better]} of {words[n]} families of models, and worse in {words[worse]}."
+    assert f"better than the best checkpoint in {counts}" in " ".join(TEXT.split())
 
 
 def test_with_the_least_number_of_examples_a_soup_is_not_below_the_best_checkpoint():

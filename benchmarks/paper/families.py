@@ -19,7 +19,7 @@ PAPER_FORM = "MEHL-Soup+"
 CODE = {
     GREEDY: "`GreedySoup()`",
     DEFAULT: "`MEHLSoup(layerwise=True)`",
-    PAPER_FORM: "MEHL-Soup+ with the settings of its paper",
+    PAPER_FORM: "MEHL-Soup+ (coefficients per layer) with the settings of its paper",
     ENSEMBLE: "The ensemble of all checkpoints",
     AGAIN: "Training the best configuration again on the training *and* validation data",
 }
@@ -29,7 +29,7 @@ LANGUAGE_TITLES = {"language": "Language model", "language-lora": "Language mode
 BLUE, ORANGE, GREY, GREEN, PURPLE = "#0072B2", "#E69F00", "#767676", "#009E73", "#CC79A7"
 MARKERS = (  # colours that colour-blind readers tell apart, and a marker each
     (GREEDY, "Greedy", ORANGE, "^"), ("Learned-Soup+", "Learned, per layer", PURPLE, "s"),
-    (DEFAULT, "MEHLSoup, per layer (default)", BLUE, "o"),
+    (DEFAULT, "MEHLSoup(layerwise=True)", BLUE, "o"),
     (ENSEMBLE, "Ensemble (K times the inference cost)", GREY, "D"),
 )  # fmt: skip
 

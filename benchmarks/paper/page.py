@@ -305,14 +305,15 @@ class Page:
         )
         lines = [
             families.readme_table(self.families),
-            f"\nIn how many families of models, and by how much. A family is one small network, "
-            f"fine-tuned many times from one start. Differences are in points of test accuracy if "
-            f"no perplexity is named, and paired, with 95 % intervals over "
-            f"{families.seeds_of(self.families)} seeds: of all data and runs for ConvNet, ViT and "
-            f"ResNet, of the split into validation and test data for the others. *Inconclusive*: "
-            f"the interval contains 0. On the worst single seed, `MEHLSoup(layerwise=True)` "
-            f"differs from the best checkpoint by {best}, and with its paper's settings by "
-            f"{paper}. [All results](docs/paper.rst)",
+            f"\nEach row counts the families of models in which a method is better or worse than "
+            f"another, and by how much. A family is one network of 57,000 to 22 million "
+            f"parameters, fine-tuned 12 to 48 times from one start. Differences are in points of "
+            f"test accuracy if no perplexity is named, and paired, with 95 % intervals over "
+            f"{families.seeds_of(self.families)} seeds. For ConvNet, ViT and ResNet, a seed "
+            f"changes data and training; for others, only the split into validation and test data. "
+            f"*Inconclusive*: the interval contains 0. On its worst seed, "
+            f"`MEHLSoup(layerwise=True)` differs from the best checkpoint by {best}, and with its "
+            f"paper's settings by {paper}. [All results](docs/paper.rst)",
         ]
         before, rest = README.read_text(encoding="utf-8").split(BEGIN)
         _, after = rest.split(END)

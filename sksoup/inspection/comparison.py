@@ -6,7 +6,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
@@ -385,6 +385,16 @@ def _summary(name: str, fits: list[_Fit], ranking: tuple[float, int], n: int) ->
     )
 
 
+def _parts(X: Any, y: Any) -> Iterator[Any]:
+    """The arrays and tensors in the data; those of a loader one minibatch after the other."""
+    if is_loader(X):
+        for rows, labels in walk(X, y, ordered=False, n_inputs=None):
+            yield from (*parts_of(rows), *([] if labels is None else [labels]))
+    else:
+        for part in (*parts_of(X), *([] if y is None else [y])):
+            yield part if isinstance(part, torch.Tensor) else np.asarray(part)
+
+
 def _extra_memory(system: BaseSoup, checkpoints: CheckpointCollection, X: Any, y: Any) -> float:
     """Peak of live tensors in a short fit, without the module and the data, in model sizes."""
     params, short = system.get_params(deep=False), {"memory": None, "max_epochs": 1}
@@ -393,7 +403,5 @@ def _extra_memory(system: BaseSoup, checkpoints: CheckpointCollection, X: Any, y
         warnings.simplefilter("ignore", SoupWarning)  # the first fit has given them
         soup.fit(checkpoints, X, y)
     module = sum(p.nbytes for p in checkpoints.build_module().parameters())
-    given = [*parts_of(X), *([] if y is None else [y])]
-    rows = [p if isinstance(p, torch.Tensor) else np.asarray(p) for p in given]
-    data = sum(part.nbytes for part in rows)
+    data = sum(int(part.nbytes) for part in _parts(X, y))
     return max(0.0, (live.peak - data - module) / checkpoints.nbytes)

@@ -61,8 +61,10 @@ class WarningMixin:
             return
         if classes.dtype.kind in "UO" and outputs.names is None:
             self._warn_of_digits(classes)
-        if classes.dtype.kind in "iu" and classes[0] == 0 and not (y == 0).any():
-            n = outputs.n_outputs
+        n = outputs.n_outputs
+        # where other classes lack examples, too, it is no surprise that class 0 does
+        is_indices = classes.dtype.kind in "iu" and classes[0] == 0
+        if is_indices and outputs.names is None and np.unique(y).tolist() == [*range(1, n)]:
             self._warn(
                 f"y holds integers below {n}, the number of outputs, but no 0. They are used as "
                 f"indices of the outputs, which is right if the labels are 0 to {n - 1}, and wrong "

@@ -398,6 +398,12 @@ def scorer_of(soup: Any, scoring: Any) -> Callable[..., float]:
     """A scikit-learn scorer for a fitted soup; the log-loss for all labels, present or not."""
     if scoring == "neg_log_loss" and is_log_likelihood(soup):
         return _log_likelihood
+    if scoring == "neg_log_loss" and soup.task == "multilabel":
+        raise ValueError(
+            "scoring='neg_log_loss' can't be used with task='multilabel': scikit-learn's log-loss "
+            "ignores the labels that are absent, so the best network would predict all of them. "
+            "Use 'average_precision', 'roc_auc' or 'f1_micro'."
+        )
     scorer: Callable[..., float] = check_scoring(soup, scoring)
     outputs = soup.outputs_
     if outputs.is_dense and not outputs.is_text and isinstance(scoring, (str, SCORER)):

@@ -129,7 +129,7 @@ def test_a_wide_sweep_is_not_called_bad():
 def test_of_two_that_do_not_fit_neither_is_preferred(failure):
     collection = spoilt(failure, 2, [1], seed=0)
     assert problems(collection) == ["checkpoint0", "checkpoint1"]
-    assert "were not fine-tuned from the same weights: 2 of 2" in collection.describe().verdict[-1]
+    assert "rates that are too high: 2 of 2" in collection.describe().verdict[-1]
     with pytest.raises(CheckpointError, match=r"No checkpoint .* is healthy: 'checkpoint0' \("):
         collection.healthy()
 
@@ -141,10 +141,7 @@ def test_one_bad_of_three_is_named(failure):
 
 def test_two_families_do_not_share_a_start():
     collection = CheckpointCollection([*good_states(3, 0), *good_states(3, 1)])
-    assert (
-        "were not fine-tuned from the same weights: 6 of 6 differ"
-        in collection.describe().verdict[-1]
-    )
+    assert "rates that are too high: 6 of 6 differ" in collection.describe().verdict[-1]
 
 
 def test_a_verdict_says_what_was_measured():

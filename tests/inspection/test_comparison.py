@@ -108,6 +108,8 @@ def test_examples_of_loaders_are_counted_and_not_their_minibatches(zoo: Zoo):
     recipes = {"best": BestCheckpoint()}
     arrays = compare_soups(zoo.checkpoints, zoo.X, zoo.y, zoo.X, zoo.y, recipes=recipes)
     found = compare_soups(zoo.checkpoints, loader, None, loader, None, recipes=recipes)
+    data_set = compare_soups(zoo.checkpoints, loader.dataset, None, recipes=recipes)
+    assert data_set.results[0].extra_memory < 1.5 * arrays.results[0].extra_memory  # without rows
     assert found.n_held_out == n
     assert found.n_test == {"test": n}
     assert found.results[0].forward_passes == arrays.results[0].forward_passes

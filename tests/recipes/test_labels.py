@@ -336,3 +336,16 @@ def test_labels_without_0_may_begin_at_1():
     UniformSoup(classes=range(4)).fit(collection, X[some], y)  # without a warning
     UniformSoup().fit(collection, X, index + 1)
     UniformSoup().fit(collection, X[index > 1], np.where(index == 2, 2, 0)[index > 1])
+
+
+def test_a_missing_0_among_many_missing_labels_is_no_warning():
+    collection, X, index = linear_zoo(4)
+    UniformSoup().fit(collection, X[index > 1], index[index > 1])  # 0 and 1 are missing
+
+
+def test_the_log_loss_of_several_labels_is_refused():
+    X, y = torch.randn(20, 3), np.arange(40).reshape(20, 2) % 2
+    nets = [torch.nn.Linear(3, 2) for _ in range(2)]
+    soup = GreedySoup(task="multilabel", scoring="neg_log_loss")
+    with pytest.raises(ValueError, match=r"ignores the labels that are absent.*average_precision"):
+        soup.fit(nets, X, y)
