@@ -291,8 +291,10 @@ def _check_order(loader: Any) -> None:
             f"rows in the order of the data set, in which they are needed. Pass a DataLoader "
             f"without a sampler, or one whose batches contain the labels to fit and score."
         )
-    n = len(loader.dataset) if loader.drop_last and hasattr(loader.dataset, "__len__") else 0
-    if lost := n % (loader.batch_size or 1):
+    batches = loader if loader.batch_size is not None else loader.batch_sampler
+    drops = getattr(batches, "drop_last", False) and hasattr(loader.dataset, "__len__")
+    n = len(loader.dataset) if drops else 0
+    if lost := n % (getattr(batches, "batch_size", None) or 1):
         raise ValueError(
             f"The DataLoader has drop_last=True, which leaves out {lost} of {n} rows. Pass one "
             f"with drop_last=False."
