@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent
-GROUPS = {"Cost and behaviour": ROOT, "The papers' tables": ROOT / "paper"}
+GROUPS = {"Cost and behavior": ROOT, "The papers' tables": ROOT / "paper"}
 USAGE = "usage: python -m benchmarks NAME [options]     (-h after a name: its options)"
 
 

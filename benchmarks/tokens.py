@@ -3,7 +3,7 @@
     python -m benchmarks tokens [--rows 8] [--tokens 64] [--turns 9]
 
 The bare step is transformers' own: ``module(**X, labels=y).loss.backward()``. The other is what a
-search takes of a step beside its coefficients: the same forward pass, the loss of all labelled
+search takes of a step beside its coefficients: the same forward pass, the loss of all labeled
 tokens, the backward pass. Both take turns in one process; the ratio is the median of the turns'.
 """
 

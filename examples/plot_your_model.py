@@ -175,14 +175,14 @@ print(f"digits: {soup.fit(two_heads, X_val + noise, y_val).score(X_test, y_test)
 # For segmentation and token classification, labels are integers of shape ``(n_samples, ...)`` and
 # outputs have shape ``(n_samples, n_outputs, ...)``, as in PyTorch's losses. The label -100
 # excludes a position from loss and score. Here, pixels of noisy images are classified as ink or
-# background, without the unlabelled border.
+# background, without the unlabeled border.
 
 ink = (X_rest > 0.3).astype(np.int64).reshape(-1, 8, 8)
 ink[:, [0, -1]] = -100
 
 
 def pixel_loss(net, X, y, rows):
-    """Cross-entropy of every labelled pixel."""
+    """Cross-entropy of every labeled pixel."""
     return nn.functional.cross_entropy(net(X[rows]), y[rows])
 
 

@@ -23,7 +23,7 @@ from sksoup import BestCheckpoint, CheckpointCollection, MEHLSoup
 ckpts = CheckpointCollection.from_path("runs")
 tokenizer = AutoTokenizer.from_pretrained("runs/seed0")  # of one of the runs
 
-table = pd.read_csv("labelled.csv")  # columns text and label; not used for training
+table = pd.read_csv("labeled.csv")  # columns text and label; not used for training
 val, test = train_test_split(table, test_size=0.5, stratify=table.label, random_state=0)
 
 
@@ -63,7 +63,7 @@ def test_the_page(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     labels = np.arange(40) % 2
     texts = [f"{rng.choice(['bad', 'poor'] if y else ['good', 'fine'])} soup" for y in labels]
-    pd.DataFrame({"text": texts, "label": labels}).to_csv(tmp_path / "labelled.csv", index=False)
+    pd.DataFrame({"text": texts, "label": labels}).to_csv(tmp_path / "labeled.csv", index=False)
     monkeypatch.chdir(tmp_path)
     found: dict[str, object] = {}
     with warnings.catch_warnings():

@@ -27,7 +27,7 @@ TITLES = {"convnet": "ConvNet", "vit": "ViT", "resnet": "ResNet", "text": "Text 
 SHIFT_TITLES = {"photos": "EfficientNet, photos", "photos-vit": "ViT, photos", **TITLES}
 LANGUAGE_TITLES = {"language": "Language model", "language-lora": "Language model, LoRA"}
 BLUE, ORANGE, GREY, GREEN, PURPLE = "#0072B2", "#E69F00", "#767676", "#009E73", "#CC79A7"
-MARKERS = (  # colours that colour-blind readers tell apart, and a marker each
+MARKERS = (  # colors that color-blind readers tell apart, and a marker each
     (GREEDY, "Greedy", ORANGE, "^"), ("Learned-Soup+", "Learned, per layer", PURPLE, "s"),
     (DEFAULT, "MEHLSoup(layerwise=True)", BLUE, "o"),
     (ENSEMBLE, "Ensemble (K times the inference cost)", GREY, "D"),

@@ -102,7 +102,7 @@ def bounded_work(n_tensors: int, path: Path) -> Iterator[None]:
             failure = error
         with lock:
             done.set()
-        # pending: cancelling it with None would leave a permanent signal in Python 3.11
+        # pending: canceling it with None would leave a permanent signal in Python 3.11
         while fired.is_set() and not stopped:
             time.sleep(0.001)
     except _Stopped:

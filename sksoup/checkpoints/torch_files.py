@@ -138,7 +138,7 @@ def _is_harmless(name: str) -> bool:
 
 
 def _placeholder(name: str) -> type:
-    """Make a class without behaviour that is unpickled in place of another one."""
+    """Make a class without behavior that is unpickled in place of another one."""
 
     def ignore(self: Any, *args: Any, **kwargs: Any) -> None:
         pass

@@ -63,7 +63,7 @@ def data(parser: Parser, needs_test: bool = False) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data", metavar="FILE", required=True,
-        help="validation data: labelled examples not used for training, in a .csv or .tsv file "
+        help="validation data: labeled examples not used for training, in a .csv or .tsv file "
         "with a header (UTF-8) or an .npz file of arrays",
     )  # fmt: skip
     group.add_argument(

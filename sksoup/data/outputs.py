@@ -170,11 +170,11 @@ class Outputs:
         return indices
 
     def counted(self, targets: torch.Tensor) -> torch.Tensor | None:
-        """(N,): number of labelled positions of each row, if some positions have no label."""
-        labelled = targets != self.ignored
-        if not (self.is_text or self.classes is not None) or bool(labelled.all()):
+        """(N,): number of labeled positions of each row, if some positions have no label."""
+        labeled = targets != self.ignored
+        if not (self.is_text or self.classes is not None) or bool(labeled.all()):
             return None
-        return labelled.reshape(len(targets), -1).sum(dim=1)
+        return labeled.reshape(len(targets), -1).sum(dim=1)
 
     def decode(self, outputs: torch.Tensor) -> NDArray[Any]:
         """Labels or targets from outputs (n, n_outputs, ...)."""

@@ -1,4 +1,4 @@
-"""Axes, colours and labels of all displays."""
+"""Axes, colors and labels of all displays."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-# the palette of Okabe and Ito, which is safe for colour-blind readers
+# the palette of Okabe and Ito, which is safe for color-blind readers
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"
 SEPARATED = re.compile(r".*[/._-]")  # up to the last separator
 INCHES_PER_LABEL = 0.17

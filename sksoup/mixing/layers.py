@@ -49,7 +49,7 @@ class Layers:
 def group_layers(
     module: nn.Module | Mapping[str, TensorInfo], tensors: Collection[str], layerwise: Layerwise
 ) -> Layers:
-    """Assign every tensor to a row: parameters by ``layerwise``, buffers by their neighbours.
+    """Assign every tensor to a row: parameters by ``layerwise``, buffers by their neighbors.
 
     Without a module, parameters are distinguished from statistics and integers by name and dtype.
     """
@@ -69,25 +69,25 @@ def group_layers(
             rows[name] = by_identity[identity]
     if not rows:
         raise CheckpointError("The checkpoints have no parameters, so there is nothing to mix.")
-    neighbours_of = _Neighbours(rows)
+    neighbors_of = _Neighbors(rows)
     names = list(row_of_label)
     averaged: dict[tuple[int, ...], int] = {}
     row_of_place: dict[tuple[str, bool], int] = {}
     for name in named:
         if name not in rows:
-            place = neighbours_of.find(name)
+            place = neighbors_of.find(name)
             if place not in row_of_place:
-                neighbours = neighbours_of.rows(*place)
-                if len(neighbours) > 1 and neighbours not in averaged:
-                    averaged[neighbours] = len(names)
+                neighbors = neighbors_of.rows(*place)
+                if len(neighbors) > 1 and neighbors not in averaged:
+                    averaged[neighbors] = len(names)
                     owner = place[0] or "module"
-                    names.append(f"{owner} (buffers: mean of {len(neighbours)} rows)")
-                row_of_place[place] = averaged.get(neighbours, neighbours[0])
+                    names.append(f"{owner} (buffers: mean of {len(neighbors)} rows)")
+                row_of_place[place] = averaged.get(neighbors, neighbors[0])
             rows[name] = row_of_place[place]
     return Layers(tuple(names), {name: rows[name] for name in tensors}, tuple(averaged))
 
 
-class _Neighbours:
+class _Neighbors:
     """The parameters in the module of a buffer, or below the nearest ancestor with parameters."""
 
     def __init__(self, parameters: Mapping[str, int]) -> None:
@@ -98,7 +98,7 @@ class _Neighbours:
             self._beside.setdefault(name.rpartition(".")[0], set()).add(row)
 
     def find(self, buffer: str) -> tuple[str, bool]:
-        """The module of the neighbours, and whether they are direct parameters of it."""
+        """The module of the neighbors, and whether they are direct parameters of it."""
         owner = buffer.rpartition(".")[0]
         if owner in self._beside:
             return owner, True

@@ -413,21 +413,21 @@ def scorer_of(soup: Any, scoring: Any) -> Callable[..., float]:
 
 @dataclass(frozen=True)
 class PositionScorer:
-    """A scikit-learn scorer on pixels or tokens; each labelled one has the weight of its row."""
+    """A scikit-learn scorer on pixels or tokens; each labeled one has the weight of its row."""
 
     scorer: Callable[..., float]
 
     def __call__(self, soup: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
         y = np.asarray(to_numpy(y))
         used = y != IGNORED
-        seen = LabelledPositions(soup, used)
+        seen = LabeledPositions(soup, used)
         if sample_weight is None:
             return float(self.scorer(seen, X, y[used]))
         counts = used.reshape(len(used), -1).sum(axis=1)
         return float(self.scorer(seen, X, y[used], sample_weight=np.repeat(sample_weight, counts)))
 
 
-class LabelledPositions(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class LabeledPositions(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """The predictions of a soup at the positions of X that have a label, one after the other."""
 
     def __init__(self, soup: Any, used: NDArray[np.bool_]) -> None:

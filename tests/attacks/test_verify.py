@@ -396,7 +396,7 @@ def test_beside_a_large_number_others_are_as_near_as_anywhere(adapters):
         assert not findings.ok
 
 
-@pytest.mark.parametrize("case", ["cancelling", "many", "beside a whole model"])
+@pytest.mark.parametrize("case", ["canceling", "many", "beside a whole model"])
 def test_a_recipe_can_not_choose_how_much_is_rounding(adapters, tmp_path, case):
     """Coefficients that cancel out, or one adapter a thousand times: the soup is the same mean."""
     recipe, ckpts = adapters

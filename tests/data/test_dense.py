@@ -110,7 +110,7 @@ METRICS = {
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
-def test_scorers_of_scikit_learn_see_the_labelled_pixels(pixels, metric, order):
+def test_scorers_of_scikit_learn_see_the_labeled_pixels(pixels, metric, order):
     checkpoints, X, y = pixels
     weight = None if metric == "roc_auc_ovr" else np.arange(30) % 4 / 2
     named = np.where(y == -100, -100, np.array(order)[y.clip(min=0)])

@@ -130,7 +130,7 @@ def test_frozen_tensors_take_no_part_and_no_gradient():
     assert problem.module.hidden.weight.requires_grad
 
 
-def test_buffers_follow_their_neighbours_and_variances_stay_positive():
+def test_buffers_follow_their_neighbors_and_variances_stay_positive():
     checkpoints = CheckpointCollection(make_states(3, seed=0), module=Net)
     problem = problem_of(checkpoints, False)
     weights = stacked(checkpoints)

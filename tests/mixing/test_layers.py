@@ -46,10 +46,10 @@ def test_a_row_per_parameter_and_a_mean_for_buffers():
 def test_a_callable_names_the_layers():
     layers = rows_of(Net(), lambda name: name.split(".")[0])
     assert layers.names == ("hidden", "norm", "head")
-    assert layers.rows["norm.running_mean"] == 1  # one neighbouring row: no mean is needed
+    assert layers.rows["norm.running_mean"] == 1  # one neighboring row: no mean is needed
 
 
-def test_a_buffer_without_neighbours_takes_its_ancestors_rows():
+def test_a_buffer_without_neighbors_takes_its_ancestors_rows():
     module = nn.Sequential(
         nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, affine=False)), nn.Linear(3, 1)
     )

@@ -94,7 +94,7 @@ def adapters(folder) -> CheckpointCollection:
 
 @pytest.fixture(scope="module")
 def data() -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows labelled by a mix, so that soups are better than any one of the adapters."""
+    """Rows labeled by a mix, so that soups are better than any one of the adapters."""
     X, y = rows(128)
     network = build()
     models = CheckpointCollection([peft_model(k) for k in range(5)], module=build)
