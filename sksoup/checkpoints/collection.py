@@ -100,14 +100,14 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     CheckpointError
         There are no checkpoints; a file is missing, empty or damaged, or contains objects other
         than tensors; checkpoints differ in keys, shapes or kind of dtype (floating or integer);
-        or Hugging Face folders differ in the order of their labels or in a setting of the network
-        (heads, activation, ...). While reading: weights are NaN or infinite, or a file changed
-        since the collection was opened.
+        or Hugging Face folders differ in the order of their labels or in the number of attention
+        heads. While reading: weights are NaN or infinite, or a file changed since the collection
+        was opened.
 
     Warns
     -----
     SoupWarning
-        The ``config.json`` of Hugging Face folders differ in other settings that may matter.
+        The ``config.json`` of Hugging Face folders differ in other settings of the network.
 
     Notes
     -----

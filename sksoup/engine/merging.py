@@ -57,13 +57,15 @@ def _changed_by_eval(module: nn.Module, names: Collection[str]) -> str | None:
     """Name of a tensor that eval() changes, such as one that factors are added to."""
     module.train()
     _load_made_up(module, names, seed=0)
-    loaded = {name: fingerprint(value) for name, value in module.state_dict().items()}
+    loaded = _digests(module)
     module.eval()
-    found = module.state_dict()
-    changed = (
-        name for name in loaded if name in found and fingerprint(found[name]) != loaded[name]
-    )
-    return next(changed, None)
+    found = _digests(module)
+    return next((name for name in loaded if found.get(name) not in (None, loaded[name])), None)
+
+
+def _digests(module: nn.Module) -> dict[str, str]:
+    state = module.state_dict().items()
+    return {name: fingerprint(v) for name, v in state if isinstance(v, torch.Tensor)}
 
 
 def _difference_in_eval(
