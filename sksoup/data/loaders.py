@@ -292,8 +292,8 @@ def _check_order(loader: Any) -> None:
             f"without a sampler, or one whose batches contain the labels to fit and score."
         )
     batches = loader if loader.batch_size is not None else loader.batch_sampler
-    drops = getattr(batches, "drop_last", False) and hasattr(loader.dataset, "__len__")
-    n = len(loader.dataset) if drops else 0
+    drops = getattr(batches, "drop_last", False)
+    n = len(loader.dataset) if drops and hasattr(loader.dataset, "__len__") else 0
     if lost := n % (getattr(batches, "batch_size", None) or 1):
         raise ValueError(
             f"The DataLoader has drop_last=True, which leaves out {lost} of {n} rows. Pass one "
