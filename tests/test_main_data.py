@@ -317,3 +317,20 @@ def test_columns_of_the_test_table_are_those_of_the_validation_table_by_name(fol
     write_csv(Path("lacks.csv"), ("id", *header[1:]), rows)
     assert main([*line, "lacks.csv"]) == 2
     assert f"'lacks.csv' has no column {header[0]!r}" in capsys.readouterr().out
+
+
+def test_messages_advise_in_options_and_not_in_python(folder, capsys):
+    data = "nets --module model:build --data val.npz --force -o a.safetensors"
+    assert main(f"greedy {data} --min-improvement 2".split()) == 0
+    said = capsys.readouterr().err
+    assert "more is needed (min_improvement). `sksoup mehl` learns coefficients instead." in said
+    assert main(f"mehl {data} --lr 1000 --epochs 1".split()) == 0
+    said = capsys.readouterr().err
+    assert "The soup is the " in said
+    assert "held_out_scores_" not in said
+    rows = np.load("val.npz")
+    np.savez("digits.npz", X=rows["X"], y=np.resize(["9", "10", "11"], len(rows["y"])))
+    assert main(f"greedy {data.replace('val', 'digits')}".split()) == 0
+    said = capsys.readouterr().err
+    assert "in the order of the outputs with --classes." in said
+    assert "classes=[" not in said

@@ -12,7 +12,6 @@ from .pages import read, run
 SCORE = re.compile(r"\d+\.\d(?= %)")
 
 
-@pytest.mark.filterwarnings("ignore:The result of the search scores")
 def test_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     found = run("sklearn")

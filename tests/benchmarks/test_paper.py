@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import zoo
+from benchmarks.networks import SmallResNet
 from benchmarks.paper import clip_imagenet as clip
 from benchmarks.paper import common, families, page
 
@@ -143,6 +145,19 @@ def test_the_figure_of_the_readme_shows_the_results(tmp_path):
     assert len({family.title for family in some}) == len(some)
     families.draw(some, tmp_path / "hero.svg")
     assert numbers in (tmp_path / "hero.svg").read_text(encoding="utf-8")
+
+
+def test_the_sizes_of_the_families_in_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = page.Page(common.RESULTS).found
+    experiments = ("tables_1_2", "shift", "adapters", "language")
+    runs = [zoo.KINDS[kind].n for name in experiments for kind in found[name]["results"]]
+    assert f"fine-tuned {min(runs)} to {max(runs)} times" in readme
+    said = re.findall(r"([\d.,]+)( million)? parameters", page.Page(common.RESULTS).text())
+    sizes = [float(n.replace(",", "")) * (1e6 if million else 1) for n, million in said]
+    assert (min(sizes), max(sizes)) == (57_000, 22e6)
+    assert "one network of 57,000 to 22 million parameters" in readme
+    assert round(sum(p.numel() for p in SmallResNet().parameters()), -3) == min(sizes)
 
 
 def test_verdicts_and_statements():
