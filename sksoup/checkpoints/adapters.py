@@ -19,7 +19,7 @@ from .base_model import EMBEDDING, TRANSPOSED, BaseModel
 from .in_memory import MemoryCheckpoint, content_sha256
 from .low_rank import Factors, LowRankCheckpoint, ReadFactors, widened
 from .peft_config import CONFIG, PeftConfig
-from .protocol import Checkpoint, Entry, Read, TensorInfo, is_soup, same_bits
+from .protocol import Checkpoint, Entry, Read, TensorInfo, same_bits
 from .sources import open_checkpoint
 
 DOUBLES = re.compile(r"\.(original_module|modules_to_save)\.")
@@ -50,7 +50,7 @@ class AdapterCheckpoint(LowRankCheckpoint):
         self._whole: dict[str, str] = {}  # tensor of the base -> PEFT's name
         self._copies: dict[str, str] = {}  # copies of the base's values of a tensor with factors
         self._read_names()
-        self.is_soup = is_soup(stored) or (path is not None and (path / "recipe.json").is_file())
+        self.is_soup = path is not None and (path / "recipe.json").is_file()
         self.ranks = {name: pair.rank for name, pair in self._factors.items()}
         self.whole = frozenset(self._whole)
         own = {name: stored.header[inner] for name, inner in self._whole.items()}

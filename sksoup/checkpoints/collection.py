@@ -528,7 +528,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         soups : list of str
             Names of the files and folders that contain a recipe, or have one beside them.
         """
-        return [n for n, e in self._entries.items() if getattr(e.checkpoint, "is_soup", False)]
+        return [name for name, entry in self._entries.items() if entry.is_soup]
 
     def relations(self, names: Iterable[str]) -> Relations:
         """Compare those of these checkpoints that were read, by a sample of each matrix.

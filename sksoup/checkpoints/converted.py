@@ -23,7 +23,7 @@ from .hub import HubModule, hub_folder
 from .in_memory import content_sha256
 from .low_rank import LowRankCheckpoint
 from .prefixes import prefixes_of
-from .protocol import Checkpoint, Entry, Read, TensorInfo, is_soup
+from .protocol import Checkpoint, Entry, Read, TensorInfo
 from .sources import open_checkpoint
 
 # characters of a name; matching takes quadratic time, and usual names have about 100
@@ -66,7 +66,7 @@ class ConvertedCheckpoint(Checkpoint):
         self.entry = entry
         self.header = plan.header
         self.path, self.key = entry.checkpoint.path, entry.checkpoint.key
-        self.is_soup = is_soup(entry.checkpoint)
+        self.is_soup = entry.is_soup
         self._origins = plan.origins
         self._is_computed = any(isinstance(origin, Conversion) for origin in self._origins.values())
         self._network = network if self._is_computed else None

@@ -13,7 +13,7 @@ import torch
 
 from ..runtime.fingerprint import tensor_bytes
 from ..tables import Table, notebook_html, shortened
-from .relations import Relations
+from .relations import UNRELATED, Relations
 from .survey import Openable, Survey, judge, judge_soups, listed, remedy, survey, usable
 
 HEADER, LEFT = ("name", "norm", "distance", "cosine", "score", ""), (0, 5)
@@ -237,13 +237,14 @@ def _soups(collection: Openable) -> tuple[str, ...]:
 
 def _new_heads(found: Survey, names: Sequence[str], relations: Relations) -> tuple[str, ...]:
     """A remark if a few matrices of related checkpoints have little in common, such as a head."""
-    tensors = found.unrelated_tensors(names, found.matrices)
-    if relations.unrelated or not tensors or 2 * len(tensors) > len(found.matrices):
+    cosines = found.matrix_cosines(names)
+    low = [tensor for tensor, cosine in cosines.items() if cosine < UNRELATED]
+    if relations.unrelated or not low or 2 * len(low) > len(cosines):
         return ()
-    name, cosine = next(iter(tensors.items()))
-    more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+    more = f" and {len(low) - 1} more" if len(low) > 1 else ""
     return (
-        f"But the values of {name!r}{more} have little in common (median cosine {cosine:.2f}): if "
+        f"But the values of {low[0]!r}{more} have little in common (mean cosine "
+        f"{cosines[low[0]]:.2f}): if "
         f"each run began with a random head of its own, the runs do not mix. Save one start with "
         f"its head, and begin every run from it.",
     )

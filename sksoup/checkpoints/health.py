@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .relations import LEAST, UNRELATED, Relations, median_cosines, relate
+from .relations import LEAST, Relations, mean_cosine, relate
 
 SAMPLE = 256  # numbers sampled from each tensor
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples are evenly spread, whatever the row length
@@ -86,22 +86,10 @@ class Health:
         largest = {t: np.array([self._largest[name][t] for name in read]) for t in shared}
         return relate(read, points, largest, least)
 
-    @property
-    def matrices(self) -> list[str]:
-        """Names of the matrices that were read."""
-        return [tensor for tensor, is_matrix in self._is_matrix.items() if is_matrix]
-
-    def unrelated_tensors(self, names: Sequence[str], tensors: Iterable[str]) -> dict[str, float]:
-        """Matrices whose values in different checkpoints have little in common: median cosines."""
-        found = {}
-        for tensor in tensors:
-            if not self._is_matrix.get(tensor) or len(names) < 2:
-                continue
-            points = self._points(names, [tensor])
-            cosine = float(np.median(median_cosines(points))) if points.size else 1.0
-            if cosine < UNRELATED:
-                found[tensor] = cosine
-        return found
+    def matrix_cosines(self, names: Sequence[str]) -> dict[str, float]:
+        """Mean cosine between two checkpoints, for every matrix that was read."""
+        matrices = [tensor for tensor, is_matrix in self._is_matrix.items() if is_matrix]
+        return {tensor: mean_cosine(self._points(names, [tensor])) for tensor in matrices}
 
     def _points(self, names: Sequence[str], tensors: Sequence[str]) -> NDArray[np.float64]:
         """(K, n): the samples of those of these tensors that differ."""

@@ -55,11 +55,6 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(as_integers), b.contiguous().view(as_integers))
 
 
-def is_soup(checkpoint: Any) -> bool:
-    """Whether sksoup wrote a checkpoint, with its recipe, as far as its class can tell."""
-    return bool(getattr(checkpoint, "is_soup", False))
-
-
 def is_text(name: str) -> bool:
     """Whether a name can be encoded as UTF-8, that is, has no unpaired surrogates."""
     try:
@@ -120,11 +115,13 @@ class Entry:
     prefix: str = ""
     is_given: bool = False  # whether the user passed the prefix
     header: Mapping[str, TensorInfo] = field(init=False, repr=False)
+    is_soup: bool = field(init=False, repr=False)  # whether sksoup wrote it, with a recipe
 
     def __post_init__(self) -> None:
         n, header = len(self.prefix), self.checkpoint.header
         stripped = {name[n:]: i for name, i in header.items() if name.startswith(self.prefix)}
         object.__setattr__(self, "header", stripped if n else header)
+        object.__setattr__(self, "is_soup", getattr(self.checkpoint, "is_soup", False))
 
     def __repr__(self) -> str:
         return repr(self.checkpoint)

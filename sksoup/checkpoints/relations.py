@@ -87,6 +87,17 @@ def median_cosines(points: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate(found)
 
 
+def mean_cosine(points: NDArray[np.float64]) -> float:
+    """Mean cosine of all pairs of rows (K, n), in time K n; 1 for equal rows, which have n = 0."""
+    K, n = points.shape
+    if K < 2 or not n:
+        return 1.0
+    lengths = np.linalg.norm(points, axis=1, keepdims=True)
+    unit = points / np.where(lengths > 0, lengths, 1)
+    total = unit.sum(axis=0)
+    return float((total @ total - (unit * unit).sum()) / (K * (K - 1)))
+
+
 def _medians(
     cosines: NDArray[np.float64], both_zero: NDArray[np.bool_], first: int
 ) -> NDArray[np.float64]:

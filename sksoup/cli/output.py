@@ -57,7 +57,7 @@ def check_output(options: argparse.Namespace) -> None:
 def check_not_input(output: Path, recipe: Recipe, collection: CheckpointCollection) -> None:
     """Refuse to replace a checkpoint that is mixed."""
     mixed = [one.name for one in recipe.ingredients if one.name in collection]
-    refuse_inputs(output, [path for path in map(collection.path, mixed) if path])
+    refuse_inputs(output, collection, mixed)
 
 
 def write_mix(options: argparse.Namespace, recipe: Recipe, collection: CheckpointCollection) -> str:
@@ -100,7 +100,7 @@ def write_soup(output: Path, soup: Any, tokenizer: Any) -> None:
     """Write a fitted soup, with the tokenizer that its texts were read by."""
     collection: CheckpointCollection = soup.checkpoints_
     paths = [path for path in map(collection.path, collection) if path is not None]
-    refuse_inputs(output, paths)
+    refuse_inputs(output, collection, collection)
     if output.suffix == ".safetensors":
         soup.save(output)
     elif collection.adapters(collection.names) or any(map(hub_folder, paths)):

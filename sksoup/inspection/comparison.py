@@ -252,6 +252,7 @@ def compare_soups(
     given = recipes or {**paper_systems(len(checkpoints)), **centered_systems(len(checkpoints))}
     reference = next((n for n, soup in given.items() if isinstance(soup, BestCheckpoint)), None)
     n_val = _n_rows(X_val, y_val)
+    data = sum(int(part.nbytes) for part in _parts(X_val, y_val)) if measure_memory else 0
     results: dict[str, SoupResult] = {}
     soups: dict[str, BaseSoup] = {}
     best: dict[str, PairedScore] | None = None
@@ -270,7 +271,7 @@ def compare_soups(
                     result, **differences([fit.tests for fit in fits], best, shares_labels)
                 )
             if measure_memory:
-                memory_used = _extra_memory(ranked, checkpoints, X_val, y_val)
+                memory_used = _extra_memory(ranked, checkpoints, X_val, y_val, data)
                 result = replace(result, extra_memory=memory_used)
             if "memory" in (params := recipe.get_params(deep=False)):
                 soups[name].set_params(memory=params["memory"])  # the shared one is temporary
@@ -395,7 +396,9 @@ def _parts(X: Any, y: Any) -> Iterator[Any]:
             yield part if isinstance(part, torch.Tensor) else np.asarray(part)
 
 
-def _extra_memory(system: BaseSoup, checkpoints: CheckpointCollection, X: Any, y: Any) -> float:
+def _extra_memory(
+    system: BaseSoup, checkpoints: CheckpointCollection, X: Any, y: Any, data: int
+) -> float:
     """Peak of live tensors in a short fit, without the module and the data, in model sizes."""
     params, short = system.get_params(deep=False), {"memory": None, "max_epochs": 1}
     soup = clone(system).set_params(**{name: short[name] for name in short if name in params})
@@ -403,5 +406,4 @@ def _extra_memory(system: BaseSoup, checkpoints: CheckpointCollection, X: Any, y
         warnings.simplefilter("ignore", SoupWarning)  # the first fit has given them
         soup.fit(checkpoints, X, y)
     module = sum(p.nbytes for p in checkpoints.build_module().parameters())
-    data = sum(int(part.nbytes) for part in _parts(X, y))
     return max(0.0, (live.peak - data - module) / checkpoints.nbytes)

@@ -93,11 +93,14 @@ def paired_score(soup: BaseSoup, scoring: Any, X: Any, y: Any, with_error: bool)
 
 def _log_likelihood(soup: BaseSoup, X: Any, y: Any) -> PairedScore:
     """The mean log-likelihood of labels at several positions of a row, such as tokens."""
-    labels: list[str] = []  # digests of each row's, without those of padding
+    labels: list[NDArray[Any]] = []  # of each minibatch, without those of padding
+    lengths: list[NDArray[np.int64]] = []  # how many of each row
     seen = copy.copy(soup)
 
     def losses_of(logits: torch.Tensor, y: NDArray[Any]) -> Any:
-        labels.extend(fingerprint(row[row != IGNORED]) for row in map(np.asarray, y))
+        is_label = np.asarray(y != IGNORED)
+        labels.append(y[is_label])
+        lengths.append(is_label.reshape(len(y), -1).sum(axis=1))
         return soup._losses(logits, y)
 
     seen.__dict__["_losses"] = losses_of
@@ -107,8 +110,8 @@ def _log_likelihood(soup: BaseSoup, X: Any, y: Any) -> PairedScore:
     if not amount > 0:
         raise ValueError("score needs labels: y leaves out all of them.")
     sums, counts = np.concatenate(losses), np.concatenate(counted)
-    deviations = _deviations(-sums, counts)
-    return PairedScore(-total / amount, len(sums), deviations, labels=fingerprint(labels))
+    digest = fingerprint(np.concatenate(labels), np.concatenate(lengths))
+    return PairedScore(-total / amount, len(sums), _deviations(-sums, counts), labels=digest)
 
 
 def _deviations(sums: NDArray[Any], counts: NDArray[Any]) -> NDArray[np.float64]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.folders import read_metadata
 from ..checkpoints.read import RECIPE_KEY, RECIPE_SUFFIX, TORCH_SUFFIXES
 from ..checkpoints.shards import INDEX
@@ -32,9 +33,10 @@ def check_suffix(path: Path) -> None:
         )
 
 
-def refuse_inputs(output: Path, paths: Iterable[Path]) -> None:
-    """Refuse an output that is one of these files, or one of these folders."""
-    if {output.resolve(), output.resolve().parent} & {path.resolve() for path in paths}:
+def refuse_inputs(output: Path, checkpoints: CheckpointCollection, names: Iterable[str]) -> None:
+    """Refuse an output that is the file, or in the folder, of one of these checkpoints."""
+    paths = {path.resolve() for path in map(checkpoints.path, names) if path is not None}
+    if {output.resolve(), output.resolve().parent} & paths:
         raise FileExistsError(
             f"{str(output)!r} is one of the checkpoints to be mixed. Give another name, or move "
             f"it away first."

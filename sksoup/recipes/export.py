@@ -111,8 +111,7 @@ class ExportMixin:
         check_suffix(Path(path))
         if process_rank():
             return
-        given = map(self.checkpoints_.path, self.checkpoints_)
-        refuse_inputs(Path(path), [checkpoint for checkpoint in given if checkpoint is not None])
+        refuse_inputs(Path(path), self.checkpoints_, self.checkpoints_)
         if card:
             refuse_other_text(Path(path).with_suffix(".md"))
         self.recipe_.save_weights(Path(path), self.state_dict())

@@ -236,5 +236,5 @@ def test_a_random_head_of_each_run_is_named():
     assert "good to mix" in runs(head=False).describe().verdict[-1]
     said = runs(head=True).describe().verdict
     assert "good to mix" in said[-2]
-    assert said[-1].startswith("But the values of 'head.weight' have little in common (median cos")
+    assert said[-1].startswith("But the values of 'head.weight' have little in common (mean cos")
     assert "random head of its own" in said[-1]
