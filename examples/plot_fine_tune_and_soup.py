@@ -85,6 +85,8 @@ plt.scatter([p["lr"] for p in search.cv_results_["params"]], scores, label="cand
 plt.axhline(best.score(X_test, y_test), color="C2", ls=":", label="best candidate, test")
 plt.axhline(search.score(X_test, y_test), color="C1", label="soup, test")
 plt.xscale("log")
+plt.xticks([5e-4, 1e-3, 2e-3, 5e-3], ["0.0005", "0.001", "0.002", "0.005"])
+plt.minorticks_off()
 plt.xlabel("learning rate")
 plt.ylabel("accuracy")
 plt.title("Accuracy of candidates by learning rate, and of their soup")

@@ -66,6 +66,8 @@ for n, style in ((24, "-"), (8, "--")):
             label=f"{n} checkpoints, {'per layer' if layerwise else 'one set'}",
         )
 plt.xscale("log")
+plt.xticks(grid["lr"], grid["lr"])
+plt.minorticks_off()
 plt.xlabel("learning rate of the coefficients")
 plt.ylabel("log loss (cross-validated)")
 plt.title("Cross-validated loss of the soup by learning rate")

@@ -42,7 +42,7 @@ ComparisonDisplay(
     list(recipes),
     held_out=[soup.score(*validation) for soup in recipes.values()],
     test=[soup.score(digits.X_test, digits.y_test) for soup in recipes.values()],
-).plot().ax_.set_title("Validation and test accuracy of three soups")
+).plot().figure_.suptitle("Validation and test accuracy of three soups")
 
 # %%
 # Coefficients
@@ -75,7 +75,7 @@ display.ax_.set_title("Histogram of the coefficients")
 # soup's score; gains within it may be due to chance.
 
 display = GreedyPathDisplay.from_estimator(greedy)
-display.ax_.set_title("Score of each candidate of the greedy search")
+display.figure_.suptitle("Score of each candidate of the greedy search")
 
 # %%
 # Which checkpoints matter
