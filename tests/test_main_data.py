@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -165,6 +166,31 @@ def test_a_test_label_that_validation_data_has_not(folder, capsys):
         "'other.csv', line 2, column 'species': got the label 'cow', expected one of 'cat'" in said
     )
     assert "as in the validation data 'table.csv'" in said
+
+
+def test_validation_data_that_are_also_test_data_are_warned_of(folder, capsys):
+    os.link("table.csv", "same.csv")
+    for name in ("table.csv", "./table.csv", "same.csv"):
+        assert main([*TABLE.split(), "--force", "--test", name]) == 0
+        assert f"--test {name!r} is the file of --data" in capsys.readouterr().err
+    shutil.copy("table.csv", "other.csv")
+    assert main([*TABLE.split(), "--force", "--test", "other.csv"]) == 0
+    assert "is the file of --data" not in capsys.readouterr().err
+    Path("out.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("labels", "line", "got"),
+    [((0, "x", 1), 3, "'x'"), ((1, "01", 0), 3, "'01'"), ((2**60, 1, 0), 2, repr(str(2**60)))],
+)
+def test_a_test_label_that_is_no_integer_as_the_others_are(folder, capsys, labels, line, got):
+    rows = [(*cells, k % 3) for k, cells in enumerate(np.eye(4)[[0, 1, 2, 3, 0, 1]].tolist())]
+    write_csv(folder / "valid.csv", ("a", "b", "c", "d", "label"), rows)
+    write_csv(folder / "odd.csv", ("a", "b", "c", "d", "label"), [(1, 2, 3, 4, y) for y in labels])
+    assert main([*NETS.split(), "valid.csv", "--label", "label", "--test", "odd.csv"]) == 2
+    said = capsys.readouterr().err
+    assert f"'odd.csv', line {line}, column 'label': got the label {got}, expected an int" in said
+    assert not Path("out.safetensors").exists()
 
 
 def test_a_table_of_a_spreadsheet_gives_what_python_gives(folder, capsys):

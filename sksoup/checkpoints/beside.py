@@ -18,6 +18,7 @@ LOADED = (
     "weights.npz",
 )  # fmt: skip
 MARKS = ("config.json", MODULES, CONFIG)  # files that mark a folder as a model
+BACKENDS = ("onnx", "openvino")  # folders in which other runtimes look for weights
 
 
 def other_weights(path: Path, ingredients: Sequence[Path]) -> Iterator[str]:
@@ -35,6 +36,9 @@ def other_weights(path: Path, ingredients: Sequence[Path]) -> Iterator[str]:
     for one in sorted(folder.iterdir()):
         if _may_be_loaded(one) and one.name not in opened:
             yield one.name
+    for one in (path for name in BACKENDS for path in module_files(folder / name)):
+        if _may_be_loaded(one):
+            yield str(one.relative_to(folder))
     listed = {one: module_folders(one) for one in ingredients}
     for module in module_folders(folder):
         refuse_other_weights(module)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +15,11 @@ from numpy.typing import NDArray
 
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.hub_config import output_labels
+from ..exceptions import SoupWarning
 from .files import DataFile, listed, read_file
 from .tokenizer import find_tokenizer, first_config, tokenize
 
+INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
 MULTIPLE = ("regression", "multilabel")  # tasks with several targets per example
 
 
@@ -35,6 +39,7 @@ def load_data(
     _check_options(options)
     files = [read_file(Path(options.data), options.delimiter)]
     if options.test is not None:
+        _warn_of_one_file(options)
         files.append(read_file(Path(options.test), options.delimiter))
     targets = [_targets(file, options) for file in files]
     classes = None
@@ -76,6 +81,18 @@ def _check_options(options: argparse.Namespace) -> None:
         )
     if options.classes and options.task != "classification":
         raise ValueError(f"--classes is for --task classification, got --task {options.task}.")
+
+
+def _warn_of_one_file(options: argparse.Namespace) -> None:
+    """Warn if the validation data are also the test data."""
+    data, test = Path(options.data), Path(options.test)
+    if data.exists() and test.exists() and data.samefile(test):
+        warnings.warn(
+            f"--test {options.test!r} is the file of --data, on which the soup is chosen, so its "
+            f"score is optimistic. Give examples that are not in --data.",
+            SoupWarning,
+            stacklevel=2,
+        )
 
 
 def _label_names(file: DataFile, options: argparse.Namespace) -> list[str]:
@@ -139,6 +156,7 @@ def _check_classes(
             f"{str(files[0].path)!r}: all {len(y)} labels in {label!r} are {distinct[0]!r}, "
             f"expected two or more different ones."
         )
+    _check_kinds(files, targets, label)
     classes = _parsed_classes(options.classes, y)
     known, source = (classes, "--classes") if classes else (names, source)
     are_texts = all(isinstance(one, str) for one in distinct)
@@ -155,6 +173,19 @@ def _check_classes(
                     f"order of the model's outputs: --classes A B ..."
                 )
     return classes
+
+
+def _check_kinds(files: Sequence[DataFile], targets: Sequence[NDArray[Any]], label: str) -> None:
+    """Refuse test labels that are texts where those of the validation data are integers."""
+    if len(files) == 1 or targets[0].dtype.kind not in "iu" or targets[1].dtype.kind != "U":
+        return
+    texts = targets[1].tolist()
+    odd = next((k for k, text in enumerate(texts) if not INTEGER.fullmatch(text.strip())), 0)
+    raise ValueError(
+        f"{files[1].where(odd, label)}: got the label {texts[odd]!r}, expected an integer, as in "
+        f"the validation data {str(files[0].path)!r}. Correct it, and write each integer in one "
+        f"way: 1, not 01."
+    )
 
 
 def _parsed_classes(given: Sequence[str] | None, y: NDArray[Any]) -> list[Any] | None:

@@ -199,6 +199,15 @@ def test_other_weights_in_the_folder_are_named(parts, capsys, name):
         assert repr(name) in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["onnx/model.onnx", "openvino/openvino_model.bin"])
+def test_weights_of_other_runtimes_in_the_folder_are_named(parts, name):
+    folder, recipe, ckpts = parts
+    (folder / name).parent.mkdir()
+    (folder / name).write_bytes(b"weights")
+    (folder / name).with_suffix(".json").write_text("{}")
+    assert recipe.verify(folder, ckpts).beside == (name,)
+
+
 def test_an_index_beside_a_file_that_is_preferred_to_it(parts):
     folder, recipe, ckpts = parts
     shard = "model-00001-of-00001.safetensors"
