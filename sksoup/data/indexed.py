@@ -10,7 +10,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    default_collate,
+)
 
 from ..runtime.fingerprint import tensor_bytes
 from ..runtime.random_state import preserved_random_state
@@ -43,8 +50,29 @@ def as_loader(X: Any) -> DataLoader[Any]:
     if isinstance(X, np.memmap):
         return DataLoader(ArrayRows(X), batch_size=ROWS, collate_fn=torch.as_tensor)
     if hasattr(X, "with_format"):  # datasets.Dataset
-        X = X.with_format("torch")
+        return _hub_loader(X)
     return DataLoader(X, batch_size=ROWS, shuffle=False)
+
+
+def _hub_loader(X: Any) -> DataLoader[Any]:
+    """A loader of a datasets.Dataset: its own transform and choice of columns are kept."""
+    own = getattr(X, "format", {})
+    if own.get("type") == "custom":  # set_transform
+        return DataLoader(X, batch_size=ROWS, collate_fn=_collate)
+    chosen = {name: own[name] for name in ("columns", "output_all_columns") if name in own}
+    if own.get("type") != "torch":  # whose options, such as a dtype, are kept
+        X = X.with_format("torch", **chosen)
+    return DataLoader(X, batch_size=ROWS, shuffle=False)
+
+
+def _collate(rows: list[dict[str, Any]]) -> Any:
+    """A batch of rows in which tensors may still be lists, as tokenizers return them."""
+    return default_collate(
+        [
+            {name: np.array(part) if isinstance(part, list) else part for name, part in row.items()}
+            for row in rows
+        ]
+    )
 
 
 def can_be_read_again(loader: DataLoader[Any]) -> bool:

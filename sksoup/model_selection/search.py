@@ -58,9 +58,9 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         weights. If the net is fitted, fine-tuning starts from its weights. Any other estimator that
         has ``module_`` after ``fit`` is fitted as it is; an error is raised if its candidates do
         not start from the same weights. Classifiers must return logits
-        (``criterion=nn.CrossEntropyLoss``). A pipeline is not accepted, because the rows must be
-        preprocessed in the same way for all candidates; make the search the last step of a pipeline
-        instead.
+        (``criterion=nn.CrossEntropyLoss``, or ``NeuralNetBinaryClassifier`` for one logit). A
+        pipeline is not accepted, because the rows must be preprocessed in the same way for all
+        candidates; make the search the last step of a pipeline instead.
     param_distributions : dict or list of dict
         As for ``sklearn.model_selection.ParameterSampler``.
     soup : estimator or None, default=None
@@ -173,7 +173,7 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
     save_dir: str | os.PathLike[str] | None = None
     verbose: int = 0
 
-    def fit(self, X: Any, y: Any = None, *, sample_weight: Any = None) -> Self:
+    def fit(self, X: Any, y: Any = None, *, sample_weight: Any = None, groups: Any = None) -> Self:
         """Fine-tune the candidates and mix them.
 
         Parameters
@@ -187,6 +187,9 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
             Weights of the rows. Those of the held-out rows are used for the scores and the soup;
             the others for training if the estimator's ``fit`` accepts them, which skorch nets do
             not.
+        groups : array-like of shape (n_samples,) or None, default=None
+            Groups of the rows, such as patients, for a ``cv`` that keeps each group in one part,
+            such as ``GroupShuffleSplit``.
 
         Returns
         -------
@@ -207,7 +210,7 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         rng = np.random.RandomState(seed)
         params = list(ParameterSampler(self.param_distributions, self.n_iter, random_state=rng))
         seeds = rng.randint(2**31 - 1, size=len(params))
-        train, held_out = self._split(y, rng)
+        train, held_out = self._split(y, groups, rng)
         parts = [
             map_inputs(itemgetter(rows), values) for rows in (train, held_out) for values in (X, y)
         ]
@@ -220,7 +223,10 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
             )
             trial.fit(*parts[2:])
             if soup.task == "classification":  # nets need labels as indices of their outputs
-                rows[1::2] = [_indices(labels, trial) for labels in parts[1::2]]
+                found = [_indices(labels, trial) for labels in parts[1::2]]
+                # the loss of one logit needs them in the dtype of the logits
+                is_binary = trial.outputs_.one_logit
+                rows[1::2] = [labels.astype(dtype) if is_binary else labels for labels in found]
         if folder is not None:
             data = [*parts, *(weights or ())]
             claim(folder, make_manifest(self.estimator, self.scoring, seed, params, start, data))
@@ -274,14 +280,14 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         return int(check_random_state(self.random_state).randint(2**31 - 1))
 
     def _split(
-        self, y: NDArray[Any], rng: np.random.RandomState
+        self, y: NDArray[Any], groups: Any, rng: np.random.RandomState
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         if self.cv is None:
             kind = StratifiedShuffleSplit if is_classifier(self.estimator) else ShuffleSplit
             cv = kind(n_splits=1, test_size=0.2, random_state=rng.randint(2**31 - 1))
         else:
             cv = check_cv(self.cv, y, classifier=is_classifier(self.estimator))
-        train, held_out = next(iter(cv.split(np.zeros((len(y), 1)), y)))
+        train, held_out = next(iter(cv.split(np.zeros((len(y), 1)), y, groups)))
         return train, held_out
 
     def _keep_results(

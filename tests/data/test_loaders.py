@@ -368,6 +368,34 @@ class Ragged(Named):
         return {"x": torch.ones(3 + k % 2), "label": torch.tensor(0)}
 
 
+@pytest.mark.parametrize("kind", ["lists", "tensors", "columns", "numpy", "torch", "plain"])
+def test_a_data_set_of_the_hub_keeps_its_transform_and_its_columns(zoo: Zoo, kind):
+    least, most = zoo.X.min(), zoo.X.max()
+    stored = np.round(255 * (zoo.X - least) / (most - least)).astype(np.int64)
+    X = (stored / 255 * (most - least) + least).astype(np.float32)
+
+    def transform(batch):  # as the processor of a model does it
+        rows = np.array(batch["pixels"]) / 255 * (most - least) + least
+        rows = rows.astype(np.float32)
+        return {"x": rows.tolist() if kind == "lists" else torch.tensor(rows), "label": batch["y"]}
+
+    if kind in ("lists", "tensors"):
+        rows = datasets.Dataset.from_dict({"pixels": stored.tolist(), "y": zoo.y.tolist()})
+        rows.set_transform(transform)
+    else:
+        columns = {"x": X.tolist(), "label": zoo.y.tolist(), "path": ["a.png"] * len(X)}
+        rows = datasets.Dataset.from_dict(columns)
+        used = {} if kind == "plain" else {"columns": ["x", "label"]}
+        rows = rows.with_format(None if kind in ("plain", "columns") else kind, **used)
+        rows = rows.remove_columns("path") if kind == "plain" else rows
+    checkpoints = zoo.checkpoints
+    plain = GreedySoup().fit(checkpoints, {"x": X}, zoo.y)
+    soup = GreedySoup().fit(checkpoints, rows)
+    assert soup.individual_scores_ == plain.individual_scores_
+    assert soup.score(rows) == plain.score({"x": X}, zoo.y)
+    assert np.array_equal(soup.predict(rows), plain.predict({"x": X}))
+
+
 def test_rows_of_several_lengths(zoo: Zoo):
     hub = datasets.Dataset.from_dict({"x": [[1.0, 2.0, 3.0], [1.0, 2.0]], "label": [0, 1]})
     for X in (Ragged(zoo.X, zoo.y), DataLoader(Ragged(zoo.X, zoo.y), batch_size=4), hub):

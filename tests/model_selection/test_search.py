@@ -11,10 +11,10 @@ import sklearn
 import torch
 from sklearn.base import clone, is_classifier, is_regressor
 from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import cross_val_score, cross_validate
+from sklearn.model_selection import GroupShuffleSplit, cross_val_score, cross_validate
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
-from skorch import NeuralNetClassifier, NeuralNetRegressor
+from skorch import NeuralNetBinaryClassifier, NeuralNetClassifier, NeuralNetRegressor
 from skorch.callbacks import Callback
 from torch import nn
 
@@ -196,6 +196,33 @@ def test_weights_of_rows_are_routed(zoo: Zoo):
     assert np.isfinite(scores["test_score"]).all()
     plain = clone(search).fit(zoo.X, zoo.y, sample_weight=weight)
     assert np.array_equal(pipe[1].soup_.coef_, plain.soup_.coef_)
+
+
+def test_groups_are_kept_in_one_part(zoo: Zoo):
+    groups = np.arange(60) // 6
+    cv = GroupShuffleSplit(n_splits=1, test_size=0.3, random_state=0)
+    search = search_of(cv=cv, n_iter=2).fit(zoo.X, zoo.y, groups=groups)
+    parts = list(cv.split(zoo.X, zoo.y, groups))
+    plain = search_of(cv=parts, n_iter=2).fit(zoo.X, zoo.y)
+    assert search.checkpoints_.scores == plain.checkpoints_.scores
+    with pytest.raises(ValueError, match="'groups' parameter should not be None"):
+        search_of(cv=cv, n_iter=2).fit(zoo.X, zoo.y)
+
+
+@pytest.mark.parametrize("labels", [np.float32, np.int64, bool, str])
+@pytest.mark.parametrize("scoring", [None, "roc_auc"])
+def test_a_net_with_one_logit(zoo: Zoo, labels, scoring):
+    torch.manual_seed(0)
+    net = NeuralNetBinaryClassifier(
+        nn.Linear(4, 1), max_epochs=50, lr=0.5, train_split=None, verbose=0
+    )
+    y = (zoo.X[:, 0] > 0).astype(np.int64)
+    own = np.array(["no", "yes"])[y] if labels is str else y.astype(labels)
+    search = SoupSearchCV(net, {"lr": [0.3, 0.5]}, n_iter=2, random_state=0, scoring=scoring)
+    search.fit(zoo.X, own)
+    assert search.score(zoo.X, own) > 0.9
+    assert set(search.predict(zoo.X)) == set(own)
+    assert search.cv_results_["error"] == [None] * 2
 
 
 def test_a_score_without_weights_is_refused_before_training(zoo: Zoo):
