@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import shutil
 import sys
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from sklearn.metrics import f1_score, roc_auc_score
 
@@ -18,7 +23,7 @@ from sksoup import BestCheckpoint, CheckpointCollection, GreedySoup, MEHLSoup, R
 from sksoup.__main__ import main
 from sksoup.cli.files import read_file
 
-from .command_zoo import make_folder, write_csv
+from .command_zoo import make_folder, texts, write_csv
 from .zoo import Net, same_tensors
 
 
@@ -72,7 +77,7 @@ TABLE = f"{NETS} table.csv --label species"
         (f"{NETS} val.npz --classes cat dog owl", "expected integers, as the labels in the data"),
         (f"{TEXTS} val.csv --inputs text", "--text and --inputs can't be given together"),
         (f"{TEXTS} val.csv --tokenizer nets", "There is no tokenizer in 'nets'"),
-        (f"{TEXTS} val.csv --task language-modeling", "needs --text COLUMN and no --label"),
+        (f"{TEXTS} val.csv --task language-modeling", "needs one --text COLUMN and no --label"),
         ("average runs -o out --weights 0.5 0.5",
          "--weights has 2 numbers, expected 3. One number per checkpoint is needed, in this "
          "order: 'ft0', 'ft1', 'ft2'."),
@@ -116,7 +121,7 @@ def test_errors_name_what_is_wrong_and_nothing_is_written(folder, capsys, line, 
         (b"text,label\na, b,negative\n", "line 2: got 3 cells, expected 2"),
         (b'text,label\n"a "b" c",negative\n', "line 2: ',' expected after '\"'"),
         (b'text,label\n"a,negative\n', "line 2: unexpected end of data"),
-        (b"text,text\na,negative\n", "has the column 'text' twice"),
+        (b"text,text\na,negative\n", "has the column 'text' more than once"),
         (b"text;label\na;negative\n", "separated by another character, give --delimiter"),
         (b"text,label\n\xe4,negative\n", "is not UTF-8: byte 11 is 0xe4"),
         (b"label\nnegative\npositive\n", "has no column 'text': expected one of 'label'"),
@@ -158,6 +163,66 @@ def test_arrays_that_are_wrong(tmp_path):
         read_file(tmp_path / "a.npz")
 
 
+def _member(header: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
+def _flip(content: bytes) -> bytes:
+    """Bits flipped in the compressed data."""
+    return content[:60] + bytes(byte ^ 0x5A for byte in content[60:110]) + content[110:]
+
+
+def test_archives_that_are_damaged(tmp_path):
+    X = np.random.default_rng(0).normal(size=(40, 3))
+    np.savez_compressed(tmp_path / "good.npz", X=X)
+    good = (tmp_path / "good.npz").read_bytes()
+    entry = good.index(b"PK\x01\x02")
+    huge = "{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000000, 3)}\n"
+    stored = io.BytesIO()
+    np.save(stored, X)
+    contents = [
+        _flip(good),
+        good[: entry + 8] + b"\1\0\x63" + good[entry + 11 :],
+        stored.getvalue(),
+    ]
+    for header in (huge, "{'shape': ((((\n", "\n"):
+        zipped = io.BytesIO()
+        with zipfile.ZipFile(zipped, "w") as file:
+            file.writestr("X.npy", _member(header))
+        contents.append(zipped.getvalue())
+    for content in contents:
+        (tmp_path / "bad.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"bad.npz' can't be read: expected an \.npz file"):
+            read_file(tmp_path / "bad.npz")
+    with zipfile.ZipFile(tmp_path / "good.npz", "a") as file:
+        file.writestr("README", "of the data")
+    assert list(read_file(tmp_path / "good.npz").parts) == ["X"]
+
+
+@pytest.mark.parametrize("dtype", ["S1", "c8", "V4", "M8[D]", [("a", "f8")]])
+def test_arrays_that_are_no_numbers(tmp_path, dtype):
+    np.savez(tmp_path / "a.npz", X=np.zeros(4, dtype), text=np.array(["a"] * 4))
+    file = read_file(tmp_path / "a.npz")
+    for read in (file.numbers, file.labels, file.texts):
+        with pytest.raises(ValueError, match=r"a\.npz': the array 'X' has dtype .*, expected"):
+            read("X")
+    with pytest.raises(ValueError, match="the array 'text' has dtype <U1, expected numbers"):
+        file.numbers("text")
+
+
+def test_tables_with_many_columns_and_long_texts(tmp_path):
+    names = [f"gene{k}" for k in range(100_000)]
+    write_csv(tmp_path / "wide.csv", tuple(names), [range(100_000)])
+    begin = time.perf_counter()
+    assert list(read_file(tmp_path / "wide.csv").parts) == names
+    assert time.perf_counter() - begin < 20  # 75 seconds where it grows with their square
+    text = "a soup " * 100_000
+    write_csv(tmp_path / "long.csv", ("text",), [(text,)])
+    before = csv.field_size_limit()
+    assert read_file(tmp_path / "long.csv").texts("text") == [text]
+    assert csv.field_size_limit() == before
+
+
 def test_a_test_label_that_validation_data_has_not(folder, capsys):
     write_csv(folder / "other.csv", ("a", "b", "c", "d", "species"), [(1, 2, 3, 4, "cow")])
     assert main([*TABLE.split(), "--test", "other.csv"]) == 2
@@ -166,6 +231,32 @@ def test_a_test_label_that_validation_data_has_not(folder, capsys):
         "'other.csv', line 2, column 'species': got the label 'cow', expected one of 'cat'" in said
     )
     assert "as in the validation data 'table.csv'" in said
+
+
+def test_pairs_of_texts(folder, capsys):
+    ones, others = ([text for text, _ in texts(30, seed)] for seed in (1, 2))
+    labels = [label for _, label in texts(30, seed=1)]
+    write_csv(
+        folder / "pairs.csv", ("one", "other", "label"), zip(ones, others, labels, strict=True)
+    )
+    line = "mehl runs --data pairs.csv --label label --text one --text other --seed 0 --epochs 2"
+    assert main([*line.split(), "-o", "pairs.safetensors"]) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained("runs/ft0")
+    pairs = dict(tokenizer(ones, others, padding=True, return_tensors="np"))
+    assert pairs["token_type_ids"].any()
+    runs = CheckpointCollection.from_path("runs")
+    soup = MEHLSoup(max_epochs=2, random_state=0).fit(runs, pairs, labels)
+    assert np.array_equal(Recipe.load("pairs.safetensors").coef, soup.recipe_.coef)
+    line = f"{TEXTS} pairs.csv --text one --text other"
+    assert main(line.split()) == 2
+    assert "--text was given 3 times, expected once, or twice for pairs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--data", "--test"])
+def test_a_file_that_is_given_twice(folder, capsys, option):
+    with pytest.raises(SystemExit):
+        main([*TABLE.split(), "--test", "table.csv", option, "other.csv"])
+    assert f"argument {option}: given twice, expected one file" in capsys.readouterr().err
 
 
 def test_validation_data_that_are_also_test_data_are_warned_of(folder, capsys):

@@ -49,7 +49,7 @@ def load_data(
         classes = _check_classes(options, files, targets, names, repr(str(source)))
     tokenizer = None
     if options.text is not None:
-        texts = [file.texts(options.text) for file in files]
+        texts = [[file.texts(name) for name in options.text] for file in files]
         tokenizer = find_tokenizer(collection, options.tokenizer)
         inputs = [tokenize(tokenizer, part, options.max_length, collection) for part in texts]
     else:
@@ -67,10 +67,15 @@ def load_data(
 def _check_options(options: argparse.Namespace) -> None:
     """Refuse options that contradict each other."""
     is_text_task = options.task == "language-modeling"
-    if is_text_task and (options.text is None or options.label):
+    if is_text_task and (options.text is None or len(options.text) > 1 or options.label):
         raise ValueError(
-            "--task language-modeling needs --text COLUMN and no --label: the labels are the next "
-            "tokens of the texts."
+            "--task language-modeling needs one --text COLUMN and no --label: the labels are the "
+            "next tokens of the texts."
+        )
+    if len(options.text or ()) > 2:
+        raise ValueError(
+            f"--text was given {len(options.text)} times, expected once, or twice for pairs of "
+            f"texts."
         )
     if options.text is not None and options.inputs:
         raise ValueError("--text and --inputs can't be given together: the texts are the inputs.")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import difflib
 import math
-import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*DELIMITERS, ".npz")
+LONGEST = 2**31 - 1  # characters in a cell: the largest limit on every platform
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class DataFile:
     def numbers(self, name: str) -> NDArray[Any]:
         """A column or an array as finite numbers."""
         if not self.is_table:
-            return self._checked(name)
+            return self._checked(name, "numbers", "biuf")
         cells: list[str] = self[name]
         found = np.array([_number(cell) for cell in cells], dtype=np.float64)
         if not np.isfinite(found).all():
@@ -90,7 +92,7 @@ class DataFile:
         If both "01" and "1" occur they are different labels, so that all are texts.
         """
         if not self.is_table:
-            return self._checked(name)
+            return self._checked(name, "numbers or texts", "biufU")
         cells = self.texts(name)
         numbers = np.array([_number(cell) for cell in cells])
         with np.errstate(invalid="ignore"):  # also 1.0, as tables with missing values write it
@@ -101,9 +103,13 @@ class DataFile:
                 return numbers.astype(np.int64)
         return np.array(cells)
 
-    def _checked(self, name: str) -> NDArray[Any]:
-        """An array without NaN or infinite values."""
+    def _checked(self, name: str, what: str, kinds: str) -> NDArray[Any]:
+        """An array of some kinds of dtypes, without NaN or infinite values."""
         found: NDArray[Any] = self[name]
+        if found.dtype.kind not in kinds:
+            raise ValueError(
+                f"{str(self.path)!r}: the array {name!r} has dtype {found.dtype}, expected {what}."
+            )
         if found.dtype.kind == "f" and not np.isfinite(found).all():
             finite = np.isfinite(found).reshape(len(found), -1).all(axis=1)
             index = int(np.flatnonzero(~finite)[0])
@@ -151,12 +157,23 @@ def _read_table(path: Path, suffix: str, delimiter: str | None) -> DataFile:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=separator, strict=True)
-            return _collect(path, reader)
+            with _long_cells():
+                return _collect(path, reader)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{str(path)!r} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}. "
             f"Save the table as UTF-8 (in a spreadsheet: 'CSV UTF-8')."
         ) from error
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """Temporarily read cells of any length: some texts are longer than csv's limit."""
+    before = csv.field_size_limit(LONGEST)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _collect(path: Path, reader: Any) -> DataFile:
@@ -190,11 +207,11 @@ def _collect(path: Path, reader: Any) -> DataFile:
 
 def _checked_header(path: Path, cells: list[str]) -> list[str]:
     names = [cell.strip() for cell in cells]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
         raise ValueError(
-            f"{str(path)!r} has the column {twice[0]!r} twice in its first line, which holds the "
-            f"names of the columns. Give each column another name."
+            f"{str(path)!r} has the column {name!r} more than once in its first line, which holds "
+            f"the names of the columns. Give each column another name."
         )
     return names
 
@@ -202,13 +219,15 @@ def _checked_header(path: Path, cells: list[str]) -> list[str]:
 def _read_arrays(path: Path) -> DataFile:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError, KeyError) as error:
+            members = {name: archive[name] for name in archive.files}
+    except Exception as error:  # of any class: of zipfile, zlib, tokenize and numpy
         raise ValueError(
             f"{str(path)!r} can't be read: expected an .npz file of numbers and texts, as "
             f"np.savez(path, X=X, y=y) writes it, without arrays of objects, which would be "
             f"unpickled ({error})."
         ) from error
+    # others are other files in the archive
+    arrays = {name: part for name, part in members.items() if isinstance(part, np.ndarray)}
     rows = {name: len(array) if array.ndim else None for name, array in arrays.items()}
     if len(set(rows.values())) > 1 or None in rows.values():
         shapes = ", ".join(f"{name!r} {array.shape}" for name, array in arrays.items())

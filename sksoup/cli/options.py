@@ -58,16 +58,27 @@ def report(parser: Parser) -> None:
     group.add_argument("--json", action="store_true", help="print JSON, errors included")
 
 
+class _Once(argparse.Action):
+    """Store a value; the option may not be repeated, since only the last one would count."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "given twice, expected one file")
+        setattr(namespace, self.dest, values)
+
+
 def data(parser: Parser, needs_test: bool = False) -> None:
     """Validation data and test data."""
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--data", metavar="FILE", required=True,
+        "--data", metavar="FILE", required=True, action=_Once,
         help="validation data: labeled examples not used for training, in a .csv or .tsv file "
         "with a header (UTF-8) or an .npz file of arrays",
     )  # fmt: skip
     group.add_argument(
-        "--test", metavar="FILE", required=needs_test,
+        "--test", metavar="FILE", required=needs_test, action=_Once,
         help="test data in the same form, on which the soup and the best checkpoint are scored",
     )  # fmt: skip
     group.add_argument(
@@ -76,8 +87,10 @@ def data(parser: Parser, needs_test: bool = False) -> None:
         "of a regression or several labels",
     )  # fmt: skip
     group.add_argument(
-        "--text", metavar="NAME", help="column of the texts, for Hugging Face models of text"
-    )
+        "--text", metavar="NAME", action="append",
+        help="column of the texts, for Hugging Face models of text; repeat it for the second text "
+        "of pairs",
+    )  # fmt: skip
     group.add_argument(
         "--inputs", metavar="NAME", action="append",
         help="column or array of the inputs; repeat it for several (default: all columns but the "

@@ -57,13 +57,19 @@ def _load(folder: Path) -> Any:
 
 
 def tokenize(
-    tokenizer: Any, texts: Sequence[str], max_length: int | None, collection: CheckpointCollection
+    tokenizer: Any,
+    texts: Sequence[list[str]],
+    max_length: int | None,
+    collection: CheckpointCollection,
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Inputs of a model: arrays by name, padded to the longest text, cut at ``max_length``."""
+    """Inputs of a model: arrays by name, padded to the longest text, cut at ``max_length``.
+
+    ``texts`` is one column, or two of pairs.
+    """
     most = max_length or min(MOST_TOKENS, tokenizer.model_max_length, _positions(collection))
     if tokenizer.pad_token is None:  # of GPT-2 and others; its positions are masked
         tokenizer.pad_token = tokenizer.eos_token
-    rows = tokenizer(list(texts), padding=True, truncation=True, max_length=most)
+    rows = tokenizer(*texts, padding=True, truncation=True, max_length=most)
     return {name: np.asarray(values) for name, values in rows.items()}
 
 
