@@ -235,7 +235,12 @@ def feed(
 
 
 def called(module: Callable[..., Any], X: Inputs, forward: Forward | None = None) -> Any:
-    """What a module returns, whatever it is."""
+    """What a module returns, whatever it is.
+
+    Within the user's own `torch.autocast`, weights are converted once and kept until it ends, also
+    if other ones are copied into them meanwhile; so what is kept is removed first.
+    """
+    torch.clear_autocast_cache()
     if forward is not None:
         return forward(module, X)
     if isinstance(X, dict):

@@ -1,4 +1,4 @@
-"""Whether a processor computes in bfloat16 at a useful speed."""
+"""The precision of forward passes: whether bfloat16 is useful, and the user's own autocast."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ def judge_bfloat16(device: torch.device) -> str | None:
         f"long in bfloat16 as in float32 (instructions that torch uses: "
         f"{torch.backends.cpu.get_cpu_capability()}). Use precision='fp32', or a GPU."
     )
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What the user's own `torch.autocast` computes in on this device; None outside of one."""
+    is_on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if is_on else None
 
 
 def seconds(dtype: torch.dtype) -> float:

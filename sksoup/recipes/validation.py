@@ -44,6 +44,7 @@ from ..engine.objective import (
     module_dtype,
     prepare_module,
 )
+from ..engine.precision import autocast_dtype
 from ..engine.problem import Problem, Step
 from ..engine.scores import Evaluator
 from ..engine.tied import check_tied, refuse_shared_memory
@@ -324,8 +325,9 @@ def prepare_problem(
     if cache is not None:
         predicts = list(encode_module(module)), forward, task, outputs.one_logit, outputs.classes
         cache = cache.within(
-            getattr(X, "digest", X), data.y, weight, y, *predicts, batch_size, precision
-        )
+            getattr(X, "digest", X), data.y, weight, y, *predicts, batch_size, precision,
+            autocast_dtype(data.y.device),
+        )  # fmt: skip
     objective = Objective(module, criterion, outputs, precision, compile, forward)
     return Problem(
         checkpoints,

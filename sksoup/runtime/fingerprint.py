@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import hashlib
 import types
@@ -17,6 +18,9 @@ Within: TypeAlias = tuple[types.FunctionType | nn.Module, ...]  # what is being 
 OF_TORCH = frozenset(vars(nn.Module()))  # what every module has: hooks, parameters, its mode
 # how transformers samples texts: nothing in the outputs, and it holds hashes of this process
 NO_SETTING = OF_TORCH | {"generation_config"}
+PLAIN = (bool, int, float, str, torch.dtype, torch.device)
+READS = ("LOAD_GLOBAL", "LOAD_NAME")  # instructions that read a global variable
+DEEPEST = 10  # containers in each other
 
 
 def tensor_bytes(value: torch.Tensor) -> memoryview:
@@ -62,7 +66,7 @@ def encode(value: Any, within: Within = ()) -> Iterator[Any]:
     """Bytes that tell a value from others; bytes-like pieces, so that arrays are not copied."""
     value = value.item() if isinstance(value, np.generic) else value
     yield f"{type(value).__qualname__}(".encode()
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+    if value is None or isinstance(value, PLAIN):
         yield repr(value).encode()
     elif isinstance(value, (bytes, memoryview)):
         yield value
@@ -134,6 +138,7 @@ def encode_function(function: Any, within: Within = ()) -> Iterator[Any]:
         within = (*within, function)
         yield function.__qualname__.encode()
         yield from encode_code(function.__code__, within)
+        yield from encode(global_data(function), within)
         yield from encode([function.__defaults__, function.__kwdefaults__], within)
         for cell in function.__closure__ or ():
             yield from encode(cell.cell_contents, within)
@@ -142,6 +147,34 @@ def encode_function(function: Any, within: Within = ()) -> Iterator[Any]:
         if isinstance(called, types.FunctionType):
             yield from encode_function(called, within)
         yield from encode_other(function, within)
+
+
+def global_data(function: types.FunctionType) -> dict[str, Any]:
+    """Numbers, texts, arrays and tensors, and containers of them, that a function reads by name.
+
+    Other global variables, such as functions and modules, are not part of what it is.
+    """
+    todo, names = [function.__code__], set()
+    for code in todo:  # grows in the loop: by functions inside it
+        todo += [part for part in code.co_consts if isinstance(part, types.CodeType)]
+        names |= {part.argval for part in dis.get_instructions(code) if part.opname in READS}
+    known = {name: function.__globals__[name] for name in names if name in function.__globals__}
+    return {name: value for name, value in known.items() if is_data(value)}
+
+
+def is_data(value: Any, depth: int = 0) -> bool:
+    """Whether a value is plain data, or a container of them."""
+    if depth > DEEPEST:  # or a container in itself
+        return False
+    if isinstance(value, Mapping):
+        parts: Iterable[Any] = (*value, *value.values())
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        parts = value
+    elif isinstance(value, np.ndarray):
+        return not value.dtype.hasobject
+    else:
+        return value is None or isinstance(value, (*PLAIN, torch.Tensor))
+    return all(is_data(part, depth + 1) for part in parts)
 
 
 def encode_code(code: types.CodeType, within: Within = ()) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""A processor that is slow at bfloat16 is warned of before the search."""
+"""Slow bfloat16 is warned of before the search; the user's own autocast is respected."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ import warnings
 
 import pytest
 import torch
+from sklearn.base import clone
 
-from sksoup import SoupWarning
+from sksoup import (
+    BestCheckpoint,
+    CheckpointEnsemble,
+    GreedySoup,
+    LearnedSoup,
+    MEHLSoup,
+    PrunedSoup,
+    SoupWarning,
+)
 from sksoup.engine import precision
+from sksoup.inspection import interpolation_path
 
 from ..zoo import PaperLearned, PaperMEHL, Zoo
 
@@ -51,3 +61,54 @@ def test_accelerators_are_not_measured(processor):
 def test_it_is_measured():
     assert precision.seconds(torch.float32) > 0
     assert precision.seconds(torch.bfloat16) > 0
+
+
+SOUPS = [
+    BestCheckpoint(), GreedySoup(), PrunedSoup(), CheckpointEnsemble(),
+    LearnedSoup(max_epochs=1, random_state=0),
+    MEHLSoup(layerwise=True, max_epochs=1, random_state=0),
+]  # fmt: skip
+
+
+def scores_by_hand(zoo: Zoo) -> dict[str, float]:
+    """Of each checkpoint, in a module of its own."""
+    found = {}
+    for name in zoo.checkpoints:
+        net = zoo.checkpoints.build_module().eval()
+        net.load_state_dict(zoo.checkpoints[name])
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = net(torch.as_tensor(zoo.X))
+        found[name] = float((outputs.argmax(dim=1).numpy() == zoo.y).mean())
+    return found
+
+
+@pytest.mark.parametrize("soup", SOUPS, ids=lambda soup: type(soup).__name__)
+def test_checkpoints_have_their_own_weights_within_autocast(zoo: Zoo, soup, tmp_path):
+    """Autocast keeps the converted weights of a module until its outermost context ends."""
+    expected = scores_by_hand(zoo)
+    assert len(set(expected.values())) > 1
+    soup = clone(soup).set_params(device="cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        soup.fit(zoo.checkpoints, zoo.X, zoo.y)
+        score = soup.score(zoo.X, zoo.y)
+    if hasattr(soup, "individual_scores_"):
+        assert soup.individual_scores_ == expected
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert soup.score(zoo.X, zoo.y) == score
+    if not isinstance(soup, CheckpointEnsemble):
+        net = zoo.checkpoints.build_module().eval()
+        net.load_state_dict(soup.state_dict())
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            alone = net(torch.as_tensor(zoo.X)).argmax(dim=1).numpy()
+        assert score == (alone == zoo.y).mean()
+
+
+def test_a_path_within_autocast_and_what_is_stored_there(zoo: Zoo, tmp_path):
+    soup = BestCheckpoint(memory=tmp_path, device="cpu").fit(zoo.checkpoints, zoo.X, zoo.y)
+    scores = soup.individual_scores_
+    start = zoo.checkpoints[min(scores, key=scores.get)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        path = interpolation_path(start, soup, zoo.X, zoo.y, t=2)
+        assert len(set(path.scores)) == 2
+        again = clone(soup).fit(zoo.checkpoints, zoo.X, zoo.y)
+    assert again.counts_.n_forward == soup.counts_.n_forward > 0  # not those of float32

@@ -93,6 +93,26 @@ def test_code_that_changed_is_noticed():
         del sys.modules["notebook"]
 
 
+def test_data_that_a_function_reads_by_name_are_part_of_it():
+    def of(**values):
+        names: dict = {"__name__": "notebook", "torch": torch, **values}
+        code = "def forward(module, X):\n    return [module(x * SCALE) for x in X], other(X)"
+        exec(code, names)
+        return fingerprint(names["forward"])
+
+    array, tensor, nested = np.arange(3), torch.arange(3), {"mean": [1.0, (2, None)], "x": {1}}
+    digests = [of(SCALE=value) for value in (1, 2, 1.0, "1", array, tensor, nested)]
+    assert len(set(digests)) == len(digests)
+    assert of(SCALE=1) == of(SCALE=1, unused=3, X=4)
+    assert of(SCALE=array) != of(SCALE=array + 1)
+    assert of(SCALE=nested) != of(SCALE={**nested, "x": {2}})
+    within: list = [1]
+    within.append(within)
+    # functions and other objects are not part of it, nor is what can't be told from another
+    others = [of(SCALE=value) for value in (len, np, object(), within, threading.Lock(), [print])]
+    assert len(set(others)) == 1
+
+
 def test_a_metric_whose_code_changed_is_noticed():
     def metric(body):
         names: dict = {"__name__": "notebook"}
