@@ -252,6 +252,31 @@ def test_pairs_of_texts(folder, capsys):
     assert "--text was given 3 times, expected once, or twice for pairs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("file", "fields", "said"),
+    [
+        ("tokenizer.json", {"pre_tokenizer": {
+          "type": "Split", "pattern": {"Regex": "(o+)+(x|p+)+$"}, "behavior": "Isolated",
+          "invert": False}}, "can't tokenize the texts: PanicException"),
+        ("tokenizer_config.json", {"model_max_length": "abc"}, ""),
+        ("config.json", {"max_position_embeddings": -3}, "can't be built"),
+    ],
+)  # fmt: skip
+def test_tokenizers_that_are_damaged(folder, capsys, tmp_path, file, fields, said):
+    shutil.copytree("runs", tmp_path / "runs")
+    fast = {"tokenizer_class": "PreTrainedTokenizerFast"}  # which reads tokenizer.json
+    for name, changed in ((file, fields), ("tokenizer_config.json", fast)):
+        path = tmp_path / "runs" / "ft0" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    write_csv(tmp_path / "val.csv", ("text", "label"),
+              [(f"a g{'o' * 40}d soup", "positive"), ("bad soup", "negative")])  # fmt: skip
+    line = f"greedy {tmp_path}/runs --text text --label label -o {tmp_path}/soup"
+    assert main([*line.split(), "--data", f"{tmp_path}/val.csv"]) == (2 if said else 0)
+    found = capsys.readouterr().err
+    assert said in found
+    assert not said or str(tmp_path) in found
+
+
 @pytest.mark.parametrize("option", ["--data", "--test"])
 def test_a_file_that_is_given_twice(folder, capsys, option):
     with pytest.raises(SystemExit):

@@ -107,8 +107,12 @@ def refuse_other_weights(folder: Path) -> None:
         for part in _parts({"": config}):
             for field in OTHER_FILES:
                 _refuse_other_files(part, field, path)
-        if path.name != "config.json" and isinstance(config, dict):
+        if not isinstance(config, dict):
+            continue
+        if path.name != "config.json":
             _refuse_other_arguments(config, path)
+        elif str(config.get("path")).endswith(".json"):  # the weights of a SparseStaticEmbedding
+            _refuse_other_files(config, "path", path)
 
 
 def _refuse_other_arguments(config: Mapping[str, Any], path: Path) -> None:
@@ -137,7 +141,7 @@ def _refuse_other_files(part: Mapping[str, Any], field: str, path: Path) -> None
     if part.get(field):
         raise CheckpointError(
             f"{str(path)!r} refers to other weights than those opened here, or to another "
-            f"configuration ({field!r}), which transformers would read. Remove that field."
+            f"configuration ({field!r}), which other programs would read. Remove that field."
         )
 
 

@@ -112,8 +112,7 @@ def _nothing_allowed() -> Iterator[None]:
     torch.serialization.clear_safe_globals()
     try:
         yield
-    finally:
-        torch.serialization.clear_safe_globals()
+    finally:  # those that other threads allowed meanwhile stay
         torch.serialization.add_safe_globals(allowed)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ except ImportError:  # on Windows, where leftovers are not removed
     fcntl: Any = None  # type: ignore[no-redef]
 
 MARK = ".sksoup-"  # prefix of the names of these folders
+WAIT, ATTEMPTS = 5.0, 1000  # seconds in which to get a lock, and how often to try
 
 
 @contextmanager
@@ -99,6 +101,30 @@ def _is_still(lock: IO[bytes], path: Path) -> bool:
         return os.path.samestat(os.fstat(lock.fileno()), path.stat())
     except FileNotFoundError:
         return False
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Exclude other threads and processes for moments, where folders can be locked.
+
+    A lock that is held for longer, by another program, is not waited for.
+    """
+    if fcntl is None:
+        yield
+        return
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        for _ in range(ATTEMPTS):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(WAIT / ATTEMPTS)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(file)
 
 
 def sync_folder(folder: Path) -> None:

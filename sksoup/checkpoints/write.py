@@ -17,32 +17,60 @@ from ..exceptions import CheckpointError
 from .protocol import TensorInfo
 from .read import SAFETENSORS_DTYPES
 from .shards import INDEX
-from .workplace import sync_folder, workplace
+from .workplace import one_at_a_time, sync_folder, workplace
 
 SHARD_BYTES = 5_000_000_000  # the shard size of Hugging Face
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; the file made there replaces ``path`` once it is on disk.
+def _making(path: Path) -> Iterator[Path]:
+    """Yield a temporary path for a file that will replace ``path``.
 
     The file must be created with mode "x", so that a link placed there by others is not followed.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} can't be written: it is a folder, expected a file.")
     with _unwritten(path), workplace(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # of new files; safetensors' are private
-        temporary.unlink()
         yield temporary
-        file = os.open(temporary, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
-        try:
-            os.fsync(file)
-            os.chmod(file if os.chmod in os.supports_fd else temporary, mode)
-        finally:
-            os.close(file)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; the file made there replaces ``path`` once it is on disk."""
+    with _making(path) as temporary:
+        yield temporary
+        _flush(temporary)
         temporary.replace(path)
         sync_folder(path.parent)
+
+
+def _flush(path: Path) -> None:
+    """Write a file to disk and give it the mode of new files; those of safetensors are private."""
+    sample = path.with_name(".tmp-new")
+    sample.touch(exist_ok=False)
+    mode = sample.stat().st_mode
+    sample.unlink()
+    file = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        os.fsync(file)
+        os.chmod(file if os.chmod in os.supports_fd else path, mode)
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def _restored(path: Path, backup: Path) -> Iterator[None]:
+    """Put the file at ``path`` back if an error is raised, or remove the new one."""
+    existed = os.path.lexists(path)
+    if existed:
+        with suppress(OSError):  # a file system without hard links
+            os.link(path, backup, follow_symlinks=False)
+    try:
+        yield
+    except OSError:
+        with suppress(OSError):
+            backup.replace(path) if existed else path.unlink()
+        raise
 
 
 @contextmanager
@@ -84,8 +112,11 @@ def write_safetensors(
 
 
 def write_torch(path: Path, tensors: Mapping[str, torch.Tensor], beside: Path, text: str) -> None:
-    """Write a plain state dict with torch.save, and a text file next to it, atomically."""
-    with _replacing(path) as temporary, _replacing(beside) as temporary_text:
+    """Write a plain state dict with torch.save, and a text file next to it.
+
+    Each is replaced atomically, and both or neither, unless the computer stops in between.
+    """
+    with _making(path) as temporary, _making(beside) as temporary_text:
         _write_new(temporary_text, text)
         # saving a view would save its whole storage
         whole = {
@@ -97,6 +128,13 @@ def write_torch(path: Path, tensors: Mapping[str, torch.Tensor], beside: Path, t
                 torch.save(whole, file)
         except RuntimeError as error:  # torch's error for a full disk
             raise OSError(f"torch.save could not write {str(path)!r}: {error}") from error
+        _flush(temporary)
+        _flush(temporary_text)
+        backup = temporary_text.with_name(".tmp-old")
+        with one_at_a_time(path.parent), _restored(beside, backup):
+            temporary_text.replace(beside)
+            temporary.replace(path)
+        sync_folder(path.parent)
 
 
 def write_shards(

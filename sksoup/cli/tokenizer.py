@@ -66,18 +66,22 @@ def tokenize(
 
     ``texts`` is one column, or two of pairs.
     """
-    most = max_length or min(MOST_TOKENS, tokenizer.model_max_length, _positions(collection))
+    config, _ = first_config(collection)
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    limits = (MOST_TOKENS, tokenizer.model_max_length, positions)
+    most = max_length or min(n for n in limits if isinstance(n, int) and n > 0)
     if tokenizer.pad_token is None:  # of GPT-2 and others; its positions are masked
         tokenizer.pad_token = tokenizer.eos_token
-    rows = tokenizer(*texts, padding=True, truncation=True, max_length=most)
-    return {name: np.asarray(values) for name, values in rows.items()}
-
-
-def _positions(collection: CheckpointCollection) -> int:
-    """How many tokens the model has positions for, as its config.json says."""
-    config, _ = first_config(collection)
-    found = config.get("max_position_embeddings") or config.get("n_positions")
-    return found if isinstance(found, int) else MOST_TOKENS
+    try:
+        rows = tokenizer(*texts, padding=True, truncation=True, max_length=most)
+        return {name: np.asarray(values) for name, values in rows.items()}
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # of any class: that of a panic in tokenizers is no Exception
+        raise CheckpointError(
+            f"The tokenizer in {tokenizer.name_or_path!r} can't tokenize the texts: "
+            f"{type(error).__name__}: {error}. Give the folder of another: --tokenizer FOLDER."
+        ) from error
 
 
 def first_config(collection: CheckpointCollection) -> tuple[dict[str, Any], Path | None]:

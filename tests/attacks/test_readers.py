@@ -84,6 +84,21 @@ def test_a_foreign_class_that_is_allowed_elsewhere_becomes_a_placeholder(tmp_pat
     assert Allowed.calls == made
 
 
+def test_classes_that_other_threads_allow_meanwhile_stay_allowed(tmp_path, monkeypatch):
+    load = torch.load
+
+    def allowing(*given, **options):
+        torch.serialization.add_safe_globals([Allowed])  # as another thread does at this moment
+        return load(*given, **options)
+
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
+    with torch.serialization.safe_globals([Allowed]):  # and none after this test
+        torch.serialization.clear_safe_globals()
+        monkeypatch.setattr(torch, "load", allowing)
+        CheckpointCollection([tmp_path / "a.pt"])
+        assert Allowed in torch.serialization.get_safe_globals()
+
+
 @pytest.mark.parametrize("hidden", ["real", "detach", "items", "get"])
 def test_attributes_that_hide_methods_are_refused(tmp_path, hidden):
     state = b"}" + text(hidden) + name("torch.Tensor") + b"s"

@@ -295,6 +295,12 @@ def test_modules_that_are_not_those_of_the_ingredients(parts):
     change(folder / "1_Pooling" / "config.json", transformers_weights="x.safetensors")
     with pytest.raises(CheckpointError, match="'transformers_weights'"):
         recipe.verify(folder, ckpts)
+    pooling = folder / "1_Pooling" / "config.json"
+    pooling.write_text(json.dumps({"path": "model"}))
+    assert recipe.verify(folder, ckpts).ok
+    pooling.write_text(json.dumps({"path": "/elsewhere/idf.json"}))
+    with pytest.raises(CheckpointError, match=r"refers to other weights .*'path'"):
+        recipe.verify(folder, ckpts)
 
 
 @pytest.mark.parametrize("name", ["router_config.json", "config.json"])

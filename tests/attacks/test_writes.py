@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from sksoup import CheckpointCollection
+from sksoup import CheckpointCollection, Recipe
 from sksoup.__main__ import main
 from sksoup.checkpoints import workplace, write
 
@@ -243,15 +247,78 @@ def test_a_link_that_is_planted_in_the_middle_of_a_save_is_not_written_through(
     victim, target = tmp_path / "victim", tmp_path / "soup"
     victim.write_text("kept")
     victim.chmod(0o600)
-    unlink = Path.unlink
 
-    def planting(path, missing_ok=False):
-        unlink(path, missing_ok)
-        if path.name == "part" and not target.exists():
-            path.symlink_to(victim)
+    @contextmanager
+    def planting(path):
+        with workplace.workplace(path) as part:
+            if path == target:
+                part.symlink_to(victim)
+            yield part
 
-    monkeypatch.setattr(Path, "unlink", planting)
+    monkeypatch.setattr(write, "workplace", planting)
     save(tmp_path)
     assert victim.read_text() == "kept"
     assert victim.stat().st_mode & 0o777 == 0o600
     assert not target.is_symlink()
+
+
+TWO = CheckpointCollection([{"w": torch.zeros(200, 200)}, {"w": torch.ones(200, 200)}])
+RECIPES = [Recipe.record("x", TWO, [c, 1 - c], layers={"w": 0}) for c in (0.25, 0.5)]
+
+
+def save_soup(path: Path, k: int) -> None:
+    """One of two soups, in two files: the weights say which it is."""
+    RECIPES[k].save_weights(path, {"w": torch.full((200, 200), float(k))})
+
+
+def is_whole(path: Path) -> bool:
+    k = int(torch.load(path, weights_only=True)["w"][0, 0])
+    return np.array_equal(Recipe.load(path).coef, RECIPES[k].coef)
+
+
+def test_the_last_of_two_saves_of_a_torch_file_wins_with_both_files(tmp_path):
+    path = tmp_path / "soup.pt"
+    for _ in range(50):
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(save_soup, [path, path], [0, 1]))
+        assert is_whole(path)
+    assert names(tmp_path) == ["soup.pt", "soup.recipe.json"]
+
+
+def test_a_lock_of_another_program_is_not_waited_for(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(workplace, "WAIT", 0.1)
+    file = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    save_soup(tmp_path / "soup.pt", 1)
+    os.close(file)
+    assert is_whole(tmp_path / "soup.pt")
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_torch_file_that_fails_leaves_the_old_recipe(tmp_path, monkeypatch, before, step):
+    """As on disks that are found to be full, or where the old weights are in use, at the end."""
+    path = tmp_path / "soup.pt"
+    if before:
+        save_soup(path, 0)
+    kept = {one.name: one.read_bytes() for one in tmp_path.iterdir()}
+    fsync, replace = os.fsync, Path.replace
+
+    def full(file):
+        if os.fstat(file).st_size > 100_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(file)
+
+    def in_use(source, target):
+        if target == path:
+            raise PermissionError(errno.EACCES, "The file is in use")
+        return replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((os, "fsync", full) if step == "fsync" else (Path, "replace", in_use)))
+        with pytest.raises(OSError, match=r"No space|in use"):
+            save_soup(path, 1)
+    assert {one.name: one.read_bytes() for one in tmp_path.iterdir()} == kept
+    save_soup(path, 1)
+    assert is_whole(path)
