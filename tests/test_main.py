@@ -232,6 +232,22 @@ def test_the_output_is_no_input(runs, capsys):
     )
     assert "is one of the checkpoints to be mixed" in capsys.readouterr().err
     run("cook", runs / "soup.safetensors", runs, "-o", runs / "soup.safetensors", "--force")
+    renamed = runs / "renamed.safetensors"  # found by its content
+    (runs / "ft0.safetensors").rename(renamed)
+    run("cook", runs / "soup.safetensors", runs, "-o", renamed, "--force", status=2)
+    assert "is one of the checkpoints to be mixed" in capsys.readouterr().err
+
+
+def test_the_output_is_no_shard_of_an_input(runs, tmp_path, capsys):
+    for name in ("a", "b"):
+        mix([runs / "ft0.safetensors", runs / "ft1.safetensors"], [0.5, 0.5],
+            out=tmp_path / name, shard_size="1KB")  # fmt: skip
+    indices = [tmp_path / name / "model.safetensors.index.json" for name in ("a", "b")]
+    shard = sorted((tmp_path / "a").glob("*.safetensors"))[0]
+    before = shard.read_bytes()
+    run("average", *indices, "-o", shard, "--force", status=2)
+    assert "is one of the checkpoints to be mixed, or part of one" in capsys.readouterr().err
+    assert shard.read_bytes() == before
 
 
 def test_paths_that_overlap_count_a_file_once(runs, tmp_path, capsys):

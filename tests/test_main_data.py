@@ -210,6 +210,20 @@ def test_arrays_that_are_no_numbers(tmp_path, dtype):
         file.numbers("text")
 
 
+@pytest.mark.parametrize("delimiter", ["\t", r"\t"])
+def test_a_tab_may_be_written_as_in_a_shell(tmp_path, delimiter):
+    (tmp_path / "a.txt").write_text("x\ty\n1\t2\n")
+    assert read_file(tmp_path / "a.txt", delimiter).parts == {"x": ["1"], "y": ["2"]}
+
+
+@pytest.mark.parametrize("delimiter", ["", ";;", "\n", "tab"])
+def test_a_delimiter_is_one_character(folder, capsys, delimiter):
+    assert main([*TABLE.split(), "--delimiter", delimiter]) == 2
+    assert f"--delimiter must be one character, or \\t for a tab, got {delimiter!r}" in (
+        capsys.readouterr().err
+    )
+
+
 def test_tables_with_many_columns_and_long_texts(tmp_path):
     names = [f"gene{k}" for k in range(100_000)]
     write_csv(tmp_path / "wide.csv", tuple(names), [range(100_000)])

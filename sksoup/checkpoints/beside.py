@@ -6,16 +6,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .folders import NOT_WEIGHTS, find_weights, weights_of
-from .hub_companions import MODULES, module_files, module_folders, same_content
+from .hub_companions import same_content
 from .hub_config import refuse_other_weights
+from .modules import MODULES, module_files, module_folders
 from .peft_config import CONFIG
 from .read import TORCH_SUFFIXES
 from .shards import INDEX, weight_map
 
 # names that programs look for in a folder
 LOADED = (
-    ".safetensors", *TORCH_SUFFIXES, INDEX, ".gguf", ".h5", ".msgpack", ".onnx", ".ot",
-    "weights.npz",
+    ".safetensors", *TORCH_SUFFIXES, INDEX, ".gguf", ".h5", ".keras", ".msgpack", ".nemo", ".onnx",
+    ".ot", ".pb", ".pdparams", ".pt2", ".pte", ".tflite", "weights.npz",
+    ".joblib", ".pickle", ".pkl",  # of scikit-learn, such as SetFit's head
 )  # fmt: skip
 MARKS = ("config.json", MODULES, CONFIG)  # files that mark a folder as a model
 BACKENDS = ("onnx", "openvino")  # folders in which other runtimes look for weights

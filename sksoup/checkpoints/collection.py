@@ -853,7 +853,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Returns
         -------
         identity : tuple
-            Sizes, modification times and inodes of its files, or the SHA-256 if it is in memory.
+            Sizes, times and inodes of its files, or the SHA-256 if it is in memory.
         """
         entry = self._entries[name]
         return (entry.prefix, *entry.checkpoint.identity())

@@ -124,6 +124,8 @@ class CheckpointFile(Checkpoint):
         self.key = key
         self._digest: str | None = None
         self._opened_as = file_identity(file)
+        # files unpacked with fixed times may get the inodes of deleted ones
+        self._changed = file.stat().st_ctime_ns
         if self._opened_as[0] == 0:
             raise CheckpointError(
                 f"{str(file)!r} is empty (0 bytes), expected a checkpoint. Writing it was probably "
@@ -172,8 +174,8 @@ class CheckpointFile(Checkpoint):
         self._check_identity()
 
     def identity(self) -> tuple[Any, ...]:
-        """The key, and size, modification time and inode of the file."""
-        return self.key, [self._opened_as]
+        """The key, and size, modification time, inode and change time of the file."""
+        return self.key, [(*self._opened_as, self._changed)]
 
     def sha256(self, prefix: str = "") -> str:
         """SHA-256 of the file, after checking that it has not changed."""

@@ -85,7 +85,7 @@ class ShardedCheckpoint(Checkpoint):
             yield read
 
     def identity(self) -> tuple[Any, ...]:
-        """The key, and sizes, modification times and inodes of the shards."""
+        """The key, and sizes, times and inodes of the shards."""
         files = [part for shard in self.shards.values() for part in shard.identity()[1]]
         return self.key, files
 

@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 
 from ..exceptions import CheckpointError
 from .folders import find_weights, list_files
+from .modules import module_folders
 from .read import suffix_of
 from .records import TRAINER_STATE, Record, read_lightning, read_trainer
 
@@ -112,7 +113,8 @@ def find_runs(
     inner.sort(key=natural_key)
     steps = [path for path in inner if STEP.fullmatch(path.name) and find_weights(path)]
     if find_weights(folder):
-        if more := [path for path in inner if path not in steps and find_weights(path)]:
+        more = [path for path in inner if path not in steps and find_weights(path)]
+        if more := [path for path in more if path not in module_folders(folder)]:
             raise CheckpointError(
                 f"{str(folder)!r} is a checkpoint and holds {len(more)} more, such as "
                 f"{more[0].name!r}. Choose which to open: CheckpointCollection([{str(folder)!r}]) "

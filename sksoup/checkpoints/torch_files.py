@@ -178,14 +178,17 @@ def _unwrap(state: Any, key: str | None, where: str) -> Any:
     """The state dict of a training checkpoint: the only one, or the one under the key."""
     if not isinstance(state, Mapping) or (key is None and _is_state_dict(state)):
         return state
+    # a pickle may hold one value under many names
+    distinct = {id(value): value for value in state.values()}
+    states = {number for number, value in distinct.items() if _is_state_dict(value)}
     candidates = [
         name
         for name, value in state.items()
         if isinstance(name, str)
-        and _is_state_dict(value)
+        and id(value) in states
         and not name.endswith("_extra_state")  # belongs to a flat state dict
     ]
-    for name in candidates:
+    for name in {id(state[name]): name for name in candidates}.values():
         twice = [n for n in state[name] if isinstance(state.get(n), torch.Tensor)]
         if twice:
             raise CheckpointError(
@@ -193,7 +196,8 @@ def _unwrap(state: Any, key: str | None, where: str) -> Any:
                 f"programs may read the other one. Save only the state dict: "
                 f"torch.save(state_dict, path)."
             )
-    listed = ", ".join(f"{name!r} ({len(state[name])} tensors)" for name in candidates)
+    listed = ", ".join(f"{name!r} ({len(state[name])} tensors)" for name in candidates[:5])
+    listed += f" and {len(candidates) - 5} more" if len(candidates) > 5 else ""
     if key is not None:
         if key in candidates:
             return state[key]
@@ -206,15 +210,16 @@ def _unwrap(state: Any, key: str | None, where: str) -> Any:
             f"{where} holds several state dicts: {listed}. Choose one, for example with "
             f"key={candidates[0]!r}."
         )
-    mixed = [
-        repr(name)
+    others = {
+        id(value): name
         for name, value in state.items()
         if candidates
         and isinstance(value, Mapping)
-        and name not in candidates
+        and id(value) not in states
         and not str(name).endswith("_extra_state")
-        and _holds_weights({name: value})
-    ]
+        and not NO_MODEL.search(str(name))
+    }
+    mixed = [repr(name) for name in others.values() if _holds_weights(state[name])]
     if mixed:
         raise CheckpointError(
             f"{where} holds the state dict {listed}, and tensors together with other values in "

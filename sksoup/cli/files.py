@@ -153,7 +153,10 @@ def _number(cell: str) -> float:
 
 
 def _read_table(path: Path, suffix: str, delimiter: str | None) -> DataFile:
-    separator = delimiter or DELIMITERS.get(suffix, ",")
+    separator = DELIMITERS.get(suffix, ",") if delimiter is None else delimiter
+    separator = "\t" if separator == r"\t" else separator  # as shells pass it
+    if len(separator) != 1 or separator in "\r\n\0":
+        raise ValueError(f"--delimiter must be one character, or \\t for a tab, got {delimiter!r}.")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=separator, strict=True)

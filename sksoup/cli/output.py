@@ -13,13 +13,13 @@ import torch
 from ..checkpoints.architecture import skeleton
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.converted import stored_names
-from ..checkpoints.hub import hub_folder
-from ..checkpoints.hub_companions import copy_companions
+from ..checkpoints.hub_companions import copy_companions, model_folders
 from ..checkpoints.sources import SUFFIXES
 from ..checkpoints.write import SHARD_BYTES, new_folder, write_text
 from ..exceptions import CheckpointError
 from ..mixing.card import model_card
 from ..mixing.files import refuse_inputs
+from ..mixing.ingredients import used_names
 from ..mixing.recipe import Recipe
 from ..runtime.memory import parse_bytes
 
@@ -57,7 +57,8 @@ def check_output(options: argparse.Namespace) -> None:
 def check_not_input(output: Path, recipe: Recipe, collection: CheckpointCollection) -> None:
     """Refuse to replace a checkpoint that is mixed."""
     mixed = [one.name for one in recipe.ingredients if one.name in collection]
-    refuse_inputs(output, collection, mixed)
+    used = used_names(recipe.ingredients, recipe.is_used(), collection)  # maybe under other names
+    refuse_inputs(output, collection, {*mixed, *used.values()})
 
 
 def write_mix(options: argparse.Namespace, recipe: Recipe, collection: CheckpointCollection) -> str:
@@ -74,9 +75,8 @@ def write_folder(
     output: Path, recipe: Recipe, collection: CheckpointCollection, shard_size: int | str
 ) -> str:
     """Write shards; from Hugging Face folders with their configuration, tokenizer and a card."""
-    paths = [collection.path(name) for name in collection]
-    folders = [hub_folder(path) for path in paths if path is not None]
-    sources = [folder for folder in folders if folder is not None]
+    used = used_names(recipe.ingredients, recipe.is_used(), collection).values()
+    sources = model_folders(collection, used)
     if not sources or collection.adapters(collection.names):
         recipe.cook(collection, output, shard_size)
         return ""
@@ -99,11 +99,10 @@ def write_folder(
 def write_soup(output: Path, soup: Any, tokenizer: Any) -> None:
     """Write a fitted soup, with the tokenizer that its texts were read by."""
     collection: CheckpointCollection = soup.checkpoints_
-    paths = [path for path in map(collection.path, collection) if path is not None]
     refuse_inputs(output, collection, collection)
     if output.suffix == ".safetensors":
         soup.save(output)
-    elif collection.adapters(collection.names) or any(map(hub_folder, paths)):
+    elif collection.adapters(collection.names) or model_folders(collection, soup.ingredients_):
         with new_folder(output) as temporary:
             soup.save_pretrained(temporary / "soup")
             if tokenizer is not None:

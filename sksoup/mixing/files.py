@@ -34,12 +34,16 @@ def check_suffix(path: Path) -> None:
 
 
 def refuse_inputs(output: Path, checkpoints: CheckpointCollection, names: Iterable[str]) -> None:
-    """Refuse an output that is the file, or in the folder, of one of these checkpoints."""
-    paths = {path.resolve() for path in map(checkpoints.path, names) if path is not None}
-    if {output.resolve(), output.resolve().parent} & paths:
+    """Refuse an output that is the file, or in the folder, of a checkpoint or an adapter's base."""
+    known = list(names)
+    paths = [checkpoints.path(name) for name in known]
+    paths += [one.base.path for one in checkpoints.adapters(known).values()]
+    inputs = {path.resolve() for path in paths if path is not None}
+    inputs |= {path.parent for path in inputs if path.name.endswith(INDEX)}
+    if {output.resolve(), output.resolve().parent} & inputs:
         raise FileExistsError(
-            f"{str(output)!r} is one of the checkpoints to be mixed. Give another name, or move "
-            f"it away first."
+            f"{str(output)!r} is one of the checkpoints to be mixed, or part of one. Give another "
+            f"name, or move it away first."
         )
 
 

@@ -107,8 +107,7 @@ def select_ingredients(
     checkpoints: CheckpointCollection,
 ) -> CheckpointCollection:
     """The checkpoints of the used ingredients, after checking their tensor names."""
-    found = {one.name: find_ingredient(one, checkpoints) for one in compress(ingredients, is_used)}
-    chosen = checkpoints._renamed(found, layers)
+    chosen = checkpoints._renamed(used_names(ingredients, is_used, checkpoints), layers)
     if unlike := sorted(chosen.layout.keys() ^ layers.keys()):
         raise RecipeError(
             f"The tensors of the checkpoints differ from those of the recipe: {unlike[0]!r} is in "
@@ -117,6 +116,15 @@ def select_ingredients(
             f"CheckpointCollection(..., module=, prefix=), or --prefix on the command line."
         )
     return chosen
+
+
+def used_names(
+    ingredients: Sequence[Ingredient],
+    is_used: NDArray[np.bool_],
+    checkpoints: CheckpointCollection,
+) -> dict[str, str]:
+    """The names of the used ingredients, and those that they have in a collection."""
+    return {one.name: find_ingredient(one, checkpoints) for one in compress(ingredients, is_used)}
 
 
 def find_ingredient(ingredient: Ingredient, checkpoints: CheckpointCollection) -> str:

@@ -17,7 +17,7 @@ from ..checkpoints.architecture import ModuleSource
 from ..checkpoints.beside import other_weights
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.converted import open_alike
-from ..checkpoints.hub import hub_folder
+from ..checkpoints.hub_companions import model_folders
 from ..checkpoints.hub_config import refuse_other_weights
 from ..checkpoints.peft_config import adapter_folder, is_adapter_folder
 from ..checkpoints.protocol import Read, TensorInfo, same_bits
@@ -254,10 +254,7 @@ def _beside(weights: Any, checkpoints: CheckpointCollection) -> tuple[str, ...]:
     path = Path(weights)
     if not path.exists() or is_adapter_folder(path):  # the error is raised when it is opened
         return ()
-    paths = [checkpoints.path(name) for name in checkpoints]
-    paths += [one.base.path for one in checkpoints.adapters(checkpoints.names).values()]
-    folders = [hub_folder(one) for one in paths if one is not None]
-    return tuple(other_weights(path, [one for one in folders if one is not None]))
+    return tuple(other_weights(path, model_folders(checkpoints, checkpoints.names)))
 
 
 def _other_kind(info: TensorInfo, wanted: TensorInfo) -> str | None:

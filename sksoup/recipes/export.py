@@ -18,8 +18,7 @@ from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.converted import stored_names
-from ..checkpoints.hub import hub_folder
-from ..checkpoints.hub_companions import copy_companions
+from ..checkpoints.hub_companions import copy_companions, model_folders
 from ..checkpoints.write import new_folder, write_text
 from ..data.outputs import Outputs, Task
 from ..displays.report import render
@@ -51,6 +50,7 @@ class ExportMixin:
     checkpoints_: CheckpointCollection
     recipe_: Recipe
     coef_: Any
+    ingredients_: tuple[str, ...]
     layers_: dict[str, int]
     recalibrated_: tuple[str, ...]
     _dtypes: dict[str, torch.dtype]
@@ -158,7 +158,7 @@ class ExportMixin:
         folder : str or path-like
             A new folder, which appears only when it is complete. ``from_pretrained`` of
             transformers reads it. ``config.json``, the tokenizer files and any further modules of
-            sentence-transformers are copied from the first checkpoint that is in a Hugging Face
+            sentence-transformers are copied from the first ingredient that is in a Hugging Face
             folder. For LoRA adapters the whole model is written, with the files of the base model
             and the configuration of ``module_``. Tensors have the names that transformers uses in
             files, which for some models differ from those in ``module_``.
@@ -174,17 +174,14 @@ class ExportMixin:
         check_is_fitted(self, "coef_")
         if process_rank():
             return
-        paths = [self.checkpoints_.path(name) for name in self.checkpoints_]
+        sources = model_folders(self.checkpoints_, self.ingredients_)
         adapters = self.checkpoints_.adapters(self.checkpoints_.names).values()
-        folders = [hub_folder(path) for path in paths if path is not None]
-        folders += [hub_folder(one.base.path) for one in adapters if one.base.path is not None]
-        sources = [folder for folder in folders if folder is not None]
         config = getattr(self.module_, "config", None) if adapters else None
         if adapters and hasattr(config, "save_pretrained"):
             sources += [one.path for one in adapters if one.path is not None]
         if not sources:
             raise CheckpointError(
-                f"{os.fspath(folder)!r} can't become a Hugging Face folder: no ingredient has a "
+                f"{os.fspath(folder)!r} can't become a Hugging Face folder: no checkpoint has a "
                 f"config.json next to it that could be copied. Use save(path)."
             )
         if sharded_parts(self.module_):

@@ -59,7 +59,7 @@ def parse_bytes(limit: int | str, what: str = "memory_limit") -> int:
         number, unit = limit.strip()[:-2], limit.strip()[-2:].upper()
         try:
             value = int(float(number) * units[unit])
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"{what}={limit!r} is not a size, expected bytes or a number with KB, MB, GB or "
                 f"TB, such as '8GB'."

@@ -158,7 +158,7 @@ def test_a_file_in_such_a_folder_is_built_as_large_as_its_key(runs, tmp_path):
 
 def test_only_what_came_from_such_a_folder_goes_back(tmp_path, zoo):
     soup = UniformSoup().fit(zoo.checkpoints, zoo.X, zoo.y)
-    with pytest.raises(CheckpointError, match="no ingredient has a config"):
+    with pytest.raises(CheckpointError, match="no checkpoint has a config"):
         soup.save_pretrained(tmp_path / "soup")
     assert not (tmp_path / "soup").exists()
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sksoup import CheckpointCollection, CheckpointError, UniformSoup
-from sksoup.checkpoints import hub_companions
+from sksoup.__main__ import main
+from sksoup.checkpoints import hub_companions, modules
 from sksoup.checkpoints.hub_companions import copy_companions
 
 from ..zoo import around
@@ -65,6 +68,36 @@ def fit(runs):
     return UniformSoup(forward=lambda module, X: module(**X).pooler_output).fit(
         CheckpointCollection(paths), {"input_ids": np.arange(8).reshape(2, 4)}, [0, 1]
     )
+
+
+def test_the_modules_of_a_folder_are_no_checkpoints_in_it(runs):
+    for module in runs.glob("*/2_Dense/model.safetensors"):
+        save_file({"linear.weight": torch.ones(2, 2)}, module)
+    assert CheckpointCollection.from_path(runs).names == ("ft0", "ft1", "ft2")
+    assert CheckpointCollection.from_path(runs / "ft0").names == ("ft0",)
+    (runs / "ft0" / "modules.json").unlink()
+    with pytest.raises(CheckpointError, match=r"ft0' is a checkpoint and holds 1 more, .*2_Dense"):
+        CheckpointCollection.from_path(runs)
+
+
+VOCABULARIES = ["vocab.txt", "bpe.codes", "source.spm", "prophetnet.tokenizer", "spiece.model"]
+
+
+def test_the_files_of_a_soup_are_those_of_its_ingredients(runs, tmp_path):
+    """Not those of other checkpoints: also the files of tokenizers that are not JSON."""
+    for k in range(3):
+        for name in VOCABULARIES:
+            (runs / f"ft{k}" / name).write_text(f"of {min(k, 1)}")
+    a, b, c = (str(runs / f"ft{k}") for k in range(3))
+    soup, cooked, weighted = (str(tmp_path / name) for name in ("soup", "cooked", "weighted"))
+    assert main(["average", b, c, "-o", soup]) == 0
+    assert main(["cook", soup, a, b, c, "-o", cooked]) == 0
+    assert main(["average", a, b, c, "--weights", "0", ".5", ".5", "-o", weighted]) == 0
+    fit(runs).interpolate("ft1", 0.0).save_pretrained(tmp_path / "saved")
+    fit(runs).save_pretrained(tmp_path / "all")
+    for folder in (soup, cooked, weighted, tmp_path / "saved"):
+        assert {Path(folder, name).read_text() for name in VOCABULARIES} == {"of 1"}
+    assert {(tmp_path / "all" / name).read_text() for name in VOCABULARIES} == {"of 0"}
 
 
 def test_a_folder_of_sentence_transformers_comes_out_whole(runs, tmp_path):
@@ -154,7 +187,7 @@ def test_a_module_that_is_spelled_in_many_ways_is_copied_once(tmp_path):
     (source / "m" / "config.json").write_text("{}")
     names = ["m", "m/", "m/.", "m//.", "./m"]
     (source / "modules.json").write_text(json.dumps([{"path": name} for name in names]))
-    with patch.object(hub_companions, "module_files", wraps=hub_companions.module_files) as walked:
+    with patch.object(hub_companions, "module_files", wraps=modules.module_files) as walked:
         copy_companions(source, tmp_path / "target")
     assert walked.call_count == 1
     assert (tmp_path / "target" / "m" / "config.json").is_file()

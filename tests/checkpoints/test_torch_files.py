@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import warnings
 import zipfile
 
@@ -46,6 +47,23 @@ def test_several_state_dicts_need_a_key(tmp_path):
     plain = write_file(tmp_path / "plain.pt", STATE)
     with pytest.raises(CheckpointError, match="it is a plain state dict"):
         sources.open_checkpoint(plain, "ema")
+
+
+def test_one_state_dict_under_many_names(tmp_path):
+    """A pickle holds it once: each is looked at once, and few are listed."""
+    container = {f"k{i}": STATE for i in range(30_000)}
+    begin = time.perf_counter()
+    path = write_file(tmp_path / "run.pt", container)
+    with pytest.raises(
+        CheckpointError, match=r"'k4' \(2 tensors\) and 29995 more\. Choose"
+    ) as error:
+        sources.open_checkpoint(path)
+    assert len(str(error.value)) < 1000
+    assert time.perf_counter() - begin < 10  # a minute where each is compared with all
+    mixed = {f"k{i}": {"w": torch.ones(2), "n": 3} for i in range(2)} | {"model": STATE}
+    many = mixed | {f"m{i}": mixed["k0"] for i in range(1000)}
+    with pytest.raises(CheckpointError, match=r"together with other values in '\w+', 'k1', so it"):
+        sources.open_checkpoint(write_file(tmp_path / "mixed.pt", many))
 
 
 def test_a_state_dict_with_extra_state_is_no_container(tmp_path):

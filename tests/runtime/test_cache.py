@@ -279,6 +279,22 @@ def test_a_replaced_file_is_noticed_and_the_others_scores_are_kept(tmp_path, fil
     assert found.individual_scores_["checkpoint3"] == soup.individual_scores_["checkpoint0"]
 
 
+def test_a_file_with_the_inode_and_the_time_of_another_is_noticed(tmp_path, files, zoo: Zoo):
+    """As archives with fixed times are unpacked where files were deleted."""
+    soup = BestCheckpoint(memory=tmp_path / "memory").fit(files, zoo.X, zoo.y)
+    path, other = files.path("checkpoint3"), files.path("checkpoint0")
+    before = path.stat()
+    path.write_bytes(other.read_bytes())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert [after.st_size, after.st_ino, after.st_mtime_ns] == [
+        before.st_size, before.st_ino, before.st_mtime_ns
+    ]  # fmt: skip
+    found = clone(soup).fit(CheckpointCollection.from_path(path.parent, module=Net), zoo.X, zoo.y)
+    assert found.individual_scores_["checkpoint3"] == soup.individual_scores_["checkpoint0"]
+    assert found.individual_scores_ != soup.individual_scores_
+
+
 def test_scores_are_shared_by_recipes_and_collections(tmp_path, files, zoo: Zoo):
     BestCheckpoint(memory=tmp_path).fit(files.drop("checkpoint2"), zoo.X, zoo.y)
     found = BestCheckpoint(memory=tmp_path).fit(files, zoo.X, zoo.y)
