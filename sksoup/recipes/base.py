@@ -427,8 +427,8 @@ class BaseSoup(
         -------
         soup : estimator
             A fitted copy with its own ``module_``, ``coef_``, ``checkpoints_`` and ``recipe_``;
-            other attributes, such as ``history_``, are those of this soup. Its BatchNorm statistics
-            are mixed, even if those of this soup were re-estimated.
+            other attributes, such as ``history_``, are those of this soup. BatchNorm statistics
+            that were re-estimated are mixed with those of the start, as in `interpolation_path`.
 
         Raises
         ------
@@ -460,10 +460,14 @@ class BaseSoup(
         coef[:, : own.shape[1]] = own
         coef[:, checkpoints.names.index(name)] += 1 - t
         soup = copy.copy(self)
-        soup.checkpoints_, soup.recalibrated_ = checkpoints, ()
+        soup.checkpoints_ = checkpoints
         soup.coef_ = coef if self.coef_.ndim == 2 else coef[0]
         soup.ingredients_ = tuple(n for n, c in zip(checkpoints, coef.T, strict=True) if c.any())
         weights = mix(checkpoints, coef, layers=self.layers_)
+        if self.recalibrated_:
+            states = checkpoints[name], self.state_dict()
+            ends = [{n: state[n] for n in self.recalibrated_} for state in states]
+            weights |= mix(ends, [1 - t, t])
         soup.module_ = copy.deepcopy(self.module_)
         load_weights(soup.module_, weights)
         soup._dtypes = {n: w.dtype for n, w in weights.items()}
@@ -472,7 +476,7 @@ class BaseSoup(
             recipe.method, checkpoints, coef, layers=self.layers_, layer_names=self.layer_names_,
             params={**recipe.params, "interpolated_from": name, "t": float(t)},
             scores=recipe.scores, temperature=recipe.temperature, versions=recipe.versions,
-            classes=recipe.classes,
+            classes=recipe.classes, recalibrated=self.recalibrated_,
         )  # fmt: skip
         return soup
 

@@ -152,7 +152,11 @@ def validate_inputs(estimator: Any, X: Any, reset: bool = False) -> Any:
     if isinstance(got, tuple) and isinstance(expected, tuple) and estimator.task in TEXT_TASKS:
         # batches that are padded have a mask, even if those in fit did not
         got = tuple(name for name in got if name != MASK or MASK in expected)
-    if got != expected:
+    if isinstance(got, tuple) and isinstance(expected, tuple):  # passed by name, in any order
+        is_same = sorted(got) == sorted(expected)
+    else:
+        is_same = got == expected
+    if not is_same:
         raise ValueError(
             f"X has different inputs than in fit: got {_named(got)}, expected {_named(expected)}."
         )

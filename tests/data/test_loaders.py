@@ -361,6 +361,35 @@ def test_a_data_set_of_the_hub(tmp_path):
     assert shuffled.score(tokens.shuffle(seed=0)) == shuffled.score(tokens)
 
 
+class Sum(nn.Module):
+    """Takes two inputs, by name or by position."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, a, b):
+        return self.a(a) - self.b(b)
+
+
+def test_inputs_by_name_may_come_in_any_order(zoo: Zoo):
+    torch.manual_seed(0)
+    X = {"a": zoo.X, "b": zoo.X[:, ::-1].copy()}
+    other = {name: X[name] for name in ("b", "a")}
+    checkpoints = CheckpointCollection(around(Sum(), 3, 0.5))
+    soup = GreedySoup().fit(checkpoints, X, zoo.y)
+    hub = datasets.Dataset.from_dict({name: part.tolist() for name, part in other.items()})
+    for rows in (other, hub, DataLoader(hub.with_format("torch"), batch_size=7)):
+        assert (soup.predict_proba(rows) == soup.predict_proba(X)).all()
+        assert soup.score(rows, zoo.y) == soup.score(X, zoo.y)
+    with pytest.raises(
+        ValueError, match="different inputs than in fit: got a mapping with 'a', 'c"
+    ):
+        soup.predict({"a": zoo.X, "c": zoo.X})
+    with pytest.raises(ValueError, match="different inputs than in fit"):
+        soup.predict((X["a"], X["b"]))
+
+
 class Ragged(Named):
     """Texts of several lengths that nobody padded."""
 

@@ -82,12 +82,23 @@ def test_scores_along_the_way(zoo: Zoo):
     assert losses.scores[0] < 0
 
 
-def test_statistics_of_batch_norm_are_mixed(zoo: Zoo):
+def test_statistics_that_were_re_estimated_are_mixed_with_those_of_the_start(zoo: Zoo, tmp_path):
     soup = UniformSoup(batch_norm="recalibrate").fit(zoo.checkpoints, zoo.X, zoo.y)
     assert soup.recalibrated_
-    near = soup.interpolate("checkpoint0", 1.0)
-    assert not near.recalibrated_
-    assert same_tensors(near.state_dict(), mix(zoo.checkpoints, soup.coef_))
+    start = zoo.checkpoints["checkpoint0"]
+    assert same_tensors(soup.interpolate("checkpoint0", 1.0).state_dict(), soup.state_dict())
+    assert same_tensors(soup.interpolate("checkpoint0", 0.0).state_dict(), start)
+    near = soup.interpolate("checkpoint0", 0.25)
+    between = mix([start, soup.state_dict()], [0.75, 0.25])
+    for name, value in near.state_dict().items():
+        torch.testing.assert_close(value, between[name], rtol=0, atol=1e-6)
+        assert name not in soup.recalibrated_ or torch.equal(value, between[name])
+    path = interpolation_path("checkpoint0", soup, zoo.X, zoo.y, t=[0.25, 1])
+    assert path.scores.tolist() == [near.score(zoo.X, zoo.y), soup.score(zoo.X, zoo.y)]
+    near.save(tmp_path / "near.safetensors")
+    found = near.recipe_.verify(tmp_path / "near.safetensors", zoo.checkpoints)
+    assert found.ok
+    assert set(found.unchecked) == set(soup.recalibrated_)
 
 
 def test_displays(zoo: Zoo):
