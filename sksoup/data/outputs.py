@@ -43,6 +43,7 @@ class Outputs:
     shape: tuple[int, ...]  # of the output for one row
     classes: NDArray[Any] | None = None  # labels in output order, of a classification
     one_logit: bool = False  # the module gives z, which is used as the logits 0 and z
+    has_channel: bool = False  # z of positions is (n, 1, ...), not (n, ...)
     ignored: int = IGNORED  # the criterion's label of what is left out
     is_dense: bool = False  # labels at several positions of a row
     is_column: bool = False  # targets of a regression come as (n,)
@@ -69,20 +70,21 @@ class Outputs:
         if task in TEXT_TASKS:
             return cls._of_texts(output, y, kind_of_model(module, task), X)
         dense = task == "classification" and is_dense(y)
-        one_logit = task == "classification" and not dense and output.shape in ((1,), (1, 1))
+        one_logit = task == "classification" and _is_one_logit(output, y)
+        has_channel = one_logit and output.ndim > y.ndim
         got = f"The module's output has shape {tuple(output.shape)} for one row"
         if one_logit:
-            if len(labels := np.unique(y)) > 2:
+            if len(labels := np.unique(y[y != IGNORED] if dense else y)) > 2:
+                per = " per position" if dense else ""
                 raise ValueError(
-                    f"{got}: one logit distinguishes two labels, but y has {len(labels)}. Expected "
-                    f"(1, n_outputs)."
+                    f"{got}: one logit{per} distinguishes two labels, but y has {len(labels)}. "
+                    f"Expected {_expected(y)}."
                 )
-            output = output.new_zeros((1, 2))  # as which it is used
+            output = output.new_zeros((1, 2, *y.shape[1:]) if dense else (1, 2))  # as it is used
         if dense and (output.ndim < 3 or output.shape[2:] != y.shape[1:]):
             raise ValueError(
-                f"{got}, but y has labels of shape {y.shape[1:]} per row, expected (1, n_outputs, "
-                f"{', '.join(map(str, y.shape[1:]))}). Move the axis of the outputs with "
-                f"forward=lambda module, X: {call}.movedim(-1, 1)."
+                f"{got}, but y has labels of shape {y.shape[1:]} per row, expected {_expected(y)}. "
+                f"{_remedy(output, y, call)}"
             )
         if not dense and (output.ndim > 2 or (task == "classification" and output.ndim != 2)):
             raise ValueError(f"{got}, expected (1, n_outputs) for task={task!r}.")
@@ -95,7 +97,7 @@ class Outputs:
         labels = resolve_classes(y[y != IGNORED] if dense else y, n_outputs, classes, names)
         return cls(
             task, n_outputs, tuple(output.shape[1:]), labels, one_logit,
-            ignored if isinstance(ignored, int) else IGNORED, dense, names=names,
+            has_channel, ignored if isinstance(ignored, int) else IGNORED, dense, names=names,
         )  # fmt: skip
 
     @classmethod
@@ -169,6 +171,14 @@ class Outputs:
             )
         return indices
 
+    def two_logits(self, output: torch.Tensor) -> torch.Tensor:
+        """(n, 2, ...) logits 0 and z of one logit z: their softmax is its sigmoid."""
+        if not self.is_dense:
+            z = output.reshape(len(output))
+        else:
+            z = output.squeeze(1) if self.has_channel else output
+        return torch.stack([torch.zeros_like(z), z], dim=1)
+
     def counted(self, targets: torch.Tensor) -> torch.Tensor | None:
         """(N,): number of labeled positions of each row, if some positions have no label."""
         labeled = targets != self.ignored
@@ -217,6 +227,26 @@ class Outputs:
                 weight = np.repeat(np.asarray(weight), used.reshape(len(used), -1).sum(axis=1))
             y, predicted = y[used], predicted[used]
         return float(accuracy_score(y, predicted, sample_weight=weight))
+
+
+def _is_one_logit(output: torch.Tensor, y: NDArray[Any]) -> bool:
+    """Whether the output for one row is a single logit of the row, or of each of its positions."""
+    if not is_dense(y):
+        return output.shape in ((1,), (1, 1))
+    # (n, n_outputs) with y alike could also be several targets per row
+    return output.shape[1:] == (1, *y.shape[1:]) or (y.ndim > 2 and output.shape[1:] == y.shape[1:])
+
+
+def _expected(y: NDArray[Any]) -> str:
+    """The shape of outputs for one row, in words."""
+    return f"({', '.join(map(str, ('1', 'n_outputs', *(y.shape[1:] if is_dense(y) else ()))))})"
+
+
+def _remedy(output: torch.Tensor, y: NDArray[Any], call: str) -> str:
+    """What to do where outputs have no label for each position, or y no output."""
+    if y.shape[1] == 1 and output.shape[2:] == y.shape[2:]:
+        return "Remove the axis of length 1 from y: y[:, 0]."
+    return f"Move the axis of the outputs with forward=lambda module, X: {call}.movedim(-1, 1)."
 
 
 def output_names(module: Any, n_outputs: int) -> tuple[str, ...] | None:

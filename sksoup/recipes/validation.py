@@ -92,7 +92,7 @@ def validate_rows(
         check_consistent_length(*parts_of(X), y)
         return X, y, _check_weight(sample_weight, y)
     if task == "classification" and y is not None and is_dense(np.asarray(y)):
-        X, y = validate_inputs(estimator, X, reset=True), _check_dense(np.asarray(y))
+        X, y = validate_inputs(estimator, X, reset=True), _check_positions(np.asarray(y))
         check_consistent_length(*parts_of(X), y)
         return X, y, _check_weight(sample_weight, y)
     if is_multiple(X):
@@ -124,7 +124,7 @@ def _validate_indexed(
     if isinstance(first, torch.Tensor):
         first = validate_inputs(estimator, first, reset=True)
     if task == "classification" and y is not None and is_dense(np.asarray(y)):
-        y = _check_dense(np.asarray(y))
+        y = _check_positions(np.asarray(y))
         check_consistent_length(X, y)
     else:
         check_consistent_length(X, y)
@@ -132,6 +132,15 @@ def _validate_indexed(
         if task == "classification":
             check_classification_targets(y)
     return X, y, _check_weight(sample_weight, y)
+
+
+def _check_positions(y: NDArray[Any]) -> NDArray[Any]:
+    """Check labels of pixels or tokens; masks of booleans or of whole numbers become integers."""
+    if y.dtype.kind == "b" or (
+        y.dtype.kind == "f" and bool(np.isfinite(y).all() and (y == np.floor(y)).all())
+    ):
+        y = y.astype(np.int64)
+    return _check_dense(y)
 
 
 def _check_dense(y: NDArray[Any]) -> NDArray[Any]:
