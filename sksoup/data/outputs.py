@@ -76,9 +76,10 @@ class Outputs:
         if one_logit:
             if len(labels := np.unique(y[y != IGNORED] if dense else y)) > 2:
                 per = " per position" if dense else ""
+                numbers = "" if dense else ", or task='regression' if y holds numbers to predict"
                 raise ValueError(
                     f"{got}: one logit{per} distinguishes two labels, but y has {len(labels)}. "
-                    f"Expected {_expected(y)}."
+                    f"Expected {_expected(y)}{numbers}."
                 )
             output = output.new_zeros((1, 2, *y.shape[1:]) if dense else (1, 2))  # as it is used
         if dense and (output.ndim < 3 or output.shape[2:] != y.shape[1:]):
@@ -87,7 +88,11 @@ class Outputs:
                 f"{_remedy(output, y, call)}"
             )
         if not dense and (output.ndim > 2 or (task == "classification" and output.ndim != 2)):
-            raise ValueError(f"{got}, expected (1, n_outputs) for task={task!r}.")
+            remedy = (
+                "" if task == "classification" else f" Flatten the outputs with forward=lambda "
+                f"module, X: {call}.flatten(1), and y with y.reshape(len(y), -1)."
+            )  # fmt: skip
+            raise ValueError(f"{got}, expected (1, n_outputs) for task={task!r}.{remedy}")
         n_outputs = output.shape[1] if output.ndim > 1 else 1
         if task != "classification":
             return cls(task, n_outputs, tuple(output.shape[1:]), is_column=y.ndim == 1)
@@ -246,7 +251,13 @@ def _remedy(output: torch.Tensor, y: NDArray[Any], call: str) -> str:
     """What to do where outputs have no label for each position, or y no output."""
     if y.shape[1] == 1 and output.shape[2:] == y.shape[2:]:
         return "Remove the axis of length 1 from y: y[:, 0]."
-    return f"Move the axis of the outputs with forward=lambda module, X: {call}.movedim(-1, 1)."
+    if output.ndim < 3 and y.ndim == 2:
+        is_binary = bool(((y == 0) | (y == 1)).all())
+        kind, task = ("labels", "multilabel") if is_binary else ("numbers to predict", "regression")
+        return f"If each row has several {kind}, pass task={task!r}."
+    if output.ndim > 2 and output.movedim(-1, 1).shape[2:] == y.shape[1:]:
+        return f"Move the axis of the outputs with forward=lambda module, X: {call}.movedim(-1, 1)."
+    return "Pass a function that returns outputs of this shape: forward=lambda module, X: ..."
 
 
 def output_names(module: Any, n_outputs: int) -> tuple[str, ...] | None:

@@ -85,6 +85,8 @@ def validate_rows(
     wants = {"multi_output": task != "classification", "y_numeric": task == "regression"}
     y = to_numpy(y)
     estimator.input_names_ = input_names(X)
+    if task in ("regression", "multilabel"):
+        _check_flat(y, task, estimator.input_names_)
     if isinstance(X, IndexedRows):
         return _validate_indexed(estimator, X, y, task, sample_weight, wants)
     if task in TEXT_TASKS:
@@ -140,15 +142,28 @@ def _check_positions(y: NDArray[Any]) -> NDArray[Any]:
         y.dtype.kind == "f" and bool(np.isfinite(y).all() and (y == np.floor(y)).all())
     ):
         y = y.astype(np.int64)
-    return _check_dense(y)
+    return _check_dense(y, " For several numbers to predict per row pass task='regression'.")
 
 
-def _check_dense(y: NDArray[Any]) -> NDArray[Any]:
+def _check_flat(y: Any, task: Task, names: tuple[str, ...] | int | None) -> None:
+    """Refuse targets of a regression or several labels that have more than two dimensions."""
+    if getattr(y, "ndim", 0) > 2:
+        call = {int: "module(*X)", tuple: "module(**X)"}.get(type(names), "module(X)")
+        masks = "For one label per pixel use task='classification'; otherwise flatten"
+        raise ValueError(
+            f"y has shape {y.shape}, expected (n_samples,) or (n_samples, n_outputs) for "
+            f"task={task!r}. {'Flatten' if task == 'regression' else masks} y with "
+            f"y.reshape(len(y), -1), and the outputs with forward=lambda module, X: "
+            f"{call}.flatten(1)."
+        )
+
+
+def _check_dense(y: NDArray[Any], remedy: str = "") -> NDArray[Any]:
     """Check labels at several positions of a row; scikit-learn has no check for them."""
     if y.ndim < 2 or y.dtype.kind not in "iu":
         raise ValueError(
             f"y has shape {y.shape} and dtype {y.dtype}, expected integers for labels at several "
-            f"positions of a row, with {IGNORED} at positions to ignore."
+            f"positions of a row, with {IGNORED} at positions to ignore.{remedy}"
         )
     if (y == IGNORED).all():
         raise ValueError(f"y contains only {IGNORED}, so every position is ignored.")

@@ -179,7 +179,8 @@ def test_labels_of_tokens_with_the_axis_moved(pixels):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda y: y + 0.5, "expected integers for labels at several"),
+        (lambda y: y + 0.5, "expected integers for labels at several.* task='regression'"),
+        (lambda y: y[:, :, :3], "outputs of this shape: forward="),
         (lambda y: np.where(y == -100, np.inf, y), "expected integers for labels at several"),
         (lambda y: np.full_like(y, -100), "contains only -100"),
         (lambda y: y[:-1], "inconsistent numbers of samples"),
