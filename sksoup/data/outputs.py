@@ -72,27 +72,10 @@ class Outputs:
         dense = task == "classification" and is_dense(y)
         one_logit = task == "classification" and _is_one_logit(output, y)
         has_channel = one_logit and output.ndim > y.ndim
-        got = f"The module's output has shape {tuple(output.shape)} for one row"
         if one_logit:
-            if len(labels := np.unique(y[y != IGNORED] if dense else y)) > 2:
-                per = " per position" if dense else ""
-                numbers = "" if dense else ", or task='regression' if y holds numbers to predict"
-                raise ValueError(
-                    f"{got}: one logit{per} distinguishes two labels, but y has {len(labels)}. "
-                    f"Expected {_expected(y)}{numbers}."
-                )
+            _check_two(output, y)
             output = output.new_zeros((1, 2, *y.shape[1:]) if dense else (1, 2))  # as it is used
-        if dense and (output.ndim < 3 or output.shape[2:] != y.shape[1:]):
-            raise ValueError(
-                f"{got}, but y has labels of shape {y.shape[1:]} per row, expected {_expected(y)}. "
-                f"{_remedy(output, y, call)}"
-            )
-        if not dense and (output.ndim > 2 or (task == "classification" and output.ndim != 2)):
-            remedy = (
-                "" if task == "classification" else f" Flatten the outputs with forward=lambda "
-                f"module, X: {call}.flatten(1), and y with y.reshape(len(y), -1)."
-            )  # fmt: skip
-            raise ValueError(f"{got}, expected (1, n_outputs) for task={task!r}.{remedy}")
+        _check_shape(output, y, task, call, module)
         n_outputs = output.shape[1] if output.ndim > 1 else 1
         if task != "classification":
             return cls(task, n_outputs, tuple(output.shape[1:]), is_column=y.ndim == 1)
@@ -242,13 +225,60 @@ def _is_one_logit(output: torch.Tensor, y: NDArray[Any]) -> bool:
     return output.shape[1:] == (1, *y.shape[1:]) or (y.ndim > 2 and output.shape[1:] == y.shape[1:])
 
 
+def _check_two(output: torch.Tensor, y: NDArray[Any]) -> None:
+    """Check that the labels of one logit are two."""
+    dense = is_dense(y)
+    if len(labels := np.unique(y[y != IGNORED] if dense else y)) > 2:
+        per = " per position" if dense else ""
+        numbers = "" if dense else ", or task='regression' if y holds numbers to predict"
+        raise ValueError(
+            f"The module's output has shape {tuple(output.shape)} for one row: one logit{per} "
+            f"distinguishes two labels, but y has {len(labels)}. Expected {_expected(y)}{numbers}."
+        )
+
+
+def _check_shape(output: torch.Tensor, y: NDArray[Any], task: Task, call: str, module: Any) -> None:
+    """Check the shape of the output for one row against the targets."""
+    got = f"The module's output has shape {tuple(output.shape)} for one row"
+    if task == "classification" and is_dense(y):
+        if output.ndim < 3 or output.shape[2:] != y.shape[1:]:
+            raise ValueError(
+                f"{got}, but y has labels of shape {y.shape[1:]} per row, expected {_expected(y)}. "
+                f"{_remedy(output, y, call)}"
+            )
+        if _has_labels_last(module) and not call.startswith("forward("):
+            raise ValueError(
+                f"{got}, which for {type(module).__name__} is (1, n_tokens, n_outputs), expected "
+                f"(1, n_outputs, n_tokens). Move the axis of the outputs with forward=lambda "
+                f"module, X: {call}.movedim(-1, 1)."
+            )
+    elif task == "classification" and output.ndim != 2:
+        raise ValueError(f"{got}, expected (1, n_outputs) for task={task!r}.")
+    elif output.ndim > 2:
+        raise ValueError(
+            f"{got}, expected (1, n_outputs) for task={task!r}. Flatten the outputs with "
+            f"forward=lambda module, X: {call}.flatten(1), and y with y.reshape(len(y), -1)."
+        )
+
+
+def _has_labels_last(module: Any) -> bool:
+    """Whether a module is a token classifier of transformers, whose logits are (n, tokens, labels).
+
+    Unknown, so False, for a subclass with its own ``forward``.
+    """
+    where = getattr(getattr(type(module), "forward", None), "__module__", "")
+    return where.startswith(("transformers", "peft.")) and any(
+        kind.__name__.endswith("ForTokenClassification") for kind in type(module).__mro__
+    )
+
+
 def _expected(y: NDArray[Any]) -> str:
     """The shape of outputs for one row, in words."""
     return f"({', '.join(map(str, ('1', 'n_outputs', *(y.shape[1:] if is_dense(y) else ()))))})"
 
 
 def _remedy(output: torch.Tensor, y: NDArray[Any], call: str) -> str:
-    """What to do where outputs have no label for each position, or y no output."""
+    """What to do where the outputs and the labels have different positions."""
     if y.shape[1] == 1 and output.shape[2:] == y.shape[2:]:
         return "Remove the axis of length 1 from y: y[:, 0]."
     if output.ndim < 3 and y.ndim == 2:

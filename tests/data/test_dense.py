@@ -12,6 +12,7 @@ from sklearn.base import clone
 from sklearn.metrics import balanced_accuracy_score, jaccard_score, log_loss, roc_auc_score
 from torch import nn
 from torch.utils.data import TensorDataset
+from transformers import BertConfig, BertForTokenClassification
 
 from sksoup import (
     BestCheckpoint,
@@ -174,6 +175,34 @@ def test_labels_of_tokens_with_the_axis_moved(pixels):
         soup.fit(checkpoints, X, y)
     soup.set_params(forward=lambda module, X: module(X).movedim(-1, 1)).fit(checkpoints, X, y)
     assert soup.predict(X).shape == (40, 7)
+
+
+def tagger(kind):
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_labels": 5}
+    return kind(BertConfig(hidden_size=8, intermediate_size=8, vocab_size=11, **sizes))
+
+
+class Moved(BertForTokenClassification):
+    """One that returns (n, labels, tokens)."""
+
+    def forward(self, **X):
+        return super().forward(**X).logits.movedim(-1, 1)
+
+
+@pytest.mark.parametrize("n_tokens", [5, 7])
+def test_logits_of_tokens_are_never_taken_for_another_axis(n_tokens):
+    torch.manual_seed(0)
+    states = [net.state_dict() for net in around(tagger(BertForTokenClassification), 3, 0.3)]
+    nets = CheckpointCollection(states, module=lambda: tagger(BertForTokenClassification))
+    X, y = {"input_ids": torch.randint(0, 11, (40, n_tokens))}, torch.randint(0, 5, (40, n_tokens))
+    message = re.escape("forward=lambda module, X: module(**X).logits.movedim(-1, 1).")
+    with pytest.raises(ValueError, match=message):  # also with as many tokens as labels
+        GreedySoup().fit(nets, X, y)
+    soup = GreedySoup(forward=lambda module, X: module(**X).logits.movedim(-1, 1)).fit(nets, X, y)
+    with torch.no_grad():
+        assert np.array_equal(soup.predict(X), soup.module_(**X).logits.argmax(-1))
+    own = CheckpointCollection(states, module=lambda: tagger(Moved))
+    assert np.array_equal(GreedySoup().fit(own, X, y).predict(X), soup.predict(X))
 
 
 @pytest.mark.parametrize(
