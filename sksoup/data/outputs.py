@@ -43,6 +43,7 @@ class Outputs:
     shape: tuple[int, ...]  # of the output for one row
     classes: NDArray[Any] | None = None  # labels in output order, of a classification
     one_logit: bool = False  # the module gives z, which is used as the logits 0 and z
+    has_channel: bool = False  # z of positions is (n, 1, ...), not (n, ...)
     ignored: int = IGNORED  # the criterion's label of what is left out
     is_dense: bool = False  # labels at several positions of a row
     is_column: bool = False  # targets of a regression come as (n,)
@@ -69,23 +70,12 @@ class Outputs:
         if task in TEXT_TASKS:
             return cls._of_texts(output, y, kind_of_model(module, task), X)
         dense = task == "classification" and is_dense(y)
-        one_logit = task == "classification" and not dense and output.shape in ((1,), (1, 1))
-        got = f"The module's output has shape {tuple(output.shape)} for one row"
+        one_logit = task == "classification" and _is_one_logit(output, y)
+        has_channel = one_logit and output.ndim > y.ndim
         if one_logit:
-            if len(labels := np.unique(y)) > 2:
-                raise ValueError(
-                    f"{got}: one logit distinguishes two labels, but y has {len(labels)}. Expected "
-                    f"(1, n_outputs)."
-                )
-            output = output.new_zeros((1, 2))  # as which it is used
-        if dense and (output.ndim < 3 or output.shape[2:] != y.shape[1:]):
-            raise ValueError(
-                f"{got}, but y has labels of shape {y.shape[1:]} per row, expected (1, n_outputs, "
-                f"{', '.join(map(str, y.shape[1:]))}). Move the axis of the outputs with "
-                f"forward=lambda module, X: {call}.movedim(-1, 1)."
-            )
-        if not dense and (output.ndim > 2 or (task == "classification" and output.ndim != 2)):
-            raise ValueError(f"{got}, expected (1, n_outputs) for task={task!r}.")
+            _check_two(output, y)
+            output = output.new_zeros((1, 2, *y.shape[1:]) if dense else (1, 2))  # as it is used
+        _check_shape(output, y, task, call, module)
         n_outputs = output.shape[1] if output.ndim > 1 else 1
         if task != "classification":
             return cls(task, n_outputs, tuple(output.shape[1:]), is_column=y.ndim == 1)
@@ -95,7 +85,7 @@ class Outputs:
         labels = resolve_classes(y[y != IGNORED] if dense else y, n_outputs, classes, names)
         return cls(
             task, n_outputs, tuple(output.shape[1:]), labels, one_logit,
-            ignored if isinstance(ignored, int) else IGNORED, dense, names=names,
+            has_channel, ignored if isinstance(ignored, int) else IGNORED, dense, names=names,
         )  # fmt: skip
 
     @classmethod
@@ -169,6 +159,14 @@ class Outputs:
             )
         return indices
 
+    def two_logits(self, output: torch.Tensor) -> torch.Tensor:
+        """(n, 2, ...) logits 0 and z of one logit z: their softmax is its sigmoid."""
+        if not self.is_dense:
+            z = output.reshape(len(output))
+        else:
+            z = output.squeeze(1) if self.has_channel else output
+        return torch.stack([torch.zeros_like(z), z], dim=1)
+
     def counted(self, targets: torch.Tensor) -> torch.Tensor | None:
         """(N,): number of labeled positions of each row, if some positions have no label."""
         labeled = targets != self.ignored
@@ -217,6 +215,79 @@ class Outputs:
                 weight = np.repeat(np.asarray(weight), used.reshape(len(used), -1).sum(axis=1))
             y, predicted = y[used], predicted[used]
         return float(accuracy_score(y, predicted, sample_weight=weight))
+
+
+def _is_one_logit(output: torch.Tensor, y: NDArray[Any]) -> bool:
+    """Whether the output for one row is a single logit of the row, or of each of its positions."""
+    if not is_dense(y):
+        return output.shape in ((1,), (1, 1))
+    # (n, n_outputs) with y alike could also be several targets per row
+    return output.shape[1:] == (1, *y.shape[1:]) or (y.ndim > 2 and output.shape[1:] == y.shape[1:])
+
+
+def _check_two(output: torch.Tensor, y: NDArray[Any]) -> None:
+    """Check that the labels of one logit are two."""
+    dense = is_dense(y)
+    if len(labels := np.unique(y[y != IGNORED] if dense else y)) > 2:
+        per = " per position" if dense else ""
+        numbers = "" if dense else ", or task='regression' if y holds numbers to predict"
+        raise ValueError(
+            f"The module's output has shape {tuple(output.shape)} for one row: one logit{per} "
+            f"distinguishes two labels, but y has {len(labels)}. Expected {_expected(y)}{numbers}."
+        )
+
+
+def _check_shape(output: torch.Tensor, y: NDArray[Any], task: Task, call: str, module: Any) -> None:
+    """Check the shape of the output for one row against the targets."""
+    got = f"The module's output has shape {tuple(output.shape)} for one row"
+    if task == "classification" and is_dense(y):
+        if output.ndim < 3 or output.shape[2:] != y.shape[1:]:
+            raise ValueError(
+                f"{got}, but y has labels of shape {y.shape[1:]} per row, expected {_expected(y)}. "
+                f"{_remedy(output, y, call)}"
+            )
+        if _has_labels_last(module) and not call.startswith("forward("):
+            raise ValueError(
+                f"{got}, which for {type(module).__name__} is (1, n_tokens, n_outputs), expected "
+                f"(1, n_outputs, n_tokens). Move the axis of the outputs with forward=lambda "
+                f"module, X: {call}.movedim(-1, 1)."
+            )
+    elif task == "classification" and output.ndim != 2:
+        raise ValueError(f"{got}, expected (1, n_outputs) for task={task!r}.")
+    elif output.ndim > 2:
+        raise ValueError(
+            f"{got}, expected (1, n_outputs) for task={task!r}. Flatten the outputs with "
+            f"forward=lambda module, X: {call}.flatten(1), and y with y.reshape(len(y), -1)."
+        )
+
+
+def _has_labels_last(module: Any) -> bool:
+    """Whether a module is a token classifier of transformers, whose logits are (n, tokens, labels).
+
+    Unknown, so False, for a subclass with its own ``forward``.
+    """
+    where = getattr(getattr(type(module), "forward", None), "__module__", "")
+    return where.startswith(("transformers", "peft.")) and any(
+        kind.__name__.endswith("ForTokenClassification") for kind in type(module).__mro__
+    )
+
+
+def _expected(y: NDArray[Any]) -> str:
+    """The shape of outputs for one row, in words."""
+    return f"({', '.join(map(str, ('1', 'n_outputs', *(y.shape[1:] if is_dense(y) else ()))))})"
+
+
+def _remedy(output: torch.Tensor, y: NDArray[Any], call: str) -> str:
+    """What to do where the outputs and the labels have different positions."""
+    if y.shape[1] == 1 and output.shape[2:] == y.shape[2:]:
+        return "Remove the axis of length 1 from y: y[:, 0]."
+    if output.ndim < 3 and y.ndim == 2:
+        is_binary = bool(((y == 0) | (y == 1)).all())
+        kind, task = ("labels", "multilabel") if is_binary else ("numbers to predict", "regression")
+        return f"If each row has several {kind}, pass task={task!r}."
+    if output.ndim > 2 and output.movedim(-1, 1).shape[2:] == y.shape[1:]:
+        return f"Move the axis of the outputs with forward=lambda module, X: {call}.movedim(-1, 1)."
+    return "Pass a function that returns outputs of this shape: forward=lambda module, X: ..."
 
 
 def output_names(module: Any, n_outputs: int) -> tuple[str, ...] | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -149,16 +151,39 @@ class HeldOut:
 
 
 def one_ahead(make: Callable[[int], Batch], numbers: Iterable[int]) -> Iterator[Batch]:
-    """Make each minibatch in a thread while the one before it is in use."""
-    with ThreadPoolExecutor(1, thread_name_prefix="sksoup-batches") as pool:
+    """Make each minibatch in a thread while the one before it is in use.
+
+    It is not a thread of an executor: these are joined at the exit of each process that is forked
+    from them, as workers of a DataLoader are, which fails there.
+    """
+    tasks: SimpleQueue[tuple[Future[Batch], int] | None] = SimpleQueue()
+
+    def submit(number: int) -> Future[Batch]:
+        made: Future[Batch] = Future()
+        tasks.put((made, number))
+        return made
+
+    def work() -> None:
+        for made, number in iter(tasks.get, None):
+            try:
+                made.set_result(make(number))
+            except BaseException as error:  # raised where the minibatch is used
+                made.set_exception(error)
+
+    thread = Thread(target=work, name="sksoup-batches", daemon=True)
+    thread.start()
+    try:
         pending: Future[Batch] | None = None
         for number in numbers:
-            following = pool.submit(make, number)
+            following = submit(number)
             if pending is not None:
                 yield pending.result()
             pending = following
         if pending is not None:
             yield pending.result()
+    finally:
+        tasks.put(None)
+        thread.join()
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

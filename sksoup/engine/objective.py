@@ -17,6 +17,7 @@ from ..data.arrays import Inputs, map_inputs, n_rows
 from ..data.indexed import IndexedRows
 from ..data.outputs import Outputs, Task
 from ..data.rows import Batch, HeldOut, to_inputs
+from ..data.tokens import IGNORED
 from ..exceptions import CheckpointError
 from ..runtime.distributed import gather_rows, share_or_last, world_size
 from ..runtime.shards import own, reshard, sharded_parts
@@ -105,6 +106,7 @@ class Objective:
         if scale is not None:
             output = output * scale
         if self._wants_one_logit:
+            self._check_ignores(batch)
             output, y = output[:, 1] - output[:, 0], y.to(output.dtype)
         if batch.counted is not None and not bool(batch.counted.any()):
             return output.sum() * 0.0  # nothing here has a label
@@ -127,6 +129,15 @@ class Objective:
         else:
             total = (rows.mean(dim=1) * amounts).sum()
         return total / torch.as_tensor(batch.amount).clamp_min(1e-12)
+
+    def _check_ignores(self, batch: Batch) -> None:
+        """Refuse positions without a label where a loss of one logit would take them for labels."""
+        if batch.counted is not None and getattr(self.criterion, "ignore_index", None) is None:
+            raise ValueError(
+                f"y holds {IGNORED} at positions to ignore, but the criterion {self.criterion!r} "
+                f"has no ignore_index, so it would take them for labels. Use criterion=None, which "
+                f"ignores them."
+            )
 
     @torch.no_grad()
     def mean_loss(self, data: HeldOut, batch_size: int | None) -> float:
@@ -190,7 +201,7 @@ class Objective:
         X = to_inputs(X, self._dtype, self._device)
         kind, half = self._device.type, torch.bfloat16
         with torch.autocast(kind, dtype=half) if self._autocast else nullcontext():
-            output = feed(self._call, X, self._forward, self.outputs.one_logit)
+            output = feed(self._call, X, self.outputs, self._forward)
         if recalibrating:
             self.counts.rows_recalibrated += len(output)
         else:
@@ -220,18 +231,15 @@ def forward_in_batches(
 
 
 def feed(
-    module: Callable[..., Any], X: Inputs, forward: Forward | None = None, one_logit: bool = False
+    module: Callable[..., Any], X: Inputs, outputs: Outputs, forward: Forward | None = None
 ) -> torch.Tensor:
     """Outputs of a module for one input, inputs by name or by position, or by ``forward``.
 
-    One logit z becomes two, 0 and z: their softmax is its sigmoid.
+    One logit z becomes two, 0 and z.
     """
     found = called(module, X, forward)
     output = found if isinstance(found, torch.Tensor) else as_output(found)
-    if not one_logit:
-        return output
-    z = output.reshape(len(output))
-    return torch.stack([torch.zeros_like(z), z], dim=1)
+    return outputs.two_logits(output) if outputs.one_logit else output
 
 
 def called(module: Callable[..., Any], X: Inputs, forward: Forward | None = None) -> Any:

@@ -327,8 +327,8 @@ class ExportMixin:
         Raises
         ------
         ValueError
-            ``task`` is "multilabel", for which skorch has no net, or the soup has a ``forward``,
-            which skorch can't call.
+            ``task`` is "multilabel" or the module returns one logit per pixel, for which skorch has
+            no net, or the soup has a ``forward``, which skorch can't call.
 
         Notes
         -----
@@ -341,6 +341,11 @@ class ExportMixin:
         if self.task == "multilabel":
             raise ValueError(
                 "skorch has no net for task='multilabel'. Pass module_ to a skorch.NeuralNet."
+            )
+        if self.outputs_.one_logit and self.outputs_.is_dense:
+            raise ValueError(
+                "skorch has no net for one logit per position. Pass module_ to a skorch.NeuralNet "
+                "with criterion=nn.BCEWithLogitsLoss."
             )
         if self.forward is not None:
             raise ValueError(

@@ -273,7 +273,7 @@ class PredictionMixin:
         with nullcontext() if collection is None else collection.threads_of_parent():
             return forward_in_batches(
                 lambda rows: feed(
-                    module, to_inputs(rows, dtype, device), self.forward, self.outputs_.one_logit
+                    module, to_inputs(rows, dtype, device), self.outputs_, self.forward
                 ),
                 X if isinstance(X, IndexedRows) else map_inputs(to_tensor, X),
                 self.batch_size,

@@ -85,6 +85,8 @@ def validate_rows(
     wants = {"multi_output": task != "classification", "y_numeric": task == "regression"}
     y = to_numpy(y)
     estimator.input_names_ = input_names(X)
+    if task in ("regression", "multilabel"):
+        _check_flat(y, task, estimator.input_names_)
     if isinstance(X, IndexedRows):
         return _validate_indexed(estimator, X, y, task, sample_weight, wants)
     if task in TEXT_TASKS:
@@ -92,7 +94,7 @@ def validate_rows(
         check_consistent_length(*parts_of(X), y)
         return X, y, _check_weight(sample_weight, y)
     if task == "classification" and y is not None and is_dense(np.asarray(y)):
-        X, y = validate_inputs(estimator, X, reset=True), _check_dense(np.asarray(y))
+        X, y = validate_inputs(estimator, X, reset=True), _check_positions(np.asarray(y))
         check_consistent_length(*parts_of(X), y)
         return X, y, _check_weight(sample_weight, y)
     if is_multiple(X):
@@ -124,7 +126,7 @@ def _validate_indexed(
     if isinstance(first, torch.Tensor):
         first = validate_inputs(estimator, first, reset=True)
     if task == "classification" and y is not None and is_dense(np.asarray(y)):
-        y = _check_dense(np.asarray(y))
+        y = _check_positions(np.asarray(y))
         check_consistent_length(X, y)
     else:
         check_consistent_length(X, y)
@@ -134,12 +136,34 @@ def _validate_indexed(
     return X, y, _check_weight(sample_weight, y)
 
 
-def _check_dense(y: NDArray[Any]) -> NDArray[Any]:
+def _check_positions(y: NDArray[Any]) -> NDArray[Any]:
+    """Check labels of pixels or tokens; masks of booleans or of whole numbers become integers."""
+    if y.dtype.kind == "b" or (
+        y.dtype.kind == "f" and bool(np.isfinite(y).all() and (y == np.floor(y)).all())
+    ):
+        y = y.astype(np.int64)
+    return _check_dense(y, " For several numbers to predict per row pass task='regression'.")
+
+
+def _check_flat(y: Any, task: Task, names: tuple[str, ...] | int | None) -> None:
+    """Refuse targets of a regression or several labels that have more than two dimensions."""
+    if getattr(y, "ndim", 0) > 2:
+        call = {int: "module(*X)", tuple: "module(**X)"}.get(type(names), "module(X)")
+        masks = "For one label per pixel use task='classification'; otherwise flatten"
+        raise ValueError(
+            f"y has shape {y.shape}, expected (n_samples,) or (n_samples, n_outputs) for "
+            f"task={task!r}. {'Flatten' if task == 'regression' else masks} y with "
+            f"y.reshape(len(y), -1), and the outputs with forward=lambda module, X: "
+            f"{call}.flatten(1)."
+        )
+
+
+def _check_dense(y: NDArray[Any], remedy: str = "") -> NDArray[Any]:
     """Check labels at several positions of a row; scikit-learn has no check for them."""
     if y.ndim < 2 or y.dtype.kind not in "iu":
         raise ValueError(
             f"y has shape {y.shape} and dtype {y.dtype}, expected integers for labels at several "
-            f"positions of a row, with {IGNORED} at positions to ignore."
+            f"positions of a row, with {IGNORED} at positions to ignore.{remedy}"
         )
     if (y == IGNORED).all():
         raise ValueError(f"y contains only {IGNORED}, so every position is ignored.")

@@ -12,6 +12,7 @@ from sklearn.base import clone
 from sklearn.metrics import balanced_accuracy_score, jaccard_score, log_loss, roc_auc_score
 from torch import nn
 from torch.utils.data import TensorDataset
+from transformers import BertConfig, BertForTokenClassification
 
 from sksoup import (
     BestCheckpoint,
@@ -176,13 +177,44 @@ def test_labels_of_tokens_with_the_axis_moved(pixels):
     assert soup.predict(X).shape == (40, 7)
 
 
+def tagger(kind):
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_labels": 5}
+    return kind(BertConfig(hidden_size=8, intermediate_size=8, vocab_size=11, **sizes))
+
+
+class Moved(BertForTokenClassification):
+    """One that returns (n, labels, tokens)."""
+
+    def forward(self, **X):
+        return super().forward(**X).logits.movedim(-1, 1)
+
+
+@pytest.mark.parametrize("n_tokens", [5, 7])
+def test_logits_of_tokens_are_never_taken_for_another_axis(n_tokens):
+    torch.manual_seed(0)
+    states = [net.state_dict() for net in around(tagger(BertForTokenClassification), 3, 0.3)]
+    nets = CheckpointCollection(states, module=lambda: tagger(BertForTokenClassification))
+    X, y = {"input_ids": torch.randint(0, 11, (40, n_tokens))}, torch.randint(0, 5, (40, n_tokens))
+    message = re.escape("forward=lambda module, X: module(**X).logits.movedim(-1, 1).")
+    with pytest.raises(ValueError, match=message):  # also with as many tokens as labels
+        GreedySoup().fit(nets, X, y)
+    soup = GreedySoup(forward=lambda module, X: module(**X).logits.movedim(-1, 1)).fit(nets, X, y)
+    with torch.no_grad():
+        assert np.array_equal(soup.predict(X), soup.module_(**X).logits.argmax(-1))
+    own = CheckpointCollection(states, module=lambda: tagger(Moved))
+    assert np.array_equal(GreedySoup().fit(own, X, y).predict(X), soup.predict(X))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda y: y.astype(float), "expected integers for labels at several"),
+        (lambda y: y + 0.5, "expected integers for labels at several.* task='regression'"),
+        (lambda y: y[:, :, :3], "outputs of this shape: forward="),
+        (lambda y: np.where(y == -100, np.inf, y), "expected integers for labels at several"),
         (lambda y: np.full_like(y, -100), "contains only -100"),
         (lambda y: y[:-1], "inconsistent numbers of samples"),
         (lambda y: y[:, :2], r"expected \(1, n_outputs, 2, 4\)"),
+        (lambda y: y[:, None], r"expected \(1, n_outputs, 1, 5, 4\).*y\[:, 0\]"),
         (lambda y: y + 50, "can't be matched to the module's outputs"),
     ],
 )
@@ -340,6 +372,99 @@ def test_the_advice_to_move_an_axis_is_code_that_fits_the_module(X, wrap, code):
     message = re.escape(f"forward=lambda module, X: {code}.movedim(-1, 1).")
     with pytest.raises(ValueError, match=message):
         UniformSoup().fit(nets, X, y)
+
+
+# ------------------------------------------------------------- one logit for each position
+
+
+class Mask(nn.Module):
+    """(n, 1, 5, 4) images to one logit per pixel, (n, 1, 5, 4) or (n, 5, 4)."""
+
+    def __init__(self, has_channel=True):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 1, 1))
+        self.has_channel = has_channel
+
+    def forward(self, X):
+        return self.layers(X) if self.has_channel else self.layers(X)[:, 0]
+
+
+def two_channels(module, X):
+    z = module(X)
+    return torch.cat([torch.zeros_like(z), z], dim=1)
+
+
+@pytest.fixture
+def masks():
+    torch.manual_seed(0)
+    states = [net.state_dict() for net in around(Mask(), 4, 0.4)]
+    X, y = torch.randn(30, 1, 5, 4), torch.randint(0, 2, (30, 5, 4))
+    y[torch.rand(y.shape) < 0.2] = -100
+    return states, X.numpy(), y.numpy()
+
+
+@every_soup
+def test_one_logit_per_pixel_is_two_of_which_one_is_zero(masks, soup):
+    states, X, y = masks
+    nets = CheckpointCollection(states, module=Mask)
+    two = clone(soup).set_params(forward=two_channels).fit(nets, X, y)
+    one = clone(soup).fit(nets, X, y)
+    flat = CheckpointCollection(states, module=lambda: Mask(has_channel=False))
+    for found in (one, clone(soup).fit(flat, X, y)):
+        assert np.array_equal(found.coef_, two.coef_)
+        assert found.predict_proba(X).shape == (30, 2, 5, 4)
+        assert np.array_equal(found.predict_proba(X), two.predict_proba(X))
+        assert found.score(X, y) == two.score(X, y)
+        assert found.mean_log_likelihood(X, y) == two.mean_log_likelihood(X, y)
+    same = clone(soup).fit(nets, X, y[:, None])
+    assert np.array_equal(same.coef_, one.coef_)
+    assert np.array_equal(same.predict(X), one.predict(X)[:, None])
+    assert same.score(X, y[:, None]) == one.score(X, y)
+    named = np.where(y == 1, 255, y)  # as images store masks
+    assert np.array_equal(clone(soup).fit(nets, X, named).predict(X), 255 * one.predict(X))
+
+
+@pytest.mark.parametrize("dtype", [bool, np.float32])
+def test_masks_of_booleans_and_floats_are_labels(masks, dtype):
+    states, X, y = masks
+    nets = CheckpointCollection(states, module=Mask)
+    y[y == -100] = 0
+    soup = LearnedSoup(max_epochs=1, random_state=0)
+    plain = clone(soup).fit(nets, X, y)
+    given = clone(soup).fit(nets, X, y.astype(dtype))
+    assert given.classes_.tolist() == [0, 1]
+    assert np.array_equal(given.coef_, plain.coef_)
+    assert given.score(X, y.astype(dtype)) == plain.score(X, y)
+    likelihoods = [s.mean_log_likelihood(X, t) for s, t in ((given, y.astype(dtype)), (plain, y))]
+    assert likelihoods[0] == likelihoods[1]
+    background = clone(soup).fit(nets, X, np.zeros_like(y, dtype=dtype))
+    assert background.classes_.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("weight", [None, np.arange(30) % 4 / 2])
+def test_a_criterion_for_one_logit_per_pixel_gets_it(masks, weight):
+    states, X, y = masks
+    nets = CheckpointCollection(states, module=Mask)
+    soup = MEHLSoup(max_epochs=1, random_state=0)
+    binary = clone(soup).set_params(criterion=nn.BCEWithLogitsLoss)
+    with pytest.raises(ValueError, match="has no ignore_index"):
+        binary.fit(nets, X, y, sample_weight=weight)
+    y[y == -100] = 0
+    plain = clone(soup).fit(nets, X, y, sample_weight=weight)
+    binary.fit(nets, X, y, sample_weight=weight)
+    np.testing.assert_allclose(binary.coef_, plain.coef_, atol=1e-5)
+
+
+def test_one_logit_per_pixel_distinguishes_two_labels(masks):
+    states, X, y = masks
+    nets = CheckpointCollection(states, module=Mask)
+    y[0, 0] = 2
+    message = "one logit per position distinguishes two labels, but y has 3. Expected (1, n_outputs"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        GreedySoup().fit(nets, X, y)
+    soup = GreedySoup().fit(nets, X, y.clip(0, 1))
+    with pytest.raises(ValueError, match="no net for one logit per position"):
+        soup.to_skorch()
 
 
 def test_log_loss_of_pixels(pixels):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from sksoup import BestCheckpoint, CheckpointEnsemble, GreedySoup, LearnedSoup, 
 from sksoup.data import loaders
 from sksoup.data.indexed import IndexedRows
 from sksoup.data.loaders import read_loader
+from sksoup.data.rows import one_ahead
 
 from ..zoo import Zoo, make_zoo, same_tensors
 
@@ -128,6 +130,25 @@ def test_any_rows_come_in_the_order_asked_for(n, n_kept, wanted):
     some = found.select(wanted)
     assert torch.equal(torch.cat(list(some.walk(3))), X[wanted])
     assert some.digest != found.digest
+
+
+def test_processes_that_are_started_while_reading_ahead_end_without_error():
+    fork = multiprocessing.get_context("fork")  # as workers of a loader are started on Linux
+
+    def exit_code(number):
+        process = fork.Process(target=int)
+        process.start()
+        process.join(30)
+        return number, process.exitcode
+
+    assert list(one_ahead(exit_code, range(3))) == [(0, 0), (1, 0), (2, 0)]
+
+
+def test_errors_while_reading_ahead_are_raised_where_the_minibatch_is_used():
+    made = one_ahead(lambda number: 6 // (2 - number), range(4))
+    assert [next(made), next(made)] == [3, 6]
+    with pytest.raises(ZeroDivisionError):
+        next(made)
 
 
 @pytest.mark.parametrize("n_workers", [0, 2])

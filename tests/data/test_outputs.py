@@ -60,6 +60,20 @@ def test_positions_without_a_label_count_for_nothing():
     assert outputs.score(y, np.array([[0, 0, 0], [0, 0, 2]]), [1.0, 2.0]) == pytest.approx(0.75)
 
 
+@pytest.mark.parametrize(
+    ("shape", "y", "message"),
+    [
+        ((1, 1), np.arange(9), "but y has 9.* or task='regression' if y holds numbers"),
+        ((1, 3), np.eye(3, dtype=int), "several labels, pass task='multilabel'"),
+        ((1, 3), np.arange(9).reshape(3, 3), "several numbers to predict, pass task='regression'"),
+        ((1,), np.eye(3, dtype=int), "several labels, pass task='multilabel'"),
+    ],
+)
+def test_errors_name_a_task_that_was_forgotten(shape, y, message):
+    with pytest.raises(ValueError, match=message):
+        Outputs.of(torch.zeros(shape), y, "classification")
+
+
 def test_one_logit_is_two_outputs():
     y = np.array(["no", "yes", "no"])
     outputs = Outputs.of(torch.zeros(1, 1), y, "classification")

@@ -13,6 +13,7 @@ from sklearn.model_selection import GridSearchCV
 from skorch import NeuralNetClassifier
 from skorch.helper import SliceDict
 from torch import nn
+from torch.utils.data import TensorDataset
 from transformers import BertConfig, BertForSequenceClassification
 
 from sksoup import (
@@ -250,6 +251,35 @@ def test_one_logit_tells_two_labels_apart(zoo: Zoo):
 
 
 # ---------------------------------------------------------------------------- criteria
+
+
+@pytest.mark.parametrize("task", ["regression", "multilabel"])
+@pytest.mark.parametrize(
+    ("as_inputs", "call"),
+    [
+        (lambda X: X, "module(X)"),
+        (lambda X: {"rows": X}, "module(**X)"),
+        (lambda X: (torch.as_tensor(X),), "module(*X)"),
+        (lambda X: TensorDataset(torch.as_tensor(X), torch.zeros(len(X), 4, 3)), "module(X)"),
+    ],
+)
+def test_targets_of_more_dimensions_have_to_be_flattened(named, zoo: Zoo, task, as_inputs, call):
+    X, y = as_inputs(zoo.X), np.zeros((len(zoo.X), 4, 3))
+    y = None if isinstance(X, TensorDataset) else y
+    starts = "Flatten" if task == "regression" else "For one label per pixel use task='classif"
+    with pytest.raises(ValueError, match=rf"y has shape \({len(zoo.X)}, 4, 3\).*{starts}") as error:
+        GreedySoup(task=task).fit(named, X, y)
+    assert f"forward=lambda module, X: {call}.flatten(1)." in str(error.value)
+
+
+def test_outputs_of_more_dimensions_have_to_be_flattened(zoo: Zoo):
+    nets = [nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3))) for _ in range(2)]
+    y = np.random.default_rng(0).normal(size=(len(zoo.X), 6))
+    soup = GreedySoup(task="regression")
+    with pytest.raises(ValueError, match=r"X: module\(X\)\.flatten\(1\), and y with y\.reshape"):
+        soup.fit(CheckpointCollection(nets), zoo.X, y)
+    soup.set_params(forward=lambda module, X: module(X).flatten(1))
+    assert soup.fit(CheckpointCollection(nets), zoo.X, y).predict(zoo.X).shape == y.shape
 
 
 def test_class_weights_and_label_smoothing(named, zoo: Zoo):
