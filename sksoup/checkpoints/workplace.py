@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -109,22 +109,17 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
     A lock that is held for longer, by another program, is not waited for.
     """
-    if fcntl is None:
+    with ExitStack() as stack:
+        with suppress(OSError):  # a folder that can't be read, or a file system without locks
+            file = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, file)
+            for _ in range(ATTEMPTS if fcntl is not None else 0):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(WAIT / ATTEMPTS)
         yield
-        return
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        for _ in range(ATTEMPTS):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(WAIT / ATTEMPTS)
-            except OSError:  # a file system without locks
-                break
-        yield
-    finally:
-        os.close(file)
 
 
 def sync_folder(folder: Path) -> None:
