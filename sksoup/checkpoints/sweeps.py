@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 
 from ..exceptions import CheckpointError
 from .folders import find_weights, list_files
-from .modules import module_folders
+from .modules import MODULES, module_folders
 from .read import suffix_of
 from .records import TRAINER_STATE, Record, read_lightning, read_trainer
 
@@ -98,6 +98,21 @@ class Run:
         return not self.is_alone and find_weights(self.folder) is not None
 
 
+def _refuse_modules(folder: Path, inner: Sequence[Path]) -> None:
+    """Refuse a model of sentence-transformers whose weights are in several of its modules."""
+    if not (folder / MODULES).is_file():
+        return
+    known = module_folders(folder)
+    parts = [path for path in inner if path in known and find_weights(path)]
+    if len(parts) > 1:
+        pattern = os.path.join(folder.parent, "*", parts[0].name)
+        raise CheckpointError(
+            f"{str(folder)!r} is a model of sentence-transformers with weights in {len(parts)} "
+            f"modules, such as {parts[0].name!r} and {parts[1].name!r}, which are not checkpoints "
+            f"of one network. Mix each module by itself: from_path({pattern!r})."
+        )
+
+
 def find_runs(
     folder: Path,
     suffixes: Collection[str],
@@ -123,6 +138,7 @@ def find_runs(
             )
         yield Run(folder, steps or [folder], is_alone=not steps)
         return
+    _refuse_modules(folder, inner)
     files = sorted(list_files(folder, suffixes), key=natural_key)
     if files or steps:
         found = sorted([*files, *filter(find_weights, inner)], key=natural_key)

@@ -20,6 +20,9 @@ OF_TORCH = frozenset(vars(nn.Module()))  # what every module has: hooks, paramet
 NO_SETTING = OF_TORCH | {"generation_config"}
 PLAIN = (bool, int, float, str, torch.dtype, torch.device)
 READS = ("LOAD_GLOBAL", "LOAD_NAME")  # instructions that read a global variable
+SPARSE = (
+    torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc,
+)  # fmt: skip
 DEEPEST = 10  # containers in each other
 
 
@@ -73,6 +76,10 @@ def encode(value: Any, within: Within = ()) -> Iterator[Any]:
     elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
         yield f"{value.dtype}{value.shape}".encode()
         yield np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
+    elif isinstance(value, torch.Tensor) and value.layout in SPARSE:
+        found: Any = value.detach()  # whose method has no type
+        entries = found.to_sparse_coo().coalesce()
+        yield from encode([tuple(value.shape), entries.indices(), entries.values()], within)
     elif isinstance(value, torch.Tensor):
         yield f"{value.dtype}{tuple(value.shape)}".encode()
         yield tensor_bytes(value)
@@ -173,7 +180,8 @@ def is_data(value: Any, depth: int = 0) -> bool:
     elif isinstance(value, np.ndarray):
         return not value.dtype.hasobject
     else:
-        return value is None or isinstance(value, (*PLAIN, torch.Tensor))
+        is_tensor = isinstance(value, torch.Tensor) and not (value.is_meta or value.is_quantized)
+        return value is None or is_tensor or isinstance(value, PLAIN)
     return all(is_data(part, depth + 1) for part in parts)
 
 

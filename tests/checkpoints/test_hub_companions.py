@@ -80,6 +80,24 @@ def test_the_modules_of_a_folder_are_no_checkpoints_in_it(runs):
         CheckpointCollection.from_path(runs)
 
 
+def test_the_encoders_of_one_model_are_no_checkpoints_of_one_network(runs):
+    """As a Router of sentence-transformers has one for queries and one for documents."""
+    routes = {"query_0": [], "document_0": []}
+    for folder in runs.iterdir():
+        for route in routes:
+            (folder / route).mkdir()
+            shutil.copy(folder / "config.json", folder / route)
+            shutil.copy(folder / "model.safetensors", folder / route)
+        (folder / "model.safetensors").unlink()
+        (folder / "modules.json").write_text(json.dumps(MODULES[:1]))
+        (folder / "router_config.json").write_text(json.dumps({"types": routes}))
+    match = r"ft0' is a model of sentence-transformers with weights in 2 modules, .*'document_0'"
+    for path in (runs, runs / "ft0", runs / "*"):
+        with pytest.raises(CheckpointError, match=match):
+            CheckpointCollection.from_path(path)
+    assert len(CheckpointCollection.from_path(runs / "*" / "document_0")) == 3
+
+
 VOCABULARIES = ["vocab.txt", "bpe.codes", "source.spm", "prophetnet.tokenizer", "spiece.model"]
 
 

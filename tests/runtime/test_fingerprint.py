@@ -93,6 +93,7 @@ def test_code_that_changed_is_noticed():
         del sys.modules["notebook"]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CS:UserWarning")  # of torch
 def test_data_that_a_function_reads_by_name_are_part_of_it():
     def of(**values):
         names: dict = {"__name__": "notebook", "torch": torch, **values}
@@ -106,10 +107,17 @@ def test_data_that_a_function_reads_by_name_are_part_of_it():
     assert of(SCALE=1) == of(SCALE=1, unused=3, X=4)
     assert of(SCALE=array) != of(SCALE=array + 1)
     assert of(SCALE=nested) != of(SCALE={**nested, "x": {2}})
+    for layout in (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc):  # as graphs have them
+        sparse = [torch.eye(4).mul(k).to_sparse(layout=layout) for k in (1, 2, 1)]
+        found = [of(SCALE=value) for value in sparse]
+        assert found[0] == found[2] != found[1]
+        assert found[0] != of(SCALE=torch.eye(4))
+        assert fingerprint(sparse[0]) == fingerprint(sparse[2]) != fingerprint(sparse[1])
     within: list = [1]
     within.append(within)
     # functions and other objects are not part of it, nor is what can't be told from another
-    others = [of(SCALE=value) for value in (len, np, object(), within, threading.Lock(), [print])]
+    others = [of(SCALE=value) for value in (len, np, object(), within, threading.Lock(), [print],
+                                           torch.ones(2, device="meta"))]  # fmt: skip
     assert len(set(others)) == 1
 
 
