@@ -182,7 +182,7 @@ def test_what_is_verified_is_what_transformers_loads(parts, tmp_path, rename, is
     "name",
     ["head.safetensors", "shard-00001-model-00001-of-00001.safetensors", "pytorch_model.bin",
      "MODEL.SAFETENSORS", "model.safetensors.index.json", "adapter_config.json", "x.gguf",
-     "params.pt", "last.ckpt", "model.onnx", "rust_model.ot", "weights.npz"],
+     "params.pt", "last.ckpt", "model.onnx", "rust_model.ot", "weights.npz", "model_head.pkl"],
 )  # fmt: skip
 def test_other_weights_in_the_folder_are_named(parts, capsys, name):
     folder, recipe, ckpts = parts

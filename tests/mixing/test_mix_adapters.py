@@ -403,6 +403,8 @@ def test_the_command_line_takes_a_base(folder, tmp_path, capsys, monkeypatch):
     assert main(["cook", soup, "runs", *base, "-o", "cooked.safetensors"]) == 0
     assert main(["inspect", "runs", *base]) == 0
     capsys.readouterr()
+    assert main(["average", "runs", *base, "-o", "start/model.safetensors", "--force"]) == 2
+    assert "is one of the checkpoints to be mixed, or part of one" in capsys.readouterr().err
     assert main(["verify", soup, "runs", "--base", "other"]) != 0
     assert "is not the one that the recipe was made with" in capsys.readouterr().err
     Path("start").rename("moved")
