@@ -229,7 +229,7 @@ def test_tables_with_many_columns_and_long_texts(tmp_path):
     write_csv(tmp_path / "wide.csv", tuple(names), [range(100_000)])
     begin = time.perf_counter()
     assert list(read_file(tmp_path / "wide.csv").parts) == names
-    assert time.perf_counter() - begin < 20  # 75 seconds where it grows with their square
+    assert time.perf_counter() - begin < 20  # more than a minute if it grows with their square
     text = "a soup " * 100_000
     write_csv(tmp_path / "long.csv", ("text",), [(text,)])
     before = csv.field_size_limit()
