@@ -43,7 +43,7 @@ class Table:
 
     def to_markdown(self) -> str:
         """A table of GitHub's Markdown; cells may hold Markdown, bare pipes in them are escaped."""
-        rows = [[PIPE.sub(r"\1\|", " ".join(cell.split())) for cell in row]
+        rows = [[PIPE.sub(r"\1\|", printable(" ".join(cell.split()))) for cell in row]
                 for row in [self.header, *self.rows]]  # fmt: skip
         align = ["---" if k in self.left else "---:" for k in range(len(self.header))]
         return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], align, *rows[1:]])
@@ -78,7 +78,7 @@ class Table:
     def _html_row(self, tag: str, row: Sequence[str]) -> str:
         cells = (
             f"<{tag}{'' if k in self.left else ' class=number'}>{html.escape(cell)}</{tag}>"
-            for k, cell in enumerate(row)
+            for k, cell in enumerate(map(printable, row))
         )
         return f"<tr>{''.join(cells)}</tr>"
 
@@ -114,5 +114,5 @@ def printable(text: str) -> str:
 
 
 def _latex(text: str) -> str:
-    """Escape the characters that LaTeX takes for commands."""
-    return "".join(LATEX.get(character, character) for character in text)
+    """Printable text, with escapes for the characters that LaTeX takes for commands."""
+    return "".join(LATEX.get(character, character) for character in printable(text))

@@ -209,7 +209,8 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Raises
         ------
         CheckpointError
-            No checkpoint was found; a folder is a checkpoint and contains further ones; recorded
+            No checkpoint was found; a folder is a checkpoint and contains further ones; files of
+            one run are of the same step and differ (with "best" or "last"); recorded
             scores are missing, are of different metrics, or do not say whether greater is better;
             or as in the constructor.
 
@@ -217,7 +218,9 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         -----
         The final model that Trainer saves in the run folder counts as the last checkpoint, unless
         the best one is known. With "all" it is left out, because it is a copy of one of the others.
-        Several checkpoints of the same step count once.
+        Copies, such as Lightning's ``last.ckpt``, are left out: ``.ckpt`` files of the same step
+        and with the same weights, which are read to find out. Files of one step that differ are of
+        several runs; "all" takes them all, "best" and "last" refuse them.
 
         Examples
         --------

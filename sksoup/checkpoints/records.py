@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from ..exceptions import CheckpointError
+from .protocol import same_bits
 from .read import suffix_of
 from .texts import read_text
-from .torch_files import read_container
+from .torch_files import is_state_dict, read_container
 
 TRAINER_STATE = "trainer_state.json"  # written by transformers
 MOST_BYTES = 2**26  # enough for a log of a million evaluations
@@ -32,7 +33,8 @@ class Record:
     best: str | None = None
     metrics: Mapping[str, int] = field(default_factory=dict)  # of the best: 1, -1, or 0 if unknown
     values: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by name, by metric
-    steps: Mapping[str, int] = field(default_factory=dict)
+    # the step of each file, and a number that differs if the weights of files of one step do
+    versions: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def read_trainer(state: Path, folder: str) -> Record:
@@ -109,11 +111,38 @@ def read_lightning(files: Sequence[Path]) -> Record:
         for path, value in kept.items() if isinstance(kept, Mapping) else ():
             if (number := _number(value)) is not None and (file := _file_name(path)) is not None:
                 values.setdefault(file, {})[monitor] = number
-    for name, step in steps.items():  # last.ckpt has the same weights as another file
+    versions = _versions({name: found[name] for name in steps}, steps)
+    for name, version in versions.items():  # last.ckpt has the same weights as another file
         values[name] = values[name] or next(
-            (values[other] for other, at in steps.items() if at == step and values[other]), {}
+            (values[other] for other, of in versions.items() if of == version and values[other]), {}
         )
-    return Record(best, metrics, values, steps)
+    return Record(best, metrics, values, versions)
+
+
+def _versions(
+    found: Mapping[str, Mapping[str, Any]], steps: Mapping[str, int]
+) -> dict[str, tuple[int, int]]:
+    """The step of each file, numbered if the weights differ. Reads files of the same step."""
+    versions: dict[str, tuple[int, int]] = {}
+    first: dict[int, list[str]] = {}  # a file with each of the different weights of a step
+    for name, step in steps.items():
+        known = first.setdefault(step, [])
+        same = (k for k, other in enumerate(known) if _same_weights(found[name], found[other]))
+        if (k := next(same, len(known))) == len(known):
+            known.append(name)
+        versions[name] = step, k
+    return versions
+
+
+def _same_weights(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two Lightning checkpoints have the same weights, bit for bit."""
+    mine, other = a.get("state_dict"), b.get("state_dict")
+    if not (is_state_dict(mine) and is_state_dict(other)) or mine.keys() != other.keys():
+        return False
+    return all(
+        value.shape == other[name].shape and same_bits(value, other[name])
+        for name, value in mine.items()
+    )
 
 
 def recorded_scores(taken: Sequence[tuple[Path, Record]]) -> list[float]:

@@ -60,17 +60,16 @@ class Run:
 
     @cached_property
     def ordered(self) -> list[Path]:
-        """The checkpoints in order of time, each step once."""
-        steps = {} if self._steps else self.record.steps
+        """The checkpoints in order of time; copies, such as last.ckpt, are left out."""
+        versions = {} if self._steps else self.record.versions
 
         def time(path: Path) -> tuple[int, bool, list[tuple[int, int, str]]]:
-            return (
-                steps.get(path.name, -1), bool(NAMED_LAST.search(path.stem)), natural_key(path)
-            )  # fmt: skip
+            step, _ = versions.get(path.name, (-1, 0))
+            return step, bool(NAMED_LAST.search(path.stem)), natural_key(path)
 
         found: dict[object, Path] = {}
         for path in sorted(self.checkpoints, key=time):
-            found.setdefault(steps.get(path.name, path.resolve()), path)
+            found.setdefault(versions.get(path.name, path.resolve()), path)
         return list(found.values())
 
     @cached_property
@@ -86,11 +85,25 @@ class Run:
             return list(self.checkpoints)
         if which == "all":
             return self.ordered
+        self._refuse_several(which)
         if which == "best" and self.best is not None:
             return [self.best]
         # Trainer's final model; if it loaded the best one, it is not the last
         is_last = self.record.best not in {path.name for path in self.checkpoints}
         return [self.folder] if self.has_final and is_last else self.ordered[-1:]
+
+    def _refuse_several(self, which: Which) -> None:
+        """Refuse files of the same step that differ: they are of several runs."""
+        first: dict[int, Path] = {}
+        for path in self.ordered:
+            step, _ = self.record.versions.get(path.name, (-1, 0))
+            if step >= 0 and (other := first.setdefault(step, path)) is not path:
+                raise CheckpointError(
+                    f"{str(self.folder)!r} seems to hold several runs: {other.name!r} and "
+                    f"{path.name!r} are both of step {step} and differ, so the {which} of a run is "
+                    f"not known. Move each run to a folder of its own, pass which='all', or list "
+                    f"the files to mix."
+                )
 
     @property
     def has_final(self) -> bool:

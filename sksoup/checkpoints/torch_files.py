@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -47,7 +47,7 @@ class TorchFile(CheckpointFile):
         check_pickles(self.file)
         # on 'meta' the storages stay on disk; a legacy pickle is read once and freed
         raw = _load(self.file, "meta")
-        self.is_plain = _is_state_dict(raw)  # not a training checkpoint
+        self.is_plain = is_state_dict(raw)  # not a training checkpoint
         self.is_soup = self.file.with_suffix(RECIPE_SUFFIX).is_file()
         state = _state_dict(raw, self.key, self.file)
         header = {name: TensorInfo.of(value) for name, value in state.items()}
@@ -145,7 +145,8 @@ def _placeholder(name: str) -> type:
     return type(name.rpartition(".")[2], (), {"__init__": ignore, "__setstate__": ignore})
 
 
-def _is_state_dict(value: Any) -> bool:
+def is_state_dict(value: Any) -> TypeGuard[Mapping[str, torch.Tensor]]:
+    """Whether an object is a mapping of names to tensors, and not empty."""
     return (
         isinstance(value, Mapping)
         and len(value) > 0
@@ -176,11 +177,11 @@ def _holds_weights(entry: Any) -> bool:
 
 def _unwrap(state: Any, key: str | None, where: str) -> Any:
     """The state dict of a training checkpoint: the only one, or the one under the key."""
-    if not isinstance(state, Mapping) or (key is None and _is_state_dict(state)):
+    if not isinstance(state, Mapping) or (key is None and is_state_dict(state)):
         return state
     # a pickle may hold one value under many names
     distinct = {id(value): value for value in state.values()}
-    states = {number for number, value in distinct.items() if _is_state_dict(value)}
+    states = {number for number, value in distinct.items() if is_state_dict(value)}
     candidates = [
         name
         for name, value in state.items()
@@ -202,7 +203,7 @@ def _unwrap(state: Any, key: str | None, where: str) -> Any:
         if key in candidates:
             return state[key]
         offer = f"it holds {listed}" if listed else "it holds no state dict under any key"
-        if _is_state_dict(state):
+        if is_state_dict(state):
             offer = "it is a plain state dict, for which no key is needed"
         raise CheckpointError(f"{where} has no state dict under key={key!r}: {offer}.")
     if len(candidates) > 1:

@@ -51,7 +51,7 @@ def _make(folder: Path) -> IO[bytes] | None:
     except FileExistsError:
         return None
     path = folder / "lock"
-    with suppress(FileNotFoundError):  # removed before it was locked
+    with suppress(FileNotFoundError, FileExistsError):  # another save swept or took the folder
         lock = path.open("xb")
         _take(lock)
         if _is_still(lock, path):
@@ -62,6 +62,8 @@ def _make(folder: Path) -> IO[bytes] | None:
 
 def _sweep(folder: Path) -> None:
     """Remove a folder whose process has ended, so that its lock is released."""
+    with suppress(OSError):
+        folder.rmdir()  # empty: the process was killed before it made the lock
     path = folder / "lock"
     # r+b does not create a file; locks on NFS need a file opened for writing
     with suppress(OSError), path.open("r+b") as lock:

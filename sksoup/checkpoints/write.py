@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,16 +40,16 @@ def _replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path; the file made there replaces ``path`` once it is on disk."""
     with _making(path) as temporary:
         yield temporary
-        _flush(temporary)
+        _flush(temporary, path)
         temporary.replace(path)
         sync_folder(path.parent)
 
 
-def _flush(path: Path) -> None:
-    """Write a file to disk and give it the mode of new files; those of safetensors are private."""
-    sample = path.with_name(".tmp-new")
+def _flush(path: Path, target: Path) -> None:
+    """Write a file to disk, with the mode of the file that it will replace, or of a new one."""
+    sample = path.with_name(".tmp-new")  # files of safetensors are private
     sample.touch(exist_ok=False)
-    mode = sample.stat().st_mode
+    mode = (target if target.is_file() else sample).stat().st_mode
     sample.unlink()
     file = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
     try:
@@ -128,8 +129,8 @@ def write_torch(path: Path, tensors: Mapping[str, torch.Tensor], beside: Path, t
                 torch.save(whole, file)
         except RuntimeError as error:  # torch's error for a full disk
             raise OSError(f"torch.save could not write {str(path)!r}: {error}") from error
-        _flush(temporary)
-        _flush(temporary_text)
+        _flush(temporary, path)
+        _flush(temporary_text, beside)
         backup = temporary_text.with_name(".tmp-old")
         with one_at_a_time(path.parent), _restored(beside, backup):
             temporary_text.replace(beside)
@@ -223,8 +224,15 @@ def new_folder(path: Path) -> Iterator[Path]:
             f"{str(path)!r} exists and is not an empty folder. Choose another name, or move it "
             f"away."
         )
+    if path == Path.cwd():
+        raise FileExistsError(
+            f"{str(path)!r} is the current folder, which can't be replaced while it is in use. "
+            f"Give the name of a new folder."
+        )
     with _unwritten(path), workplace(path) as temporary:
         temporary.mkdir()
         yield temporary
+        if path.is_dir():
+            shutil.copymode(path, temporary)
         temporary.replace(path)
         sync_folder(path.parent)

@@ -14,6 +14,7 @@ REMEDIES = (
     (r"See collection\.describe\(\) for details", "See `sksoup inspect`"),
     (r" \(see held_out_scores_\)", ""),
     (r"path_ lists all of them; MEHLSoup learns", "`sksoup mehl` learns"),
+    (r"which='all'", "--which all"),
     (r"classes=\[\.\.\.\]", "--classes"),
 )  # fmt: skip
 

@@ -10,6 +10,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from ..tables import printable
+
 # the palette of Okabe and Ito, which is safe for color-blind readers
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"
 SEPARATED = re.compile(r".*[/._-]")  # up to the last separator
@@ -73,12 +75,13 @@ def label_ticks(ax: Any, which: str, names: Sequence[str]) -> None:
 
 def shortened(names: Sequence[str]) -> list[str]:
     """Names without common prefix and suffix; long names are shortened in the middle."""
-    start = SEPARATED.match(commonprefix(list(names)))  # noqa: RUF071 - of characters
+    names = [printable(name) for name in names]
+    start = SEPARATED.match(commonprefix(names))  # noqa: RUF071 - of characters
     end = SEPARATED.match(commonprefix([name[::-1] for name in names]))  # noqa: RUF071
     cut = slice(start.end() if start else 0, -end.end() if end else None)
     short = [name[cut] for name in names]
     if len(names) < 2 or not all(short):
-        short = list(names)
+        short = names
     return [
         text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL // 2]}…{text[-13:]}"
         for text in short

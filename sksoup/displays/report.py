@@ -67,11 +67,11 @@ def render(soup: Any, comparison: Any = None, importance: Any = None) -> str:
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         "<link rel='icon' href='data:,'>"
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
-        f"<h1>{escape(title)}</h1>\n"
+        f"<title>{_text(title)}</title><style>{STYLE}</style></head>\n<body>\n"
+        f"<h1>{_text(title)}</h1>\n"
         f"<p>Written on <time>{datetime.date.today().isoformat()}</time> by sksoup "
-        f"{escape(recipe.versions.get('sksoup', ''))}.</p>\n"
-        f"<p class='verdict'>{escape(verdict(soup, comparison))}</p>\n"
+        f"{_text(recipe.versions.get('sksoup', ''))}.</p>\n"
+        f"<p class='verdict'>{_text(verdict(soup, comparison))}</p>\n"
         "<p>The weights of this network are a weighted sum of the weights of the checkpoints, with "
         "the coefficients below. It costs as much to run as one of them.</p>\n"
         f"{body}\n</body></html>\n"
@@ -164,9 +164,9 @@ def _scores(soup: Any, comparison: Any) -> str:
         about = comparison.statement.removesuffix(comparison.verdict).rstrip()  # it is on top
         display = ComparisonDisplay.from_comparison(comparison)
         return (
-            f"<p>{escape(about)}</p><p>{escape(which)}</p>"
+            f"<p>{_text(about)}</p><p>{_text(which)}</p>"
             f"{_table(comparison.header, comparison.cells())}"
-            f"<p>{escape(comparison.legend)}</p>"
+            f"<p>{_text(comparison.legend)}</p>"
             f"{_picture(display, 'Scores of all methods, and differences from the best')}"
         )
     scores = soup.recipe_.scores
@@ -175,7 +175,7 @@ def _scores(soup: Any, comparison: Any) -> str:
     best = max(scores, key=scores.__getitem__)
     shown = shown_score(scores[best], soup.task)
     return (
-        f"<p>The best single checkpoint, <code>{escape(best)}</code>, scored {shown} "
+        f"<p>The best single checkpoint, <code>{_text(best)}</code>, scored {shown} "
         f"on the validation data, on which the soup was fitted as well.</p>"
     )
 
@@ -200,7 +200,7 @@ def _importance(soup: Any, importance: Any) -> str:
             f"the {len(used)} of this one. Give ingredient_importance(soup, X, y)."
         )
     return (
-        f"<p>{escape(importance.statement)} Without an ingredient, its share goes to the "
+        f"<p>{_text(importance.statement)} Without an ingredient, its share goes to the "
         f"others.</p>{_table(importance.header, importance.cells())}"
         f"{_picture(IngredientImportanceDisplay.from_importance(importance), 'Score lost')}"
     )
@@ -236,7 +236,7 @@ def _ingredients(recipe: Any) -> str:
 
 def _reproduction(recipe: Any) -> str:
     params = "".join(
-        f"<li><code>{escape(f'{name}={value!r}')}</code></li>"
+        f"<li><code>{_text(f'{name}={value!r}')}</code></li>"
         for name, value in recipe.params.items()
     )
     versions = ", ".join(f"{name} {version}" for name, version in recipe.versions.items())
@@ -244,13 +244,18 @@ def _reproduction(recipe: Any) -> str:
         "<p>To rebuild the weights of the saved soup from the checkpoints and compare them bit for "
         "bit, run <code>python -m sksoup verify FILE FOLDER</code>.</p>"
         f"<details><summary>Parameters</summary><ul>{params}</ul></details>"
-        f"<p>{escape(versions)}</p>"
+        f"<p>{_text(versions)}</p>"
     )
+
+
+def _text(text: str) -> str:
+    """Text in the page, with escapes for what HTML interprets and for control characters."""
+    return escape(printable(" ".join(text.split())))
 
 
 def _list(items: Iterable[str]) -> str:
     """A list; nothing where there are no items."""
-    entries = "".join(f"<li>{escape(item)}</li>" for item in items)
+    entries = "".join(f"<li>{_text(item)}</li>" for item in items)
     return f"<ul>{entries}</ul>" if entries else ""
 
 
@@ -267,5 +272,5 @@ def _picture(display: Any, text: str) -> str:
     display.figure_.savefig(buffer, format="png", dpi=120)
     plt.close(display.figure_)
     data = base64.b64encode(buffer.getvalue()).decode()
-    image = f"<img alt='{escape(text, quote=True)}' src='data:image/png;base64,{data}'>"
+    image = f"<img alt='{_text(text)}' src='data:image/png;base64,{data}'>"
     return f"<p class='wide'>{image}</p>"

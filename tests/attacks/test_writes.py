@@ -16,9 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sksoup import CheckpointCollection, Recipe
+from sksoup import CheckpointCollection, Recipe, UniformSoup
 from sksoup.__main__ import main
 from sksoup.checkpoints import workplace, write
+from sksoup.checkpoints.protocol import TensorInfo
 
 HELD = """
 import runpy, sys
@@ -121,6 +122,39 @@ def test_what_a_killed_process_left_is_removed_by_the_next_save(tmp_path):
         assert part.read() == "half of it"
     alive.communicate("")
     assert names(tmp_path) == sorted(["soup.json", os.path.basename(elsewhere)])
+
+
+def test_a_folder_that_was_left_before_it_had_a_lock_is_removed(tmp_path):
+    with workplace.workplace(tmp_path / "a") as part:
+        place = part.parent
+    place.mkdir()
+    write.write_text(tmp_path / "a", "{}")
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["soup.safetensors", "soup.pt", "folder"])
+def test_what_is_replaced_keeps_who_may_read_it(name, zoo, tmp_path):
+    target = tmp_path / name
+    target.mkdir() if name == "folder" else target.touch()
+    target.chmod(mode := 0o700 if name == "folder" else 0o600)
+    soup = UniformSoup().fit(zoo.checkpoints, zoo.X, zoo.y)
+    if name == "folder":
+        write.write_shards(
+            target, {"w": TensorInfo((2,), torch.float32)}, lambda _: iter([("w", torch.ones(2))])
+        )
+    else:
+        soup.save(target)
+    assert target.stat().st_mode & 0o777 == mode
+    write.write_text(tmp_path / "new", "{}")
+    assert (tmp_path / "new").stat().st_mode & 0o077  # as the umask says
+
+
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    inode = tmp_path.stat().st_ino
+    with pytest.raises(FileExistsError, match="is the current folder"), write.new_folder(Path(".")):
+        pytest.fail("the folder was prepared")
+    assert tmp_path.stat().st_ino == inode
 
 
 def test_a_folder_without_the_lock_of_a_save_is_left_alone(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from sksoup import CheckpointCollection, CheckpointError
+from sksoup.__main__ import main
 from sksoup.checkpoints.sweeps import find_runs
 
 from .runs import STATE, write_folder, write_lightning, write_trainer
@@ -117,6 +118,38 @@ def test_lightning(tmp_path):
     pattern = f"{tmp_path}/study/*/*.ckpt"
     assert len(from_path(pattern)) == 8
     assert files(from_path(pattern, which="best")) == files(from_path(tmp_path / "study"))
+
+
+def write_trials(study, n=4):
+    """The last checkpoints of trials with as many steps each, by their own names in one folder."""
+    for k in range(n):
+        run = write_lightning(study / f"trial_{k}", [0.5, 0.3], last=False)
+        container = torch.load(run / "epoch=1-step=4.ckpt")
+        container["state_dict"]["w"] += k
+        shutil.rmtree(run)
+        torch.save(container, study / f"trial_{k}.ckpt")
+    return study
+
+
+@pytest.mark.parametrize("which", [None, "all"])
+def test_trials_of_one_folder_are_all_taken(tmp_path, which):
+    study = write_trials(tmp_path / "study")
+    assert from_path(study, which=which).names == ("trial_0", "trial_1", "trial_2", "trial_3")
+    shutil.copy(study / "trial_2.ckpt", study / "last.ckpt")  # the same weights once more
+    assert from_path(study, which=which).names == ("trial_0", "trial_1", "trial_2", "trial_3")
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+@pytest.mark.parametrize("pattern", [False, True])
+def test_the_best_of_several_runs_in_one_folder_is_not_guessed(tmp_path, capsys, which, pattern):
+    study = write_trials(tmp_path / "study")
+    path = f"{study}/*.ckpt" if pattern else study
+    with pytest.raises(
+        CheckpointError, match=r"'trial_0.ckpt' and 'trial_1.ckpt' are both of step 4 and differ"
+    ):
+        from_path(path, which=which)
+    assert main(["inspect", str(path), "--which", which]) == 2
+    assert "pass --which all, or list the files" in capsys.readouterr().err
 
 
 def test_files_named_after_their_time_are_of_one_run_and_others_are_not(tmp_path):

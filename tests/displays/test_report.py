@@ -89,6 +89,21 @@ def test_a_page_in_itself(hostile, zoo: Zoo, soup, tmp_path):
     assert "prefers-color-scheme: dark" in text
 
 
+def test_control_characters_are_shown_as_escapes(zoo: Zoo, tmp_path):
+    states = CheckpointCollection(
+        {
+            f"run {k}\x1b[31m\x07\u202e": zoo.checkpoints[name]
+            for k, name in enumerate(zoo.checkpoints)
+        },
+        module=Net,
+    )
+    soup = GreedySoup().fit(states, zoo.X, zoo.y)
+    soup.report(tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not {c for c in text if not c.isprintable() and c != "\n"}
+    assert r"\x1b[31m\x07\u202e" in text
+
+
 def test_beside_the_others(zoo: Zoo, tmp_path):
     recipes = {HOSTILE: UniformSoup(), "greedy": GreedySoup()}
     found = compare_soups(zoo.checkpoints, zoo.X, zoo.y, zoo.X[:30], zoo.y[:30], recipes=recipes)
