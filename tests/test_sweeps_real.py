@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -61,10 +62,10 @@ def test_a_study_of_optuna_with_lightning(tmp_path, caplog):
     start = nn.Linear(4, 2).state_dict()
 
     class Classifier(lightning.LightningModule):
-        def __init__(self, rate):
+        def __init__(self, net, optimizer):  # as in the most used template
             super().__init__()
-            self.save_hyperparameters()
-            self.model = nn.Linear(4, 2)
+            self.save_hyperparameters(logger=False)
+            self.model = net
             self.model.load_state_dict(start)
 
         def training_step(self, batch, index):
@@ -74,7 +75,7 @@ def test_a_study_of_optuna_with_lightning(tmp_path, caplog):
             self.log("val_loss", self.training_step(batch, index))
 
         def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), self.hparams.rate)
+            return self.hparams.optimizer(self.parameters())
 
     best = {}
 
@@ -87,7 +88,8 @@ def test_a_study_of_optuna_with_lightning(tmp_path, caplog):
             max_epochs=3, accelerator="cpu", logger=False, callbacks=[keep],
             enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
-        trainer.fit(Classifier(trial.suggest_float("rate", 0.01, 5.0, log=True)), loader, loader)
+        optimizer = partial(torch.optim.SGD, lr=trial.suggest_float("rate", 0.01, 5.0, log=True))
+        trainer.fit(Classifier(nn.Linear(4, 2), optimizer), loader, loader)
         best[folder.name] = keep.best_model_path, keep.best_model_score.item()
         return best[folder.name][1]
 
@@ -106,5 +108,5 @@ def test_a_study_of_optuna_with_lightning(tmp_path, caplog):
         max_epochs=1, accelerator="cpu", default_root_dir=tmp_path / "logs",
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(Classifier(0.1), loader, loader)
+    trainer.fit(Classifier(nn.Linear(4, 2), torch.optim.SGD), loader, loader)
     assert from_path(tmp_path / "logs").names == ("epoch=0-step=2",)

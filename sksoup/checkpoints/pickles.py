@@ -24,6 +24,8 @@ _OF_TORCH = re.compile(
     r"|_tensor\._rebuild_from_type_v2"
     r"|_utils\._rebuild_(tensor(_v[23])?|parameter(_with_state)?|sparse_tensor|qtensor))"
 )
+# torch itself builds none of these; stand-ins without code take their place (torch_files.py)
+INERT = re.compile(r"torch\.(nn\.(?!parameter\.)|optim\.|_C\._nn\.).+")
 # attributes that a pickle must not set, because they would hide methods
 _METHODS = {*dir(torch.Tensor), *dir(OrderedDict)}
 REUSED = 16  # maximum total size of the arguments of calls, in sizes of the pickle
@@ -54,10 +56,11 @@ class _Tuple:
 
 @dataclass
 class _Box:
-    """A list, a dict or a set: its size, and the keys that are strings."""
+    """A list, a dict, a set or an object: its size, and the keys that are strings."""
 
     size: int = 1
     keys: set[str] = field(default_factory=set)
+    is_inert: bool = False  # whether a stand-in without code takes its place
 
     def take(self, items: list[Any], has_keys: bool) -> None:
         """Add items; for dicts, keys and values alternate."""
@@ -188,10 +191,10 @@ def _check(file: IO[bytes], path: Path) -> set[str]:
             n = _TUPLES[name]
             stack[-n:] = [_nested(stack[-n:], path)]
         elif name in ("REDUCE", "NEWOBJ"):
-            arguments = stack.pop()
-            _check_call(stack.pop(), arguments, path)
+            arguments, called = stack.pop(), stack.pop()
+            _check_call(called, arguments, path)
             given += _size(arguments)
-            stack.append(_Box(_size(arguments)))
+            stack.append(_Box(_size(arguments), is_inert=_is_inert(called.name)))
         elif name in ("APPENDS", "SETITEMS"):
             items, stack = stack, marks.pop()
             _fill(stack[-1], items, name == "SETITEMS")
@@ -199,7 +202,9 @@ def _check(file: IO[bytes], path: Path) -> set[str]:
             _fill(stack[-2], [stack.pop()], False)
         elif name == "BUILD":
             given += _size(stack[-1])
-            _check_state(stack.pop(), path)
+            state = stack.pop()
+            if not (isinstance(stack[-1], _Box) and stack[-1].is_inert):
+                _check_state(state, path)
         elif name == "SETITEM":
             _fill(stack[-3], stack[-2:], True)
             del stack[-2:]
@@ -218,6 +223,12 @@ def _check(file: IO[bytes], path: Path) -> set[str]:
 def _fill(box: Any, items: list[Any], has_keys: bool) -> None:
     if isinstance(box, _Box):
         box.take(items, has_keys)
+
+
+def _is_inert(name: str) -> bool:
+    """Whether torch does not build objects of this name itself."""
+    known = ("torch", "collections", "builtins", "__builtin__", "_codecs")
+    return name.partition(".")[0] not in known or INERT.fullmatch(name) is not None
 
 
 def _check_state(state: Any, path: Path) -> None:
@@ -253,7 +264,8 @@ def _checked_name(name: str, path: Path) -> str:
     if attribute == "bytearray" or (attribute.startswith("_rebuild_") and not is_known):
         raise _refused(path, f"more than dense tensors ({full})")
     is_dtype = isinstance(getattr(torch, attribute, None), torch.dtype) and module == "torch"
-    if module.partition(".")[0] == "torch" and not is_dtype and not is_known:
+    is_ours = is_dtype or is_known or INERT.fullmatch(full) is not None
+    if module.partition(".")[0] == "torch" and not is_ours:
         raise CheckpointError(
             f"{str(path)!r} can't be read: it holds more than tensors ({full}), and reading it "
             f"could run code. sksoup never unpickles code. Save only the state dict: "

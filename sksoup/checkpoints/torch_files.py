@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeGuard
 
 import torch
 
 from ..exceptions import CheckpointError
 from .in_memory import check_state_dict
-from .pickles import check_pickles, is_zip
+from .pickles import INERT, check_pickles, is_zip
 from .protocol import Read, TensorInfo
 from .read import (
     RECIPE_SUFFIX,
@@ -31,11 +32,20 @@ NO_MODEL = re.compile(
     r"|hparam|hyper_param|config|args|(^|_)sampler|loader|datamodule|iterator"
 )
 REPEATED = 100  # maximum ratio of the size of tensors to the size of the file
-# modules that no harmless pickle refers to, also by their names in Python 2
-_NEVER = ("builtins", "__builtin__", "os", "posix", "nt", "sys", "subprocess", "commands", "shutil",
-          "socket", "importlib", "runpy", "pty", "ctypes", "code", "pdb", "webbrowser", "pickle",
-          "cPickle", "operator", "functools", "multiprocessing", "asyncio", "signal", "platform",
-          "pip", "torch")  # fmt: skip
+# modules that no harmless pickle refers to
+_NEVER = ("builtins", "os", "posix", "nt", "sys", "subprocess", "commands", "shutil", "socket",
+          "importlib", "runpy", "pty", "ctypes", "code", "pdb", "webbrowser", "pickle", "operator",
+          "functools", "multiprocessing", "asyncio", "signal", "platform", "pip",
+          "torch")  # fmt: skip
+# except for these names in them
+_DATA = re.compile(
+    r"builtins\.(object|bool|int|float|str|bytes|tuple|list|dict|frozenset|slice|x?range)"
+    r"|functools\.partial|operator\.(item|attr)getter"
+)
+# packages and functions whose calls only build data
+_BUILDERS = re.compile(
+    r"(numpy|pandas|datetime|collections|zoneinfo)\..+|copyreg\._reconstructor|re\._compile"
+)
 
 
 class TorchFile(CheckpointFile):
@@ -100,7 +110,7 @@ def _load(path: Path, device: str) -> Any:
     packed = is_zip(path)  # torch's format since 1.6; classes can only be listed for it
     with _ONE_AT_A_TIME, _nothing_allowed():
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if packed else []
-        inert: list[Any] = [(_placeholder(name), name) for name in foreign if _is_harmless(name)]
+        inert: list[Any] = [(_stand_in(name), name) for name in foreign if _is_harmless(name)]
         with torch.serialization.safe_globals(inert), _without_a_warning_of_the_protocol():
             return torch.load(path, map_location=device, mmap=packed or None, weights_only=True)
 
@@ -130,19 +140,37 @@ def _without_a_warning_of_the_protocol() -> Iterator[None]:
 
 
 def _is_harmless(name: str) -> bool:
-    """Whether a pickled name may become a placeholder: it looks like a class, or is in numpy."""
-    module, _, attribute = name.rpartition(".")
-    package = module.partition(".")[0]
-    return package not in _NEVER and (package == "numpy" or attribute[:1].isupper())
+    """Whether a stand-in may take the place of a name in a pickle."""
+    in_torch = INERT.fullmatch(name) is not None
+    return in_torch or _DATA.fullmatch(name) is not None or name.partition(".")[0] not in _NEVER
 
 
-def _placeholder(name: str) -> type:
-    """Make a class without behavior that is unpickled in place of another one."""
+class Inert:
+    """In place of an object of a class that is not loaded; keeps the parameters of a module."""
 
-    def ignore(self: Any, *args: Any, **kwargs: Any) -> None:
+    parameters: tuple[Any, ...] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    return type(name.rpartition(".")[2], (), {"__init__": ignore, "__setstate__": ignore})
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, Mapping):
+            self.parameters = (state.get("_parameters"), state.get("_modules"))
+
+
+def _stand_in(name: str) -> Any:
+    """What takes the place of a name in a pickle: it runs nothing of that name."""
+    if name in ("collections.defaultdict", "collections.deque"):  # filled after the call
+        return (lambda *given: {}) if name == "collections.defaultdict" else (lambda *given: [])
+    own = name.rpartition(".")[2]
+    if own[:1].isupper() or _DATA.fullmatch(name) or _BUILDERS.fullmatch(name):
+        return type(own, (Inert,), {})
+
+    def refuse(*given: Any, **named: Any) -> None:
+        """Functions may be values, such as an activation, but not be called."""
+        raise UnpicklingError(f"Unsupported global: GLOBAL {name} was not an allowed global")
+
+    return type(own, (Inert,), {"__new__": refuse})
 
 
 def is_state_dict(value: Any) -> TypeGuard[Mapping[str, torch.Tensor]]:
@@ -154,6 +182,11 @@ def is_state_dict(value: Any) -> TypeGuard[Mapping[str, torch.Tensor]]:
     )
 
 
+def _is_beside(name: object) -> bool:
+    """Whether an entry is not the model; names that are no text can be very long as text."""
+    return isinstance(name, str) and NO_MODEL.search(name) is not None
+
+
 def _holds_weights(entry: Any) -> bool:
     """Whether an entry contains non-scalar tensors at any depth, except in optimizer states."""
     todo, seen = [entry], set()
@@ -161,6 +194,8 @@ def _holds_weights(entry: Any) -> bool:
         part = todo.pop()
         if isinstance(part, torch.Tensor) and part.ndim:
             return True
+        if isinstance(part, Inert):
+            part = part.parameters
         if id(part) in seen or not isinstance(part, (Mapping, list, tuple)):
             continue
         seen.add(id(part))  # a pickle may contain itself
@@ -170,13 +205,24 @@ def _holds_weights(entry: Any) -> bool:
             todo.extend(
                 value
                 for name, value in part.items()
-                if isinstance(value, torch.Tensor) or not NO_MODEL.search(str(name))
+                if isinstance(value, torch.Tensor) or not _is_beside(name)
             )
     return False
 
 
+def _refuse_module(state: Any, where: str) -> None:
+    """Raise an error for a whole module."""
+    if isinstance(state, Inert):
+        raise CheckpointError(
+            f"{where} can't be read: it holds more than tensors ({type(state).__name__}), and "
+            f"reading it could run code. sksoup never unpickles code. Save only the state dict: "
+            f"torch.save(module.state_dict(), path)."
+        )
+
+
 def _unwrap(state: Any, key: str | None, where: str) -> Any:
     """The state dict of a training checkpoint: the only one, or the one under the key."""
+    _refuse_module(state, where)
     if not isinstance(state, Mapping) or (key is None and is_state_dict(state)):
         return state
     # a pickle may hold one value under many names
@@ -215,12 +261,15 @@ def _unwrap(state: Any, key: str | None, where: str) -> Any:
         id(value): name
         for name, value in state.items()
         if candidates
-        and isinstance(value, Mapping)
+        and isinstance(value, (Mapping, Inert))
         and id(value) not in states
-        and not str(name).endswith("_extra_state")
-        and not NO_MODEL.search(str(name))
+        and not _is_beside(name)
     }
-    mixed = [repr(name) for name in others.values() if _holds_weights(state[name])]
+    mixed = [
+        repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
+        for name in others.values()
+        if _holds_weights(state[name])
+    ]
     if mixed:
         raise CheckpointError(
             f"{where} holds the state dict {listed}, and tensors together with other values in "

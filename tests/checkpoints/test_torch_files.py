@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import datetime
+import functools
 import io
+import operator
 import os
 import pathlib
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +22,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from sksoup import CheckpointCollection, CheckpointError
 from sksoup.checkpoints import sources, torch_files
@@ -52,10 +58,10 @@ def test_one_state_dict_under_many_names(tmp_path, monkeypatch):
     """A pickle holds it once: each is looked at once, and few are listed."""
     container = {f"k{i}": STATE for i in range(30_000)}
     looked = []
-    is_state_dict = torch_files._is_state_dict
+    is_state_dict = torch_files.is_state_dict
     monkeypatch.setattr(
         torch_files,
-        "_is_state_dict",
+        "is_state_dict",
         lambda value: looked.append(id(value)) or is_state_dict(value),
     )
     path = write_file(tmp_path / "run.pt", container)
@@ -171,6 +177,52 @@ def test_harmless_foreign_classes_become_inert(tmp_path, monkeypatch):
 
 class Settings(dict):
     """As configurations often are."""
+
+
+HISTORY = collections.defaultdict(list, loss=[0.1])
+NET = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        HISTORY,
+        collections.deque([0.1], maxlen=3),
+        datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC),
+        datetime.timedelta(1),
+        re.compile("x"),
+        frozenset([1]),
+        range(3),
+        torch.optim.Adam,
+        int,
+        functools.partial(torch.optim.Adam, lr=0.1),
+        operator.itemgetter(1),
+        nn.functional.relu,
+        nn.functional.gelu,
+        os.path.join,  # not called, and not even this function
+        nn.CrossEntropyLoss(weight=torch.ones(2)),
+        {"args": {"net": NET}},
+    ],
+    ids=repr,
+)
+def test_what_is_kept_beside_the_weights_does_not_matter(tmp_path, beside):
+    path = write_file(tmp_path / "run.pt", {"state_dict": STATE, "more": beside})
+    assert torch.equal(read_all(path)["a"], STATE["a"])
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (NET, r"more than tensors \(Sequential\)"),
+        ({"model": NET}, "'model' is a Sequential, expected a tensor"),
+        ({"model": NET, "ema": STATE}, "tensors together with other values in 'model'"),
+        ({"model": {"net": NET}, "ema": STATE}, "tensors together with other values in 'model'"),
+    ],
+)
+def test_a_whole_module_is_not_overlooked(tmp_path, content, match):
+    path = write_file(tmp_path / "run.pt", content)
+    with pytest.raises(CheckpointError, match=match):
+        sources.open_checkpoint(path)
 
 
 def test_objects_that_can_not_be_made_inert_are_told_from_damage(tmp_path):
