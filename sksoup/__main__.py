@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -32,16 +33,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ERRORS as error:
         message = "\n".join([str(error), *getattr(error, "__notes__", ())])
         if options.json:
-            print(json.dumps({"error": in_commands(message)}))
+            _print(json.dumps({"error": in_commands(message)}))
         else:
             print(f"sksoup: {_shown(in_commands(message))}", file=sys.stderr)
         return 2
     if options.json:
         document = {**document, **({"warnings": warned} if warned else {})}
-        print(json.dumps(document, indent=1, allow_nan=False))
+        _print(json.dumps(document, indent=1, allow_nan=False))
     else:
-        print(_shown(in_commands(text)))
+        _print(_shown(in_commands(text)))
     return int(status)
+
+
+def _print(text: str) -> None:
+    """Print a result; a reader that has ended, such as head, is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # Python would print an error at the end, when it flushes again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

@@ -305,6 +305,17 @@ def test_a_full_disk_is_said_with_what_to_do(runs, tmp_path, out):
     assert not list(tmp_path.glob("*x*"))
 
 
+def test_a_reader_that_ends_early_is_no_error(runs, monkeypatch):
+    """As in: sksoup inspect runs | head -1."""
+    for arguments in (["inspect", str(runs)], ["inspect", str(runs), "--json"]):
+        ours, theirs = os.pipe()
+        os.close(ours)
+        with os.fdopen(theirs, "w") as closed:
+            monkeypatch.setattr(sys, "stdout", closed)
+            assert main(arguments) == 0
+            print("more")  # as Python flushes at its end
+
+
 def test_sweeps(tmp_path, capsys):
     for k in range(3):
         write_lightning(tmp_path / "study" / f"trial_{k}", [0.5, 0.25, 0.75])

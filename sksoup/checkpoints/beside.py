@@ -16,7 +16,7 @@ from .shards import INDEX, weight_map
 # names that programs look for in a folder
 LOADED = (
     ".safetensors", *TORCH_SUFFIXES, INDEX, ".gguf", ".h5", ".keras", ".msgpack", ".nemo", ".onnx",
-    ".ot", ".pb", ".pdparams", ".pt2", ".pte", ".tflite", "weights.npz",
+    ".ot", ".pb", ".pdparams", ".pt2", ".pte", ".tar", ".tflite", "weights.npz",
     ".joblib", ".pickle", ".pkl",  # of scikit-learn, such as SetFit's head
 )  # fmt: skip
 MARKS = ("config.json", MODULES, CONFIG)  # files that mark a folder as a model

@@ -45,6 +45,7 @@ KNOWN_ARGUMENTS = (
 # options and names with which timm reads files or the hub: 'hf-hub:org/name', 'local-dir:/folder'
 TIMM_NAME = re.compile(r"[\w.]+")
 TIMM_OPTIONS = ("model_args", "backbone_kwargs", "timm_default_kwargs")
+TIMM_FILES = ("hf_hub_filename", "file", "state_dict", "custom_load")  # in its pretrained_cfg
 TIMM_LOADS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path")
 
 
@@ -107,6 +108,7 @@ def refuse_other_weights(folder: Path) -> None:
         for part in _parts({"": config}):
             for field in OTHER_FILES:
                 _refuse_other_files(part, field, path)
+            _refuse_other_files_of_timm(part, path)
         if not isinstance(config, dict):
             continue
         if path.name != "config.json":
@@ -143,6 +145,13 @@ def _refuse_other_files(part: Mapping[str, Any], field: str, path: Path) -> None
             f"{str(path)!r} refers to other weights than those opened here, or to another "
             f"configuration ({field!r}), which other programs would read. Remove that field."
         )
+
+
+def _refuse_other_files_of_timm(part: Mapping[str, Any], path: Path) -> None:
+    for name, fields in (("pretrained_cfg", TIMM_FILES), ("model_args", TIMM_LOADS)):
+        if isinstance(given := part.get(name), dict):
+            for field in fields:
+                _refuse_other_files(given, field, path)
 
 
 def output_labels(id2label: Any) -> tuple[str, ...]:

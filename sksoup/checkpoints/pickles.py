@@ -91,19 +91,23 @@ def is_zip(path: Path) -> bool:
     )
 
 
-def check_pickles(path: Path) -> None:
-    """Raise an error for a torch file that would fill memory or never finish loading."""
+def check_pickles(path: Path) -> set[str]:
+    """Raise an error for a torch file that would fill memory or never finish loading.
+
+    Returns the names that its pickles refer to.
+    """
+    names: set[str] = set()
     if not is_zip(path):
         with path.open("rb") as file:
             for _ in range(4):  # magic number, version, system, the object
-                used = _check(file, path)
+                used = _check(file, path, names)
             listed = _keys(file, path) if used else set()
         if lost := sorted(used - listed):
             raise CheckpointError(
                 f"{str(path)!r} can't be read: the data of the storage {lost[0]!r} is missing, and "
                 f"torch would return uninitialized memory. Load it and save it again with torch."
             )
-        return
+        return names
     with zipfile.ZipFile(path) as archive:
         if _directory(path) != archive.start_dir:
             raise CheckpointError(
@@ -130,7 +134,13 @@ def check_pickles(path: Path) -> None:
                 f"{sys.byteorder!r}. Load it with torch and save it as .safetensors."
             )
         for member in found:
-            _check(io.BytesIO(archive.read(member)), path)
+            _check(io.BytesIO(archive.read(member)), path, names)
+    return names
+
+
+def is_of_tensors(name: str) -> bool:
+    """Whether torch itself allows a name that passed the checks."""
+    return name == "collections.OrderedDict" or (name[:6] == "torch." and not _is_inert(name))
 
 
 def _directory(path: Path) -> int:
@@ -161,10 +171,10 @@ def _keys(file: IO[bytes], path: Path) -> set[str]:
     return {str(arg) for op, arg, _ in found if op.code == "X"}
 
 
-def _check(file: IO[bytes], path: Path) -> set[str]:
+def _check(file: IO[bytes], path: Path, names: set[str]) -> set[str]:
     """Simulate one pickle with a stack of strings, names and tuples, and None for all else.
 
-    Returns the keys of the storages that it uses.
+    Returns the keys of the storages that it uses, and adds the names that it refers to.
     """
     used: set[str] = set()
     stack: list[Any] = []
@@ -213,6 +223,7 @@ def _check(file: IO[bytes], path: Path) -> set[str]:
             stack.append(None)
         elif name == "GLOBAL":
             stack.append(_Global(_checked_name(str(arg), path)))
+            names.add(stack[-1].name)
         elif name != "PROTO":
             return used if name == "STOP" else set()  # or an opcode that torch rejects
         if given > REUSED * max(where or 0, LEAST):

@@ -204,7 +204,8 @@ def _file_name(path: Any) -> str | None:
 def _number(value: Any) -> float | None:
     """A finite number, also from a tensor with one element; None for anything else."""
     if isinstance(value, torch.Tensor):
-        value = value.item() if value.numel() == 1 else None
+        is_dense = value.layout is torch.strided and not value.is_quantized
+        value = value.item() if is_dense and value.numel() == 1 else None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:

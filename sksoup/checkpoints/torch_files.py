@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeGuard
@@ -15,7 +15,7 @@ import torch
 
 from ..exceptions import CheckpointError
 from .in_memory import check_state_dict
-from .pickles import INERT, check_pickles, is_zip
+from .pickles import INERT, check_pickles, is_of_tensors, is_zip
 from .protocol import Read, TensorInfo
 from .read import (
     RECIPE_SUFFIX,
@@ -54,9 +54,9 @@ class TorchFile(CheckpointFile):
     suffixes = TORCH_SUFFIXES
 
     def _read_header(self) -> dict[str, TensorInfo]:
-        check_pickles(self.file)
+        self.names = check_pickles(self.file)
         # on 'meta' the storages stay on disk; a legacy pickle is read once and freed
-        raw = _load(self.file, "meta")
+        raw = _load(self.file, "meta", self.names)
         self.is_plain = is_state_dict(raw)  # not a training checkpoint
         self.is_soup = self.file.with_suffix(RECIPE_SUFFIX).is_file()
         state = _state_dict(raw, self.key, self.file)
@@ -79,7 +79,7 @@ class TorchFile(CheckpointFile):
 
     @contextmanager
     def _open(self) -> Iterator[Read]:
-        yield _state_dict(_load(self.file, "cpu"), self.key, self.file).__getitem__
+        yield _state_dict(_load(self.file, "cpu", self.names), self.key, self.file).__getitem__
 
 
 _ONE_AT_A_TIME = threading.Lock()  # torch has one list of safe globals for the process
@@ -100,15 +100,16 @@ def read_container(path: Path) -> Mapping[str, Any]:
     with naming(path):
         if not is_zip(path):
             return {}
-        check_pickles(path)
-        found = _load(path, "cpu")
+        found = _load(path, "cpu", check_pickles(path))
     return found if isinstance(found, Mapping) else {}
 
 
-def _load(path: Path, device: str) -> Any:
-    """Load with ``weights_only``; harmless unknown classes become inert placeholders."""
+def _load(path: Path, device: str, names: Iterable[str]) -> Any:
+    """Load with ``weights_only``; harmless unknown names become inert placeholders."""
     packed = is_zip(path)  # torch's format since 1.6; classes can only be listed for it
-    with _ONE_AT_A_TIME, _nothing_allowed():
+    # other threads may need what is allowed: the file of a plain state dict does not disturb them
+    is_plain = all(map(is_of_tensors, names))
+    with _ONE_AT_A_TIME, nullcontext() if is_plain else _nothing_allowed():
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if packed else []
         inert: list[Any] = [(_stand_in(name), name) for name in foreign if _is_harmless(name)]
         with torch.serialization.safe_globals(inert), _without_a_warning_of_the_protocol():

@@ -23,6 +23,7 @@ from ..exceptions import CheckpointError, RecipeError, SoupWarning
 from ..mixing.layers import Layers, group_layers
 from ..mixing.recipe import Recipe
 from ..mixing.stock import stock_coef, stock_ratios
+from ..recipes.start import name_of_start, with_start
 from .output import write_mix
 
 Result: TypeAlias = tuple[bool, dict[str, Any], str]  # whether a check failed; JSON; text
@@ -50,11 +51,12 @@ def average(options: argparse.Namespace) -> Result:
 def stock(options: argparse.Namespace) -> Result:
     """Mix the mean with the pretrained start, by the angle of the fine-tunings."""
     with opened(options) as tuned:
-        collection = tuned.add("start", options.start)
+        collection = with_start(tuned, options.start)
+        start = name_of_start(tuned, options.start)
         layers = group_layers(collection.layout, collection.layout, layerwise=True)
         weights = [name for name in layers.names if name in collection.layout]
-        ratios, _ = stock_ratios(collection, "start", layers, weights)
-        coef = layers.expand(stock_coef(collection, "start", ratios))
+        ratios, _ = stock_ratios(collection, start, layers, weights, _warn)
+        coef = layers.expand(stock_coef(collection, start, ratios))
         done = _write(options, _recorded("stock", options, collection, coef, layers), collection)
         _warn_of(collection)
         return done
@@ -104,9 +106,13 @@ def _warn_of(collection: CheckpointCollection) -> None:
     """Warn if what was mixed, and so read, does not look fine-tuned from one start, or is mixed."""
     relations = collection.relations(collection.names)
     if relations.unrelated:
-        warnings.warn(f"{judge(relations)} {MORE}", SoupWarning, stacklevel=2)
+        _warn(f"{judge(relations)} {MORE}")
     if said := judge_soups(collection.soups(), len(collection)):
-        warnings.warn(said, SoupWarning, stacklevel=2)
+        _warn(said)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, SoupWarning, stacklevel=2)
 
 
 def _recorded(

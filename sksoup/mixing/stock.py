@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
@@ -14,7 +14,11 @@ from .layers import Layers
 
 
 def stock_ratios(
-    checkpoints: CheckpointCollection, start: str, layers: Layers, parameters: Collection[str]
+    checkpoints: CheckpointCollection,
+    start: str,
+    layers: Layers,
+    parameters: Collection[str],
+    warn: Callable[[str], None],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The ratio t and cos(theta) of each searched row, (n_searched,), over the parameters in it.
 
@@ -22,6 +26,7 @@ def stock_ratios(
     between the K differences from the pretrained weights. If it is not above 0, t is 0, the
     pretrained weights. With a single difference, which has no angle, t is 1; with none, 0. No pass
     over the pairs is needed: the squared norm of the sum of K unit vectors is K + K (K - 1) cos.
+    ``warn`` is called for a copy of the start among the checkpoints.
     """
     tuned = [name for name in checkpoints if name != start]
     K, rows = len(tuned), layers.rows
@@ -36,6 +41,11 @@ def stock_ratios(
             for n, w in weights.items():
                 lengths[rows[n]] = math.hypot(lengths[rows[n]], _length(_difference(read(n), w)))
             n_moving += lengths > 0
+            if not lengths.any():
+                warn(
+                    f"{name!r} has the same parameters as the start {start!r}, and is counted as "
+                    f"one of the fine-tuned checkpoints. If it is the start, leave it out of them."
+                )
             for n, w in weights.items():
                 if length := lengths[rows[n]]:
                     sums[n] += _difference(read(n), w) / length

@@ -17,12 +17,12 @@ Start: TypeAlias = str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Modu
 
 def name_of_start(checkpoints: CheckpointCollection, start: Any) -> str:
     """The name that the pretrained weights have in the collection with them."""
-    return start if isinstance(start, str) and start in checkpoints else START
+    return _known(checkpoints, start) or START
 
 
 def with_start(checkpoints: CheckpointCollection, start: Any) -> CheckpointCollection:
-    """The collection with the pretrained weights; unchanged if ``start`` is a name in it."""
-    if isinstance(start, str) and start in checkpoints:
+    """The collection with the pretrained weights; unchanged if they are in it."""
+    if _known(checkpoints, start) is not None:
         return checkpoints
     if START in checkpoints:
         raise ValueError(
@@ -30,3 +30,14 @@ def with_start(checkpoints: CheckpointCollection, start: Any) -> CheckpointColle
             f"passed as start. Drop that checkpoint, or pass start={START!r} to use it."
         )
     return checkpoints.add(START, start)
+
+
+def _known(checkpoints: CheckpointCollection, start: Any) -> str | None:
+    """The checkpoint that ``start`` is the name or the path of, if there is one."""
+    if isinstance(start, str) and start in checkpoints:
+        return start
+    if not isinstance(start, (str, os.PathLike)):
+        return None
+    real = os.path.realpath(os.path.expanduser(start))
+    paths = ((name, checkpoints.path(name)) for name in checkpoints)
+    return next((name for name, path in paths if path and os.path.realpath(path) == real), None)

@@ -39,9 +39,9 @@ class ModelStockSoup(BaseSoup):
     checkpoints : CheckpointCollection, callable, iterable or None, default=None
         Checkpoints to mix. They can also be passed to `fit`.
     start : str, path-like, mapping of str to Tensor, or nn.Module, default="start"
-        The pretrained weights :math:`w_0`: the name of a checkpoint in the collection, or a file,
-        folder, state dict or module, which is added to the collection as "start". They must have
-        the same tensors as the fine-tuned checkpoints, including the head.
+        The pretrained weights :math:`w_0`: the name or path of a checkpoint in the collection, or
+        another file or folder, a state dict or a module, which is added to the collection as
+        "start". They must have the same tensors as the fine-tuned checkpoints, including the head.
     layerwise : bool or callable, default=True
         If True, compute an angle for every parameter, as the authors do; if False, one for the
         whole model. A callable maps the name of a parameter to the label of its layer.
@@ -149,6 +149,8 @@ class ModelStockSoup(BaseSoup):
         start = name_of_start(checkpoints, self.start)
         parameters = {name for name, w in distinct(problem.module) if isinstance(w, nn.Parameter)}
         with problem.progress("average", 0):
-            ratios, cosines = stock_ratios(checkpoints, start, problem.layers, parameters)
+            ratios, cosines = stock_ratios(
+                checkpoints, start, problem.layers, parameters, self._warn
+            )
             coef = stock_coef(checkpoints, start, ratios)
             return Found(coef, attributes={"ratios_": ratios, "cosines_": cosines})

@@ -65,6 +65,9 @@ def write_other(path) -> None:
         ("config.json", {"transformers_weights": "evil.safetensors"}),
         ("config.json", {"attribute_map": {"transformers_weights": "z"}, "z": "evil.safetensors"}),
         ("config.json", {"configuration_files": ["config.4.0.0.json"]}),
+        ("config.json", {"pretrained_cfg": {"hf_hub_filename": "extra/evil.safetensors"}}),
+        ("config.json", {"pretrained_cfg": {"custom_load": True}}),
+        ("config.json", {"model_args": {"checkpoint_path": "evil.safetensors"}}),
         ("sentence_bert_config.json", {"config_args": {"transformers_weights": "x/y.safetensors"}}),
         ("sentence_xlnet_config.json", {"config_kwargs": {"attribute_map": {"a": "b"}}}),
     ],
@@ -182,7 +185,8 @@ def test_what_is_verified_is_what_transformers_loads(parts, tmp_path, rename, is
     "name",
     ["head.safetensors", "shard-00001-model-00001-of-00001.safetensors", "pytorch_model.bin",
      "MODEL.SAFETENSORS", "model.safetensors.index.json", "adapter_config.json", "x.gguf",
-     "params.pt", "last.ckpt", "model.onnx", "rust_model.ot", "weights.npz", "model_head.pkl"],
+     "params.pt", "last.ckpt", "model.onnx", "rust_model.ot", "weights.npz", "model_head.pkl",
+     "x.pth.tar"],
 )  # fmt: skip
 def test_other_weights_in_the_folder_are_named(parts, capsys, name):
     folder, recipe, ckpts = parts

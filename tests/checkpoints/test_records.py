@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from sksoup import CheckpointCollection, CheckpointError
 
@@ -103,6 +104,18 @@ def test_scores_of_lightning(tmp_path):
     write_lightning(tmp_path / "none" / "a", [0.5], monitor=None)
     with pytest.raises(CheckpointError, match=r"ModelCheckpoint\(monitor=\.\.\.\) in each"):
         scores(tmp_path / "none")
+
+
+def test_scores_that_are_no_numbers(tmp_path):
+    run = write_lightning(tmp_path / "s" / "a", [0.5, 0.3], last=False)
+    for odd in (torch.ones(1, 1).to_sparse(), torch.ones(2), torch.tensor([[]])):
+        container = torch.load(run / "epoch=1-step=4.ckpt")
+        (state,) = container["callbacks"].values()
+        state["best_k_models"] = dict.fromkeys(state["best_k_models"], odd)
+        torch.save(container, run / "epoch=1-step=4.ckpt")
+        assert len(from_path(tmp_path / "s", which="best")) == 1
+        with pytest.raises(CheckpointError, match="have no 'val_loss'"):
+            scores(tmp_path / "s" / "a")
 
 
 def test_the_state_of_a_run_that_is_no_state(tmp_path):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sksoup import CheckpointCollection, CheckpointError, ModelStockSoup, Recipe, mix
 from sksoup.__main__ import main
+from sksoup.exceptions import SoupWarning
 from sksoup.mixing.layers import group_layers
 from sksoup.mixing.stock import stock_ratios
 
@@ -78,6 +79,36 @@ def test_the_start_may_be_anywhere(zoo: Zoo, tmp_path):
         assert same_tensors(soup.recipe_.cook(soup.checkpoints_), soup.state_dict())
 
 
+def test_the_start_may_be_beside_the_others_and_counts_once(zoo: Zoo, tmp_path, capsys):
+    ckpts = fine_tunings(3, 0)
+    ckpts.save(tmp_path / "runs")
+    base = tmp_path / "runs" / "w0.safetensors"
+    expected = ModelStockSoup(start="w0").fit(ckpts, zoo.X, zoo.y)
+    files = CheckpointCollection.from_path(tmp_path / "runs", module=ckpts.module)
+    for start in (base, str(base)):
+        soup = ModelStockSoup(start=start).fit(files, zoo.X, zoo.y)
+        np.testing.assert_allclose(soup.ratios_, expected.ratios_)
+        assert soup.checkpoints_.names == files.names
+        torch.testing.assert_close(soup.state_dict(), expected.state_dict())
+        half = (soup.interpolate(start, 0.5), soup.interpolate("w0", 0.5))
+        assert same_tensors(*(one.state_dict() for one in half))
+    base.rename(renamed := tmp_path / "runs" / "start.safetensors")
+    out = tmp_path / "out.safetensors"
+    assert main(["stock", str(tmp_path / "runs"), "--start", str(renamed), "-o", str(out)]) == 0
+    assert "4 checkpoints mixed" in capsys.readouterr().out
+    torch.testing.assert_close(load_file(out), expected.state_dict())
+    assert main(["verify", str(out), str(tmp_path / "runs")]) == 0
+
+
+def test_a_copy_of_the_start_is_warned_of(zoo: Zoo):
+    ckpts = fine_tunings(3, 0)
+    soup = ModelStockSoup(start=ckpts["w0"])
+    with pytest.warns(SoupWarning, match="'w0' has the same parameters as the start 'start'"):
+        soup.fit(ckpts, zoo.X, zoo.y)
+    assert any("leave it out" in said for said in soup.warnings_)
+    ModelStockSoup(start="w0").fit(ckpts, zoo.X, zoo.y)  # no warning: they are errors here
+
+
 def test_a_start_that_does_not_fit(zoo: Zoo):
     ckpts = fine_tunings(3, 0)
     with pytest.raises(CheckpointError, match="start' is not a checkpoint that sksoup can"):
@@ -118,10 +149,10 @@ def test_squares_that_float64_does_not_hold(factor):
     states = [{"w": states[0]["w"] + 0.3 * s["w"]} for s in states]
     layout = CheckpointCollection(states).layout
     layers = group_layers(layout, layout, False)
-    expected, _ = stock_ratios(CheckpointCollection(states), "checkpoint0", layers, {"w"})
+    expected, _ = stock_ratios(CheckpointCollection(states), "checkpoint0", layers, {"w"}, print)
     scaled = CheckpointCollection([{"w": s["w"] * factor} for s in states])
     assert expected > 0
-    assert stock_ratios(scaled, "checkpoint0", layers, {"w"})[0] == pytest.approx(expected)
+    assert stock_ratios(scaled, "checkpoint0", layers, {"w"}, print)[0] == pytest.approx(expected)
 
 
 def test_an_infinite_constant_does_not_move(tmp_path):
