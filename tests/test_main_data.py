@@ -291,6 +291,28 @@ def test_tokenizers_that_are_damaged(folder, capsys, tmp_path, file, fields, sai
     assert not said or str(tmp_path) in found
 
 
+@pytest.mark.parametrize("field", ["vocab", "merges", "vocab_file", "gguf_file"])
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_a_tokenizer_does_not_publish_other_files(folder, capsys, tmp_path, field, is_relative):
+    """BERT's reads each line of "vocab" as a word, and would be saved with them."""
+    shutil.copytree("runs", tmp_path / "runs")
+    write_csv(tmp_path / "val.csv", ("text", "label"), texts(30, seed=0))
+    (tmp_path / "id_rsa").write_text("-----BEGIN-----\nsecret\n")
+    path = tmp_path / "runs" / "ft0" / "tokenizer_config.json"
+    secret = str(tmp_path / "id_rsa")
+    given = os.path.relpath(secret) if is_relative else secret
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: given}))
+    line = f"greedy {tmp_path}/runs --data {tmp_path}/val.csv --text text --label label"
+    line = f"{line} -o {tmp_path}/soup"
+    assert main(line.split()) == 2
+    assert f"makes transformers read {secret!r} ({field!r})" in capsys.readouterr().err
+    assert not (tmp_path / "soup").exists()
+    # a path on the machine that the tokenizer was saved on
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: "/content/nowhere"}))
+    if field == "vocab_file":
+        assert main(line.split()) == 0
+
+
 @pytest.mark.parametrize("option", ["--data", "--test"])
 def test_a_file_that_is_given_twice(folder, capsys, option):
     with pytest.raises(SystemExit):

@@ -37,10 +37,10 @@ def open_checkpoint(path: Path, key: str | None = None) -> Checkpoint:
     for kind in KINDS:
         if kind.accepts(file):
             return kind(file, key, path)
-    raise CheckpointError(
-        f"{str(path)!r} is not a checkpoint that sksoup can read: it has the suffix "
-        f"{path.suffix!r}, expected one of {', '.join(SUFFIXES)}."
-    )
+    why = f"it has the suffix {path.suffix!r}, expected one of {', '.join(SUFFIXES)}"
+    if not path.exists():
+        why = "there is no such file or folder"
+    raise CheckpointError(f"{str(path)!r} is not a checkpoint that sksoup can read: {why}.")
 
 
 def open_source(item: Any, index: int, key: str | None) -> Entry:

@@ -199,7 +199,7 @@ def test_the_command_line_gives_the_same_without_python(zoo: Zoo, tmp_path, caps
     assert Recipe.load(out).method == "stock"
     assert main(["verify", out, runs, start]) == 0
     assert main(["stock", runs, "--start", str(tmp_path / "no"), "-o", out, "--force"]) == 2
-    assert "is not a checkpoint" in capsys.readouterr().err
+    assert "can read: there is no such file or folder" in capsys.readouterr().err
 
 
 def test_rows_change_nothing(zoo: Zoo):
