@@ -16,6 +16,7 @@ MODULES = "modules.json"  # lists the modules, each in a folder
 ROUTER = "router_config.json"  # a module with several routes, each in a folder
 LIMIT = 1 << 20  # bytes; these files have a few lines
 MOST_MODULES = 100
+MOST_FILES = 10_000  # and folders in that of a module
 
 
 def module_folders(source: Path) -> list[Path]:
@@ -96,6 +97,18 @@ def _is_folder(path: Path, listing: Path) -> bool:
 
 
 def module_files(folder: Path) -> Iterator[Path]:
-    """All regular files below a folder; follows links to files but not to folders."""
-    for root, _, names in os.walk(folder):
-        yield from (path for name in sorted(names) if (path := Path(root, name)).is_file())
+    """All regular files below a folder; follows links to files but not to folders below it."""
+    n_found = 0
+    try:
+        for root, _, names in os.walk(folder):
+            n_found += 1 + len(names)
+            if n_found > MOST_FILES:
+                raise CheckpointError(
+                    f"{str(folder)!r} can't be used: it has more than {MOST_FILES:,} files and "
+                    f"folders, expected those of a module. Move it away."
+                )
+            yield from (path for name in sorted(names) if (path := Path(root, name)).is_file())
+    except (OSError, RecursionError) as error:  # no permission; folders nested too deeply
+        raise CheckpointError(
+            f"{str(folder)!r} can't be searched: {type(error).__name__}: {error}. Move it away."
+        ) from error

@@ -6,6 +6,8 @@ import glob
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..exceptions import CheckpointError
+
 
 def matches_of(pattern: str) -> Iterator[Path]:
     """Paths that match a pattern; "**" does not follow links, which may form cycles."""
@@ -15,7 +17,13 @@ def matches_of(pattern: str) -> Iterator[Path]:
     path = Path(pattern)
     start = Path(path.anchor) if path.anchor else Path()
     hidden = {part for part in path.parts if part[:1] == "."}
-    for match in start.glob(str(path.relative_to(start)) if path.anchor else pattern):
-        parts = match.parts
-        if not any(part[:1] == "." and part not in hidden for part in parts if part != ".."):
-            yield match
+    try:
+        for match in start.glob(str(path.relative_to(start)) if path.anchor else pattern):
+            parts = match.parts
+            if not any(part[:1] == "." and part not in hidden for part in parts if part != ".."):
+                yield match
+    except RecursionError as error:
+        raise CheckpointError(
+            f"{pattern!r} can't be searched: there are folders that are nested too deeply. Give "
+            f"a pattern without '**', or list the folders."
+        ) from error

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from ..exceptions import CheckpointError
+from ..exceptions import CheckpointError, SoupWarning
 from .folders import find_weights, list_files
 from .modules import MODULES, module_folders
 from .read import suffix_of
@@ -155,6 +156,7 @@ def find_runs(
     files = sorted(list_files(folder, suffixes), key=natural_key)
     if files or steps:
         found = sorted([*files, *filter(find_weights, inner)], key=natural_key)
+        _warn_of_runs_below(folder, found, [path for path in inner if path not in found], suffixes)
         if steps or any(suffix_of(path) == ".ckpt" or TIMED.search(path.stem) for path in files):
             yield Run(folder, found)
         else:
@@ -169,6 +171,34 @@ def find_runs(
         left = depth - (not is_lightning), lightning - is_lightning
         if min(left) >= 0:
             yield from find_runs(path, suffixes, *left, seen)
+
+
+def _warn_of_runs_below(
+    folder: Path, found: Sequence[Path], inner: Sequence[Path], suffixes: Collection[str]
+) -> None:
+    """Warn if a folder with checkpoints, maybe a soup, has runs in the folders below it."""
+    seen = {os.path.realpath(folder)}
+    below = [path for path in inner if _holds_runs(path, suffixes, seen)]
+    if below:
+        names = ", ".join(repr(path.name) for path in (found[0], below[0]))
+        pattern = os.path.join(folder, "*", "")
+        warnings.warn(
+            f"{str(folder)!r} holds {len(found)} checkpoints and {len(below)} folders with more "
+            f"({names}); only the former are used. To use the latter, give {pattern!r}; keep "
+            f"soups and the pretrained start elsewhere.",
+            SoupWarning,
+            stacklevel=2,
+        )
+
+
+def _holds_runs(folder: Path, suffixes: Collection[str], seen: set[str]) -> bool:
+    if (real := os.path.realpath(folder)) in seen:
+        return False
+    seen.add(real)
+    try:
+        return next(find_runs(folder, suffixes, DEPTH - 1, seen=seen), None) is not None
+    except (CheckpointError, OSError):  # not used
+        return False
 
 
 def alone(paths: Iterable[Path]) -> list[Run]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from unittest.mock import patch
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from sksoup import CheckpointCollection, CheckpointError
-from sksoup.checkpoints import records, sweeps
+from sksoup.checkpoints import modules, records, sweeps
 
 
 def test_links_to_the_folder_above_are_not_followed(tmp_path):
@@ -51,6 +52,43 @@ def test_many_metrics_of_many_steps_are_read_once(tmp_path):
     assert {type(arg) for call in looks.call_args_list for arg in call.args[1:]} == {
         float
     }  # no steps
+
+
+def test_links_beside_checkpoints_are_not_followed_again_and_again(tmp_path):
+    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "b").mkdir()
+    for i in range(60):
+        (tmp_path / f"up{i}").symlink_to(".")
+        (tmp_path / "b" / f"up{i}").symlink_to("../b")
+    with patch.object(sweeps, "find_runs", wraps=sweeps.find_runs) as looks:
+        assert len(CheckpointCollection.from_path(tmp_path)) == 1
+    assert looks.call_count < 10
+
+
+@pytest.fixture
+def deep(tmp_path):
+    """A folder with so many folders in each other that Python's search fails."""
+    root, here = tmp_path / "deep", os.getcwd()
+    root.mkdir()
+    os.chdir(root)
+    for _ in range(1200):
+        os.mkdir("a")
+        os.chdir("a")
+    os.chdir(here)
+    yield root
+    subprocess.run(["rm", "-r", root], check=True)  # pytest could not
+
+
+def test_folders_nested_too_deeply_are_an_error(deep):
+    with pytest.raises(CheckpointError, match="nested too deeply"):
+        CheckpointCollection.from_path(deep.parent / "**" / "*.pt")
+    with pytest.raises(CheckpointError, match=r"deep' can't be searched: RecursionError"):
+        list(modules.module_files(deep))
+    with (
+        patch.object(modules, "MOST_FILES", 100),
+        pytest.raises(CheckpointError, match="more than 100 files and folders"),
+    ):
+        list(modules.module_files(deep))
 
 
 def test_a_pattern_that_finds_nothing_does_not_follow_links(tmp_path):

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from sksoup import CheckpointCollection, CheckpointError
 from sksoup.__main__ import main
 from sksoup.checkpoints.sweeps import find_runs
+from sksoup.exceptions import SoupWarning
 
 from .runs import STATE, write_folder, write_lightning, write_trainer
 
@@ -118,6 +119,25 @@ def test_lightning(tmp_path):
     pattern = f"{tmp_path}/study/*/*.ckpt"
     assert len(from_path(pattern)) == 8
     assert files(from_path(pattern, which="best")) == files(from_path(tmp_path / "study"))
+
+
+@pytest.mark.parametrize("stray", ["start.pt", "soup.safetensors"])
+def test_files_beside_the_folders_of_runs_are_said_to_hide_them(tmp_path, capsys, stray):
+    for k in range(2):
+        write_lightning(tmp_path / "study" / f"trial_{k}", [0.5, 0.3])
+        write_trainer(tmp_path / "sweep" / f"run-{k}", LOG)
+    for root, name in (("study", "trial_0"), ("sweep", "run-0")):
+        (tmp_path / root / "plots" / "old").mkdir(parents=True)
+        assert len(from_path(tmp_path / root)) == 2
+        path = tmp_path / root / stray
+        torch.save(STATE, path) if stray[-3:] == ".pt" else save_file(STATE, path)
+        said = f"holds 1 checkpoints and 2 folders with more \\('{stray}', '{name}'\\)"
+        with pytest.warns(SoupWarning, match=said) as caught:
+            assert len(from_path(tmp_path / root)) == 1
+        assert f"give '{tmp_path}/{root}/*/'" in str(caught[0].message)
+        assert len(from_path(f"{tmp_path}/{root}/*/")) == 2
+        main(["inspect", str(tmp_path / root)])
+        assert "2 folders with more" in capsys.readouterr().err
 
 
 def write_trials(study, n=4):
