@@ -30,10 +30,10 @@ from ..runtime.fingerprint import tensor_bytes
 from ..runtime.memory import free_bytes
 from ..runtime.random_state import preserved_random_state
 from .arrays import map_inputs, n_rows, parts_of
+from .batches import LABELS, split
 from .indexed import IndexedRows, as_loader, can_be_read_again
 from .tokens import IGNORED
 
-LABELS = ("labels", "label", "targets", "target", "y")  # keys that hold targets
 SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 MASK = "attention_mask"
 
@@ -120,9 +120,10 @@ def read_loader(
     labels = targets_of(targets, y)
     if loader is not None and is_full:
         kept = _concatenate(inputs) if inputs else None
-        split = partial(_split, y=y, n_inputs=n_inputs)
+        n_inputs = len(rows) if isinstance(rows, tuple) else n_inputs
+        read = partial(split, y=y, n_inputs=n_inputs, is_collated=is_collated(loader))
         known = None if is_apart(y) else labels
-        return IndexedRows(loader, split, kept, digest.hexdigest(), known), labels
+        return IndexedRows(loader, read, kept, digest.hexdigest(), known), labels
     found = _concatenate(inputs)
     return Padded(found) if makes_mask else found, labels
 
@@ -218,8 +219,9 @@ def walk(
     """Inputs and targets batch by batch, without changing the global random state.
 
     Batches contain targets if ``y`` is None or the name of a key: the last item of a tuple (unless
-    it has only ``n_inputs`` items), or a key of a mapping. With ``ordered``, loaders that shuffle
-    raise an error.
+    it has only ``n_inputs`` items), or a key of a mapping. Several inputs may be in a tuple of
+    their own; a list that could also hold the rows of one input is read as in the first batch. With
+    ``ordered``, loaders that shuffle raise an error.
     """
     if isinstance(X, IndexedRows):
         loader: Any = X.walk()
@@ -230,7 +232,8 @@ def walk(
     is_empty = True
     with preserved_random_state():
         for batch in _stacked(loader):
-            rows, labels = _split(batch, y, n_inputs)
+            rows, labels = split(batch, y, n_inputs, is_collated(loader))
+            n_inputs = len(rows) if isinstance(rows, tuple) else n_inputs
             is_empty = is_empty and not n_rows(rows)
             yield rows, None if labels is None else _numbers(labels)
     if is_empty:
@@ -238,6 +241,11 @@ def walk(
             f"The {type(X).__name__} returned no rows: an iterator can be used only once. Pass a "
             f"DataLoader or a Dataset."
         )
+
+
+def is_collated(loader: Any) -> bool:
+    """Whether torch's default collate makes the batches."""
+    return isinstance(loader, DataLoader) and loader.collate_fn is default_collate
 
 
 def _numbers(labels: Any) -> torch.Tensor:
@@ -324,44 +332,6 @@ def _flat(indices: Any) -> Iterator[Any]:
             yield from found
         else:
             yield found
-
-
-def _split(batch: Any, y: Any, n_inputs: int | None) -> tuple[Any, Any]:
-    """The inputs in a batch, and the targets if it contains them."""
-    if isinstance(batch, Mapping):
-        key = y if isinstance(y, str) else next((name for name in LABELS if name in batch), None)
-        if key is not None and key not in batch:
-            raise ValueError(
-                f"Batches have no {key!r}, but only {', '.join(map(repr, batch))}. Pass the key of "
-                f"the targets: y='...'."
-            )
-        inputs = {name: _tensor(part) for name, part in batch.items() if name != key}
-        return inputs, None if key is None else batch[key]
-    if isinstance(batch, (tuple, list)):
-        *parts, last = batch
-        if isinstance(y, str):
-            raise ValueError(f"y={y!r} names a key, but batches are a {type(batch).__name__}.")
-        if y is not None or not parts or len(batch) == n_inputs:  # the batch contains no targets
-            parts, last = [*parts, last], None
-        if len(parts) == 1 and isinstance(parts[0], Mapping):
-            return map_inputs(_tensor, parts[0]), last
-        tensors = tuple(map(_tensor, parts))
-        return tensors[0] if len(tensors) == 1 else tensors, last
-    return _tensor(batch), None
-
-
-def _tensor(part: Any) -> torch.Tensor:
-    if isinstance(part, torch.Tensor):
-        return part.detach().cpu()
-    if isinstance(part, np.ndarray):
-        return torch.as_tensor(part)
-    collated = default_collate(list(part)) if isinstance(part, (list, tuple)) else part
-    if not isinstance(collated, torch.Tensor):
-        raise TypeError(
-            f"A batch holds a {type(part).__name__} that is not a tensor, such as "
-            f"{str(part)[:40]!r}. Tokenize texts and remove other columns first."
-        )
-    return collated
 
 
 def _concatenate(inputs: list[Any]) -> Any:

@@ -166,9 +166,10 @@ class BaseSoup(
             tuple by position. Floating-point inputs are converted to the dtype of the module. A
             torch ``Dataset``, a ``DataLoader``, a ``datasets.Dataset``, an array in a file
             (``np.memmap``) or an iterator of batches is read once and kept in memory in its own
-            dtype. Data that does not fit into half of the free memory is read by index when it is
-            needed, with the workers of the ``DataLoader``; this requires a fixed order
-            (``shuffle=False``, not an iterator).
+            dtype. Rows or batches with several inputs are ``(a, b, y)``, ``((a, b), y)`` or
+            ``({"a": a, "b": b}, y)``. Data that does not fit into half of the free memory is read
+            by index when it is needed, with the workers of the ``DataLoader``; this requires a
+            fixed order (``shuffle=False``, not an iterator).
         y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs), default=None
             Held-out labels or targets. If the module returns (n_samples, n_outputs, ...), as for
             pixels or tokens, integer labels of shape (n_samples, ...), with -100 at positions to

@@ -72,6 +72,7 @@ def validate_rows(
 ) -> tuple[Any, NDArray[Any], NDArray[np.float64] | None]:
     """Check rows, targets and weights; set the features; tensors stay on their device."""
     refuse_order(y)
+    estimator._target_key = y if isinstance(y, str) else None
     if isinstance(X, Mapping):
         X = as_batches(X, y)
     if is_loader(X):
@@ -171,7 +172,12 @@ def _check_dense(y: NDArray[Any], remedy: str = "") -> NDArray[Any]:
 
 
 def validate_inputs(estimator: Any, X: Any, reset: bool = False) -> Any:
-    """Check inputs: the same ones as in `fit`; with ``reset``, set their features."""
+    """Check inputs: the same ones as in `fit`; with ``reset``, set their features.
+
+    Targets under the key that was named in `fit` are dropped.
+    """
+    if isinstance(X, Mapping) and getattr(estimator, "_target_key", None) in X:
+        X = {name: part for name, part in X.items() if name != estimator._target_key}
     got, expected = input_names(X), estimator.input_names_
     if isinstance(got, tuple) and isinstance(expected, tuple) and estimator.task in TEXT_TASKS:
         # batches that are padded have a mask, even if those in fit did not

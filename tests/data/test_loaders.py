@@ -219,6 +219,22 @@ def test_the_key_of_the_targets_may_be_named(zoo: Zoo):
         GreedySoup().fit(zoo.checkpoints, Rows(zoo.X, zoo.y), "digit")
 
 
+def test_the_key_of_the_targets_named_in_fit_is_no_input(zoo: Zoo):
+    data = datasets.Dataset.from_dict({"x": zoo.X.tolist(), "cls": zoo.y.tolist()})
+    loader = DataLoader(data.with_format("torch"), batch_size=7)
+    soup = GreedySoup().fit(zoo.checkpoints, data, y="cls")
+    expected = soup.predict_proba({"x": zoo.X})
+    for X in (data, loader, data.remove_columns("cls"), {"x": zoo.X, "cls": zoo.y}):
+        assert (soup.predict_proba(X) == expected).all()
+    assert soup.score(data, zoo.y) == soup.score(data, "cls")
+    with pytest.raises(ValueError, match=r"got a mapping with 'x', 'class', expected .* 'x'"):
+        soup.predict(data.rename_column("cls", "class"))
+    again = clone(soup).fit(zoo.checkpoints, data.rename_column("cls", "label"))
+    for other in (again, soup.fit(zoo.checkpoints, {"x": zoo.X}, zoo.y)):
+        with pytest.raises(ValueError, match=r"got a mapping with 'x', 'cls', expected .* 'x'"):
+            other.predict(data)
+
+
 def test_batches_without_targets(zoo: Zoo):
     loader = DataLoader(TensorDataset(torch.as_tensor(zoo.X)), batch_size=7)
     with pytest.raises(ValueError, match="requires y"):
