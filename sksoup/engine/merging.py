@@ -11,7 +11,7 @@ from torch import nn
 from ..data.arrays import Inputs, map_inputs
 from ..runtime.fingerprint import fingerprint
 from ..runtime.random_state import preserved_random_state
-from .objective import Forward, as_output, called
+from .objective import Forward, as_rows, called
 
 SWITCHES = attrgetter("train", "eval")  # of a class
 PLAIN = (nn.Module.train, nn.Module.eval)
@@ -99,8 +99,7 @@ def _output(module: nn.Module, row: Inputs, forward: Forward | None) -> torch.Te
     with preserved_random_state():
         torch.manual_seed(0)
         row = map_inputs(torch.clone, row)  # a module may write into it
-        found = called(module, row, forward)
-    output = found if isinstance(found, torch.Tensor) else as_output(found)
+        output = as_rows(called(module, row, forward), row)
     return output.detach().double()
 
 

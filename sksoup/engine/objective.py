@@ -237,8 +237,7 @@ def feed(
 
     One logit z becomes two, 0 and z.
     """
-    found = called(module, X, forward)
-    output = found if isinstance(found, torch.Tensor) else as_output(found)
+    output = as_rows(called(module, X, forward), X)
     return outputs.two_logits(output) if outputs.one_logit else output
 
 
@@ -267,6 +266,14 @@ def as_code(X: Inputs, found: Any, forward: Forward | None = None) -> str:
     if isinstance(found, (tuple, list)):
         return f"{call}[{next(i for i, part in enumerate(found) if is_output(part))}]"
     return f"{call}['logits']"
+
+
+def as_rows(found: Any, X: Inputs) -> torch.Tensor:
+    """The output tensor; for a single row with the axis that a squeeze() in the module removes."""
+    output = found if isinstance(found, torch.Tensor) else as_output(found)
+    if output.ndim < 2 and output.shape != (1,) and n_rows(X) == 1:
+        return output[None]
+    return output
 
 
 def as_output(output: Any) -> torch.Tensor:

@@ -39,7 +39,7 @@ from ..engine.objective import (
     Forward,
     Objective,
     as_code,
-    as_output,
+    as_rows,
     called,
     module_dtype,
     prepare_module,
@@ -385,8 +385,7 @@ def _probe(module: nn.Module, row: Any, forward: Any) -> tuple[torch.Tensor, str
     try:
         with torch.no_grad():
             found = called(module, row, forward)
-        output = found if isinstance(found, torch.Tensor) else as_output(found)
-        return output, as_code(row, found, forward)
+        return as_rows(found, row), as_code(row, found, forward)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:  # if X does not fit
         if isinstance(error, TypeError) and "module returned" in str(error):
             raise

@@ -23,6 +23,7 @@ from sksoup import (
     CheckpointCollection,
     CheckpointEnsemble,
     GreedySoup,
+    MEHLSoup,
     SoupWarning,
     UniformSoup,
 )
@@ -168,6 +169,40 @@ def test_one_logit_and_several_positions_are_sorted_too():
     with torch.no_grad():
         expected = dense.module_(torch.as_tensor(rows)).softmax(dim=1).numpy()
     np.testing.assert_allclose(p, expected[:, [1, 2, 0]])
+
+
+class Squeezed(nn.Module):
+    """Removes every axis of length 1, also that of a single row."""
+
+    def __init__(self, n_outputs, squeeze=torch.squeeze):
+        super().__init__()
+        self.layer, self.squeeze = nn.Linear(4, n_outputs), squeeze
+
+    def forward(self, x):
+        return self.squeeze(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    ("task", "n_outputs"), [("regression", 1), ("classification", 1), ("classification", 3)]
+)
+@pytest.mark.parametrize("recipe", [GreedySoup(), MEHLSoup(max_epochs=2, lr=0.1, random_state=0)])
+def test_modules_that_squeeze_their_outputs(task, n_outputs, recipe):
+    start, *nets = (Squeezed(n_outputs) for _ in range(4))
+    for net in nets:
+        net.load_state_dict(
+            {name: w + 0.3 * torch.randn_like(w) for name, w in start.state_dict().items()}
+        )
+    X = torch.randn(33, 4)  # batches of 8 leave one row
+    z = start.layer(X).detach() + 0.1
+    y = z[:, 0] if task == "regression" else z.argmax(1) if n_outputs > 1 else (z[:, 0] > 0).long()
+    soups = []
+    for squeeze in (torch.squeeze, lambda z: z.squeeze(-1) if n_outputs == 1 else z):
+        ckpts = CheckpointCollection(nets, module=lambda: Squeezed(n_outputs, squeeze))  # noqa: B023
+        soups.append(clone(recipe).set_params(task=task, batch_size=8).fit(ckpts, X, y.numpy()))
+    ours, theirs = soups
+    assert np.array_equal(ours.coef_, theirs.coef_)
+    assert ours.score(X, y.numpy()) == theirs.score(X, y.numpy())
+    assert np.array_equal(ours.predict(X[:1]), theirs.predict(X)[:1])
 
 
 @pytest.mark.parametrize("labels", [["spam", "ham"], ["sadness", "joy", "anger"]], ids=str)
