@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -70,6 +71,20 @@ def copy_companions(source: Path, target: Path, others: Sequence[Path] = ()) -> 
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
+
+
+def record_dtype(config: Path, dtype: str) -> None:
+    """Write the dtype of the weights to a config.json, since transformers converts to that one."""
+    try:
+        found = json.loads(config.read_text("utf-8"))
+    except ValueError:  # not of transformers
+        return
+    if not isinstance(found, dict):
+        return
+    parts = [found, *(part for part in found.values() if isinstance(part, dict))]
+    for part in parts:
+        part |= {name: dtype for name in ("dtype", "torch_dtype") if part.get(name) is not None}
+    config.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
 
 
 def _refuse_differing_weights(source: Path, paths: Sequence[Path], others: Sequence[Path]) -> None:

@@ -13,7 +13,7 @@ import torch
 from ..checkpoints.architecture import skeleton
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.converted import stored_names
-from ..checkpoints.hub_companions import copy_companions, model_folders
+from ..checkpoints.hub_companions import copy_companions, model_folders, record_dtype
 from ..checkpoints.sources import SUFFIXES
 from ..checkpoints.write import SHARD_BYTES, new_folder, write_text
 from ..exceptions import CheckpointError
@@ -92,6 +92,8 @@ def write_folder(
         weights = recipe.cook(collection, temporary / "weights", shard_size)
         move_up(weights)
         copy_companions(sources[0], temporary, sources[1:])
+        if recipe.dtype is not None:
+            record_dtype(temporary / "config.json", recipe.dtype)
         write_text(temporary / "README.md", model_card(recipe, collection))
     return ""
 

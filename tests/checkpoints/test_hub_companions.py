@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sksoup import CheckpointCollection, CheckpointError, UniformSoup
+from sksoup import CheckpointCollection, CheckpointError, UniformSoup, mix
 from sksoup.__main__ import main
 from sksoup.checkpoints import hub_companions, modules
 from sksoup.checkpoints.hub_companions import copy_companions
@@ -248,3 +248,35 @@ def test_a_router_comes_out_whole(tmp_path):
     (tmp_path / "target").mkdir()
     copy_companions(source, tmp_path / "target")
     assert listing(tmp_path / "target") == listing(source)
+
+
+@pytest.mark.parametrize(("given", "stored"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_transformers_loads_a_soup_in_the_dtype_that_was_asked_for(tmp_path, given, stored):
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, max_position_embeddings=8,
+    )  # fmt: skip
+    for k, model in enumerate(around(transformers.BertModel(config), 2)):
+        model.to(getattr(torch, stored)).save_pretrained(tmp_path / "runs" / f"ft{k}")
+    out = tmp_path / "soup"
+    assert main(["average", str(tmp_path / "runs"), "-o", str(out), "--dtype", given]) == 0
+    found = transformers.BertModel.from_pretrained(out)
+    assert found.dtype == getattr(torch, given)
+    assert json.loads((out / "config.json").read_text())["dtype"] == given
+    expected = CheckpointCollection.from_path(tmp_path / "runs")
+    mean = mix(expected, [0.5, 0.5], dtype=found.dtype)
+    for name, value in found.state_dict().items():
+        assert torch.equal(value, mean[name])
+
+
+@pytest.mark.parametrize("content", ["[]", "no JSON", "{}", '{"text_config": {"dtype": "x"}}'])
+def test_a_config_without_a_dtype_is_left_as_it_is(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    hub_companions.record_dtype(tmp_path / "config.json", "float32")
+    changed = (tmp_path / "config.json").read_text()
+    if "dtype" in content:
+        assert json.loads(changed) == {"text_config": {"dtype": "float32"}}
+    elif content == "{}":
+        assert json.loads(changed) == {}
+    else:
+        assert changed == content
