@@ -172,8 +172,9 @@ class PredictionMixin:
         X : array-like or Tensor of shape (n_samples, ...), dict, tuple, Dataset or DataLoader
             Inputs, as in `fit`.
         y : array-like or Tensor of shape (n_samples,) or (n_samples, ...), default=None
-            Labels, also of pixels or tokens, with -100 at positions to ignore. None if the batches
-            contain them or, for causal language models, if the inputs are the labels.
+            Labels, also of pixels or tokens, with -100 (or the ``ignore_index`` of ``criterion``)
+            at positions to ignore. None if the batches contain them or, for causal language models,
+            if the inputs are the labels.
         sample_weight : array-like of shape (n_samples,) or None, default=None
             Weights of the rows.
 
@@ -288,7 +289,8 @@ class PredictionMixin:
         X : array-like or Tensor of shape (n_samples, ...), dict, tuple, Dataset or DataLoader
             Inputs, as in `fit`.
         y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs), default=None
-            Labels or targets. None, or the name of a key, if the batches contain them.
+            Labels or targets, as in `fit`; labels to ignore are left out. None, or the name of a
+            key, if the batches contain them.
         sample_weight : array-like of shape (n_samples,) or None, default=None
             Weights of the rows.
 
