@@ -174,9 +174,12 @@ print(f"digits: {soup.fit(two_heads, X_val + noise, y_val).score(X_test, y_test)
 #
 # For segmentation and token classification, labels are integers of shape ``(n_samples, ...)`` and
 # outputs have shape ``(n_samples, n_outputs, ...)``, as in PyTorch's losses. The label -100
-# excludes a position from loss and score. One logit per position, of shape
-# ``(n_samples, 1, ...)``, also works for two labels, and masks may be booleans or floats. Here,
-# pixels of noisy images are classified as ink or background, without the unlabeled border.
+# excludes a position from loss and score. If your masks mark such positions by another label, such
+# as 255, replace it, ``y[y == 255] = -100``, or pass
+# ``criterion=nn.CrossEntropyLoss(ignore_index=255)`` to a method with a ``criterion``. One logit
+# per position, of shape ``(n_samples, 1, ...)``, also works for the labels 0 and 1, and masks may
+# be booleans or floats. Here, pixels of noisy images are classified as ink or background, without
+# the unlabeled border.
 
 ink = (X_rest > 0.3).astype(np.int64).reshape(-1, 8, 8)
 ink[:, [0, -1]] = -100

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -12,7 +11,17 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import accuracy_score, r2_score
 
-from ..checkpoints.hub_config import output_labels
+from .labels import (
+    check_ignored,
+    check_rows,
+    ignore_index_of,
+    is_dense,
+    output_names,
+    resolve_classes,
+    resolve_positions,
+    some,
+    void_remedy,
+)
 from .rows import Batch, to_tensor
 from .tokens import (
     IGNORED,
@@ -29,11 +38,6 @@ Task: TypeAlias = Literal[
 TASKS = ("classification", "regression", "multilabel", *TEXT_TASKS)
 
 
-def is_dense(y: Any) -> bool:
-    """Whether there are labels at several positions of a row: of pixels, of tokens."""
-    return bool(y.ndim > 1 and y.shape[1:] != (1,))
-
-
 @dataclass(frozen=True, eq=False)
 class Outputs:
     """The interpretation of the outputs of a module for one kind of targets."""
@@ -44,7 +48,7 @@ class Outputs:
     classes: NDArray[Any] | None = None  # labels in output order, of a classification
     one_logit: bool = False  # the module gives z, which is used as the logits 0 and z
     has_channel: bool = False  # z of positions is (n, 1, ...), not (n, ...)
-    ignored: int = IGNORED  # the criterion's label of what is left out
+    ignored: int = IGNORED  # the criterion's target of what is left out, as labels also name it
     is_dense: bool = False  # labels at several positions of a row
     is_column: bool = False  # targets of a regression come as (n,)
     names: tuple[str, ...] | None = None  # of the outputs, where the module's config has some
@@ -67,29 +71,39 @@ class Outputs:
 
         ``call`` is the code that returns the outputs, for errors.
         """
-        if task in TEXT_TASKS:
-            return cls._of_texts(output, y, kind_of_model(module, task), X)
+        named = ignore_index_of(criterion)
+        ignored = IGNORED if named is None else named
         dense = task == "classification" and is_dense(y)
+        labels = y[(y != IGNORED) & (y != ignored)] if dense or task in TEXT_TASKS else y
+        if not labels.size:
+            raise ValueError(f"y contains only {some(np.unique(y))}, so every position is ignored.")
+        if task in TEXT_TASKS:
+            return cls._of_texts(output, y, kind_of_model(module, task), X, ignored)
         one_logit = task == "classification" and _is_one_logit(output, y)
         has_channel = one_logit and output.ndim > y.ndim
         if one_logit:
-            _check_two(output, y)
+            _check_two(output, y, labels, classes)
             output = output.new_zeros((1, 2, *y.shape[1:]) if dense else (1, 2))  # as it is used
         _check_shape(output, y, task, call, module)
         n_outputs = output.shape[1] if output.ndim > 1 else 1
         if task != "classification":
             return cls(task, n_outputs, tuple(output.shape[1:]), is_column=y.ndim == 1)
-        criterion = criterion() if isinstance(criterion, type) else criterion
-        ignored = getattr(criterion, "ignore_index", None)
         names = output_names(module, n_outputs)
-        labels = resolve_classes(y[y != IGNORED] if dense else y, n_outputs, classes, names)
+        if dense and classes is None:
+            found = resolve_positions(labels, n_outputs, named is not None)
+        else:
+            check_rows(y, n_outputs, ignored, classes)
+            found = resolve_classes(labels, n_outputs, classes, names, dense)
+        check_ignored(found, ignored, dense)
         return cls(
-            task, n_outputs, tuple(output.shape[1:]), labels, one_logit,
-            has_channel, ignored if isinstance(ignored, int) else IGNORED, dense, names=names,
+            task, n_outputs, tuple(output.shape[1:]), found, one_logit,
+            has_channel, ignored, dense, names=names,
         )  # fmt: skip
 
     @classmethod
-    def _of_texts(cls, output: torch.Tensor, y: NDArray[Any], kind: str, X: Any) -> Outputs:
+    def _of_texts(
+        cls, output: torch.Tensor, y: NDArray[Any], kind: str, X: Any, ignored: int
+    ) -> Outputs:
         if output.ndim != 3:
             raise ValueError(
                 f"The module's output has shape {tuple(output.shape)} for one row, expected (1, "
@@ -98,8 +112,9 @@ class Outputs:
         shape = tuple(output.shape[1:])
         check_labels(y, kind, shape, X)
         return cls(
-            "language-modeling", shape[-1], shape, is_dense=True, is_text=True, predicts=kind
-        )
+            "language-modeling", shape[-1], shape, ignored=ignored, is_dense=True, is_text=True,
+            predicts=kind,
+        )  # fmt: skip
 
     @cached_property
     def order(self) -> NDArray[np.int64]:
@@ -121,14 +136,44 @@ class Outputs:
         is_number = np.array_equal(self.classes, np.arange(self.n_outputs))
         return self.names if is_number and self.names is not None else self.classes
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether labels may be left out: at positions, or of a class that the criterion ignores.
+
+        A row whose only label is no class has to be removed instead.
+        """
+        is_class = self.classes is not None and 0 <= self.ignored < self.n_outputs
+        return self.is_dense or is_class
+
+    def left_out(self, y: Any) -> NDArray[np.bool_]:
+        """Where labels are left out of loss and score: -100 and the criterion's ignore_index."""
+        y = np.asarray(y)
+        if not self.leaves_out:
+            return np.zeros(y.shape, dtype=bool)
+        label: Any = self.ignored
+        if self.classes is not None and 0 <= label < self.n_outputs:
+            label = self.classes[label]
+        found = np.asarray(y == label)
+        return found | (y == IGNORED) if self.is_dense else found
+
+    def labeled(self, y: Any) -> NDArray[np.bool_]:
+        """Where labels count in a score; raise an error if those of positions are no classes."""
+        y = np.asarray(y)
+        found = ~self.left_out(y)
+        if self.is_dense and self.classes is not None:
+            is_other = found & ~np.isin(y, self.classes)
+            if is_other.any():
+                raise self._unknown(y, np.unique(y[is_other]))
+        return found
+
     def encode(self, y: NDArray[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Targets for the criterion: class indices (N, ...) or floats (N, ...)."""
+        """Targets: class indices (N, ...), -100 where they are left out, or floats (N, ...)."""
         if self.classes is not None:
-            if not self.is_dense:
-                return torch.as_tensor(self._indices(y)).to(device)
-            left_out = y == IGNORED
+            left_out = self.left_out(y)
+            if not left_out.any():
+                return to_tensor(self._indices(y)).to(device)
             found = self._indices(np.where(left_out, self.classes[0], y))
-            return to_tensor(np.where(left_out, self.ignored, found)).to(device)
+            return to_tensor(np.where(left_out, IGNORED, found)).to(device)
         if self.is_text:
             return to_tensor(shifted(y, self.predicts)).to(device)
         targets = to_tensor(np.asarray(y, dtype=np.float64)).reshape(len(y), -1)
@@ -141,6 +186,12 @@ class Outputs:
             raise ValueError("y must hold only 0 and 1 for task='multilabel'.")
         return targets.to(device, dtype).reshape(len(y), *self.shape)
 
+    def for_criterion(self, targets: torch.Tensor) -> torch.Tensor:
+        """Encoded targets, with the criterion's own ignore_index where they are left out."""
+        if self.ignored == IGNORED:
+            return targets
+        return targets.masked_fill(targets == IGNORED, self.ignored)
+
     def _indices(self, y: NDArray[Any]) -> NDArray[np.int64]:
         """The output of each label, or an error if there is none."""
         classes = np.asarray(self.classes)
@@ -152,12 +203,15 @@ class Outputs:
         is_other = np.asarray(classes[indices] != y)
         if is_other.any():
             known, found = classes.tolist(), dict.fromkeys(y[is_other].tolist())
-            unknown = np.array([label for label in found if label not in known], dtype=object)
-            raise ValueError(
-                f"y holds labels that are not classes of the soup: {_some(unknown)}. Expected "
-                f"{_some(classes)}."
-            )
+            unknown = [label for label in found if label not in known]
+            raise self._unknown(y, np.array(unknown, dtype=object))
         return indices
+
+    def _unknown(self, y: NDArray[Any], labels: NDArray[Any]) -> ValueError:
+        return ValueError(
+            f"y holds labels that are not classes of the soup: {some(labels)}. Expected "
+            f"{some(np.asarray(self.classes))}.{void_remedy(y, labels) if self.is_dense else ''}"
+        )
 
     def two_logits(self, output: torch.Tensor) -> torch.Tensor:
         """(n, 2, ...) logits 0 and z of one logit z: their softmax is its sigmoid."""
@@ -169,7 +223,7 @@ class Outputs:
 
     def counted(self, targets: torch.Tensor) -> torch.Tensor | None:
         """(N,): number of labeled positions of each row, if some positions have no label."""
-        labeled = targets != self.ignored
+        labeled = targets != IGNORED
         if not (self.is_text or self.classes is not None) or bool(labeled.all()):
             return None
         return labeled.reshape(len(targets), -1).sum(dim=1)
@@ -195,7 +249,7 @@ class Outputs:
     def right(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Weighted fraction of rows, or of pixels and tokens, with a correct prediction."""
         if self.classes is not None:
-            right, counted = outputs.argmax(dim=1) == batch.y, batch.y != self.ignored
+            right, counted = outputs.argmax(dim=1) == batch.y, batch.y != IGNORED
         else:
             right = ((outputs > 0) == (batch.y > 0)).reshape(len(batch.y), -1).all(dim=1)
             counted = torch.ones_like(right)
@@ -209,8 +263,8 @@ class Outputs:
         if self.task == "regression":
             return float(r2_score(y, predicted, sample_weight=weight))
         y = np.asarray(y)
-        if self.is_dense:
-            used = y != IGNORED  # positions, each with the weight of its row
+        if self.leaves_out:
+            used = self.labeled(y)  # positions, each with the weight of its row
             if weight is not None:
                 weight = np.repeat(np.asarray(weight), used.reshape(len(used), -1).sum(axis=1))
             y, predicted = y[used], predicted[used]
@@ -225,15 +279,20 @@ def _is_one_logit(output: torch.Tensor, y: NDArray[Any]) -> bool:
     return output.shape[1:] == (1, *y.shape[1:]) or (y.ndim > 2 and output.shape[1:] == y.shape[1:])
 
 
-def _check_two(output: torch.Tensor, y: NDArray[Any]) -> None:
+def _check_two(
+    output: torch.Tensor, y: NDArray[Any], labels: NDArray[Any], classes: ArrayLike | None
+) -> None:
     """Check that the labels of one logit are two."""
-    dense = is_dense(y)
-    if len(labels := np.unique(y[y != IGNORED] if dense else y)) > 2:
+    dense, labels = is_dense(y), np.unique(labels)
+    if len(labels) > 2:
         per = " per position" if dense else ""
         numbers = "" if dense else ", or task='regression' if y holds numbers to predict"
+        others = np.setdiff1d(labels, [0, 1] if classes is None else np.asarray(classes))
+        remedy = void_remedy(y, others) if dense else ""
         raise ValueError(
             f"The module's output has shape {tuple(output.shape)} for one row: one logit{per} "
-            f"distinguishes two labels, but y has {len(labels)}. Expected {_expected(y)}{numbers}."
+            f"distinguishes two labels, but y has {len(labels)} ({some(labels)}). Expected "
+            f"{_expected(y)}{numbers}.{remedy}"
         )
 
 
@@ -288,60 +347,3 @@ def _remedy(output: torch.Tensor, y: NDArray[Any], call: str) -> str:
     if output.ndim > 2 and output.movedim(-1, 1).shape[2:] == y.shape[1:]:
         return f"Move the axis of the outputs with forward=lambda module, X: {call}.movedim(-1, 1)."
     return "Pass a function that returns outputs of this shape: forward=lambda module, X: ..."
-
-
-def output_names(module: Any, n_outputs: int) -> tuple[str, ...] | None:
-    """Names of the outputs in the config of a model of transformers, if it names all of them."""
-    config = getattr(module, "config", None)
-    names = output_labels(getattr(config, "id2label", None)) if config is not None else ()
-    return names if len(names) == n_outputs else None
-
-
-def resolve_classes(
-    y: NDArray[Any],
-    n_outputs: int,
-    classes: ArrayLike | None,
-    names: Sequence[str] | None = None,
-) -> NDArray[Any]:
-    """Labels in output order; a missing label must not shift the columns."""
-    present = np.unique(y)
-    if classes is not None:
-        known = np.asarray(classes)
-        if known.ndim != 1 or len(np.unique(known)) != n_outputs or len(known) != n_outputs:
-            raise ValueError(
-                f"classes must be {n_outputs} distinct labels, one per output of the module, got "
-                f"{_some(known)}."
-            )
-        unknown = np.setdiff1d(present, known)
-        if len(unknown):
-            raise ValueError(f"y holds labels that are not in classes: {_some(unknown)}.")
-        return known
-    if names is not None and all(isinstance(label, str) for label in present.tolist()):
-        named = np.array(names, dtype=object if present.dtype == object else None)
-        unknown = np.setdiff1d(present, named)
-        if len(unknown):
-            raise ValueError(
-                f"y holds labels that are not names of the module's outputs: {_some(unknown)}. Its "
-                f"config (id2label) has {_some(named)}. Use these names in y, or pass the labels "
-                f"in the order of the outputs: classes=[...]."
-            )
-        return named
-    if present.dtype.kind == "i" and IGNORED in present:
-        raise ValueError(
-            f"y holds {IGNORED}, which marks pixels and tokens to ignore, but here each row has "
-            f"one label. Remove these rows, or pass classes=[...] if it is a label."
-        )
-    if len(present) == n_outputs:
-        return present
-    if np.issubdtype(present.dtype, np.integer) and present[0] >= 0 and present[-1] < n_outputs:
-        return np.arange(n_outputs)
-    raise ValueError(
-        f"y can't be matched to the module's outputs: got {len(present)} distinct labels "
-        f"({_some(present)}) for {n_outputs} outputs, expected {n_outputs} labels or integers in "
-        f"[0, {n_outputs}). Pass the labels in the order of the outputs: classes=[...]."
-    )
-
-
-def _some(values: NDArray[Any]) -> str:
-    shown = ", ".join(repr(value) for value in values[:5].tolist())
-    return shown + (f" and {len(values) - 5} more" if len(values) > 5 else "")

@@ -54,6 +54,13 @@ def targets_from(X: Any) -> NDArray[np.int64] | None:
     return y
 
 
+def without_ignored(y: NDArray[Any], ignored: int) -> NDArray[Any]:
+    """Token ids with -100 for another id that is ignored, such as that of padding."""
+    if ignored == IGNORED:
+        return y
+    return np.where(y == ignored, IGNORED, np.asarray(y, dtype=np.int64))
+
+
 def check_labels(
     y: NDArray[Any], kind: str, shape: tuple[int, ...], X: Any, is_part: bool = False
 ) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.tokens import IGNORED
 from .scores import Evaluator
 
 MIN_ROWS = {"classification": 30, "regression": 100}  # with fewer, nothing is certain
@@ -23,7 +22,7 @@ def judge_scores(scores: Mapping[str, float], evaluate: Evaluator) -> str | None
     ``scores`` were measured by ``evaluate``. Returns None for custom metrics and several labels per
     row. If there are too few rows to decide, the warning is about that.
     """
-    outputs, n = evaluate.objective.outputs, _effective(evaluate.weight, len(evaluate.y))
+    outputs, n = evaluate.objective.outputs, _effective(evaluate.amounts, len(evaluate.y))
     if outputs.is_text:
         return _of_loss(scores, evaluate)
     if len(scores) > 1 and n < FEW and not outputs.is_dense:
@@ -100,9 +99,8 @@ def _largest_share(evaluate: Evaluator) -> float:
     y = np.asarray(evaluate.y).reshape(len(evaluate.y), -1)  # (N, positions)
     weight = np.ones(len(y)) if evaluate.weight is None else evaluate.weight
     weights = np.broadcast_to(weight[:, None], y.shape)
-    if evaluate.objective.outputs.is_dense:
-        used = y != IGNORED
-        y, weights = y[used], weights[used]
+    used = ~evaluate.objective.outputs.left_out(y)
+    y, weights = y[used], weights[used]
     _, where = np.unique(y.ravel(), return_inverse=True)
     counts = np.bincount(where.ravel(), weights=weights.ravel())
     return float(counts.max() / counts.sum()) if len(counts) and counts.sum() > 0 else 0.0

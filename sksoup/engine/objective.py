@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from ..checkpoints.collection import CheckpointCollection
 from ..data.arrays import Inputs, map_inputs, n_rows
 from ..data.indexed import IndexedRows
+from ..data.labels import ignore_index_of
 from ..data.outputs import Outputs, Task
 from ..data.rows import Batch, HeldOut, to_inputs
 from ..data.tokens import IGNORED
@@ -102,7 +103,7 @@ class Objective:
         self, output: torch.Tensor, batch: Batch, scale: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Mean loss of a batch's outputs, times ``scale`` if given (Learned-Soup's beta)."""
-        y = batch.y
+        y = self.outputs.for_criterion(batch.y)
         if scale is not None:
             output = output * scale
         if self._wants_one_logit:
@@ -132,7 +133,7 @@ class Objective:
 
     def _check_ignores(self, batch: Batch) -> None:
         """Refuse positions without a label where a loss of one logit would take them for labels."""
-        if batch.counted is not None and getattr(self.criterion, "ignore_index", None) is None:
+        if batch.counted is not None and ignore_index_of(self.criterion) is None:
             raise ValueError(
                 f"y holds {IGNORED} at positions to ignore, but the criterion {self.criterion!r} "
                 f"has no ignore_index, so it would take them for labels. Use criterion=None, which "

@@ -38,12 +38,12 @@ class RowScore:
     top: float = 1.0  # the highest score there is
 
     @classmethod
-    def of(cls, task: Task, y: torch.Tensor, weight: NDArray[np.float64] | None) -> RowScore | None:
+    def of(
+        cls, task: Task, y: torch.Tensor, amounts: NDArray[np.float64] | None
+    ) -> RowScore | None:
         """The default score of a task; None where it is no such sum (R² of constant targets)."""
         y = y.detach().cpu()
-        share = to_tensor(np.ones(len(y)) if weight is None else weight).double()
-        if task == LANGUAGE_MODELING:  # of all tokens
-            share = share * (y != IGNORED).sum(dim=1)
+        share = to_tensor(np.ones(len(y)) if amounts is None else amounts).double()
         share = share / share.sum()
         variance = torch.ones(1, dtype=torch.float64)
         if task == "regression":
@@ -85,8 +85,9 @@ class RowScore:
         if self.task == "multilabel":
             sides = torch.where(self.y > 0, outputs, -outputs)
             return sides.reshape(len(sides), -1).amin(dim=1)
-        own = outputs.gather(1, self.y[:, None])
-        others = outputs.scatter(1, self.y[:, None], -torch.inf).amax(dim=1)
+        labels = self.y.clamp_min(0)[:, None]  # those left out count for nothing
+        own = outputs.gather(1, labels)
+        others = outputs.scatter(1, labels, -torch.inf).amax(dim=1)
         return own[:, 0] - others
 
     def standard_error(self, penalties: torch.Tensor) -> float:
@@ -133,7 +134,15 @@ class Evaluator:
         if self.scorer is not None or (outputs.is_dense and not outputs.is_text):
             return None
         y = to_tensor(self.y) if outputs.task == "regression" else self.data.y
-        return RowScore.of(outputs.task, y, self.weight)
+        return RowScore.of(outputs.task, y, self.amounts)
+
+    @cached_property
+    def amounts(self) -> NDArray[np.float64] | None:
+        """(N,): weight times labels that count of each row; None where all are equal."""
+        if self.data.counted is None:
+            return self.weight
+        counted = self.data.counted.cpu().numpy().astype(np.float64)
+        return counted if self.weight is None else self.weight * counted
 
     def own(self) -> Self:
         """The same with a module of its own, for use beside others."""
@@ -170,7 +179,7 @@ class Evaluator:
         outputs = outputs.cpu()
         penalties = rows.penalties(outputs, torch.arange(n))
         if rows.task != "regression":  # what accuracy_score gives, without checking labels again
-            score = float(np.average(penalties.numpy() == 0, weights=self.weight))
+            score = float(np.average(penalties.numpy() == 0, weights=self.amounts))
         return Evaluation(score, n, penalties=penalties, margins=rows.margins(outputs))
 
     @torch.no_grad()

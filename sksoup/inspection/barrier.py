@@ -113,6 +113,7 @@ def loss_barrier(
         "language-modeling" (see the page "Language models").
     criterion : class, nn.Module or callable ``(output, y) -> loss``, default=None
         Loss. By default that of the task: cross-entropy, squared error or binary cross-entropy.
+        Labels equal to its ``ignore_index`` are left out.
     classes, batch_size, device
         As in `MEHLSoup`.
     random_state : int, RandomState instance or None, default=0

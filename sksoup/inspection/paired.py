@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
 from ..data.loaders import is_apart
-from ..data.tokens import IGNORED, TEXT_TASKS
+from ..data.tokens import TEXT_TASKS
 from ..recipes.base import BaseSoup
 from ..recipes.validation import SCORER, is_log_likelihood, scorer_of, to_numpy
 from ..runtime.fingerprint import fingerprint
@@ -68,7 +68,8 @@ def paired_score(soup: BaseSoup, scoring: Any, X: Any, y: Any, with_error: bool)
     if labels is None:
         raise ValueError("score needs y, or batches that hold the targets.")
     labels, n = np.asarray(to_numpy(labels)), len(outputs)
-    digest = fingerprint(labels)
+    used = soup.outputs_.labeled(labels)
+    digest = fingerprint(labels, used)
     seen = copy.copy(soup)  # rows are fed by number: their outputs are known
     seen.__dict__["_outputs_and_targets"] = lambda rows, y, ordered: (outputs[rows], y)
     scorer = scorer_of(seen, scoring)
@@ -78,8 +79,8 @@ def paired_score(soup: BaseSoup, scoring: Any, X: Any, y: Any, with_error: bool)
     if scoring in (None, "accuracy") and soup.task != "regression":
         predicted = seen.predict(np.arange(n))
         right = (predicted == labels.reshape(predicted.shape)).reshape(n, -1)
-        if soup.outputs_.is_dense:
-            counted = (labels != IGNORED).reshape(n, -1)
+        if soup.outputs_.leaves_out:
+            counted = used.reshape(n, -1)
             found = _deviations((right & counted).sum(axis=1), counted.sum(axis=1))
         else:
             found = _deviations(right.all(axis=1), np.ones(n))
@@ -98,7 +99,7 @@ def _log_likelihood(soup: BaseSoup, X: Any, y: Any) -> PairedScore:
     seen = copy.copy(soup)
 
     def losses_of(logits: torch.Tensor, y: NDArray[Any]) -> Any:
-        is_label = np.asarray(y != IGNORED)
+        is_label = soup.outputs_.labeled(y)
         labels.append(y[is_label])
         lengths.append(is_label.reshape(len(y), -1).sum(axis=1))
         return soup._losses(logits, y)
@@ -162,8 +163,9 @@ def _refuse_other_order(
             if fit[name].labels != reference.labels:
                 raise ValueError(
                     f"The test set {name!r} can't be used to compare methods: its labels came in "
-                    f"another order than for the best checkpoint, so the examples can't be "
-                    f"paired. Pass a DataLoader with shuffle=False, or arrays."
+                    f"another order than for the best checkpoint, or the criterion leaves out "
+                    f"some of them (ignore_index), so the examples can't be paired. Pass a "
+                    f"DataLoader with shuffle=False, or arrays; use -100 for labels to ignore."
                 )
 
 

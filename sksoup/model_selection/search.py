@@ -221,6 +221,7 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
             trial = CheckpointEnsemble(  # which mixes nothing
                 one, forward=soup.forward, task=soup.task, classes=soup.classes, device=soup.device
             )
+            trial.criterion = soup.criterion  # it may leave out labels
             trial.fit(*parts[2:])
             if soup.task == "classification":  # nets need labels as indices of their outputs
                 found = [_indices(labels, trial) for labels in parts[1::2]]
@@ -430,13 +431,12 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
 
 def _indices(labels: NDArray[Any], soup: BaseSoup) -> NDArray[np.int64]:
     """Labels as indices of the outputs."""
-    unknown = np.setdiff1d(labels, soup.classes_)
+    unknown = np.setdiff1d(labels[~soup.outputs_.left_out(labels)], soup.classes_)
     if len(unknown):
         raise ValueError(
             f"The held-out part lacks labels of the training part, such as {unknown[0]!r}. Pass "
             f"classes= to the soup, or a cv whose first split has all labels."
         )
-    indices: NDArray[np.int64] = soup.outputs_.encode(
-        labels, torch.int64, torch.device("cpu")
-    ).numpy()
+    targets = soup.outputs_.encode(labels, torch.int64, torch.device("cpu"))
+    indices: NDArray[np.int64] = soup.outputs_.for_criterion(targets).numpy()
     return indices

@@ -172,10 +172,11 @@ class BaseSoup(
             fixed order (``shuffle=False``, not an iterator).
         y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs), default=None
             Held-out labels or targets. If the module returns (n_samples, n_outputs, ...), as for
-            pixels or tokens, integer labels of shape (n_samples, ...), with -100 at positions to
-            ignore; for one logit per pixel, (n_samples, 1, ...), a mask of two labels. None if the
-            batches contain them, as the second item of a pair or under the key ``labels`` of a
-            mapping; a string names another key.
+            pixels or tokens, integer labels of shape (n_samples, ...): indices of the outputs
+            unless ``classes`` is passed, with -100 (or the ``ignore_index`` of ``criterion``) at
+            positions to ignore; for one logit per pixel, (n_samples, 1, ...), a mask of 0 and 1.
+            None if the batches contain them, as the second item of a pair or under the key
+            ``labels`` of a mapping; a string names another key.
         sample_weight : array-like of shape (n_samples,) or None, default=None
             Weights of the rows in the loss and in the held-out score.
 

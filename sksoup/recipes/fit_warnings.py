@@ -64,7 +64,8 @@ class WarningMixin:
         n = outputs.n_outputs
         # where other classes lack examples, too, it is no surprise that class 0 does
         is_indices = classes.dtype.kind in "iu" and classes[0] == 0
-        if is_indices and outputs.names is None and np.unique(y).tolist() == [*range(1, n)]:
+        present = [k for k in np.unique(y).tolist() if 0 <= k < n] if is_indices else []
+        if is_indices and outputs.names is None and present == [*range(1, n)]:
             self._warn(
                 f"y holds integers below {n}, the number of outputs, but no 0. They are used as "
                 f"indices of the outputs, which is right if the labels are 0 to {n - 1}, and wrong "

@@ -112,7 +112,8 @@ class LearnedSoup(BaseSoup):
         Whether to visit the rows in a new random order in each epoch.
     criterion : class, nn.Module, callable or None, default=None
         Loss ``(output, y)`` that returns a scalar or one value per row. By default cross-entropy,
-        squared error or binary cross-entropy with logits, depending on ``task``.
+        squared error or binary cross-entropy with logits, depending on ``task``. Labels equal to
+        its ``ignore_index`` are left out of the loss and of all scores.
     batch_norm : {"average", "recalibrate", "auto"}, default="average"
         How the running statistics of BatchNorm are obtained. "average" mixes them with the
         coefficients of the weights around them; "recalibrate" re-estimates them from the held-out

@@ -29,6 +29,7 @@ from ..data.tokens import (
     row_losses,
     targets_from,
     with_decoder_inputs,
+    without_ignored,
 )
 from ..engine.objective import Forward, feed, forward_in_batches, module_dtype
 from .validation import input_names, to_numpy, validate_inputs
@@ -171,8 +172,9 @@ class PredictionMixin:
         X : array-like or Tensor of shape (n_samples, ...), dict, tuple, Dataset or DataLoader
             Inputs, as in `fit`.
         y : array-like or Tensor of shape (n_samples,) or (n_samples, ...), default=None
-            Labels, also of pixels or tokens, with -100 at positions to ignore. None if the batches
-            contain them or, for causal language models, if the inputs are the labels.
+            Labels, also of pixels or tokens, with -100 (or the ``ignore_index`` of ``criterion``)
+            at positions to ignore. None if the batches contain them or, for causal language models,
+            if the inputs are the labels.
         sample_weight : array-like of shape (n_samples,) or None, default=None
             Weights of the rows.
 
@@ -220,6 +222,7 @@ class PredictionMixin:
             if labels is None:
                 raise ValueError("score needs y, or batches that contain the labels.")
             labels = np.asarray(to_numpy(labels))
+            labels = without_ignored(labels, reads.ignored) if reads.is_text else labels
             rows = with_decoder_inputs(module, rows, labels, reads.predicts)
             yield self._losses(logits_of(rows), labels)
             done += n
@@ -235,7 +238,6 @@ class PredictionMixin:
         else:  # move the classes to the last axis, as for tokens
             logits = logits.movedim(1, -1) * getattr(self, "temperature_", 1.0)
         targets = reads.encode(y, logits.dtype, logits.device)
-        targets = targets.masked_fill(targets == reads.ignored, IGNORED)
         n = len(targets)
         logits = logits.reshape(n, -1, logits.shape[-1])
         losses = row_losses(logits, targets.reshape(n, -1)).double().cpu().numpy()
@@ -287,7 +289,8 @@ class PredictionMixin:
         X : array-like or Tensor of shape (n_samples, ...), dict, tuple, Dataset or DataLoader
             Inputs, as in `fit`.
         y : array-like or Tensor of shape (n_samples,) or (n_samples, n_outputs), default=None
-            Labels or targets. None, or the name of a key, if the batches contain them.
+            Labels or targets, as in `fit`; labels to ignore are left out. None, or the name of a
+            key, if the batches contain them.
         sample_weight : array-like of shape (n_samples,) or None, default=None
             Weights of the rows.
 

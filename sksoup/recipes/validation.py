@@ -26,10 +26,18 @@ from torch import nn
 from ..checkpoints.collection import CheckpointCollection
 from ..data.arrays import map_inputs, n_rows, parts_of
 from ..data.indexed import IndexedRows
+from ..data.labels import ignore_index_of, is_dense
 from ..data.loaders import MASK, Padded, as_batches, from_lists, is_apart, read_loader
-from ..data.outputs import Outputs, Task, is_dense
+from ..data.outputs import Outputs, Task
 from ..data.rows import HeldOut, fits, is_loader, is_multiple, resolve_device, to_inputs, to_tensor
-from ..data.tokens import IGNORED, TEXT_TASKS, kind_of_model, targets_from, with_decoder_inputs
+from ..data.tokens import (
+    IGNORED,
+    TEXT_TASKS,
+    kind_of_model,
+    targets_from,
+    with_decoder_inputs,
+    without_ignored,
+)
 from ..engine.batch_norm import statistics
 from ..engine.deltas import resolve_delta_dtype
 from ..engine.descent import OPTIMIZERS, SCHEDULES, DeltaStorage, Settings
@@ -166,8 +174,6 @@ def _check_dense(y: NDArray[Any], remedy: str = "") -> NDArray[Any]:
             f"y has shape {y.shape} and dtype {y.dtype}, expected integers for labels at several "
             f"positions of a row, with {IGNORED} at positions to ignore.{remedy}"
         )
-    if (y == IGNORED).all():
-        raise ValueError(f"y contains only {IGNORED}, so every position is ignored.")
     return y
 
 
@@ -179,7 +185,8 @@ def validate_inputs(estimator: Any, X: Any, reset: bool = False) -> Any:
     if isinstance(X, Mapping) and getattr(estimator, "_target_key", None) in X:
         X = {name: part for name, part in X.items() if name != estimator._target_key}
     got, expected = input_names(X), estimator.input_names_
-    if isinstance(got, tuple) and isinstance(expected, tuple) and estimator.task in TEXT_TASKS:
+    is_text = getattr(estimator, "task", None) in TEXT_TASKS  # a search has no task
+    if isinstance(got, tuple) and isinstance(expected, tuple) and is_text:
         # batches that are padded have a mask, even if those in fit did not
         got = tuple(name for name in got if name != MASK or MASK in expected)
     if isinstance(got, tuple) and isinstance(expected, tuple):  # passed by name, in any order
@@ -192,7 +199,7 @@ def validate_inputs(estimator: Any, X: Any, reset: bool = False) -> Any:
         )
     if isinstance(X, IndexedRows):  # checked when they were read
         return X
-    if is_multiple(X) or estimator.task in TEXT_TASKS:  # texts may be longer or shorter than in fit
+    if is_multiple(X) or is_text:  # texts may be longer or shorter than in fit
         return check_inputs(X)
     if isinstance(X, torch.Tensor) and X.device.type != "cpu":
         return X
@@ -339,6 +346,8 @@ def prepare_problem(
         check_tied(module, checkpoints)
     dtype, given = module_dtype(module), X
     if task in TEXT_TASKS:
+        if (ignored := ignore_index_of(criterion)) is not None:
+            y = without_ignored(y, ignored)
         X = with_decoder_inputs(module, X, y, kind_of_model(module, task))
     if isinstance(X, IndexedRows):
         row = to_inputs(X.take(torch.zeros(1, dtype=torch.long)), dtype, where)
@@ -441,20 +450,20 @@ def scorer_of(soup: Any, scoring: Any) -> Callable[..., float]:
         )
     scorer: Callable[..., float] = check_scoring(soup, scoring)
     outputs = soup.outputs_
-    if outputs.is_dense and not outputs.is_text and isinstance(scoring, (str, SCORER)):
-        return PositionScorer(scorer)
+    if outputs.leaves_out and not outputs.is_text and isinstance(scoring, (str, SCORER)):
+        return LabeledScorer(scorer)
     return scorer
 
 
 @dataclass(frozen=True)
-class PositionScorer:
-    """A scikit-learn scorer on pixels or tokens; each labeled one has the weight of its row."""
+class LabeledScorer:
+    """A scikit-learn scorer on labeled pixels, tokens or rows, with the weights of their rows."""
 
     scorer: Callable[..., float]
 
     def __call__(self, soup: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
         y = np.asarray(to_numpy(y))
-        used = y != IGNORED
+        used = soup.outputs_.labeled(y)
         seen = LabeledPositions(soup, used)
         if sample_weight is None:
             return float(self.scorer(seen, X, y[used]))
@@ -463,7 +472,7 @@ class PositionScorer:
 
 
 class LabeledPositions(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """The predictions of a soup at the positions of X that have a label, one after the other."""
+    """The predictions of a soup for the positions or rows that have a label, one after another."""
 
     def __init__(self, soup: Any, used: NDArray[np.bool_]) -> None:
         self.soup, self.used, self.classes_ = soup, used, soup.classes_

@@ -53,7 +53,8 @@ def test_positions_without_a_label_count_for_nothing():
     criterion = torch.nn.CrossEntropyLoss(ignore_index=-1)
     outputs = Outputs.of(torch.zeros(1, 3, 3), y, "classification", None, criterion)
     targets = outputs.encode(y, torch.float32, CPU)
-    assert targets.tolist() == [[0, 1, -1], [-1, -1, 2]]
+    assert targets.tolist() == [[0, 1, IGNORED], [IGNORED, IGNORED, 2]]
+    assert outputs.for_criterion(targets).tolist() == [[0, 1, -1], [-1, -1, 2]]
     assert outputs.counted(targets).tolist() == [2, 1]
     wrong = np.where(y == IGNORED, 0, y)
     assert outputs.score(y, wrong) == 1.0

@@ -114,6 +114,7 @@ def test_coefficients_sum_to_one_and_give_the_weights(system, n, layerwise, b, s
         assert same_tensors(soup.recipe_.cook(zoo.checkpoints), mixed)
 
 
+@pytest.mark.filterwarnings("ignore:.*has the same parameters as the start")  # they do
 @every_soup
 @pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
