@@ -203,7 +203,7 @@ NET = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
         nn.CrossEntropyLoss(weight=torch.ones(2)),
         {"args": {"net": NET}},
     ],
-    ids=repr,
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
 def test_what_is_kept_beside_the_weights_does_not_matter(tmp_path, beside):
     path = write_file(tmp_path / "run.pt", {"state_dict": STATE, "more": beside})
