@@ -118,7 +118,9 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     pickled collection contains the paths of files (not their contents) and the tensors of in-memory
     checkpoints. Two collections are equal only if they are the same object, and
     ``sklearn.base.clone`` returns the same object. Infinite values are accepted only if they are
-    the same in every checkpoint, as in an attention mask; NaN is never accepted.
+    the same in every checkpoint, as in an attention mask; NaN is never accepted. If only some
+    checkpoints store tied weights by all of their names, the further names are left out; their
+    values are read to check that they are equal.
 
     Examples
     --------
@@ -686,7 +688,8 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         """Checkpoints by new names; prefixes that do not belong to the tensor names are removed."""
         entries = [self._entries[old] for old in names.values()]
         if self.layout.keys() != set(tensors):
-            entries = fit_names([unconverted(entry) for entry in entries], set(tensors))
+            whole = [replace(unconverted(entry), without=frozenset()) for entry in entries]
+            entries = fit_names(whole, set(tensors))
             entries = drop_copies(entries, self.module, set(tensors))
         return self._with(dict(zip(names, entries, strict=True)))
 
