@@ -112,6 +112,7 @@ def test_a_run_saved_with_all_names_joins_the_others(models, runs, tmp_path):
     # alone the file keeps its names, but recipes of either collection can be rebuilt from the other
     alone = CheckpointCollection([runs / "run1"])
     assert HEAD in alone.layout
+    assert HEAD in CheckpointCollection(collection.select(["run1"])).layout
     best = BestCheckpoint(task="language-modeling").fit(collection.select(["run1"]), X)
     assert best.recipe_.verify(best.state_dict(), alone).ok
     best = BestCheckpoint(task="language-modeling").fit(alone, X)
@@ -153,11 +154,28 @@ def test_without_a_module_names_of_one_memory_are_one_tensor(models, tmp_path):
         CheckpointCollection([once(models[1]), copied])
     base = torch.eye(4)
     for other in (base[:2, :2], base.t(), torch.eye(4), base[:0]):  # further views are not ties
-        with pytest.raises(CheckpointError, match="adds 'other'"):
-            CheckpointCollection([{"one": torch.eye(4)}, {"one": base, "other": other}])
+        state = {"one": base, "other": other}
+        torch.save(state, tmp_path / "views.pt")
+        for form in (state, tmp_path / "views.pt"):
+            with pytest.raises(CheckpointError, match="adds 'other'"):
+                CheckpointCollection([{"one": torch.eye(4)}, form])
 
 
 def test_tied_weights_in_memory_are_copied_once(models):
     held = CheckpointCollection([models[0]]).held_tensors()
     state = models[0].state_dict()
     assert len({value.data_ptr() for value in held}) == len(state) - 1
+
+
+class Distributed(torch.Tensor):
+    """A tensor without an address, like a DTensor."""
+
+    def data_ptr(self):
+        return 0
+
+
+def test_tensors_without_an_address_are_not_tied():
+    values = torch.eye(2), torch.ones(2, 2)
+    state = {str(i): value.as_subclass(Distributed) for i, value in enumerate(values)}
+    held = CheckpointCollection([state])["checkpoint0"]
+    assert all(torch.equal(held[name], state[name]) for name in state)
