@@ -133,6 +133,7 @@ def test_soups_of(kind, soup, zoo: Zoo):
     "soup", [*SOUPS[2:], ModelStockSoup(start="start")], ids=lambda soup: type(soup).__name__
 )
 def test_coefficients_do_not_depend_on_the_name_that_stores_a_tied_tensor(soup, zoo: Zoo):
+    torch.manual_seed(0)
     start = Tied()
     moved = around(start, 1, spread=0.3)[0]
     nets = [*around(moved, 3, spread=0.1), start]
@@ -146,7 +147,7 @@ def test_coefficients_do_not_depend_on_the_name_that_stores_a_tied_tensor(soup, 
         collection = CheckpointCollection(states, names=names, module=Tied)
         fitted.append(clone(soup).fit(collection, zoo.X, zoo.y))
     by_head, by_words = (one.module_.state_dict() for one in fitted)
-    assert same_tensors(by_head, by_words)
+    assert all(torch.allclose(by_head[name], by_words[name], atol=1e-6) for name in by_words)
     assert not torch.equal(by_head["head.weight"].cpu(), start.head.weight)
 
 
