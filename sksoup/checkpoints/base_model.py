@@ -16,6 +16,7 @@ from torch import nn
 from ..exceptions import CheckpointError
 from ..runtime.random_state import preserved_random_state
 from .architecture import ModuleSource, skeleton
+from .computed import computed_names
 from .converted import convert_names
 from .hub import HubModule, hub_folder
 from .in_memory import MemoryCheckpoint, digest_of
@@ -50,6 +51,7 @@ class BaseModel(BaseCheckpoint):
         self._kinds = {name: _kind(part) for name, part in module.named_modules()}
         self._outputs = _outputs(module)
         self._names = frozenset(module.state_dict())
+        self._computed = computed_names(module)
         self._tied = tied_names(module)
         self._digests: dict[frozenset[str], str] = {}
 
@@ -128,7 +130,7 @@ class BaseModel(BaseCheckpoint):
         """The module's tensors that are in neither of the two."""
         return sorted(
             name
-            for name in self._names - header.keys()
+            for name in self._names - header.keys() - self._computed
             if not any(other in header for other in self._tied.get(name, ()))
         )
 

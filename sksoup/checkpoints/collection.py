@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
@@ -39,6 +40,7 @@ from .slices import SlicedCheckpoint
 from .sources import default_names, find_checkpoints, open_source
 from .survey import reasons, survey, usable
 from .sweeps import Which
+from .tied import drop_copies
 from .write import write_safetensors
 
 __all__ = ["CheckpointCollection"]
@@ -116,7 +118,9 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
     pickled collection contains the paths of files (not their contents) and the tensors of in-memory
     checkpoints. Two collections are equal only if they are the same object, and
     ``sklearn.base.clone`` returns the same object. Infinite values are accepted only if they are
-    the same in every checkpoint, as in an attention mask; NaN is never accepted.
+    the same in every checkpoint, as in an attention mask; NaN is never accepted. If only some
+    checkpoints store tied weights by all of their names, the further names are left out; their
+    values are read to check that they are equal.
 
     Examples
     --------
@@ -147,14 +151,15 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             checkpoints = checkpoints._entries
         given, names = named(checkpoints, names)
         given, self.module = resolve_adapters(given, module, key)
-        entries = [open_source(item, index, key) for index, item in enumerate(given)]
+        opened = [open_source(item, index, key) for index, item in enumerate(given)]
+        entries = [replace(entry, without=frozenset()) for entry in opened]  # is found again
         for entry in entries:
             refuse_factors(entry)
         if prefix is None:
             entries = drop_prefixes(entries, self.module)
         else:
             entries = take_prefix(entries, prefix)
-        entries = convert_names(entries, self.module)
+        entries = drop_copies(convert_names(entries, self.module), self.module)
         check_configs(entries)
         self.names: tuple[str, ...] = tuple(names) if names is not None else default_names(entries)
         check_names(self.names, len(entries))
@@ -683,7 +688,9 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         """Checkpoints by new names; prefixes that do not belong to the tensor names are removed."""
         entries = [self._entries[old] for old in names.values()]
         if self.layout.keys() != set(tensors):
-            entries = fit_names([unconverted(entry) for entry in entries], set(tensors))
+            whole = [replace(unconverted(entry), without=frozenset()) for entry in entries]
+            entries = fit_names(whole, set(tensors))
+            entries = drop_copies(entries, self.module, set(tensors))
         return self._with(dict(zip(names, entries, strict=True)))
 
     def _with(self, entries: dict[str, Entry]) -> Self:
@@ -859,7 +866,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             Sizes, times and inodes of its files, or the SHA-256 if it is in memory.
         """
         entry = self._entries[name]
-        return (entry.prefix, *entry.checkpoint.identity())
+        return (entry.prefix, *sorted(entry.without), *entry.checkpoint.identity())
 
     def sha256(self, name: str) -> str:
         """Return the SHA-256 of a checkpoint's file, or of its names and values if it is in memory.
@@ -875,6 +882,8 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             64 hexadecimal digits. Computed only once.
         """
         entry = self._entries[name]
+        if entry.without and entry.checkpoint.path is None:
+            return self.content_sha256(name)
         return entry.checkpoint.sha256(entry.prefix)
 
     def content_sha256(self, name: str) -> str:

@@ -8,6 +8,7 @@ from hashlib import sha256
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..exceptions import CheckpointError
 from ..runtime.fingerprint import tensor_bytes
@@ -31,9 +32,11 @@ class MemoryCheckpoint(Checkpoint):
                     f"{label} can't be used: {name!r} has dtype {value.dtype}, expected one of "
                     f"{', '.join(map(str, SAFETENSORS_DTYPES.values()))}. Convert it."
                 )
-        self.tensors = {
-            name: value.detach().resolve_neg().cpu().clone() for name, value in given.items()
+        once = {_place(value): value for value in given.values()}  # tied weights are copied once
+        copies = {
+            place: value.detach().resolve_neg().cpu().clone() for place, value in once.items()
         }
+        self.tensors = {name: copies[_place(value)] for name, value in given.items()}
         self.label = label
         self.header = {name: TensorInfo.of(value) for name, value in self.tensors.items()}
         self._digests: dict[str, str] = {}
@@ -60,6 +63,15 @@ class MemoryCheckpoint(Checkpoint):
     def held_tensors(self) -> Iterable[torch.Tensor]:
         """All tensors; do not write to them."""
         return self.tensors.values()
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where a tensor's values are: equal only for several names of one tensor."""
+    is_plain = type(tensor) in (torch.Tensor, nn.Parameter)  # others may have no address
+    if not is_plain or not tensor.data_ptr():
+        return (id(tensor),)
+    where = tensor.device, tensor.data_ptr(), tensor.dtype, tensor.is_neg()
+    return (*where, tensor.shape, tensor.stride())
 
 
 def content_sha256(entry: Entry) -> str:

@@ -109,18 +109,25 @@ def _cut(opened: AbstractContextManager[Read], rows: Mapping[str, slice]) -> Ite
 
 @dataclass(frozen=True)
 class Entry:
-    """A checkpoint in a collection: the tensors with a prefix, which is removed from names."""
+    """A checkpoint in a collection: the tensors with a prefix, which is removed from names.
+
+    Names in ``without`` (after the prefix) do not belong to it.
+    """
 
     checkpoint: Checkpoint
     prefix: str = ""
     is_given: bool = False  # whether the user passed the prefix
+    without: frozenset[str] = frozenset()
     header: Mapping[str, TensorInfo] = field(init=False, repr=False)
     is_soup: bool = field(init=False, repr=False)  # whether sksoup wrote it, with a recipe
 
     def __post_init__(self) -> None:
         n, header = len(self.prefix), self.checkpoint.header
-        stripped = {name[n:]: i for name, i in header.items() if name.startswith(self.prefix)}
-        object.__setattr__(self, "header", stripped if n else header)
+        if n:
+            header = {name[n:]: i for name, i in header.items() if name.startswith(self.prefix)}
+        if self.without:
+            header = {name: info for name, info in header.items() if name not in self.without}
+        object.__setattr__(self, "header", header)
         object.__setattr__(self, "is_soup", getattr(self.checkpoint, "is_soup", False))
 
     def __repr__(self) -> str:

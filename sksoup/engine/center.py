@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -94,8 +94,7 @@ class FlatLayout:
         is_sharded = bool(sharded_parts(module))
         chosen = [
             (not isinstance(value, nn.Parameter), layers.rows[name], name, value)
-            for name, value in distinct(module)
-            if name in differing
+            for name, value in distinct(module, differing)
         ]
         chosen.sort(key=lambda item: item[:2])  # stable: the module's order within a row
         segments: list[Segment] = []
@@ -116,11 +115,11 @@ class FlatLayout:
         return cls(tuple(segments), n_parameters, start, tuple(slices), has_parameters)
 
 
-def distinct(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The floating tensors of a module, tied ones once."""
+def distinct(module: nn.Module, names: Container[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The floating tensors of a module that have these names, tied ones once."""
     seen: set[int] = set()
     for name, value in module.state_dict(keep_vars=True).items():
-        if value.is_floating_point() and id(value) not in seen:
+        if name in names and value.is_floating_point() and id(value) not in seen:
             seen.add(id(value))
             yield name, value
 
@@ -264,7 +263,7 @@ def centered(
     load_weights(module, point)
     factors = np.ones((len(checkpoints), layers.n_searched))
     if anchor.clips or not anchor.is_full:
-        names = [name for name, _ in distinct(module) if name in checkpoints.layout]
+        names = [name for name, _ in distinct(module, checkpoints.layout)]
 
         def measured() -> tuple[torch.Tensor, list[str]]:
             lengths, found = measure(checkpoints, point, anchor.q, names, layers)

@@ -159,7 +159,8 @@ def interpolation_path(
     checkpoints = with_start(soup.checkpoints_, start)
     begin = name_of_start(soup.checkpoints_, start)
     check_tied(soup.module_, checkpoints.select([begin]))
-    ends = CheckpointCollection([checkpoints[begin], soup.state_dict()])
+    weights = {n: w for n, w in soup.state_dict().items() if n in checkpoints.layout}
+    ends = CheckpointCollection([checkpoints[begin], weights])
     between = copy.copy(soup)
     between.module_ = copy.deepcopy(soup.module_)
     score = scorer_of(between, scoring)

@@ -466,7 +466,8 @@ class BaseSoup(
         soup.checkpoints_ = checkpoints
         soup.coef_ = coef if self.coef_.ndim == 2 else coef[0]
         soup.ingredients_ = tuple(n for n, c in zip(checkpoints, coef.T, strict=True) if c.any())
-        weights = mix(checkpoints, coef, layers=self.layers_)
+        soup.layers_ = {n: row for n, row in self.layers_.items() if n in checkpoints.layout}
+        weights = mix(checkpoints, coef, layers=soup.layers_)
         if self.recalibrated_:
             states = checkpoints[name], self.state_dict()
             ends = [{n: state[n] for n in self.recalibrated_} for state in states]
@@ -476,7 +477,7 @@ class BaseSoup(
         soup._dtypes = {n: w.dtype for n, w in weights.items()}
         recipe = self.recipe_
         soup.recipe_ = Recipe.record(
-            recipe.method, checkpoints, coef, layers=self.layers_, layer_names=self.layer_names_,
+            recipe.method, checkpoints, coef, layers=soup.layers_, layer_names=self.layer_names_,
             params={**recipe.params, "interpolated_from": name, "t": float(t)},
             scores=recipe.scores, temperature=recipe.temperature, versions=recipe.versions,
             classes=recipe.classes, recalibrated=self.recalibrated_,

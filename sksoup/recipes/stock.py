@@ -147,7 +147,8 @@ class ModelStockSoup(BaseSoup):
     def _search(self, problem: Problem) -> Found:
         checkpoints = problem.checkpoints
         start = name_of_start(checkpoints, self.start)
-        parameters = {name for name, w in distinct(problem.module) if isinstance(w, nn.Parameter)}
+        tensors = distinct(problem.module, checkpoints.layout)
+        parameters = {name for name, w in tensors if isinstance(w, nn.Parameter)}
         with problem.progress("average", 0):
             ratios, cosines = stock_ratios(
                 checkpoints, start, problem.layers, parameters, self._warn

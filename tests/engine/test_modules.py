@@ -10,7 +10,7 @@ from sklearn.base import clone
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from sksoup import CheckpointCollection, GreedySoup, UniformSoup, mix
+from sksoup import CheckpointCollection, GreedySoup, ModelStockSoup, UniformSoup, mix
 
 from ..zoo import PaperLearned, PaperMEHL, Zoo, around, same_tensors
 
@@ -127,6 +127,28 @@ def test_soups_of(kind, soup, zoo: Zoo):
         assert same_tensors(
             dict(module.backbone.state_dict()), dict(modules[0].backbone.state_dict())
         )
+
+
+@pytest.mark.parametrize(
+    "soup", [*SOUPS[2:], ModelStockSoup(start="start")], ids=lambda soup: type(soup).__name__
+)
+def test_coefficients_do_not_depend_on_the_name_that_stores_a_tied_tensor(soup, zoo: Zoo):
+    torch.manual_seed(0)
+    start = Tied()
+    moved = around(start, 1, spread=0.3)[0]
+    nets = [*around(moved, 3, spread=0.1), start]
+    names = ["a", "b", "c", "start"]
+    fitted = []
+    for left_out in ("words.weight", "head.weight"):
+        states = [
+            {name: value for name, value in net.state_dict().items() if name != left_out}
+            for net in nets
+        ]
+        collection = CheckpointCollection(states, names=names, module=Tied)
+        fitted.append(clone(soup).fit(collection, zoo.X, zoo.y))
+    by_head, by_words = (one.module_.state_dict() for one in fitted)
+    assert all(torch.allclose(by_head[name], by_words[name], atol=1e-6) for name in by_words)
+    assert not torch.equal(by_head["head.weight"].cpu(), start.head.weight)
 
 
 def test_gradients_pass_through_parametrisations(zoo: Zoo):

@@ -1,0 +1,90 @@
+"""Tied weights that some checkpoints store by all of their names, and others only by one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from ..exceptions import CheckpointError
+from .architecture import ModuleSource, skeleton
+from .base_model import tied_names
+from .computed import unsaved_names
+from .protocol import Entry, Read, same_bits
+
+
+def drop_copies(
+    entries: Sequence[Entry], module: ModuleSource | None, wanted: Set[str] | None = None
+) -> list[Entry]:
+    """Leave out names that only some checkpoints have, if the module does not need them.
+
+    ``state_dict()`` has all names of tied weights, and tensors that transformers models compute;
+    ``save_pretrained`` stores tied weights once, and no computed tensors. A name is left out if the
+    module ties it to one that all checkpoints have (``wanted``, if given), and both have the same
+    values. Without a module they must have the same memory.
+    """
+    if wanted is None:
+        wanted = set.intersection(*(set(entry.header) for entry in entries))
+    if all(entry.header.keys() <= wanted for entry in entries):
+        return list(entries)
+    network = skeleton(module)
+    if network is None:
+        return [_without(entry, _same_memory(entry, wanted)) for entry in entries]
+    unsaved, tied = unsaved_names(network), tied_names(network)
+    found = []
+    for entry in entries:
+        copies = _same_values(entry, wanted, tied)
+        found.append(_without(entry, copies | (entry.header.keys() & unsaved - wanted)))
+    return found
+
+
+def _without(entry: Entry, names: set[str]) -> Entry:
+    return replace(entry, without=frozenset(names)) if names else entry
+
+
+def _same_values(entry: Entry, wanted: Set[str], tied: Mapping[str, Collection[str]]) -> set[str]:
+    """Further names of tied weights; raise an error if the checkpoint has other values by them."""
+    pairs = [
+        (name, other)
+        for name in entry.header
+        for other in tied.get(name, ())
+        if name not in wanted and other in wanted and other in entry.header
+    ]
+    if not pairs:
+        return set()
+    with _opened(entry) as read:
+        for name, other in pairs:
+            same_shape = entry.header[name].shape == entry.header[other].shape
+            if not same_shape or not same_bits(read(name), read(other)):
+                raise CheckpointError(
+                    f"{entry!r} cannot join this collection: {name!r} has other values than "
+                    f"{other!r} in it, so these weights are not tied, but the module ties them, "
+                    f"and other checkpoints store only {other!r}. Leave this checkpoint out."
+                )
+    return {name for name, _ in pairs}
+
+
+def _same_memory(entry: Entry, wanted: Set[str]) -> set[str]:
+    """Further names of tensors that have the memory of another one."""
+    pairs = [
+        (name, other)
+        for name, info in entry.header.items()
+        for other in wanted
+        if name not in wanted and info.nbytes and entry.header.get(other) == info
+    ]
+    if not pairs:
+        return set()
+    with _opened(entry) as read:
+        return {name for name, other in pairs if _is_one(read(name), read(other))}
+
+
+@contextmanager
+def _opened(entry: Entry) -> Iterator[Read]:
+    with entry.checkpoint.open() as read:
+        yield lambda name: read(entry.prefix + name)
+
+
+def _is_one(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
