@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -58,6 +59,13 @@ class Plan:
     origins: Mapping[str, Origin]
     header: Mapping[str, TensorInfo]
 
+    @cached_property
+    def read(self) -> set[str]:
+        """Names in the file of the tensors that are read."""
+        made = [one for one in self.origins.values() if isinstance(one, Conversion)]
+        names = {one for one in self.origins.values() if isinstance(one, str)}
+        return names.union(*({name for name, _ in one.sources} for one in made))
+
 
 class ConvertedCheckpoint(Checkpoint):
     """A checkpoint with the tensor names of a module; its digest is that of the file."""
@@ -68,6 +76,8 @@ class ConvertedCheckpoint(Checkpoint):
         self.path, self.key = entry.checkpoint.path, entry.checkpoint.key
         self.is_soup = entry.is_soup
         self._origins = plan.origins
+        # tensors of the file that the module computes, so that they are not read
+        self.unread = {entry.prefix + n: i for n, i in entry.header.items() if n not in plan.read}
         self._is_computed = any(isinstance(origin, Conversion) for origin in self._origins.values())
         self._network = network if self._is_computed else None
 

@@ -233,8 +233,13 @@ def _reading(
                 f"other weights from it, expected a file written by soup.save."
             )
         opened = max(ways, key=lambda way: len(way.header.keys() & set(names)))
-        with opened.open() as read:
-            yield opened.header, read
+        # other versions of transformers may read what this one computes
+        unread = getattr(opened, "unread", {})
+        with opened.open() as read, ways[1].open() as read_stored:
+            yield (
+                {**opened.header, **unread},
+                lambda name: read_stored(name) if name in unread else read(name),
+            )
 
 
 def _refuse_adapter(path: Path) -> None:

@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -84,6 +85,24 @@ def test_configs_that_name_other_files_are_not_verified(parts, name, fields):
             CheckpointError, match=r"config\.json' refers to other weights .*Remove that"
         ):
             recipe.verify(weights, ckpts)
+
+
+@pytest.mark.parametrize("name", ["position_ids", "token_type_ids"])
+def test_tensors_that_only_other_versions_read_are_named(parts, name):
+    """transformers computes these buffers; before 4.31, it loaded them."""
+    folder, recipe, ckpts = parts
+    recipe = Recipe.load(folder)
+    file = folder / "model.safetensors"
+    recipe.save_weights(file, recipe.cook(ckpts))
+    assert recipe.verify(folder, ckpts).ok
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    added = {f"bert.embeddings.{name}": torch.arange(8).flip(0)[None]}
+    save_file({**load_file(file), **added}, file, metadata)
+    found = recipe.verify(folder, ckpts)
+    assert not found.ok
+    assert found.differing == {f"bert.embeddings.{name}": "is not in the recipe"}
+    assert found.sha256 == "differs"
 
 
 ARGUMENTS = [
