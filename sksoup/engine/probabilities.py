@@ -27,6 +27,7 @@ KEEPS = {
     "interpolate",
 }  # fmt: skip
 ROUNDING = 1e-5  # error of a sum of float32 probabilities
+MOST = 1.05  # sum of probabilities that are rounded, or to which a little was added
 TO_LOGITS = {  # finite also where a probability is rounded to 0 or 1
     "sigmoid": "torch.logit({}, eps=1e-6)",
     "softmax": "{}.clamp_min(1e-12).log()",
@@ -127,12 +128,14 @@ def check_criterion(criterion: Any, task: Task) -> None:
 
 
 def check_log_probabilities(criterion: Any, output: torch.Tensor) -> None:
-    """Refuse a loss of log-probabilities for an output for one row that is none."""
-    most = output.max() if output.numel() else 0
-    if loss_of_probabilities(criterion) == nn.NLLLoss.__name__ and most > 0:
+    """Refuse a loss of log-probabilities if a module's output for one row is none."""
+    if loss_of_probabilities(criterion) != nn.NLLLoss.__name__ or output.ndim < 2:
+        return
+    total = float(output.double().exp().sum(dim=1).max())
+    if total > MOST:
         raise ValueError(
-            f"criterion={criterion!r} needs log-probabilities, which are at most 0, but the "
-            f"module's output for one row is up to {float(most):.3g}. Use criterion=None for "
+            f"criterion={criterion!r} needs log-probabilities, but the exponentials of the "
+            f"module's outputs for one row sum to {total:.3g}, expected 1. Use criterion=None for "
             f"logits; if the module ends in a softmax, also remove it, or pass "
             f"{to_logits('softmax')}."
         )

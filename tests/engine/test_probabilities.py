@@ -22,6 +22,7 @@ from sksoup import (
     SoupWarning,
     UniformSoup,
 )
+from sksoup.cli.wording import in_commands
 from sksoup.engine.probabilities import Watch
 from sksoup.inspection import loss_barrier
 
@@ -130,6 +131,7 @@ def test_probabilities_are_found(function, zoo: Zoo):
         lambda z: z.sigmoid() / 3,  # in [0, 1], and not the result of a sigmoid
         lambda z: z.softmax(1) @ torch.eye(3) * 2 - 1,
         lambda z: torch.eye(3)[z.argmax(1)],  # sums to 1, but in whole numbers
+        lambda z: 5 * (z - z.mean(1, keepdim=True)) + 1 / 3,  # sums to 1, and is not in [0, 1]
     ],
 )
 def test_other_outputs_are_not_warned_of(function, zoo: Zoo):
@@ -156,6 +158,11 @@ def test_pixels(n_outputs):
     net = nn.Sequential(nn.Conv2d(2, n_outputs, 1), last, nn.Upsample(scale_factor=1))
     assert said(lambda: UniformSoup().fit(around(net, 2), X, y))
     assert not said(lambda: UniformSoup().fit(around(net[:1], 2), X, y))
+
+
+def test_the_command_line_has_no_forward(zoo: Zoo):
+    (message,) = said(lambda: UniformSoup().fit(nets(nn.Softmax(1)), zoo.X, zoo.y))
+    assert in_commands(message).endswith("would be wrong. Remove the softmax from the module.")
 
 
 def test_nothing_is_kept():
@@ -185,7 +192,7 @@ def test_losses_of_probabilities_are_refused(criterion, zoo: Zoo):
 def test_a_loss_of_log_probabilities_needs_them(zoo: Zoo):
     soup = LearnedSoup(criterion=nn.NLLLoss, **QUICK)
     for last in (nn.Softmax(1), nn.Identity()):
-        with pytest.raises(ValueError, match=r"needs log-probabilities, .* up to 0\.\d+"):
+        with pytest.raises(ValueError, match=r"needs log-probabilities, .* sum to [1-9]\."):
             soup.fit(nets(last), zoo.X, zoo.y)
     soup.fit(nets(nn.LogSoftmax(1)), zoo.X, zoo.y)
     plain = LearnedSoup(**QUICK).fit(nets(nn.Identity()), zoo.X, zoo.y)
