@@ -131,6 +131,7 @@ def test_probabilities_are_found(function, zoo: Zoo):
         lambda z: z.sigmoid() / 3,  # in [0, 1], and not the result of a sigmoid
         lambda z: z.softmax(1) @ torch.eye(3) * 2 - 1,
         lambda z: torch.eye(3)[z.argmax(1)],  # sums to 1, but in whole numbers
+        lambda z: torch.cat([z[:, :1].sigmoid(), z[:, 1:].clamp(0.1, 0.9)], dim=1),
         lambda z: 5 * (z - z.mean(1, keepdim=True)) + 1 / 3,  # sums to 1, and is not in [0, 1]
     ],
 )
