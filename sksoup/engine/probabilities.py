@@ -74,7 +74,7 @@ def judge_outputs(output: torch.Tensor, activation: str, outputs: Outputs, call:
     is_one = outputs.one_logit or outputs.task == "multilabel"
     if outputs.classes is None and not is_one:  # a regression, or a language model
         return None
-    output = output.detach().double()
+    output = output.detach().cpu().double()  # MPS has no float64
     if not output.numel() or not bool(((output >= 0) & (output <= 1)).all()):
         return None
     if activation:
@@ -131,7 +131,7 @@ def check_log_probabilities(criterion: Any, output: torch.Tensor) -> None:
     """Refuse a loss of log-probabilities if a module's output for one row is none."""
     if loss_of_probabilities(criterion) != nn.NLLLoss.__name__ or output.ndim < 2:
         return
-    total = float(output.double().exp().sum(dim=1).max())
+    total = float(output.cpu().double().exp().sum(dim=1).max())
     if total > MOST:
         raise ValueError(
             f"criterion={criterion!r} needs log-probabilities, but the exponentials of the "
