@@ -97,7 +97,9 @@ again = BertForSequenceClassification.from_pretrained(Path(folder.name) / "soup"
 # A module may return a tensor, a tuple or list that begins with one, a mapping with ``"logits"``,
 # or an object with ``.logits``. For anything else, or to convert inputs on the device, pass a
 # callable ``forward(module, X) -> outputs``. It is used for the search, for scores and for
-# predictions.
+# predictions. Outputs of classifiers are logits: for a module that ends in a softmax pass
+# ``forward=lambda module, X: module(X).clamp_min(1e-12).log()``, and for one that ends in a sigmoid
+# ``forward=lambda module, X: torch.logit(module(X), eps=1e-6)``.
 
 X, y = load_digits(return_X_y=True)
 X = (X / 16).astype("float32")

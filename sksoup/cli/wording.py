@@ -16,6 +16,7 @@ REMEDIES = (
     (r"path_ lists all of them; MEHLSoup learns", "`sksoup mehl` learns"),
     (r"which='all'", "--which all"),
     (r"classes=\[\.\.\.\]", "--classes"),
+    (r", or pass forward=lambda module, X: .*$", "."),
 )  # fmt: skip
 
 

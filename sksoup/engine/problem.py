@@ -54,6 +54,8 @@ class Problem:
         callbacks; ``step()`` ends each of its steps.
     cache : Cache or None, default=None
         Stores results, so that an interrupted fit can resume. None without ``memory=``.
+    doubt : str or None, default=None
+        A warning if the module returns probabilities, not logits.
     """
 
     checkpoints: CheckpointCollection
@@ -63,6 +65,7 @@ class Problem:
     evaluate: Evaluator
     progress: Callable[[str, int], AbstractContextManager[Step]]
     cache: Cache | None = None
+    doubt: str | None = None
 
     @property
     def module(self) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from itertools import combinations
 from numbers import Integral
@@ -15,6 +16,7 @@ from sklearn.utils import check_random_state, check_scalar
 from ..checkpoints.collection import CheckpointCollection
 from ..data.outputs import Task
 from ..engine.objective import Criterion, Forward, load_weights
+from ..exceptions import SoupWarning
 from ..mixing.mix import mix
 from ..recipes.baselines import UniformSoup
 from ..recipes.validation import prepare_problem, validate_rows
@@ -131,6 +133,11 @@ def loss_barrier(
         CheckpointError
         As for `fit`.
 
+    Warns
+    -----
+    SoupWarning
+        The module returns probabilities instead of logits, and ``criterion`` is None.
+
     Notes
     -----
     Cost: ``n_points`` forward passes over the rows per line; each line reads its two ends once.
@@ -161,6 +168,8 @@ def loss_barrier(
         checkpoints, X, y, task=task, classes=classes, criterion=criterion, forward=forward,
         batch_size=batch_size, device=device,
     )  # fmt: skip
+    if problem.doubt is not None and criterion is None:
+        warnings.warn(problem.doubt, SoupWarning, stacklevel=2)
     mean = mix(checkpoints, np.full(len(checkpoints), 1 / len(checkpoints)))
 
     def losses(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[float]:

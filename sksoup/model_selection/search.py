@@ -28,6 +28,7 @@ from ..checkpoints.collection import CheckpointCollection
 from ..data.arrays import map_inputs
 from ..data.outputs import Task
 from ..engine.objective import module_dtype
+from ..engine.probabilities import check_net
 from ..recipes.base import BaseSoup, DocLinkMixin
 from ..recipes.baselines import CheckpointEnsemble
 from ..recipes.greedy import GreedySoup
@@ -58,7 +59,8 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         weights. If the net is fitted, fine-tuning starts from its weights. Any other estimator that
         has ``module_`` after ``fit`` is fitted as it is; an error is raised if its candidates do
         not start from the same weights. Classifiers must return logits
-        (``criterion=nn.CrossEntropyLoss``, or ``NeuralNetBinaryClassifier`` for one logit). A
+        (``criterion=nn.CrossEntropyLoss``, or ``NeuralNetBinaryClassifier`` for one logit), or
+        ``soup`` has a ``forward`` that makes logits of their probabilities. A
         pipeline is not accepted, because the rows must be preprocessed in the same way for all
         candidates; make the search the last step of a pipeline instead.
     param_distributions : dict or list of dict
@@ -260,14 +262,9 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
                 "checkpoints."
             )
         soup._check_params()  # before the training
-        criterion = getattr(self.estimator, "criterion", None)
-        is_log = criterion is nn.NLLLoss or isinstance(criterion, nn.NLLLoss)
-        if is_log and is_classifier(self.estimator):
-            raise ValueError(
-                "The estimator's criterion is NLLLoss, so its module returns probabilities, but "
-                "soups need logits. Remove the softmax from the module and use "
-                "criterion=torch.nn.CrossEntropyLoss."
-            )
+        if soup.forward is None:
+            criterion = getattr(self.estimator, "criterion", None)
+            check_net(criterion, soup.task, is_classifier(self.estimator))
         return soup
 
     def _seed(self, folder: Path | None) -> int:

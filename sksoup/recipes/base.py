@@ -28,6 +28,7 @@ from ..data.tokens import TEXT_TASKS
 from ..engine.batch_norm import POLICIES, BatchNormPolicy, check_policy, settle
 from ..engine.objective import Criterion, Forward, load_weights
 from ..engine.precision import judge_bfloat16
+from ..engine.probabilities import check_criterion
 from ..engine.problem import Found, Problem
 from ..engine.scores import Evaluator
 from ..engine.tied import check_tied
@@ -200,9 +201,9 @@ class BaseSoup(
         -----
         SoupWarning
             There is only one checkpoint; there are few held-out rows for so many checkpoints; no
-            checkpoint is better than chance on them; checkpoints look unrelated; or labels may not
-            be those of the outputs: numbers as strings, or integers without a 0. All messages are
-            kept in ``warnings_``.
+            checkpoint is better than chance on them; checkpoints look unrelated; the module returns
+            probabilities instead of logits; or labels may not be those of the outputs: numbers as
+            strings, or integers without a 0. All messages are kept in ``warnings_``.
 
         Notes
         -----
@@ -236,6 +237,7 @@ class BaseSoup(
     def _check_params(self) -> None:
         """Check the parameters that all recipes share; recipes add their own."""
         check_choice(self.task, "task", TASKS)
+        check_criterion(self.criterion, self.task)
         check_choice(self.batch_norm, "batch_norm", POLICIES)
         check_flag(self.compile, "compile")
         check_choice(self.shard, "shard", (None, "auto"))
@@ -275,6 +277,8 @@ class BaseSoup(
         soups = collection.soups() if self._has_recipe else []
         if soups and (said := judge_soups(soups, len(collection))):
             self._warn(said)
+        if problem.doubt is not None:
+            self._warn(problem.doubt)
         self.outputs_ = problem.objective.outputs
         if self.outputs_.labels is not None:
             self.classes_: Any = self.outputs_.labels

@@ -39,7 +39,8 @@ class UniformSoup(BaseSoup):
         "average" if they are equal.
     forward : callable or None, default=None
         Function ``(module, X) -> outputs`` that runs the forward pass. By default ``module(X)``;
-        ``module(**X)`` for a dict and ``module(*X)`` for a tuple.
+        ``module(**X)`` for a dict and ``module(*X)`` for a tuple. Outputs of a classification are
+        logits, not probabilities.
     task : str, default="classification"
         How the outputs are interpreted: "classification", "regression", "multilabel", or
         "language-modeling" (see the page "Language models").
@@ -136,7 +137,8 @@ class BestCheckpoint(BaseSoup):
         is.
     forward : callable or None, default=None
         Function ``(module, X) -> outputs`` that runs the forward pass. By default ``module(X)``;
-        ``module(**X)`` for a dict and ``module(*X)`` for a tuple.
+        ``module(**X)`` for a dict and ``module(*X)`` for a tuple. Outputs of a classification are
+        logits, not probabilities.
     task : str, default="classification"
         How the outputs are interpreted: "classification", "regression", "multilabel", or
         "language-modeling" (see the page "Language models").
@@ -239,7 +241,8 @@ class CheckpointEnsemble(BaseSoup):
         Checkpoints whose logits are averaged. They can also be passed to `fit`.
     forward : callable or None, default=None
         Function ``(module, X) -> outputs`` that runs the forward pass. By default ``module(X)``;
-        ``module(**X)`` for a dict and ``module(*X)`` for a tuple.
+        ``module(**X)`` for a dict and ``module(*X)`` for a tuple. Outputs of a classification are
+        logits, not probabilities.
     task : str, default="classification"
         How the outputs are interpreted: "classification", "regression", "multilabel", or
         "language-modeling" (see the page "Language models").

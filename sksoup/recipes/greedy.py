@@ -100,7 +100,8 @@ class GreedySoup(BaseSoup):
         higher on these rows, and "average" if they are equal.
     forward : callable or None, default=None
         Function ``(module, X) -> outputs`` that runs the forward pass. By default ``module(X)``;
-        ``module(**X)`` for a dict and ``module(*X)`` for a tuple.
+        ``module(**X)`` for a dict and ``module(*X)`` for a tuple. Outputs of a classification are
+        logits, not probabilities.
     task : str, default="classification"
         How the outputs are interpreted: "classification", "regression", "multilabel", or
         "language-modeling" (see the page "Language models").

@@ -200,8 +200,9 @@ class MEHLSoup(BaseSoup):
         Whether to visit the rows in a new random order in each epoch.
     criterion : class, nn.Module, callable or None, default=None
         Loss ``(output, y)`` that returns a scalar or one value per row. By default cross-entropy,
-        squared error or binary cross-entropy with logits, depending on ``task``. Labels equal to
-        its ``ignore_index`` are left out of the loss and of all scores.
+        squared error or binary cross-entropy with logits, depending on ``task``. For a
+        classification it must be a loss of logits, not of probabilities as ``BCELoss``. Labels
+        equal to its ``ignore_index`` are left out of the loss and of all scores.
     batch_norm : {"average", "recalibrate", "auto"}, default="average"
         How the running statistics of BatchNorm are obtained. "average" mixes them with the
         coefficients of the weights around them; "recalibrate" re-estimates them from the held-out
@@ -210,7 +211,8 @@ class MEHLSoup(BaseSoup):
         they are equal.
     forward : callable or None, default=None
         Function ``(module, X) -> outputs`` that runs the forward pass. By default ``module(X)``;
-        ``module(**X)`` for a dict and ``module(*X)`` for a tuple.
+        ``module(**X)`` for a dict and ``module(*X)`` for a tuple. Outputs of a classification are
+        logits, not probabilities.
     task : str, default="classification"
         How the outputs are interpreted: "classification", "regression", "multilabel", or
         "language-modeling" (see the page "Language models").

@@ -53,6 +53,7 @@ from ..engine.objective import (
     prepare_module,
 )
 from ..engine.precision import autocast_dtype
+from ..engine.probabilities import Watch, check_log_probabilities, judge_outputs
 from ..engine.problem import Problem, Step
 from ..engine.scores import Evaluator
 from ..engine.tied import check_tied, refuse_shared_memory
@@ -353,10 +354,11 @@ def prepare_problem(
         row = to_inputs(X.take(torch.zeros(1, dtype=torch.long)), dtype, where)
     else:
         row = to_inputs(map_inputs(lambda part: to_tensor(part[:1]).clone(), X), dtype, where)
-    output, call = _probe(module, row, forward)
+    output, call, activation = _probe(module, row, forward)
     if {*map(SWITCHES, map(type, module.modules()))} != {PLAIN} and not sharded_parts(module):
         refuse_merging(module, row, forward, checkpoints.layout)
     outputs = Outputs.of(output, y, task, classes, criterion, call, module, given)
+    check_log_probabilities(criterion, output)
     targets = outputs.encode(y, dtype, where)
     is_streamed = not fits(X, where)
     if not isinstance(X, IndexedRows):
@@ -380,6 +382,7 @@ def prepare_problem(
         Evaluator(objective, data, batch_size, y, weight, cache=cache),
         no_progress if progress is None else partial(progress, module),
         cache,
+        judge_outputs(output, activation, outputs, call),
     )
 
 
@@ -389,12 +392,16 @@ def no_progress(name: str, n_steps: int) -> Iterator[Step]:
     yield lambda weights=None: None
 
 
-def _probe(module: nn.Module, row: Any, forward: Any) -> tuple[torch.Tensor, str]:
-    """Output for one row, which determines how outputs are read, and the call as code."""
+def _probe(module: nn.Module, row: Any, forward: Any) -> tuple[torch.Tensor, str, str]:
+    """Output for one row, which determines how outputs are read.
+
+    With the call as code, and the activation that the output comes from.
+    """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), Watch() as watch:
             found = called(module, row, forward)
-        return as_rows(found, row), as_code(row, found, forward)
+            output = as_rows(found, row)
+        return output, as_code(row, found, forward), watch.activation_of(output)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:  # if X does not fit
         if isinstance(error, TypeError) and "module returned" in str(error):
             raise

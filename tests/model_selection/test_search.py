@@ -18,7 +18,14 @@ from skorch import NeuralNetBinaryClassifier, NeuralNetClassifier, NeuralNetRegr
 from skorch.callbacks import Callback
 from torch import nn
 
-from sksoup import CheckpointCollection, CheckpointError, GreedySoup, MEHLSoup
+from sksoup import (
+    BestCheckpoint,
+    CheckpointCollection,
+    CheckpointError,
+    GreedySoup,
+    MEHLSoup,
+    SoupWarning,
+)
 from sksoup.model_selection import SoupSearchCV
 
 from ..zoo import PlainNet, Zoo
@@ -106,8 +113,45 @@ def test_inside_cross_validation_and_pickle(zoo: Zoo):
 
 
 def test_probabilities_instead_of_logits_are_refused_before_training(zoo: Zoo):
-    with pytest.raises(ValueError, match="soups need logits"):
+    with pytest.raises(ValueError, match=r"soups need logits.*softmax.*CrossEntropyLoss"):
         search_of(net_of(criterion=nn.NLLLoss)).fit(zoo.X, zoo.y)
+    net = net_of(one_logit(nn.Sigmoid()), NeuralNetBinaryClassifier, criterion=nn.BCELoss())
+    with pytest.raises(ValueError, match=r"soups need logits.*sigmoid.*BCEWithLogitsLoss"):
+        search_of(net).fit(zoo.X, zoo.y > 0)
+
+
+def one_logit(last):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 1), last, nn.Flatten(0))
+
+
+def test_probabilities_are_trained_with_if_the_soup_makes_logits_of_them(zoo: Zoo):
+    kind = NeuralNetBinaryClassifier
+    net = net_of(one_logit(nn.Sigmoid()), kind, criterion=nn.BCELoss)
+    soup = GreedySoup(forward=lambda module, X: torch.logit(module(X), eps=1e-6))
+    search = search_of(net, soup=soup).fit(zoo.X, zoo.y > 0)
+    plain = net_of(
+        one_logit(nn.Identity()), NeuralNetBinaryClassifier, criterion=nn.BCEWithLogitsLoss
+    )
+    expected = search_of(plain).fit(zoo.X, zoo.y > 0)
+    np.testing.assert_allclose(
+        search.predict_proba(zoo.X), expected.predict_proba(zoo.X), atol=1e-5
+    )
+    softmax = nn.Sequential(nn.Linear(4, 3), nn.Softmax(1))
+    soup = GreedySoup(forward=lambda module, X: module(X).clamp_min(1e-12).log())
+    search = search_of(net_of(softmax, criterion=nn.NLLLoss), soup=soup).fit(zoo.X, zoo.y)
+    module = search.soup_.module_
+    np.testing.assert_allclose(
+        search.predict_proba(zoo.X), module(torch.as_tensor(zoo.X)).detach(), atol=1e-5
+    )
+
+
+def test_fitted_nets_that_return_probabilities_are_warned_of(zoo: Zoo):
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(4, 3), nn.Softmax(1))
+    nets = [net_of(start, criterion=nn.NLLLoss, lr=lr).fit(zoo.X, zoo.y) for lr in (0.01, 0.02)]
+    with pytest.warns(SoupWarning, match="ends in a softmax"):
+        BestCheckpoint().fit(nets, zoo.X, zoo.y)
 
 
 @pytest.mark.parametrize(
