@@ -120,6 +120,9 @@ def resolve_classes(
                 f"in the order of the outputs: classes=[...]."
             )
         return named
+    numbers = _numbers_in(names)
+    if present.dtype.kind in "iu" and len(numbers) and np.isin(present, numbers).all():
+        return numbers
     if len(present) == n_outputs:
         return present
     if np.issubdtype(present.dtype, np.integer) and present[0] >= 0 and present[-1] < n_outputs:
@@ -129,6 +132,15 @@ def resolve_classes(
         f"({some(present)}) for {n_outputs} outputs, expected {n_outputs} labels or integers in "
         f"[0, {n_outputs}). Pass the labels in the order of the outputs: classes=[...]."
     )
+
+
+def _numbers_in(names: Sequence[str] | None) -> NDArray[np.int64]:
+    """The numbers that a config has as names of the outputs, such as 1 to 5 stars; or none."""
+    try:
+        numbers = np.array([int(name) for name in names or ()], dtype=np.int64)
+    except (ValueError, OverflowError):
+        return np.arange(0)
+    return numbers if len(np.unique(numbers)) == len(numbers) else np.arange(0)
 
 
 def void_remedy(y: NDArray[Any], labels: NDArray[Any]) -> str:

@@ -46,8 +46,9 @@ class UniformSoup(BaseSoup):
         "language-modeling" (see the page "Language models").
     classes : array-like of shape (n_outputs,) or None, default=None
         Labels in the order of the outputs. By default the names in the module's config
-        (``id2label`` of transformers) if ``y`` holds strings and the config has names; otherwise
-        the sorted labels of ``y`` if there is one per output; otherwise 0, 1, ....
+        (``id2label`` of transformers) if the config has names and ``y`` holds strings, or these
+        names as integers; otherwise the sorted labels of ``y`` if there is one per output;
+        otherwise 0, 1, .... Labels of pixels or tokens must be strings or 0, 1, ....
     batch_size : int or None, default=128
         Number of rows per forward pass. None processes all rows at once.
     device : str or torch.device, default="auto"
@@ -144,8 +145,9 @@ class BestCheckpoint(BaseSoup):
         "language-modeling" (see the page "Language models").
     classes : array-like of shape (n_outputs,) or None, default=None
         Labels in the order of the outputs. By default the names in the module's config
-        (``id2label`` of transformers) if ``y`` holds strings and the config has names; otherwise
-        the sorted labels of ``y`` if there is one per output; otherwise 0, 1, ....
+        (``id2label`` of transformers) if the config has names and ``y`` holds strings, or these
+        names as integers; otherwise the sorted labels of ``y`` if there is one per output;
+        otherwise 0, 1, .... Labels of pixels or tokens must be strings or 0, 1, ....
     batch_size : int or None, default=128
         Number of rows per forward pass. None processes all rows at once.
     n_jobs : int or None, default=None
@@ -248,8 +250,9 @@ class CheckpointEnsemble(BaseSoup):
         "language-modeling" (see the page "Language models").
     classes : array-like of shape (n_outputs,) or None, default=None
         Labels in the order of the outputs. By default the names in the module's config
-        (``id2label`` of transformers) if ``y`` holds strings and the config has names; otherwise
-        the sorted labels of ``y`` if there is one per output; otherwise 0, 1, ....
+        (``id2label`` of transformers) if the config has names and ``y`` holds strings, or these
+        names as integers; otherwise the sorted labels of ``y`` if there is one per output;
+        otherwise 0, 1, .... Labels of pixels or tokens must be strings or 0, 1, ....
     batch_size : int or None, default=128
         Number of rows per forward pass. None processes all rows at once.
     device : str or torch.device, default="auto"

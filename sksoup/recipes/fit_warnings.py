@@ -30,6 +30,7 @@ class WarningMixin:
 
     warnings_: tuple[str, ...]
     recalibrated_: tuple[str, ...]
+    classes: Any
 
     def _warn(self, message: str) -> None:
         """Warn at the caller's line, and keep the message in ``warnings_``."""
@@ -62,6 +63,8 @@ class WarningMixin:
         if classes.dtype.kind in "UO" and outputs.names is None:
             self._warn_of_digits(classes)
         n = outputs.n_outputs
+        if classes.dtype.kind in "iu" and outputs.names is not None:
+            self._warn_of_numbers(classes.tolist(), outputs.names, y)
         # where other classes lack examples, too, it is no surprise that class 0 does
         is_indices = classes.dtype.kind in "iu" and classes[0] == 0
         present = [k for k in np.unique(y).tolist() if 0 <= k < n] if is_indices else []
@@ -71,6 +74,17 @@ class WarningMixin:
                 f"indices of the outputs, which is right if the labels are 0 to {n - 1}, and wrong "
                 f"if they are 1 to {n}. Pass the labels in the order of the outputs: "
                 f"classes=range({n}), or classes=range(1, {n + 1})."
+            )
+
+    def _warn_of_numbers(self, labels: list[int], names: Sequence[str], y: NDArray[Any]) -> None:
+        """Warn if labels were taken for names of the outputs and could also be their indices."""
+        n = len(labels)
+        is_named = [*map(str, labels)] == [*names] and labels != [*range(n)]
+        if is_named and self.classes is None and ((y >= 0) & (y < n)).all():
+            self._warn(
+                f"The labels in y are names of the module's outputs (id2label in its config) and "
+                f"are used as such, but they could also be indices of the outputs. To decide, pass "
+                f"the labels in the order of the outputs: classes={labels}, or classes=range({n})."
             )
 
     def _warn_of_digits(self, classes: NDArray[Any]) -> None:

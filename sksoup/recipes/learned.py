@@ -130,8 +130,9 @@ class LearnedSoup(BaseSoup):
         "language-modeling" (see the page "Language models").
     classes : array-like of shape (n_outputs,) or None, default=None
         Labels in the order of the outputs. By default the names in the module's config
-        (``id2label`` of transformers) if ``y`` holds strings and the config has names; otherwise
-        the sorted labels of ``y`` if there is one per output; otherwise 0, 1, ....
+        (``id2label`` of transformers) if the config has names and ``y`` holds strings, or these
+        names as integers; otherwise the sorted labels of ``y`` if there is one per output;
+        otherwise 0, 1, .... Labels of pixels or tokens must be strings or 0, 1, ....
     device : str or torch.device, default="auto"
         Device that the module runs on. "auto" is "cuda" if available, else "mps", else "cpu".
     random_state : int, RandomState or None, default=None

@@ -135,6 +135,24 @@ def test_classes_come_before_names_and_numbers_stay():
     assert regression.described == ()
 
 
+STARS = net({k: str(k + 1) for k in range(5)})
+
+
+@pytest.mark.parametrize("y", [[1, 2, 3, 4], [2, 4], [1, 2, 3, 4, 5], [5]])
+def test_numbers_that_name_the_outputs_are_not_shifted(y):
+    outputs = Outputs.of(torch.zeros(1, 5), np.array(y), "classification", module=STARS)
+    assert outputs.classes.tolist() == [1, 2, 3, 4, 5]
+    backwards = net({k: str(5 - k) for k in range(5)})
+    outputs = Outputs.of(torch.zeros(1, 5), np.array(y), "classification", module=backwards)
+    assert outputs.classes.tolist() == [5, 4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("y", [[0, 1, 2, 3, 4], [0, 3]])
+def test_numbers_that_name_other_labels_are_indices(y):
+    outputs = Outputs.of(torch.zeros(1, 5), np.array(y), "classification", module=STARS)
+    assert outputs.classes.tolist() == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     "names",
     [

@@ -373,6 +373,19 @@ def test_labels_without_0_may_begin_at_1():
     UniformSoup().fit(collection, X[index > 1], np.where(index == 2, 2, 0)[index > 1])
 
 
+def test_labels_that_are_names_and_could_be_indices_are_warned_of():
+    net = Linear(5, [str(k + 1) for k in range(5)])
+    ckpts = CheckpointCollection([net, net], module=lambda: net)
+    X = torch.randn(8, next(net.parameters()).shape[1])
+    with pytest.warns(SoupWarning, match=r"could also be indices .* classes=\[1, 2, 3, 4, 5\], or"):
+        soup = UniformSoup().fit(ckpts, X, [1, 2, 3, 4] * 2)
+    assert soup.classes_.tolist() == [1, 2, 3, 4, 5]
+    UniformSoup().fit(ckpts, X, [1, 2, 3, 5] * 2)  # these are no indices
+    for classes in (range(5), range(1, 6)):
+        soup = UniformSoup(classes=classes).fit(ckpts, X, [1, 2, 3, 4] * 2)
+        assert soup.classes_.tolist() == [*classes]
+
+
 def test_a_missing_0_among_many_missing_labels_is_no_warning():
     collection, X, index = linear_zoo(4)
     UniformSoup().fit(collection, X[index > 1], index[index > 1])  # 0 and 1 are missing
