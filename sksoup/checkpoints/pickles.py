@@ -26,11 +26,16 @@ _OF_TORCH = re.compile(
 )
 # torch itself builds none of these; stand-ins without code take their place (torch_files.py)
 INERT = re.compile(r"torch\.(nn\.(?!parameter\.)|optim\.|_C\._nn\.).+")
+# names outside torch that it builds
+_BUILT = ("OrderedDict", "Counter", "set", "complex", "bytearray", "encode")
 # attributes that a pickle must not set, because they would hide methods
 _METHODS = {*dir(torch.Tensor), *dir(OrderedDict)}
 REUSED = 16  # maximum total size of the arguments of calls, in sizes of the pickle
-_LITERALS = ("NONE", "NEWFALSE", "NEWTRUE", "EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET",
-             "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1")  # fmt: skip
+_EMPTY = ("EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET")
+_LITERALS = ("NONE", "NEWFALSE", "NEWTRUE", "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1",
+             *_EMPTY)  # fmt: skip
+MOST_INERT = 10**7  # uses of names without code, times names: torch takes as many steps
+MOST_ODD = 10_000  # keys whose hashes could be equal: a dict of these takes quadratic time
 LEAST = 1 << 16  # bytes that a smaller pickle is counted as
 NESTED = 10_000  # tuples within a tuple, counting repeats: hashing a tuple visits all of them
 ZIP64, LOCATOR, END = 56, 20, 22  # bytes of the records at the end of a zip archive
@@ -58,15 +63,21 @@ class _Tuple:
 class _Box:
     """A list, a dict, a set or an object: its size, and the keys that are strings."""
 
+    kind: str  # the opcode, or the name of what was called
     size: int = 1
     keys: set[str] = field(default_factory=set)
-    is_inert: bool = False  # whether a stand-in without code takes its place
+    n_odd: int = 0  # how many numbers and tuples it holds whose hashes could be equal
 
     def take(self, items: list[Any], has_keys: bool) -> None:
         """Add items; for dicts, keys and values alternate."""
         self.size += sum(map(_size, items))
+        self.n_odd += sum(map(_odd, items[::2] if has_keys else items))
         if has_keys:
             self.keys.update(key for key in items[::2] if isinstance(key, str))
+
+
+class _Large:
+    """An integer so large that others have the same hash."""
 
 
 def _size(value: Any) -> int:
@@ -74,6 +85,18 @@ def _size(value: Any) -> int:
     if isinstance(value, str):
         return 1 + len(value)
     return value.size if isinstance(value, (_Tuple, _Box)) else 1
+
+
+def _size_now(value: Any) -> int:
+    """The size with what was added to lists since they became part of a tuple."""
+    return 1 + sum(map(_size_now, value.items)) if isinstance(value, _Tuple) else _size(value)
+
+
+def _odd(value: Any) -> int:
+    """How many numbers and tuples in a value could have equal hashes."""
+    if isinstance(value, _Tuple):
+        return 1 + sum(map(_odd, value.items))
+    return value.n_odd if isinstance(value, _Box) else int(isinstance(value, _Large))
 
 
 def is_zip(path: Path) -> bool:
@@ -181,6 +204,7 @@ def _check(file: IO[bytes], path: Path, names: set[str]) -> set[str]:
     marks: list[list[Any]] = []
     memo: dict[Any, Any] = {}
     given = 0  # total size of the arguments of calls, counting repeats from the memo
+    n_inert = 0  # uses of names that torch looks up in a list of all stand-ins
     for op, arg, where in pickletools.genops(file):
         name = op.name
         if name in ("BINPUT", "LONG_BINPUT"):
@@ -193,7 +217,8 @@ def _check(file: IO[bytes], path: Path, names: set[str]) -> set[str]:
         elif name in ("BINUNICODE", "SHORT_BINSTRING"):
             stack.append(arg)
         elif name in _LITERALS:
-            stack.append(_Box() if name.startswith("EMPTY") else None)
+            is_large = name == "LONG1" and abs(int(arg or 0)) >= sys.hash_info.modulus
+            stack.append(_Large() if is_large else _Box(name) if name in _EMPTY else None)
         elif name == "TUPLE":
             items, stack = stack, marks.pop()
             stack.append(_nested(items, path))
@@ -203,20 +228,22 @@ def _check(file: IO[bytes], path: Path, names: set[str]) -> set[str]:
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, called = stack.pop(), stack.pop()
             _check_call(called, arguments, path)
-            given += _size(arguments)
-            stack.append(_Box(_size(arguments), is_inert=_is_inert(called.name)))
+            size = _size_now(arguments)
+            given += size
+            n_inert += _is_inert(called.name)
+            stack.append(_Box(called.name, size))
         elif name in ("APPENDS", "SETITEMS"):
             items, stack = stack, marks.pop()
-            _fill(stack[-1], items, name == "SETITEMS")
+            _fill(stack[-1], items, name == "SETITEMS", path)
         elif name == "APPEND":
-            _fill(stack[-2], [stack.pop()], False)
+            _fill(stack[-2], [stack.pop()], False, path)
         elif name == "BUILD":
-            given += _size(stack[-1])
             state = stack.pop()
-            if not (isinstance(stack[-1], _Box) and stack[-1].is_inert):
-                _check_state(state, path)
+            given += _size_now(state)
+            _check_build(stack[-1], state, path)
+            n_inert += 1
         elif name == "SETITEM":
-            _fill(stack[-3], stack[-2:], True)
+            _fill(stack[-3], stack[-2:], True, path)
             del stack[-2:]
         elif name == "BINPERSID":
             used.add(_key(stack.pop(), path))
@@ -224,30 +251,51 @@ def _check(file: IO[bytes], path: Path, names: set[str]) -> set[str]:
         elif name == "GLOBAL":
             stack.append(_Global(_checked_name(str(arg), path)))
             names.add(stack[-1].name)
+            n_inert += _is_inert(stack[-1].name)
         elif name != "PROTO":
             return used if name == "STOP" else set()  # or an opcode that torch rejects
         if given > REUSED * max(where or 0, LEAST):
             raise _refused(path, "calls with the same large arguments again and again")
+        if n_inert * len(names) > MOST_INERT:
+            raise _refused(path, "very many objects of very many classes")
     return used
 
 
-def _fill(box: Any, items: list[Any], has_keys: bool) -> None:
+def _fill(box: Any, items: list[Any], has_keys: bool, path: Path) -> None:
     if isinstance(box, _Box):
         box.take(items, has_keys)
+        if has_keys and box.n_odd > MOST_ODD:
+            raise _refused(path, "a dict with very many keys that could have equal hashes")
 
 
 def _is_inert(name: str) -> bool:
     """Whether torch does not build objects of this name itself."""
-    known = ("torch", "collections", "builtins", "__builtin__", "_codecs")
-    return name.partition(".")[0] not in known or INERT.fullmatch(name) is not None
+    if name.partition(".")[0] == "torch":
+        return INERT.fullmatch(name) is not None
+    return name.rpartition(".")[2] not in _BUILT  # modules may have other names, as in Python 2
+
+
+def _check_build(target: Any, state: Any, path: Path) -> None:
+    """Raise an error if the state of anything but an OrderedDict is set, unless it is inert.
+
+    That of a tensor could be other memory.
+    """
+    kind = target.kind if isinstance(target, _Box) else ""
+    if kind == "collections.OrderedDict":
+        _check_state(state, path)
+    elif kind in ("", *_EMPTY) or not _is_inert(kind):
+        raise _refused(path, "an object whose state torch.save does not write")
 
 
 def _check_state(state: Any, path: Path) -> None:
     """Raise an error for attributes that would hide methods of tensors and dicts."""
     parts = state.items if isinstance(state, _Tuple) else (state,)
     for part in parts:
-        keys = part.keys if isinstance(part, _Box) else ()
-        if hidden := sorted(_METHODS.intersection(keys)):
+        if part is None:
+            continue
+        if not isinstance(part, _Box) or part.kind != "EMPTY_DICT":  # its keys are not known
+            raise _refused(path, "a state that is not a dict")
+        if hidden := sorted(_METHODS.intersection(part.keys)):
             raise _refused(path, f"an object whose {hidden[0]!r} is replaced")
 
 
@@ -274,6 +322,8 @@ def _checked_name(name: str, path: Path) -> str:
     is_known = _OF_TORCH.fullmatch(full) is not None
     if attribute == "bytearray" or (attribute.startswith("_rebuild_") and not is_known):
         raise _refused(path, f"more than dense tensors ({full})")
+    if "." in attribute:  # torch.save writes names of modules and classes, not of what is in them
+        raise _refused(path, f"more than tensors ({full})")
     is_dtype = isinstance(getattr(torch, attribute, None), torch.dtype) and module == "torch"
     is_ours = is_dtype or is_known or INERT.fullmatch(full) is not None
     if module.partition(".")[0] == "torch" and not is_ours:
@@ -295,6 +345,10 @@ def _check_call(called: Any, arguments: Any, path: Path) -> None:
     if kind.startswith("torch.") and kind.endswith(("Tensor", "Storage")):
         # given a size only, they would expose memory of the process
         raise _refused(path, f"tensors without their values (a call of {kind})")
+    if kind.endswith("._rebuild_parameter_with_state") and len(items) > 3:
+        _check_state(items[3], path)
+    if not _is_inert(kind) and _odd(arguments) > MOST_ODD:
+        raise _refused(path, "very many numbers or tuples that could have equal hashes")
     if kind.endswith("._rebuild_from_type_v2"):  # it calls its first argument with its third
         inner, given = (items[0], items[2]) if len(items) > 2 else (None, None)
         _check_call(inner, given, path)

@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
 
 from ..exceptions import CheckpointError
-from .protocol import same_bits
+from ..runtime.fingerprint import tensor_bytes
+from .in_memory import content_sha256
+from .protocol import Entry
 from .read import suffix_of
 from .texts import read_text
-from .torch_files import is_state_dict, read_container
+from .torch_files import TorchFile, read_container
 
 TRAINER_STATE = "trainer_state.json"  # written by transformers
+FEW = 64  # values of a tensor by which files are told apart
 MOST_BYTES = 2**26  # enough for a log of a million evaluations
 LOSS = "eval_loss"  # the metric that Trainer always evaluates
 GREATER = re.compile(r"acc|f1|precision|recall|auc|iou|bleu|rouge|exact_match|matthews|pearson")
@@ -111,7 +116,7 @@ def read_lightning(files: Sequence[Path]) -> Record:
         for path, value in kept.items() if isinstance(kept, Mapping) else ():
             if (number := _number(value)) is not None and (file := _file_name(path)) is not None:
                 values.setdefault(file, {})[monitor] = number
-    versions = _versions({name: found[name] for name in steps}, steps)
+    versions = _versions({path.name: path for path in files}, steps)
     for name, version in versions.items():  # last.ckpt has the same weights as another file
         values[name] = values[name] or next(
             (values[other] for other, of in versions.items() if of == version and values[other]), {}
@@ -119,30 +124,44 @@ def read_lightning(files: Sequence[Path]) -> Record:
     return Record(best, metrics, values, versions)
 
 
-def _versions(
-    found: Mapping[str, Mapping[str, Any]], steps: Mapping[str, int]
-) -> dict[str, tuple[int, int]]:
-    """The step of each file, numbered if the weights differ. Reads files of the same step."""
-    versions: dict[str, tuple[int, int]] = {}
-    first: dict[int, list[str]] = {}  # a file with each of the different weights of a step
-    for name, step in steps.items():
-        known = first.setdefault(step, [])
-        same = (k for k, other in enumerate(known) if _same_weights(found[name], found[other]))
-        if (k := next(same, len(known))) == len(known):
-            known.append(name)
-        versions[name] = step, k
-    return versions
+def _versions(files: Mapping[str, Path], steps: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """The step of each file, numbered if the weights of files of one step differ."""
+    keys: dict[str, tuple[object, ...]] = {name: (step,) for name, step in steps.items()}
+    for look in (_glance, _digest):  # only files that look alike are read
+        found = Counter(keys.values())
+        keys = {n: (*key, look(files[n])) if found[key] > 1 else key for n, key in keys.items()}
+    numbers: dict[int, dict[tuple[object, ...], int]] = {step: {} for step in steps.values()}
+    return {
+        name: (step, numbers[step].setdefault(keys[name], len(numbers[step])))
+        for name, step in steps.items()
+    }
 
 
-def _same_weights(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two Lightning checkpoints have the same weights, bit for bit."""
-    mine, other = a.get("state_dict"), b.get("state_dict")
-    if not (is_state_dict(mine) and is_state_dict(other)) or mine.keys() != other.keys():
-        return False
-    return all(
-        value.shape == other[name].shape and same_bits(value, other[name])
-        for name, value in mine.items()
-    )
+def _glance(path: Path) -> str:
+    """SHA-256 of a few values of each tensor; the path if the file can't be opened."""
+    digest = sha256()
+    try:
+        checkpoint = TorchFile(path, "state_dict", path)
+        with checkpoint.open() as read:
+            for name, info in checkpoint.header.items():
+                digest.update(f"{name}:{info.dtype}:{info.shape};".encode())
+                digest.update(tensor_bytes(_ends(read(name))))
+    except CheckpointError:  # the error is raised if it is used
+        return str(path)
+    return digest.hexdigest()
+
+
+def _ends(tensor: torch.Tensor) -> torch.Tensor:
+    """The first and the last values of a tensor, and all of a small one."""
+    rows = tensor.flatten()
+    return rows if len(rows) <= FEW else torch.cat([rows[: FEW // 2], rows[-FEW // 2 :]])
+
+
+def _digest(path: Path) -> str:
+    try:
+        return content_sha256(Entry(TorchFile(path, "state_dict", path)))
+    except CheckpointError:
+        return str(path)
 
 
 def recorded_scores(taken: Sequence[tuple[Path, Record]]) -> list[float]:

@@ -183,12 +183,17 @@ def _warn_of_runs_below(
         names = ", ".join(repr(path.name) for path in (found[0], below[0]))
         pattern = os.path.join(folder, "*", "")
         warnings.warn(
-            f"{str(folder)!r} holds {len(found)} checkpoints and {len(below)} folders with more "
+            f"{str(folder)!r} holds {_counted(found, 'checkpoint')} and "
+            f"{_counted(below, 'folder')} with more "
             f"({names}); only the former are used. To use the latter, give {pattern!r}; keep "
             f"soups and the pretrained start elsewhere.",
             SoupWarning,
             stacklevel=2,
         )
+
+
+def _counted(paths: Sequence[Path], what: str) -> str:
+    return f"{len(paths)} {what}{'s' * (len(paths) > 1)}"
 
 
 def _holds_runs(folder: Path, suffixes: Collection[str], seen: set[str]) -> bool:

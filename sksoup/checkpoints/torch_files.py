@@ -57,7 +57,8 @@ class TorchFile(CheckpointFile):
         self.names = check_pickles(self.file)
         # on 'meta' the storages stay on disk; a legacy pickle is read once and freed
         raw = _load(self.file, "meta", self.names)
-        self.is_plain = is_state_dict(raw)  # not a training checkpoint
+        # neither a training checkpoint, nor one in which other readers may call something
+        self.is_plain = is_state_dict(raw) and all(map(is_of_tensors, self.names))
         self.is_soup = self.file.with_suffix(RECIPE_SUFFIX).is_file()
         state = _state_dict(raw, self.key, self.file)
         header = {name: TensorInfo.of(value) for name, value in state.items()}

@@ -157,6 +157,78 @@ def test_a_file_does_not_give_what_is_in_memory(tmp_path, value):
         CheckpointCollection([path])
 
 
+ODICT = name("collections.OrderedDict")
+HIDING = ODICT + b"]" + text("items") + b"K\0\x86a\x85R"  # OrderedDict([("items", 0)])
+OTHER_MEMORY = (
+    tensor(4, 1) + b"q\x00(h\x00" + number(0) + number(9) + b"\x85" + number(1) + b"\x85t"
+)
+
+
+@pytest.mark.parametrize(
+    "built",
+    [
+        tensor(4, 1) + b")b",  # Tensor.set_() with no arguments: an empty storage
+        OTHER_MEMORY + b"b",  # ... and one that set_ makes larger, without values
+        name("torch._utils._rebuild_parameter") + b"(" + tensor(4, 1) + b"\x89" + ODICT + b")RtR)b",
+        name("__builtin__.set") + b"]\x85R}b",
+        ODICT + b")R" + HIDING + b"b",  # the keys of this state are not known beforehand
+        name("UserList.OrderedDict") + b")R}" + text("items") + b"K\0sb",  # in Python 2
+        b"}}b",
+    ],
+    ids=["empty", "larger", "parameter", "set", "state", "alias", "dict"],
+)
+def test_the_state_of_what_torch_builds_is_that_of_an_ordered_dict_only(tmp_path, built):
+    inner = (text("state_dict"), b"}" + WEIGHT[0] + WEIGHT[1] + b"s")
+    for content in (pickled((text("w"), built)), pickled(inner, (text("x"), built))):
+        path = write_zip(tmp_path / "a.pt", ("data.pkl", content), NUMBERS)
+        with pytest.raises(
+            CheckpointError, match=r"(whose state torch.save does not|is not a dict)"
+        ):
+            CheckpointCollection([path])
+
+
+def large(k):
+    """An integer whose hash is 0."""
+    return b"\x8a\x0b" + (k * sys.hash_info.modulus).to_bytes(11, "little")
+
+
+LARGE = [large(k) for k in range(1, 20_000)]
+PAIRS = b"".join(b"K\0K\0\x86" for _ in range(20_000))
+FILLED_LATER = (
+    (text("t"), b"]q\x01\x85q\x02"),  # a tuple with an empty list
+    (text("l"), b"h\x01(" + b"K\0" * 50_000 + b"e"),
+    (text("c"), b"](" + (name("__builtin__.set") + b"h\x02R") * 400 + b"e"),
+)
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (FILLED_LATER, "calls with the same large arguments again and again"),
+        ([(text("x"), b"}(" + b"".join(each + b"N" for each in LARGE) + b"u")], "very many keys"),
+        (
+            [(text("x"), name("__builtin__.set") + b"](" + b"".join(LARGE) + b"e\x85R")],
+            "equal hashes",
+        ),
+        ([(text("x"), name("collections.Counter") + b"](" + PAIRS + b"e\x85R")], "equal hashes"),
+        (
+            [(text(f"x{k}"), name(f"made.Up{k}") + b")R") for k in range(4_000)],
+            "very many objects of very many classes",
+        ),
+        (
+            [(text("x"), b"ccollections\nOrderedDict.update\n}}\x86R")],
+            r"more than tensors \(collections\.OrderedDict\.update\)",
+        ),
+    ],
+    ids=["filled later", "keys", "set", "Counter", "names", "method"],
+)
+def test_a_container_fills_no_memory_and_ends(tmp_path, more, match):
+    inner = (text("state_dict"), b"}" + WEIGHT[0] + WEIGHT[1] + b"s")
+    path = write_zip(tmp_path / "a.pt", ("data.pkl", pickled(inner, *more)), NUMBERS)
+    with pytest.raises(CheckpointError, match=match):
+        CheckpointCollection([path])
+
+
 def test_parameters_with_attributes_are_read(tmp_path):
     weight = nn.Parameter(torch.arange(4.0))
     weight.note = "kept"

@@ -8,6 +8,8 @@ import shutil
 import struct
 import sys
 import time
+from argparse import Namespace
+from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
 
@@ -266,8 +268,15 @@ def test_a_container_is_not_verified(tmp_path):
     torch.save({"extra": good}, tmp_path / "soup.pt")
     with pytest.raises(RecipeError, match="more than a plain state dict"):
         recipe.verify(tmp_path / "soup.pt", ckpts)
+    odd = OrderedDict(good)
+    odd._metadata = Namespace()  # other readers would build it, and whatever else is named
+    torch.save(odd, tmp_path / "soup.pt")
+    with pytest.raises(RecipeError, match="more than a plain state dict"):
+        recipe.verify(tmp_path / "soup.pt", ckpts)
     torch.save(good, tmp_path / "soup.pt")
     assert recipe.verify(tmp_path / "soup.pt", ckpts).ok
+    torch.save(OrderedDict(nets[0].state_dict()), tmp_path / "soup.pt")  # with its versions
+    assert recipe.verify(tmp_path / "soup.pt", ckpts).differing
 
 
 # ---------------------------------------------------------------- without end

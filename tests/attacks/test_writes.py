@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -252,6 +253,7 @@ def test_the_folders_of_saves_are_no_checkpoints(tmp_path):
     with write.new_folder(tmp_path / "model") as part:
         write.write_safetensors(part / "model.safetensors", {"w": torch.ones(2)})
         assert CheckpointCollection.from_path(tmp_path).names == ("a",)
+    shutil.rmtree(tmp_path / "model")
     left = tmp_path / f"{workplace.MARK}0.tmp"  # as another user's, which can't be looked into
     left.mkdir()
     (left / "config.json").write_text("{}")

@@ -265,6 +265,7 @@ def test_amounts_of_rows_and_ingredients(monkeypatch, tmp_path):
     assert (tmp_path / "paper_amounts.svg").exists()
 
 
+@pytest.mark.filterwarnings("ignore:'ft00' has the same parameters as the start")
 def test_memory_of_every_system_of_the_tables(tmp_path):
     made = make_digits_checkpoints(tmp_path / "zoo", 4)
     rows = made.X_val[:300], made.y_val[:300]

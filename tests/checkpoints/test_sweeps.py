@@ -131,7 +131,7 @@ def test_files_beside_the_folders_of_runs_are_said_to_hide_them(tmp_path, capsys
         assert len(from_path(tmp_path / root)) == 2
         path = tmp_path / root / stray
         torch.save(STATE, path) if stray[-3:] == ".pt" else save_file(STATE, path)
-        said = f"holds 1 checkpoints and 2 folders with more \\('{stray}', '{name}'\\)"
+        said = f"holds 1 checkpoint and 2 folders with more \\('{stray}', '{name}'\\)"
         with pytest.warns(SoupWarning, match=said) as caught:
             assert len(from_path(tmp_path / root)) == 1
         assert f"give '{tmp_path}/{root}/*/'" in str(caught[0].message)
