@@ -114,12 +114,13 @@ def is_zip(path: Path) -> bool:
     )
 
 
-def check_pickles(path: Path) -> set[str]:
+def check_pickles(path: Path) -> dict[str, type | None]:
     """Raise an error for a torch file that would fill memory or never finish loading.
 
-    Returns the names that its pickles refer to.
+    Returns the names that its pickles refer to; dict or list for classes whose objects are filled
+    like one, since they are derived from it.
     """
-    names: set[str] = set()
+    names: dict[str, type | None] = {}
     if not is_zip(path):
         with path.open("rb") as file:
             for _ in range(4):  # magic number, version, system, the object
@@ -194,7 +195,7 @@ def _keys(file: IO[bytes], path: Path) -> set[str]:
     return {str(arg) for op, arg, _ in found if op.code == "X"}
 
 
-def _check(file: IO[bytes], path: Path, names: set[str]) -> set[str]:
+def _check(file: IO[bytes], path: Path, names: dict[str, type | None]) -> set[str]:
     """Simulate one pickle with a stack of strings, names and tuples, and None for all else.
 
     Returns the keys of the storages that it uses, and adds the names that it refers to.
@@ -204,6 +205,7 @@ def _check(file: IO[bytes], path: Path, names: set[str]) -> set[str]:
     marks: list[list[Any]] = []
     memo: dict[Any, Any] = {}
     given = 0  # total size of the arguments of calls, counting repeats from the memo
+    stateful: dict[str, CheckpointError] = {}  # inert classes whose states may hide methods
     n_inert = 0  # uses of names that torch looks up in a list of all stand-ins
     for op, arg, where in pickletools.genops(file):
         name = op.name
@@ -234,25 +236,29 @@ def _check(file: IO[bytes], path: Path, names: set[str]) -> set[str]:
             stack.append(_Box(called.name, size))
         elif name in ("APPENDS", "SETITEMS"):
             items, stack = stack, marks.pop()
-            _fill(stack[-1], items, name == "SETITEMS", path)
+            _fill(stack[-1], items, name == "SETITEMS", names, path)
         elif name == "APPEND":
-            _fill(stack[-2], [stack.pop()], False, path)
+            _fill(stack[-2], [stack.pop()], False, names, path)
         elif name == "BUILD":
             state = stack.pop()
             given += _size_now(state)
-            _check_build(stack[-1], state, path)
+            if (hiding := _check_build(stack[-1], state, path)) is not None:
+                stateful[stack[-1].kind] = hiding
             n_inert += 1
         elif name == "SETITEM":
-            _fill(stack[-3], stack[-2:], True, path)
+            _fill(stack[-3], stack[-2:], True, names, path)
             del stack[-2:]
         elif name == "BINPERSID":
             used.add(_key(stack.pop(), path))
             stack.append(None)
         elif name == "GLOBAL":
             stack.append(_Global(_checked_name(str(arg), path)))
-            names.add(stack[-1].name)
+            names.setdefault(stack[-1].name)
             n_inert += _is_inert(stack[-1].name)
         elif name != "PROTO":
+            for kind in stateful:
+                if names.get(kind) is dict:
+                    raise stateful[kind]
             return used if name == "STOP" else set()  # or an opcode that torch rejects
         if given > REUSED * max(where or 0, LEAST):
             raise _refused(path, "calls with the same large arguments again and again")
@@ -261,9 +267,13 @@ def _check(file: IO[bytes], path: Path, names: set[str]) -> set[str]:
     return used
 
 
-def _fill(box: Any, items: list[Any], has_keys: bool, path: Path) -> None:
+def _fill(
+    box: Any, items: list[Any], has_keys: bool, names: dict[str, type | None], path: Path
+) -> None:
     if isinstance(box, _Box):
         box.take(items, has_keys)
+        if box.kind in names:
+            names[box.kind] = dict if has_keys else list
         if has_keys and box.n_odd > MOST_ODD:
             raise _refused(path, "a dict with very many keys that could have equal hashes")
 
@@ -275,16 +285,22 @@ def _is_inert(name: str) -> bool:
     return name.rpartition(".")[2] not in _BUILT  # modules may have other names, as in Python 2
 
 
-def _check_build(target: Any, state: Any, path: Path) -> None:
+def _check_build(target: Any, state: Any, path: Path) -> CheckpointError | None:
     """Raise an error if the state of anything but an OrderedDict is set, unless it is inert.
 
-    That of a tensor could be other memory.
+    That of a tensor could be other memory. Returns the error for the state of an inert object,
+    which does not matter unless an OrderedDict takes its place.
     """
     kind = target.kind if isinstance(target, _Box) else ""
-    if kind == "collections.OrderedDict":
-        _check_state(state, path)
-    elif kind in ("", *_EMPTY) or not _is_inert(kind):
+    if kind in ("", *_EMPTY) or not (_is_inert(kind) or kind == "collections.OrderedDict"):
         raise _refused(path, "an object whose state torch.save does not write")
+    try:
+        _check_state(state, path)
+    except CheckpointError as error:
+        if not _is_inert(kind):
+            raise
+        return error
+    return None
 
 
 def _check_state(state: Any, path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
@@ -105,14 +106,16 @@ def read_container(path: Path) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _load(path: Path, device: str, names: Iterable[str]) -> Any:
+def _load(path: Path, device: str, names: Mapping[str, type | None]) -> Any:
     """Load with ``weights_only``; harmless unknown names become inert placeholders."""
     packed = is_zip(path)  # torch's format since 1.6; classes can only be listed for it
     # other threads may need what is allowed: the file of a plain state dict does not disturb them
     is_plain = all(map(is_of_tensors, names))
     with _ONE_AT_A_TIME, nullcontext() if is_plain else _nothing_allowed():
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if packed else []
-        inert: list[Any] = [(_stand_in(name), name) for name in foreign if _is_harmless(name)]
+        inert: list[Any] = [
+            (_stand_in(name, names.get(name)), name) for name in foreign if _is_harmless(name)
+        ]
         with torch.serialization.safe_globals(inert), _without_a_warning_of_the_protocol():
             return torch.load(path, map_location=device, mmap=packed or None, weights_only=True)
 
@@ -160,13 +163,15 @@ class Inert:
             self.parameters = (state.get("_parameters"), state.get("_modules"))
 
 
-def _stand_in(name: str) -> Any:
-    """What takes the place of a name in a pickle: it runs nothing of that name."""
-    if name in ("collections.defaultdict", "collections.deque"):  # filled after the call
-        return (lambda *given: {}) if name == "collections.defaultdict" else (lambda *given: [])
+def _stand_in(name: str, filled_as: type | None) -> Any:
+    """What takes the place of a name in a pickle: it runs nothing of that name.
+
+    An empty dict or list takes the place of objects that are filled like one.
+    """
     own = name.rpartition(".")[2]
     if own[:1].isupper() or _DATA.fullmatch(name) or _BUILDERS.fullmatch(name):
-        return type(own, (Inert,), {})
+        made = OrderedDict if filled_as is dict else list
+        return type(own, (Inert,), {} if filled_as is None else {"__new__": lambda *_: made()})
 
     def refuse(*given: Any, **named: Any) -> None:
         """Functions may be values, such as an activation, but not be called."""

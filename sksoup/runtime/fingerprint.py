@@ -28,7 +28,7 @@ DEEPEST = 10  # containers in each other
 
 def tensor_bytes(value: torch.Tensor) -> memoryview:
     """The bytes of a tensor in row-major order; not copied where it lies so on the CPU."""
-    flat = value.detach().cpu().contiguous().reshape(-1)
+    flat = value.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from sksoup import CheckpointCollection, CheckpointError
 from sksoup.__main__ import main
+from sksoup.checkpoints import records
 from sksoup.checkpoints.sweeps import find_runs
 from sksoup.exceptions import SoupWarning
 
@@ -157,6 +159,38 @@ def test_trials_of_one_folder_are_all_taken(tmp_path, which):
     assert from_path(study, which=which).names == ("trial_0", "trial_1", "trial_2", "trial_3")
     shutil.copy(study / "trial_2.ckpt", study / "last.ckpt")  # the same weights once more
     assert from_path(study, which=which).names == ("trial_0", "trial_1", "trial_2", "trial_3")
+
+
+def test_trials_of_one_step_are_told_apart_in_linear_time(tmp_path):
+    """Most of the weights may be frozen: only files that are copies are read."""
+    frozen = torch.zeros(10_000)
+    for k in range(6):
+        state = {"frozen": frozen, "head": torch.tensor([float(min(k, 4))])}
+        torch.save({"global_step": 2, "state_dict": state}, tmp_path / f"trial_{k}.ckpt")
+    with patch.object(records, "content_sha256", wraps=records.content_sha256) as reads:
+        assert len(from_path(tmp_path)) == 5
+    assert reads.call_count == 2
+
+
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [
+        (torch.ones(1).expand(10**10), "expected at most 100 times the size of the file"),
+        (torch.ones(2, dtype=torch.complex64).conj(), "complex dtype"),
+        (torch.eye(3).to_sparse(), "sparse"),
+        (torch._neg_view(torch.ones(3)), ""),
+    ],
+    ids=["expanded", "conjugate", "sparse", "negative"],
+)
+def test_odd_tensors_in_files_of_one_step(tmp_path, weight, said):
+    for k in range(2):
+        container = {"global_step": 2, "state_dict": {"w": weight}}
+        torch.save(container, tmp_path / f"trial_{k}.ckpt")
+    if said:
+        with pytest.raises(CheckpointError, match=f"trial_0.ckpt' .*{said}"):
+            from_path(tmp_path)
+    else:
+        assert from_path(tmp_path)["trial_0"]["w"].tolist() == [-1, -1, -1]
 
 
 @pytest.mark.parametrize("which", ["best", "last"])

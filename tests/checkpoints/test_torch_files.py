@@ -179,6 +179,17 @@ class Settings(dict):
     """As configurations often are."""
 
 
+class Items(list):
+    """As others keep sequences."""
+
+
+class Both:
+    """Filled as a list and as a dict."""
+
+    def __reduce__(self):
+        return Both, (), None, iter([1]), iter([("a", 1)])
+
+
 HISTORY = collections.defaultdict(list, loss=[0.1])
 NET = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
 
@@ -226,9 +237,30 @@ def test_a_whole_module_is_not_overlooked(tmp_path, content, match):
 
 
 def test_objects_that_can_not_be_made_inert_are_told_from_damage(tmp_path):
-    torch.save({"model": {"w": torch.ones(2)}, "config": Settings(lr=1)}, tmp_path / "c.pt")
+    torch.save({"model": {"w": torch.ones(2)}, "config": Both()}, tmp_path / "c.pt")
     with pytest.raises(CheckpointError, match=r"in addition to tensors .* Save only the state"):
         sources.open_checkpoint(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize(
+    "config", [Settings(lr=1, more=Settings(x=[1])), Items([1, 2]), Settings(), Items()]
+)
+def test_configs_that_are_dicts_or_lists_of_a_class_of_their_own(tmp_path, config):
+    if config and isinstance(config, dict):
+        config.note = "its state"
+    path = write_file(tmp_path / "run.pt", {"model": STATE, "config": config, "epoch": 3})
+    assert torch.equal(read_all(path)["a"], STATE["a"])
+    path = write_file(tmp_path / "whole.pt", Settings(STATE))
+    assert torch.equal(read_all(path)["a"], STATE["a"])
+
+
+@pytest.mark.parametrize("hidden", ["get", "keys"])
+def test_a_dict_of_a_class_of_its_own_does_not_hide_methods(tmp_path, hidden):
+    state = Settings(STATE)
+    setattr(state, hidden, 1)
+    path = write_file(tmp_path / "run.pt", state)
+    with pytest.raises(CheckpointError, match=f"an object whose '{hidden}' is replaced"):
+        sources.open_checkpoint(path)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
