@@ -291,26 +291,42 @@ def test_tokenizers_that_are_damaged(folder, capsys, tmp_path, file, fields, sai
     assert not said or str(tmp_path) in found
 
 
-@pytest.mark.parametrize("field", ["vocab", "merges", "vocab_file", "gguf_file"])
-@pytest.mark.parametrize("is_relative", [False, True])
-def test_a_tokenizer_does_not_publish_other_files(folder, capsys, tmp_path, field, is_relative):
-    """BERT's reads each line of "vocab" as a word, and would be saved with them."""
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_tokenizer_does_not_publish_other_files(folder, capsys, tmp_path, file):
+    """BERT's reads each line of "vocab" as a word, and transformers would save them."""
     shutil.copytree("runs", tmp_path / "runs")
     write_csv(tmp_path / "val.csv", ("text", "label"), texts(30, seed=0))
-    (tmp_path / "id_rsa").write_text("-----BEGIN-----\nsecret\n")
-    path = tmp_path / "runs" / "ft0" / "tokenizer_config.json"
-    secret = str(tmp_path / "id_rsa")
-    given = os.path.relpath(secret) if is_relative else secret
-    path.write_text(json.dumps(json.loads(path.read_text()) | {field: given}))
+    secret = tmp_path / "id_rsa"
+    secret.write_text("-----BEGIN-----\nsecret\n")
+    config = json.loads((tmp_path / "runs/ft0/tokenizer_config.json").read_text())
+    config.pop("added_tokens_decoder", None)
+    (tmp_path / "runs/ft0/tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "runs/ft0/tokenizer.json").unlink(missing_ok=True)
+    path = tmp_path / "runs" / "ft0" / file
+    fields = {"vocab": str(secret), "vocab_file": str(secret), "unk_token": "-----BEGIN-----"}
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | fields))
     line = f"greedy {tmp_path}/runs --data {tmp_path}/val.csv --text text --label label"
-    line = f"{line} -o {tmp_path}/soup"
-    assert main(line.split()) == 2
-    assert f"makes transformers read {secret!r} ({field!r})" in capsys.readouterr().err
-    assert not (tmp_path / "soup").exists()
-    # a path on the machine that the tokenizer was saved on
-    path.write_text(json.dumps(json.loads(path.read_text()) | {field: "/content/nowhere"}))
-    if field == "vocab_file":
-        assert main(line.split()) == 0
+    main([*line.split(), "-o", f"{tmp_path}/soup"])
+    for written in (tmp_path / "soup").glob("*"):
+        assert b"secret" not in written.read_bytes()
+
+
+def test_the_tokenizer_of_a_soup_is_the_one_that_was_given(folder, tmp_path):
+    write_csv(tmp_path / "val.csv", ("text", "label"), texts(30, seed=0))
+    other = tmp_path / "other"
+    shutil.copytree("runs/ft1", other)
+    text = (other / "tokenizer.json").read_text().replace('"good"', '"quite"')
+    (other / "tokenizer.json").write_text(text)
+    Path("runs/ft0/vocab.txt").touch()  # of the tokenizer that is replaced
+    line = f"greedy runs --data {tmp_path}/val.csv --text text --label label --tokenizer {other}"
+    assert main([*line.split(), "-o", f"{tmp_path}/soup"]) == 0
+    written = {path.name: path.read_bytes() for path in (tmp_path / "soup").iterdir()}
+    assert "vocab.txt" not in written
+    assert written["tokenizer.json"] == text.encode()
+    found = transformers.AutoTokenizer.from_pretrained(tmp_path / "soup")
+    given = transformers.AutoTokenizer.from_pretrained(other)
+    Path("runs/ft0/vocab.txt").unlink()
+    assert found("a quite good soup").input_ids == given("a quite good soup").input_ids
 
 
 @pytest.mark.parametrize("option", ["--data", "--test"])

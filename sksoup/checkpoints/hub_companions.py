@@ -18,6 +18,10 @@ from .read import TORCH_SUFFIXES
 COMPANIONS = (
     "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.codes", "*.spm", "*.tokenizer",
 )  # fmt: skip
+TOKENIZERS = (
+    "tokenizer*.json", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "*.model", "*.tiktoken", "*.codes", "*.spm", "*.tokenizer",
+)  # fmt: skip
 NOT_COMPANIONS = (
     "*.index.json", "trainer_state.json", "history.json", "*results.json", "adapter_config.json",
 )  # fmt: skip
@@ -44,26 +48,13 @@ def copy_companions(source: Path, target: Path, others: Sequence[Path] = ()) -> 
     ``others`` also raise an error, because they are not mixed.
     """
     source = source.resolve()
-    owned = [source]
-    if source.parent.name == "snapshots":
-        owned.append(source.parents[1] / "blobs")
-    found = {
-        path
-        for pattern in COMPANIONS
-        for path in source.glob(pattern)
-        if path.is_file() and not any(path.match(other) for other in NOT_COMPANIONS)
-    }
+    found = _matching(source, COMPANIONS)
     modules = module_folders(source)
     for folder in (source, *modules):
         refuse_other_weights(folder)
     # a module may be inside another one
     of_modules = [*dict.fromkeys(path for module in modules for path in module_files(module))]
-    for path in [*found, *of_modules]:
-        if not any(path.resolve().is_relative_to(folder) for folder in owned):
-            raise CheckpointError(
-                f"{str(path)!r} can't be copied: it is a link to {str(path.resolve())!r}, outside "
-                f"its folder. Replace the link with the file, or use save(path)."
-            )
+    _refuse_links(source, [*found, *of_modules])
     _refuse_differing_weights(source, [p for p in of_modules if p.suffix in WEIGHTS], others)
     for module in modules:  # also an empty one, which sentence-transformers expects
         (target / module.relative_to(source)).mkdir(parents=True, exist_ok=True)
@@ -71,6 +62,44 @@ def copy_companions(source: Path, target: Path, others: Sequence[Path] = ()) -> 
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer in place of that of another model folder.
+
+    Its files are not saved by transformers, which may have read more files than those in its
+    folder.
+    """
+    source = source.resolve()
+    found = _matching(source, TOKENIZERS)
+    _refuse_links(source, found)
+    for path in _matching(target, TOKENIZERS):
+        path.unlink()
+    for path in found:
+        shutil.copyfile(path, target / path.name)
+
+
+def _matching(folder: Path, patterns: Sequence[str]) -> set[Path]:
+    """The files of a folder that may be copied and match one of the patterns."""
+    return {
+        path
+        for pattern in patterns
+        for path in folder.glob(pattern)
+        if path.is_file() and not any(path.match(other) for other in NOT_COMPANIONS)
+    }
+
+
+def _refuse_links(source: Path, paths: Iterable[Path]) -> None:
+    """Raise an error for links that lead out of the folder or the cache that it is part of."""
+    owned = [source]
+    if source.parent.name == "snapshots":
+        owned.append(source.parents[1] / "blobs")
+    for path in paths:
+        if not any(path.resolve().is_relative_to(folder) for folder in owned):
+            raise CheckpointError(
+                f"{str(path)!r} can't be copied: it is a link to {str(path.resolve())!r}, outside "
+                f"its folder. Replace the link with the file, or use save(path)."
+            )
 
 
 def record_dtype(config: Path, dtype: str) -> None:

@@ -17,7 +17,7 @@ from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.hub_config import output_labels
 from ..exceptions import SoupWarning
 from .files import DataFile, listed, read_file
-from .tokenizer import find_tokenizer, first_config, tokenize
+from .tokenizer import find_tokenizer, first_config, load_tokenizer, tokenize
 
 INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
 MULTIPLE = ("regression", "multilabel")  # tasks with several targets per example
@@ -35,7 +35,7 @@ class Data:
 def load_data(
     options: argparse.Namespace, collection: CheckpointCollection
 ) -> tuple[Data, Data | None, Any, list[Any] | None]:
-    """The validation data, the test data, the tokenizer and the labels in output order."""
+    """The validation data, the test data, the tokenizer's folder, labels in output order."""
     _check_options(options)
     files = [read_file(Path(options.data), options.delimiter)]
     if options.test is not None:
@@ -47,10 +47,11 @@ def load_data(
         config, source = first_config(collection)
         names = list(output_labels(config.get("id2label")))
         classes = _check_classes(options, files, targets, names, repr(str(source)))
-    tokenizer = None
+    folder = None
     if options.text is not None:
         texts = [[file.texts(name) for name in options.text] for file in files]
-        tokenizer = find_tokenizer(collection, options.tokenizer)
+        folder = find_tokenizer(collection, options.tokenizer)
+        tokenizer = load_tokenizer(folder)
         inputs = [tokenize(tokenizer, part, options.max_length, collection) for part in texts]
     else:
         # the columns of the validation data, by name, also where the test data have another order
@@ -61,7 +62,7 @@ def load_data(
         Data(X, y, len(next(iter(file.parts.values()))))
         for file, X, y in zip(files, inputs, targets, strict=True)
     ]
-    return found[0], found[1] if len(found) > 1 else None, tokenizer, classes
+    return found[0], found[1] if len(found) > 1 else None, folder, classes
 
 
 def _check_options(options: argparse.Namespace) -> None:

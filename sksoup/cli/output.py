@@ -13,7 +13,12 @@ import torch
 from ..checkpoints.architecture import skeleton
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.converted import stored_names
-from ..checkpoints.hub_companions import copy_companions, model_folders, record_dtype
+from ..checkpoints.hub_companions import (
+    copy_companions,
+    copy_tokenizer,
+    model_folders,
+    record_dtype,
+)
 from ..checkpoints.sources import SUFFIXES
 from ..checkpoints.write import SHARD_BYTES, new_folder, write_text
 from ..exceptions import CheckpointError
@@ -98,8 +103,8 @@ def write_folder(
     return ""
 
 
-def write_soup(output: Path, soup: Any, tokenizer: Any) -> None:
-    """Write a fitted soup, with the tokenizer that its texts were read by."""
+def write_soup(output: Path, soup: Any, tokenizer: Path | None) -> None:
+    """Write a fitted soup, with the tokenizer (its folder) that its texts were read by."""
     collection: CheckpointCollection = soup.checkpoints_
     refuse_inputs(output, collection, collection)
     if output.suffix == ".safetensors":
@@ -108,7 +113,7 @@ def write_soup(output: Path, soup: Any, tokenizer: Any) -> None:
         with new_folder(output) as temporary:
             soup.save_pretrained(temporary / "soup")
             if tokenizer is not None:
-                tokenizer.save_pretrained(str(temporary / "soup"))
+                copy_tokenizer(tokenizer, temporary / "soup")
             move_up(temporary / "soup")
     else:
         soup.recipe_.cook(collection, output)

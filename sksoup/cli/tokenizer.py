@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,11 @@ VOCABULARIES = (
 MOST_TOKENS = 512  # where neither --max-length nor the model says less
 
 
-def find_tokenizer(collection: CheckpointCollection, given: str | None) -> Any:
-    """The tokenizer of a folder that was given, else of the first checkpoint that has one."""
+def find_tokenizer(collection: CheckpointCollection, given: str | None) -> Path:
+    """The folder that was given, else that of the first checkpoint with a tokenizer."""
     for folder in [Path(given)] if given is not None else _folders(collection):
         if any((folder / name).is_file() for name in VOCABULARIES):
-            return _load(folder)
+            return folder
     looked = repr(given) if given is not None else "the folders of the checkpoints"
     raise CheckpointError(
         f"There is no tokenizer in {looked}: expected one of {', '.join(VOCABULARIES)}. Give the "
@@ -36,28 +35,8 @@ def find_tokenizer(collection: CheckpointCollection, given: str | None) -> Any:
     )
 
 
-def _refuse_other_files(folder: Path) -> None:
-    """Raise an error if transformers may read a vocabulary outside the folder, and publish it."""
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return
-    try:
-        config = json.loads(read_text(path, LIMIT))
-    except (json.JSONDecodeError, RecursionError):  # transformers can't read it either
-        return
-    for name, value in config.items() if isinstance(config, dict) else ():
-        is_path = name in ("vocab", "merges") or name.endswith("_file")
-        if is_path and isinstance(value, str) and os.path.exists(value):  # old paths are harmless
-            real = Path(value).resolve()
-            if not real.is_relative_to(folder.resolve()):
-                raise CheckpointError(
-                    f"{str(path)!r} makes transformers read {str(real)!r} ({name!r}), outside its "
-                    f"folder, and a soup would be saved with its contents. Remove that field."
-                )
-
-
-def _load(folder: Path) -> Any:
-    _refuse_other_files(folder)
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder."""
     try:
         import transformers
     except ImportError as error:
