@@ -497,6 +497,23 @@ def test_compare_names_the_methods_that_warn(folder, capsys):
     assert "sksoup: warning: all methods: There is one checkpoint only" in said
 
 
+@pytest.mark.parametrize("name", ["", "Unnamed: 0"])
+def test_numbers_of_rows_are_no_input(folder, capsys, tmp_path, name):
+    lines = Path("table.csv").read_text().splitlines()
+    numbered = [f"{name},{lines[0]}", *(f"{k},{line}" for k, line in enumerate(lines[1:]))]
+    (tmp_path / "val.csv").write_text("\n".join(numbered))
+    results = []
+    for file in ("table.csv", f"{tmp_path}/val.csv"):
+        line = f"{NETS} {file} --label species"
+        assert main([*line.split(), "--json", "--force"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        said = [each for each in found.pop("warnings", []) if "column without a name" in each]
+        assert len(said) == (file != "table.csv")
+        found.pop("seconds", None)
+        results.append(found)
+    assert results[0] == results[1]
+
+
 def test_columns_of_the_test_table_are_those_of_the_validation_table_by_name(folder, capsys):
     header, *rows = [line.split(",") for line in Path("table.csv").read_text().splitlines()]
     order = [header.index(name) for name in ("species", *"dbca")]

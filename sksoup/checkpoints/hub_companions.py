@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..exceptions import CheckpointError
 from .hub import hub_folder
-from .hub_config import refuse_other_weights
+from .hub_config import LIMIT, refuse_other_weights
 from .modules import module_files, module_folders
 from .read import TORCH_SUFFIXES
+from .sources import open_checkpoint
+from .texts import read_text
 
 # configuration, tokenizer, processor
 COMPANIONS = (
@@ -102,18 +107,29 @@ def _refuse_links(source: Path, paths: Iterable[Path]) -> None:
             )
 
 
-def record_dtype(config: Path, dtype: str) -> None:
-    """Write the dtype of the weights to a config.json, since transformers converts to that one."""
+def record_dtype(folder: Path) -> None:
+    """Write the dtype of the weights to the config.json, to which transformers converts them.
+
+    The ingredient that it was copied from may have had another one.
+    """
+    config = folder / "config.json"
     try:
-        found = json.loads(config.read_text("utf-8"))
-    except ValueError:  # not of transformers
+        found = json.loads(read_text(config, LIMIT))
+    except (CheckpointError, ValueError, RecursionError):  # none, or not of transformers
         return
-    if not isinstance(found, dict):
-        return
-    parts = [found, *(part for part in found.values() if isinstance(part, dict))]
+    sizes: Counter[torch.dtype] = Counter()
+    for info in open_checkpoint(folder).header.values():
+        sizes[info.dtype] += info.size if info.is_floating else 0
+    dtype = str(max(sizes, key=sizes.__getitem__, default=torch.float32)).removeprefix("torch.")
+    parts = [found, *found.values()] if isinstance(found, dict) else []
+    changed = False
     for part in parts:
-        part |= {name: dtype for name in ("dtype", "torch_dtype") if part.get(name) is not None}
-    config.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(part, dict) and part.get(name) not in (None, dtype):
+                part[name] = dtype
+                changed = True
+    if changed:
+        config.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
 
 
 def _refuse_differing_weights(source: Path, paths: Sequence[Path], others: Sequence[Path]) -> None:

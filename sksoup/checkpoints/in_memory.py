@@ -19,6 +19,8 @@ from .read import SAFETENSORS_DTYPES
 class MemoryCheckpoint(Checkpoint):
     """A private copy of a state dict."""
 
+    shares_memory = True
+
     def __init__(self, state: Mapping[str, torch.Tensor], label: str) -> None:
         given = check_state_dict(state, label)
         if empty := [name for name, value in given.items() if value.is_meta]:
@@ -32,11 +34,11 @@ class MemoryCheckpoint(Checkpoint):
                     f"{label} can't be used: {name!r} has dtype {value.dtype}, expected one of "
                     f"{', '.join(map(str, SAFETENSORS_DTYPES.values()))}. Convert it."
                 )
-        once = {_place(value): value for value in given.values()}  # tied weights are copied once
+        once = {place_of(value): value for value in given.values()}  # tied weights are copied once
         copies = {
             place: value.detach().resolve_neg().cpu().clone() for place, value in once.items()
         }
-        self.tensors = {name: copies[_place(value)] for name, value in given.items()}
+        self.tensors = {name: copies[place_of(value)] for name, value in given.items()}
         self.label = label
         self.header = {name: TensorInfo.of(value) for name, value in self.tensors.items()}
         self._digests: dict[str, str] = {}
@@ -65,7 +67,7 @@ class MemoryCheckpoint(Checkpoint):
         return self.tensors.values()
 
 
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+def place_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Where a tensor's values are: equal only for several names of one tensor."""
     is_plain = type(tensor) in (torch.Tensor, nn.Parameter)  # others may have no address
     if not is_plain or not tensor.data_ptr():

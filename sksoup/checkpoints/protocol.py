@@ -75,6 +75,7 @@ class Checkpoint(Protocol):
     header: Mapping[str, TensorInfo]  # of every tensor, without reading values
     path: Path | None = None  # its file or folder
     key: str | None = None  # which state dict of the file was selected, if any
+    shares_memory: bool = False  # whether several names of one tensor are read as one memory
 
     def open(self) -> AbstractContextManager[Read]:
         """Yield ``read(name) -> tensor``, on the CPU; it may be a view of the file."""

@@ -6,12 +6,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
-
 from ..exceptions import CheckpointError
 from .architecture import ModuleSource, skeleton
 from .base_model import tied_names
 from .computed import unsaved_names
+from .in_memory import place_of
 from .protocol import Entry, Read, same_bits
 
 
@@ -68,23 +67,16 @@ def _same_values(entry: Entry, wanted: Set[str], tied: Mapping[str, Collection[s
 
 def _same_memory(entry: Entry, wanted: Set[str]) -> set[str]:
     """Further names of tensors that have the memory of another one."""
-    pairs = [
-        (name, other)
-        for name, info in entry.header.items()
-        for other in wanted
-        if name not in wanted and info.nbytes and entry.header.get(other) == info
-    ]
-    if not pairs:
+    more = {name: info for name, info in entry.header.items() if name not in wanted and info.nbytes}
+    if not more or not entry.checkpoint.shares_memory:
         return set()
+    infos = set(more.values())
     with _opened(entry) as read:
-        return {name for name, other in pairs if _is_one(read(name), read(other))}
+        places = {place_of(read(name)) for name in wanted if entry.header.get(name) in infos}
+        return {name for name in more if place_of(read(name)) in places}
 
 
 @contextmanager
 def _opened(entry: Entry) -> Iterator[Read]:
     with entry.checkpoint.open() as read:
         yield lambda name: read(entry.prefix + name)
-
-
-def _is_one(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()

@@ -53,6 +53,7 @@ class TorchFile(CheckpointFile):
     """A file written by ``torch.save``: a state dict, or a training checkpoint with one."""
 
     suffixes = TORCH_SUFFIXES
+    shares_memory = True
 
     def _read_header(self) -> dict[str, TensorInfo]:
         self.names = check_pickles(self.file)

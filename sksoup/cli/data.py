@@ -20,6 +20,7 @@ from .files import DataFile, listed, read_file
 from .tokenizer import find_tokenizer, first_config, load_tokenizer, tokenize
 
 INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
+UNNAMED = re.compile(r"|Unnamed: \d+")  # the first column that pandas writes by default, and reads
 MULTIPLE = ("regression", "multilabel")  # tasks with several targets per example
 
 
@@ -126,7 +127,16 @@ def _targets(file: DataFile, options: argparse.Namespace) -> Any:
 def _columns(file: DataFile, options: argparse.Namespace) -> list[str]:
     """The columns of the inputs in a table: those given, or all but the labels."""
     labels = _label_names(file, options) if file.is_table else []
-    names = options.inputs or [name for name in file.parts if name not in labels]
+    others = [name for name in file.parts if name not in labels]
+    names = options.inputs or [name for name in others if not UNNAMED.fullmatch(name)]
+    if not options.inputs and len(names) < len(others):
+        warnings.warn(
+            f"{str(file.path)!r} has a column without a name, in which pandas writes the numbers "
+            f"of the rows (to_csv without index=False). It is not used as an input; to use it, "
+            f"give it a name.",
+            SoupWarning,
+            stacklevel=2,
+        )
     if not names:
         raise ValueError(f"{str(file.path)!r} has no columns besides {listed(labels)}.")
     return list(names)

@@ -97,8 +97,7 @@ def write_folder(
         weights = recipe.cook(collection, temporary / "weights", shard_size)
         move_up(weights)
         copy_companions(sources[0], temporary, sources[1:])
-        if recipe.dtype is not None:
-            record_dtype(temporary / "config.json", recipe.dtype)
+        record_dtype(temporary)
         write_text(temporary / "README.md", model_card(recipe, collection))
     return ""
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.converted import stored_names
-from ..checkpoints.hub_companions import copy_companions, model_folders
+from ..checkpoints.hub_companions import copy_companions, model_folders, record_dtype
 from ..checkpoints.write import new_folder, write_text
 from ..data.outputs import Outputs, Task
 from ..displays.report import render
@@ -196,6 +196,7 @@ class ExportMixin:
             state = self.state_dict()
             stored = stored_names(self.module_, state)
             self.recipe_.save_weights(temporary / "model.safetensors", state, stored)
+            record_dtype(temporary)
             architecture = type(self.module_).__name__ if adapters else None
             card = model_card(self.recipe_, self.checkpoints_, architecture=architecture)
             write_text(temporary / "README.md", card)
@@ -218,6 +219,7 @@ class ExportMixin:
                 path.rename(temporary / path.name)
             weights.rmdir()
             copy_companions(sources[0], temporary, sources[1:])
+            record_dtype(temporary)
             write_text(temporary / "README.md", model_card(self.recipe_, self.checkpoints_))
 
     def save_adapter(

@@ -269,14 +269,38 @@ def test_transformers_loads_a_soup_in_the_dtype_that_was_asked_for(tmp_path, giv
         assert torch.equal(value, mean[name])
 
 
-@pytest.mark.parametrize("content", ["[]", "no JSON", "{}", '{"text_config": {"dtype": "x"}}'])
+@pytest.mark.parametrize(
+    "content", ["[]", "no JSON", "{}", '{"text_config": {"dtype": "float16"}}']
+)
 def test_a_config_without_a_dtype_is_left_as_it_is(tmp_path, content):
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(content)
-    hub_companions.record_dtype(tmp_path / "config.json", "float32")
+    hub_companions.record_dtype(tmp_path)
     changed = (tmp_path / "config.json").read_text()
     if "dtype" in content:
         assert json.loads(changed) == {"text_config": {"dtype": "float32"}}
-    elif content == "{}":
-        assert json.loads(changed) == {}
     else:
         assert changed == content
+
+
+@pytest.mark.parametrize("way", ["save_pretrained", "average"])
+def test_runs_of_several_dtypes(tmp_path, way):
+    """The soup has the wider one, the config that is copied the narrower one."""
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, max_position_embeddings=8, num_labels=2,
+    )  # fmt: skip
+    models = around(transformers.BertForSequenceClassification(config), 2)
+    for model, dtype in zip(models, (torch.bfloat16, torch.float32), strict=True):
+        model.to(dtype).save_pretrained(tmp_path / "runs" / str(dtype))
+    ckpts = CheckpointCollection.from_path(tmp_path / "runs")
+    if way == "average":
+        assert main(["average", str(tmp_path / "runs"), "-o", str(tmp_path / "soup")]) == 0
+    else:
+        soup = UniformSoup().fit(ckpts, {"input_ids": torch.ones(2, 4, dtype=torch.long)}, [0, 1])
+        soup.save_pretrained(tmp_path / "soup")
+    found = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "soup")
+    mean = mix(ckpts, [0.5, 0.5])
+    assert found.dtype == torch.float32
+    for name, value in found.state_dict().items():
+        assert torch.equal(value, mean[name])
