@@ -272,7 +272,7 @@ def _stacked(loader: Any) -> Iterator[Any]:
             f"The rows of a batch have different shapes, expected one shape: "
             f"{str(error).strip().splitlines()[-1]}. Pad texts to one length, as with "
             f"tokenizer(texts, padding='max_length', truncation=True), or pass a DataLoader whose "
-            f"collate_fn pads."
+            f"collate_fn pads all batches to one length."
         ) from error
 
 
@@ -342,7 +342,9 @@ def _concatenate(inputs: list[Any]) -> Any:
         if kinds[0] != kinds[1] or shapes[0] != shapes[1]:
             raise ValueError(
                 f"Batches differ: some have rows of shape {shapes[0]} ({kinds[0]}), others of "
-                f"shape {shapes[1]} ({kinds[1]}). Pad them to one shape."
+                f"shape {shapes[1]} ({kinds[1]}). Pad all batches to one shape; texts, for "
+                f"example, with DataCollatorWithPadding(tokenizer, padding='max_length', "
+                f"max_length=128)."
             )
     if isinstance(first, dict):
         return {name: torch.cat([X[name] for X in inputs]) for name in first}
