@@ -64,9 +64,10 @@ class Run:
         """The checkpoints in order of time; copies, such as last.ckpt, are left out."""
         versions = {} if self._steps else self.record.versions
 
-        def time(path: Path) -> tuple[int, bool, list[tuple[int, int, str]]]:
+        def time(path: Path) -> tuple[int, bool, bool, list[tuple[int, int, str]]]:
             step, _ = versions.get(path.name, (-1, 0))
-            return step, bool(NAMED_LAST.search(path.stem)), natural_key(path)
+            is_other = path.name != self.record.best  # of copies, that of the record is kept
+            return step, is_other, bool(NAMED_LAST.search(path.stem)), natural_key(path)
 
         found: dict[object, Path] = {}
         for path in sorted(self.checkpoints, key=time):

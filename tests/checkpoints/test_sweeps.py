@@ -161,6 +161,24 @@ def test_trials_of_one_folder_are_all_taken(tmp_path, which):
     assert from_path(study, which=which).names == ("trial_0", "trial_1", "trial_2", "trial_3")
 
 
+def test_the_best_is_found_among_copies_by_two_callbacks(tmp_path):
+    """One keeps each epoch, the other the best by a name of its own, which sorts after it."""
+    for k in range(2):
+        run = write_lightning(tmp_path / "study" / f"trial_{k}", [0.5, 0.3, 0.4], last=False)
+        best = "val_loss=0.30.ckpt"
+        shutil.copy(run / "epoch=1-step=4.ckpt", run / best)
+        for path in run.iterdir():
+            container = torch.load(path)
+            (state,) = container["callbacks"].values()
+            state["best_model_path"] = f"/elsewhere/{best}"
+            state["best_k_models"] = {f"/elsewhere/{best}": torch.tensor(0.3)}
+            torch.save(container, path)
+    found = from_path(tmp_path / "study", scores="recorded")
+    assert files(found) == [f"trial_{k}/{best}" for k in range(2)]
+    assert list(found.scores.values()) == pytest.approx([-0.3, -0.3])
+    assert len(from_path(tmp_path / "study" / "trial_0")) == 3
+
+
 def test_trials_of_one_step_are_told_apart_in_linear_time(tmp_path):
     """Most of the weights may be frozen: only files that are copies are read."""
     frozen = torch.zeros(10_000)
