@@ -64,10 +64,15 @@ class Run:
         """The checkpoints in order of time; copies, such as last.ckpt, are left out."""
         versions = {} if self._steps else self.record.versions
 
-        def time(path: Path) -> tuple[int, bool, bool, list[tuple[int, int, str]]]:
-            step, _ = versions.get(path.name, (-1, 0))
-            is_other = path.name != self.record.best  # of copies, that of the record is kept
-            return step, is_other, bool(NAMED_LAST.search(path.stem)), natural_key(path)
+        def time(path: Path) -> tuple[int, int, list[tuple[int, int, str]]]:
+            name, rank = path.stem, 2  # of copies, the first is kept
+            if path.name in versions and path.name == self.record.best:
+                rank = 0
+            elif path.name in versions and NAMED_BEST.search(name):
+                rank = 1
+            elif NAMED_LAST.search(name):
+                rank = 3
+            return versions.get(path.name, (-1, 0))[0], rank, natural_key(path)
 
         found: dict[object, Path] = {}
         for path in sorted(self.checkpoints, key=time):

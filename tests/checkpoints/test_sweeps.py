@@ -179,6 +179,13 @@ def test_the_best_is_found_among_copies_by_two_callbacks(tmp_path):
     assert len(from_path(tmp_path / "study" / "trial_0")) == 3
 
 
+def test_a_copy_that_is_named_the_best_is_found(tmp_path):
+    for k in range(2):
+        run = write_lightning(tmp_path / "s" / f"trial_{k}", [0.5, 0.3, 0.4], monitor=None)
+        shutil.copy(run / "epoch=1-step=4.ckpt", run / "model-best.ckpt")
+    assert files(from_path(tmp_path / "s")) == [f"trial_{k}/model-best.ckpt" for k in range(2)]
+
+
 def test_trials_of_one_step_are_told_apart_in_linear_time(tmp_path):
     """Most of the weights may be frozen: only files that are copies are read."""
     frozen = torch.zeros(10_000)
