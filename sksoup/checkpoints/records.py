@@ -106,8 +106,12 @@ def read_lightning(files: Sequence[Path]) -> Record:
     }
     best, metrics = None, {}
     values: dict[str, dict[str, float]] = {name: {} for name in steps}
-    for name in sorted(steps, key=lambda name: steps[name]):  # the last record is current
-        monitor, mode, state = _model_checkpoint(found[name])
+    states = {name: _model_checkpoint(found[name]) for name in steps}
+    # the last record is current; of those of one step, that in a file which it lists, since another
+    # callback may have written its file before this one decided
+    order = {name: (step, name in _kept_by(states[name][2])) for name, step in steps.items()}
+    for name in sorted(steps, key=order.__getitem__):
+        monitor, mode, state = states[name]
         if monitor is None:
             continue
         best = _file_name(state.get("best_model_path"))
@@ -122,6 +126,12 @@ def read_lightning(files: Sequence[Path]) -> Record:
             (values[other] for other, of in versions.items() if of == version and values[other]), {}
         )
     return Record(best, metrics, values, versions)
+
+
+def _kept_by(state: Mapping[str, Any]) -> set[str | None]:
+    """The files that a ModelCheckpoint keeps as the best ones, by its state."""
+    kept = state.get("best_k_models")
+    return {*map(_file_name, kept if isinstance(kept, Mapping) else ())}
 
 
 def _versions(files: Mapping[str, Path], steps: Mapping[str, int]) -> dict[str, tuple[int, int]]:

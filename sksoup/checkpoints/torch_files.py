@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, TypeGuard
+from typing import Any, Self, TypeGuard
 
 import torch
 
@@ -30,7 +30,7 @@ from .read import (
 # entries of training checkpoints whose tensors are not weights
 NO_MODEL = re.compile(
     r"(?i)optim|sched|scaler|scaling|rng|random|callback|loops|hooks|extra_state|metric|histor"
-    r"|hparam|hyper_param|config|args|(^|_)sampler|loader|datamodule|iterator"
+    r"|hparam|hyper_param|config|args|criterion|loss|(^|_)sampler|loader|datamodule|iterator"
 )
 REPEATED = 100  # maximum ratio of the size of tensors to the size of the file
 # modules that no harmless pickle refers to
@@ -152,16 +152,17 @@ def _is_harmless(name: str) -> bool:
 
 
 class Inert:
-    """In place of an object of a class that is not loaded; keeps the parameters of a module."""
+    """In place of an object of a class that is not loaded; keeps what it was built from."""
 
-    parameters: tuple[Any, ...] = ()
+    def __new__(cls, *args: Any) -> Self:
+        made = super().__new__(cls)
+        made.held = [*args]
+        return made
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    held: list[Any]
 
     def __setstate__(self, state: Any) -> None:
-        if isinstance(state, Mapping):
-            self.parameters = (state.get("_parameters"), state.get("_modules"))
+        self.held.append(state)
 
 
 def _stand_in(name: str, filled_as: type | None) -> Any:
@@ -203,7 +204,7 @@ def _holds_weights(entry: Any) -> bool:
         if isinstance(part, torch.Tensor) and part.ndim:
             return True
         if isinstance(part, Inert):
-            part = part.parameters
+            part = part.held
         if id(part) in seen or not isinstance(part, (Mapping, list, tuple)):
             continue
         seen.add(id(part))  # a pickle may contain itself

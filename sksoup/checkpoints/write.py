@@ -46,10 +46,13 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path, target: Path) -> None:
-    """Write a file to disk, with the mode of the file that it will replace, or of a new one."""
+    """Write a file to disk, with the mode of the user's file that it replaces, or of a new one."""
     sample = path.with_name(".tmp-new")  # files of safetensors are private
     sample.touch(exist_ok=False)
-    mode = (target if target.is_file() else sample).stat().st_mode
+    mode = sample.stat().st_mode
+    with suppress(FileNotFoundError):
+        old = target.stat()
+        mode = old.st_mode if old.st_uid == sample.stat().st_uid else mode
     sample.unlink()
     file = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
     try:

@@ -179,6 +179,18 @@ def test_the_best_is_found_among_copies_by_two_callbacks(tmp_path):
     assert len(from_path(tmp_path / "study" / "trial_0")) == 3
 
 
+def test_a_file_of_another_callback_may_be_older_than_the_best(tmp_path):
+    """It was written before the callback with a metric noted the score of this epoch."""
+    for k in range(2):
+        run = write_lightning(tmp_path / "s" / f"trial_{k}", [0.5, 0.4, 0.3], last=False)
+        stale = torch.load(run / "epoch=2-step=6.ckpt")
+        stale["callbacks"] = torch.load(run / "epoch=1-step=4.ckpt")["callbacks"]
+        torch.save(stale, run / "last.ckpt")
+    found = from_path(tmp_path / "s", scores="recorded")
+    assert files(found) == [f"trial_{k}/epoch=2-step=6.ckpt" for k in range(2)]
+    assert list(found.scores.values()) == pytest.approx([-0.3, -0.3])
+
+
 def test_a_copy_that_is_named_the_best_is_found(tmp_path):
     for k in range(2):
         run = write_lightning(tmp_path / "s" / f"trial_{k}", [0.5, 0.3, 0.4], monitor=None)

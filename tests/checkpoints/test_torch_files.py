@@ -175,6 +175,10 @@ def test_harmless_foreign_classes_become_inert(tmp_path, monkeypatch):
     assert torch.equal(read_all(path)["a"], STATE["a"])
 
 
+class Named(collections.namedtuple("Named", "state")):
+    """A tuple with names."""
+
+
 class Settings(dict):
     """As configurations often are."""
 
@@ -211,7 +215,7 @@ NET = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
         nn.functional.relu,
         nn.functional.gelu,
         os.path.join,  # not called, and not even this function
-        nn.CrossEntropyLoss(weight=torch.ones(2)),
+        {"criterion": nn.CrossEntropyLoss(weight=torch.ones(2))},
         {"args": {"net": NET}},
     ],
     ids=lambda value: getattr(value, "__name__", type(value).__name__),
@@ -228,6 +232,9 @@ def test_what_is_kept_beside_the_weights_does_not_matter(tmp_path, beside):
         ({"model": NET}, "'model' is a Sequential, expected a tensor"),
         ({"model": NET, "ema": STATE}, "tensors together with other values in 'model'"),
         ({"model": {"net": NET}, "ema": STATE}, "tensors together with other values in 'model'"),
+        ({"backbone": Odd(STATE), "head": STATE}, "other values in 'backbone'"),
+        ({"backbone": Named(STATE), "head": STATE}, "other values in 'backbone'"),
+        ({"backbone": nn.BatchNorm1d(2, affine=False), "head": STATE}, "values in 'backbone'"),
     ],
 )
 def test_a_whole_module_is_not_overlooked(tmp_path, content, match):
