@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Self, TypeGuard
@@ -110,9 +110,7 @@ def read_container(path: Path) -> Mapping[str, Any]:
 def _load(path: Path, device: str, names: Mapping[str, type | None]) -> Any:
     """Load with ``weights_only``; harmless unknown names become inert placeholders."""
     packed = is_zip(path)  # torch's format since 1.6; classes can only be listed for it
-    # other threads may need what is allowed: the file of a plain state dict does not disturb them
-    is_plain = all(map(is_of_tensors, names))
-    with _ONE_AT_A_TIME, nullcontext() if is_plain else _nothing_allowed():
+    with _ONE_AT_A_TIME, _nothing_allowed():
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if packed else []
         inert: list[Any] = [
             (_stand_in(name, names.get(name)), name) for name in foreign if _is_harmless(name)

@@ -101,33 +101,6 @@ def test_classes_that_other_threads_allow_meanwhile_stay_allowed(tmp_path, monke
         assert Allowed in torch.serialization.get_safe_globals()
 
 
-@pytest.mark.parametrize(
-    ("content", "is_kept"),
-    [({"w": torch.ones(2)}, True), ({"net": {"w": torch.ones(2)}, "x": Allowed()}, False)],
-    ids=["plain", "container"],
-)
-@pytest.mark.parametrize("packed", [True, False])
-def test_reading_a_plain_state_dict_does_not_disturb_other_threads(
-    tmp_path, monkeypatch, content, is_kept, packed
-):
-    """They may need what they have allowed, as rows of a data set that are read by torch.load."""
-    load, seen = torch.load, []
-
-    def watched(*given, **options):
-        seen.append(Allowed in torch.serialization.get_safe_globals())
-        return load(*given, **options)
-
-    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=packed)
-    monkeypatch.setattr(torch, "load", watched)
-    with torch.serialization.safe_globals([Allowed]):
-        if packed or is_kept:
-            assert CheckpointCollection([tmp_path / "a.pt"])["a"]["w"].tolist() == [1, 1]
-        else:
-            with pytest.raises(CheckpointError, match=r"more than tensors \(.*Allowed\)"):
-                CheckpointCollection([tmp_path / "a.pt"])
-    assert set(seen) == {is_kept}
-
-
 @pytest.mark.parametrize("hidden", ["real", "detach", "items", "get"])
 def test_attributes_that_hide_methods_are_refused(tmp_path, hidden):
     state = b"}" + text(hidden) + name("torch.Tensor") + b"s"

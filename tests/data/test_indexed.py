@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 
 import datasets
 import numpy as np
@@ -17,7 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
-from sksoup import BestCheckpoint, CheckpointEnsemble, GreedySoup, LearnedSoup, MEHLSoup
+from sksoup import (
+    BestCheckpoint,
+    CheckpointCollection,
+    CheckpointEnsemble,
+    GreedySoup,
+    LearnedSoup,
+    MEHLSoup,
+)
 from sksoup.data import loaders
 from sksoup.data.indexed import IndexedRows
 from sksoup.data.loaders import read_loader
@@ -93,6 +102,40 @@ def test_each_row_is_read_once_for_the_targets_and_once_per_pass(zoo: Zoo, monke
     # and the first one to see what a row is, and what the module makes of it
     passes = soup.counts_.rows_forward + soup.counts_.rows_recalibrated
     assert len(y) + passes <= rows.n_read <= len(y) + passes + 5
+
+
+class Graph:
+    """A class of the user's program, which torch.load makes if it is allowed."""
+
+    def __init__(self, x):
+        self.x = x
+
+
+class Stored(Pairs):
+    """Each row is read from a file of such an object."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        file = io.BytesIO()
+        torch.save(Graph(x), file)
+        file.seek(0)
+        return torch.load(file).x, y
+
+
+def test_rows_may_be_objects_of_classes_that_were_allowed(zoo: Zoo, monkeypatch, tmp_path):
+    """While a file of PyTorch is read, none is, so that no thread reads the next one meanwhile."""
+    X, y = np.asarray(zoo.X, dtype=np.float32), np.asarray(zoo.y)
+    for name in zoo.checkpoints:
+        torch.save(zoo.checkpoints[name], tmp_path / f"{name}.pt")
+    files = CheckpointCollection.from_path(tmp_path, module=zoo.checkpoints.module)
+    limited(monkeypatch, 0)
+    soup = MEHLSoup(model_batch_size=2, max_epochs=2, batch_size=16, random_state=0)
+    names, start = [], Thread.start
+    monkeypatch.setattr(Thread, "start", lambda self: (names.append(self.name), start(self)))
+    with torch.serialization.safe_globals([Graph]):
+        soup.fit(files, Stored(X, y))
+    assert "sksoup-reader" not in names
+    assert soup.model_batch_size_ == 2
 
 
 @pytest.mark.parametrize("recipe", [LearnedSoup, MEHLSoup])
