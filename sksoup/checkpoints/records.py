@@ -40,6 +40,7 @@ class Record:
     values: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by name, by metric
     # the step of each file, and a number that differs if the weights of files of one step do
     versions: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    bests: Mapping[str, Any] = field(default_factory=dict)  # the path of the best by each file
 
 
 def read_trainer(state: Path, folder: str) -> Record:
@@ -125,7 +126,8 @@ def read_lightning(files: Sequence[Path]) -> Record:
         values[name] = values[name] or next(
             (values[other] for other, of in versions.items() if of == version and values[other]), {}
         )
-    return Record(best, metrics, values, versions)
+    bests = {name: state.get("best_model_path") or None for name, (*_, state) in states.items()}
+    return Record(best, metrics, values, versions, bests)
 
 
 def _kept_by(state: Mapping[str, Any]) -> set[str | None]:

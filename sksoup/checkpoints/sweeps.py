@@ -23,10 +23,21 @@ DEPTH = 2  # levels of folders between a sweep and its runs
 STEP = re.compile(r"checkpoint-\d+")  # a folder written by Trainer
 # Lightning's folders, which do not count as levels
 LIGHTNING = re.compile(r"lightning_logs|version_\d+|checkpoints")
+
+
+def _word(*words: str) -> re.Pattern[str]:
+    """One of these words in a name: model_best, bestModel, modelBest, bestmodel."""
+    word, capital = "|".join(words), "|".join(map(str.capitalize, words))
+    return re.compile(
+        rf"(?i:(?<![a-z])({word})(model)?(?![a-z]))"
+        rf"|(?<![A-Za-z])({word}|{capital})(?=[A-Z])|(?<=[a-z])({capital})(?![a-z])"
+    )
+
+
+NAMED_BEST, NAMED_LAST = _word("best"), _word("last", "latest", "final")
 # names of files of a single training run
-TIMED = re.compile(r"(?i)(?<![a-z])(epoch|step|iter|iteration|last|latest|best|final)(?![a-z])")
-NAMED_BEST = re.compile(r"(?i)(?<![a-z])best(?![a-z])")
-NAMED_LAST = re.compile(r"(?i)(?<![a-z])(last|latest|final)(?![a-z])")
+TIMED = _word("epoch", "step", "iter", "iteration", "last", "latest", "best", "final")
+TIME = re.compile(r"(?i)(?<![a-z])(?:epoch|step|iter|iteration)[^a-z0-9]*([0-9]+)")
 
 
 def natural_key(path: Path) -> list[tuple[int, int, str]]:
@@ -64,15 +75,17 @@ class Run:
         """The checkpoints in order of time; copies, such as last.ckpt, are left out."""
         versions = {} if self._steps else self.record.versions
 
-        def time(path: Path) -> tuple[int, int, list[tuple[int, int, str]]]:
-            name, rank = path.stem, 2  # of copies, the first is kept
-            if path.name in versions and path.name == self.record.best:
-                rank = 0
-            elif path.name in versions and NAMED_BEST.search(name):
-                rank = 1
-            elif NAMED_LAST.search(name):
+        def time(path: Path) -> tuple[int, int, int, list[tuple[int, int, str]]]:
+            step, _ = versions.get(path.name, (-1, 0))
+            rank = 2  # of copies, the first is kept
+            if NAMED_LAST.search(path.stem):
                 rank = 3
-            return versions.get(path.name, (-1, 0))[0], rank, natural_key(path)
+            if NAMED_BEST.search(path.stem):
+                rank = 1
+            if step >= 0 and path.name == self.record.best:
+                rank = 0
+            named = TIME.search(path.stem)
+            return step, rank, int(named[1]) if named else -1, natural_key(path)
 
         found: dict[object, Path] = {}
         for path in sorted(self.checkpoints, key=time):
@@ -100,11 +113,14 @@ class Run:
         return [self.folder] if self.has_final and is_last else self.ordered[-1:]
 
     def _refuse_several(self, which: Which) -> None:
-        """Refuse files of the same step that differ: they are of several runs."""
+        """Refuse files of the same step that differ and do not record one best: several runs."""
         first: dict[int, Path] = {}
+        bests = self.record.bests
         for path in self.ordered:
             step, _ = self.record.versions.get(path.name, (-1, 0))
-            if step >= 0 and (other := first.setdefault(step, path)) is not path:
+            other = first.setdefault(step, path)
+            is_one_run = bests.get(path.name) and bests[path.name] == bests.get(other.name)
+            if step >= 0 and other is not path and not is_one_run:
                 raise CheckpointError(
                     f"{str(self.folder)!r} seems to hold several runs: {other.name!r} and "
                     f"{path.name!r} are both of step {step} and differ, so the {which} of a run is "

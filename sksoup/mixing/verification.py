@@ -21,6 +21,7 @@ from ..checkpoints.hub_companions import model_folders
 from ..checkpoints.hub_config import refuse_other_weights
 from ..checkpoints.peft_config import adapter_folder, is_adapter_folder
 from ..checkpoints.protocol import Read, TensorInfo, same_bits
+from ..checkpoints.shards import INDEX
 from ..checkpoints.sources import open_checkpoint
 from ..checkpoints.torch_files import TorchFile
 from ..exceptions import RecipeError
@@ -136,6 +137,35 @@ def verify(
     checkpoints: CheckpointCollection,
 ) -> Verification:
     """Rebuild the soup of a recipe tensor by tensor, and compare it with these weights."""
+    before = _stamps(checkpoints)
+    found = _compare(recipe, weights, checkpoints)
+    after = _stamps(checkpoints)
+    if changed := [name for name in before if before[name] != after[name]]:
+        raise RecipeError(
+            f"{changed[0]!r} changed while it was compared, or was replaced and put back. Verify "
+            f"again when no other process writes to its folder."
+        )
+    return found
+
+
+def _stamps(checkpoints: CheckpointCollection) -> dict[str, list[tuple[Any, ...]]]:
+    """Inodes and change times of the checkpoints' files; renaming a file changes the latter."""
+    stamps = {}
+    for name in checkpoints:
+        path = checkpoints.path(name)
+        if path is not None:
+            folder = path if path.is_dir() else path.parent
+            files = folder.iterdir() if path.is_dir() or path.name.endswith(INDEX) else [path]
+            found = [(one.name, one.stat()) for one in sorted(files) if one.is_file()]
+            stamps[name] = [(file, s.st_ino, s.st_size, s.st_ctime_ns) for file, s in found]
+    return stamps
+
+
+def _compare(
+    recipe: Any,
+    weights: Mapping[str, torch.Tensor] | str | os.PathLike[str],
+    checkpoints: CheckpointCollection,
+) -> Verification:
     ingredients, is_used = {}, recipe.is_used()
     for ingredient, used in zip(recipe.ingredients, is_used, strict=True):
         ingredients[ingredient.name] = "ok" if used else "unused"

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from sksoup import CheckpointCollection, CheckpointError, Recipe, RecipeError
 from sksoup.__main__ import main
 from sksoup.checkpoints.hub_companions import copy_companions
 from sksoup.checkpoints.hub_config import LIMIT
+from sksoup.checkpoints.read import SafetensorsFile
 
 from .test_configs import BERT
 
@@ -103,6 +105,33 @@ def test_tensors_that_only_other_versions_read_are_named(parts, name):
     assert not found.ok
     assert found.differing == {f"bert.embeddings.{name}": "is not in the recipe"}
     assert found.sha256 == "differs"
+
+
+def test_an_ingredient_that_is_replaced_for_a_moment_is_noticed(tmp_path, monkeypatch):
+    """Its size, time and inode are the same before and after it is read."""
+    for name, value in (("a", 1.0), ("b", 2.0), ("evil", 666.0)):
+        save_file({"w": torch.full((4,), value)}, tmp_path / f"{name}.safetensors")
+    ckpts = CheckpointCollection([tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
+    recipe = Recipe.record("average", ckpts, [[0.5, 0.5]], layers={"w": 0}, layer_names=("all",))
+    good, evil, away = (tmp_path / f"{n}.safetensors" for n in ("a", "evil", "away"))
+    opened = SafetensorsFile._open
+
+    @contextmanager
+    def replaced(self):
+        if self.file == good:
+            good.rename(away)
+            evil.rename(good)
+        with opened(self) as read:
+            if self.file == good:
+                good.rename(evil)
+                away.rename(good)
+            yield read
+
+    soup = {"w": torch.full((4,), (666 + 2) / 2)}
+    assert not recipe.verify(soup, ckpts).ok
+    monkeypatch.setattr(SafetensorsFile, "_open", replaced)
+    with pytest.raises(RecipeError, match="'a' changed while it was compared, or was replaced"):
+        recipe.verify(soup, ckpts)
 
 
 ARGUMENTS = [

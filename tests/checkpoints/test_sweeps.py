@@ -148,6 +148,8 @@ def write_trials(study, n=4):
         run = write_lightning(study / f"trial_{k}", [0.5, 0.3], last=False)
         container = torch.load(run / "epoch=1-step=4.ckpt")
         container["state_dict"]["w"] += k
+        (state,) = container["callbacks"].values()
+        state["best_model_path"] = f"/elsewhere/trial_{k}/epoch=1-step=4.ckpt"
         shutil.rmtree(run)
         torch.save(container, study / f"trial_{k}.ckpt")
     return study
@@ -189,6 +191,42 @@ def test_a_file_of_another_callback_may_be_older_than_the_best(tmp_path):
     found = from_path(tmp_path / "s", scores="recorded")
     assert files(found) == [f"trial_{k}/epoch=2-step=6.ckpt" for k in range(2)]
     assert list(found.scores.values()) == pytest.approx([-0.3, -0.3])
+
+
+def test_weights_that_a_run_averaged_in_the_end_are_of_it(tmp_path):
+    """As by StochasticWeightAveraging: of the last step, but other weights."""
+    for k in range(2):
+        run = write_lightning(tmp_path / "s" / f"trial_{k}", [0.5, 0.3, 0.4], last=False)
+        container = torch.load(run / "epoch=2-step=6.ckpt")
+        container["state_dict"]["w"] += 7
+        torch.save(container, run / "final.ckpt")
+    assert files(from_path(tmp_path / "s")) == [f"trial_{k}/epoch=1-step=4.ckpt" for k in range(2)]
+    last = from_path(tmp_path / "s", which="last")
+    assert files(last) == [f"trial_{k}/final.ckpt" for k in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("names", "best", "last"),
+    [
+        (["epoch_1", "epoch_2", "epoch_10", "model_best"], "model_best", "epoch_10"),
+        (["epoch_1", "epoch_2", "bestModel"], "bestModel", "epoch_2"),
+        (["epoch_1", "epoch_2", "BestModel"], "BestModel", "epoch_2"),
+        (["epoch_1", "epoch_2", "bestmodel", "lastModel"], "bestmodel", "lastModel"),
+        (["checkpoint", "model_best"], "model_best", "checkpoint"),
+        (["epoch_1", "epoch_2", "pretrained"], "epoch_2", "epoch_2"),
+        (["loss=0.3-epoch=10", "loss=0.4-epoch=9"], "loss=0.3-epoch=10", "loss=0.3-epoch=10"),
+        (["step-5", "step-40", "modelBest"], "modelBest", "step-40"),
+        (["bestiary_epoch1", "bestiary_epoch2"], "bestiary_epoch2", "bestiary_epoch2"),
+    ],
+)
+def test_the_best_and_the_last_by_the_names_of_files(tmp_path, names, best, last):
+    for run in "ab":
+        (tmp_path / "s" / run).mkdir(parents=True)
+        for k, name in enumerate(names):
+            save_file({"w": STATE["w"] + k}, tmp_path / "s" / run / f"{name}.safetensors")
+    for which, name in (("best", best), (None, best), ("last", last)):
+        found = from_path(tmp_path / "s", which=which)
+        assert files(found) == [f"{run}/{name}.safetensors" for run in "ab"]
 
 
 def test_a_copy_that_is_named_the_best_is_found(tmp_path):
