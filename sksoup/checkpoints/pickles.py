@@ -8,6 +8,7 @@ import re
 import sys
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -52,11 +53,15 @@ class _Global:
 
 @dataclass(frozen=True)
 class _Tuple:
-    """A tuple, how many tuples are in it, each as often as it occurs, and its size."""
+    """A tuple, how many tuples are in it, each as often as it occurs, and its size.
+
+    ``n_odd`` is how many numbers and tuples it holds whose hashes could be equal to others.
+    """
 
     items: tuple[Any, ...]
     weight: int
     size: int
+    n_odd: int
 
 
 @dataclass
@@ -66,7 +71,7 @@ class _Box:
     kind: str  # the opcode, or the name of what was called
     size: int = 1
     keys: set[str] = field(default_factory=set)
-    n_odd: int = 0  # how many numbers and tuples it holds whose hashes could be equal
+    n_odd: int = 0  # as in a tuple
 
     def take(self, items: list[Any], has_keys: bool) -> None:
         """Add items; for dicts, keys and values alternate."""
@@ -87,16 +92,16 @@ def _size(value: Any) -> int:
     return value.size if isinstance(value, (_Tuple, _Box)) else 1
 
 
-def _size_now(value: Any) -> int:
-    """The size with what was added to lists since they became part of a tuple."""
-    return 1 + sum(map(_size_now, value.items)) if isinstance(value, _Tuple) else _size(value)
-
-
 def _odd(value: Any) -> int:
     """How many numbers and tuples in a value could have equal hashes."""
+    return value.n_odd if isinstance(value, (_Tuple, _Box)) else int(isinstance(value, _Large))
+
+
+def _now(measure: Callable[[Any], int], value: Any) -> int:
+    """A measure of a value, with what was added to lists since they became part of a tuple."""
     if isinstance(value, _Tuple):
-        return 1 + sum(map(_odd, value.items))
-    return value.n_odd if isinstance(value, _Box) else int(isinstance(value, _Large))
+        return 1 + sum(_now(measure, item) for item in value.items)
+    return measure(value)
 
 
 def is_zip(path: Path) -> bool:
@@ -230,7 +235,7 @@ def _check(file: IO[bytes], path: Path, names: dict[str, type | None]) -> set[st
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, called = stack.pop(), stack.pop()
             _check_call(called, arguments, path)
-            size = _size_now(arguments)
+            size = _now(_size, arguments)
             given += size
             n_inert += _is_inert(called.name)
             stack.append(_Box(called.name, size))
@@ -241,7 +246,7 @@ def _check(file: IO[bytes], path: Path, names: dict[str, type | None]) -> set[st
             _fill(stack[-2], [stack.pop()], False, names, path)
         elif name == "BUILD":
             state = stack.pop()
-            given += _size_now(state)
+            given += _now(_size, state)
             if (hiding := _check_build(stack[-1], state, path)) is not None:
                 stateful[stack[-1].kind] = hiding
             n_inert += 1
@@ -270,6 +275,7 @@ def _check(file: IO[bytes], path: Path, names: dict[str, type | None]) -> set[st
 def _fill(
     box: Any, items: list[Any], has_keys: bool, names: dict[str, type | None], path: Path
 ) -> None:
+    """Note what is added to a list or a dict, or to an object of a class derived from one."""
     if isinstance(box, _Box):
         box.take(items, has_keys)
         if box.kind in names:
@@ -328,7 +334,8 @@ def _nested(items: list[Any], path: Path) -> _Tuple:
     weight = 1 + sum(item.weight for item in items if isinstance(item, _Tuple))
     if weight > NESTED:
         raise _refused(path, "tuples nested so deeply that reading would not finish")
-    return _Tuple(tuple(items), weight, 1 + sum(map(_size, items)))
+    size, n_odd = (1 + sum(map(measure, items)) for measure in (_size, _odd))
+    return _Tuple(tuple(items), weight, size, n_odd)
 
 
 def _checked_name(name: str, path: Path) -> str:
@@ -363,7 +370,7 @@ def _check_call(called: Any, arguments: Any, path: Path) -> None:
         raise _refused(path, f"tensors without their values (a call of {kind})")
     if kind.endswith("._rebuild_parameter_with_state") and len(items) > 3:
         _check_state(items[3], path)
-    if not _is_inert(kind) and _odd(arguments) > MOST_ODD:
+    if not _is_inert(kind) and _now(_odd, arguments) > MOST_ODD:
         raise _refused(path, "very many numbers or tuples that could have equal hashes")
     if kind.endswith("._rebuild_from_type_v2"):  # it calls its first argument with its third
         inner, given = (items[0], items[2]) if len(items) > 2 else (None, None)
