@@ -24,7 +24,8 @@ FOLDER_WEIGHTS = (
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT's names
 # files that training loops write next to the weights
 NOT_WEIGHTS = re.compile(
-    r"(train_end_)?(training_args|optimizer|scheduler|criterion|scaler|rng_state(_\d+)?)\.(bin|pt|pth|safetensors)"
+    r"(train_end_)?(training_args|optimizer|scheduler|criterion|scaler|rng_state|sampler|dl_state_dict)"
+    r"(_\d+)?\.(bin|pt|pth|safetensors)"
 )
 
 

@@ -39,7 +39,10 @@ def test_skorch_checkpoint_folders(tmp_path, safetensors):
 
 def test_what_training_loops_leave_beside_the_weights_is_left_out(tmp_path):
     save_file(make_states(1, seed=0)[0], tmp_path / "a.safetensors")
-    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"):
+    for name in (
+        "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "optimizer_1.bin",
+        "sampler.bin", "sampler_1.bin", "dl_state_dict.bin",
+    ):  # fmt: skip
         (tmp_path / name).write_bytes(b"not weights")
     assert CheckpointCollection.from_path(tmp_path).names == ("a",)
 
