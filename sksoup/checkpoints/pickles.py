@@ -30,7 +30,8 @@ INERT = re.compile(r"torch\.(nn\.(?!parameter\.)|optim\.|_C\._nn\.).+")
 # names outside torch that it builds
 _BUILT = ("OrderedDict", "Counter", "set", "complex", "bytearray", "encode")
 # attributes that a pickle must not set, because they would hide methods
-_METHODS = {*dir(torch.Tensor), *dir(OrderedDict)}
+_OF_DICT = frozenset(dir(OrderedDict))
+_METHODS = _OF_DICT.union(dir(torch.Tensor))
 REUSED = 16  # maximum total size of the arguments of calls, in sizes of the pickle
 _EMPTY = ("EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET")
 _LITERALS = ("NONE", "NEWFALSE", "NEWTRUE", "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1",
@@ -81,8 +82,11 @@ class _Box:
             self.keys.update(key for key in items[::2] if isinstance(key, str))
 
 
-class _Large:
-    """An integer so large that others have the same hash."""
+@dataclass(frozen=True)
+class _Number:
+    """A float or a large integer; with ``is_odd``, others have the same hash."""
+
+    is_odd: bool
 
 
 def _size(value: Any) -> int:
@@ -94,14 +98,20 @@ def _size(value: Any) -> int:
 
 def _odd(value: Any) -> int:
     """How many numbers and tuples in a value could have equal hashes."""
-    return value.n_odd if isinstance(value, (_Tuple, _Box)) else int(isinstance(value, _Large))
+    if isinstance(value, (_Tuple, _Box)):
+        return value.n_odd
+    return int(isinstance(value, _Number) and value.is_odd)
 
 
 def _now(measure: Callable[[Any], int], value: Any) -> int:
     """A measure of a value, with what was added to lists since they became part of a tuple."""
-    if isinstance(value, _Tuple):
-        return 1 + sum(_now(measure, item) for item in value.items)
-    return measure(value)
+    total, todo = 0, [value]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, _Tuple):
+            todo.extend(part.items)
+        total += 1 if isinstance(part, _Tuple) else measure(part)
+    return total
 
 
 def is_zip(path: Path) -> bool:
@@ -224,8 +234,7 @@ def _check(file: IO[bytes], path: Path, names: dict[str, type | None]) -> set[st
         elif name in ("BINUNICODE", "SHORT_BINSTRING"):
             stack.append(arg)
         elif name in _LITERALS:
-            is_large = name == "LONG1" and abs(int(arg or 0)) >= sys.hash_info.modulus
-            stack.append(_Large() if is_large else _Box(name) if name in _EMPTY else None)
+            stack.append(_Box(name) if name in _EMPTY else _number(name, arg))
         elif name == "TUPLE":
             items, stack = stack, marks.pop()
             stack.append(_nested(items, path))
@@ -301,7 +310,10 @@ def _check_build(target: Any, state: Any, path: Path) -> CheckpointError | None:
     if kind in ("", *_EMPTY) or not (_is_inert(kind) or kind == "collections.OrderedDict"):
         raise _refused(path, "an object whose state torch.save does not write")
     try:
-        _check_state(state, path)
+        if state is target and _is_inert(kind):  # a dict whose items are its attributes
+            _refuse_hidden(state.keys, _OF_DICT, path)
+        else:
+            _check_state(state, _OF_DICT if _is_inert(kind) else _METHODS, path)
     except CheckpointError as error:
         if not _is_inert(kind):
             raise
@@ -309,16 +321,20 @@ def _check_build(target: Any, state: Any, path: Path) -> CheckpointError | None:
     return None
 
 
-def _check_state(state: Any, path: Path) -> None:
-    """Raise an error for attributes that would hide methods of tensors and dicts."""
+def _check_state(state: Any, methods: frozenset[str], path: Path) -> None:
+    """Raise an error for attributes that would hide methods."""
     parts = state.items if isinstance(state, _Tuple) else (state,)
     for part in parts:
         if part is None:
             continue
         if not isinstance(part, _Box) or part.kind != "EMPTY_DICT":  # its keys are not known
             raise _refused(path, "a state that is not a dict")
-        if hidden := sorted(_METHODS.intersection(part.keys)):
-            raise _refused(path, f"an object whose {hidden[0]!r} is replaced")
+        _refuse_hidden(part.keys, methods, path)
+
+
+def _refuse_hidden(keys: set[str], methods: frozenset[str], path: Path) -> None:
+    if hidden := sorted(methods.intersection(keys)):
+        raise _refused(path, f"an object whose {hidden[0]!r} is replaced")
 
 
 def _key(storage: Any, path: Path) -> str:
@@ -329,13 +345,22 @@ def _key(storage: Any, path: Path) -> str:
     return items[2]
 
 
+def _number(code: str, value: Any) -> _Number | None:
+    """A literal, if its hash matters."""
+    if code == "BINFLOAT":
+        return _Number(is_odd=False)
+    is_long = code == "LONG1" and abs(value) >= 2**32
+    return _Number(is_odd=abs(value) >= sys.hash_info.modulus) if is_long else None
+
+
 def _nested(items: list[Any], path: Path) -> _Tuple:
     """A tuple of these items; raise an error for one that contains itself many times."""
     weight = 1 + sum(item.weight for item in items if isinstance(item, _Tuple))
     if weight > NESTED:
         raise _refused(path, "tuples nested so deeply that reading would not finish")
-    size, n_odd = (1 + sum(map(measure, items)) for measure in (_size, _odd))
-    return _Tuple(tuple(items), weight, size, n_odd)
+    # tuples of strings and small integers can't easily be given equal hashes
+    n_odd = sum(map(_odd, items)) + any(isinstance(item, _Number) for item in items)
+    return _Tuple(tuple(items), weight, 1 + sum(map(_size, items)), n_odd)
 
 
 def _checked_name(name: str, path: Path) -> str:
@@ -369,14 +394,14 @@ def _check_call(called: Any, arguments: Any, path: Path) -> None:
         # given a size only, they would expose memory of the process
         raise _refused(path, f"tensors without their values (a call of {kind})")
     if kind.endswith("._rebuild_parameter_with_state") and len(items) > 3:
-        _check_state(items[3], path)
+        _check_state(items[3], _METHODS, path)
     if not _is_inert(kind) and _now(_odd, arguments) > MOST_ODD:
         raise _refused(path, "very many numbers or tuples that could have equal hashes")
     if kind.endswith("._rebuild_from_type_v2"):  # it calls its first argument with its third
         inner, given = (items[0], items[2]) if len(items) > 2 else (None, None)
         _check_call(inner, given, path)
         if len(items) > 3:
-            _check_state(items[3], path)
+            _check_state(items[3], _METHODS, path)
     # encodings other than that of saved bytes, such as hex, double the size each time
     is_latin1 = len(items) == 2 and isinstance(items[0], str) and items[1] == "latin1"
     if kind == "_codecs.encode" and not is_latin1:

@@ -7,12 +7,14 @@ import struct
 import subprocess
 import sys
 import zipfile
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
 
 from sksoup import CheckpointCollection, CheckpointError
+from sksoup.checkpoints import pickles
 
 
 def name(path):
@@ -193,7 +195,12 @@ def large(k):
 
 
 LARGE = [large(k) for k in range(1, 20_000)]
-PAIRS = b"".join(b"K\0K\0\x86" for _ in range(20_000))
+PAIRS = b"".join(b"K\0G" + struct.pack(">d", k) + b"\x86" for k in range(20_000))
+HEAVY = [  # a tuple of 95 tuples of 95 tuples
+    (text("1"), b"N\x85q\x01"),
+    (text("2"), b"(" + b"h\x01" * 95 + b"tq\x02"),
+    (text("3"), b"(" + b"h\x02" * 95 + b"tq\x03"),
+]
 FILLED_LATER = (
     (text("t"), b"]q\x01\x85q\x02"),  # a tuple with an empty list
     (text("l"), b"h\x01(" + b"K\0" * 50_000 + b"e"),
@@ -227,6 +234,22 @@ def test_a_container_fills_no_memory_and_ends(tmp_path, more, match):
     path = write_zip(tmp_path / "a.pt", ("data.pkl", pickled(inner, *more)), NUMBERS)
     with pytest.raises(CheckpointError, match=match):
         CheckpointCollection([path])
+
+
+def test_what_is_large_and_is_repeated_in_a_list_is_looked_at_once(tmp_path):
+    inner = (text("state_dict"), b"}" + WEIGHT[0] + WEIGHT[1] + b"s")
+    content = pickled(inner, *HEAVY, (text("y"), b"](" + b"h\x03" * 100_000 + b"e"))
+    path = write_zip(tmp_path / "a.pt", ("data.pkl", content), NUMBERS)
+    with patch.object(pickles, "_odd", wraps=pickles._odd) as looks:
+        assert CheckpointCollection([path])["a"]["w"].tolist() == [1, 2, 3, 4]
+    assert looks.call_count < 500_000
+
+
+def test_tables_of_pairs_are_read(tmp_path):
+    """As the merges of a tokenizer, or numbers of pairs."""
+    merges = {(f"a{k}", k): k for k in range(20_000)}
+    torch.save({"state_dict": {"w": torch.ones(2)}, "merges": merges}, tmp_path / "a.pt")
+    assert CheckpointCollection([tmp_path / "a.pt"])["a"]["w"].tolist() == [1, 1]
 
 
 def test_parameters_with_attributes_are_read(tmp_path):

@@ -183,6 +183,23 @@ class Settings(dict):
     """As configurations often are."""
 
 
+class Easy(dict):
+    """With attributes of the same names, as configurations often have."""
+
+    def __init__(self, **items):
+        super().__init__(items)
+        for name, value in items.items():
+            setattr(self, name, value)
+
+
+class Attributes(dict):
+    """Its attributes are its items."""
+
+    def __init__(self, **items):
+        super().__init__(items)
+        self.__dict__ = self
+
+
 class Items(list):
     """As others keep sequences."""
 
@@ -250,10 +267,18 @@ def test_objects_that_can_not_be_made_inert_are_told_from_damage(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config", [Settings(lr=1, more=Settings(x=[1])), Items([1, 2]), Settings(), Items()]
+    "config",
+    [
+        Settings(lr=1, more=Settings(x=[1])),
+        Items([1, 2]),
+        Settings(),
+        Items(),
+        Easy(device="cpu", data="x", name="n"),
+        Attributes(device="cpu", size=1, x=[1]),
+    ],
 )
 def test_configs_that_are_dicts_or_lists_of_a_class_of_their_own(tmp_path, config):
-    if config and isinstance(config, dict):
+    if config and type(config) is Settings:
         config.note = "its state"
     path = write_file(tmp_path / "run.pt", {"model": STATE, "config": config, "epoch": 3})
     assert torch.equal(read_all(path)["a"], STATE["a"])
