@@ -497,7 +497,7 @@ def test_compare_names_the_methods_that_warn(folder, capsys):
     assert "sksoup: warning: all methods: There is one checkpoint only" in said
 
 
-@pytest.mark.parametrize("name", ["", "Unnamed: 0"])
+@pytest.mark.parametrize("name", ["", "Unnamed: 0", "Unnamed: 0.1"])
 def test_numbers_of_rows_are_no_input(folder, capsys, tmp_path, name):
     lines = Path("table.csv").read_text().splitlines()
     numbered = [f"{name},{lines[0]}", *(f"{k},{line}" for k, line in enumerate(lines[1:]))]

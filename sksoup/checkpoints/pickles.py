@@ -247,7 +247,8 @@ def _check(file: IO[bytes], path: Path, names: dict[str, type | None]) -> set[st
             size = _now(_size, arguments)
             given += size
             n_inert += _is_inert(called.name)
-            stack.append(_Box(called.name, size))
+            is_number = called.name.endswith((".complex", ".Size"))  # which may be keys
+            stack.append(_Box(called.name, size, n_odd=int(is_number)))
         elif name in ("APPENDS", "SETITEMS"):
             items, stack = stack, marks.pop()
             _fill(stack[-1], items, name == "SETITEMS", names, path)

@@ -20,7 +20,9 @@ from .files import DataFile, listed, read_file
 from .tokenizer import find_tokenizer, first_config, load_tokenizer, tokenize
 
 INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
-UNNAMED = re.compile(r"|Unnamed: \d+")  # the first column that pandas writes by default, and reads
+UNNAMED = re.compile(
+    r"|Unnamed: \d+(\.\d+)?"
+)  # the first column that pandas writes by default, and reads
 MULTIPLE = ("regression", "multilabel")  # tasks with several targets per example
 
 

@@ -127,11 +127,14 @@ def check_criterion(criterion: Any, task: Task) -> None:
         )
 
 
-def check_log_probabilities(criterion: Any, output: torch.Tensor) -> None:
-    """Refuse a loss of log-probabilities if a module's output for one row is none."""
+def check_log_probabilities(criterion: Any, output: torch.Tensor, is_text: bool) -> None:
+    """Refuse a loss of log-probabilities if a module's output for one row is none.
+
+    The outputs of a language model are in the last dimension.
+    """
     if loss_of_probabilities(criterion) != nn.NLLLoss.__name__ or output.ndim < 2:
         return
-    total = float(output.cpu().double().exp().sum(dim=1).max())
+    total = float(output.cpu().double().exp().sum(dim=-1 if is_text else 1).max())
     if total > MOST:
         raise ValueError(
             f"criterion={criterion!r} needs log-probabilities, but the exponentials of the "

@@ -149,10 +149,11 @@ def verify(
 
 
 def _stamps(checkpoints: CheckpointCollection) -> dict[str, list[tuple[Any, ...]]]:
-    """Inodes and change times of the checkpoints' files; renaming a file changes the latter."""
+    """Inodes and change times of the files of checkpoints and bases; renaming changes them."""
     stamps = {}
-    for name in checkpoints:
-        path = checkpoints.path(name)
+    paths = [(name, checkpoints.path(name)) for name in checkpoints]
+    bases = [one.base.path for one in checkpoints.adapters(checkpoints.names).values()]
+    for name, path in (*paths, *((str(path), path) for path in bases)):
         if path is not None:
             folder = path if path.is_dir() else path.parent
             files = folder.iterdir() if path.is_dir() or path.name.endswith(INDEX) else [path]

@@ -358,7 +358,7 @@ def prepare_problem(
     if {*map(SWITCHES, map(type, module.modules()))} != {PLAIN} and not sharded_parts(module):
         refuse_merging(module, row, forward, checkpoints.layout)
     outputs = Outputs.of(output, y, task, classes, criterion, call, module, given)
-    check_log_probabilities(criterion, output)
+    check_log_probabilities(criterion, output, outputs.is_text)
     targets = outputs.encode(y, dtype, where)
     is_streamed = not fits(X, where)
     if not isinstance(X, IndexedRows):

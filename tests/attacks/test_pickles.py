@@ -195,6 +195,10 @@ def large(k):
 
 
 LARGE = [large(k) for k in range(1, 20_000)]
+COMPLEX = [  # which have equal hashes, too
+    name("__builtin__.complex") + b"".join(b"G" + struct.pack(">d", x) for x in (-1000003 * k, k))
+    + b"\x86R" for k in range(1, 20_000)
+]  # fmt: skip
 PAIRS = b"".join(b"K\0G" + struct.pack(">d", k) + b"\x86" for k in range(20_000))
 HEAVY = [  # a tuple of 95 tuples of 95 tuples
     (text("1"), b"N\x85q\x01"),
@@ -219,6 +223,10 @@ FILLED_LATER = (
         ),
         ([(text("x"), name("collections.Counter") + b"](" + PAIRS + b"e\x85R")], "equal hashes"),
         (
+            [(text("x"), b"}(" + b"".join(each + b"N" for each in COMPLEX) + b"u")],
+            "very many keys",
+        ),
+        (
             [(text(f"x{k}"), name(f"made.Up{k}") + b")R") for k in range(4_000)],
             "very many objects of very many classes",
         ),
@@ -227,7 +235,7 @@ FILLED_LATER = (
             r"more than tensors \(collections\.OrderedDict\.update\)",
         ),
     ],
-    ids=["filled later", "keys", "set", "Counter", "names", "method"],
+    ids=["filled later", "keys", "set", "Counter", "complex", "names", "method"],
 )
 def test_a_container_fills_no_memory_and_ends(tmp_path, more, match):
     inner = (text("state_dict"), b"}" + WEIGHT[0] + WEIGHT[1] + b"s")

@@ -190,6 +190,24 @@ def test_losses_of_probabilities_are_refused(criterion, zoo: Zoo):
             soup.fit(nets(nn.Identity()), zoo.X, y)
 
 
+class Words(nn.Module):
+    """A language model, whose outputs are in the last dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 8), nn.Linear(8, 7)
+
+    def forward(self, tokens):
+        return (self.head(self.embed(tokens)) * 5).log_softmax(-1)
+
+
+def test_a_language_model_of_log_probabilities_may_be_fitted_with_their_loss():
+    models = CheckpointCollection(around(Words(), 2), module=Words)
+    X = np.arange(60).reshape(5, 12) % 7
+    soup = LearnedSoup(criterion=nn.NLLLoss(), task="causal-lm", **QUICK)
+    assert np.isfinite(soup.fit(models, X, X).coef_).all()
+
+
 def test_a_loss_of_log_probabilities_needs_them(zoo: Zoo):
     soup = LearnedSoup(criterion=nn.NLLLoss, **QUICK)
     for last in (nn.Softmax(1), nn.Identity()):

@@ -11,13 +11,14 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.base import clone
 from torch import nn
 
@@ -35,6 +36,7 @@ from sksoup import (
     mix,
 )
 from sksoup.engine.objective import load_weights
+from sksoup.mixing import verification
 from sksoup.runtime.cache import Cache
 
 from ..zoo import Net64, Zoo, reads, same_tensors
@@ -260,6 +262,7 @@ from datetime import timedelta
 import numpy as np, torch
 from torch import distributed
 from sksoup import CheckpointCollection, GreedySoup, LearnedSoup, MEHLSoup
+from sksoup.mixing import verification
 from sksoup.runtime.cache import Cache
 from tests.zoo import Net64
 warnings.simplefilter("ignore")
@@ -696,3 +699,17 @@ def test_a_whole_model_of_transformers_with_the_head_of_the_adapters(tmp_path, m
     found = CheckpointCollection(["one"])["one"]  # on the base that it names
     for name, value in soup.state_dict().items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_verify_notices_a_base_that_changes(folder, data, tmp_path, monkeypatch):
+    """Its size, time and inode may be put back, its change time can't."""
+    base = tmp_path / "base.safetensors"
+    save_file(build().state_dict(), base)
+    adapters = CheckpointCollection.from_path(folder, module=build)
+    stamps = verification._stamps(adapters)
+    assert all(name in stamps for name in adapters)
+    fake = SimpleNamespace(base=SimpleNamespace(path=base))
+    monkeypatch.setattr(CheckpointCollection, "adapters", lambda self, names: {"a": fake})
+    before = verification._stamps(adapters)[str(base)]
+    base.write_bytes(base.read_bytes())
+    assert verification._stamps(adapters)[str(base)] != before
