@@ -29,7 +29,7 @@ def _word(*words: str) -> re.Pattern[str]:
     """One of these words in a name: model_best, bestModel, modelBest, bestmodel."""
     word, capital = "|".join(words), "|".join(map(str.capitalize, words))
     return re.compile(
-        rf"(?i:(?<![a-z])({word})(model)?(?![a-z]))"
+        rf"(?i:(?<![a-z])(model)?({word})(model)?(?![a-z]))"
         rf"|(?<![A-Za-z])({word}|{capital})(?=[A-Z])|(?<=[a-z])({capital})(?![a-z])"
     )
 

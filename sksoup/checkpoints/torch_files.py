@@ -30,7 +30,8 @@ from .read import (
 # entries of training checkpoints whose tensors are not weights
 NO_MODEL = re.compile(
     r"(?i)optim|sched|scaler|scaling|rng|random|callback|loops|hooks|extra_state|metric|histor"
-    r"|hparam|hyper_param|config|args|criterion|loss|(^|_)sampler|loader|datamodule|iterator"
+    r"|hparam|hyper_param|config|args|(^|_)sampler|loader|datamodule|iterator"
+    r"|(^|_)(criterion|loss(es|_fn|_func)?)$"
 )
 REPEATED = 100  # maximum ratio of the size of tensors to the size of the file
 # modules that no harmless pickle refers to

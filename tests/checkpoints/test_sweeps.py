@@ -211,6 +211,7 @@ def test_weights_that_a_run_averaged_in_the_end_are_of_it(tmp_path):
         (["epoch_1", "epoch_2", "epoch_10", "model_best"], "model_best", "epoch_10"),
         (["epoch_1", "epoch_2", "bestModel"], "bestModel", "epoch_2"),
         (["epoch_1", "epoch_2", "BestModel"], "BestModel", "epoch_2"),
+        (["epoch_1", "epoch_2", "modelbest"], "modelbest", "epoch_2"),
         (["epoch_1", "epoch_2", "bestmodel", "lastModel"], "bestmodel", "lastModel"),
         (["checkpoint", "model_best"], "model_best", "checkpoint"),
         (["epoch_1", "epoch_2", "pretrained"], "epoch_2", "epoch_2"),

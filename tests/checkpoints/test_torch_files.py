@@ -251,6 +251,7 @@ def test_what_is_kept_beside_the_weights_does_not_matter(tmp_path, beside):
         ({"model": {"net": NET}, "ema": STATE}, "tensors together with other values in 'model'"),
         ({"backbone": Odd(STATE), "head": STATE}, "other values in 'backbone'"),
         ({"backbone": Named(STATE), "head": STATE}, "other values in 'backbone'"),
+        ({"lossless_encoder": Odd(STATE), "head": STATE}, "other values in 'lossless_encoder'"),
         ({"backbone": nn.BatchNorm1d(2, affine=False), "head": STATE}, "values in 'backbone'"),
     ],
 )
