@@ -16,7 +16,7 @@ from .hub import hub_folder
 from .hub_config import LIMIT, refuse_other_weights
 from .modules import module_files, module_folders
 from .read import TORCH_SUFFIXES
-from .sources import open_checkpoint
+from .sources import open_checkpoint, paths_of
 from .texts import read_text
 
 # configuration, tokenizer, processor
@@ -35,10 +35,8 @@ WEIGHTS = (".safetensors", *TORCH_SUFFIXES)
 
 def model_folders(checkpoints: Any, used: Iterable[str]) -> list[Path]:
     """Hugging Face folders of the used checkpoints and their bases; of all, if these have none."""
-    for names in (list(used), checkpoints.names):
-        paths = [checkpoints.path(name) for name in names]
-        paths += [one.base.path for one in checkpoints.adapters(names).values()]
-        folders = [hub_folder(path) for path in paths if path is not None]
+    for names in (used, checkpoints.names):
+        folders = [hub_folder(path) for path in paths_of(checkpoints, names)]
         if found := [folder for folder in folders if folder is not None]:
             return found
     return []

@@ -75,6 +75,14 @@ def _entry(item: Any, index: int, key: str | None) -> Entry:
     )
 
 
+def paths_of(checkpoints: Any, names: Iterable[str]) -> list[Path]:
+    """The files and folders of checkpoints in a collection, then those of adapters' bases."""
+    known = list(names)
+    paths = [checkpoints.path(name) for name in known]
+    paths += [one.base.path for one in checkpoints.adapters(known).values()]
+    return [path for path in paths if path is not None]
+
+
 @dataclass(frozen=True)
 class Found:
     """The checkpoints found at paths, and which of them were taken."""

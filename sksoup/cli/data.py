@@ -20,9 +20,8 @@ from .files import DataFile, listed, read_file
 from .tokenizer import find_tokenizer, first_config, load_tokenizer, tokenize
 
 INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
-UNNAMED = re.compile(
-    r"|Unnamed: \d+(\.\d+)?"
-)  # the first column that pandas writes by default, and reads
+# the column of row numbers that pandas writes by default, and what it calls it when it reads it
+UNNAMED = re.compile(r"|Unnamed: \d+(\.\d+)?")
 MULTIPLE = ("regression", "multilabel")  # tasks with several targets per example
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.hub import hub_folder, offline
 from ..checkpoints.hub_config import LIMIT
+from ..checkpoints.sources import paths_of
 from ..checkpoints.texts import read_text
 from ..exceptions import CheckpointError
 
@@ -100,7 +101,5 @@ def first_config(collection: CheckpointCollection) -> tuple[dict[str, Any], Path
 
 def _folders(collection: CheckpointCollection) -> list[Path]:
     """The folders that the checkpoints lie in, then those of the bases of adapters."""
-    paths = [collection.path(name) for name in collection]
-    paths += [one.base.path for one in collection.adapters(collection.names).values()]
-    folders = [path if path.is_dir() else path.parent for path in paths if path is not None]
-    return list(dict.fromkeys(folders))
+    paths = paths_of(collection, collection.names)
+    return list(dict.fromkeys(path if path.is_dir() else path.parent for path in paths))

@@ -14,6 +14,7 @@ from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.folders import read_metadata
 from ..checkpoints.read import RECIPE_KEY, RECIPE_SUFFIX, TORCH_SUFFIXES
 from ..checkpoints.shards import INDEX
+from ..checkpoints.sources import paths_of
 from ..checkpoints.texts import read_text
 from ..checkpoints.write import write_safetensors, write_torch
 from ..exceptions import CheckpointError, RecipeError
@@ -35,10 +36,7 @@ def check_suffix(path: Path) -> None:
 
 def refuse_inputs(output: Path, checkpoints: CheckpointCollection, names: Iterable[str]) -> None:
     """Refuse an output that is the file, or in the folder, of a checkpoint or an adapter's base."""
-    known = list(names)
-    paths = [checkpoints.path(name) for name in known]
-    paths += [one.base.path for one in checkpoints.adapters(known).values()]
-    inputs = {path.resolve() for path in paths if path is not None}
+    inputs = {path.resolve() for path in paths_of(checkpoints, names)}
     inputs |= {path.parent for path in inputs if path.name.endswith(INDEX)}
     if {output.resolve(), output.resolve().parent} & inputs:
         raise FileExistsError(
