@@ -62,7 +62,7 @@ def test_help_shows_the_examples_and_the_exit_status(capsys):
         assert "held-out" not in shown
     text = build_parser().format_help()
     assert "2  usage or input error (message on stderr)" in text
-    assert "Pickles are loaded with weights_only=True." in text
+    assert "No code in a pickle is run." in text
 
 
 def test_the_page_has_every_command_with_its_options_and_examples(monkeypatch):

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..exceptions import CheckpointError
 from ..runtime.fingerprint import tensor_bytes
+from .pickles import kind_of
 from .protocol import HASHING, Checkpoint, Entry, Read, TensorInfo, is_text
 from .read import SAFETENSORS_DTYPES
 
@@ -95,15 +96,15 @@ def check_state_dict(state: Any, where: str) -> dict[str, torch.Tensor]:
     """Return ``state`` if it is a mapping of names to dense tensors; raise an error if not."""
     if not isinstance(state, Mapping):
         raise CheckpointError(
-            f"{where} holds a {type(state).__name__}, expected a state dict (tensor name -> "
+            f"{where} holds a {kind_of(state)}, expected a state dict (tensor name -> "
             f"tensor). Save module.state_dict()."
         )
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             # the name may be any object, and its repr may be long
-            what = repr(name) if isinstance(name, str) else f"a name of type {type(name).__name__}"
+            what = repr(name) if isinstance(name, str) else f"a name of type {kind_of(name)}"
             raise CheckpointError(
-                f"{where} is not a plain state dict: {what} is a {type(value).__name__}, expected "
+                f"{where} is not a plain state dict: {what} is a {kind_of(value)}, expected "
                 f"a tensor. Save only module.state_dict()."
             )
         if value.layout is not torch.strided or value.is_quantized or value.is_nested:

@@ -1,416 +1,379 @@
-"""Find out what a pickle would build from its opcodes, without building or running anything."""
+"""Read the pickles of torch.save as plain data; nothing that they name is imported or called.
+
+``torch.load`` with ``weights_only`` calls what torch and other libraries allow in one list for the
+whole process, and takes unbounded time and memory. Here, each opcode takes constant time in its
+bytes.
+"""
 
 from __future__ import annotations
 
-import io
 import pickletools
 import re
-import sys
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
 
-from ..exceptions import CheckpointError
+# the one-dimensional tensor of a storage, given its key, its dtype and its number of values
+FindStorage = Callable[[str, torch.dtype, int], torch.Tensor]
 
-# everything in torch that a state dict needs; torch and libraries allow more, such as classes that
-# open connections, and functions that build tensors of any size or without values
-_OF_TORCH = re.compile(
-    r"torch\.(Size|device|([A-Z]\w*)?Tensor|[A-Z]\w*Storage|storage\.(Untyped|Typed)Storage"
-    r"|nn\.parameter\.(Parameter|Buffer)|serialization\._get_layout"
-    r"|_tensor\._rebuild_from_type_v2"
-    r"|_utils\._rebuild_(tensor(_v[23])?|parameter(_with_state)?|sparse_tensor|qtensor))"
+SAVE_WEIGHTS = "Save only the state dict: torch.save(module.state_dict(), path)."
+_ORDERED_DICT = "collections.OrderedDict"
+_DTYPES = {
+    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16,
+    "BFloat16": torch.bfloat16, "Long": torch.int64, "Int": torch.int32, "Short": torch.int16,
+    "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool,
+    "ComplexDouble": torch.complex128, "ComplexFloat": torch.complex64,
+}  # fmt: skip
+_BYTES = {"torch.storage.UntypedStorage": torch.uint8, "torch.QInt8Storage": torch.int8,
+          "torch.QUInt8Storage": torch.uint8, "torch.QInt32Storage": torch.int32}  # fmt: skip
+_STORAGES = {f"torch.{name}Storage": dtype for name, dtype in _DTYPES.items()} | _BYTES
+_TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2",
+            "torch._utils._rebuild_tensor_v3")  # fmt: skip
+_PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
+_WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
+_KINDS = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
+_NOT_DENSE = ("torch._utils._rebuild_sparse_tensor", "torch._utils._rebuild_qtensor")
+_PLAIN = {_ORDERED_DICT, *_STORAGES, *_TENSORS, _PARAMETERS[0]}
+_IN_TORCH = {*_PLAIN, *_PARAMETERS, _WITH_ATTRIBUTES, *_KINDS, *_NOT_DENSE}
+# other names in torch that state dicts and training checkpoints contain
+_HARMLESS_IN_TORCH = re.compile(
+    r"torch\.(Size|device|serialization\._get_layout|(nn\.(?!parameter\.)|optim\.|_C\._nn\.).+)"
 )
-# torch itself builds none of these; stand-ins without code take their place (torch_files.py)
-INERT = re.compile(r"torch\.(nn\.(?!parameter\.)|optim\.|_C\._nn\.).+")
-# names outside torch that it builds
-_BUILT = ("OrderedDict", "Counter", "set", "complex", "bytearray", "encode")
-# attributes that a pickle must not set, because they would hide methods
-_OF_DICT = frozenset(dir(OrderedDict))
-_METHODS = _OF_DICT.union(dir(torch.Tensor))
-REUSED = 16  # maximum total size of the arguments of calls, in sizes of the pickle
-_EMPTY = ("EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET")
-_LITERALS = ("NONE", "NEWFALSE", "NEWTRUE", "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1",
-             *_EMPTY)  # fmt: skip
-MOST_INERT = 10**7  # uses of names without code, times names: torch takes as many steps
-MOST_ODD = 10_000  # keys whose hashes could be equal: a dict of these takes quadratic time
-LEAST = 1 << 16  # bytes that a smaller pickle is counted as
-NESTED = 10_000  # tuples within a tuple, counting repeats: hashing a tuple visits all of them
-ZIP64, LOCATOR, END = 56, 20, 22  # bytes of the records at the end of a zip archive
-LIST_OF_TEXTS = re.compile(r"\x80\](\(X*e|Xa)*\.")  # opcodes, without those of the memo
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+# modules that no harmless pickle refers to
+_NEVER = ("builtins", "os", "posix", "nt", "sys", "subprocess", "commands", "shutil", "socket",
+          "importlib", "runpy", "pty", "ctypes", "code", "pdb", "webbrowser", "pickle", "operator",
+          "functools", "multiprocessing", "asyncio", "signal", "platform", "pip",
+          "torch")  # fmt: skip
+# except for these names in them
+_DATA = re.compile(
+    r"builtins\.(object|bool|int|long|float|complex|str|unicode|bytes|bytearray|tuple|list|dict|set"
+    r"|frozenset|slice|x?range)|functools\.partial|operator\.(item|attr)getter"
+)
+# packages and functions whose calls only build data
+_BUILDERS = re.compile(
+    r"(numpy|pandas|datetime|collections|zoneinfo)\..+|copyreg\._reconstructor|re\._compile"
+    r"|_codecs\.encode|torch\.(Size|device|serialization\._get_layout)"
+)
+_OF_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+_MOST_DIMENSIONS = 64  # of a tensor in torch
 
 
 @dataclass(frozen=True)
-class _Global:
-    """A name of a class or function."""
+class Pickled:
+    """What a pickle holds; whether all of it is dicts, lists, numbers, texts and dense tensors."""
 
-    name: str
+    value: Any
+    is_plain: bool
+
+
+class Inert(dict[Any, Any]):
+    """In place of an object of a class that is not loaded: its items, and all else it is made of.
+
+    Without items, it does not count as a mapping.
+    """
+
+    def __init__(self, name: str, *held: Any) -> None:
+        super().__init__()
+        self.name = name
+        self.held = list(held)
+
+    def __hash__(self) -> int:  # type: ignore[override]  # dicts have none
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def kind_of(value: Any) -> str:
+    """The name of the class of a value, also if it was not loaded."""
+    return value.name if isinstance(value, Inert) else type(value).__name__
 
 
 @dataclass(frozen=True)
-class _Tuple:
-    """A tuple, how many tuples are in it, each as often as it occurs, and its size.
+class _Name:
+    """A class or function that a pickle refers to."""
 
-    ``n_odd`` is how many numbers and tuples it holds whose hashes could be equal to others.
+    full: str
+
+    def __str__(self) -> str:
+        return self.full.rpartition(".")[2]
+
+
+def read_pickle(file: IO[bytes] | bytes, find_storage: FindStorage) -> Pickled:
+    """What a pickle of ``torch.save`` holds; raise UnpicklingError for anything unusual in it.
+
+    Tensors are views of storages. Objects of unknown classes become `Inert`, as do all keys of
+    dicts that could have equal hashes.
     """
-
-    items: tuple[Any, ...]
-    weight: int
-    size: int
-    n_odd: int
-
-
-@dataclass
-class _Box:
-    """A list, a dict, a set or an object: its size, and the keys that are strings."""
-
-    kind: str  # the opcode, or the name of what was called
-    size: int = 1
-    keys: set[str] = field(default_factory=set)
-    n_odd: int = 0  # as in a tuple
-
-    def take(self, items: list[Any], has_keys: bool) -> None:
-        """Add items; for dicts, keys and values alternate."""
-        self.size += sum(map(_size, items))
-        self.n_odd += sum(map(_odd, items[::2] if has_keys else items))
-        if has_keys:
-            self.keys.update(key for key in items[::2] if isinstance(key, str))
-
-
-@dataclass(frozen=True)
-class _Number:
-    """A float or a large integer; with ``is_odd``, others have the same hash."""
-
-    is_odd: bool
-
-
-def _size(value: Any) -> int:
-    """The approximate size of a value: characters, items."""
-    if isinstance(value, str):
-        return 1 + len(value)
-    return value.size if isinstance(value, (_Tuple, _Box)) else 1
-
-
-def _odd(value: Any) -> int:
-    """How many numbers and tuples in a value could have equal hashes."""
-    if isinstance(value, (_Tuple, _Box)):
-        return value.n_odd
-    return int(isinstance(value, _Number) and value.is_odd)
-
-
-def _now(measure: Callable[[Any], int], value: Any) -> int:
-    """A measure of a value, with what was added to lists since they became part of a tuple."""
-    total, todo = 0, [value]
-    while todo:
-        part = todo.pop()
-        if isinstance(part, _Tuple):
-            todo.extend(part.items)
-        total += 1 if isinstance(part, _Tuple) else measure(part)
-    return total
-
-
-def is_zip(path: Path) -> bool:
-    """Whether torch reads a file as a zip archive: it checks the first bytes, Python the last."""
-    with path.open("rb") as file:
-        found = file.read(4) == b"PK\3\4"
-    if found == zipfile.is_zipfile(path):
-        return found
-    if found:
-        raise ValueError("it begins as a zip archive but does not end as one")
-    raise CheckpointError(
-        f"{str(path)!r} can't be read: it is a zip archive according to its last bytes, but not "
-        f"according to its first ones, so two programs may read different contents. Load it and "
-        f"save it again with torch."
-    )
-
-
-def check_pickles(path: Path) -> dict[str, type | None]:
-    """Raise an error for a torch file that would fill memory or never finish loading.
-
-    Returns the names that its pickles refer to; dict or list for classes whose objects are filled
-    like one, since they are derived from it.
-    """
-    names: dict[str, type | None] = {}
-    if not is_zip(path):
-        with path.open("rb") as file:
-            for _ in range(4):  # magic number, version, system, the object
-                used = _check(file, path, names)
-            listed = _keys(file, path) if used else set()
-        if lost := sorted(used - listed):
-            raise CheckpointError(
-                f"{str(path)!r} can't be read: the data of the storage {lost[0]!r} is missing, and "
-                f"torch would return uninitialized memory. Load it and save it again with torch."
-            )
-        return names
-    with zipfile.ZipFile(path) as archive:
-        if _directory(path) != archive.start_dir:
-            raise CheckpointError(
-                f"{str(path)!r} can't be read: it is a zip archive whose end record points to a "
-                f"wrong position of its directory, so other programs may find other members in it. "
-                f"Load it and save it again with torch."
-            )
-        members = archive.infolist()
-        packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-        # names of members are compared as they are stored, without case: only zipfile uses an extra
-        # field with another name
-        last = [(m.orig_filename.lower().rpartition("/")[2], m) for m in members]
-        found = [m for name, m in last if name == "data.pkl"]
-        if packed or archive.comment or len(found) > 1:
-            raise CheckpointError(
-                f"{str(path)!r} can't be read: it is a zip archive that torch.save does not write: "
-                f"{'its members are compressed' if packed else 'it holds more than one pickle'}. "
-                f"Load it and save it again with torch."
-            )
-        orders = [archive.open(m).read(8).decode("latin1") for n, m in last if n == "byteorder"]
-        if set(orders) - {sys.byteorder}:  # torch swaps bytes even on 'meta', where there are none
-            raise CheckpointError(
-                f"{str(path)!r} can't be read: it has the byte order {orders[0]!r}, expected "
-                f"{sys.byteorder!r}. Load it with torch and save it as .safetensors."
-            )
-        for member in found:
-            _check(io.BytesIO(archive.read(member)), path, names)
-    return names
-
-
-def is_of_tensors(name: str) -> bool:
-    """Whether torch itself allows a name that passed the checks."""
-    return name == "collections.OrderedDict" or (name[:6] == "torch." and not _is_inert(name))
-
-
-def _directory(path: Path) -> int:
-    """The start of the directory according to the end of a zip archive, as torch reads it.
-
-    Python's zipfile uses the bytes just before the end instead. -1 if the two disagree.
-    """
-    with path.open("rb") as file:
-        size = file.seek(0, io.SEEK_END)
-        file.seek(-min(size, ZIP64 + LOCATOR + END), io.SEEK_END)
-        last = file.read()
-    record, locator, end = last[: -LOCATOR - END], last[-LOCATOR - END : -END], last[-END:]
-    if end[:4] != b"PK\5\6":
-        return -1
-    if locator[:4] != b"PK\6\7":
-        return int.from_bytes(end[16:20], "little")
-    if record[:4] != b"PK\6\6" or int.from_bytes(locator[8:16], "little") != size - len(last):
-        return -1
-    return int.from_bytes(record[48:56], "little")
-
-
-def _keys(file: IO[bytes], path: Path) -> set[str]:
-    """The keys of the storages that follow: a pickled list of strings."""
-    found = list(pickletools.genops(file))
-    codes = "".join(op.code for op, _, _ in found if op.code not in "qr")
-    if not LIST_OF_TEXTS.fullmatch(codes):
-        raise _refused(path, "a list of storages that torch.save does not write")
-    return {str(arg) for op, arg, _ in found if op.code == "X"}
-
-
-def _check(file: IO[bytes], path: Path, names: dict[str, type | None]) -> set[str]:
-    """Simulate one pickle with a stack of strings, names and tuples, and None for all else.
-
-    Returns the keys of the storages that it uses, and adds the names that it refers to.
-    """
-    used: set[str] = set()
-    stack: list[Any] = []
-    marks: list[list[Any]] = []
-    memo: dict[Any, Any] = {}
-    given = 0  # total size of the arguments of calls, counting repeats from the memo
-    stateful: dict[str, CheckpointError] = {}  # inert classes whose states may hide methods
-    n_inert = 0  # uses of names that torch looks up in a list of all stand-ins
+    machine = _Machine(find_storage)
     for op, arg, where in pickletools.genops(file):
-        name = op.name
-        if name in ("BINPUT", "LONG_BINPUT"):
-            memo[arg] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo.get(arg))
-        elif name == "MARK":
-            marks.append(stack)
-            stack = []
-        elif name in ("BINUNICODE", "SHORT_BINSTRING"):
-            stack.append(arg)
-        elif name in _LITERALS:
-            stack.append(_Box(name) if name in _EMPTY else _number(name, arg))
-        elif name == "TUPLE":
-            items, stack = stack, marks.pop()
-            stack.append(_nested(items, path))
-        elif name in _TUPLES:
-            n = _TUPLES[name]
-            stack[-n:] = [_nested(stack[-n:], path)]
-        elif name in ("REDUCE", "NEWOBJ"):
-            arguments, called = stack.pop(), stack.pop()
-            _check_call(called, arguments, path)
-            size = _now(_size, arguments)
-            given += size
-            n_inert += _is_inert(called.name)
-            is_number = called.name.endswith((".complex", ".Size"))  # which may be keys
-            stack.append(_Box(called.name, size, n_odd=int(is_number)))
-        elif name in ("APPENDS", "SETITEMS"):
-            items, stack = stack, marks.pop()
-            _fill(stack[-1], items, name == "SETITEMS", names, path)
-        elif name == "APPEND":
-            _fill(stack[-2], [stack.pop()], False, names, path)
-        elif name == "BUILD":
-            state = stack.pop()
-            given += _now(_size, state)
-            if (hiding := _check_build(stack[-1], state, path)) is not None:
-                stateful[stack[-1].kind] = hiding
-            n_inert += 1
-        elif name == "SETITEM":
-            _fill(stack[-3], stack[-2:], True, names, path)
-            del stack[-2:]
-        elif name == "BINPERSID":
-            used.add(_key(stack.pop(), path))
-            stack.append(None)
-        elif name == "GLOBAL":
-            stack.append(_Global(_checked_name(str(arg), path)))
-            names.setdefault(stack[-1].name)
-            n_inert += _is_inert(stack[-1].name)
-        elif name != "PROTO":
-            for kind in stateful:
-                if names.get(kind) is dict:
-                    raise stateful[kind]
-            return used if name == "STOP" else set()  # or an opcode that torch rejects
-        if given > REUSED * max(where or 0, LEAST):
-            raise _refused(path, "calls with the same large arguments again and again")
-        if n_inert * len(names) > MOST_INERT:
-            raise _refused(path, "very many objects of very many classes")
-    return used
+        if op.name == "STOP":
+            break
+        act = _ACTS.get(op.name)
+        if act is None:
+            raise UnpicklingError(
+                f"it was written with a pickle protocol that torch.load does not read without "
+                f"running code (opcode {op.name}). Save it again, without pickle_protocol=."
+            )
+        act(machine, arg)
+        if machine.n_copied > (where or 0):
+            raise _refused("the same large list in very many calls")
+    return Pickled(machine.stack[-1], machine.is_plain)
 
 
-def _fill(
-    box: Any, items: list[Any], has_keys: bool, names: dict[str, type | None], path: Path
-) -> None:
-    """Note what is added to a list or a dict, or to an object of a class derived from one."""
-    if isinstance(box, _Box):
-        box.take(items, has_keys)
-        if box.kind in names:
-            names[box.kind] = dict if has_keys else list
-        if has_keys and box.n_odd > MOST_ODD:
-            raise _refused(path, "a dict with very many keys that could have equal hashes")
+class _Machine:
+    """The state of a pickle that is being read: a stack, and the objects it refers to again."""
 
+    def __init__(self, find_storage: FindStorage) -> None:
+        self.find_storage = find_storage
+        self.stack: list[Any] = []
+        self.marks: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        self.storages: dict[str, tuple[torch.dtype, int, _Storage]] = {}
+        self.is_plain = True
+        self.n_copied = 0
 
-def _is_inert(name: str) -> bool:
-    """Whether torch does not build objects of this name itself."""
-    if name.partition(".")[0] == "torch":
-        return INERT.fullmatch(name) is not None
-    return name.rpartition(".")[2] not in _BUILT  # modules may have other names, as in Python 2
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
 
+    def mark(self, _: None) -> None:
+        self.marks.append(self.stack)
+        self.stack = []
 
-def _check_build(target: Any, state: Any, path: Path) -> CheckpointError | None:
-    """Raise an error if the state of anything but an OrderedDict is set, unless it is inert.
+    def since_mark(self) -> list[Any]:
+        items, self.stack = self.stack, self.marks.pop()
+        return items
 
-    That of a tensor could be other memory. Returns the error for the state of an inert object,
-    which does not matter unless an OrderedDict takes its place.
-    """
-    kind = target.kind if isinstance(target, _Box) else ""
-    if kind in ("", *_EMPTY) or not (_is_inert(kind) or kind == "collections.OrderedDict"):
-        raise _refused(path, "an object whose state torch.save does not write")
-    try:
-        if state is target and _is_inert(kind):  # a dict whose items are its attributes
-            _refuse_hidden(state.keys, _OF_DICT, path)
+    def put(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    def get(self, index: int) -> None:
+        self.stack.append(self.memo[index])
+
+    def tuple_of(self, count: int) -> None:
+        self.stack[-count:] = [tuple(self.stack[-count:])]
+
+    def name(self, arg: str) -> None:
+        """A name of a class, of a function or of a dtype."""
+        module, _, attribute = arg.rpartition(" ")
+        full = f"{_OF_PYTHON_2.get(module, module)}.{attribute}"
+        dtype = vars(torch).get(attribute) if module == "torch" else None
+        if isinstance(dtype, torch.dtype):
+            self.stack.append(dtype)
+            return
+        self.is_plain &= full in _PLAIN
+        self.stack.append(_checked(full, attribute))
+
+    def call(self, _: None) -> None:
+        given, called = self.stack.pop(), self.stack.pop()
+        if not isinstance(called, _Name) or not isinstance(given, tuple):
+            raise _refused("a call of something that is not a class or function")
+        self.stack.append(self.result(called, given))
+
+    def new(self, _: None) -> None:
+        """An object without a call of ``__init__``."""
+        given, kind = self.stack.pop(), self.stack.pop()
+        is_class = isinstance(kind, _Name) and kind.full not in _PLAIN and isinstance(given, tuple)
+        if not is_class:
+            raise _refused("a new object of something that is not a class")
+        self.stack.append(self.result(kind, given))
+
+    def result(self, called: _Name, given: tuple[Any, ...]) -> Any:
+        """What a call makes: a dict, a tensor, or an object without code."""
+        if called.full == _ORDERED_DICT:
+            return self.ordered_dict(*given)
+        if called.full in _TENSORS:
+            return _tensor(called.full, *given)
+        if called.full in _PARAMETERS:
+            if not isinstance(given[0], torch.Tensor):
+                raise _refused("a parameter without a tensor")
+            return given[0]
+        if called.full == _WITH_ATTRIBUTES:
+            function, kind, values = given[:3]
+            named = isinstance(function, _Name) and isinstance(kind, _Name)
+            if not named or kind.full not in _KINDS or function.full not in _TENSORS + _PARAMETERS:
+                raise _refused(f"more than dense tensors ({kind})")
+            return self.result(function, values)
+        if called.full == "torch.Size" and len(given) == 1 and isinstance(given[0], tuple):
+            return given[0]
+        if called.full in _NOT_DENSE:
+            return torch.zeros(1).to_sparse()  # in its place; neither can be mixed
+        # of a given size, with whatever is in the memory
+        if called.full in _KINDS or called.full in _STORAGES:
+            raise _refused(f"tensors without their values (a call of {called.full})")
+        own = str(called)
+        if own[:1].isupper() or _DATA.fullmatch(called.full) or _BUILDERS.fullmatch(called.full):
+            return Inert(own, given)
+        raise _runs_code(called.full)
+
+    def ordered_dict(self, pairs: Any = None) -> OrderedDict[Any, Any]:
+        """An empty one, or one of a list of pairs, as Python 2 wrote them."""
+        if not isinstance(pairs, (list, type(None))):
+            raise _refused("an OrderedDict of something that is not a list")
+        self.n_copied += len(pairs or ())
+        return OrderedDict((_key(name), value) for name, value in pairs or ())
+
+    def build(self, _: None) -> None:
+        """Set the state of an object."""
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, OrderedDict):  # attributes, such as the versions of modules
+            self.is_plain &= type(state) is dict and state.keys() == {"_metadata"}
+        elif isinstance(target, Inert):
+            target.held.append(state)
+        else:  # that of a tensor could be other memory
+            raise _refused(f"the state of a {kind_of(target)}")
+
+    def append(self, _: None) -> None:
+        item = self.stack.pop()
+        self.extend([item])
+
+    def appends(self, _: None) -> None:
+        self.extend(self.since_mark())
+
+    def extend(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if isinstance(target, Inert):
+            target.held.extend(items)
+        elif isinstance(target, list):
+            target.extend(items)
         else:
-            _check_state(state, _OF_DICT if _is_inert(kind) else _METHODS, path)
-    except CheckpointError as error:
-        if not _is_inert(kind):
-            raise
-        return error
-    return None
+            raise _refused(f"items of a {kind_of(target)}")
+
+    def set_item(self, _: None) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.update([key, value])
+
+    def set_items(self, _: None) -> None:
+        self.update(self.since_mark())
+
+    def update(self, items: list[Any]) -> None:
+        """Add items to a dict: keys and values in turn."""
+        target = self.stack[-1]
+        if not isinstance(target, dict):
+            raise _refused(f"items of a {kind_of(target)}")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[_key(key)] = value
+
+    def storage(self, _: None) -> None:
+        """A storage outside the pickle, which all tensors that use it share."""
+        found = self.stack.pop()
+        if not isinstance(found, tuple) or len(found) not in (5, 6) or found[0] != "storage":
+            raise _refused("more than tensors (an object outside the pickle)")
+        kind, key, count = found[1], found[2], found[4]
+        dtype = _STORAGES.get(kind.full) if isinstance(kind, _Name) else None
+        if dtype is None:
+            raise _refused(f"more than dense tensors ({getattr(kind, 'full', kind_of(kind))})")
+        if not isinstance(key, str) or not _is_count(count) or found[5:] not in ((), (None,)):
+            raise _refused("a storage without a key or a size, or a view of a storage")
+        if key not in self.storages:
+            values = self.find_storage(key, dtype, count)
+            self.storages[key] = dtype, count, _Storage(values, kind.full in _BYTES)
+        *known, storage = self.storages[key]
+        if known != [dtype, count]:
+            raise _refused(f"the storage {key!r} with two dtypes or sizes")
+        self.stack.append(storage)
 
 
-def _check_state(state: Any, methods: frozenset[str], path: Path) -> None:
-    """Raise an error for attributes that would hide methods."""
-    parts = state.items if isinstance(state, _Tuple) else (state,)
-    for part in parts:
-        if part is None:
-            continue
-        if not isinstance(part, _Box) or part.kind != "EMPTY_DICT":  # its keys are not known
-            raise _refused(path, "a state that is not a dict")
-        _refuse_hidden(part.keys, methods, path)
+@dataclass(frozen=True, eq=False)
+class _Storage:
+    """The values of a storage, which may be bytes of another dtype."""
+
+    values: torch.Tensor
+    is_bytes: bool
 
 
-def _refuse_hidden(keys: set[str], methods: frozenset[str], path: Path) -> None:
-    if hidden := sorted(methods.intersection(keys)):
-        raise _refused(path, f"an object whose {hidden[0]!r} is replaced")
+_ACTS: dict[str, Callable[[_Machine, Any], None]] = {
+    "PROTO": lambda machine, _: None,
+    "MARK": _Machine.mark,
+    "BINPUT": _Machine.put,
+    "LONG_BINPUT": _Machine.put,
+    "BINGET": _Machine.get,
+    "LONG_BINGET": _Machine.get,
+    "NONE": _Machine.push,  # whose argument is None
+    "NEWTRUE": lambda machine, _: machine.push(True),
+    "NEWFALSE": lambda machine, _: machine.push(False),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _Machine.push),
+    **dict.fromkeys(("BINUNICODE", "SHORT_BINSTRING"), _Machine.push),
+    "EMPTY_LIST": lambda machine, _: machine.push([]),
+    "EMPTY_DICT": lambda machine, _: machine.push({}),
+    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.since_mark())),
+    "TUPLE1": lambda machine, _: machine.tuple_of(1),
+    "TUPLE2": lambda machine, _: machine.tuple_of(2),
+    "TUPLE3": lambda machine, _: machine.tuple_of(3),
+    "GLOBAL": _Machine.name,
+    "REDUCE": _Machine.call,
+    "NEWOBJ": _Machine.new,
+    "BUILD": _Machine.build,
+    "APPEND": _Machine.append,
+    "APPENDS": _Machine.appends,
+    "SETITEM": _Machine.set_item,
+    "SETITEMS": _Machine.set_items,
+    "BINPERSID": _Machine.storage,
+}
 
 
-def _key(storage: Any, path: Path) -> str:
-    """The key of a storage, from its tuple ("storage", class, key, ...)."""
-    items = storage.items if isinstance(storage, _Tuple) else ()
-    if len(items) < 3 or not isinstance(items[2], str):
-        raise _refused(path, "more than tensors (a storage without a key)")
-    return items[2]
+def _key(value: Any) -> Any:
+    """A key of a dict; anything that could have the hash of many others becomes an `Inert`."""
+    is_small = isinstance(value, int) and abs(value) < 2**32
+    return value if isinstance(value, (str, Inert)) or is_small else Inert(kind_of(value), value)
 
 
-def _number(code: str, value: Any) -> _Number | None:
-    """A literal, if its hash matters."""
-    if code == "BINFLOAT":
-        return _Number(is_odd=False)
-    is_long = code == "LONG1" and abs(value) >= 2**32
-    return _Number(is_odd=abs(value) >= sys.hash_info.modulus) if is_long else None
+def _tensor(function: str, *given: Any) -> torch.Tensor:
+    """A view of a storage: offset, sizes and strides in values, and for version 3 a dtype."""
+    (storage, offset, size, stride, *_), rest = given[:6], list(given[6:])
+    if not isinstance(storage, _Storage):
+        raise _refused("a tensor without a storage")
+    values = storage.values
+    if function.endswith("_v3"):
+        dtype, *rest = rest
+        if not isinstance(dtype, torch.dtype):
+            raise _refused("a tensor without a dtype")
+        values = values.view(dtype)
+    elif storage.is_bytes:
+        raise _refused("a tensor without a dtype")
+    if rest and (not isinstance(rest[0], dict) or rest[0].keys() - {"conj"}):
+        raise UnpicklingError("it holds a tensor with the negative bit. Save tensor.resolve_neg().")
+    counts = [offset, *size, *stride]
+    if len(size) != len(stride) or len(size) > _MOST_DIMENSIONS or not all(map(_is_count, counts)):
+        raise _refused("a tensor with a wrong shape")
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if 0 not in size and last >= len(values):
+        raise _refused("a tensor that is larger than its storage")
+    made = values.as_strided(size, stride, values.storage_offset() + offset)
+    return made.conj() if rest and rest[0].get("conj") else made
 
 
-def _nested(items: list[Any], path: Path) -> _Tuple:
-    """A tuple of these items; raise an error for one that contains itself many times."""
-    weight = 1 + sum(item.weight for item in items if isinstance(item, _Tuple))
-    if weight > NESTED:
-        raise _refused(path, "tuples nested so deeply that reading would not finish")
-    # tuples of strings and small integers can't easily be given equal hashes
-    n_odd = sum(map(_odd, items)) + any(isinstance(item, _Number) for item in items)
-    return _Tuple(tuple(items), weight, 1 + sum(map(_size, items)), n_odd)
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
-def _checked_name(name: str, path: Path) -> str:
-    """A module and a name in it; raise an error for names in torch not needed for tensors."""
-    module, _, attribute = name.rpartition(" ")
-    full = f"{module}.{attribute}"
-    is_known = _OF_TORCH.fullmatch(full) is not None
-    if attribute == "bytearray" or (attribute.startswith("_rebuild_") and not is_known):
-        raise _refused(path, f"more than dense tensors ({full})")
+def _checked(full: str, attribute: str) -> _Name:
+    """A name in a pickle; raise an error for those that no harmless one contains."""
     if "." in attribute:  # torch.save writes names of modules and classes, not of what is in them
-        raise _refused(path, f"more than tensors ({full})")
-    is_dtype = isinstance(getattr(torch, attribute, None), torch.dtype) and module == "torch"
-    is_ours = is_dtype or is_known or INERT.fullmatch(full) is not None
-    if module.partition(".")[0] == "torch" and not is_ours:
-        raise CheckpointError(
-            f"{str(path)!r} can't be read: it holds more than tensors ({full}), and reading it "
-            f"could run code. sksoup never unpickles code. Save only the state dict: "
-            f"torch.save(module.state_dict(), path)."
-        )
-    return full
+        raise _refused(f"more than tensors ({full})")
+    package = full.partition(".")[0]
+    if package == "torch":
+        known = full in _IN_TORCH or _HARMLESS_IN_TORCH.fullmatch(full) is not None
+        if not known and attribute.startswith("_rebuild_"):
+            raise _refused(f"more than dense tensors ({full})")
+    else:
+        known = package not in _NEVER or _DATA.fullmatch(full) is not None
+    if not known:
+        raise _runs_code(full)
+    return _Name(full)
 
 
-def _check_call(called: Any, arguments: Any, path: Path) -> None:
-    """Raise an error for calls of unnamed objects, tensors without data, and encodings."""
-    if not isinstance(called, _Global):
-        raise _refused(
-            path, "more than tensors (a call of something that is not a class or function)"
-        )
-    kind, items = called.name, arguments.items if isinstance(arguments, _Tuple) else ()
-    if kind.startswith("torch.") and kind.endswith(("Tensor", "Storage")):
-        # given a size only, they would expose memory of the process
-        raise _refused(path, f"tensors without their values (a call of {kind})")
-    if kind.endswith("._rebuild_parameter_with_state") and len(items) > 3:
-        _check_state(items[3], _METHODS, path)
-    if not _is_inert(kind) and _now(_odd, arguments) > MOST_ODD:
-        raise _refused(path, "very many numbers or tuples that could have equal hashes")
-    if kind.endswith("._rebuild_from_type_v2"):  # it calls its first argument with its third
-        inner, given = (items[0], items[2]) if len(items) > 2 else (None, None)
-        _check_call(inner, given, path)
-        if len(items) > 3:
-            _check_state(items[3], _METHODS, path)
-    # encodings other than that of saved bytes, such as hex, double the size each time
-    is_latin1 = len(items) == 2 and isinstance(items[0], str) and items[1] == "latin1"
-    if kind == "_codecs.encode" and not is_latin1:
-        raise _refused(path, "an encoding that torch.save does not write")
-
-
-def _refused(path: Path, found: str) -> CheckpointError:
-    return CheckpointError(
-        f"{str(path)!r} can't be read: it holds {found}, which could fill the memory, expose its "
-        f"contents, or hang. Save only the state dict: torch.save(module.state_dict(), path)."
+def _runs_code(name: str) -> UnpicklingError:
+    return UnpicklingError(
+        f"it holds more than tensors ({name}), and reading it could run code. sksoup never "
+        f"unpickles code. {SAVE_WEIGHTS}"
     )
+
+
+def _refused(found: str) -> UnpicklingError:
+    return UnpicklingError(f"it holds {found}, which torch.save does not write. {SAVE_WEIGHTS}")

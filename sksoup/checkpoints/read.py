@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import stat
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import torch
@@ -76,37 +76,19 @@ def naming(path: Path) -> Iterator[None]:
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
     """The error for a file that a reader could not read, with a remedy for the cause."""
-    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    if isinstance(error, UnpicklingError):  # raised with a remedy
+        return CheckpointError(f"{str(path)!r} can't be read: {error}")
+    text = str(error).strip()
     line = text.splitlines()[0] if text else ""
-    if "Weights only load failed" in str(error) and re.search("GLOBAL|allowlisted", text):
-        found = re.search(r"GLOBAL ([\w.]+)", text)
-        wrong = (
-            f"can't be read: it holds more than tensors{f' ({found[1]})' if found else ''}, and "
-            f"reading it could run code. sksoup never unpickles code. Save only the state dict: "
-            f"torch.save(module.state_dict(), path)."
-        )
-    elif "Unsupported operand" in text:
-        wrong = (
-            "can't be read safely: it was written with a pickle protocol that torch can read only "
-            "by running code. Save it again, without pickle_protocol=."
-        )
-    elif "Can only " in text:
-        wrong = (
-            f"can't be read: in addition to tensors it holds objects that can't be read without "
-            f"running code ({line}). Save only the state dict: torch.save(module.state_dict(), "
-            f"path)."
-        )
+    reason = f"{type(error).__name__}: {line}".rstrip(": .")
+    if isinstance(error, MemoryError) or "allocate memory" in text:
+        remedy = "There is too little memory, or the header is damaged."
     else:
-        reason = f"{type(error).__name__}: {line}".rstrip(": .")
-        wrong = f"can't be read: {reason}. "
-        if isinstance(error, MemoryError) or "allocate memory" in text:
-            wrong += "There is too little memory, or the header is damaged."
-        else:
-            wrong += (
-                f"The file is damaged, incomplete or in another format. Copy or write it again, or "
-                f"{LEAVE_OUT}."
-            )
-    return CheckpointError(f"{str(path)!r} {wrong}")
+        remedy = (
+            f"The file is damaged, incomplete or in another format. Copy or write it again, or "
+            f"{LEAVE_OUT}."
+        )
+    return CheckpointError(f"{str(path)!r} can't be read: {reason}. {remedy}")
 
 
 class CheckpointFile(Checkpoint):

@@ -21,7 +21,7 @@ exit status:
   1  a check failed (inspect: unusable or unrelated checkpoints; verify: the soup differs)
   2  usage or input error (message on stderr); nothing was written
 
-Pickles are loaded with weights_only=True.
+No code in a pickle is run.
 """
 
 MIXED = (options.output_of_dtype, options.report)

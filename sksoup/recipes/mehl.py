@@ -163,8 +163,7 @@ class MEHLSoup(BaseSoup):
     prefetch : int, default=1
         Number of models that a background thread reads in advance, each into its own memory (pinned
         host memory for CUDA). Meanwhile the operating system reads the files of the next model
-        batch into its cache. With 0, or if the rows do not fit into memory and are read meanwhile,
-        every file is read when it is needed.
+        batch into its cache. With 0 every file is read when it is needed.
     lr : float, default=0.05
         Learning rate for :math:`\alpha`, in units of coefficients.
     max_epochs : int, default=5

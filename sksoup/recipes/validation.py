@@ -616,16 +616,10 @@ def settings_of(soup: Any, problem: Problem) -> Settings:
 
 
 def storage_for(soup: Any, problem: Problem, n_ahead: int = 0) -> DeltaStorage:
-    """How a recipe stores deltas; only files are read ahead.
-
-    Not where rows are read by a user's data set meanwhile: while a file of PyTorch is read, other
-    threads can't load classes that were allowed by ``add_safe_globals``.
-    """
+    """How a recipe stores deltas; only files are read ahead."""
     checkpoints = problem.checkpoints
     has_files = any(checkpoints.path(name) is not None for name in checkpoints)
-    is_read = isinstance(problem.evaluate.data.X, IndexedRows)
-    ahead = n_ahead if has_files and not is_read else 0
-    return DeltaStorage(memory_limit_of(soup), soup.delta_dtype, ahead)
+    return DeltaStorage(memory_limit_of(soup), soup.delta_dtype, n_ahead if has_files else 0)
 
 
 def search_cache(soup: Any, problem: Problem, *more: Any) -> Cache | None:
