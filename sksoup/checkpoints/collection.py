@@ -898,12 +898,16 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         -------
         digest : str
             64 hexadecimal digits; the same in memory and in a file of any format. For a LoRA
-            adapter it covers its own tensors and their scales, without the base.
+            adapter it covers its own tensors and their scales, without the base. Computed only
+            once.
         """
         entry = self._entries[name]
-        if isinstance(entry.checkpoint, LowRankCheckpoint):
-            return entry.checkpoint.content_sha256()
-        return content_sha256(entry)
+        if not entry.digests:
+            if isinstance(entry.checkpoint, LowRankCheckpoint):
+                entry.digests.append(entry.checkpoint.content_sha256())
+            else:
+                entry.digests.append(content_sha256(entry))
+        return entry.digests[0]
 
     def _key(self, name: str) -> str | None:
         """The key of a checkpoint's state dict within its file, if ``key`` was passed."""

@@ -25,6 +25,8 @@ NOTABLE = re.compile(
     r"dilation|patch_size|is_decoder|pool|causal|experts_per_tok|residual"
 )
 
+NAMES = 2  # of the objects around a field, for messages
+
 
 def check_configs(entries: Iterable[Entry]) -> None:
     """Compare the configs of Hugging Face folders with that of the first one.
@@ -131,18 +133,20 @@ def _compare_labels(
 def _differences(
     config: dict[str, Any], expected: dict[str, Any]
 ) -> Iterable[tuple[tuple[str, ...], Any, Any]]:
-    """Fields with plain values in both that differ, as paths into nested configs.
+    """Fields with plain values in both that differ, by their last names in nested configs.
 
     Versions of transformers write an unused value as null, a list as text, and the same function as
     "gelu" or "gelu_pytorch_tanh".
     """
     todo: list[tuple[tuple[str, ...], Any, Any]] = [((), config, expected)]
     while todo:
-        field, got, other = todo.pop()
-        if isinstance(got, dict) and isinstance(other, dict):
-            todo.extend(((*field, name), got[name], other[name]) for name in got if name in other)
-        elif got != other and _kind(got) == _kind(other) != "" and not _are_gelus(got, other):
-            yield field, got, other
+        outer, config, expected = todo.pop()
+        for name, got in config.items():
+            field, other = (*outer, name), expected.get(name)
+            if isinstance(got, dict) and isinstance(other, dict):
+                todo.append((field[-NAMES:], got, other))
+            elif got != other and _kind(got) == _kind(other) != "" and not _are_gelus(got, other):
+                yield field, got, other
 
 
 def _kind(value: Any) -> str:

@@ -37,8 +37,8 @@ def model_folders(checkpoints: Any, used: Iterable[str]) -> list[Path]:
     """Hugging Face folders of the used checkpoints and their bases; of all, if these have none."""
     for names in (used, checkpoints.names):
         folders = [hub_folder(path) for path in paths_of(checkpoints, names)]
-        if found := [folder for folder in folders if folder is not None]:
-            return found
+        if found := dict.fromkeys(folder for folder in folders if folder is not None):
+            return [*found]
     return []
 
 

@@ -111,6 +111,8 @@ def refuse_other_weights(folder: Path) -> None:
             _refuse_other_files_of_timm(part, path)
         if not isinstance(config, dict):
             continue
+        if "architecture" in config:  # older configs of timm are a pretrained_cfg
+            _refuse_other_files_of_timm({"pretrained_cfg": config}, path)
         if path.name != "config.json":
             _refuse_other_arguments(config, path)
         elif str(config.get("path")).endswith(".json"):  # the weights of a SparseStaticEmbedding

@@ -121,6 +121,8 @@ class Entry:
     without: frozenset[str] = frozenset()
     header: Mapping[str, TensorInfo] = field(init=False, repr=False)
     is_soup: bool = field(init=False, repr=False)  # whether sksoup wrote it, with a recipe
+    # the SHA-256 of its content, once it was computed
+    digests: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         n, header = len(self.prefix), self.checkpoint.header

@@ -165,7 +165,8 @@ def find_runs(
     steps = [path for path in inner if STEP.fullmatch(path.name) and find_weights(path)]
     if find_weights(folder):
         more = [path for path in inner if path not in steps and find_weights(path)]
-        if more := [path for path in more if path not in module_folders(folder)]:
+        known = module_folders(folder) if more else ()
+        if more := [path for path in more if path not in known]:
             raise CheckpointError(
                 f"{str(folder)!r} is a checkpoint and holds {len(more)} more, such as "
                 f"{more[0].name!r}. Choose which to open: CheckpointCollection([{str(folder)!r}]) "

@@ -181,9 +181,10 @@ def _check_classes(
         return None
     if not known:
         known, source = distinct, f"the validation data {str(files[0].path)!r}"
+    wanted = set(known)
     for file, values in zip(files, targets, strict=True):
         for index, value in enumerate(values.tolist()):
-            if value not in known:
+            if value not in wanted:
                 raise ValueError(
                     f"{file.where(index, label)}: got the label {value!r}, expected one of "
                     f"{listed(known)}, as in {source}. Correct it, or give the labels in the "

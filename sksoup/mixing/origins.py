@@ -54,7 +54,8 @@ class Origin:
 
 def common_origin(folders: Iterable[Path | None]) -> Origin:
     """Values on which configs and cards of all folders agree; none if a folder is missing."""
-    found = [Origin() if folder is None else _origin(folder) for folder in folders]
+    different = dict.fromkeys(folders)  # files in one folder share its config
+    found = [Origin() if folder is None else _origin(folder) for folder in different]
     first = found[0] if found else Origin()
 
     def agreed(name: str, otherwise: Any) -> Any:

@@ -70,6 +70,7 @@ def write_other(path) -> None:
         ("config.json", {"configuration_files": ["config.4.0.0.json"]}),
         ("config.json", {"pretrained_cfg": {"hf_hub_filename": "extra/evil.safetensors"}}),
         ("config.json", {"pretrained_cfg": {"custom_load": True}}),
+        ("config.json", {"architecture": "resnet18", "hf_hub_filename": "data/w.bin"}),
         ("config.json", {"model_args": {"checkpoint_path": "evil.safetensors"}}),
         ("sentence_bert_config.json", {"config_args": {"transformers_weights": "x/y.safetensors"}}),
         ("sentence_xlnet_config.json", {"config_kwargs": {"attribute_map": {"a": "b"}}}),
@@ -490,6 +491,37 @@ def test_a_recipe_can_not_choose_how_much_is_rounding(adapters, tmp_path, case):
         {**good, name: good[name] + 32 * eps * sizes.to(good[name].dtype)}, ckpts
     )
     assert findings.differing == {name: "has other values"}
+
+
+@pytest.mark.parametrize("case", ["factors", "adapters"])
+def test_an_adapter_can_not_choose_how_much_is_rounding(tmp_path, case):
+    """Large factors of a small product, or two products that cancel out."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8))
+    right = torch.randn(1, 8).repeat(2, 1)
+    for k in range(2):
+        left = torch.full((8, 2), 1e9)
+        left[:, 1] *= -1 if case == "factors" else 1
+        left *= -1 if k and case == "adapters" else 1
+        left[0, 0] *= 2 - k  # one row of the soup is large
+        factors = {"lora_B.weight": left, "lora_A.weight": right}
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["0"]}
+        (tmp_path / f"a{k}").mkdir()
+        save_file(
+            {f"base_model.model.0.{name}": value for name, value in factors.items()},
+            tmp_path / f"a{k}" / "adapter_model.safetensors",
+        )
+        (tmp_path / f"a{k}" / "adapter_config.json").write_text(json.dumps(config))
+    ckpts = CheckpointCollection([tmp_path / "a0", tmp_path / "a1"], module=base)
+    layers = dict.fromkeys(ckpts.layout, 0)
+    recipe = Recipe.record("average", ckpts, np.array([0.5, 0.5]), layers=layers)
+    good = recipe.cook(ckpts)
+    assert good["0.weight"][0].abs().max() > 1e7
+    assert recipe.verify(good, ckpts).ok
+    other = good["0.weight"].clone()
+    other[3] += 1e-3
+    findings = recipe.verify({**good, "0.weight": other}, ckpts)
+    assert findings.differing == {"0.weight": "has other values"}
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -30,6 +31,19 @@ def folders(root: Path, *changes: dict) -> list[Path]:
         config = {name: v for name, v in {**CONFIG, **change}.items() if v is not ...}
         (found[-1] / "config.json").write_text(json.dumps(config))
     return found
+
+
+def test_deeply_nested_configs_take_no_more_memory_than_their_text():
+    config: dict = {f"x{k}": k for k in range(20_000)}
+    for k in range(800):
+        config = {f"deep{k}": config}
+    other = json.loads(json.dumps(config).replace(": 7,", ": 8,"))
+    tracemalloc.start()
+    found = list(hub_agreement._differences(config, other))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == [(("deep1", "deep0", "x7"), 7, 8)]
+    assert peak < 1_000_000
 
 
 def test_labels_in_another_order_are_refused(tmp_path):

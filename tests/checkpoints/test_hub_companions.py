@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from sksoup import CheckpointCollection, CheckpointError, UniformSoup, mix
 from sksoup.__main__ import main
-from sksoup.checkpoints import hub_companions, modules
+from sksoup.checkpoints import beside, hub_companions, modules, sweeps
 from sksoup.checkpoints.hub_companions import copy_companions
 
 from ..zoo import around
@@ -78,6 +78,25 @@ def test_the_modules_of_a_folder_are_no_checkpoints_in_it(runs):
     (runs / "ft0" / "modules.json").unlink()
     with pytest.raises(CheckpointError, match=r"ft0' is a checkpoint and holds 1 more, .*2_Dense"):
         CheckpointCollection.from_path(runs)
+
+
+def test_the_modules_of_a_folder_are_listed_once(runs, monkeypatch):
+    """Not once per folder in it, nor once per checkpoint that shares its config."""
+    listed, original = [], modules.module_folders
+    for user in (sweeps, beside):
+        monkeypatch.setattr(
+            user, "module_folders", lambda folder: listed.append(folder) or original(folder)
+        )
+    for k in range(5):
+        shutil.copytree(runs / "ft1", runs / "ft0" / f"more{k}")
+    with pytest.raises(CheckpointError, match="is a checkpoint and holds 5 more"):
+        CheckpointCollection.from_path(runs / "ft0")
+    assert listed == [runs / "ft0"]
+    files = [shutil.copy(path, runs / f"{path.parent.name}.safetensors")
+             for path in sorted(runs.glob("ft?/model.safetensors"))]  # fmt: skip
+    shutil.copy(runs / "ft0" / "config.json", runs)
+    ckpts = CheckpointCollection(files)
+    assert hub_companions.model_folders(ckpts, ckpts.names) == [runs]
 
 
 def test_the_encoders_of_one_model_are_no_checkpoints_of_one_network(runs):

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from sksoup import CheckpointCollection, GreedySoup, Recipe, RecipeError, UniformSoup
+from sksoup.checkpoints import collection
 
 from ..zoo import Net, Zoo, make_states, same_tensors
 
@@ -38,6 +39,22 @@ def test_a_soup_of_memory_checkpoints_cooks_from_files_of_any_format(zoo: Zoo, t
     for path, state in zip(paths, states, strict=True):
         torch.save(state, path)
     assert same_tensors(soup.recipe_.cook(paths), soup.state_dict())
+
+
+def test_the_content_of_a_checkpoint_is_hashed_once(zoo: Zoo, tmp_path, monkeypatch):
+    """Each ingredient is compared with each checkpoint."""
+    states = make_states(3, seed=0)
+    soup = UniformSoup().fit(CheckpointCollection(states, module=Net), zoo.X, zoo.y)
+    for k, state in enumerate(reversed(states)):
+        save_file(state, tmp_path / f"renamed{k}.safetensors")
+    hashed, original = [], collection.content_sha256
+    monkeypatch.setattr(
+        collection, "content_sha256", lambda one: hashed.append(one) or original(one)
+    )
+    files = CheckpointCollection.from_path(tmp_path)
+    for _ in range(2):
+        assert soup.recipe_.verify(soup.state_dict(), files).ok
+    assert len(hashed) == 3
 
 
 def test_another_checkpoint_under_the_same_name_is_refused(files, zoo: Zoo, tmp_path):

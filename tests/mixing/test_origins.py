@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from sksoup.mixing import origins
 from sksoup.mixing.origins import Origin, common_origin
 
 CARD = """---
@@ -34,6 +35,14 @@ BERT = {
     "architectures": ["BertForSequenceClassification"], "_name_or_path": "google/bert",
     "id2label": {"0": "good", "1": "bad"},
 }  # fmt: skip
+
+
+def test_a_folder_of_many_ingredients_is_read_once(tmp_path, monkeypatch):
+    folder, read = write(tmp_path / "a", BERT, CARD), []
+    original = origins._origin
+    monkeypatch.setattr(origins, "_origin", lambda one: read.append(one) or original(one))
+    assert common_origin([folder] * 5).architecture == "BertForSequenceClassification"
+    assert read == [folder]
 
 
 def test_what_all_agree_on(tmp_path):

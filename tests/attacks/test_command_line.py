@@ -1,0 +1,37 @@
+"""Tables and names that the command line takes long for."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from safetensors.torch import save_file
+
+from sksoup.__main__ import main
+from sksoup.cli.wording import in_commands
+
+from ..zoo import Net
+
+
+def test_a_column_of_many_texts_as_labels_is_refused_at_once(tmp_path, capsys):
+    """Each was once compared with all others."""
+    for k in range(2):
+        torch.manual_seed(k)
+        save_file(Net().state_dict(), tmp_path / f"{k}.safetensors")
+    rows = "".join(f"1,2,3,4,text {k % 50_000}\n" for k in range(110_000))
+    (tmp_path / "rows.csv").write_text("a,b,c,d,label\n" + rows)
+    begin = time.perf_counter()
+    data = ["--data", str(tmp_path / "rows.csv"), "--label", "label"]
+    module = ["--module", f"{Net.__module__}:{Net.__qualname__}"]
+    assert main(["greedy", str(tmp_path), *data, *module, "-o", str(tmp_path / "s")]) == 2
+    assert "got 50000 distinct labels" in capsys.readouterr().err
+    assert time.perf_counter() - begin < 10
+
+
+def test_messages_with_very_long_names_are_shown_at_once():
+    name = "leave it out with collection.drop(' , or pass forward=" * 20_000
+    begin = time.perf_counter()
+    assert in_commands(f"{name!r} differs.") == f"{name!r} differs."
+    assert time.perf_counter() - begin < 10
+    short = "It differs. Leave it out with collection.drop('ft3') or collection.healthy()."
+    assert in_commands(short) == "It differs. --healthy leaves it out."
