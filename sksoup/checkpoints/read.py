@@ -20,6 +20,7 @@ from .protocol import HASHING, Checkpoint, Read, TensorInfo, is_text
 
 LEAVE_OUT = "leave it out: move it to another folder, or pass only the paths of the others"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+LONGEST_NAME = 4096  # characters of the name of a tensor, which messages and reports show
 RECIPE_KEY = "sksoup"  # of the recipe in the metadata of a soup
 RECIPE_SUFFIX = ".recipe.json"  # of the recipe beside a file without metadata
 # torch raises this for Ctrl-C while it takes over the bytes of a safetensors file
@@ -115,6 +116,11 @@ class CheckpointFile(Checkpoint):
             )
         with naming(file):
             self.header = self._read_header()
+        if (most := max(map(len, self.header), default=0)) > LONGEST_NAME:
+            raise CheckpointError(
+                f"{str(file)!r} can't be used: the name of a tensor has {most:,} characters, "
+                f"expected at most {LONGEST_NAME:,}. Rename the tensor."
+            )
 
     def __repr__(self) -> str:
         return repr(str(self.path))

@@ -8,8 +8,8 @@ import re
 REMEDIES = (
     (r"[Ll]eave (it|them) out with collection\.drop\((\[\.\.\.\]|.{0,300}?['\"])\) or "
      r"collection\.healthy\(\)", r"--healthy leaves \1 out"),
-    (r"Leave it out with collection\.drop\(.{0,300}?['\"]\), or leave out all such checkpoints with "
-     r"collection\.healthy\(\)", "--healthy leaves out all such checkpoints"),
+    (r"Leave it out with collection\.drop\(.{0,300}?['\"]\), or leave out all such checkpoints "
+     r"with collection\.healthy\(\)", "--healthy leaves out all such checkpoints"),
     (r"Leave soups out with collection\.drop\(\[\.\.\.\]\), and keep them", "Keep soups"),
     (r"See collection\.describe\(\) for details", "See `sksoup inspect`"),
     (r" \(see held_out_scores_\)", ""),

@@ -39,6 +39,15 @@ def few_looks(monkeypatch):
     return counted
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_very_long_name_of_a_tensor_is_refused_and_not_shown(tmp_path, suffix):
+    state, path = {"w" * 5000: torch.ones(2)}, tmp_path / f"a{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    with pytest.raises(CheckpointError, match="the name of a tensor has 5,000 characters") as error:
+        CheckpointCollection([path])
+    assert len(str(error.value)) < 500
+
+
 @pytest.mark.parametrize(
     "given",
     [[{}, {}], [nn.ReLU(), nn.ReLU()], [{"w": torch.ones(2)}, {}], [{}]],
