@@ -24,11 +24,8 @@ from .hub import HubModule, hub_folder
 from .in_memory import content_sha256
 from .low_rank import LowRankCheckpoint
 from .prefixes import prefixes_of
-from .protocol import Checkpoint, Entry, Read, TensorInfo
+from .protocol import LONGEST_NAME, Checkpoint, Entry, Read, TensorInfo
 from .sources import open_checkpoint
-
-# characters of a name; matching takes quadratic time, and usual names have about 100
-LONGEST = 500
 
 
 @dataclass(frozen=True)
@@ -267,7 +264,7 @@ def _rename(names: Iterable[str], network: Any) -> list[tuple[str, str, Any, str
     renamed = []
     for name in sorted(names, key=_by_number):  # so that experts are in order
         new, pattern = name, ""
-        if len(name) <= LONGEST:
+        if len(name) <= LONGEST_NAME:
             new, matched = rename_source_key(name, renamings, converters, base, state)
             pattern = matched or ""
             if new not in state and name in state:  # it already was the module's

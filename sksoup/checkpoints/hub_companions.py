@@ -33,9 +33,9 @@ NOT_COMPANIONS = (
 WEIGHTS = (".safetensors", *TORCH_SUFFIXES)
 
 
-def model_folders(checkpoints: Any, used: Iterable[str]) -> list[Path]:
-    """Hugging Face folders of the used checkpoints and their bases; of all, if these have none."""
-    for names in (used, checkpoints.names):
+def model_folders(checkpoints: Any, used: Iterable[str], others: Iterable[str] = ()) -> list[Path]:
+    """Hugging Face folders of checkpoints and their bases; of the others, if these have none."""
+    for names in (used, others):
         folders = [hub_folder(path) for path in paths_of(checkpoints, names)]
         if found := dict.fromkeys(folder for folder in folders if folder is not None):
             return [*found]

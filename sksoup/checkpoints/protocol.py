@@ -13,6 +13,8 @@ from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
 import torch
 
 Read: TypeAlias = Callable[[str], torch.Tensor]
+# characters of the name of a tensor; usual ones have about 100, and matching takes quadratic time
+LONGEST_NAME = 1000
 HASHING = threading.Lock()  # keeps threads from hashing the same file twice
 
 

@@ -16,11 +16,10 @@ import torch
 from safetensors import safe_open
 
 from ..exceptions import CheckpointError
-from .protocol import HASHING, Checkpoint, Read, TensorInfo, is_text
+from .protocol import HASHING, LONGEST_NAME, Checkpoint, Read, TensorInfo, is_text
 
 LEAVE_OUT = "leave it out: move it to another folder, or pass only the paths of the others"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-LONGEST_NAME = 4096  # characters of the name of a tensor, which messages and reports show
 RECIPE_KEY = "sksoup"  # of the recipe in the metadata of a soup
 RECIPE_SUFFIX = ".recipe.json"  # of the recipe beside a file without metadata
 # torch raises this for Ctrl-C while it takes over the bytes of a safetensors file

@@ -81,7 +81,8 @@ def write_folder(
 ) -> str:
     """Write shards; from Hugging Face folders with their configuration, tokenizer and a card."""
     used = used_names(recipe.ingredients, recipe.is_used(), collection).values()
-    sources = model_folders(collection, used)
+    listed = [one.name for one in recipe.ingredients if one.name in collection]
+    sources = model_folders(collection, used, listed)
     if not sources or collection.adapters(collection.names):
         recipe.cook(collection, output, shard_size)
         return ""
@@ -108,7 +109,7 @@ def write_soup(output: Path, soup: Any, tokenizer: Path | None) -> None:
     refuse_inputs(output, collection, collection)
     if output.suffix == ".safetensors":
         soup.save(output)
-    elif collection.adapters(collection.names) or model_folders(collection, soup.ingredients_):
+    elif collection.adapters(collection.names) or model_folders(collection, collection.names):
         with new_folder(output) as temporary:
             soup.save_pretrained(temporary / "soup")
             if tokenizer is not None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -21,8 +22,9 @@ from ..checkpoints.hub_companions import model_folders
 from ..checkpoints.hub_config import refuse_other_weights
 from ..checkpoints.peft_config import adapter_folder, is_adapter_folder
 from ..checkpoints.protocol import Read, TensorInfo, same_bits
+from ..checkpoints.read import TORCH_SUFFIXES
 from ..checkpoints.shards import INDEX
-from ..checkpoints.sources import open_checkpoint
+from ..checkpoints.sources import open_checkpoint, paths_of
 from ..checkpoints.torch_files import TorchFile
 from ..exceptions import RecipeError
 from ..runtime.fingerprint import tensor_bytes
@@ -31,6 +33,7 @@ from .layers import check_layers, is_statistic
 from .mix import as_dtype, mix_some, stored_dtypes
 from .rounding import is_rounding
 
+READ = (".json", ".safetensors", *TORCH_SUFFIXES)  # files of a checkpoint's folder
 LIMITS = (
     "Scores, temperature, labels and versions can't be rebuilt.\n"
     "A SHA-256 shows accidental changes; it is not a signature."
@@ -140,7 +143,7 @@ def verify(
     before = _stamps(checkpoints)
     found = _compare(recipe, weights, checkpoints)
     after = _stamps(checkpoints)
-    if changed := [name for name in before if before[name] != after[name]]:
+    if changed := [name for name in before if before[name] != after.get(name)]:
         raise RecipeError(
             f"{changed[0]!r} changed while it was compared, or was replaced and put back. Verify "
             f"again when no other process writes to its folder."
@@ -150,16 +153,24 @@ def verify(
 
 def _stamps(checkpoints: CheckpointCollection) -> dict[str, list[tuple[Any, ...]]]:
     """Inodes and change times of the files of checkpoints and bases; renaming changes them."""
-    stamps = {}
-    paths = [(name, checkpoints.path(name)) for name in checkpoints]
-    bases = [one.base.path for one in checkpoints.adapters(checkpoints.names).values()]
-    for name, path in (*paths, *((str(path), path) for path in bases)):
-        if path is not None:
-            folder = path if path.is_dir() else path.parent
-            files = folder.iterdir() if path.is_dir() or path.name.endswith(INDEX) else [path]
-            found = [(one.name, one.stat()) for one in sorted(files) if one.is_file()]
-            stamps[name] = [(file, s.st_ino, s.st_size, s.st_ctime_ns) for file, s in found]
+    stamps: dict[str, list[tuple[Any, ...]]] = {}
+    for path in paths_of(checkpoints, checkpoints.names):
+        is_folder = path.is_dir() or path.name.endswith(INDEX)
+        place = path.parent if path.name.endswith(INDEX) else path
+        if str(place) not in stamps:
+            files = [place]
+            if is_folder:
+                files = [one for one in sorted(place.iterdir()) if one.suffix in READ]
+            stamps[str(place)] = [stamp for file in files for stamp in _stamp(file)]
     return stamps
+
+
+def _stamp(file: Path) -> Iterator[tuple[Any, ...]]:
+    """Name, inode, size and change time of a file; none if it is gone."""
+    with suppress(OSError):
+        found = file.stat()
+        if stat.S_ISREG(found.st_mode):
+            yield file.name, found.st_ino, found.st_size, found.st_ctime_ns
 
 
 def _compare(
@@ -168,16 +179,19 @@ def _compare(
     checkpoints: CheckpointCollection,
 ) -> Verification:
     ingredients, is_used = {}, recipe.is_used()
+    names: list[str] = []
     for ingredient, used in zip(recipe.ingredients, is_used, strict=True):
         ingredients[ingredient.name] = "ok" if used else "unused"
         try:
             if used:
-                find_ingredient(ingredient, checkpoints)
+                names.append(find_ingredient(ingredient, checkpoints))
         except RecipeError as error:
             ingredients[ingredient.name] = str(error)
-    beside = _beside(weights, checkpoints)
-    names = [name for name in recipe.recalibrated if is_statistic(name)]
-    unchecked = dict.fromkeys(names, "was re-estimated from data, which a recipe can't rebuild")
+    beside = _beside(weights, checkpoints, names)
+    statistics = [name for name in recipe.recalibrated if is_statistic(name)]
+    unchecked = dict.fromkeys(
+        statistics, "was re-estimated from data, which a recipe can't rebuild"
+    )
     with _reading(weights, recipe.layers, checkpoints.module) as (header, read):
         digest = _compared(recipe.weights_sha256, header, read)
         if set(ingredients.values()) - {"ok", "unused"}:
@@ -283,14 +297,18 @@ def _refuse_adapter(path: Path) -> None:
         )
 
 
-def _beside(weights: Any, checkpoints: CheckpointCollection) -> tuple[str, ...]:
+def _beside(
+    weights: Any, checkpoints: CheckpointCollection, ingredients: Collection[str]
+) -> tuple[str, ...]:
     """Weights that a program may load instead of, or in addition to, those compared."""
     if isinstance(weights, Mapping):
         return ()
     path = Path(weights)
     if not path.exists() or is_adapter_folder(path):  # the error is raised when it is opened
         return ()
-    return tuple(other_weights(path, model_folders(checkpoints, checkpoints.names)))
+    own = (path if path.is_dir() else path.parent).resolve()  # maybe one of the ingredients
+    folders = [one for one in model_folders(checkpoints, ingredients) if one.resolve() != own]
+    return tuple(other_weights(path, folders))
 
 
 def _other_kind(info: TensorInfo, wanted: TensorInfo) -> str | None:

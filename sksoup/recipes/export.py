@@ -174,7 +174,7 @@ class ExportMixin:
         check_is_fitted(self, "coef_")
         if process_rank():
             return
-        sources = model_folders(self.checkpoints_, self.ingredients_)
+        sources = model_folders(self.checkpoints_, self.ingredients_, self.checkpoints_.names)
         adapters = self.checkpoints_.adapters(self.checkpoints_.names).values()
         config = getattr(self.module_, "config", None) if adapters else None
         if adapters and hasattr(config, "save_pretrained"):

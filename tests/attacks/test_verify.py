@@ -20,6 +20,7 @@ from sksoup.__main__ import main
 from sksoup.checkpoints.hub_companions import copy_companions
 from sksoup.checkpoints.hub_config import LIMIT
 from sksoup.checkpoints.read import SafetensorsFile
+from sksoup.mixing import verification
 
 from .test_configs import BERT
 
@@ -131,7 +132,7 @@ def test_an_ingredient_that_is_replaced_for_a_moment_is_noticed(tmp_path, monkey
     soup = {"w": torch.full((4,), (666 + 2) / 2)}
     assert not recipe.verify(soup, ckpts).ok
     monkeypatch.setattr(SafetensorsFile, "_open", replaced)
-    with pytest.raises(RecipeError, match="'a' changed while it was compared, or was replaced"):
+    with pytest.raises(RecipeError, match="'.*a.safetensors' changed while it was compared, or was replaced"):
         recipe.verify(soup, ckpts)
 
 
@@ -404,6 +405,68 @@ def test_a_shard_that_is_a_container_is_refused(parts):
         recipe.verify(folder, ckpts)
     torch.save({n: good[n] for n in rest}, folder / "2.bin")
     assert recipe.verify(folder, ckpts).ok
+
+
+def write_sentence_model(folder, weight, dense):
+    """A folder of sentence-transformers with weights in a further module."""
+    kinds = {"": "Transformer", "2_Dense": "Dense"}
+    listed = [{"path": path, "type": f"sentence_transformers.models.{kind}"}
+              for path, kind in kinds.items()]  # fmt: skip
+    (folder / "2_Dense").mkdir(parents=True)
+    (folder / "modules.json").write_text(json.dumps(listed))
+    (folder / "config.json").write_text("{}")
+    save_file({"w": torch.full((4,), weight)}, folder / "model.safetensors")
+    save_file({"linear": torch.full((2,), dense)}, folder / "2_Dense" / "model.safetensors")
+
+
+def test_modules_are_compared_with_those_of_used_ingredients_only(tmp_path, capsys):
+    runs = tmp_path / "runs"
+    write_sentence_model(runs / "a", 1.0, 0.5)
+    write_sentence_model(runs / "b", 2.0, 0.5)
+    soup, inside = tmp_path / "soup", runs / "soup"
+    assert main(["average", str(runs / "a"), str(runs / "b"), "-o", str(soup)]) == 0
+    assert main(["verify", str(soup), str(runs)]) == 0
+    other = soup / "2_Dense" / "model.safetensors"
+    save_file({"linear": torch.full((2,), 666.0)}, other)
+    write_sentence_model(runs / "stranger", 3.0, 666.0)
+    assert main(["verify", str(soup), str(runs)]) == 1
+    shutil.copytree(soup, inside)
+    assert main(["verify", str(inside), str(runs)]) == 1
+    assert capsys.readouterr().out.count("2_Dense/model.safetensors' is also in the folder") == 2
+
+
+def test_a_rebuilt_soup_has_no_configuration_of_a_stranger(tmp_path):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for k in range(2):
+        save_file({"w": torch.full((4,), float(k))}, runs / f"{k}.safetensors")
+    assert main(["average", str(runs), "-o", str(tmp_path / "soup.safetensors")]) == 0
+    write_sentence_model(runs / "stranger", 3.0, 666.0)
+    soup, out = str(tmp_path / "soup.safetensors"), tmp_path / "out"
+    assert main(["cook", soup, str(runs), "-o", str(out)]) == 0
+    assert not [*out.glob("*config*"), *out.glob("modules*")]
+
+
+def test_a_folder_of_many_indices_is_looked_at_once(tmp_path, monkeypatch):
+    for k in range(5):
+        save_file({"w": torch.full((4,), float(k))}, tmp_path / f"{k}.safetensors")
+        index = {"weight_map": {"w": f"{k}.safetensors"}}
+        (tmp_path / f"{k}.safetensors.index.json").write_text(json.dumps(index))
+    ckpts = CheckpointCollection.from_path(tmp_path)
+    recipe = Recipe.record("average", ckpts, np.full(5, 0.2), layers={"w": 0})
+    good = recipe.cook(ckpts)
+    looked, original = [], verification._stamp
+    monkeypatch.setattr(
+        verification, "_stamp", lambda path: looked.append(path.name) or original(path)
+    )
+    (tmp_path / "events.log").write_text("a file of another program")
+    assert recipe.verify(good, ckpts).ok
+    assert len(looked) == 2 * 10  # before and after
+    monkeypatch.setattr(
+        verification, "_stamp", lambda path: path.unlink(missing_ok=True) or original(path)
+    )
+    with pytest.raises(CheckpointError, match="can't be opened: No such file"):
+        recipe.verify(good, ckpts)
 
 
 # ------------------------------------------------------------------ rounding

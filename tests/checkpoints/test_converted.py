@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sksoup import CheckpointCollection, CheckpointError, Recipe, UniformSoup, mix
-from sksoup.checkpoints.converted import LONGEST, ConvertedCheckpoint
+from sksoup.checkpoints.converted import ConvertedCheckpoint
+from sksoup.checkpoints.protocol import LONGEST_NAME
 from sksoup.checkpoints.read import SafetensorsFile
 
 from .test_hub_matrix import MODELS, N, save_runs
@@ -203,7 +204,7 @@ def test_what_transformers_can_not_convert_is_named(vits, mixtrals, tmp_path):
 
 def test_other_names_are_not_matched_and_stay(vits):
     stored = load_file(vits / "ft0" / "model.safetensors")
-    long = "experts." * LONGEST
+    long = "experts." * LONGEST_NAME
     collection = CheckpointCollection([stored | {long: torch.ones(1)}], module=MODELS["ViT"][0])
     assert long in collection.layout
     with pytest.raises(CheckpointError, match="The module does not fit the checkpoints: it lacks"):
