@@ -31,6 +31,7 @@ from .zoo import Net, same_tensors
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("command")
     make_folder(folder)
+    (folder / "folder.safetensors").mkdir()
     return folder
 
 
@@ -88,8 +89,11 @@ TABLE = f"{NETS} table.csv --label species"
         ("average runs -o out --shard-size big", "--shard-size='big' is not a size"),
         ("average nets -o out.safetensors --shard-size 1MB", "--shard-size is for a folder"),
         ("greedy no --data no.csv -o runs", "'runs' exists and is not an empty folder"),
-        ("greedy nets --module model:build --data val.npz --force -o nets/ft0.safetensors",
+        # before the data are read
+        ("greedy nets --module model:build --data no.npz --force -o nets/ft0.safetensors",
          "is one of the checkpoints to be mixed"),
+        ("greedy nets --module model:build --data no.npz --force -o folder.safetensors",
+         "'folder.safetensors' is a folder. Give another name"),
     ],
 )  # fmt: skip
 def test_errors_name_what_is_wrong_and_nothing_is_written(folder, capsys, line, said):

@@ -113,15 +113,16 @@ def record_dtype(folder: Path) -> None:
     config = folder / "config.json"
     try:
         found = json.loads(read_text(config, LIMIT))
-    except (CheckpointError, ValueError, RecursionError):  # none, or not of transformers
+    except (CheckpointError, ValueError, RecursionError):  # none, or damaged
         return
+    if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
+        return  # not of transformers
     sizes: Counter[torch.dtype] = Counter()
     for info in open_checkpoint(folder).header.values():
         sizes[info.dtype] += info.size if info.is_floating else 0
     dtype = str(max(sizes, key=sizes.__getitem__, default=torch.float32)).removeprefix("torch.")
-    parts = [found, *found.values()] if isinstance(found, dict) else []
     changed = False
-    for part in parts:
+    for part in (found, *found.values()):
         for name in ("dtype", "torch_dtype"):
             if isinstance(part, dict) and part.get(name) not in (None, dtype):
                 part[name] = dtype

@@ -41,6 +41,8 @@ def check_output(options: argparse.Namespace) -> None:
                 f"without .safetensors."
             )
     if is_file:
+        if output.is_dir():
+            raise FileExistsError(f"{str(output)!r} is a folder. Give another name.")
         if os.path.lexists(output) and not options.force:  # also a link to nothing
             raise FileExistsError(f"{str(output)!r} exists. Give another name, or --force.")
     elif output.suffix in (*SUFFIXES, ".json"):  # other dots are those of a folder's name
@@ -106,7 +108,6 @@ def write_folder(
 def write_soup(output: Path, soup: Any, tokenizer: Path | None) -> None:
     """Write a fitted soup, with the tokenizer (its folder) that its texts were read by."""
     collection: CheckpointCollection = soup.checkpoints_
-    refuse_inputs(output, collection, collection)
     if output.suffix == ".safetensors":
         soup.save(output)
     elif collection.adapters(collection.names) or model_folders(collection, collection.names):

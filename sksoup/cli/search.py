@@ -21,6 +21,7 @@ from ..checkpoints.collection import CheckpointCollection
 from ..data.tokens import shown_score
 from ..exceptions import SoupWarning
 from ..inspection.comparison import centered_systems, compare_soups, paper_systems
+from ..mixing.files import refuse_inputs
 from ..recipes.base import BaseSoup
 from ..recipes.baselines import BestCheckpoint
 from ..recipes.greedy import GreedySoup
@@ -46,6 +47,7 @@ OPTIMISTIC = (
 def search(options: argparse.Namespace) -> Result:
     """Fit the soup that the command is named after, and write it."""
     collection = _opened(options)
+    refuse_inputs(Path(options.output), collection, collection)
     val, test, tokenizer, classes = load_data(options, collection)
     soup = RECIPES[options.command]()
     soup.set_params(**_params(soup, options, classes))

@@ -289,15 +289,17 @@ def test_transformers_loads_a_soup_in_the_dtype_that_was_asked_for(tmp_path, giv
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "no JSON", "{}", '{"text_config": {"dtype": "float16"}}']
-)
-def test_a_config_without_a_dtype_is_left_as_it_is(tmp_path, content):
+    "content",
+    ["[]", "no JSON", "{}", '{"dtype": "float16"}',
+     '{"model_type": "x", "text_config": {"dtype": "float16"}}'],
+)  # fmt: skip
+def test_a_config_without_a_dtype_of_transformers_is_left_as_it_is(tmp_path, content):
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(content)
     hub_companions.record_dtype(tmp_path)
     changed = (tmp_path / "config.json").read_text()
-    if "dtype" in content:
-        assert json.loads(changed) == {"text_config": {"dtype": "float32"}}
+    if "text_config" in content:
+        assert json.loads(changed) == {"model_type": "x", "text_config": {"dtype": "float32"}}
     else:
         assert changed == content
 
