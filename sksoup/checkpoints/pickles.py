@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pickletools
 import re
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pickle import UnpicklingError
@@ -58,6 +57,7 @@ _BUILDERS = re.compile(
     r"(numpy|pandas|datetime|collections|zoneinfo)\..+|copyreg\._reconstructor|re\._compile"
     r"|_codecs\.encode|torch\.(Size|device|serialization\._get_layout)"
 )
+_SHOWN = {"encode": "bytes", "xrange": "range"}  # what these calls make
 _OF_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _MOST_DIMENSIONS = 64  # of a tensor in torch
 
@@ -76,21 +76,48 @@ class Inert(dict[Any, Any]):
     Without items, it does not count as a mapping.
     """
 
-    def __init__(self, name: str, *held: Any) -> None:
+    __slots__ = ("given", "more", "name")
+
+    def __init__(self, name: str, given: tuple[Any, ...]) -> None:
         super().__init__()
         self.name = name
-        self.held = list(held)
+        self.given = given
+        self.more: list[Any] | None = None
 
-    def __hash__(self) -> int:  # type: ignore[override]  # dicts have none
-        return id(self)
+    def hold(self, items: list[Any]) -> None:
+        """Add items of a list, or a state."""
+        if self.more is None:
+            self.more = []
+        self.more.extend(items)
 
-    def __eq__(self, other: object) -> bool:
-        return self is other
+    @property
+    def held(self) -> list[Any]:
+        """What it was made of, except items with keys."""
+        return [*self.given, *(self.more or ())]
+
+
+class OddKey:
+    """In place of a key of a dict that could have the hash of many others."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class _OrderedDict(dict[Any, Any]):
+    """As collections.OrderedDict, in a tenth of its memory."""
+
+    __slots__ = ()
 
 
 def kind_of(value: Any) -> str:
     """The name of the class of a value, also if it was not loaded."""
-    return value.name if isinstance(value, Inert) else type(value).__name__
+    if isinstance(value, OddKey):
+        return kind_of(value.value)
+    if isinstance(value, _Name):
+        return "class or function"
+    return value.name if isinstance(value, Inert) else type(value).__name__.lstrip("_")
 
 
 @dataclass(frozen=True)
@@ -106,8 +133,8 @@ class _Name:
 def read_pickle(file: IO[bytes] | bytes, find_storage: FindStorage) -> Pickled:
     """What a pickle of ``torch.save`` holds; raise UnpicklingError for anything unusual in it.
 
-    Tensors are views of storages. Objects of unknown classes become `Inert`, as do all keys of
-    dicts that could have equal hashes.
+    Tensors are views of storages. Objects of unknown classes become `Inert`, and keys of dicts that
+    could have equal hashes `OddKey`.
     """
     machine = _Machine(find_storage)
     for op, arg, where in pickletools.genops(file):
@@ -122,7 +149,9 @@ def read_pickle(file: IO[bytes] | bytes, find_storage: FindStorage) -> Pickled:
         act(machine, arg)
         if machine.n_copied > (where or 0):
             raise _refused("the same large list in very many calls")
-    return Pickled(machine.stack[-1], machine.is_plain)
+    if len(machine.stack) != 1 or machine.marks:
+        raise _refused("more than one object")
+    return Pickled(machine.stack[0], machine.is_plain)
 
 
 class _Machine:
@@ -136,6 +165,7 @@ class _Machine:
         self.storages: dict[str, tuple[torch.dtype, int, _Storage]] = {}
         self.is_plain = True
         self.n_copied = 0
+        self.n_values = 0  # of all storages, less those of tensors with the negative bit
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -187,7 +217,7 @@ class _Machine:
         if called.full == _ORDERED_DICT:
             return self.ordered_dict(*given)
         if called.full in _TENSORS:
-            return _tensor(called.full, *given)
+            return self.tensor(called.full, *given)
         if called.full in _PARAMETERS:
             if not isinstance(given[0], torch.Tensor):
                 raise _refused("a parameter without a tensor")
@@ -207,23 +237,50 @@ class _Machine:
             raise _refused(f"tensors without their values (a call of {called.full})")
         own = str(called)
         if own[:1].isupper() or _DATA.fullmatch(called.full) or _BUILDERS.fullmatch(called.full):
-            return Inert(own, given)
+            return Inert(_SHOWN.get(own, own), given)
         raise _runs_code(called.full)
 
-    def ordered_dict(self, pairs: Any = None) -> OrderedDict[Any, Any]:
+    def ordered_dict(self, pairs: Any = None) -> _OrderedDict:
         """An empty one, or one of a list of pairs, as Python 2 wrote them."""
         if not isinstance(pairs, (list, type(None))):
             raise _refused("an OrderedDict of something that is not a list")
         self.n_copied += len(pairs or ())
-        return OrderedDict((_key(name), value) for name, value in pairs or ())
+        return _OrderedDict((_key(name), value) for name, value in pairs or ())
+
+    def tensor(self, function: str, *given: Any) -> torch.Tensor:
+        """A view of a storage: offset, sizes and strides in values, and for version 3 a dtype."""
+        (storage, offset, size, stride, *_), rest = given[:6], list(given[6:])
+        if not isinstance(storage, _Storage):
+            raise _refused("a tensor without a storage")
+        values = storage.values
+        if function.endswith("_v3"):
+            dtype, *rest = rest
+            if not isinstance(dtype, torch.dtype):
+                raise _refused("a tensor without a dtype")
+            values = values.view(dtype)
+        elif storage.is_bytes:
+            raise _refused("a tensor without a dtype")
+        made = _view(values, offset, size, stride)
+        bits = rest[0] if rest else {}
+        is_known = isinstance(bits, dict) and not bits.keys() - {"conj", "neg"}
+        if not is_known or not all(value is True for value in bits.values()):
+            raise _refused("a tensor with unknown metadata")
+        if bits.get("conj") and not made.is_complex():
+            raise _refused("a real tensor with the conjugate bit")
+        if bits.get("neg"):  # which can't be seen as a view
+            self.n_values -= made.numel()
+            if self.n_values < 0:
+                raise _refused("more tensors with the negative bit than values")
+            made = -made
+        return made.conj() if bits.get("conj") else made
 
     def build(self, _: None) -> None:
         """Set the state of an object."""
         state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, OrderedDict):  # attributes, such as the versions of modules
+        if isinstance(target, _OrderedDict):  # attributes, such as the versions of modules
             self.is_plain &= type(state) is dict and state.keys() == {"_metadata"}
         elif isinstance(target, Inert):
-            target.held.append(state)
+            target.hold([state])
         else:  # that of a tensor could be other memory
             raise _refused(f"the state of a {kind_of(target)}")
 
@@ -237,7 +294,7 @@ class _Machine:
     def extend(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, Inert):
-            target.held.extend(items)
+            target.hold(items)
         elif isinstance(target, list):
             target.extend(items)
         else:
@@ -267,10 +324,13 @@ class _Machine:
         dtype = _STORAGES.get(kind.full) if isinstance(kind, _Name) else None
         if dtype is None:
             raise _refused(f"more than dense tensors ({getattr(kind, 'full', kind_of(kind))})")
-        if not isinstance(key, str) or not _is_count(count) or found[5:] not in ((), (None,)):
+        # other keys could be those of several members of an archive
+        is_key = isinstance(key, str) and key.isascii() and key.isdecimal()
+        if not is_key or not _is_count(count) or found[5:] not in ((), (None,)):
             raise _refused("a storage without a key or a size, or a view of a storage")
         if key not in self.storages:
             values = self.find_storage(key, dtype, count)
+            self.n_values += count
             self.storages[key] = dtype, count, _Storage(values, kind.full in _BYTES)
         *known, storage = self.storages[key]
         if known != [dtype, count]:
@@ -318,34 +378,20 @@ _ACTS: dict[str, Callable[[_Machine, Any], None]] = {
 
 
 def _key(value: Any) -> Any:
-    """A key of a dict; anything that could have the hash of many others becomes an `Inert`."""
+    """A key of a dict; anything that could have the hash of many others becomes an `OddKey`."""
     is_small = isinstance(value, int) and abs(value) < 2**32
-    return value if isinstance(value, (str, Inert)) or is_small else Inert(kind_of(value), value)
+    return value if isinstance(value, str) or is_small or value is None else OddKey(value)
 
 
-def _tensor(function: str, *given: Any) -> torch.Tensor:
-    """A view of a storage: offset, sizes and strides in values, and for version 3 a dtype."""
-    (storage, offset, size, stride, *_), rest = given[:6], list(given[6:])
-    if not isinstance(storage, _Storage):
-        raise _refused("a tensor without a storage")
-    values = storage.values
-    if function.endswith("_v3"):
-        dtype, *rest = rest
-        if not isinstance(dtype, torch.dtype):
-            raise _refused("a tensor without a dtype")
-        values = values.view(dtype)
-    elif storage.is_bytes:
-        raise _refused("a tensor without a dtype")
-    if rest and (not isinstance(rest[0], dict) or rest[0].keys() - {"conj"}):
-        raise UnpicklingError("it holds a tensor with the negative bit. Save tensor.resolve_neg().")
+def _view(values: torch.Tensor, offset: Any, size: Any, stride: Any) -> torch.Tensor:
+    """A view of values; raise an error unless it is within them."""
     counts = [offset, *size, *stride]
     if len(size) != len(stride) or len(size) > _MOST_DIMENSIONS or not all(map(_is_count, counts)):
         raise _refused("a tensor with a wrong shape")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if 0 not in size and last >= len(values):
         raise _refused("a tensor that is larger than its storage")
-    made = values.as_strided(size, stride, values.storage_offset() + offset)
-    return made.conj() if rest and rest[0].get("conj") else made
+    return values.as_strided(size, stride, values.storage_offset() + offset)
 
 
 def _is_count(value: Any) -> bool:
@@ -376,4 +422,4 @@ def _runs_code(name: str) -> UnpicklingError:
 
 
 def _refused(found: str) -> UnpicklingError:
-    return UnpicklingError(f"it holds {found}, which torch.save does not write. {SAVE_WEIGHTS}")
+    return UnpicklingError(f"it holds {found}, which sksoup does not read. {SAVE_WEIGHTS}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import os
 import sys
+import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO
@@ -18,9 +19,10 @@ from .pickles import Pickled, read_pickle
 ZIP64, LOCATOR, END = 56, 20, 22  # bytes of the records at the end of a zip archive
 ALIGNED = 16  # bytes of the largest dtype
 LOCAL = 30  # bytes at the beginning of a member, before its name
+DESCRIPTOR = 24  # most bytes between members, which repeat the size of the one before
 ENCRYPTED = 0x1 | 0x40  # flags of a member
 FOLDER = 0x10  # an attribute of a member
-MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file of before torch 1.6
+MAGIC = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # in the first pickle before torch 1.6
 SAVE_AGAIN = "Load it and save it again with torch."
 
 
@@ -48,59 +50,98 @@ def is_zip(path: Path) -> bool:
 
 def _read_archive(path: Path, device: str) -> Pickled:
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        members = _members(archive, _directory(file))
-        found = members.get("data.pkl")
-        if found is None:
+        end, listed = _directory(file), archive.infolist()
+        members = {_inner(member).lower(): member for member in listed}
+        wrong = next(filter(None, map(_oddity, listed)), "")
+        if end != archive.start_dir:
+            wrong = "its end record points to a wrong position of its directory"
+        elif archive.comment:
+            wrong = "it has a comment"
+        elif (
+            len(members) < len(listed)
+            or len({m.orig_filename.partition("/")[0] for m in listed}) > 1
+        ):
+            wrong = "it holds two members of one name, or more than one folder"
+        elif "constants.pkl" in members:
+            wrong = "it is a module of TorchScript"
+        starts = {} if wrong else _starts(file, members, end)
+        if wrong or not starts:
+            raise UnpicklingError(
+                f"it is a zip archive that torch.save does not write, in which other programs may "
+                f"find other members: {wrong or 'its members do not fill it'}. {SAVE_AGAIN}"
+            )
+        if "data.pkl" not in members:
             raise ValueError("it is a zip archive without data.pkl")
+        _check_byte_order(archive, members)
         take = _taker(path, device)
 
         def storage(key: str, dtype: torch.dtype, count: int) -> torch.Tensor:
-            member = members.get(f"data/{key}".lower())
+            member = members.get(f"data/{key}")
             if member is None or member.file_size // dtype.itemsize != count:
                 raise _lost(key)
-            return take(_start(file, member), dtype, count)
+            return take(starts[f"data/{key}"], dtype, count)
 
-        return read_pickle(archive.read(found), storage)
+        return read_pickle(archive.read(members["data.pkl"]), storage)
 
 
-def _members(archive: zipfile.ZipFile, directory: int) -> dict[str, zipfile.ZipInfo]:
-    """The members in the archive's folder; raise an error for what other programs read otherwise.
+def _inner(member: zipfile.ZipInfo) -> str:
+    """A member's name in the archive's folder, as it is stored: not that in an extra field."""
+    return member.orig_filename.partition("/")[2]
 
-    Names are compared as they are stored, without case, as torch does; zipfile can take them from
-    an extra field.
+
+def _oddity(member: zipfile.ZipInfo) -> str:
+    """What is unusual about a member, so that programs may read it in different ways."""
+    name = _inner(member)
+    is_folder = name.endswith("/") or not name
+    if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+        return "a member is compressed"
+    if member.flag_bits & ENCRYPTED:
+        return "a member is encrypted"
+    if member.external_attr & FOLDER and not is_folder:  # torch gives what is in the memory
+        return "a member is marked as a folder"
+    if not name.isascii() or not (name.isprintable() or not name):  # torch reads up to NUL
+        return "a name of a member is not in plain ASCII"
+    if _zip64_fields(member.extra) > 1:  # torch goes by the first, zipfile by all
+        return "a member has two positions"
+    return ""
+
+
+def _starts(file: IO[bytes], members: Mapping[str, zipfile.ZipInfo], end: int) -> dict[str, int]:
+    """Where the bytes of each member start; empty unless the members fill the file up to its end.
+
+    Names are compared without case, as torch does.
     """
-    if directory != archive.start_dir:
+    starts, position = {}, 0
+    for name, member in sorted(members.items(), key=lambda item: item[1].header_offset):
+        file.seek(member.header_offset)
+        local = file.read(LOCAL)
+        if local[:4] != b"PK\3\4" or not 0 <= member.header_offset - position <= DESCRIPTOR:
+            return {}
+        lengths = int.from_bytes(local[26:28], "little"), int.from_bytes(local[28:30], "little")
+        starts[name] = member.header_offset + LOCAL + sum(lengths)
+        position = starts[name] + member.file_size
+    return starts if 0 <= end - position <= DESCRIPTOR else {}
+
+
+def _check_byte_order(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]) -> None:
+    if (member := members.get("byteorder")) is None:
+        return
+    with archive.open(member) as opened:
+        order = opened.read(8).decode("latin1")
+    if order != sys.byteorder:
         raise UnpicklingError(
-            f"it is a zip archive whose end record points to a wrong position of its directory, so "
-            f"other programs may find other members in it. {SAVE_AGAIN}"
+            f"it has the byte order {order!r}, expected {sys.byteorder!r}. Load it with torch and "
+            f"save it as .safetensors."
         )
-    listed = archive.infolist()
-    names = [member.orig_filename.lower().partition("/") for member in listed]
-    found = {name: member for (_, _, name), member in zip(names, listed, strict=True)}
-    wrong = ""
-    if any(m.compress_type != zipfile.ZIP_STORED or m.compress_size != m.file_size for m in listed):
-        wrong = "its members are compressed"
-    elif sum(member.file_size for member in listed) > directory:
-        wrong = "its members overlap"
-    elif len(found) < len(listed) or len({folder for folder, *_ in names}) > 1:
-        wrong = "it holds two members of one name, or more than one folder"
-    elif archive.comment or any(member.flag_bits & ENCRYPTED for member in listed):
-        wrong = "it is encrypted or has a comment"
-    elif any(member.external_attr & FOLDER for member in listed):  # not read by torch at all
-        wrong = "a member is marked as a folder"
-    if wrong:
-        raise UnpicklingError(
-            f"it is a zip archive that torch.save does not write: {wrong}. {SAVE_AGAIN}"
-        )
-    if (member := found.get("byteorder")) is not None:
-        with archive.open(member) as opened:
-            order = opened.read(8).decode("latin1")
-        if order != sys.byteorder:
-            raise UnpicklingError(
-                f"it has the byte order {order!r}, expected {sys.byteorder!r}. Load it with torch "
-                f"and save it as .safetensors."
-            )
-    return found
+
+
+def _zip64_fields(extra: bytes) -> int:
+    """The number of fields with sizes and a position in the extra data of a member."""
+    count = 0
+    while extra:
+        count += extra[:2] == b"\1\0"
+        extra = extra[4 + int.from_bytes(extra[2:4], "little") :]
+    return count
 
 
 def _directory(file: IO[bytes]) -> int:
@@ -121,20 +162,15 @@ def _directory(file: IO[bytes]) -> int:
     return int.from_bytes(record[48:56], "little")
 
 
-def _start(file: IO[bytes], member: zipfile.ZipInfo) -> int:
-    """Where the bytes of a member start, which the directory of the archive does not say."""
-    file.seek(member.header_offset)
-    local = file.read(LOCAL)
-    if local[:4] != b"PK\3\4" or len(local) < LOCAL:
-        raise ValueError("a member of the zip archive is not where its directory says")
-    lengths = int.from_bytes(local[26:28], "little"), int.from_bytes(local[28:30], "little")
-    return member.header_offset + LOCAL + sum(lengths)
-
-
 def _read_legacy(path: Path, file: IO[bytes], device: str) -> Pickled:
     """Four pickles, the last of them the object, a list of storages, and their values."""
+    if MAGIC not in file.read(32):
+        raise ValueError("it does not begin as a file of torch.save")
+    if tarfile.is_tarfile(path):  # torch.load would read it as an older format
+        raise UnpicklingError(f"it is a tar archive. {SAVE_AGAIN}")
+    file.seek(0)
     magic, _, _ = (read_pickle(file, _no_storage).value for _ in range(3))
-    if magic != MAGIC:
+    if magic != int.from_bytes(MAGIC, "little"):
         raise ValueError("it does not begin as a file of torch.save")
     begin = file.tell()
     used: dict[str, tuple[torch.dtype, int]] = {}

@@ -125,7 +125,7 @@ def _holds_weights(entry: Any) -> bool:
 
 def _refuse_module(state: Any, where: str) -> None:
     """Raise an error for a whole module."""
-    if isinstance(state, Inert) and not state:
+    if isinstance(state, Inert) and not state and state.name[:1].isupper():
         raise CheckpointError(
             f"{where} can't be read: it holds more than tensors ({state.name}), and reading "
             f"it could run code. sksoup never unpickles code. {SAVE_WEIGHTS}"

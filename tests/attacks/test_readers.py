@@ -169,18 +169,24 @@ def test_a_name_that_is_no_text_is_not_written_out(tmp_path):
     assert read_lightning([path]).best is None
 
 
-def test_tensors_with_the_negative_bit(tmp_path):
-    """In memory, they are read as their values; in a file, they are refused."""
+def test_tensors_with_the_negative_bit_are_read_as_their_values(tmp_path):
     good = {"w": torch.arange(3.0) + 1}
     odd = {"w": torch._neg_view(-good["w"])}
-    ckpts = CheckpointCollection([good, odd])
-    assert mix(ckpts, [0.5, 0.5])["w"].tolist() == [1, 2, 3]
-    ckpts.describe()
-    recipe = Recipe.record("by hand", ckpts, [0.5, 0.5], layers={"w": 0})
-    assert recipe.verify(odd, ckpts).ok
+    torch.save(good, tmp_path / "a.pt")
     torch.save(odd, tmp_path / "b.pt")
-    with pytest.raises(CheckpointError, match=r"the negative bit\. Save tensor\.resolve_neg"):
-        CheckpointCollection([tmp_path / "b.pt"])
+    files = CheckpointCollection([tmp_path / "a.pt", tmp_path / "b.pt"])
+    for ckpts in (files, CheckpointCollection([good, odd])):
+        assert mix(ckpts, [0.5, 0.5])["w"].tolist() == [1, 2, 3]
+        ckpts.describe()
+    recipe = Recipe.record("by hand", files, [0.5, 0.5], layers={"w": 0})
+    assert recipe.verify(odd, files).ok
+    torch.save([odd["w"]] * 2 + [torch._neg_view(odd["w"].resolve_neg())], tmp_path / "c.pt")
+    read_torch_file(tmp_path / "c.pt", "cpu")
+    negative = tensor(4, 1).replace(b"RtR", b"R}" + text("neg") + b"\x88stR")
+    content = pickled(WEIGHT, (text("x"), negative), (text("y"), negative))
+    path = write_zip(tmp_path / "d.pt", ("data.pkl", content), NUMBERS)
+    with pytest.raises(CheckpointError, match="more tensors with the negative bit than values"):
+        CheckpointCollection([path])
 
 
 def test_dtypes_that_can_not_be_mixed_are_refused_when_opened(tmp_path):

@@ -254,7 +254,7 @@ def test_trials_of_one_step_are_told_apart_in_linear_time(tmp_path):
         (torch.ones(1).expand(10**10), "expected at most 100 times the size of the file"),
         (torch.ones(2, dtype=torch.complex64).conj(), "complex dtype"),
         (torch.eye(3).to_sparse(), "sparse"),
-        (torch._neg_view(torch.ones(3)), r"the negative bit\. Save tensor\.resolve_neg"),
+        (torch._neg_view(torch.ones(3)), ""),
     ],
     ids=["expanded", "conjugate", "sparse", "negative"],
 )
@@ -262,8 +262,11 @@ def test_odd_tensors_in_files_of_one_step(tmp_path, weight, said):
     for k in range(2):
         container = {"global_step": 2, "state_dict": {"w": weight}}
         torch.save(container, tmp_path / f"trial_{k}.ckpt")
-    with pytest.raises(CheckpointError, match=f"trial_0.ckpt' .*{said}"):
-        from_path(tmp_path)
+    if said:
+        with pytest.raises(CheckpointError, match=f"trial_0.ckpt' .*{said}"):
+            from_path(tmp_path)
+    else:
+        assert from_path(tmp_path)["trial_0"]["w"].tolist() == [-1, -1, -1]
 
 
 @pytest.mark.parametrize("which", ["best", "last"])
