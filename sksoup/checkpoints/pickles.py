@@ -60,6 +60,7 @@ _BUILDERS = re.compile(
 _SHOWN = {"encode": "bytes", "xrange": "range"}  # what these calls make
 _OF_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _MOST_DIMENSIONS = 64  # of a tensor in torch
+_MOST_ARGUMENTS = 8
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,8 @@ class _Machine:
 
     def result(self, called: _Name, given: tuple[Any, ...]) -> Any:
         """What a call makes: a dict, a tensor, or an object without code."""
+        if called.full in _IN_TORCH and len(given) > _MOST_ARGUMENTS:  # they would be copied
+            raise _refused(f"a call of {called.full} with {len(given):,} arguments")
         if called.full == _ORDERED_DICT:
             return self.ordered_dict(*given)
         if called.full in _TENSORS:
@@ -224,8 +227,13 @@ class _Machine:
             return given[0]
         if called.full == _WITH_ATTRIBUTES:
             function, kind, values = given[:3]
-            named = isinstance(function, _Name) and isinstance(kind, _Name)
-            if not named or kind.full not in _KINDS or function.full not in _TENSORS + _PARAMETERS:
+            is_call = isinstance(function, _Name) and isinstance(values, tuple)
+            if (
+                not is_call
+                or not isinstance(kind, _Name)
+                or kind.full not in _KINDS
+                or function.full not in _TENSORS + _PARAMETERS
+            ):
                 raise _refused(f"more than dense tensors ({kind})")
             return self.result(function, values)
         if called.full == "torch.Size" and len(given) == 1 and isinstance(given[0], tuple):
@@ -385,8 +393,8 @@ def _key(value: Any) -> Any:
 
 def _view(values: torch.Tensor, offset: Any, size: Any, stride: Any) -> torch.Tensor:
     """A view of values; raise an error unless it is within them."""
-    counts = [offset, *size, *stride]
-    if len(size) != len(stride) or len(size) > _MOST_DIMENSIONS or not all(map(_is_count, counts)):
+    is_small = len(size) == len(stride) <= _MOST_DIMENSIONS
+    if not is_small or not all(map(_is_count, (offset, *size, *stride))):
         raise _refused("a tensor with a wrong shape")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if 0 not in size and last >= len(values):

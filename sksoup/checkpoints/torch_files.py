@@ -100,9 +100,12 @@ def _is_beside(name: object) -> bool:
     return isinstance(name, str) and NO_MODEL.search(name) is not None
 
 
-def _holds_weights(entry: Any) -> bool:
-    """Whether an entry contains non-scalar tensors at any depth, except in optimizer states."""
-    todo, seen = [entry], set()
+def _holds_weights(entry: Any, seen: set[int]) -> bool:
+    """Whether an entry contains non-scalar tensors at any depth, except in optimizer states.
+
+    Parts that were seen in other entries are not looked at again.
+    """
+    todo = [entry]
     while todo:
         part = todo.pop()
         if isinstance(part, torch.Tensor) and part.ndim:
@@ -111,7 +114,7 @@ def _holds_weights(entry: Any) -> bool:
             continue
         seen.add(id(part))  # a pickle may contain itself
         if isinstance(part, Inert):
-            todo.extend(part.held)
+            todo += [part.given, part.more]
         if not isinstance(part, Mapping):
             todo.extend(part)
         elif "param_groups" not in part:
@@ -177,10 +180,11 @@ def _unwrap(state: Any, key: str | None, where: str) -> Any:
         and id(value) not in states
         and not _is_beside(name)
     }
+    seen: set[int] = set()
     mixed = [
         repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
         for name in others.values()
-        if _holds_weights(state[name])
+        if _holds_weights(state[name], seen)
     ]
     if mixed:
         raise CheckpointError(

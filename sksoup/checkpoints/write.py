@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..exceptions import CheckpointError
+from ..runtime.fingerprint import flat_bytes
 from .protocol import TensorInfo
 from .read import SAFETENSORS_DTYPES
 from .shards import INDEX
@@ -201,7 +202,7 @@ def _write_one_by_one(
             given, tensor = next(tensors)
             if given != name or TensorInfo.of(tensor) != info:
                 raise RuntimeError(f"got the tensor {given!r}, expected {name!r}")
-            data: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
+            data: Any = flat_bytes(tensor).numpy()
             file.write(data)
         os.fsync(file.fileno())
 

@@ -28,8 +28,13 @@ DEEPEST = 10  # containers in each other
 
 def tensor_bytes(value: torch.Tensor) -> memoryview:
     """The bytes of a tensor in row-major order; not copied where it lies so on the CPU."""
-    flat = value.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+    return flat_bytes(value.detach().resolve_conj().resolve_neg().cpu()).numpy().data
+
+
+def flat_bytes(value: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor in row-major order, a view if possible."""
+    # the stride of a single value may be anything, also if it is contiguous
+    return value.contiguous().as_strided((value.numel(),), (1,)).view(torch.uint8)
 
 
 class Hasher(NumpyHasher):  # type: ignore[misc]

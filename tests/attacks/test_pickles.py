@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from sksoup import CheckpointCollection, CheckpointError
+from sksoup.checkpoints import torch_files
 from sksoup.checkpoints.pickles import OddKey, read_pickle
 from sksoup.checkpoints.torch_archives import read_torch_file
 
@@ -258,6 +259,42 @@ def test_the_time_and_memory_of_a_container_are_those_of_its_opcodes(tmp_path, m
     for key in found if isinstance(found, dict) else ():
         assert isinstance(key, (str, int, OddKey))
         assert not isinstance(key, int) or abs(key) < sys.hash_info.modulus
+
+
+@pytest.mark.parametrize("is_size", [False, True])
+def test_large_arguments_of_tensors_are_not_copied(tmp_path, is_size):
+    """160 kB with one large tuple took seconds, and four times as long for twice as much."""
+    large = b"(" + b"K\1" * 100_000 + b"tq\x01"
+    value = tensor(4, 1)
+    call = (
+        value.replace(number(4) + b"\x85" + number(1), b"h\x01" + number(1))
+        if is_size
+        else (name("torch._utils._rebuild_tensor_v2") + b"h\x01R")
+    )
+    content = pickled(WEIGHT, (text("t"), large), (text("c"), b"](" + call * 3 + b"e"))
+    path = write_zip(tmp_path / "a.pt", ("data.pkl", content), NUMBERS)
+    with pytest.raises(
+        CheckpointError, match=r"(with 100,000 arguments|a tensor with a wrong shape)"
+    ):
+        CheckpointCollection([path])
+
+
+def test_parts_that_entries_share_are_looked_at_once(tmp_path, monkeypatch):
+    """In the search for weights outside the state dict."""
+    shared = [f"text {k}" for k in range(1_000)]
+    entries = {f"x{k}": {"a": shared, "b": k} for k in range(100)}
+    torch.save({"model": {"w": torch.ones(2)}, **entries}, tmp_path / "a.pt")
+    counted, original = [0], torch_files._holds_weights
+
+    def counting(entry, seen):
+        before = len(seen)
+        found = original(entry, seen)
+        counted[0] += len(seen) - before
+        return found
+
+    monkeypatch.setattr(torch_files, "_holds_weights", counting)
+    assert CheckpointCollection([tmp_path / "a.pt"])["a"]["w"].tolist() == [1, 1]
+    assert counted[0] == 2 * (100 + 1)  # the dicts and the list, when opened and when read
 
 
 def test_a_method_of_a_class_is_refused(tmp_path):

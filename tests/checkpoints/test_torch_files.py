@@ -77,6 +77,21 @@ def test_one_state_dict_under_many_names(tmp_path, monkeypatch):
         sources.open_checkpoint(write_file(tmp_path / "mixed.pt", many))
 
 
+def test_single_values_with_any_stride(tmp_path):
+    """Such as a column of one row."""
+    state = {"w": torch.randn(1, 4)[:, 0], "x": torch.randn(3, 1, 4)[..., :1]}
+    assert state["w"].stride() == (4,)
+    torch.save(state, tmp_path / "a.pt")
+    files, in_memory = CheckpointCollection([tmp_path / "a.pt"]), CheckpointCollection([state])
+    for ckpts in (files, in_memory):
+        (name,) = ckpts
+        assert ckpts.content_sha256(name) == in_memory.content_sha256("checkpoint0")
+        ckpts.describe()
+        ckpts.save(tmp_path / f"out {name}")
+        saved = CheckpointCollection.from_path(tmp_path / f"out {name}")
+        assert torch.equal(saved[name]["w"], state["w"])
+
+
 def test_a_state_dict_with_extra_state_is_no_container(tmp_path):
     state = {"fc.weight": torch.ones(2), "fc._extra_state": {"scale": torch.ones(1)}}
     torch.save(state, tmp_path / "m.pt")
