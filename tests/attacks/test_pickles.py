@@ -297,6 +297,18 @@ def test_parts_that_entries_share_are_looked_at_once(tmp_path, monkeypatch):
     assert counted[0] == 2 * (100 + 1)  # the dicts and the list, when opened and when read
 
 
+def test_texts_of_python_2_are_ascii(tmp_path):
+    """pickletools decodes them as Latin-1, torch.load as UTF-8."""
+    for key, is_read in ((b"w", True), (b"\xc3\xa4", False)):
+        content = pickled((b"U" + bytes([len(key)]) + key, tensor(4, 1)))
+        path = write_zip(tmp_path / "a.pt", ("data.pkl", content), NUMBERS)
+        if is_read:
+            assert CheckpointCollection([path])["a"]["w"].tolist() == [1, 2, 3, 4]
+        else:
+            with pytest.raises(CheckpointError, match="a text of Python 2 that is not ASCII"):
+                CheckpointCollection([path])
+
+
 def test_a_method_of_a_class_is_refused(tmp_path):
     inner = (text("state_dict"), b"}" + WEIGHT[0] + WEIGHT[1] + b"s")
     method = (text("x"), b"ccollections\nOrderedDict.update\n}}\x86R")
