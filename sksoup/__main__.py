@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if options.json:
         document = {**document, **({"warnings": warned} if warned else {})}
-        _print(json.dumps(document, indent=1, allow_nan=False))
+        # JSON has no NaN, such as R² of a single row
+        finite = json.loads(json.dumps(document), parse_constant=lambda _: None)
+        _print(json.dumps(finite, indent=1, allow_nan=False))
     else:
         _print(_shown(in_commands(text)))
     return int(status)

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import pickletools
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
+
+from .protocol import LONGEST_NAME
 
 # the one-dimensional tensor of a storage, given its key, its dtype and its number of values
 FindStorage = Callable[[str, torch.dtype, int], torch.Tensor]
@@ -59,6 +62,9 @@ _BUILDERS = re.compile(
 )
 _SHOWN = {"encode": "bytes", "xrange": "range"}  # what these calls make
 _OF_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+# attributes that the states of tensors and dicts must not have
+_OF_DICT = frozenset(dir(OrderedDict))
+_OF_TENSOR = frozenset(dir(torch.Tensor))
 _MOST_DIMENSIONS = 64  # of a tensor in torch
 _MOST_ARGUMENTS = 8
 
@@ -123,12 +129,10 @@ def kind_of(value: Any) -> str:
 
 @dataclass(frozen=True)
 class _Name:
-    """A class or function that a pickle refers to."""
+    """A class or function that a pickle refers to, with its module and alone."""
 
     full: str
-
-    def __str__(self) -> str:
-        return self.full.rpartition(".")[2]
+    own: str
 
 
 def read_pickle(file: IO[bytes] | bytes, find_storage: FindStorage) -> Pickled:
@@ -230,6 +234,7 @@ class _Machine:
         if called.full in _PARAMETERS:
             if not isinstance(given[0], torch.Tensor):
                 raise _refused("a parameter without a tensor")
+            _refuse_hidden(given[3:], _OF_TENSOR)
             return given[0]
         if called.full == _WITH_ATTRIBUTES:
             function, kind, values = given[:3]
@@ -241,6 +246,7 @@ class _Machine:
                 or function.full not in _TENSORS + _PARAMETERS
             ):
                 raise _refused(f"more than dense tensors ({kind})")
+            _refuse_hidden(given[3:], _OF_TENSOR)
             return self.result(function, values)
         if called.full == "torch.Size" and len(given) == 1 and isinstance(given[0], tuple):
             return given[0]
@@ -249,17 +255,19 @@ class _Machine:
         # of a given size, with whatever is in the memory
         if called.full in _KINDS or called.full in _STORAGES:
             raise _refused(f"tensors without their values (a call of {called.full})")
-        own = str(called)
+        own = called.own
         if own[:1].isupper() or _DATA.fullmatch(called.full) or _BUILDERS.fullmatch(called.full):
             return Inert(_SHOWN.get(own, own), given)
         raise _runs_code(called.full)
 
     def ordered_dict(self, pairs: Any = None) -> _OrderedDict:
         """An empty one, or one of a list of pairs, as Python 2 wrote them."""
-        if not isinstance(pairs, (list, type(None))):
-            raise _refused("an OrderedDict of something that is not a list")
-        self.n_copied += len(pairs or ())
-        return _OrderedDict((_key(name), value) for name, value in pairs or ())
+        pairs = [] if pairs is None else pairs
+        is_list = isinstance(pairs, list) and all(isinstance(one, (list, tuple)) for one in pairs)
+        if not is_list:
+            raise _refused("an OrderedDict of something that is not a list of pairs")
+        self.n_copied += len(pairs)
+        return _OrderedDict((_key(name), value) for name, value in pairs)
 
     def tensor(self, function: str, *given: Any) -> torch.Tensor:
         """A view of a storage: offset, sizes and strides in values, and for version 3 a dtype."""
@@ -292,6 +300,7 @@ class _Machine:
         """Set the state of an object."""
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, _OrderedDict):  # attributes, such as the versions of modules
+            _refuse_hidden((state,), _OF_DICT)
             self.is_plain &= type(state) is dict and state.keys() == {"_metadata"}
         elif isinstance(target, Inert):
             target.hold([state])
@@ -400,7 +409,8 @@ def _key(value: Any) -> Any:
 
 def _view(values: torch.Tensor, offset: Any, size: Any, stride: Any) -> torch.Tensor:
     """A view of values; raise an error unless it is within them."""
-    is_small = len(size) == len(stride) <= _MOST_DIMENSIONS
+    are_tuples = isinstance(size, tuple) and isinstance(stride, tuple)
+    is_small = are_tuples and len(size) == len(stride) <= _MOST_DIMENSIONS
     if not is_small or not all(map(_is_count, (offset, *size, *stride))):
         raise _refused("a tensor with a wrong shape")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
@@ -413,8 +423,20 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
+def _refuse_hidden(states: tuple[Any, ...], hidden: frozenset[str]) -> None:
+    """Raise an error for states that would change what other programs read: values, or methods."""
+    for state in states:
+        for part in state if isinstance(state, tuple) and len(state) == 2 else (state,):
+            if part is not None and not isinstance(part, dict):
+                raise _refused("a state that is not a dict")
+            if names := hidden.intersection(part or ()):
+                raise _refused(f"an object whose {min(names)!r} is replaced")
+
+
 def _checked(full: str, attribute: str) -> _Name:
     """A name in a pickle; raise an error for those that no harmless one contains."""
+    if len(full) > LONGEST_NAME:
+        raise _refused(f"the name of a class with {len(full):,} characters")
     if "." in attribute:  # torch.save writes names of modules and classes, not of what is in them
         raise _refused(f"more than tensors ({full})")
     package = full.partition(".")[0]
@@ -426,7 +448,7 @@ def _checked(full: str, attribute: str) -> _Name:
         known = package not in _NEVER or _DATA.fullmatch(full) is not None
     if not known:
         raise _runs_code(full)
-    return _Name(full)
+    return _Name(full, attribute)
 
 
 def _runs_code(name: str) -> UnpicklingError:

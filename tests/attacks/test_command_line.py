@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -26,6 +28,26 @@ def test_a_column_of_many_texts_as_labels_is_refused_at_once(tmp_path, capsys):
     assert main(["greedy", str(tmp_path), *data, *module, "-o", str(tmp_path / "s")]) == 2
     assert "got 50000 distinct labels" in capsys.readouterr().err
     assert time.perf_counter() - begin < 10
+
+
+def build():
+    return torch.nn.Linear(2, 1)
+
+
+@pytest.mark.filterwarnings("ignore:R.2 score is not well-defined")
+def test_a_score_that_is_not_defined_is_null_in_json(tmp_path, capsys):
+    """R² of a single row: once, after the soup was written, an error."""
+    for k in range(2):
+        torch.manual_seed(k)
+        torch.save(build().state_dict(), tmp_path / f"{k}.pt")
+    rows = "".join(f"{k},{k * k % 7},{k * 0.3}\n" for k in range(30))
+    (tmp_path / "val.csv").write_text("a,b,y\n" + rows)
+    (tmp_path / "test.csv").write_text("a,b,y\n1,2,0.5\n")
+    data = ["--data", str(tmp_path / "val.csv"), "--test", str(tmp_path / "test.csv")]
+    options = ["--label", "y", "--task", "regression", "--module", f"{__name__}:build", "--json"]
+    assert main(["greedy", str(tmp_path), *data, *options, "-o", str(tmp_path / "out")]) == 0
+    shown = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (shown["scores"]["test"], shown["best_checkpoint"]["test"]) == (None, None)
 
 
 def test_messages_with_very_long_names_are_shown_at_once():

@@ -440,7 +440,7 @@ def test_other_weights_than_those_that_are_opened_are_refused(tmp_path):
     refused(write(tmp_path / "ft", config), "refers to other weights")
 
 
-@pytest.mark.parametrize("name", ["model.layer.\u00b2", "model.layer." + "9" * 5000])
+@pytest.mark.parametrize("name", ["model.layer.\u00b2", "model.layer." + "9" * 900])
 def test_names_with_odd_numbers_are_opened(tmp_path, name):
     folder = write(tmp_path / "ft", BERT, {name: torch.ones(3)})
     assert len(CheckpointCollection([folder]).layout) == 1

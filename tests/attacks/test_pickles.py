@@ -185,14 +185,17 @@ OTHER_MEMORY = (
         OTHER_MEMORY + b"b",  # ... and one that set_ makes larger, without values
         name("torch._utils._rebuild_parameter") + b"(" + tensor(4, 1) + b"\x89" + ODICT + b")RtR)b",
         b"}}b",
+        ODICT + b")R" + HIDING + b"b",
     ],
-    ids=["empty", "larger", "parameter", "dict"],
+    ids=["empty", "larger", "parameter", "dict", "hiding"],
 )
 def test_the_state_of_a_tensor_or_dict_is_refused(tmp_path, built):
     inner = (text("state_dict"), b"}" + WEIGHT[0] + WEIGHT[1] + b"s")
     for content in (pickled((text("w"), built)), pickled(inner, (text("x"), built))):
         path = write_zip(tmp_path / "a.pt", ("data.pkl", content), NUMBERS)
-        with pytest.raises(CheckpointError, match=r"it holds the state of a (Tensor|dict), which"):
+        with pytest.raises(
+            CheckpointError, match=r"(the state of a (Tensor|dict), which|'items' is repl)"
+        ):
             CheckpointCollection([path])
 
 
@@ -200,10 +203,9 @@ def test_the_state_of_a_tensor_or_dict_is_refused(tmp_path, built):
     "built",
     [
         name("__builtin__.set") + b"]\x85R}b",
-        ODICT + b")R" + HIDING + b"b",
         name("UserList.OrderedDict") + b")R}" + text("items") + b"K\0sb",  # in Python 2
     ],
-    ids=["set", "state", "alias"],
+    ids=["set", "alias"],
 )
 def test_the_state_of_other_objects_is_not_set(tmp_path, built):
     inner = (text("state_dict"), b"}" + WEIGHT[0] + WEIGHT[1] + b"s")
@@ -259,6 +261,42 @@ def test_the_time_and_memory_of_a_container_are_those_of_its_opcodes(tmp_path, m
     for key in found if isinstance(found, dict) else ():
         assert isinstance(key, (str, int, OddKey))
         assert not isinstance(key, int) or abs(key) < sys.hash_info.modulus
+
+
+def test_names_of_classes_are_short_and_kept_once(tmp_path):
+    """Each object had its own copy of the name."""
+    calls = b"](" + b"h\x01)R" * 100 + b"e"
+    for n, is_read in ((900, True), (2_000, False)):
+        made = (text("t"), name("made." + "U" * n) + b"q\x01")
+        path = write_zip(
+            tmp_path / "a.pt", ("data.pkl", pickled(WEIGHT, made, (text("c"), calls))), NUMBERS
+        )
+        if is_read:
+            found = read_torch_file(path, "meta").value["c"]
+            assert len({id(one.name) for one in found}) == 1
+        else:
+            with pytest.raises(CheckpointError, match="the name of a class with 2,005 characters"):
+                CheckpointCollection([path])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda value: value.replace(number(4) + b"\x85" + number(1), value + number(1)),
+        lambda value: value.replace(number(1) + b"\x85\x89", value + b"\x89"),
+        lambda value: name("collections.OrderedDict") + b"](" + value + b"e\x85R",
+        lambda value: (
+            name("torch._tensor._rebuild_from_type_v2") + b"(" + TENSOR * 2 + value + b"NtR"
+        ),
+    ],
+    ids=["size", "stride", "pairs", "arguments"],
+)
+def test_a_tensor_is_not_taken_for_a_tuple(tmp_path, change):
+    """It may be expanded to any length."""
+    content = pickled(WEIGHT, (text("x"), change(tensor(4, 1))))
+    path = write_zip(tmp_path / "a.pt", ("data.pkl", content), NUMBERS)
+    with pytest.raises(CheckpointError, match=r"(wrong shape|not a list of pairs|dense tensors)"):
+        CheckpointCollection([path])
 
 
 @pytest.mark.parametrize("is_size", [False, True])

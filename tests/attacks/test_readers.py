@@ -98,9 +98,8 @@ def test_what_other_threads_load_and_allow_is_not_disturbed(tmp_path, monkeypatc
     assert not used
 
 
-@pytest.mark.parametrize("hidden", ["real", "detach", "items", "get"])
-def test_attributes_that_hide_methods_are_not_set(tmp_path, hidden):
-    """Neither here, nor does `verify` promise anything about other readers of such a file."""
+@pytest.mark.parametrize("hidden", ["real", "data", "detach", "items", "get"])
+def test_attributes_that_hide_methods_or_values_are_refused(tmp_path, hidden):
     state = b"}" + text(hidden) + name("torch.Tensor") + b"s"
     hiding = (
         name("torch._tensor._rebuild_from_type_v2")
@@ -112,11 +111,14 @@ def test_attributes_that_hide_methods_are_not_set(tmp_path, hidden):
         + b"tR"
     )
     odd = name("collections.OrderedDict") + b")R" + state + b"b"
-    for content in (pickled((text("w"), hiding)), pickled(WEIGHT, (text("x"), odd))):
-        path = write_zip(tmp_path / "a.pt", ("data.pkl", content), NUMBERS)
-        found = read_torch_file(path, "cpu")
-        assert found.value["w"].tolist() == [1, 2, 3, 4]
-        assert not found.is_plain
+    is_of_dict = hidden in ("items", "get")
+    content = pickled(WEIGHT, (text("x"), odd if is_of_dict else hiding))
+    path = write_zip(tmp_path / "a.pt", ("data.pkl", content), NUMBERS)
+    with pytest.raises(CheckpointError, match=f"an object whose '{hidden}' is replaced"):
+        CheckpointCollection([path])
+    content = pickled(WEIGHT, (text("x"), hiding if is_of_dict else odd))  # there, it is no method
+    write_zip(path, ("data.pkl", content), NUMBERS)
+    assert not read_torch_file(path, "meta").is_plain
 
 
 LARGE = (
