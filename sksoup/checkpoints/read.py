@@ -201,7 +201,9 @@ class SafetensorsFile(CheckpointFile):
         size, *_ = file_identity(path)
         with naming(path), path.open("rb") as file:
             start = file.read(9)  # the length of a JSON header and its first byte
-            return start[8:] == b"{" and int.from_bytes(start[:8], "little") < size
+            # other programs read what begins as a zip archive by torch.load
+            is_header = start[8:] == b"{" and start[:4] != b"PK\3\4"
+            return is_header and int.from_bytes(start[:8], "little") < size
 
     def _read_header(self) -> dict[str, TensorInfo]:
         with safe_open(self.file, framework="pt") as file:

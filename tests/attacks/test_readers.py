@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from sksoup import CheckpointCollection, CheckpointError, Recipe, RecipeError, mix
 from sksoup.__main__ import main
 from sksoup.checkpoints import growth
+from sksoup.checkpoints.read import SafetensorsFile
 from sksoup.checkpoints.records import read_lightning
 from sksoup.checkpoints.torch_archives import read_torch_file
 
@@ -48,6 +49,18 @@ def test_a_legacy_file_with_an_archive_behind_it_is_refused(tmp_path):
     archive = write_zip(tmp_path / "b.pt", ("data.pkl", pickled(WEIGHT)), NUMBERS)
     path.write_bytes(path.read_bytes() + archive.read_bytes())
     with pytest.raises(CheckpointError, match="two programs may read different"):
+        CheckpointCollection([path])
+
+
+def test_a_file_that_begins_as_an_archive_is_not_read_as_safetensors(tmp_path):
+    """The first bytes are the length of a header, too: of 67 MB."""
+    path = tmp_path / "a.bin"
+    header = b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    size = int.from_bytes(b"PK\3\4", "little")
+    with path.open("wb") as file:
+        file.write(b"PK\3\4\0\0\0\0" + header.ljust(size) + bytes(8))
+    assert not SafetensorsFile.accepts(path)
+    with pytest.raises(CheckpointError, match=r"a\.bin' can't be read"):
         CheckpointCollection([path])
 
 

@@ -589,6 +589,27 @@ def test_an_adapter_can_not_choose_how_much_is_rounding(tmp_path, case):
     assert findings.differing == {"0.weight": "has other values"}
 
 
+def test_large_factors_beside_a_whole_model_are_no_rounding_of_its_dtype(tmp_path):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 64)).to(torch.bfloat16)
+    left, right = torch.randn(64, 2).repeat(1, 2), torch.randn(2, 64)
+    factors = {"lora_B.weight": left, "lora_A.weight": torch.cat([4096 * right, -4096 * right])}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["0"]}
+    (tmp_path / "a").mkdir()
+    save_file(
+        {f"base_model.model.0.{name}": value for name, value in factors.items()},
+        tmp_path / "a" / "adapter_model.safetensors",
+    )
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    save_file(base.state_dict(), tmp_path / "whole.safetensors")
+    ckpts = CheckpointCollection([tmp_path / "a", tmp_path / "whole.safetensors"], module=base)
+    recipe = Recipe.record("x", ckpts, [0.5, 0.5], layers=dict.fromkeys(ckpts.layout, 0))
+    good = recipe.cook(ckpts)
+    assert recipe.verify(good, ckpts).ok
+    findings = recipe.verify({**good, "0.weight": good["0.weight"] * 1.1}, ckpts)
+    assert findings.differing == {"0.weight": "has other values"}
+
+
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n", [2, 24])
