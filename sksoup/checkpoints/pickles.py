@@ -343,7 +343,9 @@ class _Machine:
         found = self.stack.pop()
         if not isinstance(found, tuple) or len(found) not in (5, 6) or found[0] != "storage":
             raise _refused("more than tensors (an object outside the pickle)")
-        kind, key, count = found[1], found[2], found[4]
+        _, kind, key, location, count = found[:5]
+        if location == "meta":
+            raise _refused("a storage on the device 'meta', which has no values")
         dtype = _STORAGES.get(kind.full) if isinstance(kind, _Name) else None
         if dtype is None:
             raise _refused(f"more than dense tensors ({getattr(kind, 'full', kind_of(kind))})")

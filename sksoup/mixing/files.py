@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -65,6 +66,28 @@ def beside(path: Path) -> Path:
     return path.with_suffix(RECIPE_SUFFIX)
 
 
+def _refuse_other_recipe(path: Path) -> None:
+    """Refuse to replace the recipe of another file, or a file that is no recipe."""
+    recipe = beside(path)
+    if not recipe.is_file():
+        return
+    others = [other for s in TORCH_SUFFIXES if (other := path.with_suffix(s)) != path]
+    owner = next(filter(os.path.lexists, others), None)
+    try:
+        document = json.loads(read_text(recipe, MOST_BYTES))
+    except (CheckpointError, ValueError, RecursionError):
+        document = None
+    is_recipe = isinstance(document, dict) and "ingredients" in document
+    if owner is not None or not is_recipe:
+        what = (
+            "is no recipe of sksoup" if owner is None else f"is the recipe of {owner.name!r}, too"
+        )
+        raise FileExistsError(
+            f"{str(recipe)!r} exists and {what}, so it is not replaced. Give the soup another "
+            f"name, save it as .safetensors, or move that file away."
+        )
+
+
 def write_soup(
     path: Path,
     recipe: Any,
@@ -82,6 +105,7 @@ def write_soup(
         check_header(text, written)
         write_safetensors(path, written, {RECIPE_KEY: text, "format": "pt"})
     else:
+        _refuse_other_recipe(path)
         write_torch(path, written, beside(path), text)
 
 

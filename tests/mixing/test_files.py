@@ -36,6 +36,19 @@ def test_a_plain_state_dict_with_its_recipe_beside_it(soup, files, tmp_path, suf
     assert same_tensors(CheckpointCollection([path])["soup"], state)
 
 
+def test_the_recipe_of_another_file_is_not_replaced(soup, tmp_path):
+    soup.save(tmp_path / "best.pt")
+    soup.save(tmp_path / "best.pt")  # its own
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("best*")}
+    with pytest.raises(FileExistsError, match=r"is the recipe of 'best\.pt', too, so it is not"):
+        soup.save(tmp_path / "best.ckpt")
+    (tmp_path / "own.recipe.json").write_text('{"a": "recipe of mine"}')
+    with pytest.raises(FileExistsError, match=r"own\.recipe\.json' exists and is no recipe of sks"):
+        soup.save(tmp_path / "own.pt")
+    assert before == {path.name: path.read_bytes() for path in tmp_path.glob("best*")}
+    assert not (tmp_path / "own.pt").exists()
+
+
 def test_what_was_there_stays_if_one_of_the_two_can_not_be_written(soup, tmp_path, monkeypatch):
     path = tmp_path / "soup.pt"
     soup.save(path)
