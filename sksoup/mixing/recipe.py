@@ -287,7 +287,9 @@ class Recipe:
         Raises
         ------
         ValueError
-                        ``path`` has another suffix.
+            ``path`` has another suffix.
+        FileExistsError
+            The recipe beside ``path`` is that of another file, or is no recipe. Nothing is written.
         RecipeError
             As for `to_json`, or the header of a .safetensors file would be larger than 100 MB.
         OSError
