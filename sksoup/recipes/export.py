@@ -94,8 +94,8 @@ class ExportMixin:
         Raises
         ------
         FileExistsError
-            ``path`` is one of the checkpoints, or the card or the recipe would replace a file that is
-            not that of this soup. Nothing is written.
+            ``path`` is one of the checkpoints, or the card or the recipe would replace another file
+            than those of this soup. Nothing is written.
         ValueError
             ``path`` has another suffix.
         OSError
