@@ -67,6 +67,9 @@ _OF_DICT = frozenset(dir(OrderedDict))
 _OF_TENSOR = frozenset(dir(torch.Tensor))
 _MOST_DIMENSIONS = 64  # of a tensor in torch
 _MOST_ARGUMENTS = 8
+_LEAST_BYTES_OF_A_TENSOR = 20  # torch.save writes three times as many
+_LEAST_BYTES_OF_A_PAIR = 4
+_IN_ITS_PLACE = torch.zeros(1).to_sparse()  # of a sparse or quantized tensor; none can be mixed
 
 
 @dataclass(frozen=True)
@@ -152,8 +155,8 @@ def read_pickle(file: IO[bytes] | bytes, find_storage: FindStorage) -> Pickled:
                 f"running code (opcode {op.name}). Save it again, without pickle_protocol=."
             )
         act(machine, arg)
-        if machine.n_copied > (where or 0):
-            raise _refused("the same large list in very many calls")
+        if machine.n_made > (where or 0):
+            raise _refused("the same list or arguments in very many calls")
     if len(machine.stack) != 1 or machine.marks:
         raise _refused("more than one object")
     return Pickled(machine.stack[0], machine.is_plain)
@@ -169,7 +172,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
         self.storages: dict[str, tuple[torch.dtype, int, _Storage]] = {}
         self.is_plain = True
-        self.n_copied = 0
+        self.n_made = 0  # bytes of a pickle of torch.save for what calls have made
         self.n_values = 0  # of all storages, less those of tensors with the negative bit
 
     def push(self, value: Any) -> None:
@@ -251,7 +254,7 @@ class _Machine:
         if called.full == "torch.Size" and len(given) == 1 and isinstance(given[0], tuple):
             return given[0]
         if called.full in _NOT_DENSE:
-            return torch.zeros(1).to_sparse()  # in its place; neither can be mixed
+            return _IN_ITS_PLACE
         # of a given size, with whatever is in the memory
         if called.full in _KINDS or called.full in _STORAGES:
             raise _refused(f"tensors without their values (a call of {called.full})")
@@ -266,11 +269,12 @@ class _Machine:
         is_list = isinstance(pairs, list) and all(isinstance(one, (list, tuple)) for one in pairs)
         if not is_list:
             raise _refused("an OrderedDict of something that is not a list of pairs")
-        self.n_copied += len(pairs)
+        self.n_made += _LEAST_BYTES_OF_A_PAIR * len(pairs)
         return _OrderedDict((_key(name), value) for name, value in pairs)
 
     def tensor(self, function: str, *given: Any) -> torch.Tensor:
         """A view of a storage: offset, sizes and strides in values, and for version 3 a dtype."""
+        self.n_made += _LEAST_BYTES_OF_A_TENSOR
         (storage, offset, size, stride, *_), rest = given[:6], list(given[6:])
         if not isinstance(storage, _Storage):
             raise _refused("a tensor without a storage")
@@ -283,6 +287,7 @@ class _Machine:
         elif storage.is_bytes:
             raise _refused("a tensor without a dtype")
         made = _view(values, offset, size, stride)
+        self.n_made += made.ndim
         bits = rest[0] if rest else {}
         is_known = isinstance(bits, dict) and not bits.keys() - {"conj", "neg"}
         if not is_known or not all(value is True for value in bits.values()):

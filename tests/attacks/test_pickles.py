@@ -10,8 +10,6 @@ import sys
 import tarfile
 import tracemalloc
 import zipfile
-from contextlib import suppress
-from pickle import UnpicklingError
 
 import pytest
 import torch
@@ -520,14 +518,29 @@ def test_a_pickle_takes_memory_in_proportion_to_its_bytes(tmp_path, kind):
     items = b"(" + kind * (200_000 // len(kind)) + b"e"
     if kind == b"N":
         items = b"}(" + b")N" * 100_000 + b"ua"
-    content = b"\x80\x02" + before + b"00" + b"]" + items + b"."
-    content = content.replace(b"00]", b"\x86q\x03]" if kind else b"]")
+    content = b"\x80\x02(" + before + b"]" + items + b"t."
     tracemalloc.start()
-    with suppress(UnpicklingError):
-        read_pickle(content, lambda *_: torch.empty(0))
+    read_pickle(content, lambda *_: torch.empty(0))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100 * len(content)
+
+
+def test_no_few_bytes_make_a_tensor_each(tmp_path):
+    """With the same arguments again and again; those of torch.save are new ones."""
+    function, _, rest = tensor(4, 1).partition(b"_v2\n")
+    first = function + b"_v2\nq\x01" + rest.removesuffix(b"R") + b"q\x02R"
+    sparse = name("torch._utils._rebuild_sparse_tensor") + b"q\x03)R"
+    for call, is_read in ((b"h\x01h\x02R", False), (b"h\x03)R", True)):
+        calls = b"](" + first + sparse + call * 1_000 + b"e"
+        content = pickled(WEIGHT, (text("c"), calls))
+        path = write_zip(tmp_path / "a.pt", ("data.pkl", content), NUMBERS)
+        if is_read:
+            found = read_torch_file(path, "meta").value["c"]
+            assert len({id(one) for one in found}) == 2
+        else:
+            with pytest.raises(CheckpointError, match="arguments in very many calls"):
+                CheckpointCollection([path])
 
 
 def test_a_member_that_torch_does_not_read_is_refused(tmp_path):
