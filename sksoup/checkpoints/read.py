@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickletools
 import stat
+import tarfile
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -201,9 +203,8 @@ class SafetensorsFile(CheckpointFile):
         size, *_ = file_identity(path)
         with naming(path), path.open("rb") as file:
             start = file.read(9)  # the length of a JSON header and its first byte
-            # other programs read what begins as a zip archive by torch.load
-            is_header = start[8:] == b"{" and start[:4] != b"PK\3\4"
-            return is_header and int.from_bytes(start[:8], "little") < size
+        is_header = start[8:] == b"{" and int.from_bytes(start[:8], "little") < size
+        return is_header and not _is_of_torch(path)
 
     def _read_header(self) -> dict[str, TensorInfo]:
         with safe_open(self.file, framework="pt") as file:
@@ -240,6 +241,17 @@ class SafetensorsFile(CheckpointFile):
                 return found
 
             yield get
+
+
+def _is_of_torch(path: Path) -> bool:
+    """Whether torch.load finds an archive or a pickle at the beginning of a file."""
+    with path.open("rb") as file:
+        if file.read(4) == b"PK\3\4" or tarfile.is_tarfile(path):
+            return True
+        file.seek(0)
+        with suppress(Exception):  # pickletools raises several kinds for what is no pickle
+            return any(op.name == "STOP" for op, *_ in pickletools.genops(file))
+    return False
 
 
 def read_safetensors_metadata(path: Path) -> dict[str, str]:

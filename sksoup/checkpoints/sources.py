@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,22 +180,33 @@ def default_names(entries: Sequence[Entry]) -> tuple[str, ...]:
 
 def unique_names(paths: Sequence[Path | None]) -> tuple[str, ...]:
     """File stems, with suffixes or folders if they repeat; checkpoint0, ... for None."""
-    for depth in range(1, max((len(path.parts) for path in paths if path), default=1) + 1):
-        for suffix in (False, True):
-            names = tuple(
-                f"checkpoint{index}" if path is None else _stem(path, depth, suffix)
-                for index, path in enumerate(paths)
-            )
-            if len(set(names)) == len(names):
-                return names
+    found = [None if path is None else _named(path) for path in paths]
+
+    def names(depth: int, suffix: bool) -> tuple[str, ...]:
+        return tuple(
+            f"checkpoint{k}"
+            if one is None
+            else "/".join([*one[0], one[2] if suffix else one[1]][-depth:])
+            for k, one in enumerate(found)
+        )
+
+    def are_unique(depth: int) -> bool:  # if so, also with more folders
+        return len(set(names(depth, True))) == len(paths)
+
+    most = max((len(one[0]) + 1 for one in found if one is not None), default=1)
+    depth = 1 + bisect_left(range(1, most), True, key=are_unique)
+    for suffix in (False, True):
+        chosen = names(depth, suffix)
+        count = Counter(chosen)
+        if len(count) == len(paths):
+            return chosen
     # the same file was passed more than once
-    return tuple(f"{n}#{i}" if names.count(n) > 1 else n for i, n in enumerate(names))
+    return tuple(f"{n}#{i}" if count[n] > 1 else n for i, n in enumerate(chosen))
 
 
-def _stem(path: Path, depth: int, suffix: bool) -> str:
-    """Stem with ``depth`` - 1 folders; a file that all folders have is named by its folder."""
+def _named(path: Path) -> tuple[Sequence[str], str, str]:
+    """Folders, stem and name; a file that all folders have is named by its folder."""
     if path.is_file() and path.name in FOLDER_WEIGHTS:
         path = path.parent
     stem = path.stem if suffix_of(path) == path.suffix.lower() else Path(path.stem).stem
-    last = path.name if suffix or path.is_dir() else stem
-    return "/".join([*path.parent.parts[1:], last][-depth:])
+    return path.parent.parts[1:], path.name if path.is_dir() else stem, path.name

@@ -64,6 +64,24 @@ def test_a_file_that_begins_as_an_archive_is_not_read_as_safetensors(tmp_path):
         CheckpointCollection([path])
 
 
+@pytest.mark.parametrize("is_pickle", [False, True])
+def test_a_file_that_begins_as_a_pickle_is_not_read_as_safetensors(tmp_path, is_pickle):
+    """The length of a header may be the opcode of a text, which hides what follows."""
+    size = int.from_bytes(b"U\xff", "little")
+    header = b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"__metadata__":{"x":"'
+    header = header.ljust(249, b"x") + (b"." if is_pickle else b"x")
+    path = tmp_path / "a.pt"
+    path.write_bytes(
+        b"U\xff".ljust(8, b"\0") + header + b"".rjust(size - 253, b"x") + b'"}}' + bytes(8)
+    )
+    assert SafetensorsFile.accepts(path) is not is_pickle
+    if is_pickle:
+        with pytest.raises(CheckpointError, match="does not begin as a file of torch"):
+            CheckpointCollection([path])
+    else:
+        assert CheckpointCollection([path])["a"]["w"].tolist() == [0, 0]
+
+
 def test_what_torch_or_a_library_has_allowed_is_not_called(tmp_path, monkeypatch):
     """A DeviceMesh opens connections; here it would only set a mark."""
     called = []

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from sksoup import CheckpointCollection, CheckpointError
+from sksoup.checkpoints import sources
 
 from ..zoo import make_states
 from .files import write_file
@@ -82,3 +87,40 @@ def test_suffixes_in_capitals_and_of_the_imagenet_example_are_not_left_out(tmp_p
     assert len(CheckpointCollection([tmp_path / "a.PT", tmp_path / "c.pth.tar"])) == 2
     with pytest.raises(CheckpointError, match=r"has the suffix '\.tar', expected"):
         CheckpointCollection([tmp_path / "data.tar"])
+
+
+def names_one_by_one(paths):
+    """`unique_names`, with one more folder after the other."""
+    for depth in range(1, 9):
+        for suffix in (False, True):
+            names = [
+                "/".join([*p.parent.parts[1:], p.name if suffix else p.stem][-depth:])
+                for p in paths
+            ]
+            if len(set(names)) == len(names):
+                return tuple(names)
+    return tuple(f"{n}#{k}" if names.count(n) > 1 else n for k, n in enumerate(names))
+
+
+PATHS = st.builds(
+    lambda folders, name, suffix: Path("/no", *folders, name + suffix),
+    st.lists(st.sampled_from("ab"), max_size=4),
+    st.sampled_from("xy"),
+    st.sampled_from([".pt", ".bin"]),
+)
+
+
+@given(st.lists(PATHS, min_size=1, max_size=8))
+def test_names_have_as_few_folders_as_possible(paths):
+    assert sources.unique_names(paths) == names_one_by_one(paths)
+
+
+def test_the_names_of_deep_folders_are_looked_up_once(monkeypatch):
+    """Not at every depth."""
+    paths = [Path("/no", first, *"a" * 800, "w.pt") for first in "xy"]
+    paths += [Path(f"/no/r{k}/w.pt") for k in range(100)]
+    looked, named = [], sources._named
+    monkeypatch.setattr(sources, "_named", lambda path: looked.append(path) or named(path))
+    names = sources.unique_names(paths)
+    assert len(looked) == len(paths) == len(set(names))
+    assert names[0] == "x/" + "a/" * 800 + "w"
