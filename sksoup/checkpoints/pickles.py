@@ -241,14 +241,12 @@ class _Machine:
             return given[0]
         if called.full == _WITH_ATTRIBUTES:
             function, kind, values = given[:3]
-            is_call = isinstance(function, _Name) and isinstance(values, tuple)
-            if (
-                not is_call
-                or not isinstance(kind, _Name)
-                or kind.full not in _KINDS
-                or function.full not in _TENSORS + _PARAMETERS
-            ):
-                raise _refused(f"more than dense tensors ({kind})")
+            names = [
+                one.full if isinstance(one, _Name) else kind_of(one) for one in (function, kind)
+            ]
+            is_known = names[0] in _TENSORS + _PARAMETERS and names[1] in _KINDS
+            if not is_known or not isinstance(values, tuple):
+                raise _refused(f"more than dense tensors ({names[1]})")
             _refuse_hidden(given[3:], _OF_TENSOR)
             return self.result(function, values)
         if called.full == "torch.Size" and len(given) == 1 and isinstance(given[0], tuple):

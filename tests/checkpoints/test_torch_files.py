@@ -417,3 +417,13 @@ def test_files_of_another_pickle_protocol_are_read_in_silence(tmp_path):
     torch.save({"w": torch.ones(2)}, tmp_path / "b.pt", pickle_protocol=4)
     with pytest.raises(CheckpointError, match=r"Save it again, without pickle_protocol="):
         sources.open_checkpoint(tmp_path / "b.pt")
+
+
+class Scaled(torch.Tensor):
+    """A kind of tensor of another package, whose values may have another meaning."""
+
+
+def test_tensors_of_other_classes_are_refused_by_name(tmp_path):
+    torch.save({"w": torch.ones(2).as_subclass(Scaled)}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"dense tensors \([\w.]+test_torch_files\.Scaled\)"):
+        sources.open_checkpoint(tmp_path / "a.pt")
