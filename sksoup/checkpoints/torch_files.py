@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -100,7 +101,7 @@ def _is_beside(name: object) -> bool:
     return isinstance(name, str) and NO_MODEL.search(name) is not None
 
 
-def _holds_weights(entry: Any, seen: set[int]) -> bool:
+def _holds_weights(entry: Any, seen: set[int], is_beside: Callable[[Any], bool]) -> bool:
     """Whether an entry contains non-scalar tensors at any depth, except in optimizer states.
 
     Parts that were seen in other entries are not looked at again.
@@ -121,7 +122,7 @@ def _holds_weights(entry: Any, seen: set[int]) -> bool:
             todo.extend(
                 value
                 for name, value in part.items()
-                if isinstance(value, torch.Tensor) or not _is_beside(name)
+                if isinstance(value, torch.Tensor) or not is_beside(name)
             )
     return False
 
@@ -172,19 +173,20 @@ def _unwrap(state: Any, key: str | None, where: str) -> Any:
             f"{where} holds several state dicts: {listed}. Choose one, for example with "
             f"key={candidates[0]!r}."
         )
+    is_beside = cache(_is_beside)  # many dicts may share one long name
     others = {
         id(value): name
         for name, value in state.items()
         if candidates
         and isinstance(value, Mapping)
         and id(value) not in states
-        and not _is_beside(name)
+        and not is_beside(name)
     }
     seen: set[int] = set()
     mixed = [
         repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
         for name in others.values()
-        if _holds_weights(state[name], seen)
+        if _holds_weights(state[name], seen, is_beside)
     ]
     if mixed:
         raise CheckpointError(

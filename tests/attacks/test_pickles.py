@@ -322,9 +322,9 @@ def test_parts_that_entries_share_are_looked_at_once(tmp_path, monkeypatch):
     torch.save({"model": {"w": torch.ones(2)}, **entries}, tmp_path / "a.pt")
     counted, original = [0], torch_files._holds_weights
 
-    def counting(entry, seen):
+    def counting(entry, seen, is_beside):
         before = len(seen)
-        found = original(entry, seen)
+        found = original(entry, seen, is_beside)
         counted[0] += len(seen) - before
         return found
 
@@ -343,6 +343,18 @@ def test_texts_of_python_2_are_ascii(tmp_path):
         else:
             with pytest.raises(CheckpointError, match="a text of Python 2 that is not ASCII"):
                 CheckpointCollection([path])
+
+
+def test_a_long_name_that_dicts_share_is_searched_once(tmp_path, monkeypatch):
+    name_of_all = "x" * 50_000
+    entries = {f"x{k}": {name_of_all: [k]} for k in range(100)}
+    torch.save({"model": {"w": torch.ones(2)}, **entries}, tmp_path / "a.pt")
+    searched, original = [], torch_files._is_beside
+    monkeypatch.setattr(
+        torch_files, "_is_beside", lambda name: searched.append(name) or original(name)
+    )
+    assert CheckpointCollection([tmp_path / "a.pt"])["a"]["w"].tolist() == [1, 1]
+    assert searched.count(name_of_all) == 2  # when opened and when read
 
 
 def test_a_method_of_a_class_is_refused(tmp_path):
