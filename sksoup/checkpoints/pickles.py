@@ -237,7 +237,7 @@ class _Machine:
         if called.full in _PARAMETERS:
             if not isinstance(given[0], torch.Tensor):
                 raise _refused("a parameter without a tensor")
-            _refuse_hidden(given[3:], _OF_TENSOR)
+            self.refuse_hidden(given[3:], _OF_TENSOR)
             return given[0]
         if called.full == _WITH_ATTRIBUTES:
             function, kind, values = given[:3]
@@ -247,7 +247,7 @@ class _Machine:
             is_known = names[0] in _TENSORS + _PARAMETERS and names[1] in _KINDS
             if not is_known or not isinstance(values, tuple):
                 raise _refused(f"more than dense tensors ({names[1]})")
-            _refuse_hidden(given[3:], _OF_TENSOR)
+            self.refuse_hidden(given[3:], _OF_TENSOR)
             return self.result(function, values)
         if called.full == "torch.Size" and len(given) == 1 and isinstance(given[0], tuple):
             return given[0]
@@ -303,12 +303,22 @@ class _Machine:
         """Set the state of an object."""
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, _OrderedDict):  # attributes, such as the versions of modules
-            _refuse_hidden((state,), _OF_DICT)
+            self.refuse_hidden((state,), _OF_DICT)
             self.is_plain &= type(state) is dict and state.keys() == {"_metadata"}
         elif isinstance(target, Inert):
             target.hold([state])
         else:  # that of a tensor could be other memory
             raise _refused(f"the state of a {kind_of(target)}")
+
+    def refuse_hidden(self, states: tuple[Any, ...], hidden: frozenset[str]) -> None:
+        """Raise an error for states that would change what other programs read."""
+        for state in states:
+            for part in state if isinstance(state, tuple) and len(state) == 2 else (state,):
+                if part is not None and not isinstance(part, dict):
+                    raise _refused("a state that is not a dict")
+                self.n_made += len(part or ())
+                if names := hidden.intersection(part or ()):
+                    raise _refused(f"an object whose {min(names)!r} is replaced")
 
     def append(self, _: None) -> None:
         item = self.stack.pop()
@@ -353,7 +363,7 @@ class _Machine:
         if dtype is None:
             raise _refused(f"more than dense tensors ({getattr(kind, 'full', kind_of(kind))})")
         # other keys could be those of several members of an archive
-        is_key = isinstance(key, str) and key.isascii() and key.isdecimal()
+        is_key = isinstance(key, str) and len(key) <= 20 and key.isascii() and key.isdecimal()
         if not is_key or not _is_count(count) or found[5:] not in ((), (None,)):
             raise _refused("a storage without a key or a size, or a view of a storage")
         if key not in self.storages:
@@ -426,16 +436,6 @@ def _view(values: torch.Tensor, offset: Any, size: Any, stride: Any) -> torch.Te
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
-
-
-def _refuse_hidden(states: tuple[Any, ...], hidden: frozenset[str]) -> None:
-    """Raise an error for states that would change what other programs read: values, or methods."""
-    for state in states:
-        for part in state if isinstance(state, tuple) and len(state) == 2 else (state,):
-            if part is not None and not isinstance(part, dict):
-                raise _refused("a state that is not a dict")
-            if names := hidden.intersection(part or ()):
-                raise _refused(f"an object whose {min(names)!r} is replaced")
 
 
 def _checked(full: str, attribute: str) -> _Name:

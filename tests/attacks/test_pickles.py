@@ -345,6 +345,18 @@ def test_texts_of_python_2_are_ascii(tmp_path):
                 CheckpointCollection([path])
 
 
+def test_states_and_keys_are_not_looked_through_again_and_again(tmp_path):
+    state = b"}(" + b"".join(text(f"a{k}") + b"N" for k in range(1_000)) + b"uq\x01"
+    again = ODICT + b")R" + b"h\x01b" * 1_000
+    for more, match in (
+        ([(text("s"), state), (text("o"), again)], "the same list or arguments in very many calls"),
+        ([(text("o"), tensor(4, 1).replace(text("0"), text("0" * 21)))], "a storage without a key"),
+    ):
+        path = write_zip(tmp_path / "a.pt", ("data.pkl", pickled(WEIGHT, *more)), NUMBERS)
+        with pytest.raises(CheckpointError, match=match):
+            CheckpointCollection([path])
+
+
 def test_a_long_name_that_dicts_share_is_searched_once(tmp_path, monkeypatch):
     name_of_all = "x" * 50_000
     entries = {f"x{k}": {name_of_all: [k]} for k in range(100)}
