@@ -43,7 +43,7 @@ _PLAIN = {_ORDERED_DICT, *_STORAGES, *_TENSORS, _PARAMETERS[0]}
 _IN_TORCH = {*_PLAIN, *_PARAMETERS, _WITH_ATTRIBUTES, *_KINDS, *_NOT_DENSE}
 # other names in torch that state dicts and training checkpoints contain
 _HARMLESS_IN_TORCH = re.compile(
-    r"torch\.(Size|device|serialization\._get_layout|(nn\.(?!parameter\.)|optim\.|_C\._nn\.).+)"
+    r"torch\.(Size|device|torch_version\.TorchVersion|serialization\._get_layout|(nn\.(?!parameter\.)|optim\.|_C\._nn\.).+)"
 )
 # modules that no harmless pickle refers to
 _NEVER = ("builtins", "os", "posix", "nt", "sys", "subprocess", "commands", "shutil", "socket",

@@ -243,10 +243,18 @@ class SafetensorsFile(CheckpointFile):
             yield get
 
 
+def is_tar(path: Path) -> bool:
+    """Whether a file begins as a tar archive; no more than its first header is read."""
+    with path.open("rb") as file, suppress(tarfile.HeaderError):
+        tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+        return True
+    return False
+
+
 def _is_of_torch(path: Path) -> bool:
     """Whether torch.load finds an archive or a pickle at the beginning of a file."""
     with path.open("rb") as file:
-        if file.read(4) == b"PK\3\4" or tarfile.is_tarfile(path):
+        if file.read(4) == b"PK\3\4" or is_tar(path):
             return True
         file.seek(0)
         with suppress(Exception):  # pickletools raises several kinds for what is no pickle

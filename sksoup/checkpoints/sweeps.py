@@ -179,7 +179,8 @@ def find_runs(
     files = sorted(list_files(folder, suffixes), key=natural_key)
     if files or steps:
         found = sorted([*files, *filter(find_weights, inner)], key=natural_key)
-        _warn_of_runs_below(folder, found, [path for path in inner if path not in found], suffixes)
+        taken = {*found}
+        _warn_of_runs_below(folder, found, [path for path in inner if path not in taken], suffixes)
         if steps or any(suffix_of(path) == ".ckpt" or TIMED.search(path.stem) for path in files):
             yield Run(folder, found)
         else:

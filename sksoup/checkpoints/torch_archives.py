@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import sys
-import tarfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import IO
 import torch
 
 from .pickles import Pickled, read_pickle
+from .read import is_tar
 
 ZIP64, LOCATOR, END = 56, 20, 22  # bytes of the records at the end of a zip archive
 ALIGNED = 16  # bytes of the largest dtype
@@ -166,7 +166,7 @@ def _read_legacy(path: Path, file: IO[bytes], device: str) -> Pickled:
     """Four pickles, the last of them the object, a list of storages, and their values."""
     if MAGIC not in file.read(32):
         raise ValueError("it does not begin as a file of torch.save")
-    if tarfile.is_tarfile(path):  # torch.load would read it as an older format
+    if is_tar(path):  # torch.load would read it as an older format
         raise UnpicklingError(f"it is a tar archive. {SAVE_AGAIN}")
     file.seek(0)
     magic, _, _ = (read_pickle(file, _no_storage).value for _ in range(3))

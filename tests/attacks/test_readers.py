@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import sys
+import tarfile
 import time
 from argparse import Namespace
 from collections import OrderedDict
@@ -22,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from sksoup import CheckpointCollection, CheckpointError, Recipe, RecipeError, mix
 from sksoup.__main__ import main
 from sksoup.checkpoints import growth
-from sksoup.checkpoints.read import SafetensorsFile
+from sksoup.checkpoints.read import SafetensorsFile, is_tar
 from sksoup.checkpoints.records import read_lightning
 from sksoup.checkpoints.torch_archives import read_torch_file
 
@@ -80,6 +81,18 @@ def test_a_file_that_begins_as_a_pickle_is_not_read_as_safetensors(tmp_path, is_
             CheckpointCollection([path])
     else:
         assert CheckpointCollection([path])["a"]["w"].tolist() == [0, 0]
+
+
+def test_only_the_first_header_of_an_archive_is_read(tmp_path):
+    """A compressed one was opened, too, and its first member, of any size, was read into memory."""
+    plain, packed = tmp_path / "a.tar", tmp_path / "a.tgz"
+    with tarfile.open(plain, "w") as one, tarfile.open(packed, "w:gz") as other:
+        for archive in (one, other):
+            archive.add(__file__)
+    assert is_tar(plain)
+    assert not is_tar(packed)
+    (tmp_path / "short").write_bytes(plain.read_bytes()[:100])
+    assert not is_tar(tmp_path / "short")
 
 
 def test_what_torch_or_a_library_has_allowed_is_not_called(tmp_path, monkeypatch):

@@ -249,6 +249,7 @@ NET = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
         os.path.join,  # not called, and not even this function
         {"criterion": nn.CrossEntropyLoss(weight=torch.ones(2))},
         {"args": {"net": NET}},
+        {"torch": torch.__version__},
     ],
     ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
