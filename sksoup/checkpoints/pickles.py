@@ -100,11 +100,6 @@ class Inert(dict[Any, Any]):
             self.more = []
         self.more.extend(items)
 
-    @property
-    def held(self) -> list[Any]:
-        """What it was made of, except items with keys."""
-        return [*self.given, *(self.more or ())]
-
 
 class OddKey:
     """In place of a key of a dict that could have the hash of many others."""

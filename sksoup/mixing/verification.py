@@ -18,11 +18,10 @@ from ..checkpoints.architecture import ModuleSource
 from ..checkpoints.beside import other_weights
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.converted import open_alike
-from ..checkpoints.hub_companions import model_folders
+from ..checkpoints.hub_companions import WEIGHTS, model_folders
 from ..checkpoints.hub_config import refuse_other_weights
 from ..checkpoints.peft_config import adapter_folder, is_adapter_folder
 from ..checkpoints.protocol import Read, TensorInfo, same_bits
-from ..checkpoints.read import TORCH_SUFFIXES
 from ..checkpoints.shards import INDEX
 from ..checkpoints.sources import open_checkpoint, paths_of
 from ..checkpoints.torch_files import TorchFile
@@ -33,7 +32,7 @@ from .layers import check_layers, is_statistic
 from .mix import as_dtype, mix_some, stored_dtypes
 from .rounding import is_rounding
 
-READ = (".json", ".safetensors", *TORCH_SUFFIXES)  # files of a checkpoint's folder
+READ = (".json", *WEIGHTS)  # files of a checkpoint's folder
 LIMITS = (
     "Scores, temperature, labels and versions can't be rebuilt.\n"
     "A SHA-256 shows accidental changes; it is not a signature."

@@ -186,7 +186,7 @@ def test_calls_on_one_large_argument_again_and_again_copy_nothing(tmp_path, call
     path = write_zip(tmp_path / "a.pt", ("data.pkl", content), NUMBERS)
     found = read_torch_file(path, "meta").value
     assert len(found["c"]) == 5_000
-    given = {id(each.held[0][0]) for each in found["c"]}
+    given = {id(each.given[0]) for each in found["c"]}
     assert len(given) == 1
 
 
