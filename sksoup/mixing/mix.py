@@ -435,11 +435,17 @@ class _Sum:
 
     def add(self, w: torch.Tensor, c: float) -> None:
         if not self.differs:
-            if same_bits(self.value, w):
+            if self._equals(w):
                 self.coefs.append(c)
                 return
             self.spread()
         self.value += w.to(self.dtype) * c  # two roundings: the product, then the sum
+
+    def _equals(self, w: torch.Tensor) -> bool:
+        """Whether two tensors are equal, also if they are stored in different dtypes."""
+        if self.value.dtype == w.dtype:
+            return same_bits(self.value, w)
+        return same_bits(self.value.to(self.dtype), w.to(self.dtype))
 
     def spread(self) -> None:
         """Start the sum with the tensors that were equal so far."""

@@ -148,10 +148,15 @@ def test_a_coefficient_of_zero_is_not_read(tmp_path):
     mix(collection, [0.5, 0.0, 0.5])  # the missing file has coefficient 0
 
 
-def test_an_infinite_constant_is_copied():
+@pytest.mark.parametrize("other", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("n", [2, 3])
+def test_an_infinite_constant_is_copied(other, n):
     mask = torch.tensor([0.0, -torch.inf])
-    states = [{"w": torch.ones(1) * k, "mask": mask} for k in range(3)]
-    assert torch.equal(mix(states, np.full(3, 1 / 3))["mask"], mask)
+    states = [{"w": torch.ones(1) * k, "mask": mask} for k in range(n - 1)]
+    states.append({"w": torch.ones(1), "mask": mask.to(other)})
+    mixed = mix(states, np.full(n, 1 / n))["mask"]
+    assert mixed.dtype == torch.promote_types(torch.float32, other)
+    assert torch.equal(mixed, mask.to(mixed.dtype))
 
 
 @pytest.mark.parametrize(
