@@ -823,12 +823,14 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         """
         return self._entries[name].checkpoint.path
 
-    def dtypes(self, names: Iterable[str]) -> dict[str, torch.dtype]:
-        """Return the dtype of every tensor in a mix of these checkpoints: the promoted one."""
+    def dtypes(
+        self, names: Iterable[str], tensors: Iterable[str] | None = None
+    ) -> dict[str, torch.dtype]:
+        """Return the dtypes of tensors, or of all, in a mix of these checkpoints: promoted ones."""
         headers = [self._entries[name].header for name in names]
         return {
             tensor: reduce(torch.promote_types, (header[tensor].dtype for header in headers))
-            for tensor in self.layout
+            for tensor in (self.layout if tensors is None else tensors)
         }
 
     def held_tensors(self) -> Iterator[torch.Tensor]:

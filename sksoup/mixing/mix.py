@@ -158,7 +158,7 @@ def mix(
     if out is not None:
         return mix_into(Path(out), checkpoints, weights, rows, dtype=wanted, shard_bytes=most)
     mixed, differing = accumulate(checkpoints, weights, rows, checkpoints.layout)
-    _warn_of_integers(checkpoints, differing)
+    _warn_of_integers(mixed, differing)
     dtypes = stored_dtypes(checkpoints, weights, wanted)
     return {
         name: _finished(name, mixed.pop(name), dtypes[name], name in differing)
@@ -200,14 +200,14 @@ def mix_some(
     is_warned = False
     for group in _groups({name: checkpoints.layout[name].size for name in names}):
         mixed, differing = accumulate(checkpoints, coef, rows, group)
-        is_warned = is_warned or _warn_of_integers(checkpoints, differing)
+        is_warned = is_warned or _warn_of_integers(mixed, differing)
         for name in group:
             yield name, _finished(name, mixed.pop(name), dtypes[name], name in differing)
 
 
-def _warn_of_integers(checkpoints: CheckpointCollection, differing: AbstractSet[str]) -> bool:
+def _warn_of_integers(mixed: Mapping[str, torch.Tensor], differing: AbstractSet[str]) -> bool:
     """Warn if integer matrices, which are copied, differ, as quantized weights do."""
-    names = sorted(n for n in differing if not checkpoints.layout[n].dtype.is_floating_point)
+    names = sorted(n for n in differing if not mixed[n].is_floating_point())
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         warnings.warn(
@@ -297,7 +297,7 @@ def accumulate(
     differing: set[str] = set()
     if on_base:
         found, differing = _accumulate_on_base(checkpoints, adapters, coef, rows, on_base)
-    dtypes = {n: checkpoints.layout[n].dtype for n in names if n not in on_base}
+    dtypes = checkpoints.dtypes(used, [n for n in names if n not in on_base])
     leader = int(coef.mean(axis=0).argmax())
     sums: dict[str, _Sum] = {}
     tables: dict[str, torch.Tensor] = {}  # integer matrices of the first checkpoint

@@ -148,6 +148,13 @@ def test_a_coefficient_of_zero_is_not_read(tmp_path):
     mix(collection, [0.5, 0.0, 0.5])  # the missing file has coefficient 0
 
 
+def test_unused_checkpoints_do_not_change_bits():
+    used = make_states(2, seed=0)
+    unused = {n: w.double() if w.is_floating_point() else w for n, w in used[0].items()}
+    mixed = mix([*used, unused], [0.3, 0.7, 0.0])
+    assert same_tensors(mixed, mix(used, [0.3, 0.7]))
+
+
 @pytest.mark.parametrize("other", [torch.float32, torch.float16, torch.float64])
 @pytest.mark.parametrize("n", [2, 3])
 def test_an_infinite_constant_is_copied(other, n):
