@@ -93,7 +93,9 @@ def first_config(collection: CheckpointCollection) -> tuple[dict[str, Any], Path
             config = folder / "config.json"
             try:
                 found = json.loads(read_text(config, LIMIT))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
+                if isinstance(error, CheckpointError):
+                    raise
                 raise CheckpointError(f"{str(config)!r} can't be read: {error}.") from error
             return found if isinstance(found, dict) else {}, config
     return {}, None

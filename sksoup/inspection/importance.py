@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from ..checkpoints.collection import CheckpointCollection
 from ..engine.objective import load_weights
-from ..mixing.mix import cast
+from ..mixing.mix import Sum, cast
 from ..recipes.base import BaseSoup
 from ..recipes.baselines import CheckpointEnsemble
 from ..recipes.validation import scorer_of, validate_rows
@@ -158,8 +158,8 @@ def ingredient_importance(
     The soup without k is linear in two sums and :math:`w_k`: with :math:`P = \sum_j p_j w_j` and
     :math:`a = c_k / \sum_{i \ne k} p_i` it is :math:`w + a P - (c_k + a p_k) w_k`. Therefore each
     file is read only twice, once for the sums and once to be left out. The weights equal those of
-    `mix` with the changed coefficients up to rounding. Integer tensors and re-estimated BatchNorm
-    statistics are those of the soup.
+    `mix` with the changed coefficients up to rounding. Integer tensors, re-estimated BatchNorm
+    statistics and tensors that are equal in all ingredients are those of the soup.
 
     Cost: K + 1 evaluations of the rows. Memory: four models (two sums, the module and the loaded
     checkpoint) and one tensor.
@@ -212,25 +212,30 @@ class Without:
         self.coef = np.atleast_2d(soup.coef_)  # (n_layers, K)
         self.parts = parts_of_rest(self.coef)
         self.rows: Mapping[str, int] = soup.layers_
-        self.dtypes = {
+        dtypes = {
             name: dtype
             for name, dtype in soup._dtypes.items()
             if dtype.is_floating_point and name not in soup.recalibrated_
         }
-        self.sums: dict[str, torch.Tensor] = {}  # w
-        self.others: dict[str, torch.Tensor] = {}  # P
+        self.sums: dict[str, Sum] = {}  # w
+        self.others: dict[str, Sum] = {}  # P
         for k, checkpoint in enumerate(self.checkpoints):
             if not self.coef[:, k].any():
                 continue
             with self.checkpoints.open(checkpoint) as read:
-                for name in self.dtypes:
-                    row, value = self.rows[name], self._wide(read(name), name)
+                for name, dtype in dtypes.items():
+                    value = read(name)
                     for sums, by in ((self.sums, self.coef), (self.others, self.parts)):
-                        term = value * float(by[row, k])
-                        sums[name] = sums[name].add_(term) if name in sums else term
+                        c = float(by[self.rows[name], k])
+                        if name in sums:
+                            sums[name].add(value, c)
+                        else:
+                            sums[name] = Sum(value, c, dtype)
+        # those that all share, which may be infinite, are the same without any of them
+        self.dtypes = {name: dtype for name, dtype in dtypes.items() if self.sums[name].differs}
 
     def __call__(self, checkpoint: str) -> dict[str, torch.Tensor]:
-        """The floating tensors, in the dtypes of the soup."""
+        """The floating tensors that differ between checkpoints, in the dtypes of the soup."""
         k = self.checkpoints.names.index(checkpoint)
         c, p = self.coef[:, k], self.parts[:, k]
         a = c / np.delete(self.parts, k, axis=1).sum(axis=1)  # (n_layers,)
@@ -238,15 +243,11 @@ class Without:
         weights = {}
         with self.checkpoints.open(checkpoint) as read:
             for name, dtype in self.dtypes.items():
-                row = self.rows[name]
-                value = self.sums[name] + self.others[name] * float(a[row])
-                value -= self._wide(read(name), name) * float(b[row])
+                row, total = self.rows[name], self.sums[name]
+                value = total.value + self.others[name].value * float(a[row])
+                value -= read(name).to(total.dtype) * float(b[row])
                 weights[name] = cast(name, value, dtype)
         return weights
-
-    def _wide(self, value: torch.Tensor, name: str) -> torch.Tensor:
-        is_double = self.dtypes[name] == torch.float64
-        return value.to(torch.float64 if is_double else torch.float32)
 
 
 def parts_of_rest(coef: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -299,7 +299,7 @@ def accumulate(
         found, differing = _accumulate_on_base(checkpoints, adapters, coef, rows, on_base)
     dtypes = checkpoints.dtypes(used, [n for n in names if n not in on_base])
     leader = int(coef.mean(axis=0).argmax())
-    sums: dict[str, _Sum] = {}
+    sums: dict[str, Sum] = {}
     tables: dict[str, torch.Tensor] = {}  # integer matrices of the first checkpoint
     for k, checkpoint in enumerate(checkpoints):
         if not coef[:, k].any() or not dtypes:
@@ -318,7 +318,7 @@ def accumulate(
                     if name in sums:
                         sums[name].add(read(name), c)
                     else:
-                        sums[name] = _Sum(read(name), c, dtype)
+                        sums[name] = Sum(read(name), c, dtype)
     differing |= {name for name, total in sums.items() if total.differs}
     if checkpoints.rows:  # rows that are equal here may differ on another rank
         differing = set[str]().union(*all_gather(differing))
@@ -422,7 +422,7 @@ def _check_range(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
     )
 
 
-class _Sum:
+class Sum:
     """sum_k c_k w_k, which starts only when two of the w_k differ; until then w_1 is kept."""
 
     __slots__ = ("coefs", "differs", "dtype", "value")

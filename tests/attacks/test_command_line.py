@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -57,3 +58,16 @@ def test_messages_with_very_long_names_are_shown_at_once():
     assert time.perf_counter() - begin < 10
     short = "It differs. Leave it out with collection.drop('ft3') or collection.healthy()."
     assert in_commands(short) == "It differs. --healthy leaves it out."
+
+
+@pytest.mark.parametrize("odd", ["[" * 5000 + "]" * 5000, "9" * 5000])
+def test_configs_that_python_can_not_parse_are_named(tmp_path, capsys, odd):
+    for k in range(2):
+        net = Net()
+        (tmp_path / "runs" / f"run{k}").mkdir(parents=True)
+        save_file(net.state_dict(), tmp_path / "runs" / f"run{k}" / "model.safetensors")
+        (tmp_path / "runs" / f"run{k}" / "config.json").write_text(f'{{"a": {odd}}}')
+    np.savez(tmp_path / "val.npz", X=np.zeros((4, 6), np.float32), y=np.arange(4) % 2)
+    line = f"greedy {tmp_path}/runs --module tests.zoo:Net --data {tmp_path}/val.npz"
+    assert main([*line.split(), "-o", f"{tmp_path}/soup"]) == 2
+    assert "config.json' can't be read" in capsys.readouterr().err

@@ -24,6 +24,19 @@ from sksoup.model_selection import SoupSearchCV
 from ..zoo import Net, PaperMEHL, Zoo, make_states, reads
 
 
+class Masked(torch.nn.Linear):
+    """A classifier of sequences with a causal mask among its weights."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(4, 4)
+        self.register_buffer("mask", torch.full((5, 5), -torch.inf, dtype=dtype).triu(1))
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        hidden = super().forward(X)
+        attention = hidden @ hidden.transpose(1, 2) + self.mask.float()
+        return (attention.softmax(-1) @ hidden).mean(1)
+
+
 def coef_without(coef: np.ndarray, k: int) -> np.ndarray:
     """The definition, layer by layer: (n_layers, K)."""
     used, found = coef.any(axis=0), coef.copy()
@@ -150,3 +163,15 @@ def test_what_has_no_ingredients_to_leave_out(zoo: Zoo):
     one = GreedySoup(min_improvement=2.0).fit(zoo.checkpoints, zoo.X, zoo.y)
     with pytest.raises(ValueError, match=r"has only one ingredient, 'checkpoint\d'"):
         ingredient_importance(one, zoo.X, zoo.y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_constants_that_all_share_may_be_infinite(dtype):
+    torch.manual_seed(0)
+    X, nets = torch.randn(200, 5, 4), [Masked(torch.float32), Masked(torch.float32), Masked(dtype)]
+    y = nets[0](X).argmax(1)
+    checkpoints = CheckpointCollection(nets, module=Masked)
+    importance = ingredient_importance(UniformSoup().fit(checkpoints, X, y), X, y)
+    for name, score in importance.scores.items():
+        others = checkpoints.select([other for other in checkpoints if other != name])
+        assert score == UniformSoup().fit(others, X, y).score(X, y)
