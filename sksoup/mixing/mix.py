@@ -78,8 +78,8 @@ def mix(
         The checkpoints, or anything that the constructor of `CheckpointCollection` accepts. No
         module is needed.
     coef : array-like of shape (n_checkpoints,) or (n_layers, n_checkpoints)
-        Coefficients; each row sums to 1. A Series with checkpoint names as its index is matched by
-        name.
+        Coefficients; each row sums to 1. A Series whose index, or a DataFrame whose columns are
+        names of checkpoints is matched by name.
     layers : mapping of str to int or None, default=None
         For every tensor name, the index of its row in ``coef``. May be None if there is only one
         row.
@@ -150,9 +150,7 @@ def mix(
     """
     if not isinstance(checkpoints, CheckpointCollection):
         checkpoints = CheckpointCollection(checkpoints)
-    if hasattr(coef, "loc"):  # a Series
-        coef = _in_order(coef, checkpoints.names)
-    weights = check_coef(coef, len(checkpoints))
+    weights = check_coef(in_order(coef, checkpoints.names), len(checkpoints))
     rows = check_layers(layers, checkpoints.layout, len(weights))
     wanted, most = as_dtype(dtype), parse_bytes(shard_size, "shard_size")
     if out is not None:
@@ -236,18 +234,20 @@ def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
     yield group
 
 
-def _in_order(coef: Any, names: Sequence[str]) -> Any:
-    """Coefficients in the order of the collection; a pandas Series may be indexed by name."""
-    index = coef.index
-    if coef.ndim != 1 or not any(isinstance(name, str) for name in index):
+def in_order(coef: Any, names: Sequence[str]) -> Any:
+    """Coefficients in the order of the collection; those of pandas may have names."""
+    if not hasattr(coef, "loc"):
         return coef
-    if sorted(map(str, index)) != sorted(names):
+    what, found = ("index", coef.index) if coef.ndim == 1 else ("columns", coef.columns)
+    if not any(isinstance(name, str) for name in found):
+        return coef
+    if sorted(map(str, found)) != sorted(names):
         raise ValueError(
-            f"coef has the index {', '.join(map(repr, list(index)[:5]))}, expected the names of "
+            f"coef has the {what} {', '.join(map(repr, list(found)[:5]))}, expected the names of "
             f"the checkpoints, {', '.join(map(repr, names[:5]))}. Or pass coef.to_numpy(), in the "
             f"order of the collection."
         )
-    return np.asarray(coef.loc[list(names)])
+    return np.asarray(coef[list(names)])
 
 
 def check_coef(coef: ArrayLike, n_checkpoints: int) -> NDArray[np.float64]:

@@ -22,7 +22,7 @@ from .document import check_header, read_document, write_document
 from .files import read_recipe, write_soup
 from .ingredients import Base, Ingredient, check_base, record_base, select_ingredients
 from .layers import check_layers
-from .mix import as_dtype, mix, mix_into
+from .mix import as_dtype, in_order, mix, mix_into
 from .verification import Verification, verify
 
 
@@ -129,7 +129,8 @@ class Recipe:
         checkpoints : CheckpointCollection
             The checkpoints that were mixed.
         coef : array-like of shape (n_checkpoints,) or (n_layers, n_checkpoints)
-            Coefficients.
+            Coefficients. A Series whose index, or a DataFrame whose columns are names of
+            checkpoints is matched by name.
         layers : mapping of str to int
             For every tensor name, the index of its row in ``coef``.
         layer_names : tuple of str or None, default=None
@@ -142,7 +143,8 @@ class Recipe:
         recipe : Recipe
             The record.
         """
-        rows = np.atleast_2d(np.asarray(coef, dtype=np.float64))
+        given = in_order(coef, checkpoints.names)
+        rows = np.atleast_2d(np.asarray(given, dtype=np.float64))
         ingredients = []
         for name in checkpoints:
             digest, path = checkpoints.sha256(name), checkpoints.path(name)

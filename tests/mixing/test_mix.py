@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.torch import save_file
 
-from sksoup import CheckpointCollection, SoupWarning, mix
+from sksoup import CheckpointCollection, Recipe, SoupWarning, mix
 from sksoup.checkpoints.health import Health
 from sksoup.checkpoints.protocol import TensorInfo
 from sksoup.checkpoints.write import write_shards
@@ -117,13 +117,20 @@ def test_tables_of_integers_that_differ_are_warned_of(tmp_path):
         mix([states[1], states[1]], [0.5, 0.5])
 
 
-def test_a_series_is_taken_by_its_names():
-    states = {"a": {"w": torch.zeros(1)}, "b": {"w": torch.ones(1)}}
+def test_a_series_or_a_frame_is_taken_by_its_names():
+    states = CheckpointCollection({"a": {"w": torch.zeros(1)}, "b": {"w": torch.ones(1)}})
     coef = pd.Series({"b": 0.75, "a": 0.25})
     assert mix(states, coef)["w"].item() == 0.75
     assert mix(states, coef.reset_index(drop=True))["w"].item() == 0.25
     with pytest.raises(ValueError, match=r"index 'b', 'c', expected the names .* 'a', 'b'"):
         mix(states, coef.set_axis(["b", "c"]))
+    rows = pd.DataFrame([coef])
+    assert mix(states, rows)["w"].item() == 0.75
+    with pytest.raises(ValueError, match=r"columns 'b', 'c', expected the names"):
+        mix(states, rows.set_axis(["b", "c"], axis=1))
+    for named in (coef, rows):
+        recipe = Recipe.record("uniform", states, named, layers={"w": 0})
+        assert recipe.cook(states)["w"].item() == 0.75
 
 
 def test_complex_coefficients_and_rows_between_two_are_refused():
