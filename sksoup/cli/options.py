@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from ..mixing.mix import DTYPES
@@ -174,7 +175,7 @@ def stock(parser: Parser) -> None:
     """The pretrained start."""
     group = parser.add_argument_group("mixing")
     group.add_argument(
-        "--start", metavar="PATH", required=True,
+        "--start", metavar="PATH", required=True, type=Path,  # never the name of a checkpoint
         help="the pretrained checkpoint that all were fine-tuned from: a file or a folder",
     )  # fmt: skip
 

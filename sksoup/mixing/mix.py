@@ -298,7 +298,8 @@ def accumulate(
     if on_base:
         found, differing = _accumulate_on_base(checkpoints, adapters, coef, rows, on_base)
     dtypes = checkpoints.dtypes(used, [n for n in names if n not in on_base])
-    leader = int(coef.mean(axis=0).argmax())
+    # one row after the other, as the order in memory changes sums of numpy
+    leader = int(np.cumsum(coef, axis=0)[-1].argmax())
     sums: dict[str, Sum] = {}
     tables: dict[str, torch.Tensor] = {}  # integer matrices of the first checkpoint
     for k, checkpoint in enumerate(checkpoints):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sksoup import Recipe
 from sksoup.__main__ import main
 from sksoup.cli.wording import in_commands
 
@@ -71,3 +72,15 @@ def test_configs_that_python_can_not_parse_are_named(tmp_path, capsys, odd):
     line = f"greedy {tmp_path}/runs --module tests.zoo:Net --data {tmp_path}/val.npz"
     assert main([*line.split(), "-o", f"{tmp_path}/soup"]) == 2
     assert "config.json' can't be read" in capsys.readouterr().err
+
+
+def test_a_start_is_a_path_also_if_a_checkpoint_has_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for value, name in enumerate(("base", "runs/base", "runs/a")):
+        (tmp_path / name).mkdir(parents=True)
+        state = {"w": torch.tensor([[float(value), 1.0]])}
+        save_file(state, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text("{}")
+    assert main(["stock", "runs", "--start", "base", "-o", "soup.safetensors"]) == 0
+    used = Recipe.load("soup.safetensors").ingredients
+    assert [one.name for one in used] == ["a", "base", "start"]

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sksoup import CheckpointCollection, CheckpointError, Recipe, RecipeError
+from sksoup import CheckpointCollection, CheckpointError, Recipe, RecipeError, mix
 from sksoup.__main__ import main
 from sksoup.checkpoints.hub_companions import copy_companions
 from sksoup.checkpoints.hub_config import LIMIT
@@ -645,3 +645,19 @@ def test_products_that_are_all_rounded_otherwise_are_verified(
         moved = recipe.cook(ckpts)
     assert dtype == torch.bfloat16 or not torch.equal(moved["0.weight"], good["0.weight"])
     assert recipe.verify(moved, ckpts).ok
+
+
+@pytest.mark.parametrize("n_layers", range(40, 60, 2))
+def test_integers_are_rebuilt_from_the_same_checkpoint_in_a_tie(n_layers):
+    """In coefficients that rise with the depth for one, and fall for the other."""
+    rises = 0.2 + 0.6 * np.linspace(0, 1, n_layers)
+    coef = np.stack([rises, 1 - rises], axis=1)
+    states = [
+        {f"{i}.weight": torch.full((1,), float(k)) for i in range(n_layers)}
+        | {"batches": torch.tensor(k)}
+        for k in range(2)
+    ]
+    checkpoints = CheckpointCollection(states)
+    layers = {f"{i}.weight": i for i in range(n_layers)} | {"batches": 0}
+    recipe = Recipe.record("ramp", checkpoints, coef, layers=layers)
+    assert recipe.verify(mix(checkpoints, coef, layers=layers), checkpoints).ok
