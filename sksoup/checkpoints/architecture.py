@@ -56,8 +56,10 @@ def find_architecture(
             network = cast(nn.Module, item if isinstance(item, nn.Module) else trained)
             return network if sharded_parts(network) else copy.deepcopy(network)
         if module is None:
-            if isinstance(item, (str, os.PathLike)) and (folder := hub_folder(Path(item))):
-                return HubModule(folder, Path(item).absolute(), key)
+            if isinstance(item, (str, os.PathLike)):
+                path = Path(os.path.expanduser(item)).absolute()
+                if folder := hub_folder(path):
+                    return HubModule(folder, path, key)
         elif hasattr(item, "initialize") and hasattr(item, "get_params"):
             return partial(_build_skorch_module, item)
         elif callable(item):

@@ -29,13 +29,14 @@ NAMES = 2  # of the objects around a field, for messages
 
 
 def check_configs(entries: Iterable[Entry]) -> None:
-    """Compare the configs of Hugging Face folders with that of the first one.
+    """Compare the configs of Hugging Face folders, each field with the first config that has it.
 
     Raise an error if the labels have another order or the number of heads differs, and warn of
-    other settings of the network. A field that only one of two configs has is ignored, since
-    versions of transformers write different ones.
+    other settings of the network. A field that a config lacks is ignored, since versions of
+    transformers write different ones.
     """
-    first: tuple[Path, dict[str, Any]] | None = None
+    first: Path | None = None
+    known = _Known()
     seen: set[bytes] = set()  # digests of the texts: most are equal
     odd: dict[str, str] = {}  # field -> what differs
     for folder in dict.fromkeys(_folders(entries)):
@@ -45,16 +46,14 @@ def check_configs(entries: Iterable[Entry]) -> None:
         if digest in seen or (config := _parsed(text)) is None:
             continue
         seen.add(digest)
-        if first is None:
-            first = path, config
-            continue
-        for field, found in _compare(path, config, *first).items():
+        first = first or path
+        for field, found in _compare(path, config, known).items():
             odd.setdefault(field, found)
-    if odd and first is not None:
+    if odd:
         warnings.warn(
             f"The config.json of Hugging Face folders differ: {'; '.join(list(odd.values())[:5])}"
             + (f"; and {len(odd) - 5} more fields" if len(odd) > 5 else "")
-            + f". The network is built from {str(first[0])!r}. If a field changes what the "
+            + f". The network is built from {str(first)!r}. If a field changes what the "
             f"network computes, leave those checkpoints out.",
             SoupWarning,
             stacklevel=3,
@@ -88,12 +87,18 @@ def _parsed(text: str) -> dict[str, Any] | None:
     return config if is_hub else None
 
 
-def _compare(
-    path: Path, config: dict[str, Any], first: Path, expected: dict[str, Any]
-) -> dict[str, str]:
+class _Known:
+    """What the configs that were compared say, each with the first file that says it."""
+
+    def __init__(self) -> None:
+        self.fields: dict[str, Any] = {}  # as in a config, with (value, file)
+        self.labels: dict[tuple[str, ...], tuple[tuple[str, ...], Path]] = {}  # by them, sorted
+
+
+def _compare(path: Path, config: dict[str, Any], known: _Known) -> dict[str, str]:
     """What differs and may matter, by field; raise an error for what does matter."""
-    odd = _compare_labels(path, config, first, expected)
-    for field, got, other in _differences(config, expected):
+    odd = _compare_labels(path, config, known)
+    for field, got, other, first in _differences(path, config, known):
         name = _short(".".join(field))
         if HEADS.fullmatch(field[-1]):
             raise CheckpointError(
@@ -102,51 +107,56 @@ def _compare(
                 f"network uses them differently, so they can't be mixed. Leave one of the two out, "
                 f"or correct the file if the network was trained with the other value."
             )
-        if NOTABLE.search(field[-1]):
-            odd[name] = (
-                f"{name} is {_short(got)} in {str(path)!r}, {_short(other)} in {str(first)!r}"
-            )
+        odd[name] = f"{name} is {_short(got)} in {str(path)!r}, {_short(other)} in {str(first)!r}"
     return odd
 
 
-def _compare_labels(
-    path: Path, config: dict[str, Any], first: Path, expected: dict[str, Any]
-) -> dict[str, str]:
+def _compare_labels(path: Path, config: dict[str, Any], known: _Known) -> dict[str, str]:
     """Other names of the outputs; raise an error for the same names in another order."""
-    labels, wanted = (output_labels(one.get("id2label")) for one in (config, expected))
-    if not labels or not wanted or labels == wanted:
+    labels = output_labels(config.get("id2label"))
+    if not labels:
         return {}
-    place = next((k for k, (a, b) in enumerate(zip(labels, wanted, strict=False)) if a != b), None)
-    if place is None:  # one has more labels
-        return {}
-    got, other = _short(labels[place]), _short(wanted[place])
-    if sorted(labels) == sorted(wanted):
+    wanted, first = known.labels.setdefault(tuple(sorted(labels)), (labels, path))
+    if (place := _first_difference(labels, wanted)) is not None:
         raise CheckpointError(
             f"{str(path)!r} has the labels of {str(first)!r} in another order ('id2label'): output "
-            f"{place} is {got}, expected {other}. Their outputs mean different classes, so the "
-            f"weights can't be mixed. Fine-tune with one order of the labels, such as a sorted "
-            f"list, or leave one of the two out."
+            f"{place} is {_short(labels[place])}, expected {_short(wanted[place])}. Their outputs "
+            f"mean different classes, so the weights can't be mixed. Fine-tune with one order of "
+            f"the labels, such as a sorted list, or leave one of the two out."
         )
+    wanted, first = next(iter(known.labels.values()))
+    if (place := _first_difference(labels, wanted)) is None:  # one may have more labels
+        return {}
+    got, other = _short(labels[place]), _short(wanted[place])
     return {"": f"output {place} is {got} in {str(path)!r}, {other} in {str(first)!r}"}
 
 
+def _first_difference(a: tuple[str, ...], b: tuple[str, ...]) -> int | None:
+    return next((k for k, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), None)
+
+
 def _differences(
-    config: dict[str, Any], expected: dict[str, Any]
-) -> Iterable[tuple[tuple[str, ...], Any, Any]]:
-    """Fields with plain values in both that differ, by their last names in nested configs.
+    path: Path, config: dict[str, Any], known: _Known
+) -> Iterable[tuple[tuple[str, ...], Any, Any, Path]]:
+    """Fields that matter and differ, by their last names in nested configs; adds new ones.
 
     Versions of transformers write an unused value as null, a list as text, and the same function as
     "gelu" or "gelu_pytorch_tanh".
     """
-    todo: list[tuple[tuple[str, ...], Any, Any]] = [((), config, expected)]
+    todo: list[tuple[tuple[str, ...], Any, Any]] = [((), config, known.fields)]
     while todo:
-        outer, config, expected = todo.pop()
+        outer, config, fields = todo.pop()
         for name, got in config.items():
-            field, other = (*outer, name), expected.get(name)
-            if isinstance(got, dict) and isinstance(other, dict):
+            field, is_part = (*outer, name), isinstance(got, dict)
+            if not is_part and not (_kind(got) and (HEADS.fullmatch(name) or NOTABLE.search(name))):
+                continue
+            other = fields.setdefault(name, {} if is_part else (got, path))
+            if is_part and isinstance(other, dict):
                 todo.append((field[-NAMES:], got, other))
-            elif got != other and _kind(got) == _kind(other) != "" and not _are_gelus(got, other):
-                yield field, got, other
+            elif not is_part and isinstance(other, tuple):
+                value, first = other
+                if got != value and _kind(got) == _kind(value) and not _are_gelus(got, value):
+                    yield field, got, value, first
 
 
 def _kind(value: Any) -> str:

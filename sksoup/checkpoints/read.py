@@ -26,6 +26,8 @@ RECIPE_KEY = "sksoup"  # of the recipe in the metadata of a soup
 RECIPE_SUFFIX = ".recipe.json"  # of the recipe beside a file without metadata
 # torch raises this for Ctrl-C while it takes over the bytes of a safetensors file
 SWALLOWED = "could not determine the shape of object type 'torch.storage.UntypedStorage'"
+TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # in the first pickle of torch.save before version 1.6
+PICKLED_NAMES = ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")  # of what pickle calls
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
@@ -252,13 +254,20 @@ def is_tar(path: Path) -> bool:
 
 
 def _is_of_torch(path: Path) -> bool:
-    """Whether torch.load finds an archive or a pickle at the beginning of a file."""
+    """Whether torch.load finds an archive or its first pickle at the beginning of a file.
+
+    Some headers of safetensors begin as a pickle, too: of a text, without numbers and names.
+    """
     with path.open("rb") as file:
         if file.read(4) == b"PK\3\4" or is_tar(path):
             return True
         file.seek(0)
+        is_found = False
         with suppress(Exception):  # pickletools raises several kinds for what is no pickle
-            return any(op.name == "STOP" for op, *_ in pickletools.genops(file))
+            for op, arg, _ in pickletools.genops(file):
+                is_found |= arg == TORCH_MAGIC or op.name in PICKLED_NAMES
+                if op.name == "STOP":
+                    return is_found
     return False
 
 

@@ -104,9 +104,10 @@ def find_checkpoints(
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not given:
         raise CheckpointError("No checkpoints: expected at least one path or pattern.")
-    once: dict[str, Run] = {}  # links may point to a run from several paths
+    once: dict[str, Run] = {}  # links may lead to a run from several paths, as may patterns
     for run in (run for path in given for run in _runs_at(path, which)):
-        once.setdefault(os.path.realpath(run.folder), run)
+        place = os.path.realpath(run.folder)
+        once[place] = once[place].joined(run) if place in once else run
     runs = [*once.values()]
     several = [run for run in runs if not run.is_alone]
     n_folders = sum(run.folder.is_dir() for run in runs)

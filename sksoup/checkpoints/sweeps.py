@@ -54,6 +54,13 @@ class Run:
     checkpoints: Sequence[Path]
     is_alone: bool = False
 
+    def joined(self, other: Run) -> Run:
+        """The same run with the checkpoints that were found in it at another path."""
+        if self.is_alone and other.is_alone:
+            return self
+        found = {os.path.realpath(path): path for path in (*other.checkpoints, *self.checkpoints)}
+        return Run(self.folder, [*found.values()])
+
     @cached_property
     def record(self) -> Record:
         """The training loop's record of these checkpoints."""

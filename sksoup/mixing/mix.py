@@ -382,7 +382,7 @@ def stored_dtypes(
 
 def cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Round once to the stored dtype; variances stay >= 0."""
-    if is_variance(name):
+    if is_variance(name) and value.is_floating_point():
         wide = value if value.dtype.itemsize > 1 else value.float()  # float8 has no clamp
         value = wide.clamp_(min=0)
     return value.to(dtype)

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from sksoup import CheckpointCollection, CheckpointError, Recipe, RecipeError, mix
 from sksoup.__main__ import main
-from sksoup.checkpoints import growth
+from sksoup.checkpoints import growth, torch_archives
 from sksoup.checkpoints.read import SafetensorsFile, is_tar
 from sksoup.checkpoints.records import read_lightning
 from sksoup.checkpoints.torch_archives import read_torch_file
@@ -65,15 +65,29 @@ def test_a_file_that_begins_as_an_archive_is_not_read_as_safetensors(tmp_path):
         CheckpointCollection([path])
 
 
-@pytest.mark.parametrize("is_pickle", [False, True])
-def test_a_file_that_begins_as_a_pickle_is_not_read_as_safetensors(tmp_path, is_pickle):
+@pytest.mark.parametrize(
+    ("ops", "is_pickle"),
+    [
+        (b"x", False),
+        (b".", False),
+        (b"0.weight", False),
+        (b"\x8a\x0a" + torch_archives.MAGIC + b".", True),
+        (b"cos\nsystem\n.", True),
+        (b"\x93.", True),
+    ],
+)
+def test_a_file_that_begins_as_a_pickle_is_not_read_as_safetensors(tmp_path, ops, is_pickle):
     """The length of a header may be the opcode of a text, which hides what follows."""
     size = int.from_bytes(b"U\xff", "little")
     header = b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"__metadata__":{"x":"'
-    header = header.ljust(249, b"x") + (b"." if is_pickle else b"x")
+    header = header.ljust(249, b"x") + ops
     path = tmp_path / "a.pt"
     path.write_bytes(
-        b"U\xff".ljust(8, b"\0") + header + b"".rjust(size - 253, b"x") + b'"}}' + bytes(8)
+        b"U\xff".ljust(8, b"\0")
+        + header
+        + b"".rjust(size - 252 - len(ops), b"x")
+        + b'"}}'
+        + bytes(8)
     )
     assert SafetensorsFile.accepts(path) is not is_pickle
     if is_pickle:

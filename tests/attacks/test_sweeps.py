@@ -101,3 +101,14 @@ def test_a_pattern_that_finds_nothing_does_not_follow_links(tmp_path):
         with pytest.raises(CheckpointError, match=r"it matches 'notes\.txt'; expected"):
             CheckpointCollection.from_path(tmp_path / "**" / "*.txt")
     assert looks.call_count < 20
+
+
+def test_patterns_that_find_parts_of_one_run_are_of_one_run(tmp_path):
+    for name in ("epoch1", "epoch2", "epoch10_best"):
+        torch.save({"w": torch.ones(2)}, tmp_path / f"{name}.pt")
+    (tmp_path / "link").symlink_to(tmp_path)
+    patterns = [tmp_path / "epoch[0-9].pt", tmp_path / "link" / "*best.pt", tmp_path / "*1*.pt"]
+    for given in (patterns, patterns[::-1]):
+        assert CheckpointCollection.from_path(given, which="best").names == ("epoch10_best",)
+    assert len(CheckpointCollection.from_path(patterns)) == 3
+    assert len(CheckpointCollection.from_path([tmp_path, tmp_path / "link"])) == 3

@@ -34,16 +34,19 @@ def folders(root: Path, *changes: dict) -> list[Path]:
 
 
 def test_deeply_nested_configs_take_no_more_memory_than_their_text():
-    config: dict = {f"x{k}": k for k in range(20_000)}
+    config: dict = {f"act_{k}": k for k in range(20_000)}
     for k in range(800):
         config = {f"deep{k}": config}
-    other = json.loads(json.dumps(config).replace(": 7,", ": 8,"))
+    text = json.dumps(config)
+    other = json.loads(text.replace(": 7,", ": 8,"))
+    known = hub_agreement._Known()
     tracemalloc.start()
-    found = list(hub_agreement._differences(config, other))
+    assert not list(hub_agreement._differences(Path("a"), config, known))
+    found = list(hub_agreement._differences(Path("b"), other, known))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert found == [(("deep1", "deep0", "x7"), 7, 8)]
-    assert peak < 1_000_000
+    assert found == [(("deep1", "deep0", "act_7"), 8, 7, Path("a"))]
+    assert peak < 10 * len(text)
 
 
 def test_labels_in_another_order_are_refused(tmp_path):
@@ -56,6 +59,22 @@ def test_labels_in_another_order_are_refused(tmp_path):
         CheckpointCollection(paths, module=lambda: torch.nn.Linear(2, 3, bias=False))
     with pytest.raises(CheckpointError, match="in another order"):
         CheckpointCollection(paths[:2]).add("start", paths[2])
+
+
+@pytest.mark.parametrize("first", [..., {"0": "LABEL_0", "1": "LABEL_1"}, {"0": "a", "1": "b"}])
+def test_labels_of_all_configs_are_compared(tmp_path, first):
+    """Also if those of the first one are the default, or others."""
+    labels = {"0": "positive", "1": "negative", "2": "neutral"}
+    paths = folders(tmp_path, {"id2label": first}, {}, {"id2label": labels})
+    with pytest.raises(CheckpointError, match=r"ft3/config.json' has the labels of .*ft2/config"):
+        CheckpointCollection(paths[1:])
+
+
+def test_fields_that_the_first_config_lacks_are_compared(tmp_path):
+    heads = {"num_attention_heads": 4}
+    paths = folders(tmp_path, dict.fromkeys(CONFIG, ...) | {"model_type": "bert"}, {}, heads)
+    with pytest.raises(CheckpointError, match=r"ft3/config.json' describes another .*ft2/config"):
+        CheckpointCollection(paths[1:])
 
 
 @pytest.mark.parametrize(

@@ -312,3 +312,9 @@ def test_the_average_reads_every_byte_once(tmp_path, monkeypatch):
         assert {(k, n) for k, n in seen if n in floating} == {
             (k, n) for k in collection for n in floating
         }
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.int64])
+def test_integers_named_as_variances_are_copied(dtype):
+    states = [{"w": torch.ones(1) * k, "bn.running_var": torch.ones(1).to(dtype)} for k in range(2)]
+    assert mix(states, [0.5, 0.5])["bn.running_var"].dtype == dtype
