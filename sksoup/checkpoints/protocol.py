@@ -53,8 +53,18 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of the same shape have the same dtype and bits (NaN equals itself)."""
     if a.dtype != b.dtype:
         return False
+    if a.is_complex():
+        a, b = (torch.view_as_real(one.resolve_conj()) for one in (a, b))
     as_integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
     return torch.equal(a.contiguous().view(as_integers), b.contiguous().view(as_integers))
+
+
+def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """`same_bits`, after conversion to one dtype if those of floating tensors differ."""
+    if a.dtype == b.dtype or not (a.is_floating_point() and b.is_floating_point()):
+        return same_bits(a, b)
+    wide = torch.promote_types(a.dtype, b.dtype)
+    return same_bits(a.to(wide), b.to(wide))
 
 
 def is_text(name: str) -> bool:

@@ -20,17 +20,18 @@ KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def batch_norms(module: nn.Module) -> dict[str, Any]:
-    """The layers that keep running statistics, by name."""
-    return {
-        name: layer
-        for name, layer in module.named_modules()
-        if isinstance(layer, KINDS) and layer.running_mean is not None
-    }
+    """The layers that keep running statistics, by name; one with several names has one here."""
+    return {name: layer for name, layer in module.named_modules() if _keeps_statistics(layer)}
+
+
+def _keeps_statistics(layer: nn.Module) -> bool:
+    return isinstance(layer, KINDS) and layer.running_mean is not None
 
 
 def statistics(module: nn.Module) -> tuple[str, ...]:
-    """Names of the tensors that `recalibrate` re-estimates."""
-    names = batch_norms(module)
+    """All names of the tensors that `recalibrate` re-estimates."""
+    layers = module.named_modules(remove_duplicate=False)
+    names = [name for name, layer in layers if _keeps_statistics(layer)]
     stored = ("running_mean", "running_var")
     return tuple(f"{name}.{which}" if name else which for name in names for which in stored)
 
@@ -95,7 +96,8 @@ def settle(problem: Problem, policy: BatchNormPolicy, batch_size: int | None) ->
     module = problem.objective.module
     if not can_recalibrate(module, len(problem.data), batch_size):
         return ()  # "auto": for "recalibrate" it was refused
-    names = statistics(module)
+    rows = problem.layers.rows  # files may hold one of several names
+    names = tuple(name for name in statistics(module) if name in rows)
     state = module.state_dict()
     averages = {name: state[name].clone() for name in names}
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.protocol import same_bits
+from ..checkpoints.protocol import same_values
 from ..mixing.layers import Layers, is_variance
 from ..mixing.mix import accumulate
 from ..runtime.cache import Cache
@@ -320,7 +320,7 @@ def measure(
         with agreed(bool(checkpoints.rows)), checkpoints.open(checkpoint) as read:
             for name in names:
                 value = read(name)
-                if not same_bits(value, point[name]):
+                if not same_values(value, point[name]):
                     differing.add(name)
                     if name in counted_elsewhere:
                         continue

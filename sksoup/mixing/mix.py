@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.low_rank import LowRankCheckpoint, widened
-from ..checkpoints.protocol import TensorInfo, same_bits
+from ..checkpoints.protocol import TensorInfo, same_bits, same_values
 from ..checkpoints.write import SHARD_BYTES, write_shards
 from ..exceptions import CheckpointError, SoupWarning
 from ..runtime.distributed import agreed, all_gather
@@ -436,17 +436,11 @@ class Sum:
 
     def add(self, w: torch.Tensor, c: float) -> None:
         if not self.differs:
-            if self._equals(w):
+            if same_values(self.value, w):
                 self.coefs.append(c)
                 return
             self.spread()
         self.value += w.to(self.dtype) * c  # two roundings: the product, then the sum
-
-    def _equals(self, w: torch.Tensor) -> bool:
-        """Whether two tensors are equal, also if they are stored in different dtypes."""
-        if self.value.dtype == w.dtype:
-            return same_bits(self.value, w)
-        return same_bits(self.value.to(self.dtype), w.to(self.dtype))
 
     def spread(self) -> None:
         """Start the sum with the tensors that were equal so far."""

@@ -97,7 +97,8 @@ class RunningMean:
     def _restart(self, checkpoints: CheckpointCollection, dropped: Sequence[int]) -> None:
         """Compute the sum of the remaining checkpoints again."""
         vars(self).update(vars(RunningMean(self._layout)))
-        self.extend(checkpoints, [k for k in range(len(checkpoints)) if k not in dropped])
+        gone = {*dropped}
+        self.extend(checkpoints, [k for k in range(len(checkpoints)) if k not in gone])
         self._kept, self._gone = [*range(len(checkpoints))], [*dropped]
 
     def _without(self, tensor: str, read: Read) -> torch.Tensor | None:

@@ -97,7 +97,7 @@ class CandidateTrial:
 
     def __call__(self, candidate: int, evaluate: Evaluator) -> Evaluation:
         self.mean.extend(self.checkpoints, self.kept)
-        name, score = self.names[candidate], partial(self._score, self._order(candidate), evaluate)
+        name, score = self.names[candidate], partial(self._score, candidate, evaluate)
         with self.checkpoints.open(name) as read:
             load_weights(evaluate.objective.module, self.mean.mean_with(candidate, read))
             found = evaluate_named(score, name)
@@ -121,12 +121,20 @@ class CandidateTrial:
             margins={n: m for n, m in self.margins.items() if n in names.values()},
         )
 
+    def _n_mixed(self, candidate: int) -> int:
+        """The number of checkpoints in the mean that is scored."""
+        return len(self.kept) + 1
+
     def _order(self, candidate: int) -> torch.Tensor | None:
         own = self.margins.get(self.names[candidate])
-        return hardest_first(self.soup, own, len(self.kept) + 1)
+        return hardest_first(self.soup, own, self._n_mixed(candidate))
 
-    def _score(self, order: torch.Tensor | None, evaluate: Evaluator) -> Evaluation:
-        """Evaluate with mixed or re-estimated BatchNorm statistics, or the better of the two."""
+    def _score(self, candidate: int, evaluate: Evaluator) -> Evaluation:
+        """Evaluate with mixed or re-estimated BatchNorm statistics, or the better of the two.
+
+        Those of a single checkpoint are its own.
+        """
+        order = self._order(candidate)
 
         def score() -> Evaluation:
             if not self.early_rejection or order is None:
@@ -138,14 +146,12 @@ class CandidateTrial:
 
         objective, batch_size = evaluate.objective, evaluate.batch_size
         if (
-            self.soup is None
+            self._n_mixed(candidate) == 1
             or self.batch_norm == "average"
             or not can_recalibrate(objective.module, len(self.data), batch_size)
         ):
             return score()
         mixed = score() if self.batch_norm == "auto" else None
-        if mixed is not None and mixed.score >= self.needed:
-            return mixed
         recalibrate(objective, self.data, batch_size)
         found = score()
         if mixed is None:

@@ -18,6 +18,7 @@ from ..engine.parallel import evaluate_all
 from ..engine.problem import Found, Problem, rank_checkpoints
 from ..engine.scores import Evaluation, Evaluator, evaluate_named
 from ..mixing.running_mean import RunningMean
+from ..runtime.fingerprint import fingerprint
 from .base import BaseSoup
 from .candidates import CandidateTrial
 from .greedy import describe_path, mean_of, uniform_coef
@@ -211,13 +212,15 @@ class PrunedSoup(BaseSoup):
                 self._warn_of_chance(ranking.scores, problem.evaluate)
             worst_first = ranking.order[:0:-1]  # the best stays
             mean = RunningMean(checkpoints.layout)
+            identities = [] if problem.cache is None else [*map(checkpoints.identity, names)]
+            digest = fingerprint(identities)
 
             def evaluate(
                 dropped: list[int], candidate: int | None, needed: float, soup: Evaluation | None
             ) -> Evaluation:
                 trial = RemovalTrial(
                     checkpoints, dict(enumerate(names)), problem.data, ranking.margins,
-                    self.batch_norm, bool(self.early_rejection), kept_of(n, dropped), "",
+                    self.batch_norm, bool(self.early_rejection), kept_of(n, dropped), digest,
                     mean, needed, soup, is_alone=True, dropped=dropped,
                 )  # fmt: skip
                 item = NOTHING if candidate is None else candidate
@@ -247,7 +250,8 @@ class PrunedSoup(BaseSoup):
 
 
 def kept_of(n: int, dropped: list[int]) -> list[int]:
-    return [k for k in range(n) if k not in dropped]
+    gone = {*dropped}
+    return [k for k in range(n) if k not in gone]
 
 
 @dataclass(frozen=True)
@@ -267,16 +271,18 @@ class RemovalTrial(CandidateTrial):
             if weights is None:
                 weights = mean_of(self.checkpoints, [k for k in self.kept if k != candidate])
             load_weights(module, weights)
-        score = partial(self._score, self._order(candidate), evaluate)
+        score = partial(self._score, candidate, evaluate)
         return evaluate_named(score, f"the mean of those kept without {name}")
 
     def key(self, candidate: int) -> tuple[Any, ...]:
-        identities = [self.checkpoints.identity(name) for name in self.names.values()]
         settings = self.needed, self._order(candidate), self.early_rejection, self.batch_norm
-        return "without", identities, self.dropped, candidate, *settings
+        return "without", self.digest, self.dropped, candidate, *settings
 
     def only(self, candidates: Sequence[int]) -> Self:
         return self
+
+    def _n_mixed(self, candidate: int) -> int:
+        return len(self.kept) - (candidate != NOTHING)
 
     def _order(self, candidate: int) -> torch.Tensor | None:
         """Order rows, hardest first, by the expected margins of the mean without the candidate."""
@@ -284,5 +290,5 @@ class RemovalTrial(CandidateTrial):
             return None
         margins, own = self.soup.margins, self.margins.get(self.names.get(candidate, ""))
         if own is not None:
-            margins = margins + (margins - own) / max(1, len(self.kept) - 1)
+            margins = margins + (margins - own) / max(1, self._n_mixed(candidate))
         return margins.argsort(stable=True)

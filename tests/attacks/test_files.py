@@ -299,3 +299,18 @@ def test_an_entry_that_holds_itself_is_looked_through_once(tmp_path):
     entry["self"] = entry
     torch.save({"model": {"w": torch.ones(2)}, "entry": entry}, tmp_path / "a.pt")
     assert list(CheckpointCollection([tmp_path / "a.pt"])["a"]) == ["w"]
+
+
+def test_tied_complex_weights_are_refused_with_a_message(tmp_path):
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
+            self.b.weight = self.a.weight
+
+    w = torch.ones(2, 2)
+    torch.save({"a.weight": w}, tmp_path / "1.pt")
+    wide = w.to(torch.complex128)
+    torch.save({"a.weight": wide, "b.weight": wide}, tmp_path / "2.pt")
+    with pytest.raises(CheckpointError, match="complex"):
+        CheckpointCollection([tmp_path / "1.pt", tmp_path / "2.pt"], module=Tied)

@@ -249,3 +249,33 @@ def test_a_channel_that_is_dead_in_all_is_no_news(zoo: Zoo):
     soup = PaperMEHL(lr=1.0, max_epochs=20, random_state=0).fit(ckpts, zoo.X, zoo.y)
     assert soup.coef_.min() < 0
     assert not any("BatchNorm's variances" in said for said in soup.warnings_)
+
+
+class Shared(nn.Module):
+    """A BatchNorm layer with two names, as in ``self.block = Sequential(self.fc, self.bn)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(4)
+        self.block = nn.Sequential(self.bn, nn.Linear(4, 3))
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        return self.block(X)
+
+
+@pytest.mark.parametrize("left_out", ["none", "bn."])
+def test_a_layer_with_two_names(zoo: Zoo, left_out, tmp_path):
+    states = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        net = Shared().train()
+        net(torch.randn(50, 4) * 3 + seed)
+        states.append({n: v for n, v in net.state_dict().items() if not n.startswith(left_out)})
+    checkpoints = CheckpointCollection(states, module=Shared).save(tmp_path / "zoo")
+    soup = UniformSoup(batch_norm="recalibrate").fit(checkpoints, zoo.X, zoo.y)
+    which = {n for n in states[0] if n.endswith(("running_mean", "running_var"))}
+    assert {*soup.recalibrated_} == which
+    soup.save(tmp_path / "soup.safetensors")
+    assert soup.recipe_.verify(tmp_path / "soup.safetensors", checkpoints).ok
+    there = soup.interpolate("checkpoint0", 1.0)
+    assert torch.equal(there.module_.bn.running_mean, soup.module_.bn.running_mean)

@@ -546,3 +546,23 @@ def test_the_weights_are_those_of_a_plain_script(zoo64: Zoo, layerwise):
     )
     torch.testing.assert_close(soup.state_dict(), expected, rtol=0, atol=1e-8)
     assert np.abs(soup.coef_ - 1 / len(names)).max() > 0.01  # it went somewhere
+
+
+@pytest.mark.parametrize("kind", [MEHLSoup, LearnedSoup])
+def test_runs_of_several_dtypes_may_share_an_infinite_constant(kind):
+    class Masked(Net):
+        def __init__(self) -> None:
+            super().__init__(batch_norm=False)
+            self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+
+        def forward(self, X: torch.Tensor) -> torch.Tensor:
+            return super().forward(X) * self.mask.exp().sum()
+
+    torch.manual_seed(0)
+    X, nets = torch.randn(60, 4), [Masked() for _ in range(3)]
+    y = torch.arange(60) % 3
+    states = [net.state_dict() for net in nets]
+    states[1] = {name: w.half() for name, w in states[1].items()}
+    soup = kind(max_epochs=3).fit(CheckpointCollection(states, module=Masked), X, y)
+    assert not any("NaN" in message for message in soup.warnings_)
+    assert soup.module_.mask.tolist() == [0.0, -torch.inf]

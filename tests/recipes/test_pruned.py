@@ -121,10 +121,10 @@ def test_a_fit_that_was_stopped_goes_on_with_the_same_bits(zoo: Zoo, tmp_path):
         stopped = PrunedSoup(memory=tmp_path / str(n_done))
         calls = iter(range(n_done))
 
-        def fail(self, order, evaluate, calls=calls):
+        def fail(self, candidate, evaluate, calls=calls):
             if next(calls, None) is None:
                 raise KeyboardInterrupt
-            return CandidateTrial._score(self, order, evaluate)
+            return CandidateTrial._score(self, candidate, evaluate)
 
         with patch.object(RemovalTrial, "_score", fail), pytest.raises(KeyboardInterrupt):
             stopped.fit(zoo.checkpoints, zoo.X, zoo.y)
@@ -157,6 +157,19 @@ def test_statistics_of_batch_norm(zoo: Zoo, batch_norm):
     assert torch.equal(soup.state_dict()["head.weight"], mixed["head.weight"])
 
 
+@pytest.mark.parametrize("batch_norm", ["average", "recalibrate", "auto"])
+@pytest.mark.parametrize("n", [2, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_all_means_are_scored_with_the_statistics_of_the_soup(seed, n, batch_norm):
+    """Those of a single checkpoint are its own; all others are re-estimated."""
+    zoo = make_zoo(n, seed)
+    soup = PrunedSoup(batch_norm=batch_norm).fit(zoo.checkpoints, zoo.X, zoo.y)
+    uniform = UniformSoup(batch_norm=batch_norm).fit(zoo.checkpoints, zoo.X, zoo.y)
+    assert soup.path_[0]["score"] == uniform.score(zoo.X, zoo.y)
+    *_, last = (trial for trial in soup.path_ if trial["dropped"] or trial["candidate"] is None)
+    assert last["score"] == soup.score(zoo.X, zoo.y)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "much"])
 def test_a_bad_improvement_is_refused(zoo: Zoo, value):
     with pytest.raises((ValueError, TypeError), match="min_improvement"):
@@ -183,3 +196,18 @@ def test_a_run_that_diverged_is_dropped_in_half_precision(large):
     assert first["dropped"]
     assert first["score"] == pytest.approx(mean, abs=0.01)
     assert soup.score(X, y) >= mean - 0.01 > 0.6
+
+
+def test_checkpoints_are_identified_a_constant_number_of_times(zoo: Zoo, tmp_path):
+    counts = []
+    for n in (4, 7):
+        chosen = zoo.checkpoints.select(zoo.checkpoints.names[:n])
+        with patch.object(
+            CheckpointCollection,
+            "identity",
+            autospec=True,
+            side_effect=CheckpointCollection.identity,
+        ) as looks:
+            PrunedSoup(memory=tmp_path / str(n)).fit(chosen, zoo.X, zoo.y)
+        counts.append(looks.call_count / n)
+    assert counts[0] == pytest.approx(counts[1], abs=0.5)
