@@ -72,7 +72,6 @@ def _read_archive(path: Path, device: str) -> Pickled:
             )
         if "data.pkl" not in members:
             raise ValueError("it is a zip archive without data.pkl")
-        _check_byte_order(archive, members)
         take = _taker(path, device)
 
         def storage(key: str, dtype: torch.dtype, count: int) -> torch.Tensor:
@@ -81,7 +80,15 @@ def _read_archive(path: Path, device: str) -> Pickled:
                 raise _lost(key)
             return take(starts[f"data/{key}"], dtype, count)
 
-        return read_pickle(archive.read(members["data.pkl"]), storage)
+        def contents(name: str) -> bytes:
+            if members[name].CRC:
+                return archive.read(members[name])
+            file.seek(starts[name])  # torch.serialization.set_crc32_options(False) writes none
+            return file.read(members[name].file_size)
+
+        if "byteorder" in members:
+            _check_byte_order(contents("byteorder"))
+        return read_pickle(contents("data.pkl"), storage)
 
 
 def _inner(member: zipfile.ZipInfo) -> str:
@@ -123,11 +130,8 @@ def _starts(file: IO[bytes], members: Mapping[str, zipfile.ZipInfo], end: int) -
     return starts if 0 <= end - position <= DESCRIPTOR else {}
 
 
-def _check_byte_order(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]) -> None:
-    if (member := members.get("byteorder")) is None:
-        return
-    with archive.open(member) as opened:
-        order = opened.read(8).decode("latin1")
+def _check_byte_order(found: bytes) -> None:
+    order = found[:8].decode("latin1")
     if order != sys.byteorder:
         raise UnpicklingError(
             f"it has the byte order {order!r}, expected {sys.byteorder!r}. Load it with torch and "

@@ -8,7 +8,7 @@ from hashlib import sha256
 from itertools import islice, pairwise
 from numbers import Integral
 from operator import itemgetter
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ from .tokens import IGNORED
 
 SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 MASK = "attention_mask"
+# whose texts are padded: those of causal models also without a mask, as they do not look ahead
+Pads: TypeAlias = Literal["causal", "any"]
 
 
 class Padded(dict[str, torch.Tensor]):
@@ -75,7 +77,7 @@ def read_loader(
     *,
     ordered: bool = False,
     n_inputs: int | None = None,
-    pads: bool = False,
+    pads: Pads | None = None,
     keep: int | None = None,
 ) -> tuple[Any, Any]:
     """Read a loader once; inputs and targets as tensors on the CPU, targets as in `walk`.
@@ -94,7 +96,7 @@ def read_loader(
     if can_leave_out and keep is not None:
         limit = min(limit, keep)
     digest, is_full = sha256(), False
-    for rows, labels in walk(X, y, ordered=ordered, n_inputs=n_inputs):
+    for rows, labels in _with_labels(walk(X, y, ordered=ordered, n_inputs=n_inputs), pads):
         targets.append(labels)
         if can_leave_out:
             note_rows(digest, rows)
@@ -115,7 +117,7 @@ def read_loader(
     makes_mask = False
     if pads:
         own = [isinstance(X, Mapping) and MASK in X for X in inputs]
-        inputs, targets = padded(inputs), padded(targets, IGNORED)
+        inputs, targets = _padded_inputs(inputs, pads), padded(targets, IGNORED)
         makes_mask = not all(own) and isinstance(inputs[0], Mapping) and MASK in inputs[0]
     labels = targets_of(targets, y)
     if loader is not None and is_full:
@@ -137,12 +139,35 @@ def note_rows(digest: Any, rows: Any) -> None:
         digest.update(tensor_bytes(part))
 
 
-def padded(parts: list[Any], value: int = 0) -> list[Any]:
+def _with_labels(
+    batches: Iterator[tuple[Any, torch.Tensor | None]], pads: Pads | None
+) -> Iterator[tuple[Any, torch.Tensor | None]]:
+    """Batches of causal models, in which ids without a name are the labels, too: not padded yet."""
+    for rows, labels in batches:
+        are_labels = pads == "causal" and labels is None and _is_sequence(rows)
+        yield rows, rows if are_labels else labels
+
+
+def _padded_inputs(inputs: list[Any], pads: Pads) -> list[Any]:
     """Batches of texts, padded at the end to the longest one.
 
-    Inputs are padded with 0 and masked by the attention mask, which is created if there is none, so
-    that bidirectional models ignore the padding.
+    Padded with 0 and masked by the attention mask, which is created if there is none, so that
+    bidirectional models ignore the padding. Ids without a name have no mask.
     """
+    lengths = {part.shape[1] for X in inputs for part in parts_of(X) if _is_sequence(part)}
+    has_masks = all(isinstance(X, Mapping) and {MASK, "input_ids"} & X.keys() for X in inputs)
+    if len(lengths) > 1 and pads != "causal" and not has_masks:
+        raise ValueError(
+            f"X holds texts of {min(lengths)} to {max(lengths)} tokens without an attention mask, "
+            f"so that models would read the padding as text. Pass batches with names, such as "
+            f"{{'input_ids': ids}}, for which a mask is created, or texts of one length; or "
+            f"task='causal-lm' if the model predicts the next token."
+        )
+    return padded(inputs)
+
+
+def padded(parts: list[Any], value: int = 0) -> list[Any]:
+    """Batches, padded at the end to the longest one; named inputs get an attention mask."""
     if not any(isinstance(X, Mapping) for X in parts):
         return _filled(parts, value)
     lengths = {part.shape[1] for X in parts for part in X.values() if _is_sequence(part)}
@@ -180,7 +205,7 @@ def minibatches(
     *,
     ordered: bool,
     n_inputs: int | None,
-    pads: bool = False,
+    pads: Pads | None = None,
 ) -> Iterator[tuple[Any, Any]]:
     """Read a loader once, in minibatches of ``size`` rows as for arrays; None is one batch."""
     if size is None:
@@ -188,10 +213,10 @@ def minibatches(
         return
     rows: Any = None  # that were read and not given yet
     labels: Any = None
-    for more, their in walk(X, y, ordered=ordered, n_inputs=n_inputs):
+    for more, their in _with_labels(walk(X, y, ordered=ordered, n_inputs=n_inputs), pads):
         both, theirs = [part for part in (rows, more) if part is not None], [labels, their]
         if pads:
-            both = padded(both)
+            both = _padded_inputs(both, pads)
             theirs = padded([part for part in theirs if part is not None], IGNORED)
         rows, labels = _concatenate(both), targets_of(theirs, None)
         while n_rows(rows) >= size:

@@ -124,7 +124,8 @@ class PredictionMixin:
         if is_loader(X):
             names = self.input_names_
             for rows, labels in minibatches(
-                X, y, size, ordered=ordered, pads=True,
+                X, y, size, ordered=ordered,
+                pads="causal" if self.outputs_.predicts == "causal" else "any",
                 n_inputs=names if isinstance(names, int) else None,
             ):  # fmt: skip
                 yield validate_inputs(self, rows), labels

@@ -27,7 +27,7 @@ from ..checkpoints.collection import CheckpointCollection
 from ..data.arrays import map_inputs, n_rows, parts_of
 from ..data.indexed import IndexedRows
 from ..data.labels import ignore_index_of, is_dense
-from ..data.loaders import MASK, Padded, as_batches, from_lists, is_apart, read_loader
+from ..data.loaders import MASK, Padded, Pads, as_batches, from_lists, is_apart, read_loader
 from ..data.outputs import Outputs, Task
 from ..data.rows import HeldOut, fits, is_loader, is_multiple, resolve_device, to_inputs, to_tensor
 from ..data.tokens import (
@@ -86,9 +86,11 @@ def validate_rows(
         X = as_batches(X, y)
     if is_loader(X):
         ordered = is_apart(y) or is_apart(sample_weight)
+        pads: Pads | None = "causal" if task == "causal-lm" else "any"
         X, y = read_loader(
-            X, y, ordered=ordered, pads=task in TEXT_TASKS, keep=memory_limit_of(estimator)
-        )
+            X, y, ordered=ordered, pads=pads if task in TEXT_TASKS else None,
+            keep=memory_limit_of(estimator),
+        )  # fmt: skip
     if task in TEXT_TASKS and y is None:
         y = targets_from(X)
     refuse_checkpoints(X, y)

@@ -431,3 +431,18 @@ def test_two_names_for_one_file_are_not_saved(tmp_path):
     with pytest.raises(ValueError, match="the same file"):
         ckpts.save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("computes", [False, True])
+def test_archives_without_checksums_are_read(tmp_path, computes):
+    torch.serialization.set_crc32_options(computes)
+    try:
+        torch.save({"w": torch.ones(3)}, tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert CheckpointCollection([tmp_path / "a.pt"])["a"]["w"].tolist() == [1, 1, 1]
+    data = bytearray((tmp_path / "a.pt").read_bytes())
+    data[data.index(b"FloatStorage")] ^= 1
+    (tmp_path / "a.pt").write_bytes(data)
+    with pytest.raises(CheckpointError, match="CRC-32" if computes else "more than dense tensors"):
+        CheckpointCollection([tmp_path / "a.pt"])

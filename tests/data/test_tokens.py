@@ -360,3 +360,46 @@ def test_logits_of_all_rows_are_never_held():
         soup.score(ids)
         soup.predict(ids)
     assert live.peak < 4 * minibatch < n * 8 * vocabulary * 4
+
+
+class Ids(nn.Module):
+    """A causal model of ids without a name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(ids))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 128, None])
+def test_ids_without_a_name_are_labels_before_they_are_padded(batch_size):
+    torch.manual_seed(0)
+    batches = [torch.randint(1, VOCABULARY, (2, n)) for n in (4, 4, 12, 6, 12)]
+    soup = UniformSoup(task="causal-lm", batch_size=batch_size)
+    soup.fit(CheckpointCollection([Ids(), Ids()]), iter(batches))
+    with torch.no_grad():
+        losses = [
+            nn.functional.cross_entropy(
+                soup.module_(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+            )
+            for ids in batches
+        ]
+    expected = -float(torch.cat(losses).mean())
+    assert soup.score(iter(batches)) == pytest.approx(expected, abs=1e-5)
+    assert soup.mean_log_likelihood(iter(batches)) == pytest.approx(expected, abs=1e-5)
+    best = BestCheckpoint(task="causal-lm").fit(CheckpointCollection([soup.module_]), iter(batches))
+    assert best.individual_scores_["checkpoint0"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("task", ["masked-lm", "language-modeling"])
+def test_padding_that_a_model_would_read_is_refused(task):
+    ids = [torch.randint(1, VOCABULARY, (2, n)) for n in (4, 12)]
+    with pytest.raises(ValueError, match=r"texts of 4 to 12 tokens without an attention mask"):
+        UniformSoup(task=task).fit(checkpoints("bert"), iter([(x, x) for x in ids]))
+    labels = [torch.where(torch.arange(x.shape[1]) == 1, x, -100) for x in ids]
+    masked = ids[0].masked_fill(labels[0] != -100, 4)
+    soup = UniformSoup(task="masked-lm").fit(checkpoints("bert"), masked, labels[0])
+    with pytest.raises(ValueError, match=r"texts of 4 to 12 tokens without an attention mask"):
+        soup.score(iter(zip(ids, labels, strict=True)))
