@@ -444,5 +444,5 @@ def test_archives_without_checksums_are_read(tmp_path, computes):
     data = bytearray((tmp_path / "a.pt").read_bytes())
     data[data.index(b"FloatStorage")] ^= 1
     (tmp_path / "a.pt").write_bytes(data)
-    with pytest.raises(CheckpointError, match="CRC-32" if computes else "more than dense tensors"):
+    with pytest.raises(CheckpointError, match="CRC-32" if computes else "more than"):
         CheckpointCollection([tmp_path / "a.pt"])
