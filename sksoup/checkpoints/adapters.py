@@ -7,7 +7,8 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,16 @@ class AdapterCheckpoint(LowRankCheckpoint):
     @contextmanager
     def open_factors(self) -> Iterator[tuple[ReadFactors, Read]]:
         """Read factors (the left one includes lambda) and whole tensors, by the base's names."""
-        with self.stored.open() as read:
+        with self.stored.open() as read, ExitStack() as opened:
+            base = cache(lambda: opened.enter_context(self.base.open()))  # opened once, if needed
 
             def read_factors(name: str) -> Factors | None:
                 if (pair := self._factors.get(name)) is None:
                     return None
-                if (copy := self._copies.get(name)) is not None:
-                    self._compare(name, read(copy))
+                copy = self._copies.get(name)
+                if copy is not None and not same_bits(base()(name), read(copy)):
+                    differs = f"its values of {name!r} differ from those of the base"
+                    raise self._does_not_fit(differs)
                 return pair.factors(read)
 
             yield read_factors, lambda name: read(self._whole[name])
@@ -246,12 +250,6 @@ class AdapterCheckpoint(LowRankCheckpoint):
     def _is_target(self, module: str) -> bool:
         """Whether PEFT gives a module of the base factors."""
         return self.base.has_factors(module, self.config.targets)
-
-    def _compare(self, name: str, value: torch.Tensor) -> None:
-        """Raise an error for a copy of a base tensor with different values."""
-        with self.base.open() as read:
-            if not same_bits(read(name), value):
-                raise self._does_not_fit(f"its values of {name!r} differ from those of the base")
 
     def _does_not_fit(self, why: str) -> CheckpointError:
         return self._error(

@@ -99,41 +99,34 @@ def _direction(name: str, best: float, low: float, high: float) -> int:
 
 def read_lightning(files: Sequence[Path]) -> Record:
     """The record that Lightning's ModelCheckpoint writes to each file of a run."""
-    found = {path.name: read_container(path) for path in files if suffix_of(path) == ".ckpt"}
-    steps = {
-        name: step
-        for name, container in found.items()
-        if isinstance(step := container.get("global_step"), int)
-    }
+    steps: dict[str, int] = {}
+    states: dict[str, _Monitor] = {}
+    for path in files:
+        if suffix_of(path) == ".ckpt":
+            container = read_container(path)
+            if isinstance(step := container.get("global_step"), int):
+                steps[path.name], states[path.name] = step, _model_checkpoint(container)
     best, metrics = None, {}
     values: dict[str, dict[str, float]] = {name: {} for name in steps}
-    states = {name: _model_checkpoint(found[name]) for name in steps}
     # the last record is current; of those of one step, that in a file which it lists, since another
     # callback may have written its file before this one decided
-    order = {name: (step, name in _kept_by(states[name][2])) for name, step in steps.items()}
+    order = {name: (step, name in states[name].kept) for name, step in steps.items()}
     for name in sorted(steps, key=order.__getitem__):
-        monitor, mode, state = states[name]
-        if monitor is None:
+        state = states[name]
+        if state.metric is None:
             continue
-        best = _file_name(state.get("best_model_path"))
-        metrics = {monitor: {"min": -1, "max": 1}.get(mode, 0)}
-        kept = state.get("best_k_models")
-        for path, value in kept.items() if isinstance(kept, Mapping) else ():
-            if (number := _number(value)) is not None and (file := _file_name(path)) is not None:
-                values.setdefault(file, {})[monitor] = number
+        best = _file_name(state.best)
+        metrics = {state.metric: {"min": -1, "max": 1}.get(state.mode, 0)}
+        for file, number in state.kept.items():
+            if number is not None:
+                values.setdefault(file, {})[state.metric] = number
     versions = _versions({path.name: path for path in files}, steps)
     for name, version in versions.items():  # last.ckpt has the same weights as another file
         values[name] = values[name] or next(
             (values[other] for other, of in versions.items() if of == version and values[other]), {}
         )
-    bests = {name: state.get("best_model_path") or None for name, (*_, state) in states.items()}
+    bests = {name: state.best or None for name, state in states.items()}
     return Record(best, metrics, values, versions, bests)
-
-
-def _kept_by(state: Mapping[str, Any]) -> set[str | None]:
-    """The files that a ModelCheckpoint keeps as the best ones, by its state."""
-    kept = state.get("best_k_models")
-    return {*map(_file_name, kept if isinstance(kept, Mapping) else ())}
 
 
 def _versions(files: Mapping[str, Path], steps: Mapping[str, int]) -> dict[str, tuple[int, int]]:
@@ -215,16 +208,30 @@ def _no_scores(why: str) -> CheckpointError:
     return CheckpointError(f"scores='recorded' can't be used: {why}. {REMEDY}")
 
 
-def _model_checkpoint(container: Mapping[str, Any]) -> tuple[str | None, str, Mapping[str, Any]]:
-    """Monitor, mode and state of the first ModelCheckpoint that monitors a metric."""
+@dataclass(frozen=True)
+class _Monitor:
+    """What a ModelCheckpoint has recorded: a metric, the best file and the files that it keeps."""
+
+    metric: str | None = None
+    mode: str = ""
+    best: str | None = None
+    kept: Mapping[str, float | None] = field(default_factory=dict)
+
+
+def _model_checkpoint(container: Mapping[str, Any]) -> _Monitor:
+    """The record of the first ModelCheckpoint that monitors a metric; no tensor of the file."""
     callbacks = container.get("callbacks")
     for key, state in callbacks.items() if isinstance(callbacks, Mapping) else ():
         is_name = isinstance(key, str) and key.startswith("ModelCheckpoint")
         if is_name and isinstance(state, Mapping):
             mode = re.search(r"'mode': '(min|max)'", key)
-            if isinstance(monitor := state.get("monitor"), str):
-                return monitor, mode[1] if mode else "", state
-    return None, "", {}
+            if isinstance(metric := state.get("monitor"), str):
+                best, files = state.get("best_model_path"), state.get("best_k_models")
+                kept = files.items() if isinstance(files, Mapping) else ()
+                numbers = {name: _number(n) for path, n in kept if (name := _file_name(path))}
+                best = best if isinstance(best, str) else None
+                return _Monitor(metric, mode[1] if mode else "", best, numbers)
+    return _Monitor()
 
 
 def _file_name(path: Any) -> str | None:

@@ -64,8 +64,10 @@ class Run:
     @cached_property
     def record(self) -> Record:
         """The training loop's record of these checkpoints."""
-        if steps := self._steps:
-            states = (max(steps, key=natural_key) / TRAINER_STATE, self.folder / TRAINER_STATE)
+        if steps := sorted(self._steps, key=natural_key, reverse=True):
+            # a run that was killed may have written the weights of the last step only
+            folders = (steps[0], self.folder, *steps[1:])
+            states = [path / TRAINER_STATE for path in folders]
             state = next((path for path in states if path.is_file()), states[0])
             return read_trainer(state, self.folder.name)
         if self.is_alone and self.folder.is_dir():
@@ -168,7 +170,7 @@ def find_runs(
     A folder with several links to it is visited once, and cycles of links end.
     """
     inner = [path for path in folder.iterdir() if path.is_dir() and path.name[:1] != "."]
-    inner.sort(key=natural_key)
+    inner = sorted(_readable(inner), key=natural_key)
     steps = [path for path in inner if STEP.fullmatch(path.name) and find_weights(path)]
     if find_weights(folder):
         more = [path for path in inner if path not in steps and find_weights(path)]
@@ -202,6 +204,20 @@ def find_runs(
         left = depth - (not is_lightning), lightning - is_lightning
         if min(left) >= 0:
             yield from find_runs(path, suffixes, *left, seen)
+
+
+def _readable(folders: Sequence[Path]) -> list[Path]:
+    """Those that may be read, with a warning of others, such as lost+found of a file system."""
+    closed = [path for path in folders if not os.access(path, os.R_OK | os.X_OK)]
+    if closed:
+        warnings.warn(
+            f"{_counted(closed, 'folder')} can't be read, such as {str(closed[0])!r}, and "
+            f"{'is' if len(closed) == 1 else 'are'} left out. If it holds checkpoints, change its "
+            f"permissions.",
+            SoupWarning,
+            stacklevel=2,
+        )
+    return [path for path in folders if path not in closed] if closed else [*folders]
 
 
 def _warn_of_runs_below(

@@ -242,7 +242,7 @@ def _reproduction(recipe: Any) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in recipe.versions.items())
     return (
         "<p>To rebuild the weights of the saved soup from the checkpoints and compare them bit for "
-        "bit, run <code>python -m sksoup verify FILE FOLDER</code>.</p>"
+        "bit, run <code>sksoup verify FILE FOLDER</code>.</p>"
         f"<details><summary>Parameters</summary><ul>{params}</ul></details>"
         f"<p>{_text(versions)}</p>"
     )

@@ -20,7 +20,7 @@ The exact coefficients are in the file's metadata, or in the `.recipe.json` next
 have the ingredients, you can rebuild the weights and compare them bit for bit:
 
 ```
-python -m sksoup verify FILE FOLDER_OF_INGREDIENTS
+sksoup verify FILE FOLDER_OF_INGREDIENTS
 ```
 """
 
@@ -57,7 +57,7 @@ The exact coefficients are in `recipe.json`. If you have the ingredients and the
 rebuild the whole network:
 
 ```
-python -m sksoup cook recipe.json FOLDER_OF_ADAPTERS --base BASE -o soup.safetensors
+sksoup cook recipe.json FOLDER_OF_ADAPTERS --base BASE -o soup.safetensors
 ```
 """
 # characters from which GitHub makes links, mentions and formulas

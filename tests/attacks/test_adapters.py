@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sksoup import CheckpointCollection, CheckpointError, SoupWarning, UniformSoup
+from sksoup.checkpoints.base_model import BaseModel
 from sksoup.checkpoints.on_base import _n_labels
 from sksoup.checkpoints.peft_targets import Targets
 from sksoup.checkpoints.protocol import TensorInfo
@@ -485,3 +486,17 @@ def test_the_outputs_are_those_of_the_last_layer(shapes, expected):
     header = {f"{P}{n}.weight": TensorInfo(s, torch.float32) for n, s in shapes.items()}
     assert _n_labels(header, "SEQ_CLS") == expected
     assert _n_labels(header, "CAUSAL_LM") is None
+
+
+def test_copies_of_base_weights_are_compared_with_a_base_that_is_opened_once(tmp_path, monkeypatch):
+    base, names = build(), ("a", "b")
+    folder = save(tmp_path / "adapter", target_modules=[*names])
+    state = load_file(folder / "adapter_model.safetensors")
+    copies = {f"{P}{n}.base_layer.weight": getattr(base, n).weight.detach() for n in names}
+    save_file(state | copies, folder / "adapter_model.safetensors")
+    adapters = CheckpointCollection([folder], module=build)
+    opened = []
+    inner = BaseModel.open
+    monkeypatch.setattr(BaseModel, "open", lambda self: opened.append(1) or inner(self))
+    adapters.check()
+    assert len(opened) <= 2  # for the tensors, and for all copies

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import weakref
 from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from sksoup import CheckpointCollection, CheckpointError
+from sksoup import CheckpointCollection, CheckpointError, SoupWarning
 from sksoup.checkpoints import modules, records, sweeps
 
 
@@ -112,3 +113,52 @@ def test_patterns_that_find_parts_of_one_run_are_of_one_run(tmp_path):
         assert CheckpointCollection.from_path(given, which="best").names == ("epoch10_best",)
     assert len(CheckpointCollection.from_path(patterns)) == 3
     assert len(CheckpointCollection.from_path([tmp_path, tmp_path / "link"])) == 3
+
+
+def test_folders_that_may_not_be_read_are_left_out(tmp_path, monkeypatch):
+    for name in ("run1", "run2"):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.ones(2)}, tmp_path / name / "a.safetensors")
+    closed = tmp_path / "lost+found"
+    closed.mkdir(mode=0)
+    access = os.access  # root may read all
+    monkeypatch.setattr(os, "access", lambda path, mode: path != closed and access(path, mode))
+    with pytest.warns(SoupWarning, match=r"1 folder can't be read, such as .*lost\+found"):
+        assert len(CheckpointCollection.from_path(tmp_path)) == 2
+
+
+def test_the_best_step_is_known_if_the_last_one_has_no_state(tmp_path):
+    for run in ("run1", "run2"):
+        log = []
+        for step, loss in ((100, 0.1), (200, 0.5), (300, 0.9)):
+            folder = tmp_path / run / f"checkpoint-{step}"
+            folder.mkdir(parents=True)
+            save_file({"w": torch.ones(2) * step}, folder / "model.safetensors")
+            (folder / "config.json").write_text("{}")
+            log.append({"step": step, "eval_loss": loss})
+            best = {"best_metric": 0.1, "best_model_checkpoint": "out/checkpoint-100"}
+            state = {"log_history": log, "global_step": step, **best}
+            if step < 300:
+                (folder / "trainer_state.json").write_text(json.dumps(state))
+    found = CheckpointCollection.from_path(tmp_path)
+    assert [found.path(name).name for name in found] == ["checkpoint-100"] * 2
+
+
+def test_containers_of_lightning_are_not_kept(tmp_path, monkeypatch):
+    alive = weakref.WeakSet()
+
+    class Container(dict):
+        pass
+
+    def read(path):
+        assert len(alive) <= 1  # that of the file before
+        container = Container(global_step=int(path.stem[-1]), callbacks={})
+        alive.add(container)
+        return container
+
+    Container.__hash__ = object.__hash__
+    monkeypatch.setattr(records, "read_container", read)
+    files = [tmp_path / f"epoch{k}.ckpt" for k in range(5)]
+    monkeypatch.setattr(records, "_versions", lambda files, steps: {})
+    records.read_lightning(files)
+    assert not alive
