@@ -38,7 +38,7 @@ class BaseModel(BaseCheckpoint):
     """Weights by the names of a module, with the kinds of its layers and its tied tensors.
 
     The module is not kept. Tensors in ``varying`` do not belong to the base: a factory initializes
-    them differently each time, or a PeftModel has trained them.
+    them differently each time, a PeftModel has trained them, or they are the head of another task.
     """
 
     def __init__(self, entry: Entry, module: nn.Module, varying: Iterable[str] = ()) -> None:
@@ -182,7 +182,10 @@ def base_of_folder(folder: Path, module: HubModule) -> BaseModel:
     network = skeleton(module)
     if network is None:
         network = module()
-    return BaseModel(entry, network)
+    own = network.state_dict().keys()
+    # the folder may have the head of another task, which from_pretrained ignores
+    others = entry.header.keys() - own if module.task is not None else ()
+    return BaseModel(entry, network, others)
 
 
 def base_of_module(module: ModuleSource, changed: Iterable[str] = ()) -> BaseModel:

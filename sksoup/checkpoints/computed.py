@@ -27,6 +27,13 @@ def computed_names(module: nn.Module) -> set[str]:
     return unsaved_names(module) | lacking
 
 
+def ignored_names(module: nn.Module, names: Iterable[str]) -> set[str]:
+    """Names that files may hold and ``from_pretrained`` ignores, such as masks of old versions."""
+    patterns = _named_by(module, "_keys_to_ignore_on_load_unexpected")
+    others = set(names) - module.state_dict().keys()
+    return {name for name in others if any(re.search(each, name) for each in patterns)}
+
+
 def recomputed(module: nn.Module, names: Iterable[str], build: Callable[[], nn.Module]) -> set[str]:
     """Those of these tensors that the module computes: `computed_names` without random values."""
     state = module.state_dict()

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..exceptions import CheckpointError
 from .architecture import ModuleSource, skeleton
+from .computed import ignored_names
 from .hub import HubModule, hub_folder
 from .in_memory import content_sha256
 from .low_rank import LowRankCheckpoint
@@ -206,7 +207,8 @@ def _plan(entry: Entry, network: nn.Module, is_stored: bool) -> Plan | None:
     for prefix in prefixes:  # the first after which all names become the module's
         tried = Entry(entry.checkpoint, prefix)
         renamed = _rename(tried.header, network)
-        if {new for new, *_ in renamed} <= wanted:
+        found = {new for new, *_ in renamed}
+        if found - ignored_names(network, found) <= wanted:
             break
     else:
         tried = Entry(entry.checkpoint, entry.prefix)
@@ -282,11 +284,13 @@ def _by_number(name: str) -> list[tuple[int, int, str]]:
 
 
 def _origins(
-    entry: Entry, network: nn.Module, renamed: Iterable[tuple[str, str, Any, str]]
+    entry: Entry, network: nn.Module, renamed: Sequence[tuple[str, str, Any, str]]
 ) -> tuple[dict[str, str], list[Conversion]]:
     """Names in the file by those in the module, and conversions of several tensors."""
-    # older versions stored tensors that modules compute when they are built, such as positions
+    # older versions stored tensors that modules compute when they are built, such as positions and
+    # masks
     unsaved = {name for name, _ in network.named_buffers()} - network.state_dict().keys()
+    unsaved |= ignored_names(network, (new for new, *_ in renamed))
     origins: dict[str, str] = {}
     collected: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
     for new, name, converter, pattern in renamed:

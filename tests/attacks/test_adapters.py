@@ -500,3 +500,24 @@ def test_copies_of_base_weights_are_compared_with_a_base_that_is_opened_once(tmp
     monkeypatch.setattr(BaseModel, "open", lambda self: opened.append(1) or inner(self))
     adapters.check()
     assert len(opened) <= 2  # for the tensors, and for all copies
+
+
+def test_the_base_of_a_classifier_may_have_the_head_of_another_task(tmp_path):
+    """As bert-base-uncased and roberta-base on the hub; from_pretrained ignores it."""
+    config = transformers.RobertaConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        vocab_size=20, max_position_embeddings=12, num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.RobertaForMaskedLM(config).save_pretrained(tmp_path / "base")
+    for run in ("a", "b"):
+        kind = transformers.RobertaForSequenceClassification
+        model = kind.from_pretrained(tmp_path / "base", num_labels=3)
+        lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+        peft.get_peft_model(model, lora).save_pretrained(str(tmp_path / run))
+    adapters = CheckpointCollection([tmp_path / "a", tmp_path / "b"])
+    assert not any(name.startswith("lm_head") for name in adapters.layout)
+    ids = torch.randint(3, 20, (12, 6))
+    X = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    soup = UniformSoup().fit(adapters, X, np.arange(12) % 3)
+    assert soup.predict(X).shape == (12,)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sksoup import CheckpointCollection, CheckpointError
+from sksoup import CheckpointCollection, CheckpointError, mix
 
 from ..checkpoints.test_hub_matrix import MODELS
 
@@ -50,3 +50,24 @@ def test_experts_that_are_there_twice_are_refused(tmp_path):
     save_file({**stored, **merged}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"holds 'model.*experts.*' twice, as one tensor and"):
         CheckpointCollection([tmp_path])
+
+
+def test_masks_that_old_versions_stored_are_ignored(tmp_path):
+    """As in the files of gpt2 on the hub; modules have no buffer of these names any more."""
+    config = transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=20, n_positions=8)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config)
+    for name in ("gpt2", "ft0"):
+        model.save_pretrained(tmp_path / name)
+    state = {
+        name.removeprefix("transformer."): value.clone()
+        for name, value in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    masks = {f"h.{k}.attn.bias": torch.ones(8, 8).tril()[None, None] for k in range(2)}
+    save_file(state | masks, tmp_path / "gpt2" / "model.safetensors", {"format": "pt"})
+    collection = CheckpointCollection([tmp_path / "gpt2", tmp_path / "ft0"])
+    expected = model.state_dict()
+    mixed = mix(collection, [0.5, 0.5])
+    assert not any(name.endswith(".attn.bias") for name in mixed)
+    assert all(torch.equal(value, expected[name]) for name, value in mixed.items())
