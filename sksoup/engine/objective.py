@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
 from ..checkpoints.collection import CheckpointCollection
@@ -53,6 +54,9 @@ class Counts:
             setattr(self, name, getattr(self, name) + value)
 
 
+OF_CLASSES = (nn.CrossEntropyLoss, nn.MultiMarginLoss)  # losses of one output per class
+
+
 class Objective:
     """The held-out loss with the current weights of the module, in eval mode, and its gradient.
 
@@ -77,13 +81,15 @@ class Objective:
         self._autocast = precision == "bf16"
         self.is_sharded = bool(sharded_parts(module))  # over the ranks, which then pass together
         self._forward = forward
-        # the default takes two logits, a criterion of the user's takes what the module gives
-        self._wants_one_logit = outputs.one_logit and criterion is not None
+        is_own = criterion is not None
         criterion = DEFAULT_CRITERIA[outputs.task] if criterion is None else criterion
         criterion = criterion() if isinstance(criterion, type) else criterion
         if isinstance(criterion, nn.Module):  # class weights go along; the user's stay in place
             criterion = copy.deepcopy(criterion).to(self._device)
         self.criterion = criterion
+        # a criterion of the user's takes what the module gives, unless it needs one per class
+        takes_classes = isinstance(criterion, OF_CLASSES) or criterion is F.cross_entropy
+        self._wants_one_logit = outputs.one_logit and is_own and not takes_classes
         # rows are right or wrong; of tokens that would cost another look at all logits
         self.has_score = outputs.task != "regression" and not outputs.is_text
         self.counts = Counts()

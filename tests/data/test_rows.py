@@ -244,6 +244,24 @@ def test_a_criterion_for_one_logit_gets_it(zoo: Zoo, weighted):
     assert fits[3].history_[0]["loss"][0] > 1.1 * fits[0].history_[0]["loss"][0]
 
 
+@pytest.mark.parametrize(
+    "criterion",
+    [nn.CrossEntropyLoss, nn.CrossEntropyLoss(label_smoothing=0.1), nn.MultiMarginLoss(),
+     nn.functional.cross_entropy, nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0]))],
+)  # fmt: skip
+def test_a_criterion_of_classes_gets_two_logits(zoo: Zoo, criterion):
+    """Torch would take the logits of the rows for those of the classes of a single row."""
+    torch.manual_seed(0)
+    states = [module.state_dict() for module in around(OneLogit(), 4, 0.3)]
+    one, two = (
+        MEHLSoup(max_epochs=2, random_state=0, criterion=criterion).fit(
+            CheckpointCollection(states, module=kind), zoo.X, zoo.y > 0
+        )
+        for kind in (OneLogit, TwoLogits)
+    )
+    np.testing.assert_allclose(one.coef_, two.coef_, atol=1e-6)
+
+
 def test_one_logit_tells_two_labels_apart(zoo: Zoo):
     checkpoints = CheckpointCollection(around(OneLogit(), 2))
     with pytest.raises(ValueError, match="one logit distinguishes two labels, but y has 3"):
