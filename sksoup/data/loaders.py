@@ -211,19 +211,30 @@ def minibatches(
     if size is None:
         yield read_loader(X, y, ordered=ordered, n_inputs=n_inputs, pads=pads)
         return
-    rows: Any = None  # that were read and not given yet
-    labels: Any = None
-    for more, their in _with_labels(walk(X, y, ordered=ordered, n_inputs=n_inputs), pads):
-        both, theirs = [part for part in (rows, more) if part is not None], [labels, their]
-        if pads:
-            both = _padded_inputs(both, pads)
-            theirs = padded([part for part in theirs if part is not None], IGNORED)
-        rows, labels = _concatenate(both), targets_of(theirs, None)
-        while n_rows(rows) >= size:
-            yield _cut(rows, slice(size)), _cut(labels, slice(size))
-            rows, labels = _cut(rows, slice(size, None)), _cut(labels, slice(size, None))
-    if n_rows(rows):
-        yield rows, labels
+    held: list[tuple[Any, Any]] = []  # batches that were read and not given yet
+    n = 0
+    for batch in _with_labels(walk(X, y, ordered=ordered, n_inputs=n_inputs), pads):
+        held.append(batch)
+        n += n_rows(batch[0])
+        if n >= size:
+            rows, labels = _joined(held, pads)
+            for start in range(0, n - n % size, size):
+                part = slice(start, start + size)
+                yield _cut(rows, part), _cut(labels, part)
+            n %= size
+            rest = slice(n_rows(rows) - n, None)
+            held = [(_cut(rows, rest), _cut(labels, rest))] if n else []
+    if n:
+        yield _joined(held, pads)
+
+
+def _joined(batches: list[tuple[Any, Any]], pads: Pads | None) -> tuple[Any, Any]:
+    """The rows and the labels of several batches, copied once."""
+    rows = [each for each, _ in batches]
+    labels = [each for _, each in batches if each is not None]
+    if pads:
+        rows, labels = _padded_inputs(rows, pads), padded(labels, IGNORED)
+    return _concatenate(rows), targets_of(labels, None)
 
 
 def _cut(X: Any, rows: slice) -> Any:

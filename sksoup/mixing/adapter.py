@@ -191,18 +191,23 @@ def _held_whole(mixed: MixedAdapter, kinds: Mapping[str, str]) -> tuple[list[str
             "whole. Use save."
         )
     # peft can't wrap a module inside a wrapped one
-    modules = [one for one in parents if not any(one.startswith(f"{o}.") for o in parents)]
-    biases = {n for n in mixed.whole if not any(n.startswith(f"{one}.") for one in modules)}
+    modules = {one for one in parents if parents.isdisjoint(_around(one))}
+    biases = {name for name in mixed.whole if modules.isdisjoint(_around(name))}
     bias: Bias = "all"
     if biases <= {f"{module}.bias" for module in kinds}:
         bias = "lora_only" if biases else "none"
     return sorted(modules), bias
 
 
+def _around(name: str) -> list[str]:
+    """The names of the modules that a module or a tensor is in, the root excepted."""
+    return [name[:dot] for dot, character in enumerate(name) if character == "."]
+
+
 def _targets(modules: list[str], adapter: AdapterCheckpoint) -> list[str] | str:
     """The modules as a list of names if these are unambiguous, otherwise as a pattern."""
-    names = adapter.base.modules
-    if any(other.endswith(f".{module}") for module in modules for other in names):
+    inner = {name[len(outer) + 1 :] for name in adapter.base.modules for outer in _around(name)}
+    if not inner.isdisjoint(modules):
         return f"^({'|'.join(map(re.escape, modules))})$"
     return modules
 

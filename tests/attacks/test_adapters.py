@@ -25,6 +25,7 @@ from sksoup.checkpoints.peft_targets import Targets
 from sksoup.checkpoints.protocol import TensorInfo
 from sksoup.engine import factors
 from sksoup.engine.factors import Stack
+from sksoup.mixing.adapter import _targets
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -521,3 +522,20 @@ def test_the_base_of_a_classifier_may_have_the_head_of_another_task(tmp_path):
     X = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     soup = UniformSoup().fit(adapters, X, np.arange(12) % 3)
     assert soup.predict(X).shape == (12,)
+
+
+names = st.lists(st.sampled_from("ab"), min_size=1, max_size=4).map(".".join)
+
+
+@given(st.lists(names, min_size=1, unique=True), st.sets(names))
+def test_targets_are_names_unless_another_module_ends_like_one(modules, others):
+    adapter = SimpleNamespace(base=SimpleNamespace(modules=["", *others, *modules]))
+    ambiguous = any(o.endswith(f".{m}") for m in modules for o in adapter.base.modules)
+    assert isinstance(_targets(modules, adapter), str) == ambiguous
+
+
+def test_targets_of_very_many_modules_are_found_at_once():
+    modules = [f"layers.{k}.linear" for k in range(40_000)]
+    begin = time.process_time()
+    assert _targets(modules, SimpleNamespace(base=SimpleNamespace(modules=modules))) == modules
+    assert time.process_time() - begin < 5

@@ -35,6 +35,7 @@ from sksoup import (
     MEHLSoup,
     UniformSoup,
 )
+from sksoup.data import loaders
 from sksoup.data.loaders import minibatches
 from sksoup.model_selection import SoupSearchCV
 
@@ -536,3 +537,23 @@ def test_an_iterator_as_a_sampler_is_refused_and_not_consumed(zoo: Zoo):
     with pytest.raises(ValueError, match="order of the data set"):
         soup.predict(DataLoader(rows, sampler=sampler))
     assert next(sampler) == 0
+
+
+def test_rows_of_small_batches_are_copied_once(monkeypatch):
+    copied = []
+    inner = loaders._concatenate
+    monkeypatch.setattr(
+        loaders, "_concatenate", lambda parts: copied.append(sum(map(len, parts))) or inner(parts)
+    )
+    X = torch.arange(1000.0)[:, None]
+    for size in (1, 7, 64, 1000, 5000):
+        copied.clear()
+        found = [
+            rows
+            for rows, _ in minibatches(
+                DataLoader(X, batch_size=3), None, size, ordered=True, n_inputs=None
+            )
+        ]
+        assert torch.equal(torch.cat(found), X)
+        assert {len(rows) for rows in found[:-1]} <= {size}
+        assert sum(copied) <= 2 * len(X) + 3
