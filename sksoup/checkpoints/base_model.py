@@ -228,5 +228,8 @@ def find_base_folder(name: str, revision: Any = None) -> Path | None:
     except ImportError:
         return None
     revision = revision if isinstance(revision, str) and HUB_ID.fullmatch(revision) else None
-    found = try_to_load_from_cache(name, "config.json", revision=revision)  # does not download
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)  # does not download
+    except ValueError:  # a name that the hub does not allow
+        return None
     return Path(found).parent if isinstance(found, str) else None

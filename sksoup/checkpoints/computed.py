@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import nn
@@ -32,6 +32,17 @@ def ignored_names(module: nn.Module, names: Iterable[str]) -> set[str]:
     patterns = _named_by(module, "_keys_to_ignore_on_load_unexpected")
     others = set(names) - module.state_dict().keys()
     return {name for name in others if any(re.search(each, name) for each in patterns)}
+
+
+def counters_of(names: Collection[str]) -> set[str]:
+    """BatchNorm's numbers of batches, which ``load_state_dict`` adds where a file lacks them."""
+    means = {name for name in names if name.endswith("running_mean")}
+    return {
+        name
+        for name in names
+        if name.endswith("num_batches_tracked")
+        and name.removesuffix("num_batches_tracked") + "running_mean" in means
+    }
 
 
 def recomputed(module: nn.Module, names: Iterable[str], build: Callable[[], nn.Module]) -> set[str]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from ..exceptions import CheckpointError
 from .architecture import ModuleSource, skeleton
 from .base_model import tied_names
-from .computed import unsaved_names
+from .computed import counters_of, unsaved_names
 from .in_memory import place_of
 from .protocol import Entry, Read, same_bits
 
@@ -22,20 +22,24 @@ def drop_copies(
     ``state_dict()`` has all names of tied weights, and tensors that transformers models compute;
     ``save_pretrained`` stores tied weights once, and no computed tensors. A name is left out if the
     module ties it to one that all checkpoints have (``wanted``, if given), and both have the same
-    values. Without a module they must have the same memory.
+    values. Without a module they must have the same memory. Old files lack BatchNorm's counters.
     """
     if wanted is None:
         wanted = set.intersection(*(set(entry.header) for entry in entries))
     if all(entry.header.keys() <= wanted for entry in entries):
         return list(entries)
     network = skeleton(module)
+    counters = [counters_of(entry.header) - wanted for entry in entries]
     if network is None:
-        return [_without(entry, _same_memory(entry, wanted)) for entry in entries]
+        return [
+            _without(entry, _same_memory(entry, wanted) | more)
+            for entry, more in zip(entries, counters, strict=True)
+        ]
     unsaved, tied = unsaved_names(network), tied_names(network)
     found = []
-    for entry in entries:
+    for entry, more in zip(entries, counters, strict=True):
         copies = _same_values(entry, wanted, tied)
-        found.append(_without(entry, copies | (entry.header.keys() & unsaved - wanted)))
+        found.append(_without(entry, copies | more | (entry.header.keys() & unsaved - wanted)))
     return found
 
 

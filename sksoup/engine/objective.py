@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.computed import recomputed
+from ..checkpoints.computed import counters_of, recomputed
 from ..data.arrays import Inputs, map_inputs, n_rows
 from ..data.indexed import IndexedRows
 from ..data.labels import ignore_index_of
@@ -347,6 +347,7 @@ def prepare_module(
     present = {id(value) for name, value in state.items() if name in checkpoints.layout}
     missing = [n for n in state if n not in checkpoints.layout and id(state[n]) not in present]
     computed = recomputed(module, missing, checkpoints.build_module) if missing else set()
+    computed |= counters_of([*checkpoints.layout, *missing]) if missing else set()
     missing = [name for name in missing if name not in computed]
     unexpected = [name for name in checkpoints.layout if name not in state]
     if missing or unexpected:

@@ -539,3 +539,11 @@ def test_targets_of_very_many_modules_are_found_at_once():
     begin = time.process_time()
     assert _targets(modules, SimpleNamespace(base=SimpleNamespace(modules=modules))) == modules
     assert time.process_time() - begin < 5
+
+
+@pytest.mark.parametrize("name", ["runs/bert--lr1e-3", "org/model.git", "a-", "a."])
+def test_bases_with_names_that_the_hub_does_not_allow(tmp_path, name):
+    folder = configured(save(tmp_path / "adapter"), base_model_name_or_path=name)
+    assert len(CheckpointCollection([folder], module=build)) == 1
+    with pytest.raises(CheckpointError, match="which is not on this machine"):
+        CheckpointCollection([folder])

@@ -279,3 +279,26 @@ def test_a_layer_with_two_names(zoo: Zoo, left_out, tmp_path):
     assert soup.recipe_.verify(tmp_path / "soup.safetensors", checkpoints).ok
     there = soup.interpolate("checkpoint0", 1.0)
     assert torch.equal(there.module_.bn.running_mean, soup.module_.bn.running_mean)
+
+
+def test_files_without_counters(zoo: Zoo, tmp_path):
+    """As written before torch 0.4.1, and torchvision's weights: load_state_dict adds them."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
+
+    states = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        states.append(build().state_dict())
+        if seed:
+            del states[-1]["0.num_batches_tracked"]
+            build().load_state_dict(dict(states[-1]))
+    for some in (states[1:], states, states[::-1]):
+        checkpoints = CheckpointCollection(some, module=build)
+        assert "0.num_batches_tracked" not in checkpoints.layout
+        soup = UniformSoup().fit(checkpoints, zoo.X, zoo.y)
+        soup.save(tmp_path / "soup.safetensors")
+        assert soup.recipe_.verify(tmp_path / "soup.safetensors", checkpoints).ok
+    only = GreedySoup().fit(CheckpointCollection(states[:1], module=build), zoo.X, zoo.y)
+    assert "0.num_batches_tracked" in only.state_dict()
