@@ -43,11 +43,13 @@ def load_data(
     if options.test is not None:
         _warn_of_one_file(options)
         files.append(read_file(Path(options.test), options.delimiter))
-    targets = [_targets(file, options) for file in files]
     classes = None
-    if options.task == "classification":
+    if options.task != "classification":
+        targets = [_targets(file, options) for file in files]
+    else:
         config, source = first_config(collection)
         names = list(output_labels(config.get("id2label")))
+        targets = _labels(files, options, names)
         classes = _check_classes(options, files, targets, names, repr(str(source)))
     folder = None
     if options.text is not None:
@@ -114,14 +116,22 @@ def _label_names(file: DataFile, options: argparse.Namespace) -> list[str]:
     return ["y"]
 
 
+def _labels(
+    files: Sequence[DataFile], options: argparse.Namespace, outputs: Sequence[str]
+) -> list[NDArray[Any]]:
+    """Labels of the validation and test data; ``outputs`` are their names, if there are some."""
+    columns = [_label_names(file, options)[0] for file in files]
+    found = [file.labels(name, outputs) for file, name in zip(files, columns, strict=True)]
+    if found[0].dtype.kind == "U" and files[-1].is_table:  # the test data may have only numbers
+        found[-1] = np.array(files[-1].texts(columns[-1]))
+    return found
+
+
 def _targets(file: DataFile, options: argparse.Namespace) -> Any:
-    """Labels or targets of a file."""
+    """Targets in a file; None for language models."""
     if options.task == "language-modeling":
         return None
-    names = _label_names(file, options)
-    if options.task == "classification":
-        return file.labels(names[0])
-    columns = [file.numbers(name) for name in names]
+    columns = [file.numbers(name) for name in _label_names(file, options)]
     return columns[0] if len(columns) == 1 else np.stack(columns, axis=1)
 
 

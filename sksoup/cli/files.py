@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.labels import numbers_in
+
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*DELIMITERS, ".npz")
 LONGEST = 2**31 - 1  # characters in a cell: the largest limit on every platform
@@ -86,14 +88,17 @@ class DataFile:
                 )
         return list(found)
 
-    def labels(self, name: str) -> NDArray[Any]:
+    def labels(self, name: str, names: Sequence[str] = ()) -> NDArray[Any]:
         """A column or an array of labels: integers if all of them are, else texts.
 
-        If both "01" and "1" occur they are different labels, so that all are texts.
+        If both "01" and "1" occur they are different labels, so that all are texts, and so they are
+        if the ``names`` of the outputs are numbers and texts.
         """
         if not self.is_table:
             return self._checked(name, "numbers or texts", "biufU")
         cells = self.texts(name)
+        if not len(numbers_in(names)) and set(cells) <= set(names):
+            return np.array(cells)
         numbers = np.array([_number(cell) for cell in cells])
         with np.errstate(invalid="ignore"):  # also 1.0, as tables with missing values write it
             is_integer = np.isfinite(numbers) & (numbers == np.floor(numbers))

@@ -120,9 +120,10 @@ def resolve_classes(
                 f"in the order of the outputs: classes=[...]."
             )
         return named
-    numbers = _numbers_in(names)
+    numbers = numbers_in(names)
     if present.dtype.kind in "iu" and len(numbers) and np.isin(present, numbers).all():
         return numbers
+    _refuse_some_numbers(present, names or ())
     if len(present) == n_outputs:
         return present
     if np.issubdtype(present.dtype, np.integer) and present[0] >= 0 and present[-1] < n_outputs:
@@ -134,7 +135,19 @@ def resolve_classes(
     )
 
 
-def _numbers_in(names: Sequence[str] | None) -> NDArray[np.int64]:
+def _refuse_some_numbers(present: NDArray[Any], names: Sequence[str]) -> None:
+    """Refuse integers that are names, but not indices, of outputs whose other names are texts."""
+    if present.dtype.kind not in "iu" or not {str(label) for label in present.tolist()} <= {*names}:
+        return
+    if any(not 0 <= k < len(names) or names[k] != str(k) for k in present.tolist()):
+        raise ValueError(
+            f"y holds {some(present)}, which are names of the module's outputs, but could also be "
+            f"their indices. Its config (id2label) has {some(np.array(names))}. Use these names "
+            f"in y, as texts, or pass the labels in the order of the outputs: classes=[...]."
+        )
+
+
+def numbers_in(names: Sequence[str] | None) -> NDArray[np.int64]:
     """The numbers that a config has as names of the outputs, such as 1 to 5 stars; or none."""
     try:
         numbers = np.array([int(name) for name in names or ()], dtype=np.int64)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.survey import MORE, judge
+from ..data.labels import numbers_in
 from ..data.outputs import Outputs
 from ..engine.chance import judge_scores
 from ..engine.problem import Problem
@@ -68,7 +69,8 @@ class WarningMixin:
         # where other classes lack examples, too, it is no surprise that class 0 does
         is_indices = classes.dtype.kind in "iu" and classes[0] == 0
         present = [k for k in np.unique(y).tolist() if 0 <= k < n] if is_indices else []
-        if is_indices and outputs.names is None and present == [*range(1, n)]:
+        is_named = len(numbers_in(outputs.names)) > 0
+        if is_indices and not is_named and present == [*range(1, n)]:
             self._warn(
                 f"y holds integers below {n}, the number of outputs, but no 0. They are used as "
                 f"indices of the outputs, which is right if the labels are 0 to {n - 1}, and wrong "

@@ -84,3 +84,22 @@ def test_a_start_is_a_path_also_if_a_checkpoint_has_that_name(tmp_path, monkeypa
     assert main(["stock", "runs", "--start", "base", "-o", "soup.safetensors"]) == 0
     used = Recipe.load("soup.safetensors").ingredients
     assert [one.name for one in used] == ["a", "base", "start"]
+
+
+def test_labels_of_test_data_are_texts_where_those_of_the_validation_data_are(tmp_path, capsys):
+    torch.manual_seed(0)
+    net = Net()
+    (tmp_path / "runs").mkdir()
+    for k in range(2):
+        save_file(net.state_dict(), tmp_path / "runs" / f"{k}.safetensors")
+    X = torch.randn(90, 4)
+    labels = np.array(["1", "2", "unknown"])[np.arange(90) % 3]
+    rows = [",".join([*map(str, x), label]) for x, label in zip(X.tolist(), labels, strict=True)]
+    known = [row for row in rows[45:] if not row.endswith("unknown")]
+    for name, part in (("val", rows[:45]), ("test", known)):
+        (tmp_path / f"{name}.csv").write_text("\n".join(["a,b,c,d,y", *part]))
+    line = f"greedy {tmp_path}/runs --module tests.zoo:Net --data {tmp_path}/val.csv --label y"
+    line += f" --test {tmp_path}/test.csv -o {tmp_path}/soup.safetensors --json"
+    assert main(line.split()) == 0
+    assert len(known) == 30
+    assert json.loads(capsys.readouterr().out)["ingredients"]

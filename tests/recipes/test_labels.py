@@ -397,3 +397,27 @@ def test_the_log_loss_of_several_labels_is_refused():
     soup = GreedySoup(task="multilabel", scoring="neg_log_loss")
     with pytest.raises(ValueError, match=r"ignores the labels that are absent.*average_precision"):
         soup.fit(nets, X, y)
+
+
+NAMES = ["1", "2", "unknown"]
+
+
+def test_integers_that_are_names_of_some_outputs_are_refused():
+    nets, X, right = linear_zoo(3, NAMES)
+    rows = right < 2  # "unknown" has no example
+    y = right[rows] + 1
+    checkpoints = CheckpointCollection(nets, module=lambda: Linear(3, NAMES))
+    with pytest.raises(ValueError, match=r"names of the module's outputs, but could also be"):
+        UniformSoup().fit(checkpoints, X[rows], y)
+    soup = UniformSoup().fit(checkpoints, X[rows], y.astype(str))
+    assert soup.score(X[rows], y.astype(str)) > 0.5
+    UniformSoup(classes=[1, 2, 3]).fit(checkpoints, X[rows], y)
+
+
+def test_labels_from_one_are_warned_of_also_if_outputs_have_names():
+    names = [f"{k} stars" for k in range(1, 4)]
+    nets, X, right = linear_zoo(3, names)
+    rows = right < 2
+    checkpoints = CheckpointCollection(nets, module=lambda: Linear(3, names))
+    with pytest.warns(SoupWarning, match=r"y holds integers below 3, .* but no 0"):
+        UniformSoup().fit(checkpoints, X[rows], right[rows] + 1)
