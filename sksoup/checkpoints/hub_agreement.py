@@ -160,8 +160,8 @@ def _differences(
 
 
 def _kind(value: Any) -> str:
-    """Text, number or flag; empty for others."""
-    kinds = {bool: "flag", int: "number", float: "number", str: "text"}
+    """Text, number, flag or list (one value per stage); empty for others."""
+    kinds = {bool: "flag", int: "number", float: "number", str: "text", list: "list"}
     return kinds.get(type(value), "")
 
 

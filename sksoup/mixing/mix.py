@@ -394,15 +394,15 @@ def _finished(name: str, value: torch.Tensor, dtype: torch.dtype, is_sum: bool) 
     if not dtype.is_floating_point or not value.numel():
         return stored
     if is_sum:
-        _check_range(name, value, dtype)
+        check_range(name, value, dtype)
     elif value.dtype != dtype:
         wide = value if value.dtype.itemsize > 1 else value.float()  # float8 has no isfinite
         if (finite := wide[wide.isfinite()]).numel():
-            _check_range(name, finite, dtype)
+            check_range(name, finite, dtype)
     return stored
 
 
-def _check_range(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
+def check_range(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
     """Raise an error if a sum is not finite or is too large for its dtype."""
     # NaN propagates into both; 20 times faster than isfinite
     low, high = (float(end) for end in torch.aminmax(value))

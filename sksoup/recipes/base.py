@@ -33,7 +33,7 @@ from ..engine.problem import Found, Problem
 from ..engine.scores import Evaluator
 from ..engine.tied import check_tied
 from ..mixing.layers import Layerwise
-from ..mixing.mix import mix
+from ..mixing.mix import check_range, mix
 from ..mixing.recipe import Recipe
 from ..runtime.cache import open_cache
 from ..runtime.distributed import broadcast, naming_lost_ranks, rank
@@ -382,6 +382,9 @@ class BaseSoup(
         self._dtypes = {name: w.dtype for name, w in weights.items()}
         settles = self.batch_norm != "average" and np.count_nonzero(coef.any(axis=0)) > 1
         self.recalibrated_ = settle(problem, self.batch_norm, self.batch_size) if settles else ()
+        state = problem.module.state_dict()
+        for name in self.recalibrated_:  # in dtypes as those of the checkpoints
+            check_range(name, state[name], self._dtypes[name])
 
     def _held_out(self, problem: Problem, found: Found) -> tuple[float, int] | None:
         """The soup's score on the rows that it was selected on and their number, if measured."""

@@ -16,7 +16,7 @@ from sksoup.checkpoints import hub_agreement
 
 CONFIG = {
     "architectures": ["BertForSequenceClassification"], "model_type": "bert", "hidden_act": "gelu",
-    "num_attention_heads": 2, "layer_norm_eps": 1e-12, "max_position_embeddings": 16,
+    "num_attention_heads": 2, "encoder_attention_heads": [1, 2], "layer_norm_eps": 1e-12, "max_position_embeddings": 16,
     "id2label": {"0": "negative", "1": "positive", "2": "neutral"},
     "text_config": {"num_attention_heads": 2, "hidden_dropout_prob": 0.1},
 }  # fmt: skip
@@ -82,6 +82,7 @@ def test_fields_that_the_first_config_lacks_are_compared(tmp_path):
     [
         ({"num_attention_heads": 4}, "num_attention_heads"),
         ({"text_config": {"num_attention_heads": 1}}, "text_config.num_attention_heads"),
+        ({"encoder_attention_heads": [2, 1]}, "encoder_attention_heads"),
     ],
 )
 def test_another_network_is_refused(tmp_path, change, name):

@@ -14,6 +14,7 @@ from torch import nn
 
 from sksoup import (
     CheckpointCollection,
+    CheckpointError,
     GreedySoup,
     LearnedSoup,
     MEHLSoup,
@@ -302,3 +303,12 @@ def test_files_without_counters(zoo: Zoo, tmp_path):
         assert soup.recipe_.verify(tmp_path / "soup.safetensors", checkpoints).ok
     only = GreedySoup().fit(CheckpointCollection(states[:1], module=build), zoo.X, zoo.y)
     assert "0.num_batches_tracked" in only.state_dict()
+
+
+def test_variances_that_half_precision_can_not_hold_are_refused(zoo: Zoo):
+    states = [nn.BatchNorm1d(4).half().state_dict() for _ in range(2)]
+    checkpoints = CheckpointCollection(states, module=lambda: nn.BatchNorm1d(4))
+    soup = UniformSoup(batch_norm="recalibrate")
+    soup.fit(checkpoints, zoo.X, zoo.y)
+    with pytest.raises(CheckpointError, match=r"'running_var' can't be stored: it reaches"):
+        soup.fit(checkpoints, 1000 * zoo.X, zoo.y)
