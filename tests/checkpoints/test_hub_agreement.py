@@ -16,7 +16,8 @@ from sksoup.checkpoints import hub_agreement
 
 CONFIG = {
     "architectures": ["BertForSequenceClassification"], "model_type": "bert", "hidden_act": "gelu",
-    "num_attention_heads": 2, "encoder_attention_heads": [1, 2], "layer_norm_eps": 1e-12, "max_position_embeddings": 16,
+    "num_attention_heads": 2, "encoder_attention_heads": [1, 2], "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 16,
     "id2label": {"0": "negative", "1": "positive", "2": "neutral"},
     "text_config": {"num_attention_heads": 2, "hidden_dropout_prob": 0.1},
 }  # fmt: skip
