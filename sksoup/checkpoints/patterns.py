@@ -22,6 +22,10 @@ def matches_of(pattern: str) -> Iterator[Path]:
             parts = match.parts
             if not any(part[:1] == "." and part not in hidden for part in parts if part != ".."):
                 yield match
+    except ValueError as error:
+        raise CheckpointError(
+            f"{pattern!r} is no pattern: {error}, as in 'runs/**/*.pt'."
+        ) from error
     except RecursionError as error:
         raise CheckpointError(
             f"{pattern!r} can't be searched: there are folders that are nested too deeply. Give "

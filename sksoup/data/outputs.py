@@ -264,11 +264,21 @@ class Outputs:
             return float(r2_score(y, predicted, sample_weight=weight))
         y = np.asarray(y)
         if self.leaves_out:
+            check_positions(y, predicted.shape)
             used = self.labeled(y)  # positions, each with the weight of its row
             if weight is not None:
                 weight = np.repeat(np.asarray(weight), used.reshape(len(used), -1).sum(axis=1))
             y, predicted = y[used], predicted[used]
         return float(accuracy_score(y, predicted, sample_weight=weight))
+
+
+def check_positions(y: NDArray[Any], shape: tuple[int, ...]) -> None:
+    """Raise an error unless there is a label for each prediction, of rows, pixels or tokens."""
+    if y.shape != shape:
+        raise ValueError(
+            f"y has shape {y.shape}, but the predictions have shape {tuple(shape)}, expected one "
+            f"label for each, with {IGNORED} at positions to ignore."
+        )
 
 
 def _is_one_logit(output: torch.Tensor, y: NDArray[Any]) -> bool:

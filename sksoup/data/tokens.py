@@ -69,11 +69,11 @@ def check_labels(
     In a part of the rows, all labels may be ignored.
     """
     n_tokens, vocabulary = shape
-    if y.shape[1] != n_tokens:
+    if y.ndim != 2 or y.shape[1] != n_tokens:
         raise ValueError(
-            f"y has {y.shape[1]} labels per row, but the module returns logits of {n_tokens} "
-            f"tokens, expected one label per token, with {IGNORED} at positions to ignore. Labels "
-            f"are shifted internally."
+            f"y has shape {y.shape}, but the module returns logits of {n_tokens} tokens, expected "
+            f"one label per token, with {IGNORED} at positions to ignore. Labels are shifted "
+            f"internally."
         )
     used = y[y != IGNORED]
     if used.size and (used.min() < 0 or used.max() >= vocabulary):

@@ -19,7 +19,7 @@ from ..checkpoints.collection import CheckpointCollection
 from ..data.arrays import map_inputs, n_rows
 from ..data.indexed import IndexedRows
 from ..data.loaders import as_batches, is_apart, minibatches, padded, targets_of
-from ..data.outputs import Outputs, Task
+from ..data.outputs import Outputs, Task, check_positions
 from ..data.rows import is_loader, to_inputs, to_tensor
 from ..data.tokens import (
     DECODER_INPUT,
@@ -238,6 +238,7 @@ class PredictionMixin:
             check_labels(y, reads.predicts, tuple(logits.shape[1:]), None, is_part=True)
         else:  # move the classes to the last axis, as for tokens
             logits = logits.movedim(1, -1) * getattr(self, "temperature_", 1.0)
+            check_positions(y, tuple(logits.shape[:-1]))
         targets = reads.encode(y, logits.dtype, logits.device)
         n = len(targets)
         logits = logits.reshape(n, -1, logits.shape[-1])

@@ -493,3 +493,31 @@ def test_log_loss_of_rows_is_that_of_scikit_learn():
     soup.temperature_ = 1.7
     expected = log_loss(y, soup.predict_proba(X))
     assert soup.mean_log_likelihood(X, y) == pytest.approx(-expected, abs=1e-6)
+
+
+def test_labels_of_other_positions_than_the_predictions_are_refused():
+    nets = around(nn.Conv2d(3, 2, 1), 2)
+    X = np.random.default_rng(0).normal(size=(8, 3, 5, 5)).astype(np.float32)
+    y = (X[:, 0] > 0).astype(int)
+    soup = UniformSoup().fit(CheckpointCollection(nets), X, y)
+    for wrong in (y[:, :4], y[..., None], y[:, 0]):
+        for score in (soup.score, soup.mean_log_likelihood):
+            with pytest.raises(ValueError, match=r"y has shape .* expected one label for each"):
+                score(X, wrong)
+    with pytest.raises(ValueError, match="y has"):
+        soup.score(X, y[:3])
+
+
+def test_labels_of_tokens_need_two_dimensions():
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embed(ids))
+
+    ids = np.arange(12).reshape(3, 4) % 9
+    soup = UniformSoup(task="causal-lm").fit(CheckpointCollection(around(Text(), 2)), ids)
+    with pytest.raises(ValueError, match=r"y has shape \(3,\), but .* of 4 tokens"):
+        soup.score(ids, ids[:, 0])
