@@ -37,7 +37,7 @@ class Factors:
         """
         if not c:
             return
-        rows = sums.view(len(self.left), -1)
+        rows = sums.view(len(self.left), self.right.shape[1])
         left, right = self.left.double(), self.right.double()
         step = max(1, BLOCK // max(1, rows.shape[1]))
         for start in range(0, len(rows), step):

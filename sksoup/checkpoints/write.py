@@ -64,17 +64,18 @@ def _flush(path: Path, target: Path) -> None:
 
 
 @contextmanager
-def _restored(path: Path, backup: Path) -> Iterator[None]:
-    """Put the file at ``path`` back if an error is raised, or remove the new one."""
+def _restored(path: Path, backup: Path, pending: Path) -> Iterator[None]:
+    """Put the file at ``path`` back if ``pending`` was not renamed, or remove the new one."""
     existed = os.path.lexists(path)
     if existed:
         with suppress(OSError):  # a file system without hard links
             os.link(path, backup, follow_symlinks=False)
     try:
         yield
-    except OSError:
+    except BaseException:  # also Ctrl-C
         with suppress(OSError):
-            backup.replace(path) if existed else path.unlink()
+            if pending.exists():
+                backup.replace(path) if existed else path.unlink()
         raise
 
 
@@ -136,7 +137,7 @@ def write_torch(path: Path, tensors: Mapping[str, torch.Tensor], beside: Path, t
         _flush(temporary, path)
         _flush(temporary_text, beside)
         backup = temporary_text.with_name(".tmp-old")
-        with one_at_a_time(path.parent), _restored(beside, backup):
+        with one_at_a_time(path.parent), _restored(beside, backup, temporary):
             temporary_text.replace(beside)
             temporary.replace(path)
         sync_folder(path.parent)

@@ -17,6 +17,7 @@ from ..engine.center import Anchor
 from ..engine.problem import Found, Problem, Weights, rank_checkpoints
 from ..engine.scores import Evaluator
 from ..exceptions import DivergenceError
+from ..mixing.mix import in_order
 from .greedy import GreedySoup
 from .validation import check_choice, no_progress
 
@@ -99,7 +100,7 @@ def _choose(soup: Any, problem: Problem, generator: torch.Generator) -> Chosen:
     if isinstance(center, str) and center == "mean":
         return Chosen(Anchor(np.ones(n), clips), is_checked=False)
     if not isinstance(center, str):
-        q = _given(center)
+        q = _given(in_order(center, checkpoints.names))
         if len(q) != n:
             raise ValueError(
                 f"center has {len(q)} coefficients, expected {n}: one per checkpoint, in the order "

@@ -134,8 +134,9 @@ class MEHLSoup(BaseSoup):
         best quarter of the checkpoints, without those unrelated to the others
         (`CheckpointCollection.strangers`); "best" is the best checkpoint; "greedy" is the
         `GreedySoup`; "mean" is the mean of all checkpoints, as in the paper. An array of shape
-        (n_checkpoints,) gives its coefficients :math:`q`, which sum to 1. "top" and "best" rank the
-        checkpoints on ``ranking_rows``, or by the ``scores`` of the collection if it has them.
+        (n_checkpoints,) gives its coefficients :math:`q`, which sum to 1; a Series may have the
+        names as its index. "top" and "best" rank the checkpoints on ``ranking_rows``, or by the
+        ``scores`` of the collection if it has them.
     ranking_rows : int or None, default=128
         Number of held-out rows, drawn at random and stratified by label, that are used to rank the
         checkpoints for ``center="top"`` or ``"best"``. None, or more rows than there are, uses all.

@@ -525,6 +525,7 @@ def check_descent(soup: Any) -> None:
     if not (isinstance(soup.lr, Real) and math.isfinite(soup.lr) and float(soup.lr) > 0):
         raise ValueError(f"lr must be a finite number > 0, got {soup.lr!r}.")
     if soup.weight_decay != "auto":
+        check_finite(soup.weight_decay, "weight_decay")
         check_scalar(soup.weight_decay, "weight_decay", Real, min_val=0)
     resolve_delta_dtype(soup.delta_dtype, torch.float32)
     check_flag(soup.shuffle, "shuffle")

@@ -6,6 +6,7 @@ import warnings
 from unittest.mock import patch
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -478,3 +479,15 @@ def test_known_scores_rank_in_any_order_of_the_collection(zoo: Zoo):
     soup = quietly(MEHLSoup(center="best", **STANDING), known, zoo.X, zoo.y)
     assert soup.checkpoints_.names[soup.center_.argmax()] == names[-1]
     assert quietly(GreedySoup(), known, zoo.X, zoo.y).path_[0]["candidate"] == names[-1]
+
+
+def test_a_series_of_coefficients_is_matched_by_its_names(zoo: Zoo):
+    names = [*zoo.checkpoints.names]
+    center = pd.Series({names[-1]: 0.75, names[0]: 0.25}).reindex(names[::-1], fill_value=0.0)
+    soup = MEHLSoup(center=center, max_epochs=1).fit(zoo.checkpoints, zoo.X, zoo.y)
+    assert soup.center_[0] == 0.25
+    assert soup.center_[-1] == 0.75
+    with pytest.raises(ValueError, match="coef has the index"):
+        MEHLSoup(center=center.rename({names[0]: "other"})).fit(zoo.checkpoints, zoo.X, zoo.y)
+    with pytest.raises(ValueError, match="weight_decay must be finite"):
+        MEHLSoup(weight_decay=np.inf).fit(zoo.checkpoints, zoo.X, zoo.y)
