@@ -19,9 +19,18 @@ import transformers
 from safetensors.torch import load_file
 from sklearn.metrics import f1_score, roc_auc_score
 
-from sksoup import BestCheckpoint, CheckpointCollection, GreedySoup, MEHLSoup, Recipe
+from sksoup import (
+    BestCheckpoint,
+    CheckpointCollection,
+    CheckpointError,
+    GreedySoup,
+    MEHLSoup,
+    Recipe,
+)
 from sksoup.__main__ import main
+from sksoup.checkpoints.hub import offline
 from sksoup.cli.files import read_file
+from sksoup.cli.tokenizer import load_tokenizer
 
 from .command_zoo import make_folder, texts, write_csv
 from .zoo import Net, same_tensors
@@ -313,6 +322,38 @@ def test_a_tokenizer_does_not_publish_other_files(folder, capsys, tmp_path, file
     main([*line.split(), "-o", f"{tmp_path}/soup"])
     for written in (tmp_path / "soup").glob("*"):
         assert b"secret" not in written.read_bytes()
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["AutoImageProcessor", "AutoTokenizer", "BertModel", "RagTokenizer", "pipeline", ["a"]]
+)
+def test_a_tokenizer_of_another_class_is_refused(folder, capsys, tmp_path, monkeypatch, name, file):
+    """AutoImageProcessor would ask on the standard input whether to run code of the folder."""
+    shutil.copytree("runs/ft0", tmp_path / "ft0")
+    (tmp_path / "ft0" / "preprocessor_config.json").write_text(
+        json.dumps({"auto_map": {"AutoImageProcessor": "evil.Evil"}})
+    )
+    (tmp_path / "ft0" / "evil.py").write_text("raise SystemExit('ran')")
+    path = tmp_path / "ft0" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": name}))
+    monkeypatch.setattr("builtins.input", lambda text: pytest.fail(text))
+    with pytest.raises(CheckpointError, match="which is no tokenizer of transformers"):
+        load_tokenizer(tmp_path / "ft0")
+
+
+def test_a_model_with_a_tokenizer_that_loads_others_is_refused(folder, tmp_path):
+    shutil.copytree("runs/ft0", tmp_path / "ft0")
+    (tmp_path / "ft0" / "config.json").write_text(json.dumps({"model_type": "rag"}))
+    with pytest.raises(CheckpointError, match="which is no tokenizer of transformers"):
+        load_tokenizer(tmp_path / "ft0")
+
+
+def test_transformers_does_not_ask_whether_to_run_code(monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda text: pytest.fail(text))
+    ask = transformers.dynamic_module_utils.resolve_trust_remote_code
+    with offline(), pytest.raises(ValueError, match="custom code"):
+        ask(None, "a", has_local_code=False, has_remote_code=True)
 
 
 def test_the_tokenizer_of_a_soup_is_the_one_that_was_given(folder, tmp_path):

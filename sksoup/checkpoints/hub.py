@@ -133,13 +133,17 @@ _switching = threading.RLock()
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Temporarily disable all requests of huggingface_hub, whatever a config contains."""
-    from huggingface_hub import constants
+    """Temporarily disable all requests of huggingface_hub, whatever a config contains.
 
-    with _switching:  # the switch is shared by all threads
-        before = constants.HF_HUB_OFFLINE
-        constants.HF_HUB_OFFLINE = True
+    And the question of transformers whether to run code, which a loop's input could answer.
+    """
+    from huggingface_hub import constants
+    from transformers import dynamic_module_utils as questions
+
+    with _switching:  # the switches are shared by all threads
+        before = constants.HF_HUB_OFFLINE, questions.TIME_OUT_REMOTE_CODE
+        constants.HF_HUB_OFFLINE, questions.TIME_OUT_REMOTE_CODE = True, 0
         try:
             yield
         finally:
-            constants.HF_HUB_OFFLINE = before
+            constants.HF_HUB_OFFLINE, questions.TIME_OUT_REMOTE_CODE = before

@@ -21,6 +21,7 @@ VOCABULARIES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model",
     "sentencepiece.bpe.model",
 )  # fmt: skip
+MOST_BYTES = 100_000_000  # of a configuration, which may list all added tokens
 MOST_TOKENS = 512  # where neither --max-length nor the model says less
 
 
@@ -45,10 +46,14 @@ def load_tokenizer(folder: Path) -> Any:
             "--text needs transformers, which is not installed: pip install 'sksoup[hub]'."
         ) from error
     try:
+        for name in ("tokenizer_config.json", "config.json"):
+            _refuse_other_classes(folder / name, transformers)
         with offline():
             return transformers.AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
+    except CheckpointError:
+        raise
     except Exception as error:  # of any class
         first = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(
@@ -56,6 +61,41 @@ def load_tokenizer(folder: Path) -> Any:
             f"{transformers.__version__}: {type(error).__name__}: {first.rstrip('.')}. Give the "
             f"folder of another: --tokenizer FOLDER."
         ) from error
+
+
+def _refuse_other_classes(path: Path, transformers: Any) -> None:
+    """Raise an error for a ``tokenizer_class`` that is another class of transformers.
+
+    AutoTokenizer would call its ``from_pretrained``, which may load a model, or ask whether to run
+    code.
+    """
+    found = _parsed(path, MOST_BYTES) if path.is_file() else None
+    if not isinstance(found, dict):
+        return
+    classes = []
+    name = found.get("tokenizer_class")
+    if name is not None:
+        stem = str(name).removesuffix("Fast")
+        classes = [getattr(transformers, each, None) for each in (stem, f"{stem}Fast")]
+        classes += [] if isinstance(name, str) else [name]
+    for part in (found, found.get("encoder")):  # without a class, it is that of the model
+        kind = part.get("model_type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind in transformers.CONFIG_MAPPING:
+            config = transformers.CONFIG_MAPPING[kind]
+            classes.append(transformers.TOKENIZER_MAPPING.get(config, None))
+            name = name or f"of {kind}"
+    if not all(one is None or _is_tokenizer(one, transformers) for one in classes):
+        raise CheckpointError(
+            f"{str(path)!r} names the tokenizer {name!r}, which is no tokenizer of transformers "
+            f"{transformers.__version__}. Give the folder of another: --tokenizer FOLDER."
+        )
+
+
+def _is_tokenizer(found: Any, transformers: Any) -> bool:
+    """Whether a class is one of tokenizers, or tells which package it needs."""
+    kinds = (transformers.PreTrainedTokenizerBase,)
+    is_tokenizer = isinstance(found, type) and issubclass(found, kinds)
+    return is_tokenizer or isinstance(found, transformers.utils.DummyObject)
 
 
 def tokenize(
@@ -91,14 +131,18 @@ def first_config(collection: CheckpointCollection) -> tuple[dict[str, Any], Path
     for folder in map(hub_folder, _folders(collection)):
         if folder is not None:
             config = folder / "config.json"
-            try:
-                found = json.loads(read_text(config, LIMIT))
-            except (ValueError, RecursionError) as error:
-                if isinstance(error, CheckpointError):
-                    raise
-                raise CheckpointError(f"{str(config)!r} can't be read: {error}.") from error
+            found = _parsed(config, LIMIT)
             return found if isinstance(found, dict) else {}, config
     return {}, None
+
+
+def _parsed(path: Path, most: int) -> Any:
+    try:
+        return json.loads(read_text(path, most))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{str(path)!r} can't be read: {error}.") from error
 
 
 def _folders(collection: CheckpointCollection) -> list[Path]:
