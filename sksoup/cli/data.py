@@ -122,6 +122,7 @@ def _labels(
     """Labels of the validation and test data; ``outputs`` are their names, if there are some."""
     columns = [_label_names(file, options)[0] for file in files]
     found = [file.labels(name, outputs) for file, name in zip(files, columns, strict=True)]
+    found = [y[:, 0] if y.shape[1:] == (1,) else y for y in found]
     if found[0].dtype.kind == "U" and files[-1].is_table:  # the test data may have only numbers
         found[-1] = np.array(files[-1].texts(columns[-1]))
     return found
@@ -175,7 +176,7 @@ def _check_classes(
     """
     y = targets[0]
     if y.ndim > 1:  # of pixels and tokens
-        return None
+        return _parsed_classes(options.classes, y)
     label = _label_names(files[0], options)[0]
     distinct = list(dict.fromkeys(y.tolist()))
     if len(distinct) < 2:

@@ -180,10 +180,12 @@ def _summary(
     score = scorer_of(soup, scoring)
     sets = {"validation": val} | ({} if test is None else {"test": test})
     scores = {name: float(score(soup, data.X, data.y)) for name, data in sets.items()}
-    of_best = {
-        name: _best_score(soup) if best is None else float(score(best, data.X, data.y))
+    first, is_best = _ranked_first(soup, val) if best is None else (None, True)
+    of_first = {
+        name: first if best is None else float(score(best, data.X, data.y))
         for name, data in sets.items()
     }
+    who = "best checkpoint" if is_best else "checkpoint ranked first"
     task = options.task if scoring is None else None
     lines = [
         f"{options.output}: {type(soup).__name__}, {len(soup.ingredients_)} of "
@@ -191,8 +193,8 @@ def _summary(
     ]
     for name, value in scores.items():
         line = f"{metric} on the {sets[name].n:,} {name} examples: {shown_score(value, task)}"
-        if (other := of_best[name]) is not None:
-            line += f" (best checkpoint: {shown_score(other, task)})"
+        if (other := of_first[name]) is not None:
+            line += f" ({who}: {shown_score(other, task)})"
         lines.append(line)
     found = {
         "output": options.output,
@@ -203,7 +205,7 @@ def _summary(
         "metric": metric,
         "scores": scores,
         "n_examples": {name: data.n for name, data in sets.items()},
-        "best_checkpoint": of_best,
+        "best_checkpoint": of_first if is_best else dict.fromkeys(sets),
         "recalibrated": list(soup.recalibrated_),
     }
     if test is None:
@@ -213,10 +215,15 @@ def _summary(
     return found, "\n".join(lines)
 
 
-def _best_score(soup: Any) -> float | None:
-    """The best checkpoint's score on the validation data, where the search measured it."""
+def _ranked_first(soup: Any, val: Data) -> tuple[float | None, bool]:
+    """The score of the checkpoint that the search ranked first, and whether it is the best one.
+
+    Learned soups rank on some of the validation data, and score only the first one on all of them.
+    """
     if known := getattr(soup, "individual_scores_", None):
-        return float(max(known.values()))
+        return float(max(known.values())), True
     compared = getattr(soup, "held_out_scores_", {})
-    # where the center is the best checkpoint it is not listed twice
-    return compared.get("best", compared.get("center"))
+    rows = getattr(soup, "ranking_rows", None)
+    is_on_all = soup.checkpoints_.scores is None and (rows is None or rows >= val.n)
+    # where the center is that checkpoint it is not listed twice
+    return compared.get("best", compared.get("center")), is_on_all

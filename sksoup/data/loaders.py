@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
 from itertools import islice, pairwise
@@ -154,7 +154,8 @@ def _padded_inputs(inputs: list[Any], pads: Pads) -> list[Any]:
     Padded with 0 and masked by the attention mask, which is created if there is none, so that
     bidirectional models ignore the padding. Ids without a name have no mask.
     """
-    lengths = {part.shape[1] for X in inputs for part in parts_of(X) if _is_sequence(part)}
+    columns = zip(*map(parts_of, inputs), strict=False)
+    lengths = max(map(_lengths, columns), key=len, default=set[int]())
     has_masks = all(isinstance(X, Mapping) and {MASK, "input_ids"} & X.keys() for X in inputs)
     if len(lengths) > 1 and pads != "causal" and not has_masks:
         raise ValueError(
@@ -170,9 +171,11 @@ def padded(parts: list[Any], value: int = 0) -> list[Any]:
     """Batches, padded at the end to the longest one; named inputs get an attention mask."""
     if not any(isinstance(X, Mapping) for X in parts):
         return _filled(parts, value)
-    lengths = {part.shape[1] for X in parts for part in X.values() if _is_sequence(part)}
-    if len(lengths) > 1 or any(MASK in X for X in parts):
+    differ = any(len(_lengths([X.get(name) for X in parts])) > 1 for name in parts[0])
+    if differ or any(MASK in X for X in parts):
         parts = [_with_mask(X) for X in parts]
+    if any(X.keys() != parts[0].keys() for X in parts):  # an error where they are joined
+        return parts
     named = {name: _filled([X[name] for X in parts], value) for name in parts[0]}
     return [dict(zip(named, row, strict=True)) for row in zip(*named.values(), strict=True)]
 
@@ -186,6 +189,11 @@ def _filled(parts: Sequence[Any], value: int) -> list[Any]:
         else part
         for part in parts
     ]
+
+
+def _lengths(parts: Iterable[Any]) -> set[int]:
+    """The numbers of tokens in the batches of one input."""
+    return {part.shape[1] for part in parts if _is_sequence(part)}
 
 
 def _is_sequence(part: Any) -> bool:

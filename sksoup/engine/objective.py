@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -54,7 +55,12 @@ class Counts:
             setattr(self, name, getattr(self, name) + value)
 
 
-OF_CLASSES = (nn.CrossEntropyLoss, nn.MultiMarginLoss)  # losses of one output per class
+def _takes_classes(criterion: Any) -> bool:
+    """Whether a criterion is one of torch's losses of an output per class."""
+    while isinstance(criterion, partial):
+        criterion = criterion.func
+    is_module = isinstance(criterion, (nn.CrossEntropyLoss, nn.MultiMarginLoss))
+    return is_module or criterion in (F.cross_entropy, F.multi_margin_loss)
 
 
 class Objective:
@@ -88,8 +94,7 @@ class Objective:
             criterion = copy.deepcopy(criterion).to(self._device)
         self.criterion = criterion
         # a criterion of the user's takes what the module gives, unless it needs one per class
-        takes_classes = isinstance(criterion, OF_CLASSES) or criterion is F.cross_entropy
-        self._wants_one_logit = outputs.one_logit and is_own and not takes_classes
+        self._wants_one_logit = outputs.one_logit and is_own and not _takes_classes(criterion)
         # rows are right or wrong; of tokens that would cost another look at all logits
         self.has_score = outputs.task != "regression" and not outputs.is_text
         self.counts = Counts()

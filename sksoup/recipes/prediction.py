@@ -18,7 +18,7 @@ from torch import nn
 from ..checkpoints.collection import CheckpointCollection
 from ..data.arrays import map_inputs, n_rows
 from ..data.indexed import IndexedRows
-from ..data.loaders import as_batches, is_apart, minibatches, padded, targets_of
+from ..data.loaders import Pads, as_batches, is_apart, minibatches, padded, targets_of
 from ..data.outputs import Outputs, Task, check_positions
 from ..data.rows import is_loader, to_inputs, to_tensor
 from ..data.tokens import (
@@ -121,11 +121,13 @@ class PredictionMixin:
         if input_names(X) != self.input_names_:
             X = as_batches(X, y)
         size = self.batch_size if self.outputs_.is_dense else self._rows_at_once()
+        pads: Pads | None = None
+        if self.outputs_.is_text or self.outputs_.is_dense:
+            pads = "causal" if self.outputs_.predicts == "causal" else "any"
         if is_loader(X):
             names = self.input_names_
             for rows, labels in minibatches(
-                X, y, size, ordered=ordered,
-                pads="causal" if self.outputs_.predicts == "causal" else "any",
+                X, y, size, ordered=ordered, pads=pads,
                 n_inputs=names if isinstance(names, int) else None,
             ):  # fmt: skip
                 yield validate_inputs(self, rows), labels

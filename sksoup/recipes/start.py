@@ -25,11 +25,22 @@ def with_start(checkpoints: CheckpointCollection, start: Any) -> CheckpointColle
     if _known(checkpoints, start) is not None:
         return checkpoints
     if START in checkpoints:
+        if _is_start(checkpoints, start):
+            return checkpoints
         raise ValueError(
             f"The collection has a checkpoint named {START!r}, and other pretrained weights were "
             f"passed as start. Drop that checkpoint, or pass start={START!r} to use it."
         )
     return checkpoints.add(START, start)
+
+
+def _is_start(checkpoints: CheckpointCollection, start: Any) -> bool:
+    """Whether the checkpoint named "start" has the values of these pretrained weights."""
+    others = [name for name in checkpoints if name != START]
+    if not others:
+        return False
+    given = checkpoints.select(others).add(START, start)
+    return given.content_sha256(START) == checkpoints.content_sha256(START)
 
 
 def _known(checkpoints: CheckpointCollection, start: Any) -> str | None:

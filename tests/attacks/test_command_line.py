@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from sksoup import Recipe
 from sksoup.__main__ import main
+from sksoup.cli.search import _ranked_first
 from sksoup.cli.wording import in_commands
 
 from ..zoo import Net
@@ -103,3 +105,35 @@ def test_labels_of_test_data_are_texts_where_those_of_the_validation_data_are(tm
     assert main(line.split()) == 0
     assert len(known) == 30
     assert json.loads(capsys.readouterr().out)["ingredients"]
+
+
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
+def test_classes_count_for_labels_of_any_shape(tmp_path, capsys, shape):
+    torch.manual_seed(0)
+    nets = [torch.nn.Linear(2, 3) for _ in range(2)]
+    with torch.no_grad():
+        for net in nets:
+            net.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]))
+            net.bias.zero_()
+    (tmp_path / "runs").mkdir()
+    for k, net in enumerate(nets):
+        save_file(net.state_dict(), tmp_path / "runs" / f"{k}.safetensors")
+    X = np.array([[2, 0], [0, 2], [-2, -2]] * 4, np.float32)
+    np.savez(tmp_path / "val.npz", X=X, y=np.array([2, 0, 1] * 4).reshape(shape))
+    line = f"greedy {tmp_path}/runs --module {__name__}:linear --data {tmp_path}/val.npz"
+    line += f" --classes 2 0 1 -o {tmp_path}/soup.safetensors --json"
+    assert main(line.split()) == 0
+    assert json.loads(capsys.readouterr().out)["scores"]["validation"] == 1.0
+
+
+def linear() -> torch.nn.Module:
+    return torch.nn.Linear(2, 3)
+
+
+@pytest.mark.parametrize("rows", [None, 10])
+def test_only_the_best_checkpoint_is_called_so(tmp_path, rows):
+    soup = SimpleNamespace(
+        held_out_scores_={"best": 0.5}, ranking_rows=rows, checkpoints_=SimpleNamespace(scores=None)
+    )
+    assert _ranked_first(soup, SimpleNamespace(n=20)) == (0.5, rows is None)
+    assert _ranked_first(soup, SimpleNamespace(n=10)) == (0.5, True)

@@ -557,3 +557,26 @@ def test_rows_of_small_batches_are_copied_once(monkeypatch):
         assert torch.equal(torch.cat(found), X)
         assert {len(rows) for rows in found[:-1]} <= {size}
         assert sum(copied) <= 2 * len(X) + 3
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_inputs_of_integers_of_several_widths_are_no_texts(zoo: Zoo, named):
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ids, self.cat = nn.Embedding(5, 3), nn.Embedding(5, 3)
+
+        def forward(self, input_ids: torch.Tensor, cat: torch.Tensor) -> torch.Tensor:
+            return self.ids(input_ids).mean(1) + self.cat(cat).mean(1)
+
+    ids, cat, y = torch.arange(80).view(10, 8) % 5, torch.arange(30).view(10, 3) % 5, zoo.y[:10] % 3
+    X = {"input_ids": ids, "cat": cat} if named else (ids, cat)
+    soup = UniformSoup(batch_size=4).fit(CheckpointCollection([Two()]), X, y)
+    rows = [
+        ({"input_ids": ids[k], "cat": cat[k]}, y[k]) if named else (ids[k], cat[k], y[k])
+        for k in range(10)
+    ]
+    loader = DataLoader(rows, batch_size=3)
+    expected = soup.mean_log_likelihood(X, y)
+    assert soup.mean_log_likelihood(loader) == pytest.approx(expected, abs=1e-6)
+    assert soup.score(loader) == soup.score(X, y)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -247,7 +248,9 @@ def test_a_criterion_for_one_logit_gets_it(zoo: Zoo, weighted):
 @pytest.mark.parametrize(
     "criterion",
     [nn.CrossEntropyLoss, nn.CrossEntropyLoss(label_smoothing=0.1), nn.MultiMarginLoss(),
-     nn.functional.cross_entropy, nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0]))],
+     nn.functional.cross_entropy, nn.functional.multi_margin_loss,
+     partial(nn.functional.cross_entropy, label_smoothing=0.1),
+     nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0]))],
 )  # fmt: skip
 def test_a_criterion_of_classes_gets_two_logits(zoo: Zoo, criterion):
     """Torch would take the logits of the rows for those of the classes of a single row."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from sksoup import CheckpointCollection, CheckpointError, ModelStockSoup, Recipe, mix
 from sksoup.__main__ import main
 from sksoup.exceptions import SoupWarning
+from sksoup.inspection import interpolation_path
 from sksoup.mixing.layers import group_layers
 from sksoup.mixing.stock import stock_ratios
 
@@ -185,6 +187,22 @@ def test_statistics_follow_the_weights_beside_them(zoo: Zoo):
     mean = (soup.layers_["norm.weight"], soup.layers_["norm.bias"])
     row = soup.coef_[soup.layers_["norm.running_mean"]]
     np.testing.assert_allclose(row, soup.coef_[list(mean)].mean(axis=0))
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+def test_the_start_may_be_given_again(zoo: Zoo, as_module):
+    ckpts = fine_tunings(3, 4)
+    start: Any = ckpts["w0"]
+    if as_module:
+        start = Net(False, torch.float64)
+        start.load_state_dict(ckpts["w0"])
+    soup = ModelStockSoup(start=start).fit(ckpts.drop("w0"), zoo.X, zoo.y)
+    half, known = soup.interpolate(start, 0.5), soup.interpolate("start", 0.5)
+    assert same_tensors(half.state_dict(), known.state_dict())
+    path = interpolation_path(start, soup, zoo.X, zoo.y, t=3)
+    assert path.scores[-1] == soup.score(zoo.X, zoo.y)
+    with pytest.raises(ValueError, match="other pretrained weights were passed"):
+        soup.interpolate(ckpts["a"], 0.5)
 
 
 def test_the_command_line_gives_the_same_without_python(zoo: Zoo, tmp_path, capsys):
