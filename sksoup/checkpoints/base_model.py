@@ -27,6 +27,7 @@ from .protocol import Entry, Read, TensorInfo, same_bits
 from .sources import open_checkpoint
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+REVISION = re.compile(r"[A-Za-z0-9][\w.+/-]{0,199}", re.ASCII)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LINEAR, CONVOLUTION, EMBEDDING, CONV1D = "linear", "convolution", "embedding", "Conv1D"
 KINDS = (LINEAR, CONVOLUTION, EMBEDDING, CONV1D)
@@ -213,6 +214,11 @@ def _build(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
     return built.cpu()
 
 
+def _is_revision(value: Any) -> bool:
+    """Whether a value may be a revision on the hub: a branch, a tag, a commit, or refs/pr/1."""
+    return isinstance(value, str) and bool(REVISION.fullmatch(value)) and ".." not in value
+
+
 def find_base_folder(name: str, revision: Any = None) -> Path | None:
     """The folder of the base named in a configuration, if it is on this machine."""
     if not name:
@@ -227,7 +233,8 @@ def find_base_folder(name: str, revision: Any = None) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
         return None
-    revision = revision if isinstance(revision, str) and HUB_ID.fullmatch(revision) else None
+    if revision is not None and not _is_revision(revision):  # never another one
+        return None
     try:
         found = try_to_load_from_cache(name, "config.json", revision=revision)  # does not download
     except ValueError:  # a name that the hub does not allow

@@ -208,7 +208,8 @@ def find_runs(
 
 def _readable(folders: Sequence[Path]) -> list[Path]:
     """Those that may be read, with a warning of others, such as lost+found of a file system."""
-    closed = [path for path in folders if not os.access(path, os.R_OK | os.X_OK)]
+    is_open = {path: os.access(path, os.R_OK | os.X_OK) for path in folders}
+    closed = [path for path in folders if not is_open[path]]
     if closed:
         warnings.warn(
             f"{_counted(closed, 'folder')} can't be read, such as {str(closed[0])!r}, and "
@@ -217,7 +218,7 @@ def _readable(folders: Sequence[Path]) -> list[Path]:
             SoupWarning,
             stacklevel=2,
         )
-    return [path for path in folders if path not in closed] if closed else [*folders]
+    return [path for path in folders if is_open[path]]
 
 
 def _warn_of_runs_below(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sksoup import CheckpointCollection, CheckpointError, SoupWarning, UniformSoup
-from sksoup.checkpoints.base_model import BaseModel
+from sksoup.checkpoints.base_model import BaseModel, find_base_folder
 from sksoup.checkpoints.on_base import _n_labels
 from sksoup.checkpoints.peft_targets import Targets
 from sksoup.checkpoints.protocol import TensorInfo
@@ -547,3 +547,24 @@ def test_bases_with_names_that_the_hub_does_not_allow(tmp_path, name):
     assert len(CheckpointCollection([folder], module=build)) == 1
     with pytest.raises(CheckpointError, match="which is not on this machine"):
         CheckpointCollection([folder])
+
+
+@pytest.mark.parametrize(
+    ("revision", "found"),
+    [(None, "main"), ("refs/pr/1", "pull"), ("v2", "tag"), ("a" * 40, "main"), ("refs/pr/2", None),
+     ("../main", None), ("x" * 300, None), (5, None)],
+)  # fmt: skip
+def test_the_base_is_of_the_revision_that_is_named(tmp_path, monkeypatch, revision, found):
+    cache = tmp_path / "models--org--m"
+    for sha, name in (("a", "main"), ("b", "refs/pr/1"), ("c", "v2")):
+        folder = cache / "snapshots" / (sha * 40)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        ref = cache / "refs" / name
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(sha * 40)
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    expected = {"main": "a", "pull": "b", "tag": "c"}.get(found)
+    base = find_base_folder("org/m", revision)
+    assert base == (None if expected is None else cache / "snapshots" / (expected * 40))
