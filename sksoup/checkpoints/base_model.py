@@ -224,7 +224,8 @@ def find_base_folder(name: str, revision: Any = None) -> Path | None:
     if not name:
         return None
     try:
-        folder = hub_folder(Path(name).expanduser())
+        path = Path(name).expanduser()
+        folder = hub_folder(path) if path.exists() else None  # not the folder around it
     except (OSError, ValueError, RuntimeError):  # not a valid path
         folder = None
     if folder is not None or not HUB_ID.fullmatch(name) or ".." in name:

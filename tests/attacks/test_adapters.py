@@ -568,3 +568,16 @@ def test_the_base_is_of_the_revision_that_is_named(tmp_path, monkeypatch, revisi
     expected = {"main": "a", "pull": "b", "tag": "c"}.get(found)
     base = find_base_folder("org/m", revision)
     assert base == (None if expected is None else cache / "snapshots" / (expected * 40))
+
+
+@pytest.mark.parametrize("name", ["bert-tiny", "org/m", "{run}/checkpoint-500", "./gone"])
+def test_the_folder_around_a_base_that_is_missing_is_not_its_base(tmp_path, monkeypatch, name):
+    """As the final model around a checkpoint that Trainer deleted, or the current folder."""
+    for folder in (tmp_path, tmp_path / "org", tmp_path / "run"):
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text('{"model_type": "bert"}')
+        save_file({"w": torch.ones(2)}, folder / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert find_base_folder(name.format(run=tmp_path / "run")) is None
+    assert find_base_folder(str(tmp_path / "run")) == tmp_path / "run"
+    assert find_base_folder("run") == tmp_path / "run"
