@@ -75,7 +75,8 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
         Its first split is used for all candidates, because another split would hold out rows on
         which some of them were trained. None holds out 20 %, stratified for classifiers.
     n_jobs : int or None, default=None
-        Number of candidates that joblib fine-tunes in parallel.
+        Number of candidates that joblib fine-tunes in parallel, in processes. With joblib's
+        threads, which share torch's random state, the results differ from run to run.
     random_state : int, RandomState or None, default=None
         Seed for sampling the candidates, for their training and for splitting the rows. The global
         random state is not changed.
