@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..checkpoints.texts import read_text
+from ..checkpoints.workplace import one_at_a_time
 from ..checkpoints.write import write_text
 from ..data.arrays import map_inputs
 from ..exceptions import CheckpointError
@@ -51,8 +52,16 @@ def recorded_seed(folder: Path | None) -> int | None:
 
 
 def claim(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest to the folder; raise an error if it belongs to another search."""
+    """Write the manifest to the folder; raise an error if it belongs to another search.
+
+    Of searches that begin at the same time, the first one has the folder (if it can be locked).
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(folder):
+        _claim(folder, manifest)
+
+
+def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
     found = _recorded(folder)
     if found is None and any(folder.glob("*.safetensors")):
         raise CheckpointError(

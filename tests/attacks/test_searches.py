@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
 
 from sksoup import CheckpointError
 from sksoup.checkpoints.write import write_safetensors
+from sksoup.model_selection import manifest
 from sksoup.model_selection.fine_tuning import RECORD, fine_tune
 from sksoup.model_selection.manifest import MANIFEST, claim, recorded_seed
 
@@ -65,3 +68,29 @@ def test_a_file_that_is_no_candidate_is_named(tmp_path, record):
     record = json.dumps({"score": 0.5, "fit_time": 1.0})
     write_safetensors(path, {"w": torch.ones(1)}, {RECORD: record})
     assert fine_tune(None, {}, 0, None, [], None, None, path).score == 0.5
+
+
+def test_of_searches_that_begin_at_once_one_has_the_folder(tmp_path, monkeypatch):
+    read = manifest._recorded
+
+    def slow(folder):
+        found = read(folder)
+        time.sleep(0.1)
+        return found
+
+    monkeypatch.setattr(manifest, "_recorded", slow)
+    refused = []
+
+    def begin(seed):
+        try:
+            claim(tmp_path / "search", {"seed": seed})
+        except CheckpointError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=begin, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 3
+    assert all("holds another search: seed differ" in said for said in refused)
