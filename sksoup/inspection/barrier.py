@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, compress, repeat
 from numbers import Integral
 from typing import Any
 
@@ -153,13 +155,16 @@ def loss_barrier(
     (6, 11)
     """
     check_scalar(n_points, "n_points", Integral, min_val=2)
-    pairs = list(combinations(checkpoints, 2))
-    if n_pairs is not None and n_pairs < len(pairs):
+    n_all = math.comb(len(checkpoints), 2)
+    takes: Iterable[bool] = repeat(True)
+    if n_pairs is not None and n_pairs < n_all:
         check_scalar(n_pairs, "n_pairs", Integral, min_val=0)
         if random_state is None:  # fresh entropy instead of NumPy's global state
             random_state = int(np.random.SeedSequence().generate_state(1)[0])
         rng = check_random_state(random_state)
-        pairs = [pairs[i] for i in sorted(rng.choice(len(pairs), n_pairs, replace=False))]
+        drawn = {*rng.choice(n_all, n_pairs, replace=False).tolist()}
+        takes = map(drawn.__contains__, range(n_all))
+    pairs = [*compress(combinations(checkpoints, 2), takes)]
     alpha = np.linspace(0, 1, n_points)
     like = UniformSoup(forward=forward, task=task, batch_size=batch_size)  # accepts the same rows
     like._check_params()

@@ -67,24 +67,25 @@ def beside(path: Path) -> Path:
 
 
 def _refuse_other_recipe(path: Path) -> None:
-    """Refuse to replace the recipe of another file, or a file that is no recipe."""
+    """Refuse a recipe that would belong to another file, too, and one that is no recipe."""
     recipe = beside(path)
+    others = [other for s in TORCH_SUFFIXES if (other := path.with_suffix(s)) != path]
+    if owner := next(filter(os.path.lexists, others), None):
+        raise FileExistsError(
+            f"{str(recipe)!r}, in which the recipe of {path.name!r} is written, would be that of "
+            f"{owner.name!r}, too. Give the soup another name, or save it as .safetensors."
+        )
     if not recipe.is_file():
         return
-    others = [other for s in TORCH_SUFFIXES if (other := path.with_suffix(s)) != path]
-    owner = next(filter(os.path.lexists, others), None)
     try:
         document = json.loads(read_text(recipe, MOST_BYTES))
     except (CheckpointError, ValueError, RecursionError):
         document = None
     is_recipe = isinstance(document, dict) and "ingredients" in document
-    if owner is not None or not is_recipe:
-        what = (
-            "is no recipe of sksoup" if owner is None else f"is the recipe of {owner.name!r}, too"
-        )
+    if not is_recipe:
         raise FileExistsError(
-            f"{str(recipe)!r} exists and {what}, so it is not replaced. Give the soup another "
-            f"name, save it as .safetensors, or move that file away."
+            f"{str(recipe)!r} exists and is no recipe of sksoup, so it is not replaced. Give the "
+            f"soup another name, save it as .safetensors, or move that file away."
         )
 
 

@@ -134,7 +134,8 @@ def test_bad_input(zoo: Zoo):
     named = CheckpointCollection({"start": START, "a": START}, module=lambda: Net(False))
     taken = UniformSoup().fit(named, zoo.X, zoo.y)
     with pytest.raises(ValueError, match="has a checkpoint named 'start', and other"):
-        taken.interpolate(dict(START), 0.5)
+        taken.interpolate({name: w + 1 for name, w in START.items()}, 0.5)
+    taken.interpolate(dict(START), 0.5)  # the same weights
 
 
 def test_ties_go_to_the_soup():

@@ -40,8 +40,12 @@ def test_the_recipe_of_another_file_is_not_replaced(soup, tmp_path):
     soup.save(tmp_path / "best.pt")
     soup.save(tmp_path / "best.pt")  # its own
     before = {path.name: path.read_bytes() for path in tmp_path.glob("best*")}
-    with pytest.raises(FileExistsError, match=r"is the recipe of 'best\.pt', too, so it is not"):
+    with pytest.raises(FileExistsError, match=r"would be that of 'best\.pt', too"):
         soup.save(tmp_path / "best.ckpt")
+    torch.save({}, tmp_path / "run.ckpt")
+    with pytest.raises(FileExistsError, match=r"run\.recipe.* would be that of 'run\.ckpt', too"):
+        soup.save(tmp_path / "run.pt")
+    assert not (tmp_path / "run.recipe.json").exists()
     (tmp_path / "own.recipe.json").write_text('{"a": "recipe of mine"}')
     with pytest.raises(FileExistsError, match=r"own\.recipe\.json' exists and is no recipe of sks"):
         soup.save(tmp_path / "own.pt")
