@@ -344,8 +344,14 @@ def test_a_tokenizer_of_another_class_is_refused(folder, capsys, tmp_path, monke
 
 def test_a_model_with_a_tokenizer_that_loads_others_is_refused(folder, tmp_path):
     shutil.copytree("runs/ft0", tmp_path / "ft0")
-    (tmp_path / "ft0" / "config.json").write_text(json.dumps({"model_type": "rag"}))
+    config = tmp_path / "ft0" / "config.json"
+    config.write_text(json.dumps({"model_type": "rag"}))
     with pytest.raises(CheckpointError, match="which is no tokenizer of transformers"):
+        load_tokenizer(tmp_path / "ft0")
+    other = tmp_path / "ft0" / "config.4.0.0.json"
+    other.write_text(json.dumps({"model_type": "bert", "tokenizer_class": "BertModel"}))
+    config.write_text(json.dumps({"model_type": "bert", "configuration_files": [other.name]}))
+    with pytest.raises(CheckpointError, match="names other configurations"):
         load_tokenizer(tmp_path / "ft0")
 
 

@@ -49,9 +49,12 @@ def load_tokenizer(folder: Path) -> Any:
         for name in ("tokenizer_config.json", "config.json"):
             _refuse_other_classes(folder / name, transformers)
         with offline():
-            return transformers.AutoTokenizer.from_pretrained(
+            loaded = transformers.AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
+            if not isinstance(loaded, transformers.PreTrainedTokenizerBase):
+                raise TypeError(f"a {type(loaded).__name__} is no tokenizer")
+            return loaded
     except CheckpointError:
         raise
     except Exception as error:  # of any class
@@ -72,6 +75,11 @@ def _refuse_other_classes(path: Path, transformers: Any) -> None:
     found = _parsed(path, MOST_BYTES) if path.is_file() else None
     if not isinstance(found, dict):
         return
+    if "configuration_files" in found:  # transformers would read another one
+        raise CheckpointError(
+            f"{str(path)!r} names other configurations ('configuration_files'), which transformers "
+            f"would read in its place. Remove the field, or give another folder: --tokenizer."
+        )
     classes = []
     name = found.get("tokenizer_class")
     if name is not None:

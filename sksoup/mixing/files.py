@@ -39,7 +39,8 @@ def refuse_inputs(output: Path, checkpoints: CheckpointCollection, names: Iterab
     """Refuse an output that is the file, or in the folder, of a checkpoint or an adapter's base."""
     inputs = {path.resolve() for path in paths_of(checkpoints, names)}
     inputs |= {path.parent for path in inputs if path.name.endswith(INDEX)}
-    if {output.resolve(), output.resolve().parent} & inputs:
+    real = Path(os.path.realpath(output))  # also of a link to itself
+    if {real, real.parent} & inputs:
         raise FileExistsError(
             f"{str(output)!r} is one of the checkpoints to be mixed, or part of one. Give another "
             f"name, or move it away first."

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sksoup import CheckpointCollection, Recipe, UniformSoup
 from sksoup.__main__ import main
@@ -364,3 +364,15 @@ def test_a_torch_file_that_fails_leaves_the_old_recipe(tmp_path, monkeypatch, be
     assert {one.name: one.read_bytes() for one in tmp_path.iterdir()} == kept
     save_soup(path, 1)
     assert is_whole(path)
+
+
+def test_a_link_to_itself_is_an_output_like_others(tmp_path, capsys):
+    for k in range(2):
+        (tmp_path / "runs").mkdir(exist_ok=True)
+        save_file({"w": torch.ones(2)}, tmp_path / "runs" / f"{k}.safetensors")
+    out = tmp_path / "loop.safetensors"
+    out.symlink_to(out.name)
+    assert main(["average", str(tmp_path / "runs"), "-o", str(out)]) == 2
+    assert "loop.safetensors" in capsys.readouterr().err
+    assert main(["average", str(tmp_path / "runs"), "-o", str(out), "--force"]) == 0
+    assert not out.is_symlink()
