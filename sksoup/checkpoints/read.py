@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import torch
 from safetensors import safe_open
@@ -26,8 +26,14 @@ RECIPE_KEY = "sksoup"  # of the recipe in the metadata of a soup
 RECIPE_SUFFIX = ".recipe.json"  # of the recipe beside a file without metadata
 # torch raises this for Ctrl-C while it takes over the bytes of a safetensors file
 SWALLOWED = "could not determine the shape of object type 'torch.storage.UntypedStorage'"
-TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # in the first pickle of torch.save before version 1.6
-PICKLED_NAMES = ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")  # of what pickle calls
+# codes of pickles, and the bytes of their arguments, or a kind of length (< 0)
+OPCODES = {
+    each.code.encode("latin-1"): (each.name, 0 if each.arg is None else each.arg.n)
+    for each in pickletools.opcodes
+}
+LENGTHS = {-2: 1, -3: 4, -4: 4, -5: 8}  # bytes of the length before an argument
+NUMBERS_AND_NAMES = ("INT", "LONG", "LONG1", "LONG4", "GLOBAL", "STACK_GLOBAL", "INST", "EXT1",
+                     "EXT2", "EXT4")  # fmt: skip
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
@@ -254,20 +260,34 @@ def is_tar(path: Path) -> bool:
 
 
 def _is_of_torch(path: Path) -> bool:
-    """Whether torch.load finds an archive or its first pickle at the beginning of a file.
-
-    Some headers of safetensors begin as a pickle, too: of a text, without numbers and names.
-    """
+    """Whether torch.load may find an archive or its first pickle at the beginning of a file."""
     with path.open("rb") as file:
         if file.read(4) == b"PK\3\4" or is_tar(path):
             return True
         file.seek(0)
-        is_found = False
-        with suppress(Exception):  # pickletools raises several kinds for what is no pickle
-            for op, arg, _ in pickletools.genops(file):
-                is_found |= arg == TORCH_MAGIC or op.name in PICKLED_NAMES
-                if op.name == "STOP":
-                    return is_found
+        return _is_pickle(file, path.stat().st_size)
+
+
+def _is_pickle(file: IO[bytes], size: int) -> bool:
+    """Whether a file may begin as a pickle of a long number, as torch's, or with names.
+
+    Some headers of safetensors begin as a pickle of a text only. Arguments are not decoded, since
+    readers of pickles decode them in different ways.
+    """
+    is_found = False
+    while (code := file.read(1)) in OPCODES:
+        name, n = OPCODES[code]
+        if name == "STOP":
+            return is_found
+        is_found |= name in NUMBERS_AND_NAMES
+        if n == -1:  # up to the end of the line
+            for _ in range(2 if name in ("GLOBAL", "INST") else 1):
+                file.readline()
+        else:
+            n = n if n >= 0 else int.from_bytes(file.read(LENGTHS[n]), "little")
+            if n > size - file.tell():
+                return False
+            file.seek(n, os.SEEK_CUR)
     return False
 
 

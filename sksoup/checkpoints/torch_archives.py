@@ -14,7 +14,7 @@ from typing import IO
 import torch
 
 from .pickles import Pickled, read_pickle
-from .read import TORCH_MAGIC, is_tar
+from .read import is_tar
 
 ZIP64, LOCATOR, END = 56, 20, 22  # bytes of the records at the end of a zip archive
 ALIGNED = 16  # bytes of the largest dtype
@@ -22,7 +22,7 @@ LOCAL = 30  # bytes at the beginning of a member, before its name
 DESCRIPTOR = 24  # most bytes between members, which repeat the size of the one before
 ENCRYPTED = 0x1 | 0x40  # flags of a member
 FOLDER = 0x10  # an attribute of a member
-MAGIC = TORCH_MAGIC.to_bytes(10, "little")
+MAGIC = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # in the first pickle before torch 1.6
 SAVE_AGAIN = "Load it and save it again with torch."
 
 
@@ -174,7 +174,7 @@ def _read_legacy(path: Path, file: IO[bytes], device: str) -> Pickled:
         raise UnpicklingError(f"it is a tar archive. {SAVE_AGAIN}")
     file.seek(0)
     magic, _, _ = (read_pickle(file, _no_storage).value for _ in range(3))
-    if magic != TORCH_MAGIC:
+    if magic != int.from_bytes(MAGIC, "little"):
         raise ValueError("it does not begin as a file of torch.save")
     begin = file.tell()
     used: dict[str, tuple[torch.dtype, int]] = {}

@@ -72,6 +72,8 @@ def test_a_file_that_begins_as_an_archive_is_not_read_as_safetensors(tmp_path):
         (b".", False),
         (b"0.weight", False),
         (b"\x8a\x0a" + torch_archives.MAGIC + b".", True),
+        (b"0I0x1\n0\x8a\x0a" + torch_archives.MAGIC + b".", True),
+        (b"0L0x1950A86A20F9469CFC6CL\n.", True),
         (b"cos\nsystem\n.", True),
         (b"\x93.", True),
     ],
