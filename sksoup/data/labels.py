@@ -123,7 +123,8 @@ def resolve_classes(
     numbers = numbers_in(names)
     if present.dtype.kind in "iu" and len(numbers) and np.isin(present, numbers).all():
         return numbers
-    _refuse_some_numbers(present, names or ())
+    if names is not None:
+        _refuse_some_numbers(present, names)
     if len(present) == n_outputs:
         return present
     if np.issubdtype(present.dtype, np.integer) and present[0] >= 0 and present[-1] < n_outputs:

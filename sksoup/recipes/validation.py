@@ -525,8 +525,9 @@ def check_descent(soup: Any) -> None:
     if not (isinstance(soup.lr, Real) and math.isfinite(soup.lr) and float(soup.lr) > 0):
         raise ValueError(f"lr must be a finite number > 0, got {soup.lr!r}.")
     if soup.weight_decay != "auto":
-        check_finite(soup.weight_decay, "weight_decay")
         check_scalar(soup.weight_decay, "weight_decay", Real, min_val=0)
+        if not math.isfinite(soup.weight_decay):
+            raise ValueError(f"weight_decay must be finite, got {soup.weight_decay!r}.")
     resolve_delta_dtype(soup.delta_dtype, torch.float32)
     check_flag(soup.shuffle, "shuffle")
     for name in ("max_epochs", "model_epochs", "accumulate"):
