@@ -41,6 +41,7 @@ class Record:
     # the step of each file, and a number that differs if the weights of files of one step do
     versions: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     bests: Mapping[str, Any] = field(default_factory=dict)  # the path of the best by each file
+    last: int = -1  # the step at which it was written, if known
 
 
 def read_trainer(state: Path, folder: str) -> Record:
@@ -78,7 +79,7 @@ def read_trainer(state: Path, folder: str) -> Record:
             low, high = seen.get(name, (of[name], of[name]))
             seen[name] = min(low, of[name]), max(high, of[name])
     metrics = {name: _direction(name, of_best[name], *seen[name]) for name in chosen_by}
-    return Record(best, metrics, values)
+    return Record(best, metrics, values, last=last if isinstance(last, int) else -1)
 
 
 def _direction(name: str, best: float, low: float, high: float) -> int:

@@ -65,11 +65,15 @@ class Run:
     def record(self) -> Record:
         """The training loop's record of these checkpoints."""
         if steps := sorted(self._steps, key=natural_key, reverse=True):
-            # a run that was killed may have written the weights of the last step only
-            folders = (steps[0], self.folder, *steps[1:])
-            states = [path / TRAINER_STATE for path in folders]
-            state = next((path for path in states if path.is_file()), states[0])
-            return read_trainer(state, self.folder.name)
+            # a run that was killed may have written the weights of the last step only, and one that
+            # was resumed may have an older state in its folder
+            states = [path / TRAINER_STATE for path in steps]
+            newest = next((path for path in states if path.is_file()), states[0])
+            found = [
+                read_trainer(path, self.folder.name)
+                for path in (newest, self.folder / TRAINER_STATE)
+            ]
+            return max(found, key=lambda record: record.last)
         if self.is_alone and self.folder.is_dir():
             return read_trainer(self.folder / TRAINER_STATE, self.folder.name)
         return read_lightning(self.checkpoints)

@@ -404,6 +404,8 @@ class BaseSoup(
             self._warn_of_variances(problem, coef)
         self.module_ = problem.module
         params = self.get_params(deep=False)
+        if "start" in params:  # by its name, not its path or all of its values
+            params["start"] = name_of_start(collection, params["start"])
         self.recipe_ = broadcast(rank() or Recipe.record(  # only one rank hashes the files
             type(self).__name__,
             collection,

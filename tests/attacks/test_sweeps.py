@@ -142,6 +142,14 @@ def test_the_best_step_is_known_if_the_last_one_has_no_state(tmp_path):
                 (folder / "trainer_state.json").write_text(json.dumps(state))
     found = CheckpointCollection.from_path(tmp_path)
     assert [found.path(name).name for name in found] == ["checkpoint-100"] * 2
+    # a state in the folder, written before the run was resumed
+    older = {**best, "best_model_checkpoint": "out/checkpoint-200", "global_step": 150}
+    for step, expected in ((150, "checkpoint-100"), (250, "checkpoint-200")):
+        for run in ("run1", "run2"):
+            state = {"log_history": log, **older, "global_step": step}
+            (tmp_path / run / "trainer_state.json").write_text(json.dumps(state))
+        found = CheckpointCollection.from_path(tmp_path)
+        assert [found.path(name).name for name in found] == [expected] * 2
 
 
 def test_containers_of_lightning_are_not_kept(tmp_path, monkeypatch):

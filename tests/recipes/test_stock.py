@@ -201,6 +201,7 @@ def test_the_start_may_be_given_again(zoo: Zoo, as_module):
     assert same_tensors(half.state_dict(), known.state_dict())
     path = interpolation_path(start, soup, zoo.X, zoo.y, t=3)
     assert path.scores[-1] == soup.score(zoo.X, zoo.y)
+    assert soup.recipe_.params["start"] == "start"
     with pytest.raises(ValueError, match="other pretrained weights were passed"):
         soup.interpolate(ckpts["a"], 0.5)
 
