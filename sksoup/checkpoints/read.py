@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import pickletools
 import stat
@@ -130,6 +131,13 @@ class CheckpointFile(Checkpoint):
                 f"{str(file)!r} can't be used: the name of a tensor has {most:,} characters, "
                 f"expected at most {LONGEST_NAME:,}. Rename the tensor."
             )
+
+        for name, info in self.header.items():  # torch multiplies all sizes but 0
+            if math.prod(filter(None, info.shape)) >= 2**63:
+                raise CheckpointError(
+                    f"{str(file)!r} can't be used: {name!r} has shape {info.shape}, which is too "
+                    f"large for torch. Write the file again."
+                )
 
     def __repr__(self) -> str:
         return repr(str(self.path))

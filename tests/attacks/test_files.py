@@ -314,3 +314,15 @@ def test_tied_complex_weights_are_refused_with_a_message(tmp_path):
     torch.save({"a.weight": wide, "b.weight": wide}, tmp_path / "2.pt")
     with pytest.raises(CheckpointError, match="complex"):
         CheckpointCollection([tmp_path / "1.pt", tmp_path / "2.pt"], module=Tied)
+
+
+def test_empty_tensors_of_impossible_sizes_are_refused(tmp_path):
+    for k, shape in enumerate(([0, 2**40, 2**40], [0, 2**40])):
+        header = json.dumps(
+            {"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
+        ).encode()
+        path = tmp_path / f"{k}.safetensors"
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match=r"0\.safetensors' can't be used: 'w' has shape"):
+        CheckpointCollection([tmp_path / "0.safetensors"])
+    assert len(CheckpointCollection([tmp_path / "1.safetensors"])) == 1
