@@ -131,7 +131,6 @@ class CheckpointFile(Checkpoint):
                 f"{str(file)!r} can't be used: the name of a tensor has {most:,} characters, "
                 f"expected at most {LONGEST_NAME:,}. Rename the tensor."
             )
-
         for name, info in self.header.items():  # torch multiplies all sizes but 0
             if math.prod(filter(None, info.shape)) >= 2**63:
                 raise CheckpointError(
@@ -290,7 +289,8 @@ def _is_pickle(file: IO[bytes], size: int) -> bool:
         is_found |= name in NUMBERS_AND_NAMES
         if n == -1:  # up to the end of the line
             for _ in range(2 if name in ("GLOBAL", "INST") else 1):
-                file.readline()
+                while (part := file.readline(2**16)) and part[-1:] != b"\n":
+                    pass  # a line may be as long as the file
         else:
             n = n if n >= 0 else int.from_bytes(file.read(LENGTHS[n]), "little")
             if n > size - file.tell():
