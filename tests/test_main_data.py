@@ -326,7 +326,19 @@ def test_a_tokenizer_does_not_publish_other_files(folder, capsys, tmp_path, file
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
 @pytest.mark.parametrize(
-    "name", ["AutoImageProcessor", "AutoTokenizer", "BertModel", "RagTokenizer", "pipeline", ["a"]]
+    "name",
+    [
+        "AutoImageProcessor",
+        "AutoTokenizer",
+        "BertModel",
+        "RagTokenizer",
+        "pipeline",
+        ["a"],
+        "BertModelFast",
+        "BertModelFastFast",
+        "AutoTokenizerFastFastFast",
+        "F" * 2000,
+    ],
 )
 def test_a_tokenizer_of_another_class_is_refused(folder, capsys, tmp_path, monkeypatch, name, file):
     """AutoImageProcessor would ask on the standard input whether to run code of the folder."""
@@ -353,6 +365,12 @@ def test_a_model_with_a_tokenizer_that_loads_others_is_refused(folder, tmp_path)
     config.write_text(json.dumps({"model_type": "bert", "configuration_files": [other.name]}))
     with pytest.raises(CheckpointError, match="names other configurations"):
         load_tokenizer(tmp_path / "ft0")
+
+
+def test_version_4_has_two_tokenizers_of_a_model(folder, monkeypatch):
+    pair = (None, transformers.BertTokenizerFast)
+    monkeypatch.setattr(transformers, "TOKENIZER_MAPPING", {transformers.BertConfig: pair})
+    assert load_tokenizer(Path("runs/ft0")).pad_token
 
 
 def test_transformers_does_not_ask_whether_to_run_code(monkeypatch):

@@ -12,6 +12,7 @@ import numpy as np
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.hub import hub_folder, offline
 from ..checkpoints.hub_config import LIMIT
+from ..checkpoints.protocol import LONGEST_NAME
 from ..checkpoints.sources import paths_of
 from ..checkpoints.texts import read_text
 from ..exceptions import CheckpointError
@@ -82,15 +83,20 @@ def _refuse_other_classes(path: Path, transformers: Any) -> None:
         )
     classes = []
     name = found.get("tokenizer_class")
-    if name is not None:
-        stem = str(name).removesuffix("Fast")
-        classes = [getattr(transformers, each, None) for each in (stem, f"{stem}Fast")]
-        classes += [] if isinstance(name, str) else [name]
+    if isinstance(name, str) and len(name) <= LONGEST_NAME:
+        # transformers looks for a name with "Fast", then without it, again and again
+        stems = [name.removesuffix("Fast" * k) for k in range(name.count("Fast") + 1)]
+        classes = [
+            getattr(transformers, stem + end, None) for stem in stems for end in ("", "Fast")
+        ]
+    elif name is not None:
+        classes = [name]
     for part in (found, found.get("encoder")):  # without a class, it is that of the model
         kind = part.get("model_type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind in transformers.CONFIG_MAPPING:
-            config = transformers.CONFIG_MAPPING[kind]
-            classes.append(transformers.TOKENIZER_MAPPING.get(config, None))
+            of_model = transformers.TOKENIZER_MAPPING.get(transformers.CONFIG_MAPPING[kind], None)
+            # version 4 has a slow and a fast one
+            classes += of_model if isinstance(of_model, tuple) else [of_model]
             name = name or f"of {kind}"
     if not all(one is None or _is_tokenizer(one, transformers) for one in classes):
         raise CheckpointError(
