@@ -183,10 +183,10 @@ def base_of_folder(folder: Path, module: HubModule) -> BaseModel:
     network = skeleton(module)
     if network is None:
         network = module()
-    own = network.state_dict().keys()
-    # the folder may have the head of another task, which from_pretrained ignores
-    others = entry.header.keys() - own if module.task is not None else ()
-    return BaseModel(entry, network, others)
+    own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    # the folder may have the head of another task, or for another number of labels
+    others = [name for name, info in entry.header.items() if own.get(name) != info.shape]
+    return BaseModel(entry, network, others if module.task is not None else ())
 
 
 def base_of_module(module: ModuleSource, changed: Iterable[str] = ()) -> BaseModel:

@@ -28,6 +28,8 @@ NOT_WEIGHTS = re.compile(
     r"(_\d+)?\.(bin|pt|pth|safetensors)"
 )
 
+OF_SKORCH = re.compile(r"(.+)(?:optimizer|criterion)[^/]*\.(?:pt|safetensors)")
+
 
 def find_weights(folder: Path) -> Path | None:
     """Return the weights file of a Hugging Face, PEFT or skorch folder, or None for others."""
@@ -58,7 +60,10 @@ def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
     indices = [path for path in paths if path.name.endswith(INDEX)]
     shards = {folder / name for index in indices for name in set(weight_map(index).values())}
     files = [path for path in paths if is_weights(path, suffixes) and path not in shards]
-    return [*files, *indices]
+    # skorch's Checkpoint(fn_prefix=...) writes others beside the params
+    prefixes = {path.name.partition("params")[0] for path in files if "params" in path.name}
+    found = ((path, OF_SKORCH.fullmatch(path.name)) for path in files)
+    return [*(path for path, other in found if not other or other[1] not in prefixes), *indices]
 
 
 def is_weights(path: Path, suffixes: Collection[str]) -> bool:

@@ -503,17 +503,18 @@ def test_copies_of_base_weights_are_compared_with_a_base_that_is_opened_once(tmp
     assert len(opened) <= 2  # for the tensors, and for all copies
 
 
-def test_the_base_of_a_classifier_may_have_the_head_of_another_task(tmp_path):
+@pytest.mark.parametrize("head", ["RobertaForMaskedLM", "RobertaForSequenceClassification"])
+def test_the_base_of_a_classifier_may_have_the_head_of_another_task(tmp_path, head):
     """As bert-base-uncased and roberta-base on the hub; from_pretrained ignores it."""
     config = transformers.RobertaConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
-        vocab_size=20, max_position_embeddings=12, num_labels=3,
+        vocab_size=20, max_position_embeddings=12, num_labels=5,
     )  # fmt: skip
     torch.manual_seed(0)
-    transformers.RobertaForMaskedLM(config).save_pretrained(tmp_path / "base")
+    getattr(transformers, head)(config).save_pretrained(tmp_path / "base")
     for run in ("a", "b"):
         kind = transformers.RobertaForSequenceClassification
-        model = kind.from_pretrained(tmp_path / "base", num_labels=3)
+        model = kind.from_pretrained(tmp_path / "base", num_labels=3, ignore_mismatched_sizes=True)
         lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
         peft.get_peft_model(model, lora).save_pretrained(str(tmp_path / run))
     adapters = CheckpointCollection([tmp_path / "a", tmp_path / "b"])

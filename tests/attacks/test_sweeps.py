@@ -170,3 +170,12 @@ def test_containers_of_lightning_are_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "_versions", lambda files, steps: {})
     records.read_lightning(files)
     assert not alive
+
+
+def test_optimizers_and_criteria_of_skorch_with_a_prefix_are_no_checkpoints(tmp_path):
+    for name in ("ep_params_1", "ep_params_2", "focal_criterion"):
+        torch.save({"w": torch.ones(2)}, tmp_path / f"{name}.pt")
+    for name in ("ep_optimizer", "ep_criterion", "ep_optimizer_2"):
+        torch.save({}, tmp_path / f"{name}.pt")
+    names = CheckpointCollection.from_path(tmp_path).names
+    assert sorted(names) == ["ep_params_1", "ep_params_2", "focal_criterion"]
