@@ -26,7 +26,7 @@ from ..recipes.baselines import BestCheckpoint, CheckpointEnsemble, UniformSoup
 from ..recipes.greedy import GreedySoup
 from ..recipes.learned import LearnedSoup
 from ..recipes.mehl import MEHLSoup
-from ..recipes.validation import check_flag, scorer_of
+from ..recipes.validation import check_flag
 from ..runtime.live_tensors import LiveTensors
 from .paired import PairedScore, differences, paired_score
 from .results import SoupComparison, SoupResult
@@ -353,7 +353,7 @@ def _fits(
         begin = time.perf_counter()
         soup.fit(checkpoints, *val)
         seconds = time.perf_counter() - begin
-        held_out = scorer_of(soup, scoring)(soup, *val)
+        held_out = paired_score(soup, scoring, *val, with_error=False).score
         with_error = reference is not None
         found = {
             name: paired_score(soup, scoring, *rows, with_error) for name, rows in tests.items()

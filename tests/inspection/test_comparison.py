@@ -176,3 +176,17 @@ def test_bad_arguments(zoo: Zoo):
         compare_soups(zoo.checkpoints, zoo.X, zoo.y, zoo.X)
     with pytest.raises(TypeError, match="measure_memory must be True or False, got 'no'"):
         compare_soups(zoo.checkpoints, zoo.X, zoo.y, measure_memory="no")
+
+
+@pytest.mark.parametrize("scoring", [None, "accuracy", "f1_macro", "neg_log_loss"])
+def test_labels_of_a_loader_may_be_in_its_batches(zoo: Zoo, scoring):
+    X, y = torch.as_tensor(zoo.X), torch.as_tensor(zoo.y)
+    loader = DataLoader(TensorDataset(X, y), batch_size=7)
+    recipes = {"uniform": UniformSoup(), "best": BestCheckpoint()}
+    (a, b), (c, d) = (
+        compare_soups(zoo.checkpoints, *rows, recipes=recipes, scoring=scoring).results
+        for rows in ((loader, None, loader, None), (zoo.X, zoo.y, zoo.X, zoo.y))
+    )
+    for one, other in ((a, c), (b, d)):
+        assert one.held_out == pytest.approx(other.held_out, abs=1e-6)
+        assert one.test == pytest.approx(other.test, abs=1e-6)
