@@ -102,7 +102,7 @@ class Run:
 
         found: dict[object, Path] = {}
         for path in sorted(self.checkpoints, key=time):
-            found.setdefault(versions.get(path.name, path.resolve()), path)
+            found.setdefault(versions.get(path.name, _place(path)), path)
         return list(found.values())
 
     @cached_property
@@ -208,6 +208,12 @@ def find_runs(
         left = depth - (not is_lightning), lightning - is_lightning
         if min(left) >= 0:
             yield from find_runs(path, suffixes, *left, seen)
+
+
+def _place(path: Path) -> object:
+    """What is the same for links to one file, also hard ones, as timm makes of the best."""
+    status = path.stat()
+    return (status.st_dev, status.st_ino) if status.st_ino else path.resolve()
 
 
 def _readable(folders: Sequence[Path]) -> list[Path]:

@@ -179,3 +179,15 @@ def test_optimizers_and_criteria_of_skorch_with_a_prefix_are_no_checkpoints(tmp_
         torch.save({}, tmp_path / f"{name}.pt")
     names = CheckpointCollection.from_path(tmp_path).names
     assert sorted(names) == ["ep_params_1", "ep_params_2", "focal_criterion"]
+
+
+def test_hard_links_to_a_checkpoint_count_once(tmp_path):
+    """As timm keeps its best and its last checkpoint."""
+    for epoch in (3, 4):
+        torch.save({"w": torch.ones(2) * epoch}, tmp_path / f"checkpoint-{epoch}.pth.tar")
+    os.link(tmp_path / "checkpoint-3.pth.tar", tmp_path / "model_best.pth.tar")
+    os.link(tmp_path / "checkpoint-4.pth.tar", tmp_path / "last.pth.tar")
+    found = CheckpointCollection.from_path(tmp_path)
+    assert sorted(found[name]["w"][0].item() for name in found) == [3, 4]
+    best = CheckpointCollection.from_path(tmp_path, which="best")
+    assert [best[name]["w"][0].item() for name in best] == [3]
