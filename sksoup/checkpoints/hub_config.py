@@ -12,7 +12,7 @@ from typing import Any
 from ..exceptions import CheckpointError
 from .protocol import TensorInfo
 from .read import file_identity
-from .texts import read_text
+from .texts import read_json, read_text
 
 LIMIT = 8 << 20  # bytes; with 20,000 labels a config has about 1 MB
 MANY = 1 << 21  # layers, labels: transformers makes lists of this length before any layer
@@ -51,12 +51,7 @@ TIMM_LOADS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpo
 
 def read_config(path: Path, header: Mapping[str, TensorInfo]) -> dict[str, Any]:
     """The contents of a config.json, safe to build from; raise an error if it can't be."""
-    try:
-        config = json.loads(read_text(path, LIMIT), object_hook=_decode_float)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{str(path)!r} can't be read: {error}.") from error
+    config = read_json(path, LIMIT, object_hook=_decode_float)
     if not isinstance(config, dict):
         raise CheckpointError(
             f"{str(path)!r} can't be used: it holds a {type(config).__name__}, expected an object "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from typing import Any, NoReturn
 from ..exceptions import CheckpointError
 from .peft_patterns import check_patterns, check_work, expression, refuse, short
 from .peft_targets import Targets
-from .texts import read_text
+from .texts import read_json
 
 CONFIG = "adapter_config.json"
 LIMIT = 1 << 20  # bytes; with patterns for every layer a config has some 100 kB
@@ -54,12 +53,7 @@ class PeftConfig:
     def read(cls, folder: Path) -> PeftConfig:
         """Read and check the configuration in a PEFT folder."""
         path = folder / CONFIG
-        try:
-            fields = json.loads(read_text(path, LIMIT))
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{str(path)!r} can't be read: {error}.") from error
+        fields = read_json(path, LIMIT)
         if not isinstance(fields, dict):
             raise CheckpointError(
                 f"{str(path)!r} can't be used: it holds a {type(fields).__name__}, expected an "

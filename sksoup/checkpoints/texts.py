@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 from ..exceptions import CheckpointError
 
@@ -28,6 +30,16 @@ def read_text(path: Path, limit: int) -> str:
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, a path with a null byte
         if isinstance(error, CheckpointError):
             raise
+        raise CheckpointError(f"{str(path)!r} can't be read: {error}.") from error
+
+
+def read_json(path: Path, limit: int, **options: Any) -> Any:
+    """The contents of a JSON file of at most ``limit`` bytes; options are those of json.loads."""
+    try:
+        return json.loads(read_text(path, limit), **options)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{str(path)!r} can't be read: {error}.") from error
 
 

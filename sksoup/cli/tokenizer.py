@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from ..checkpoints.hub import hub_folder, offline
 from ..checkpoints.hub_config import LIMIT
 from ..checkpoints.protocol import LONGEST_NAME
 from ..checkpoints.sources import paths_of
-from ..checkpoints.texts import read_text
+from ..checkpoints.texts import read_json
 from ..exceptions import CheckpointError
 
 # files without which transformers makes up an empty tokenizer
@@ -73,7 +72,7 @@ def _refuse_other_classes(path: Path, transformers: Any) -> None:
     AutoTokenizer would call its ``from_pretrained``, which may load a model, or ask whether to run
     code.
     """
-    found = _parsed(path, MOST_BYTES) if path.is_file() else None
+    found = read_json(path, MOST_BYTES) if path.is_file() else None
     if not isinstance(found, dict):
         return
     if "configuration_files" in found:  # transformers would read another one
@@ -145,18 +144,9 @@ def first_config(collection: CheckpointCollection) -> tuple[dict[str, Any], Path
     for folder in map(hub_folder, _folders(collection)):
         if folder is not None:
             config = folder / "config.json"
-            found = _parsed(config, LIMIT)
+            found = read_json(config, LIMIT)
             return found if isinstance(found, dict) else {}, config
     return {}, None
-
-
-def _parsed(path: Path, most: int) -> Any:
-    try:
-        return json.loads(read_text(path, most))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{str(path)!r} can't be read: {error}.") from error
 
 
 def _folders(collection: CheckpointCollection) -> list[Path]:

@@ -299,7 +299,9 @@ def test_quantized_weights_are_not_even_averaged(at, tmp_path):
 
 def test_the_config_of_many_files_is_read_once_to_open_them(tmp_path, monkeypatch):
     read, texts = hub_config.read_text, []
-    monkeypatch.setattr(hub_config, "read_text", lambda *a: texts.append(1) or read(*a))
+    for module in ("hub_config", "texts"):  # the latter for read_json
+        path = f"sksoup.checkpoints.{module}.read_text"
+        monkeypatch.setattr(path, lambda *a: texts.append(1) or read(*a))
     write(tmp_path, BERT)
     paths = [tmp_path / f"{k}.safetensors" for k in range(3)]
     for path in paths:
