@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
 from scipy.special import stdtr, stdtrit
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.metrics import check_scoring
 
 from ..data.loaders import is_apart
 from ..data.tokens import TEXT_TASKS
@@ -85,11 +88,60 @@ def paired_score(soup: BaseSoup, scoring: Any, X: Any, y: Any, with_error: bool)
         else:
             found = _deviations(right.all(axis=1), np.ones(n))
         return PairedScore(score, n, found, labels=digest)
+    score_of: Callable[[NDArray[np.int64]], float] | None = None
+    if soup.task == "classification":
+        score_of = _score_of_counts(check_scoring(soup, scoring), seen, labels, used, score)
+    if score_of is None:
 
-    def score_of(rows: NDArray[np.int64]) -> float:
-        return float(scorer(seen, rows, labels[rows]))
+        def score_of(rows: NDArray[np.int64]) -> float:
+            return float(scorer(seen, rows, labels[rows]))
 
     return PairedScore(score, n, _resampled(score_of, n), is_resampled=True, labels=digest)
+
+
+class _KnownLabels(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """A classifier of rows by number, whose labels are known and whose probabilities are not."""
+
+    def __init__(self, predicted: NDArray[Any], classes: NDArray[Any]) -> None:
+        self.predicted, self.classes_ = predicted, classes
+
+    def predict(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        found: NDArray[Any] = self.predicted[rows]
+        return found
+
+
+def _score_of_counts(
+    scorer: Callable[..., float],
+    soup: BaseSoup,
+    labels: NDArray[Any],
+    used: NDArray[np.bool_],
+    score: float,
+) -> Callable[[NDArray[np.int64]], float] | None:
+    """The score of resampled rows from how often each label was predicted for each label.
+
+    A metric of predicted labels only needs these counts, as weights, which are far fewer than the
+    rows, and than their pixels. None for other metrics, and for those without weights.
+    """
+    predicted = soup.predict(np.arange(len(labels)))
+    used = used.reshape(predicted.shape)
+    row = np.nonzero(used)[0]
+    known, own = np.unique(predicted[used], return_inverse=True)
+    true, theirs = np.unique(labels.reshape(predicted.shape)[used], return_inverse=True)
+    pairs, column = np.unique(own * len(true) + theirs, return_inverse=True)
+    counts = coo_array((np.ones(len(row)), (row, column)), (len(labels), len(pairs))).tocsr()
+    found = _KnownLabels(known[pairs // len(true)], soup.classes_)
+    true = true[pairs % len(true)]
+
+    def score_of(rows: NDArray[np.int64]) -> float:
+        weights = np.bincount(rows, minlength=len(labels)) @ counts
+        present = np.flatnonzero(weights)
+        return float(scorer(found, present, true[present], sample_weight=weights[present]))
+
+    try:
+        is_same = math.isclose(score_of(np.arange(len(labels))), score, rel_tol=1e-9, abs_tol=1e-12)
+    except (AttributeError, TypeError, ValueError):
+        return None
+    return score_of if is_same else None
 
 
 def _log_likelihood(soup: BaseSoup, X: Any, y: Any) -> PairedScore:

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from sksoup import BestCheckpoint, CheckpointCollection, GreedySoup, MEHLSoup, UniformSoup
 from sksoup.inspection import SoupComparison, SoupResult, compare_soups
-from sksoup.inspection.paired import PairedScore, paired_difference
+from sksoup.inspection.paired import PairedScore, paired_difference, paired_score
 from sksoup.inspection.units import Unit
 
 from ..zoo import Net, Zoo, around
@@ -95,6 +95,36 @@ def test_other_metrics_are_bootstrapped_with_pairs(zoo: Zoo, rows):
     low, high = result.difference_interval
     assert (high - low) / 2 == pytest.approx(1.97 * np.std(differences), rel=0.15)
     assert (low + high) / 2 == pytest.approx(result.difference)
+
+
+def plain_f1(y_true, y_pred):
+    """Without weights, so that it must be given all rows."""
+    return f1_score(y_true, y_pred, average="macro")
+
+
+@pytest.mark.parametrize("is_mask", [False, True])
+def test_metrics_of_labels_are_bootstrapped_from_counts(is_mask):
+    """The same scores, to the last bit, from a table of labels in place of 6,000 positions."""
+    torch.manual_seed(0)
+    nets = around(nn.Conv1d(2, 3, 1) if is_mask else nn.Linear(4, 3), 4, spread=0.5)
+    X = torch.randn(200, 2, 30) if is_mask else torch.randn(6000, 4)
+    y = (nets[0](X).argmax(dim=1) + (torch.rand(X[:, 0].shape if is_mask else 6000) < 0.2)) % 3
+    if is_mask:
+        y[:20, 3:] = -100
+    soup = UniformSoup().fit(CheckpointCollection(nets, module=nets[0]), X[:100], y[:100])
+    sizes: list[int] = []
+
+    def counted_f1(y_true, y_pred, sample_weight=None):
+        sizes.append(len(y_true))
+        return f1_score(y_true, y_pred, average="macro", sample_weight=sample_weight)
+
+    fast = paired_score(soup, make_scorer(counted_f1), X, y, with_error=True)
+    slow = paired_score(soup, make_scorer(plain_f1), X, y, with_error=True)
+    assert fast.is_resampled
+    assert np.array_equal(fast.deviations, slow.deviations)
+    assert len(np.unique(fast.deviations)) > 400
+    assert len(sizes) == 502
+    assert sum(sizes[1:]) <= 501 * 9
 
 
 def test_regression_is_bootstrapped():
