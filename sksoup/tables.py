@@ -6,6 +6,7 @@ import html
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from reprlib import Repr
 
 LATEX = {c: "\\" + c for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
@@ -101,6 +102,15 @@ def shortened(text: str, most: int = MOST_CHARACTERS) -> str:
     if len(text) > most:
         text = f"{text[: most - most // 3 - 1]}…{text[-(most // 3) :]}"
     return printable(text)
+
+
+_short = Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 120
+
+
+def short(value: object) -> str:
+    """The repr of a value, shortened for an error; values may be nested to any depth."""
+    return _short.repr(value)
 
 
 def printable(text: str) -> str:

@@ -11,6 +11,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -352,6 +353,41 @@ def test_a_tokenizer_of_another_class_is_refused(folder, capsys, tmp_path, monke
     monkeypatch.setattr("builtins.input", lambda text: pytest.fail(text))
     with pytest.raises(CheckpointError, match="which is no tokenizer of transformers"):
         load_tokenizer(tmp_path / "ft0")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attribute_map": {"tokenizer_class": "x"}, "x": "BertModel"},
+        {"__dict__": {"tokenizer_class": "BertModel", "_name_or_path": "", "_commit_hash": None}},
+    ],
+)
+def test_fields_of_a_config_can_not_choose_the_class_of_a_tokenizer(folder, tmp_path, fields):
+    shutil.copytree("runs/ft0", tmp_path / "ft0")
+    config = tmp_path / "ft0" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    (tmp_path / "ft0" / "tokenizer_config.json").unlink()
+    models = transformers.PreTrainedModel
+    with patch.object(models, "from_pretrained", side_effect=KeyError) as read:
+        assert isinstance(load_tokenizer(tmp_path / "ft0"), transformers.BertTokenizer)
+    assert not read.called
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "bert"}, "BertTokenizer"),
+        ({"model_type": "vit", "tokenizer_class": "BertTokenizer"}, "BertTokenizer"),
+        ({"model_type": "encoder-decoder", "encoder": {"model_type": "bert"}}, "BertTokenizer"),
+    ],
+)
+def test_a_tokenizer_without_a_configuration_is_that_of_the_model(
+    folder, tmp_path, config, expected
+):
+    shutil.copytree("runs/ft0", tmp_path / "ft0")
+    (tmp_path / "ft0" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "ft0" / "tokenizer_config.json").unlink()
+    assert type(load_tokenizer(tmp_path / "ft0")) is getattr(transformers, expected)
 
 
 def test_a_model_with_a_tokenizer_that_loads_others_is_refused(folder, tmp_path):

@@ -6,7 +6,7 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.overrides import TorchFunctionMode
 
 from ..exceptions import CheckpointError
 from .protocol import TensorInfo
@@ -28,15 +29,18 @@ MEMORY = 2 << 30  # bytes, while building
 
 @contextmanager
 def bounded_growth(header: Mapping[str, TensorInfo], path: Path) -> Iterator[None]:
-    """Stop modules that register many more tensors than the weights have; use it on 'meta'.
+    """Stop modules that make or register many more tensors than the weights have; use it on 'meta'.
 
     The limits are 8 times the elements of the weights and 20 modules per tensor: a shared embedding
     is registered several times (mT5: 5.5 times the elements), and not all modules have tensors (at
     most 6 modules per tensor in transformers 5.23). Tensors that the weights lack (masks, untrained
-    heads) are added to the limits.
+    heads) are added to the limits. For the elements of all results on the way, such as tables that
+    are not registered, the limit is four times as high: masks are made in several steps.
     """
+    elements = 8 * sum(info.size for info in header.values()) + (1 << 24)
     most = {
-        "elements": 8 * sum(info.size for info in header.values()) + (1 << 24),
+        "elements": elements,
+        "elements in results on the way": 4 * elements,
         "modules": 20 * len(header) + 2_000,
     }
     grown = dict.fromkeys(most, 0)
@@ -59,10 +63,29 @@ def bounded_growth(header: Mapping[str, TensorInfo], path: Path) -> Iterator[Non
         grow("modules", 1)
 
     with ExitStack() as stack:
+        stack.enter_context(_Results(lambda n: grow("elements in results on the way", n)))
         stack.callback(register_module_parameter_registration_hook(tensor).remove)
         stack.callback(register_module_buffer_registration_hook(tensor).remove)
         stack.callback(register_module_module_registration_hook(child).remove)
         yield
+
+
+class _Results(TorchFunctionMode):
+    """Passes the number of elements of each new result of a function of torch to ``count``."""
+
+    def __init__(self, count: Callable[[int], None]) -> None:
+        super().__init__()
+        self.count = count
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for part in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(part, torch.Tensor) and not any(part is given for given in args):
+                stored = part.untyped_storage().nbytes() // part.itemsize  # fewer if expanded
+                self.count(min(part.numel(), stored))
+        return result
 
 
 class _Stopped(BaseException):

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..exceptions import CheckpointError
-from .peft_patterns import check_patterns, check_work, expression, refuse, short
+from ..tables import short
+from .peft_patterns import check_patterns, check_work, expression, refuse
 from .peft_targets import Targets
 from .texts import read_json
 

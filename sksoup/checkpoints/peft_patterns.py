@@ -8,6 +8,7 @@ from collections.abc import Collection
 from typing import Any, NoReturn
 
 from ..exceptions import CheckpointError
+from ..tables import short
 
 # matching a pattern may take exponential time: repeats can split the letters of a name in many
 # ways, repeats of a group may square that number, an optional part (not the "?" of a group or a
@@ -74,12 +75,6 @@ def refuse(where: str, why: str) -> NoReturn:
         f"{where} can't be opened as a LoRA adapter: {why}. Merge it into its base model (peft: "
         f"model.merge_and_unload()) and pass whole models instead."
     )
-
-
-def short(value: Any) -> str:
-    """The repr of a value, shortened for an error."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def is_slow(pattern: str, most_repeats: int) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
-from .peft_patterns import check_patterns, is_slow, refuse, short
+from ..tables import short
+from .peft_patterns import check_patterns, is_slow, refuse
 
 NOT_PLAIN = re.compile(r"[\\^$*+?{}\[\]|()]")  # PEFT treats names with these as expressions
 ALL_LINEAR = "all-linear"

@@ -46,11 +46,13 @@ def load_tokenizer(folder: Path) -> Any:
             "--text needs transformers, which is not installed: pip install 'sksoup[hub]'."
         ) from error
     try:
-        for name in ("tokenizer_config.json", "config.json"):
-            _refuse_other_classes(folder / name, transformers)
+        _checked(folder / "tokenizer_config.json", transformers)
+        described = _checked(folder / "config.json", transformers)
         with offline():
+            config = _plain_config(described, transformers)
+            config.name_or_path = str(folder)
             loaded = transformers.AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False
+                str(folder), config=config, local_files_only=True, trust_remote_code=False
             )
             if not isinstance(loaded, transformers.PreTrainedTokenizerBase):
                 raise TypeError(f"a {type(loaded).__name__} is no tokenizer")
@@ -66,15 +68,33 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def _refuse_other_classes(path: Path, transformers: Any) -> None:
-    """Raise an error for a ``tokenizer_class`` that is another class of transformers.
+def _plain_config(described: dict[str, Any], transformers: Any) -> Any:
+    """A config with what AutoTokenizer chooses a class by, and nothing else.
+
+    Other fields of a file, such as ``attribute_map``, could change what it reads there.
+    """
+    kind = described.get("model_type")
+    if kind == "encoder-decoder" and isinstance(described.get("encoder"), dict):
+        kind = described["encoder"].get("model_type")  # whose tokenizer is used
+    try:
+        config = transformers.CONFIG_MAPPING[kind]()
+    except Exception:  # unknown, or one that must be told of its parts
+        config = transformers.PretrainedConfig()
+    for field in ("tokenizer_class", "model_name"):
+        if isinstance(described.get(field), str):
+            setattr(config, field, described[field])
+    return config
+
+
+def _checked(path: Path, transformers: Any) -> dict[str, Any]:
+    """A configuration whose ``tokenizer_class`` is a tokenizer of transformers; {} without a file.
 
     AutoTokenizer would call its ``from_pretrained``, which may load a model, or ask whether to run
     code.
     """
     found = read_json(path, MOST_BYTES) if path.is_file() else None
     if not isinstance(found, dict):
-        return
+        return {}
     if "configuration_files" in found:  # transformers would read another one
         raise CheckpointError(
             f"{str(path)!r} names other configurations ('configuration_files'), which transformers "
@@ -102,6 +122,7 @@ def _refuse_other_classes(path: Path, transformers: Any) -> None:
             f"{str(path)!r} names the tokenizer {name!r}, which is no tokenizer of transformers "
             f"{transformers.__version__}. Give the folder of another: --tokenizer FOLDER."
         )
+    return found
 
 
 def _is_tokenizer(found: Any, transformers: Any) -> bool:

@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, fields
 from itertools import chain
-from reprlib import Repr
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..exceptions import RecipeError
+from ..tables import short
 from .ingredients import Base, Ingredient
 from .layers import is_statistic
 from .mix import as_dtype, check_coef
@@ -28,10 +28,6 @@ LISTED = 4096  # coefficients written as numbers; more are written as the bytes 
 DEPTH = 20  # maximum nesting of lists and mappings in ``params``
 SHA256 = re.compile("[0-9a-f]{64}")
 WRONG = (KeyError, TypeError, ValueError, OverflowError)  # errors raised while reading a field
-
-_repr = Repr()
-_repr.maxstring = _repr.maxother = _repr.maxlong = 120
-short = _repr.repr
 
 
 def write_document(recipe: Any) -> str:

@@ -582,3 +582,14 @@ def test_the_folder_around_a_base_that_is_missing_is_not_its_base(tmp_path, monk
     assert find_base_folder(name.format(run=tmp_path / "run")) is None
     assert find_base_folder(str(tmp_path / "run")) == tmp_path / "run"
     assert find_base_folder("run") == tmp_path / "run"
+
+
+def test_values_may_be_as_deep_as_json_is_read(tmp_path):
+    """Near the limit of recursion the value is read, and its repr may be too deep."""
+    folder = save(tmp_path / "run")
+    config = json.loads((folder / CONFIG).read_text())
+    for field in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"):
+        text = json.dumps({**config, field: "here"})
+        for depth in range(900, 1000, 2):
+            (folder / CONFIG).write_text(text.replace('"here"', "[" * depth + "]" * depth))
+            refused("can't be (opened|read)", folder)

@@ -229,6 +229,21 @@ def test_a_module_is_no_larger_than_its_weights(change, tmp_path):
     assert grown < 200_000
 
 
+def test_tables_that_a_module_does_not_register_are_bounded(tmp_path):
+    trocr = {
+        "architectures": ["TrOCRForCausalLM"], "model_type": "trocr", "vocab_size": 20,
+        "d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16,
+        "use_learned_position_embeddings": False, "max_position_embeddings": 16,
+    }  # fmt: skip
+    build(write(tmp_path / "small", trocr))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(
+        write(tmp_path / "ft", trocr | {"max_position_embeddings": 2 * 10**7}),
+        "elements in results on the way",
+    )
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200_000  # kB
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -25,6 +25,9 @@ def test_only_this_threads_modules_are_counted(tmp_path):
             nn.Sequential(*map(nn.Identity, range(2_001)))
         with pytest.raises(CheckpointError, match="more than 16777216 elements"):
             nn.Linear(1 << 13, 1 << 12, device="meta")
+        torch.ones((1, 1), device="meta").expand(1 << 20, 1 << 20).relu_()  # holds one element
+        with pytest.raises(CheckpointError, match="67108864 elements in results on the way"):
+            nn.Module().table = torch.zeros(1 << 13, 1 << 13, device="meta") + 1
     nn.Sequential(*map(nn.Identity, range(2_001)))  # nothing is counted any more
 
 
