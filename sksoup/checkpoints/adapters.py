@@ -20,7 +20,7 @@ from .base_model import EMBEDDING, TRANSPOSED, BaseModel
 from .in_memory import MemoryCheckpoint, content_sha256
 from .low_rank import Factors, LowRankCheckpoint, ReadFactors, widened
 from .peft_config import CONFIG, PeftConfig
-from .protocol import Checkpoint, Entry, Read, TensorInfo, same_bits
+from .protocol import Checkpoint, Entry, Read, TensorInfo, is_cast
 from .sources import open_checkpoint
 
 DOUBLES = re.compile(r"\.(original_module|modules_to_save)\.")
@@ -87,7 +87,7 @@ class AdapterCheckpoint(LowRankCheckpoint):
                 if (pair := self._factors.get(name)) is None:
                     return None
                 copy = self._copies.get(name)
-                if copy is not None and not same_bits(base()(name), read(copy)):
+                if copy is not None and not is_cast(base()(name), read(copy)):
                     differs = f"its values of {name!r} differ from those of the base"
                     raise self._does_not_fit(differs)
                 return pair.factors(read)
@@ -298,7 +298,7 @@ def adapter_in_memory(model: Any, base: BaseModel, label: str) -> AdapterCheckpo
         for name, value in own.items():
             if name in adapter.whole or name not in base.header:
                 continue
-            if not same_bits(read(name), value.detach().cpu()):
+            if not is_cast(read(name), value.detach().cpu()):
                 raise CheckpointError(
                     f"{label} can't join this collection: {name!r} of its base differs from that "
                     f"of the others. Only adapters of the same base can be mixed."

@@ -67,6 +67,13 @@ def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
     return same_bits(a.to(wide), b.to(wide))
 
 
+def is_cast(original: torch.Tensor, copy: torch.Tensor) -> bool:
+    """Whether a tensor has the values of another in its own dtype, as a model loaded in it has."""
+    if not (original.is_floating_point() and copy.is_floating_point()):
+        return same_bits(original, copy)
+    return same_bits(original.to(copy.dtype), copy)
+
+
 def is_text(name: str) -> bool:
     """Whether a name can be encoded as UTF-8, that is, has no unpaired surrogates."""
     try:

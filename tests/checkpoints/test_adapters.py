@@ -626,6 +626,26 @@ def test_a_copy_of_the_embedding_has_to_be_the_bases(tmp_path):
         mix(other, [1.0])
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("stored", "trained"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16,) * 2],
+)
+def test_a_copy_of_the_embedding_has_the_dtype_of_training(tmp_path, stored, trained):
+    model = lora(bert().to(stored).to(trained), target_modules=["word_embeddings", "query"])
+    model.save_pretrained(str(tmp_path / "run"), save_embedding_layers=True)
+    copied = {t.dtype for n, t in load_file(tmp_path / "run" / WEIGHTS).items() if "base_lay" in n}
+    assert copied == {trained}
+    one = CheckpointCollection([tmp_path / "run"], module=lambda: bert().to(stored))
+    in_memory = CheckpointCollection([model], module=lambda: bert().to(stored))
+    merged = merge(lora(bert().to(stored), target_modules=["word_embeddings", "query"]))
+    for found in (mix(one, [1.0]), mix(in_memory, [1.0])):
+        network = bert()
+        network.load_state_dict(found)
+        error = (outputs(network) - outputs(merged.float())).abs().max()
+        assert error < (0.03 if torch.bfloat16 in (stored, trained) else 0.004)
+
+
 def test_a_folder_with_a_whole_model_too_and_one_without_weights(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "both")
     torch.save({}, tmp_path / "both" / "pytorch_model.bin")
