@@ -390,6 +390,22 @@ def test_a_tokenizer_without_a_configuration_is_that_of_the_model(
     assert type(load_tokenizer(tmp_path / "ft0")) is getattr(transformers, expected)
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    "fields", [{"vocab_file": "http://127.0.0.1/a"}, {"init_inputs": [["s3://b/c"]]}], ids=str
+)
+def test_a_tokenizer_that_could_be_fetched_is_refused(folder, tmp_path, file, fields):
+    """With tiktoken, transformers 4 asks for the address."""
+    shutil.copytree("runs/ft0", tmp_path / "ft0")
+    path = tmp_path / "ft0" / file
+    present = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(present | {"chat_template": "{{ 'https://a.b' }}"}))
+    load_tokenizer(tmp_path / "ft0")
+    path.write_text(json.dumps(present | fields))
+    with pytest.raises(CheckpointError, match=rf"{file}' has the address .* fetch a file"):
+        load_tokenizer(tmp_path / "ft0")
+
+
 def test_a_model_with_a_tokenizer_that_loads_others_is_refused(folder, tmp_path):
     shutil.copytree("runs/ft0", tmp_path / "ft0")
     config = tmp_path / "ft0" / "config.json"

@@ -25,8 +25,10 @@ from .hub import HubModule, hub_folder
 from .in_memory import content_sha256
 from .low_rank import LowRankCheckpoint
 from .prefixes import prefixes_of
-from .protocol import LONGEST_NAME, Checkpoint, Entry, Read, TensorInfo
+from .protocol import Checkpoint, Entry, Read, TensorInfo
 from .sources import open_checkpoint
+
+LONGEST_RENAMED = 300  # characters of a name; transformers' own have up to 131
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,8 @@ def _network(entries: Sequence[Entry], module: ModuleSource | None) -> nn.Module
     if stored is None and not isinstance(module, nn.Module) and "transformers" not in sys.modules:
         return None
     network = skeleton(module)
-    if network is None and module is not None and stored is not None:
+    tried = module is None or isinstance(module, HubModule)
+    if network is None and not tried and stored is not None:
         # some factories, such as from_pretrained, can't build on 'meta'; the folder has the names
         path = stored.checkpoint.path or Path()
         network = skeleton(HubModule(hub_folder(path) or path, path, stored.checkpoint.key))
@@ -266,7 +269,7 @@ def _rename(names: Iterable[str], network: Any) -> list[tuple[str, str, Any, str
     renamed = []
     for name in sorted(names, key=_by_number):  # so that experts are in order
         new, pattern = name, ""
-        if len(name) <= LONGEST_NAME:
+        if len(name) <= LONGEST_RENAMED:
             new, matched = rename_source_key(name, renamings, converters, base, state)
             pattern = matched or ""
             if new not in state and name in state:  # it already was the module's

@@ -54,6 +54,7 @@ class HubModule:
         self.key = key
         self.task = task
         self.n_labels = n_labels
+        self._refused: tuple[dict[str, Any], str] | None = None  # a config, and why
 
     def __repr__(self) -> str:
         return f"HubModule({str(self.folder)!r})"
@@ -69,6 +70,9 @@ class HubModule:
         path = self.folder / "config.json"
         header = open_checkpoint(self.path, self.key).header
         described = read_config(path, header)
+        if self._refused is not None and self._refused[0] == described:  # may have taken a minute
+            raise CheckpointError(self._refused[1])
+        as_read = copy.deepcopy(described)
         try:
             with offline():
                 if self.n_labels is not None:
@@ -99,7 +103,8 @@ class HubModule:
                 ):
                     build()
                 return build()
-        except CheckpointError:
+        except CheckpointError as error:
+            self._refused = as_read, str(error)
             raise
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]

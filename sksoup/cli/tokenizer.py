@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from ..checkpoints.protocol import LONGEST_NAME
 from ..checkpoints.sources import paths_of
 from ..checkpoints.texts import read_json
 from ..exceptions import CheckpointError
+from ..tables import short
 
 # files without which transformers makes up an empty tokenizer
 VOCABULARIES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model",
     "sentencepiece.bpe.model",
 )  # fmt: skip
+TEXTS = ("chat_template", "name_or_path", "_name_or_path")  # fields that transformers keeps as text
 MOST_BYTES = 100_000_000  # of a configuration, which may list all added tokens
 MOST_TOKENS = 512  # where neither --max-length nor the model says less
 
@@ -46,7 +49,8 @@ def load_tokenizer(folder: Path) -> Any:
             "--text needs transformers, which is not installed: pip install 'sksoup[hub]'."
         ) from error
     try:
-        _checked(folder / "tokenizer_config.json", transformers)
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            _refuse_addresses(folder / name, _checked(folder / name, transformers))
         described = _checked(folder / "config.json", transformers)
         with offline():
             config = _plain_config(described, transformers)
@@ -66,6 +70,18 @@ def load_tokenizer(folder: Path) -> Any:
             f"{transformers.__version__}: {type(error).__name__}: {first.rstrip('.')}. Give the "
             f"folder of another: --tokenizer FOLDER."
         ) from error
+
+
+def _refuse_addresses(path: Path, found: dict[str, Any]) -> None:
+    """Raise an error for a file that a tokenizer could fetch, with tiktoken."""
+    for field, value in found.items():
+        text = json.dumps(value) if field == "init_inputs" else value  # arguments without names
+        if isinstance(text, str) and "://" in text and field not in TEXTS:
+            raise CheckpointError(
+                f"{str(path)!r} has the address {short(value)} as {short(field)}, from which "
+                f"transformers might fetch a file. Remove the field, or give another folder: "
+                f"--tokenizer."
+            )
 
 
 def _plain_config(described: dict[str, Any], transformers: Any) -> Any:

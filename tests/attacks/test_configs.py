@@ -8,8 +8,9 @@ import resource
 import socket
 import subprocess
 import sys
+import time
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,53 @@ def test_a_module_is_no_larger_than_its_weights(change, tmp_path):
     )
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory  # kB
     assert grown < 200_000
+
+
+def test_a_build_that_takes_too_long_is_not_tried_again(tmp_path, monkeypatch):
+    tries = []
+
+    @contextmanager
+    def bounded_work(n_tensors, path):
+        tries.append(path)
+        raise CheckpointError(f"{path} takes too long")
+        yield
+
+    monkeypatch.setattr(hub, "bounded_work", bounded_work)
+    for k in range(2):
+        weights = {f"model.{name}": torch.ones(2) for name in "abc"[: 2 + k]}
+        write(tmp_path / f"ft{k}", BERT, weights)
+    with pytest.raises(CheckpointError):
+        CheckpointCollection([tmp_path / "ft0", tmp_path / "ft1"])
+    assert len(tries) == 1
+    (tmp_path / "ft1" / "model.safetensors").unlink()
+    write(tmp_path / "ft1", BERT, {"model.a": torch.ones(2), "model.b": torch.ones(2)})
+    ckpts = CheckpointCollection([tmp_path / "ft0", tmp_path / "ft1"])
+    for _ in range(3):
+        with pytest.raises(CheckpointError, match="takes too long"):
+            ckpts.build_module()
+    assert len(tries) == 2
+    write(tmp_path / "ft0", BERT | {"hidden_size": 16})  # it was corrected
+    with pytest.raises(CheckpointError, match="takes too long"):
+        ckpts.build_module()
+    assert len(tries) == 3
+
+
+def test_long_names_are_not_matched_with_patterns(tmp_path):
+    """Those of Cohere's speech recognition take 15 ms for a name of 1,000 characters."""
+    sizes = {
+        "vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "intermediate_size": 16, "head_dim": 8,
+        "encoder_config": {
+            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "intermediate_size": 16, "subsampling_conv_channels": 8, "num_mel_bins": 16,
+        },
+    }  # fmt: skip
+    config = {"architectures": ["CohereAsrForConditionalGeneration"], "model_type": "cohere_asr"}
+    names = ["model." * 8 + "encoder." * 113 + f"{k}.weight" for k in range(1000)]
+    folder = write(tmp_path / "ft", config | sizes, {name: torch.ones(1) for name in names})
+    began = time.process_time()
+    CheckpointCollection([folder])
+    assert time.process_time() - began < 8
 
 
 def test_tables_that_a_module_does_not_register_are_bounded(tmp_path):
