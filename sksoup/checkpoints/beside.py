@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ..exceptions import CheckpointError
 from .folders import NOT_WEIGHTS, find_weights, weights_of
 from .hub_companions import same_content
-from .hub_config import refuse_other_weights
+from .hub_config import LIMIT, refuse_other_weights
 from .modules import MODULES, module_files, module_folders
 from .peft_config import CONFIG
 from .read import TORCH_SUFFIXES
 from .shards import INDEX, weight_map
+from .texts import read_json
 
 # names that programs look for in a folder
 LOADED = (
@@ -19,7 +21,11 @@ LOADED = (
     ".ot", ".pb", ".pdparams", ".pt2", ".pte", ".tar", ".tflite", "weights.npz",
     ".joblib", ".pickle", ".pkl",  # of scikit-learn, such as SetFit's head
 )  # fmt: skip
-MARKS = ("config.json", MODULES, CONFIG)  # files that mark a folder as a model
+MARKS = (MODULES, CONFIG)  # files that mark a folder as a model
+DESCRIBES = (  # fields of a config.json of a model: transformers, timm, diffusers, Keras, Router
+    "model_type", "architectures", "auto_map", "architecture", "pretrained_cfg", "model_cfg",
+    "_class_name", "class_name", "types",
+)  # fmt: skip
 BACKENDS = ("onnx", "openvino")  # folders in which other runtimes look for weights
 
 
@@ -31,7 +37,7 @@ def other_weights(path: Path, ingredients: Sequence[Path]) -> Iterator[str]:
     """
     folder = path if path.is_dir() else path.parent
     is_model = folder == path or any((folder / mark).exists() for mark in MARKS)
-    if not is_model and find_weights(folder) is None:  # and it is not a skorch folder
+    if not is_model and not _describes_model(folder / "config.json") and find_weights(folder) is None:  # and it is not a skorch folder
         return
     file = weights_of(path) if path.is_dir() else path
     opened = {file.name, *(weight_map(file).values() if file.name.endswith(INDEX) else ())}
@@ -50,6 +56,17 @@ def other_weights(path: Path, ingredients: Sequence[Path]) -> Iterator[str]:
             inner = one.relative_to(module)
             if not any(same_content(one, other / inner) for other in known):
                 yield str(name / inner)
+
+
+def _describes_model(path: Path) -> bool:
+    """Whether a config.json is that of a model, not, say, the settings of an experiment."""
+    if not path.exists():
+        return False
+    try:
+        config = read_json(path, LIMIT)
+    except CheckpointError:
+        return True
+    return isinstance(config, dict) and any(field in config for field in DESCRIBES)
 
 
 def _may_be_loaded(path: Path) -> bool:

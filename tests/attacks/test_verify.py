@@ -295,6 +295,14 @@ def test_files_of_a_folder_that_is_no_model_stand_alone(parts, tmp_path):
     (runs / "last.pt").write_bytes(b"x")
     (runs / "history.json").write_text("[]")
     assert recipe.verify(runs / "soup.safetensors", ckpts).ok
+    for config, is_model in (
+        ('{"lr": 0.001, "model": "resnet"}', False),  # settings of an experiment
+        ('{"model_type": "bert"}', True),
+        ('{"_class_name": "UNet2DModel"}', True),
+        ("{", True),
+    ):
+        (runs / "config.json").write_text(config)
+        assert recipe.verify(runs / "soup.safetensors", ckpts).ok != is_model
 
 
 def test_a_folder_of_skorch_is_a_model(parts, tmp_path):
