@@ -37,7 +37,8 @@ def other_weights(path: Path, ingredients: Sequence[Path]) -> Iterator[str]:
     """
     folder = path if path.is_dir() else path.parent
     is_model = folder == path or any((folder / mark).exists() for mark in MARKS)
-    if not is_model and not _describes_model(folder / "config.json") and find_weights(folder) is None:  # and it is not a skorch folder
+    is_model = is_model or _describes_model(folder / "config.json")
+    if not is_model and find_weights(folder) is None:  # and it is not a skorch folder
         return
     file = weights_of(path) if path.is_dir() else path
     opened = {file.name, *(weight_map(file).values() if file.name.endswith(INDEX) else ())}

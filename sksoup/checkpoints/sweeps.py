@@ -108,9 +108,23 @@ class Run:
     @cached_property
     def best(self) -> Path | None:
         """The best checkpoint according to the record or a file name; None if unknown."""
-        named = [path for path in self.ordered if path.name == self.record.best]
-        named += [path for path in self.ordered if NAMED_BEST.search(path.stem)]
-        return named[0] if named else None
+        for path in self.ordered:
+            if path.name == self.record.best:
+                return path
+        named = [path for path in self.ordered if NAMED_BEST.search(path.stem)]
+        plain = [path for path in named if not re.search(r"\d", path.stem)]
+        if len(plain) == 1:
+            return plain[0]
+        if len(named) > 1:  # often one more each time that the score improves
+            names = ", ".join(repr(path.name) for path in named[:3])
+            warnings.warn(
+                f"{str(self.folder)!r} holds {len(named)} files named best ({names}"
+                f"{', ...' if len(named) > 3 else ''}), and no record says which is; the last of "
+                f"them is used, {named[-1].name!r}. If another one is, list the files to mix.",
+                SoupWarning,
+                stacklevel=2,
+            )
+        return named[-1] if named else None
 
     def take(self, which: Which) -> list[Path]:
         """The requested checkpoints."""

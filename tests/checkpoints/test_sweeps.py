@@ -230,6 +230,27 @@ def test_the_best_and_the_last_by_the_names_of_files(tmp_path, names, best, last
         assert files(found) == [f"{run}/{name}.safetensors" for run in "ab"]
 
 
+@pytest.mark.parametrize(
+    ("names", "best"),
+    [
+        (["best_epoch3", "best_epoch7", "best_epoch12", "last"], "best_epoch12"),
+        (["best_0.81", "best_0.92", "best_0.87"], "best_0.92"),
+        (["best_acc", "best_loss"], "best_loss"),
+    ],
+)
+def test_several_files_named_best_are_warned_of(tmp_path, names, best):
+    for k, name in enumerate(names):
+        save_file({"w": STATE["w"] + k}, tmp_path / f"{name}.safetensors")
+    with pytest.warns(SoupWarning, match=f"files named best .* is used, '{best}.safetensors'"):
+        found = from_path(tmp_path, which="best")
+    assert files(found) == [f"{tmp_path.name}/{best}.safetensors"]
+    if best == "best_loss":  # none of them has a number
+        return
+    save_file(STATE, tmp_path / "best_model.safetensors")  # a copy of one of them
+    found = from_path(tmp_path, which="best")
+    assert files(found) == [f"{tmp_path.name}/best_model.safetensors"]
+
+
 def test_a_copy_that_is_named_the_best_is_found(tmp_path):
     for k in range(2):
         run = write_lightning(tmp_path / "s" / f"trial_{k}", [0.5, 0.3, 0.4], monitor=None)
