@@ -9,12 +9,14 @@ import os
 import shutil
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -27,11 +29,13 @@ from sksoup import (
     GreedySoup,
     MEHLSoup,
     Recipe,
+    SoupWarning,
 )
 from sksoup.__main__ import main
 from sksoup.checkpoints.hub import offline
+from sksoup.cli import tokenizer as tokenizer_module
 from sksoup.cli.files import read_file
-from sksoup.cli.tokenizer import load_tokenizer
+from sksoup.cli.tokenizer import load_tokenizer, set_padding, tokenize
 
 from .command_zoo import make_folder, texts, write_csv
 from .zoo import Net, same_tensors
@@ -388,6 +392,90 @@ def test_a_tokenizer_without_a_configuration_is_that_of_the_model(
     (tmp_path / "ft0" / "config.json").write_text(json.dumps(config))
     (tmp_path / "ft0" / "tokenizer_config.json").unlink()
     assert type(load_tokenizer(tmp_path / "ft0")) is getattr(transformers, expected)
+
+
+WORDS = [f"w{k}" for k in range(20)]
+
+
+def save_gpts(folder: Path, is_adapter: bool) -> tuple[list[str], list[list[int]]]:
+    """Classifiers trained with padding by "<end>"; texts, and the labels that each predicts.
+
+    The tokenizer pads on the left, as is usual for generation, and has no token for padding.
+    """
+    t = transformers
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: k for k, w in enumerate(["<end>", *WORDS])}, "<end>")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = t.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<end>", padding_side="left"
+    )
+    config = t.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=21, pad_token_id=None)
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.choice(WORDS, n)) for n in rng.integers(2, 9, size=40)]
+    predicted = []
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        t.GPT2LMHeadModel(config).save_pretrained(folder / "base")
+        for k in range(2):
+            net = t.GPT2ForSequenceClassification.from_pretrained(folder / "base")
+            if is_adapter:
+                peft = pytest.importorskip("peft")
+                settings = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["c_attn"])
+                net = peft.get_peft_model(net, settings)
+            for parameter in net.parameters():
+                parameter.data += torch.randn_like(parameter) * parameter.requires_grad
+            net.eval().save_pretrained(str(folder / "runs" / f"ft{k}"))
+            with torch.no_grad():
+                each = [net(torch.tensor([tokenizer(line)["input_ids"]])) for line in lines]
+            predicted.append([int(one.logits.argmax()) for one in each])
+    for part in ("base", "runs/ft0", "runs/ft1"):
+        tokenizer.save_pretrained(folder / part)
+    return lines, predicted
+
+
+@pytest.mark.parametrize("is_adapter", [False, True])
+@pytest.mark.filterwarnings("default:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out:UserWarning")
+def test_padding_changes_no_score_of_a_decoder(tmp_path, capsys, is_adapter):
+    lines, predicted = save_gpts(tmp_path, is_adapter)
+    labels = [str(label) for label in predicted[1]]
+    assert 0.1 < np.mean(np.equal(*predicted)) < 0.9
+    write_csv(tmp_path / "val.csv", ("text", "label"), zip(lines, labels, strict=True))
+    line = f"greedy {tmp_path}/runs --data {tmp_path}/val.csv --text text --label label"
+    assert main([*line.split(), "-o", f"{tmp_path}/soup.safetensors", "--classes", "0", "1"]) == 0
+    scores = Recipe.load(tmp_path / "soup.safetensors").scores
+    assert scores == {"ft0": np.mean(np.equal(*predicted)), "ft1": 1.0}
+
+
+def test_texts_are_tokenized_in_parts(folder, monkeypatch):
+    tokenizer = load_tokenizer(Path("runs/ft0"))
+    lines = ["a soup", "a warm, fine soup", "bad", *["good soup"] * 20]
+    whole = tokenizer(lines, padding=True, return_tensors="np")
+    monkeypatch.setattr(tokenizer_module, "TOGETHER", 2)
+    found = tokenize(tokenizer, [lines], None, {})
+    assert found.keys() == whole.keys()
+    assert all(np.array_equal(found[name], whole[name]) for name in whole)
+    with pytest.warns(SoupWarning, match=r"of 24 texts has 42 tokens, but 95% have at most 7. .*7"):
+        found = tokenize(tokenizer, [[*lines, "a " * 40]], None, {})
+    assert found["input_ids"].shape == (24, 42)
+    for kind, most in (("bert", 9), ("roberta", 7), ("xlm-roberta", 7)):
+        sizes = {"model_type": kind, "max_position_embeddings": 9}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SoupWarning)
+            assert tokenize(tokenizer, [["a " * 40]], None, sizes)["input_ids"].shape == (1, most)
+
+
+def test_a_token_of_the_config_pads_where_the_tokenizer_has_none(folder):
+    for config, token in (
+        ({"pad_token_id": 2}, "[CLS]"),
+        ({}, "[SEP]"),
+        ({"pad_token_id": 99}, "[SEP]"),
+    ):
+        tokenizer = load_tokenizer(Path("runs/ft0"))
+        tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
+        set_padding(tokenizer, config, None)
+        assert tokenizer.pad_token == token
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])

@@ -39,6 +39,7 @@ class HubModule:
 
     The module may not be larger than the weights at ``path``, which are in the folder. With a PEFT
     ``task`` it is transformers' model for that task, which may have a head that the folder lacks.
+    ``pad_token_id`` is set for texts by the tokenizer's, which adapters do not store.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class HubModule:
         self.key = key
         self.task = task
         self.n_labels = n_labels
+        self.pad_token_id: int | None = None
         self._refused: tuple[dict[str, Any], str] | None = None  # a config, and why
 
     def __repr__(self) -> str:
@@ -78,6 +80,7 @@ class HubModule:
                 if self.n_labels is not None:
                     described["num_labels"] = self.n_labels
                     described.pop("id2label", None), described.pop("label2id", None)
+                self._set_padding(described)
                 if self.task is None:
                     build_from = find_class(described.get("architectures"), path)
                 else:
@@ -113,6 +116,16 @@ class HubModule:
                 f"{type(error).__name__}: {lines[0].rstrip('.')}. Correct the file, or pass "
                 f"module=build_model."
             ) from error
+
+    def _set_padding(self, described: dict[str, Any]) -> None:
+        """Classifiers of decoders, which read a text at its last token, as Trainer sets them up."""
+        size = described.get("vocab_size")
+        if self.pad_token_id is None or (isinstance(size, int) and self.pad_token_id >= size):
+            return
+        names = described.get("architectures")
+        is_whole = isinstance(names, list) and "ForSequenceClassification" in str(names[:1])
+        if self.task == "SEQ_CLS" or (is_whole and described.get("pad_token_id") is None):
+            described["pad_token_id"] = self.pad_token_id
 
 
 def find_class(names: Any, path: Path) -> Any:

@@ -21,8 +21,8 @@ from .texts import read_text
 HEADS = re.compile(r"(num|n|encoder|decoder)_(attention_|key_value_)?heads?")
 # other settings of the network; they are plain values that no version of transformers rewrites
 NOTABLE = re.compile(
-    r"(^|_)act($|_)|activation|eps($|ilon)|rope_theta|rotary|position_embedding_type|stride|"
-    r"dilation|patch_size|is_decoder|pool|causal|experts_per_tok|residual"
+    r"^(?!.*drop).*((^|_)act($|_)|activation|eps($|ilon)|rope_theta|rotary|position_embedding_type|stride|"
+    r"dilation|patch_size|is_decoder|pool|causal|experts_per_tok|residual)"
 )
 
 NAMES = 2  # of the objects around a field, for messages

@@ -17,7 +17,7 @@ from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.hub_config import output_labels
 from ..exceptions import SoupWarning
 from .files import DataFile, listed, read_file
-from .tokenizer import find_tokenizer, first_config, load_tokenizer, tokenize
+from .tokenizer import find_tokenizer, first_config, load_tokenizer, set_padding, tokenize
 
 INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
 # the column of row numbers that pandas writes by default, and what it calls it when it reads it
@@ -56,7 +56,9 @@ def load_data(
         texts = [[file.texts(name) for name in options.text] for file in files]
         folder = find_tokenizer(collection, options.tokenizer)
         tokenizer = load_tokenizer(folder)
-        inputs = [tokenize(tokenizer, part, options.max_length, collection) for part in texts]
+        config, _ = first_config(collection)
+        set_padding(tokenizer, config, collection.module)
+        inputs = [tokenize(tokenizer, part, options.max_length, config) for part in texts]
     else:
         # the columns of the validation data, by name, also where the test data have another order
         first = next((file for file in files if file.is_table), files[0])

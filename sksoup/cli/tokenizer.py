@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.hub import hub_folder, offline
+from ..checkpoints.hub import HubModule, hub_folder, offline
 from ..checkpoints.hub_config import LIMIT
 from ..checkpoints.protocol import LONGEST_NAME
 from ..checkpoints.sources import paths_of
 from ..checkpoints.texts import read_json
-from ..exceptions import CheckpointError
+from ..exceptions import CheckpointError, SoupWarning
 from ..tables import short
 
 # files without which transformers makes up an empty tokenizer
@@ -25,6 +27,10 @@ VOCABULARIES = (
 )  # fmt: skip
 TEXTS = ("chat_template", "name_or_path", "_name_or_path")  # fields that transformers keeps as text
 MOST_BYTES = 100_000_000  # of a configuration, which may list all added tokens
+TOGETHER = 1000  # texts that are tokenized at a time
+MOST_TEXTS, MUCH_LONGER = 0.95, 4  # with a longer one, the user is warned
+# models whose first position is the number after that of the padding token
+OFFSET = re.compile("roberta|camembert|longformer|mpnet|data2vec-text|xmod|ibert|esm")
 MOST_TOKENS = 512  # where neither --max-length nor the model says less
 
 
@@ -148,25 +154,47 @@ def _is_tokenizer(found: Any, transformers: Any) -> bool:
     return is_tokenizer or isinstance(found, transformers.utils.DummyObject)
 
 
+def set_padding(tokenizer: Any, config: dict[str, Any], module: Any) -> None:
+    """Pad with the model's token, on the side that gives all texts the positions they have alone.
+
+    Classifiers of decoders look for this token, which adapters do not store.
+    """
+    if tokenizer.pad_token is None:  # of GPT-2 and others; its positions are masked
+        known = config.get("pad_token_id")
+        is_known = type(known) is int and 0 <= known < len(tokenizer)
+        token = tokenizer.convert_ids_to_tokens(known) if is_known else tokenizer.eos_token
+        tokenizer.pad_token = token
+    if config.get("model_type") != "xlnet":  # which reads the last position
+        tokenizer.padding_side = "right"
+    if isinstance(module, HubModule):
+        module.pad_token_id = tokenizer.pad_token_id
+
+
 def tokenize(
-    tokenizer: Any,
-    texts: Sequence[list[str]],
-    max_length: int | None,
-    collection: CheckpointCollection,
+    tokenizer: Any, texts: Sequence[list[str]], max_length: int | None, config: dict[str, Any]
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Inputs of a model: arrays by name, padded to the longest text, cut at ``max_length``.
 
-    ``texts`` is one column, or two of pairs.
+    ``texts`` is one column, or two of pairs. They are tokenized twice, the first time for their
+    lengths, a part at a time, as the lists of a tokenizer take ten times the memory of arrays.
     """
-    config, _ = first_config(collection)
     positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if isinstance(positions, int) and OFFSET.search(str(config.get("model_type"))):
+        pad = config.get("pad_token_id")
+        positions -= 1 + (pad if isinstance(pad, int) else 1)
     limits = (MOST_TOKENS, tokenizer.model_max_length, positions)
     most = max_length or min(n for n in limits if isinstance(n, int) and n > 0)
-    if tokenizer.pad_token is None:  # of GPT-2 and others; its positions are masked
-        tokenizer.pad_token = tokenizer.eos_token
+    starts = range(0, len(texts[0]), TOGETHER)
+    parts = [[column[k : k + TOGETHER] for column in texts] for k in starts]
     try:
-        rows = tokenizer(*texts, padding=True, truncation=True, max_length=most)
-        return {name: np.asarray(values) for name, values in rows.items()}
+        lengths = np.concatenate([
+            [len(ids) for ids in tokenizer(*part, truncation=True, max_length=most)["input_ids"]]
+            for part in parts
+        ])  # fmt: skip
+        size = {"truncation": True, "max_length": max(1, int(lengths.max()))}
+        rows = [
+            tokenizer(*part, padding="max_length", return_tensors="np", **size) for part in parts
+        ]
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # of any class: that of a panic in tokenizers is no Exception
@@ -174,6 +202,21 @@ def tokenize(
             f"The tokenizer in {tokenizer.name_or_path!r} can't tokenize the texts: "
             f"{type(error).__name__}: {error}. Give the folder of another: --tokenizer FOLDER."
         ) from error
+    _warn_of_long_ones(lengths)
+    return {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
+
+
+def _warn_of_long_ones(lengths: np.ndarray[Any, Any]) -> None:
+    """Warn if a few texts make the padded rows several times as long as most texts are."""
+    longest, usual = int(lengths.max()), int(np.quantile(lengths, MOST_TEXTS, method="higher"))
+    if longest >= MUCH_LONGER * max(usual, 1):
+        warnings.warn(
+            f"The longest of {len(lengths)} texts has {longest} tokens, but {MOST_TEXTS:.0%} have "
+            f"at most {usual}. All are padded to the longest, and the fit takes time and memory in "
+            f"proportion. To cut long texts, give --max-length {usual}.",
+            SoupWarning,
+            stacklevel=2,
+        )
 
 
 def first_config(collection: CheckpointCollection) -> tuple[dict[str, Any], Path | None]:

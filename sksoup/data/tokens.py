@@ -43,14 +43,19 @@ def kind_of_model(module: Any, task: str) -> str:
 
 
 def targets_from(X: Any) -> NDArray[np.int64] | None:
-    """The token ids in X, without padding, where a causal model has no other labels; else None."""
+    """The token ids in X, where a causal model has no other labels; else None.
+
+    Padding is left out, and so is the first token after it, which nothing before it predicts.
+    """
     ids = X.get("input_ids") if isinstance(X, Mapping) else X
     if ids is None or isinstance(ids, tuple):
         return None
     y: NDArray[np.int64] = torch.as_tensor(ids).cpu().numpy().astype(np.int64)  # a copy
     mask = X.get("attention_mask") if isinstance(X, Mapping) else None
     if mask is not None:
-        y[torch.as_tensor(mask).cpu().numpy() == 0] = IGNORED
+        is_padding = torch.as_tensor(mask).cpu().numpy() == 0
+        y[is_padding] = IGNORED
+        y[:, 1:][is_padding[:, :-1]] = IGNORED
     return y
 
 
@@ -90,9 +95,15 @@ def check_labels(
             f"y has no label to predict: all are "
             f"{IGNORED}{', or the first of their row' if kind == 'causal' else ''}."
         )
-    ids = targets_from(X)
-    copies = kind != "causal" and ids is not None and ids.shape == y.shape
-    if copies and np.array_equal(ids[y != IGNORED], used):  # type: ignore[index]
+    ids = None if kind == "causal" else targets_from(X)
+    if ids is not None and ids.shape == y.shape:
+        _refuse_copies(ids, y, kind)
+
+
+def _refuse_copies(ids: NDArray[Any], y: NDArray[Any], kind: str) -> None:
+    """Raise an error if the labels are the inputs."""
+    both = (ids != IGNORED) & (y != IGNORED)
+    if np.array_equal(ids[both], y[both]):
         what = "a masked" if kind == "masked" else "a sequence-to-sequence"
         raise ValueError(
             f"y equals the inputs, which {what} model would only have to copy. Pass its labels: "

@@ -101,10 +101,12 @@ def test_another_network_is_refused(tmp_path, change, name):
         {"text_config": {"num_attention_heads": 2, "hidden_dropout_prob": 0.5}},
         {"text_config": {}, "label2id": {"negative": 2}, "problem_type": "regression"},
         {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": None, "pad_token_id": 3},
+        {"activation_dropout": 0.1, "pooler_dropout": 0.1},
     ],
 )
 def test_fields_that_say_nothing_about_the_outputs_may_differ(tmp_path, change):
-    folders(tmp_path, {"_name_or_path": "one", "transformers_version": "2.0"}, change)
+    dropout = {"activation_dropout": 0.0, "pooler_dropout": 0.0}
+    folders(tmp_path, {"_name_or_path": "one", "transformers_version": "2.0"} | dropout, change)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(CheckpointCollection.from_path(tmp_path)) == 3

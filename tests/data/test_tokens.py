@@ -52,6 +52,20 @@ def test_loss_and_score_are_those_of_transformers(kind, side, batch_size):
     assert problem.evaluate().score == pytest.approx(-expected, abs=1e-5)
 
 
+def test_padding_on_the_left_predicts_no_token():
+    """The score is that of each text by itself, which transformers' loss of a batch is not."""
+    X, _ = texts("llama", side="left")
+    soup = UniformSoup(task=TASK).fit(checkpoints("llama", 2), X, None)
+    losses, amounts = [], []
+    for ids, mask in zip(X["input_ids"], X["attention_mask"], strict=True):
+        alone = ids[mask.bool()][None]
+        with torch.no_grad():
+            losses.append(soup.module_(input_ids=alone, labels=alone).loss.item())
+        amounts.append(alone.shape[1] - 1)
+    assert len(set(amounts)) > 1
+    assert soup.score(X) == pytest.approx(-np.average(losses, weights=amounts), abs=1e-5)
+
+
 @every_kind
 def test_the_gradient_is_that_of_transformers_over_all_tokens(kind):
     X, y = texts(kind)
