@@ -35,7 +35,7 @@ from sksoup.__main__ import main
 from sksoup.checkpoints.hub import offline
 from sksoup.cli import tokenizer as tokenizer_module
 from sksoup.cli.files import read_file
-from sksoup.cli.tokenizer import load_tokenizer, set_padding, tokenize
+from sksoup.cli.tokenizer import find_tokenizer, load_tokenizer, set_padding, tokenize
 
 from .command_zoo import make_folder, texts, write_csv
 from .zoo import Net, same_tensors
@@ -446,6 +446,14 @@ def test_padding_changes_no_score_of_a_decoder(tmp_path, capsys, is_adapter):
     assert main([*line.split(), "-o", f"{tmp_path}/soup.safetensors", "--classes", "0", "1"]) == 0
     scores = Recipe.load(tmp_path / "soup.safetensors").scores
     assert scores == {"ft0": np.mean(np.equal(*predicted)), "ft1": 1.0}
+
+
+@pytest.mark.parametrize("name", ["ByT5Tokenizer", "CanineTokenizer"])
+def test_tokenizers_without_a_vocabulary(tmp_path, name):
+    given = getattr(transformers, name)()
+    given.save_pretrained(tmp_path)
+    found = load_tokenizer(find_tokenizer(None, str(tmp_path)))
+    assert found("soup")["input_ids"] == given("soup")["input_ids"]
 
 
 def test_texts_are_tokenized_in_parts(folder, monkeypatch):

@@ -153,15 +153,20 @@ _switching = threading.RLock()
 def offline() -> Iterator[None]:
     """Temporarily disable all requests of huggingface_hub, whatever a config contains.
 
-    And the question of transformers whether to run code, which a loop's input could answer.
+    And the question of transformers whether to run code, which a loop's input could answer, and its
+    log, in which texts of a config could control the terminal: errors are raised, too.
     """
     from huggingface_hub import constants
     from transformers import dynamic_module_utils as questions
+    from transformers.utils import logging
 
     with _switching:  # the switches are shared by all threads
         before = constants.HF_HUB_OFFLINE, questions.TIME_OUT_REMOTE_CODE
+        verbosity = logging.get_verbosity()
         constants.HF_HUB_OFFLINE, questions.TIME_OUT_REMOTE_CODE = True, 0
+        logging.set_verbosity(logging.CRITICAL)
         try:
             yield
         finally:
+            logging.set_verbosity(verbosity)
             constants.HF_HUB_OFFLINE, questions.TIME_OUT_REMOTE_CODE = before

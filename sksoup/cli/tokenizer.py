@@ -23,8 +23,9 @@ from ..tables import short
 # files without which transformers makes up an empty tokenizer
 VOCABULARIES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model",
-    "sentencepiece.bpe.model",
+    "sentencepiece.bpe.model", "prophetnet.tokenizer", "tekken.json",
 )  # fmt: skip
+OF_BYTES = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")  # have no vocabulary
 TEXTS = ("chat_template", "name_or_path", "_name_or_path")  # fields that transformers keeps as text
 MOST_BYTES = 100_000_000  # of a configuration, which may list all added tokens
 TOGETHER = 1000  # texts that are tokenized at a time
@@ -37,13 +38,20 @@ MOST_TOKENS = 512  # where neither --max-length nor the model says less
 def find_tokenizer(collection: CheckpointCollection, given: str | None) -> Path:
     """The folder that was given, else that of the first checkpoint with a tokenizer."""
     for folder in [Path(given)] if given is not None else _folders(collection):
-        if any((folder / name).is_file() for name in VOCABULARIES):
+        if any((folder / name).is_file() for name in VOCABULARIES) or _reads_bytes(folder):
             return folder
     looked = repr(given) if given is not None else "the folders of the checkpoints"
     raise CheckpointError(
         f"There is no tokenizer in {looked}: expected one of {', '.join(VOCABULARIES)}. Give the "
         f"folder that tokenizer.save_pretrained wrote: --tokenizer FOLDER."
     )
+
+
+def _reads_bytes(folder: Path) -> bool:
+    """Whether a folder is that of a tokenizer without a vocabulary."""
+    path = folder / "tokenizer_config.json"
+    found = read_json(path, MOST_BYTES) if path.is_file() else None
+    return isinstance(found, dict) and found.get("tokenizer_class") in OF_BYTES
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import socket
@@ -302,6 +303,19 @@ def test_tables_that_a_module_does_not_register_are_bounded(tmp_path):
 )
 def test_counts_are_bounded_before_lists_are_made_of_them(change, tmp_path):
     refused(write(tmp_path / "ft", BERT | change), "is more than 2097152")
+
+
+def test_a_config_does_not_control_the_terminal(tmp_path, monkeypatch):
+    """transformers would log fields that it can't set."""
+    logged, library = [], logging.getLogger("transformers")
+    handler = logging.StreamHandler()
+    monkeypatch.setattr(handler, "emit", logged.append)
+    monkeypatch.setattr(library, "handlers", [*library.handlers, handler])
+    verbosity = transformers.utils.logging.get_verbosity()
+    folder = write(tmp_path / "ft", BERT | {"sub_configs": "\x1b]0;evil\x07"})
+    assert "\x1b" not in str(refused(folder, "can't be built"))
+    assert logged == []
+    assert transformers.utils.logging.get_verbosity() == verbosity
 
 
 def test_large_numbers_that_make_no_parts_are_fine(tmp_path):
