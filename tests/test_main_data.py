@@ -167,9 +167,9 @@ def test_arrays_that_are_wrong(tmp_path):
 
     with pytest.raises(ValueError, match="arrays of objects, which would be unpickled"):
         saved(X=np.array([{}, 1], dtype=object))
-    for y in (np.zeros(3), np.float64(1)):
-        with pytest.raises(ValueError, match=r"the shapes 'X' \(2, 2\), 'y'.*as many rows"):
-            saved(X=np.zeros((2, 2)), y=y)
+    for y in (np.zeros(0), np.float64(1)):
+        with pytest.raises(ValueError, match=r"'y' has shape \(0?,?\), expected a row for each"):
+            saved(X=np.zeros((2, 2)), y=y).labels("y")
     bad = saved(X=np.array([[1.0, 2], [3, np.nan]]), y=np.array(["a", "b"]))
     with pytest.raises(ValueError, match="row 1, array 'X': got NaN or an infinite value"):
         bad.numbers("X")
@@ -179,6 +179,19 @@ def test_arrays_that_are_wrong(tmp_path):
     (tmp_path / "a.npz").write_bytes(b"not a zip file")
     with pytest.raises(ValueError, match=r"can't be read: expected an \.npz file"):
         read_file(tmp_path / "a.npz")
+
+
+def test_arrays_that_are_not_used_may_have_other_rows(folder, capsys):
+    """As in files with the training and the test set, or a seed."""
+    rows = dict(np.load("val.npz"))
+    more = {"x_train": np.zeros((3, 2)), "seed": np.int64(3), "names": np.array(["a", "b"])}
+    np.savez("more.npz", **more, X=rows["X"], y=rows["y"], short=rows["y"][:-1])
+    line = f"{NETS} more.npz".replace("out.", "more.")
+    assert main(line.split()) == 0
+    assert main([*line.split(), "--label", "short", "--force"]) == 2
+    assert "'more.npz': the arrays of the inputs and labels have the shapes" in (
+        capsys.readouterr().err
+    )
 
 
 def _member(header: str) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -158,15 +159,15 @@ def offline() -> Iterator[None]:
     """
     from huggingface_hub import constants
     from transformers import dynamic_module_utils as questions
-    from transformers.utils import logging
+    from transformers.utils.logging import get_verbosity, set_verbosity
 
     with _switching:  # the switches are shared by all threads
         before = constants.HF_HUB_OFFLINE, questions.TIME_OUT_REMOTE_CODE
-        verbosity = logging.get_verbosity()
+        verbosity = get_verbosity()
         constants.HF_HUB_OFFLINE, questions.TIME_OUT_REMOTE_CODE = True, 0
-        logging.set_verbosity(logging.CRITICAL)
+        set_verbosity(logging.CRITICAL)
         try:
             yield
         finally:
-            logging.set_verbosity(verbosity)
+            set_verbosity(verbosity)
             constants.HF_HUB_OFFLINE, questions.TIME_OUT_REMOTE_CODE = before

@@ -65,10 +65,22 @@ def load_data(
         columns = _columns(first, options)
         inputs = [_inputs(file, columns if file.is_table else options.inputs) for file in files]
     found = [
-        Data(X, y, len(next(iter(file.parts.values()))))
+        Data(X, y, _n_examples(file, X, y))
         for file, X, y in zip(files, inputs, targets, strict=True)
     ]
     return found[0], found[1] if len(found) > 1 else None, folder, classes
+
+
+def _n_examples(file: DataFile, X: Any, y: Any) -> int:
+    """The number of rows of the inputs and labels, which are some of the arrays in a file."""
+    parts = [*(X.values() if isinstance(X, dict) else [X]), *([] if y is None else [y])]
+    if len({len(part) for part in parts}) > 1:
+        shapes = ", ".join(str(part.shape) for part in parts)
+        raise ValueError(
+            f"{str(file.path)!r}: the arrays of the inputs and labels have the shapes {shapes}, "
+            f"expected as many rows, one per example, in each of them."
+        )
+    return len(parts[0])
 
 
 def _check_options(options: argparse.Namespace) -> None:

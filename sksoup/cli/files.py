@@ -111,6 +111,11 @@ class DataFile:
     def _checked(self, name: str, what: str, kinds: str) -> NDArray[Any]:
         """An array of some kinds of dtypes, without NaN or infinite values."""
         found: NDArray[Any] = self[name]
+        if not found.ndim or not len(found):
+            raise ValueError(
+                f"{str(self.path)!r}: the array {name!r} has shape {found.shape}, expected a row "
+                f"for each example, and at least one."
+            )
         if found.dtype.kind not in kinds:
             raise ValueError(
                 f"{str(self.path)!r}: the array {name!r} has dtype {found.dtype}, expected {what}."
@@ -145,7 +150,7 @@ def read_file(path: Path, delimiter: str | None = None) -> DataFile:
             f"There is no file {str(path)!r} (from the folder {str(Path.cwd())!r})."
         )
     found = _read_arrays(path) if suffix == ".npz" else _read_table(path, suffix, delimiter)
-    if not found.parts or not len(next(iter(found.parts.values()))):
+    if not found.parts or (found.is_table and not found.lines):
         raise ValueError(f"{str(path)!r} has no examples, expected at least one.")
     return found
 
@@ -236,11 +241,4 @@ def _read_arrays(path: Path) -> DataFile:
         ) from error
     # others are other files in the archive
     arrays = {name: part for name, part in members.items() if isinstance(part, np.ndarray)}
-    rows = {name: len(array) if array.ndim else None for name, array in arrays.items()}
-    if len(set(rows.values())) > 1 or None in rows.values():
-        shapes = ", ".join(f"{name!r} {array.shape}" for name, array in arrays.items())
-        raise ValueError(
-            f"{str(path)!r} holds arrays of the shapes {shapes}: expected as many rows, one per "
-            f"example, in each of them."
-        )
     return DataFile(path, arrays)
