@@ -303,6 +303,9 @@ def test_pairs_of_texts(folder, capsys):
         ("tokenizer.json", {"pre_tokenizer": {
           "type": "Split", "pattern": {"Regex": "(o+)+(x|p+)+$"}, "behavior": "Isolated",
           "invert": False}}, "can't tokenize the texts: PanicException"),
+        ("tokenizer.json", {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+         "can't be loaded by transformers"),
+        ("config.json", {"vocab_size": 9}, "is of another model: the texts have the token"),
         ("tokenizer_config.json", {"model_max_length": "abc"}, ""),
         ("config.json", {"max_position_embeddings": -3}, "can't be built"),
     ],

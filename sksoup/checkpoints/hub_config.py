@@ -16,6 +16,8 @@ from .texts import read_json, read_text
 
 LIMIT = 8 << 20  # bytes; with 20,000 labels a config has about 1 MB
 MANY = 1 << 21  # layers, labels: transformers makes lists of this length before any layer
+MANY_SHARED = 1000  # layers, besides one for each tensor
+LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|(\w+_)?layers|(\w+_)?depths?")
 MOST_TURNS = 1 << 26  # about a second; 20,000 labels and 128 layers make 2^21
 COUNTS = re.compile(
     r"layer|depth|block|stage|expert|label|head|group|attention_types|dense|point|level|bins"
@@ -58,9 +60,10 @@ def read_config(path: Path, header: Mapping[str, TensorInfo]) -> dict[str, Any]:
             f"with 'architectures' and 'model_type'."
         )
     most = max([MANY, *(size for info in header.values() for size in info.shape)])
+    layers = MANY_SHARED + len(header)
     for part in _parts(config):
         _refuse_what_acts(part, path)
-        _refuse_counts(part, most, path)
+        _refuse_counts(part, most, layers, path)
         _drop_what_acts(part)
     return config
 
@@ -213,19 +216,22 @@ def _refuse_quantized_part(part: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def _refuse_counts(part: dict[str, Any], most: int, path: Path) -> None:
+def _refuse_counts(part: dict[str, Any], most: int, layers: int, path: Path) -> None:
     """Raise an error for implausible counts: transformers makes lists of that length.
 
-    It also repeats lists that many times, or searches them that often.
+    It also repeats lists that many times, or searches them that often. Layers may share weights, as
+    in ALBERT, so that a small module may take long to run.
     """
     counts = {
         field: sum(map(abs, _integers(v))) for field, v in part.items() if COUNTS.search(field)
     }
     longest = max((_n_items(value) for value in part.values()), default=0)
     for field, count in counts.items():
-        if count > most:
+        is_number = LAYERS.fullmatch(field) and type(part[field]) is int  # not which layers
+        limit = min(most, layers) if is_number else most
+        if count > limit:
             raise CheckpointError(
-                f"{str(path)!r} can't be built: {field!r} is more than {most}, too many for these "
+                f"{str(path)!r} can't be built: {field!r} is more than {limit}, too many for these "
                 f"weights. Correct the file, or pass module=build_model."
             )
         if count * longest > MOST_TURNS:

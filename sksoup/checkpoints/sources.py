@@ -110,7 +110,12 @@ def find_checkpoints(
         once[place] = once[place].joined(run) if place in once else run
     runs = [*once.values()]
     several = [run for run in runs if not run.is_alone]
-    n_folders = sum(run.folder.is_dir() for run in runs)
+    # a folder that was given itself, such as the start, is no run of a sweep
+    single = {os.path.realpath(os.path.expanduser(path)) for path in given}
+    n_folders = sum(
+        run.folder.is_dir() and not (run.is_alone and os.path.realpath(run.folder) in single)
+        for run in runs
+    )
     which = which or ("best" if n_folders > 1 else "all")
     chosen: dict[str, tuple[Path, str, Run]] = {}
     for run, name in zip(runs, unique_names([_folder_of(run) for run in runs]), strict=True):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.hub import HubModule, hub_folder, offline
@@ -62,7 +64,7 @@ def load_tokenizer(folder: Path) -> Any:
         raise ImportError(
             "--text needs transformers, which is not installed: pip install 'sksoup[hub]'."
         ) from error
-    try:
+    with _errors_of(folder, f"be loaded by transformers {transformers.__version__}"):
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             _refuse_addresses(folder / name, _checked(folder / name, transformers))
         described = _checked(folder / "config.json", transformers)
@@ -75,14 +77,20 @@ def load_tokenizer(folder: Path) -> Any:
             if not isinstance(loaded, transformers.PreTrainedTokenizerBase):
                 raise TypeError(f"a {type(loaded).__name__} is no tokenizer")
             return loaded
-    except CheckpointError:
+
+
+@contextmanager
+def _errors_of(folder: Any, what: str) -> Iterator[None]:
+    """Raise all errors as one that names the tokenizer's folder."""
+    try:
+        yield
+    except (CheckpointError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # of any class
+    except BaseException as error:  # of any class: that of a panic in tokenizers is no Exception
         first = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(
-            f"The tokenizer in {str(folder)!r} can't be loaded by transformers "
-            f"{transformers.__version__}: {type(error).__name__}: {first.rstrip('.')}. Give the "
-            f"folder of another: --tokenizer FOLDER."
+            f"The tokenizer in {str(folder)!r} can't {what}: {type(error).__name__}: "
+            f"{first.rstrip('.')}. Give the folder of another: --tokenizer FOLDER."
         ) from error
 
 
@@ -167,11 +175,12 @@ def set_padding(tokenizer: Any, config: dict[str, Any], module: Any) -> None:
 
     Classifiers of decoders look for this token, which adapters do not store.
     """
-    if tokenizer.pad_token is None:  # of GPT-2 and others; its positions are masked
-        known = config.get("pad_token_id")
-        is_known = type(known) is int and 0 <= known < len(tokenizer)
-        token = tokenizer.convert_ids_to_tokens(known) if is_known else tokenizer.eos_token
-        tokenizer.pad_token = token
+    with _errors_of(tokenizer.name_or_path, "pad texts"):
+        if tokenizer.pad_token is None:  # of GPT-2 and others; its positions are masked
+            known = config.get("pad_token_id")
+            is_known = type(known) is int and 0 <= known < len(tokenizer)
+            token = tokenizer.convert_ids_to_tokens(known) if is_known else tokenizer.eos_token
+            tokenizer.pad_token = token
     if config.get("model_type") != "xlnet":  # which reads the last position
         tokenizer.padding_side = "right"
     if isinstance(module, HubModule):
@@ -180,7 +189,7 @@ def set_padding(tokenizer: Any, config: dict[str, Any], module: Any) -> None:
 
 def tokenize(
     tokenizer: Any, texts: Sequence[list[str]], max_length: int | None, config: dict[str, Any]
-) -> dict[str, np.ndarray[Any, Any]]:
+) -> dict[str, NDArray[Any]]:
     """Inputs of a model: arrays by name, padded to the longest text, cut at ``max_length``.
 
     ``texts`` is one column, or two of pairs. They are tokenized twice, the first time for their
@@ -194,7 +203,7 @@ def tokenize(
     most = max_length or min(n for n in limits if isinstance(n, int) and n > 0)
     starts = range(0, len(texts[0]), TOGETHER)
     parts = [[column[k : k + TOGETHER] for column in texts] for k in starts]
-    try:
+    with _errors_of(tokenizer.name_or_path, "tokenize the texts"):
         lengths = np.concatenate([
             [len(ids) for ids in tokenizer(*part, truncation=True, max_length=most)["input_ids"]]
             for part in parts
@@ -203,18 +212,30 @@ def tokenize(
         rows = [
             tokenizer(*part, padding="max_length", return_tensors="np", **size) for part in parts
         ]
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # of any class: that of a panic in tokenizers is no Exception
-        raise CheckpointError(
-            f"The tokenizer in {tokenizer.name_or_path!r} can't tokenize the texts: "
-            f"{type(error).__name__}: {error}. Give the folder of another: --tokenizer FOLDER."
-        ) from error
     _warn_of_long_ones(lengths)
-    return {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
+    found = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
+    _refuse_unknown(tokenizer, found["input_ids"], config)
+    return found
 
 
-def _warn_of_long_ones(lengths: np.ndarray[Any, Any]) -> None:
+def _refuse_unknown(tokenizer: Any, ids: NDArray[Any], config: dict[str, Any]) -> None:
+    """Raise an error for tokens that the model does not have."""
+    size = config.get("vocab_size")
+    if (
+        isinstance(size, int)
+        and ids.size
+        and ids.max() >= size
+        and config.get("model_type") != "canine"
+    ):
+        raise CheckpointError(
+            f"The tokenizer in {tokenizer.name_or_path!r} is of another model: the texts have the "
+            f"token {int(ids.max())} ({tokenizer.convert_ids_to_tokens(int(ids.max()))!r}), but "
+            f"the config.json has a vocabulary of {size}. Give the folder of the model's own: "
+            f"--tokenizer FOLDER."
+        )
+
+
+def _warn_of_long_ones(lengths: NDArray[Any]) -> None:
     """Warn if a few texts make the padded rows several times as long as most texts are."""
     longest, usual = int(lengths.max()), int(np.quantile(lengths, MOST_TEXTS, method="higher"))
     if longest >= MUCH_LONGER * max(usual, 1):

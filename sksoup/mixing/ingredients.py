@@ -146,7 +146,8 @@ def find_ingredient(ingredient: Ingredient, checkpoints: CheckpointCollection) -
         raise RecipeError(
             f"The recipe needs {name!r} (file {ingredient.file!r}, SHA-256 "
             f"{ingredient.sha256[:12]}...), but none of the {len(checkpoints)} checkpoints "
-            f"has that name or that content. Add the missing checkpoint."
+            f"has that name or that content. Add the missing checkpoint; if it is one of several "
+            f"of a training run, open all of them (which='all')."
         )
     key = checkpoints._key(match)
     if None not in (key, ingredient.key) and key != ingredient.key:

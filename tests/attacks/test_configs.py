@@ -293,6 +293,19 @@ def test_tables_that_a_module_does_not_register_are_bounded(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200_000  # kB
 
 
+@pytest.mark.parametrize("field", ["num_hidden_layers", "num_layers", "n_layer", "decoder_layers"])
+def test_layers_that_share_weights_are_bounded(field, tmp_path):
+    """ALBERT's module stays small, but a forward pass takes as long as there are layers."""
+    albert = {
+        "architectures": ["AlbertModel"], "model_type": "albert", "vocab_size": 20,
+        "embedding_size": 4, "hidden_size": 4, "num_attention_heads": 1, "intermediate_size": 4,
+        "num_hidden_layers": 2,
+    }  # fmt: skip
+    build(write(tmp_path / "small", albert | {"num_hidden_layers": 48}))
+    build(write(tmp_path / "listed", albert | {"which_layers": [*range(100)]}))  # not how many
+    refused(write(tmp_path / "ft", albert | {field: 20_000}), f"'{field}' is more than 1001")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -499,7 +512,7 @@ def test_counts_in_lists_of_lists_are_bounded(tmp_path):
     ("kind", "fields"),
     [
         ("gpt_neo", {"attention_types": [[["global"] * 200_000, 2_600]]}),
-        ("lfm2", {"full_attn_idxs": [7] * 200_000, "num_hidden_layers": 2_000_000}),
+        ("lfm2", {"full_attn_idxs": [7] * 200_000, "num_hidden_layers": 900}),
     ],
 )
 def test_lists_that_are_walked_many_times_are_bounded(tmp_path, kind, fields):

@@ -230,6 +230,20 @@ def test_the_best_and_the_last_by_the_names_of_files(tmp_path, names, best, last
         assert files(found) == [f"{run}/{name}.safetensors" for run in "ab"]
 
 
+def test_one_run_and_its_start_are_no_sweep(tmp_path):
+    run = write_trainer(tmp_path / "run", LOG, best=1000)
+    start = write_folder(tmp_path / "start", 9)
+    steps = [f"run/checkpoint-{step}" for step in LOG]
+    assert files(from_path([run, start])) == [*steps, f"{tmp_path.name}/start"]
+    more = write_trainer(tmp_path / "more", LOG, best=500)
+    assert files(from_path([run, more, start])) == [
+        "run/checkpoint-1000", "more/checkpoint-500", f"{tmp_path.name}/start",
+    ]  # fmt: skip
+    write_folder(tmp_path / "sweep" / "done")  # its other checkpoints were removed
+    write_trainer(tmp_path / "sweep" / "run", LOG, best=1000)
+    assert files(from_path(tmp_path / "sweep")) == ["sweep/done", "run/checkpoint-1000"]
+
+
 @pytest.mark.parametrize(
     ("names", "best"),
     [
