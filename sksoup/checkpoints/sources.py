@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, get_args
 
 from torch import nn
 
-from ..exceptions import CheckpointError
+from ..exceptions import CheckpointError, SoupWarning
 from .folders import FOLDER_WEIGHTS, is_weights, weights_of
 from .hub_config import refuse_quantized
 from .in_memory import MemoryCheckpoint
@@ -116,6 +117,14 @@ def find_checkpoints(
         run.folder.is_dir() and not (run.is_alone and os.path.realpath(run.folder) in single)
         for run in runs
     )
+    if which in ("best", "last") and not several and len(runs) > 1:
+        warnings.warn(
+            f"which={which!r} changes nothing: each of the {len(runs)} checkpoints is taken for a "
+            f"run of its own, as no folder has checkpoint-N folders, .ckpt files, or files named "
+            f"after an epoch, a step, best or last. If some are of one run, list those to mix.",
+            SoupWarning,
+            stacklevel=2,
+        )
     which = which or ("best" if n_folders > 1 else "all")
     chosen: dict[str, tuple[Path, str, Run]] = {}
     for run, name in zip(runs, unique_names([_folder_of(run) for run in runs]), strict=True):

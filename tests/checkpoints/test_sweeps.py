@@ -230,6 +230,16 @@ def test_the_best_and_the_last_by_the_names_of_files(tmp_path, names, best, last
         assert files(found) == [f"{run}/{name}.safetensors" for run in "ab"]
 
 
+def test_a_choice_that_changes_nothing_is_warned_of(tmp_path):
+    for run in "ab":
+        for name in ("epoch_0", "epoch_1"):  # of accelerate
+            write_folder(tmp_path / run / name)
+    for which in ("best", "last"):
+        with pytest.warns(SoupWarning, match=f"which='{which}' changes nothing: each of the 4"):
+            assert len(from_path(tmp_path, which=which)) == 4
+    assert len(from_path(tmp_path, which="all")) == 4
+
+
 def test_one_run_and_its_start_are_no_sweep(tmp_path):
     run = write_trainer(tmp_path / "run", LOG, best=1000)
     start = write_folder(tmp_path / "start", 9)
