@@ -28,7 +28,7 @@ NOT_WEIGHTS = re.compile(
     r"(_\d+)?\.(bin|pt|pth|safetensors)"
 )
 
-OF_SKORCH = re.compile(r"(.+)(?:optimizer|criterion)[^/]*\.(?:pt|safetensors)")
+OF_SKORCH = re.compile(r"(.+)(?:optimizer|criterion)([^/]*\.(?:pt|safetensors))")
 
 
 def find_weights(folder: Path) -> Path | None:
@@ -61,9 +61,10 @@ def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
     shards = {folder / name for index in indices for name in set(weight_map(index).values())}
     files = [path for path in paths if is_weights(path, suffixes) and path not in shards]
     # skorch's Checkpoint(fn_prefix=...) writes others beside the params
-    prefixes = {path.name.partition("params")[0] for path in files if "params" in path.name}
+    params = [path.name.partition("params") for path in files if "params" in path.name]
+    names = {(first, end) for first, _, rest in params for end in (rest, ".pt", ".safetensors")}
     found = ((path, OF_SKORCH.fullmatch(path.name)) for path in files)
-    return [*(path for path, other in found if not other or other[1] not in prefixes), *indices]
+    return [*(path for path, other in found if not other or other.groups() not in names), *indices]
 
 
 def is_weights(path: Path, suffixes: Collection[str]) -> bool:

@@ -227,7 +227,8 @@ def find_runs(
 def _place(path: Path) -> object:
     """What is the same for links to one file, also hard ones, as timm makes of the best."""
     status = path.stat()
-    return (status.st_dev, status.st_ino) if status.st_ino else path.resolve()
+    # some file systems make numbers up, but then count no links
+    return (status.st_dev, status.st_ino) if status.st_nlink > 1 else path.resolve()
 
 
 def _readable(folders: Sequence[Path]) -> list[Path]:

@@ -122,6 +122,9 @@ def write_soup(output: Path, soup: Any, tokenizer: Path | None) -> None:
 
 def move_up(folder: Path) -> None:
     """Move what a folder holds into the folder that it is in, and remove it."""
+    names = {path.name for path in folder.iterdir()}
+    while folder.name in names:  # of a module
+        folder = folder.rename(folder.with_name(f"{folder.name}_"))
     for path in folder.iterdir():
         path.rename(folder.parent / path.name)
     folder.rmdir()

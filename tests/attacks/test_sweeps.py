@@ -179,6 +179,11 @@ def test_optimizers_and_criteria_of_skorch_with_a_prefix_are_no_checkpoints(tmp_
         torch.save({}, tmp_path / f"{name}.pt")
     names = CheckpointCollection.from_path(tmp_path).names
     assert sorted(names) == ["ep_params_1", "ep_params_2", "focal_criterion"]
+    varied = ("ft_params_lr1", "ft_optimizer_adamw", "ft_criterion_focal")  # what a run changed
+    for name in varied:
+        (tmp_path / "varied").mkdir(exist_ok=True)
+        torch.save({"w": torch.ones(2)}, tmp_path / "varied" / f"{name}.pt")
+    assert sorted(CheckpointCollection.from_path(tmp_path / "varied").names) == sorted(varied)
 
 
 def test_hard_links_to_a_checkpoint_count_once(tmp_path):

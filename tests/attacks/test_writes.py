@@ -21,6 +21,7 @@ from sksoup import CheckpointCollection, Recipe, UniformSoup
 from sksoup.__main__ import main
 from sksoup.checkpoints import workplace, write
 from sksoup.checkpoints.protocol import TensorInfo
+from sksoup.cli.output import move_up
 
 HELD = """
 import runpy, sys
@@ -376,3 +377,14 @@ def test_a_link_to_itself_as_output_is_an_error_that_names_it(tmp_path, capsys):
         assert main(["average", str(tmp_path / "runs"), "-o", str(out), *more]) == 2
         assert "loop.safetensors" in capsys.readouterr().err
     assert out.is_symlink()
+
+
+@pytest.mark.parametrize("inner", ["soup", "soup_"])
+def test_a_folder_is_moved_up_that_holds_one_of_its_name(tmp_path, inner):
+    """modules.json may name a module "soup"."""
+    (tmp_path / "soup" / inner).mkdir(parents=True)
+    (tmp_path / "soup" / inner / "config.json").write_text("{}")
+    (tmp_path / "soup" / "a").write_text("a")
+    move_up(tmp_path / "soup")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", inner]
+    assert (tmp_path / inner / "config.json").read_text() == "{}"
