@@ -31,6 +31,7 @@ NOT_COMPANIONS = (
     "*.index.json", "trainer_state.json", "history.json", "*results.json", "adapter_config.json",
 )  # fmt: skip
 WEIGHTS = (".safetensors", *TORCH_SUFFIXES)
+MOST_BYTES = 1 << 30  # of the files that are copied; a large tokenizer has some 30 MB
 
 
 def model_folders(checkpoints: Any, used: Iterable[str], others: Iterable[str] = ()) -> list[Path]:
@@ -58,6 +59,7 @@ def copy_companions(source: Path, target: Path, others: Sequence[Path] = ()) -> 
     # a module may be inside another one
     of_modules = [*dict.fromkeys(path for module in modules for path in module_files(module))]
     _refuse_links(source, [*found, *of_modules])
+    _refuse_large(source, [p for p in (*found, *of_modules) if p.suffix not in WEIGHTS])
     _refuse_differing_weights(source, [p for p in of_modules if p.suffix in WEIGHTS], others)
     for module in modules:  # also an empty one, which sentence-transformers expects
         (target / module.relative_to(source)).mkdir(parents=True, exist_ok=True)
@@ -76,6 +78,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     source = source.resolve()
     found = _matching(source, TOKENIZERS)
     _refuse_links(source, found)
+    _refuse_large(source, found)
     for path in _matching(target, TOKENIZERS):
         path.unlink()
     for path in found:
@@ -90,6 +93,18 @@ def _matching(folder: Path, patterns: Sequence[str]) -> set[Path]:
         for path in folder.glob(pattern)
         if path.is_file() and not any(path.match(other) for other in NOT_COMPANIONS)
     }
+
+
+def _refuse_large(source: Path, paths: Iterable[Path]) -> None:
+    """Raise an error for files that would fill the disk; sparse ones take no space until then."""
+    sizes = {path: path.stat().st_size for path in paths}
+    if sum(sizes.values()) > MOST_BYTES:
+        large = max(sizes, key=lambda path: sizes[path])
+        raise CheckpointError(
+            f"The files beside the weights in {str(source)!r} can't be copied: together they have "
+            f"more than {MOST_BYTES >> 30} GiB ({large.name!r} has {sizes[large]:,} bytes). Move "
+            f"away what is not of the model, or use save(path)."
+        )
 
 
 def _refuse_links(source: Path, paths: Iterable[Path]) -> None:

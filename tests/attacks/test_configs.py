@@ -21,7 +21,7 @@ from torch import nn
 
 from sksoup import CheckpointCollection, CheckpointError, mix
 from sksoup.checkpoints import hub, hub_config
-from sksoup.checkpoints.hub_companions import copy_companions
+from sksoup.checkpoints.hub_companions import copy_companions, copy_tokenizer
 from sksoup.checkpoints.hub_config import read_config
 
 transformers = pytest.importorskip("transformers")
@@ -497,6 +497,21 @@ def test_companions_that_are_no_files_are_left_out(tmp_path):
     os.mkfifo(source / "tokenizer.json")
     (source / "vocab.txt").symlink_to("/dev/zero")
     copy_companions(source, out)
+    assert list(out.iterdir()) == []
+
+
+def test_a_sparse_file_does_not_fill_the_disk(tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    write(source, BERT)
+    out.mkdir()
+    (source / "notes.txt").write_text("small")
+    with (source / "vocab.json").open("wb") as file:
+        file.truncate(2 << 30)
+    for copy in (copy_companions, copy_tokenizer):
+        with pytest.raises(
+            CheckpointError, match=r"more than 1 GiB \('vocab.json' has 2,147,483,6"
+        ):
+            copy(source, out)
     assert list(out.iterdir()) == []
 
 
