@@ -255,8 +255,8 @@ class AdapterCheckpoint(LowRankCheckpoint):
         return self._error(
             f"{why}. It is an adapter of {self.config.base_model or 'another base'!r}. Pass that "
             f"network, as it was before PEFT wrapped it (module=build_base, or its folder), and "
-            f"open only adapters of the same base together. If PEFT loads it, its names are those of "
-            f"another version of transformers: save it again with PEFT"
+            f"open only adapters of the same base together. If PEFT loads it, its names are those "
+            f"of another version of transformers: save it again with PEFT"
         )
 
     def _error(self, why: str) -> CheckpointError:
