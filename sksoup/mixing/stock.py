@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 
 from ..checkpoints.collection import CheckpointCollection
 from .layers import Layers
+
+MOST_ELEMENTS = 1 << 26  # summed at a time: 512 MiB in float64; more if a row has more
 
 
 def stock_ratios(
@@ -30,32 +33,55 @@ def stock_ratios(
     """
     tuned = [name for name in checkpoints if name != start]
     K, rows = len(tuned), layers.rows
-    weights = {n: w for n, w in checkpoints[start].items() if n in parameters}
-    sums = {n: torch.zeros(w.shape, dtype=torch.float64) for n, w in weights.items()}
-    n_moving = np.zeros(layers.n_searched)
-    for k, name in enumerate(tuned):
-        for following in tuned[k + 1 : k + 2]:
-            checkpoints.warm(following)
-        with checkpoints.open(name) as read:
+    totals, n_moving = np.zeros((2, layers.n_searched))
+    has_moved = dict.fromkeys(tuned, False)
+    for part in _parts(checkpoints, parameters, rows):
+        with checkpoints.open(start) as read:
+            weights = {n: read(n).clone() for n in part}
+        sums = {n: torch.zeros(w.shape, dtype=torch.float64) for n, w in weights.items()}
+        for k, name in enumerate(tuned):
+            for following in tuned[k + 1 : k + 2]:
+                checkpoints.warm(following)
             lengths = np.zeros(layers.n_searched)
-            for n, w in weights.items():
-                lengths[rows[n]] = math.hypot(lengths[rows[n]], _length(_difference(read(n), w)))
+            with checkpoints.open(name) as read:
+                for n, w in weights.items():
+                    length = _length(_difference(read(n), w))
+                    lengths[rows[n]] = math.hypot(lengths[rows[n]], length)
+                for n, w in weights.items():
+                    if length := lengths[rows[n]]:
+                        sums[n] += _difference(read(n), w) / length
             n_moving += lengths > 0
-            if not lengths.any():
-                warn(
-                    f"{name!r} has the same parameters as the start {start!r}, and is counted as "
-                    f"one of the fine-tuned checkpoints. If it is the start, leave it out of them."
-                )
-            for n, w in weights.items():
-                if length := lengths[rows[n]]:
-                    sums[n] += _difference(read(n), w) / length
-    totals = np.zeros(layers.n_searched)
-    for n, total in sums.items():
-        totals[rows[n]] += float(total.square().sum())
+            has_moved[name] |= bool(lengths.any())
+        for n, total in sums.items():
+            totals[rows[n]] += float(total.square().sum())
+    for name in (name for name, has in has_moved.items() if not has):
+        warn(
+            f"{name!r} has the same parameters as the start {start!r}, and is counted as one of "
+            f"the fine-tuned checkpoints. If it is the start, leave it out of them."
+        )
     if K < 2:
         return np.full(layers.n_searched, float(K)), np.ones(layers.n_searched)
     cos = (totals - n_moving) / (K * (K - 1))
     return K * cos.clip(0, 1) / (1 + (K - 1) * cos.clip(0, 1)), cos
+
+
+def _parts(
+    checkpoints: CheckpointCollection, parameters: Collection[str], rows: Mapping[str, int]
+) -> Iterator[list[str]]:
+    """Parameters in whole rows, some at a time, so that memory does not grow with the model."""
+    by_row: defaultdict[int, list[str]] = defaultdict(list)
+    for name in checkpoints.layout:
+        if name in parameters:
+            by_row[rows[name]].append(name)
+    part, n_elements = list[str](), 0
+    for names in by_row.values():
+        size = sum(checkpoints.layout[name].size for name in names)
+        if part and n_elements + size > MOST_ELEMENTS:
+            yield part
+            part, n_elements = [], 0
+        part, n_elements = part + names, n_elements + size
+    if part:
+        yield part
 
 
 def _difference(w: torch.Tensor, start: torch.Tensor) -> torch.Tensor:

@@ -110,9 +110,9 @@ class ModelStockSoup(BaseSoup):
     Notes
     -----
     Cost: two reads of each checkpoint and no forward passes. Memory: the pretrained weights and a
-    sum in float64. A layer whose differences have no common direction (a cosine of 0 or less) keeps
-    the pretrained weights. With a single fine-tuned checkpoint there is no angle, and the soup is
-    that checkpoint.
+    sum in float64, of some layers at a time with ``layerwise`` (512 MiB, or the largest layer). A
+    layer whose differences have no common direction (a cosine of 0 or less) keeps the pretrained
+    weights. With a single fine-tuned checkpoint there is no angle, and the soup is that checkpoint.
 
     References
     ----------

@@ -16,6 +16,7 @@ from sksoup import CheckpointCollection, CheckpointError, ModelStockSoup, Recipe
 from sksoup.__main__ import main
 from sksoup.exceptions import SoupWarning
 from sksoup.inspection import interpolation_path
+from sksoup.mixing import stock
 from sksoup.mixing.layers import group_layers
 from sksoup.mixing.stock import stock_ratios
 
@@ -141,6 +142,21 @@ def test_one_fine_tuning_copies_and_opposites(zoo: Zoo):
     others = CheckpointCollection({"w0": w0, "a": frozen, "b": frozen}, module=ckpts.module)
     part = ModelStockSoup(start="w0").fit(others, zoo.X, zoo.y)
     torch.testing.assert_close(part.state_dict(), frozen)
+
+
+@pytest.mark.parametrize("layerwise", [True, False, lambda name: name.split(".")[0]])
+def test_some_layers_at_a_time_are_summed(monkeypatch, layerwise):
+    """Memory does not grow with the model, and the ratios are the same to the last bit."""
+    ckpts = fine_tunings(4, seed=3)
+    layers = group_layers(ckpts.layout, ckpts.layout, layerwise)
+    start, names = ckpts.names[0], set(ckpts.layout)
+    whole = stock_ratios(ckpts, start, layers, names, print)
+    monkeypatch.setattr(stock, "MOST_ELEMENTS", 1)
+    parts = [*stock._parts(ckpts, names, layers.rows)]
+    found = stock_ratios(ckpts, start, layers, names, print)
+    assert len(parts) == len({layers.rows[name] for name in names})
+    assert sorted(name for part in parts for name in part) == sorted(names)
+    assert all(map(np.array_equal, found, whole))
 
 
 @pytest.mark.parametrize("factor", [1e-300, 1e-160, 1e160, 1e300])
