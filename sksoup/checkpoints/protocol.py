@@ -68,8 +68,12 @@ def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def is_cast(original: torch.Tensor, copy: torch.Tensor) -> bool:
-    """Whether a tensor has the values of another in its own dtype, as a model loaded in it has."""
-    if not (original.is_floating_point() and copy.is_floating_point()):
+    """Whether a tensor has the values of another in its own dtype, as a model loaded in it has.
+
+    Models are trained in dtypes of 16 bits or more.
+    """
+    are_floats = original.is_floating_point() and copy.is_floating_point()
+    if not are_floats or copy.dtype.itemsize < 2:
         return same_bits(original, copy)
     return same_bits(original.to(copy.dtype), copy)
 
