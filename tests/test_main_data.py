@@ -464,6 +464,26 @@ def test_padding_changes_no_score_of_a_decoder(tmp_path, capsys, is_adapter):
     assert scores == {"ft0": np.mean(np.equal(*predicted)), "ft1": 1.0}
 
 
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        ([[1, None]], "no token for some of the words"),
+        ([[1, -5]], "the token -5, but the config.json has a vocabulary of 9"),
+        ([[9, 1]], "the token 9, but"),
+    ],
+)
+def test_what_a_tokenizer_returns_is_checked(ids, said):
+    class Odd:
+        name_or_path = "the/folder"
+        model_max_length = 512
+
+        def __call__(self, *texts, **options):
+            return {"input_ids": np.array(ids) if "return_tensors" in options else ids}
+
+    with pytest.raises(CheckpointError, match=f"The tokenizer in 'the/folder' .*{said}"):
+        tokenize(Odd(), [["a b"]], None, {"vocab_size": 9})
+
+
 @pytest.mark.parametrize("name", ["ByT5Tokenizer", "CanineTokenizer"])
 def test_tokenizers_without_a_vocabulary(tmp_path, name):
     given = getattr(transformers, name)()

@@ -212,26 +212,25 @@ def tokenize(
         rows = [
             tokenizer(*part, padding="max_length", return_tensors="np", **size) for part in parts
         ]
+        found = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
+        _refuse_unknown(tokenizer, found["input_ids"], config)
     _warn_of_long_ones(lengths)
-    found = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
-    _refuse_unknown(tokenizer, found["input_ids"], config)
     return found
 
 
 def _refuse_unknown(tokenizer: Any, ids: NDArray[Any], config: dict[str, Any]) -> None:
     """Raise an error for tokens that the model does not have."""
+    if ids.dtype.kind not in "iu":
+        raise TypeError("it has no token for some of the words, nor one for unknown words")
     size = config.get("vocab_size")
-    if (
-        isinstance(size, int)
-        and ids.size
-        and ids.max() >= size
-        and config.get("model_type") != "canine"
-    ):
+    is_known = ids >= 0
+    if isinstance(size, int) and config.get("model_type") != "canine":  # which hashes them
+        is_known &= ids < size
+    if not is_known.all():
         raise CheckpointError(
             f"The tokenizer in {tokenizer.name_or_path!r} is of another model: the texts have the "
-            f"token {int(ids.max())} ({tokenizer.convert_ids_to_tokens(int(ids.max()))!r}), but "
-            f"the config.json has a vocabulary of {size}. Give the folder of the model's own: "
-            f"--tokenizer FOLDER."
+            f"token {ids[~is_known][0]}, but the config.json has a vocabulary of {size}. Give the "
+            f"folder of the model's own: --tokenizer FOLDER."
         )
 
 
