@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -30,8 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             if "output" in options:
                 check_output(options)
             status, document, text = options.run(options)
-    except ERRORS as error:
+    except Exception as error:
+        if not _is_told(error, options):
+            raise
         message = "\n".join([str(error), *getattr(error, "__notes__", ())])
+        if not isinstance(error, ERRORS):
+            message = f"{type(error).__name__}: {message}"
         if options.json:
             _print(json.dumps({"error": in_commands(message)}))
         else:
@@ -45,6 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         _print(_shown(in_commands(text)))
     return int(status)
+
+
+def _is_told(error: Exception, options: argparse.Namespace) -> bool:
+    """Whether the message of an error says enough, and the lines of code are of no use.
+
+    A network of transformers raises errors of any class for rows that do not fit it; the code of
+    --module is the user's.
+    """
+    is_of_row = getattr(options, "module", None) is None and bool(getattr(error, "__notes__", ()))
+    return is_of_row or isinstance(error, ERRORS)
 
 
 def _print(text: str) -> None:

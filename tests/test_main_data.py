@@ -510,6 +510,25 @@ def test_texts_are_tokenized_in_parts(folder, monkeypatch):
             assert tokenize(tokenizer, [["a " * 40]], None, sizes)["input_ids"].shape == (1, most)
 
 
+def test_a_row_that_does_not_fit_the_network_is_told(folder, capsys, monkeypatch):
+    """Without the lines of code, which are those of transformers; the first row fits."""
+    forward = transformers.BertForSequenceClassification.forward
+
+    def fails_later(self, input_ids, **inputs):
+        if len(input_ids) > 1:
+            raise IndexError("index out of range in self")
+        return forward(self, input_ids, **inputs)
+
+    monkeypatch.setattr(transformers.BertForSequenceClassification, "forward", fails_later)
+    assert main(f"{TEXTS} val.csv".split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("sksoup: IndexError: index out of range in self\nThis was raised while")
+    own = Net.forward
+    monkeypatch.setattr(Net, "forward", lambda self, x: own(self, x) if len(x) < 2 else [][0])
+    with pytest.raises(IndexError):  # of the user's code
+        main(f"{NETS} val.npz".split())
+
+
 def test_a_token_of_the_config_pads_where_the_tokenizer_has_none(folder):
     for config, token in (
         ({"pad_token_id": 2}, "[CLS]"),
