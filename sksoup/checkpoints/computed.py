@@ -12,6 +12,9 @@ from torch import nn
 from ..runtime.random_state import preserved_random_state
 from ..runtime.shards import sharded_parts
 
+# characters of a name that is matched with patterns; those of transformers' tensors have up to 131
+LONGEST_MATCHED = 300
+
 
 def unsaved_names(module: nn.Module) -> set[str]:
     """Names that ``save_pretrained`` leaves out because the module computes their values."""
@@ -30,7 +33,7 @@ def computed_names(module: nn.Module) -> set[str]:
 def ignored_names(module: nn.Module, names: Iterable[str]) -> set[str]:
     """Names that files may hold and ``from_pretrained`` ignores, such as masks of old versions."""
     patterns = _named_by(module, "_keys_to_ignore_on_load_unexpected")
-    others = set(names) - module.state_dict().keys()
+    others = {n for n in names if len(n) <= LONGEST_MATCHED} - module.state_dict().keys()
     return {name for name in others if any(re.search(each, name) for each in patterns)}
 
 

@@ -20,15 +20,13 @@ from torch import nn
 
 from ..exceptions import CheckpointError
 from .architecture import ModuleSource, skeleton
-from .computed import ignored_names
+from .computed import LONGEST_MATCHED, ignored_names
 from .hub import HubModule, hub_folder
 from .in_memory import content_sha256
 from .low_rank import LowRankCheckpoint
 from .prefixes import prefixes_of
 from .protocol import Checkpoint, Entry, Read, TensorInfo
 from .sources import open_checkpoint
-
-LONGEST_RENAMED = 300  # characters of a name; transformers' own have up to 131
 
 
 @dataclass(frozen=True)
@@ -269,7 +267,7 @@ def _rename(names: Iterable[str], network: Any) -> list[tuple[str, str, Any, str
     renamed = []
     for name in sorted(names, key=_by_number):  # so that experts are in order
         new, pattern = name, ""
-        if len(name) <= LONGEST_RENAMED:
+        if len(name) <= LONGEST_MATCHED:
             new, matched = rename_source_key(name, renamings, converters, base, state)
             pattern = matched or ""
             if new not in state and name in state:  # it already was the module's

@@ -70,12 +70,12 @@ def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
 def is_cast(original: torch.Tensor, copy: torch.Tensor) -> bool:
     """Whether a tensor has the values of another in its own dtype, as a model loaded in it has.
 
-    Models are trained in dtypes of 16 bits or more.
+    Models are trained in dtypes of 16 bits or more, which have to hold the values.
     """
     are_floats = original.is_floating_point() and copy.is_floating_point()
-    if not are_floats or copy.dtype.itemsize < 2:
+    if original.dtype == copy.dtype or not are_floats or copy.dtype.itemsize < 2:
         return same_bits(original, copy)
-    return same_bits(original.to(copy.dtype), copy)
+    return bool(torch.isfinite(copy).all()) and same_bits(original.to(copy.dtype), copy)
 
 
 def is_text(name: str) -> bool:

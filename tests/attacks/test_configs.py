@@ -21,6 +21,7 @@ from torch import nn
 
 from sksoup import CheckpointCollection, CheckpointError, mix
 from sksoup.checkpoints import hub, hub_config
+from sksoup.checkpoints.computed import ignored_names
 from sksoup.checkpoints.hub_companions import copy_companions, copy_tokenizer
 from sksoup.checkpoints.hub_config import read_config
 
@@ -276,6 +277,18 @@ def test_long_names_are_not_matched_with_patterns(tmp_path):
     began = time.process_time()
     CheckpointCollection([folder])
     assert time.process_time() - began < 8
+
+
+def test_long_names_are_not_matched_with_those_that_are_ignored():
+    config = {n: v for n, v in BERT.items() if n not in ("architectures", "model_type")}
+    module = transformers.BertModel(transformers.BertConfig(**config))
+    module._keys_to_ignore_on_load_unexpected = [r".*attention\.self\.position"]  # quadratic
+    names = [f"{'a' * 900}{k}" for k in range(3000)]
+    began = time.process_time()
+    assert ignored_names(module, [*names, "x.attention.self.position"]) == {
+        "x.attention.self.position"
+    }
+    assert time.process_time() - began < 2
 
 
 def test_tables_that_a_module_does_not_register_are_bounded(tmp_path):

@@ -22,6 +22,7 @@ from sksoup import CheckpointCollection, CheckpointError, SoupWarning, UniformSo
 from sksoup.__main__ import main
 from sksoup.checkpoints.base_model import BaseModel
 from sksoup.checkpoints.peft_config import CONFIG
+from sksoup.checkpoints.protocol import is_cast
 from sksoup.checkpoints.read import SafetensorsFile
 from sksoup.engine.objective import load_weights
 
@@ -644,6 +645,26 @@ def test_a_copy_of_the_embedding_has_the_dtype_of_training(tmp_path, stored, tra
         network.load_state_dict(found)
         error = (outputs(network) - outputs(merged.float())).abs().max()
         assert error < (0.03 if torch.bfloat16 in (stored, trained) else 0.004)
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "is_one"),
+    [
+        ([0.1, 2.0], torch.float32, True),
+        ([0.1, 2.0], torch.bfloat16, True),
+        ([0.1, 2.0], torch.float64, True),
+        ([0.1, 2.0], torch.float8_e4m3fn, False),
+        ([0.1, 1e5], torch.float16, False),
+        ([0.1, torch.nan], torch.float32, True),
+        ([0.1, torch.nan], torch.bfloat16, False),
+        ([1, 2], torch.int64, True),
+        ([1, 2], torch.int32, False),
+    ],
+)
+def test_a_copy_in_another_dtype(values, dtype, is_one):
+    original = torch.tensor(values)
+    assert is_cast(original, original.to(dtype)) == is_one
+    assert not is_cast(original, (original + 1).to(dtype))
 
 
 def test_a_folder_with_a_whole_model_too_and_one_without_weights(folder, tmp_path):
