@@ -269,6 +269,19 @@ def test_the_names_of_a_cooked_soup_are_told_not_those_of_the_files(zoo: Zoo, tm
     assert "begin" not in capsys.readouterr().out
 
 
+def test_the_names_of_a_network_of_transformers_are_its_own(tmp_path, capsys):
+    """Those of a Llama without its head all begin with 'model.'."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, tie_word_embeddings=True,
+    )  # fmt: skip
+    for k in range(2):
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "runs" / f"ft{k}")
+    run("average", tmp_path / "runs", "-o", tmp_path / "out")
+    assert "begin" not in capsys.readouterr().out
+
+
 def test_names_of_folders_may_have_dots(runs, tmp_path):
     run("average", runs, "-o", tmp_path / "Llama-3.1-8B-soup")
     assert (tmp_path / "Llama-3.1-8B-soup" / "model.safetensors.index.json").exists()

@@ -136,7 +136,8 @@ def _write(options: argparse.Namespace, recipe: Recipe, collection: CheckpointCo
     if recipe.dtype is not None:
         text += f", in {recipe.dtype}"
     text += remark
-    if kept := [p for p in PREFIXES if all(name.startswith(p) for name in recipe.layers)]:
+    kept = [p for p in PREFIXES if all(name.startswith(p) for name in recipe.layers)]
+    if kept and collection.module is None:  # else these are the names of the network
         text += f"; all names begin with {kept[0]!r}, as in the files: --prefix {kept[0]} drops it"
     if recipe.recalibrated:
         text += (

@@ -96,7 +96,8 @@ def check_base(base: Base | None, chosen: CheckpointCollection) -> None:
             raise RecipeError(
                 f"The base of {name!r} is not the one that the recipe was made with: its SHA-256 "
                 f"is {digest[:12]}..., expected {base.sha256[:12]}.... Open the adapters with "
-                f"module=base, the original network or its folder (--base on the command line)."
+                f"module=base, the original network or its folder (--base on the command line), in "
+                f"the dtype that it had."
             )
 
 
