@@ -261,7 +261,11 @@ def _check_weight(sample_weight: Any, y: Any) -> NDArray[np.float64] | None:
         )
     if not np.isfinite(weight).all() or (weight < 0).any() or not weight.any():
         raise ValueError("sample_weight must be finite, not negative, and not zero everywhere.")
-    return weight
+    exponent = int(np.frexp(weight.max())[1])
+    if abs(exponent) < 20:
+        return weight
+    # only ratios count; a power of 2 changes no bit of them, and sums neither vanish nor overflow
+    return np.asarray(np.ldexp(weight, -exponent), dtype=np.float64)
 
 
 def check_choice(value: Any, name: str, choices: tuple[Any, ...]) -> None:

@@ -309,6 +309,18 @@ def test_any_form_of_criterion_gives_the_same_soup(zoo: Zoo, criterion):
     np.testing.assert_allclose(soup.coef_, default.coef_, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("factor", [2.0**-70, 2.0**-1000, 2.0**100, 2.0**1000])
+def test_only_ratios_of_sample_weight_count(zoo: Zoo, factor):
+    weight = np.linspace(0.1, 1, len(zoo.y))
+    soups = [
+        MEHLSoup(max_epochs=2, random_state=0).fit(
+            zoo.checkpoints, zoo.X, zoo.y, sample_weight=weight * each
+        )
+        for each in (1.0, factor)
+    ]
+    assert np.array_equal(soups[0].coef_, soups[1].coef_)
+
+
 def test_sample_weight_in_the_loss(zoo: Zoo):
     """A row of weight 2 is the row twice, with the whole data in one batch."""
     weight = 1.0 + (np.arange(60) < 20)
