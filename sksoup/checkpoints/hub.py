@@ -15,7 +15,7 @@ from torch import nn
 
 from ..exceptions import CheckpointError
 from .growth import bounded_growth, bounded_work
-from .hub_config import read_config
+from .hub_config import prepare_fields, read_config
 from .sources import open_checkpoint
 
 # PEFT's name of a task -> transformers' class for it
@@ -81,6 +81,7 @@ class HubModule:
                 if self.n_labels is not None:
                     described["num_labels"] = self.n_labels
                     described.pop("id2label", None), described.pop("label2id", None)
+                prepare_fields(described, transformers, path)
                 self._set_padding(described)
                 if self.task is None:
                     build_from = find_class(described.get("architectures"), path)

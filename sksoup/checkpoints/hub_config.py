@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..exceptions import CheckpointError
+from ..tables import short
 from .protocol import TensorInfo
 from .read import file_identity
 from .texts import read_json, read_text
@@ -28,7 +30,11 @@ FOREIGN_CODE = ("auto_map", "custom_pipelines")
 KERNELS = ("attn_implementation", "experts_implementation")
 BUILT_IN = ("eager", "sdpa", "grouped_mm", "batched_mm")
 # an 'attribute_map' could rename other fields to these
-DROPPED = ("attribute_map", "name_or_path", "_name_or_path")
+DROPPED = ("attribute_map", "name_or_path", "_name_or_path", "_auto_class")
+PRETRAINED = "use_pretrained_backbone"
+BACKBONE = (PRETRAINED, "use_timm_backbone", "backbone")
+FLOAT = "__float__"  # the key by which transformers writes infinite numbers
+TABLES = ("id2label", "label2id")  # their keys are no fields
 # fields that make transformers read other weights, another config.json or other fields of it
 OTHER_FILES = ("transformers_weights", "configuration_files", "attribute_map")
 SENTENCE_CONFIGS = "sentence_*config.json"  # passed to transformers by sentence-transformers
@@ -167,7 +173,7 @@ def output_labels(id2label: Any) -> tuple[str, ...]:
 
 def _decode_float(part: dict[str, Any]) -> Any:
     """Transformers writes an infinite float as {"__float__": "Infinity"}."""
-    value = part.get("__float__")
+    value = part.get(FLOAT)
     return float(value) if len(part) == 1 and isinstance(value, str) else part
 
 
@@ -183,6 +189,28 @@ def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
             todo.extend(part)
 
 
+def prepare_fields(described: dict[str, Any], transformers: Any, path: Path) -> None:
+    """Refuse fields that would replace functions of the configuration that gets them.
+
+    Backbones are built without weights also where leaving out a field means pretrained ones.
+    """
+    configs = transformers.CONFIG_MAPPING
+    todo = [described]
+    while todo:
+        part = todo.pop()
+        kind = part.get("model_type")
+        own = configs[kind] if isinstance(kind, str) and kind in configs else None
+        for field in part:
+            if callable(getattr(own or transformers.PretrainedConfig, field, None)):
+                raise CheckpointError(
+                    f"{str(path)!r} has the field {short(field)}, the name of a function of "
+                    f"configurations in transformers. Remove it, or pass module=build_model."
+                )
+        if own is not None and PRETRAINED in inspect.signature(own.__init__).parameters:
+            part[PRETRAINED] = False
+        todo += [p for name, p in part.items() if isinstance(p, dict) and name not in TABLES]
+
+
 def _refuse_what_acts(part: dict[str, Any], path: Path) -> None:
     """Raise an error for code, other repositories and quantized weights, which are essential."""
     for field in FOREIGN_CODE:
@@ -190,6 +218,12 @@ def _refuse_what_acts(part: dict[str, Any], path: Path) -> None:
             raise CheckpointError(
                 f"{str(path)!r} refers to custom code ({field!r}), which sksoup never runs. Pass "
                 f"the architecture: module=build_model."
+            )
+    for field in part:
+        if field.startswith("__") and field.endswith("__") and field != FLOAT:
+            raise CheckpointError(
+                f"{str(path)!r} has the field {short(field)}, which Python uses for itself. Remove "
+                f"it, or pass module=build_model."
             )
     for field in ("transformers_weights", "configuration_files"):
         _refuse_other_files(part, field, path)
@@ -271,8 +305,8 @@ def _drop_what_acts(part: dict[str, Any]) -> None:
         part.pop(f"{field}_internal", None)
     for field in DROPPED:
         part.pop(field, None)
-    if "use_pretrained_backbone" in part:  # its weights are the checkpoint's
-        part["use_pretrained_backbone"] = False
+    if any(field in part for field in BACKBONE):  # its weights are the checkpoint's
+        part[PRETRAINED] = False
     for field in TIMM_OPTIONS:
         if isinstance(options := part.get(field), dict):
             part[field] = {k: v for k, v in options.items() if k not in TIMM_LOADS}

@@ -190,9 +190,7 @@ class ExportMixin:
         with new_folder(Path(folder)) as temporary:
             copy_companions(sources[0], temporary, sources[1:])
             if adapters and config is not None:  # of the base, with the head from the adapters
-                config = copy.deepcopy(config)
-                config.architectures = [type(self.module_).__name__]
-                config.save_pretrained(str(temporary))
+                _save_config(config, type(self.module_).__name__, temporary)
             state = self.state_dict()
             stored = stored_names(self.module_, state)
             self.recipe_.save_weights(temporary / "model.safetensors", state, stored)
@@ -364,3 +362,18 @@ class ExportMixin:
         device = next(self.module_.parameters()).device.type
         module = copy.deepcopy(self.module_).train()
         return kind(module, **{"criterion": criterion, "device": device, **kwargs}).initialize()
+
+
+def _save_config(config: Any, architecture: str, folder: Path) -> None:
+    """Write the configuration of a network of transformers, as of this class."""
+    config = copy.deepcopy(config)
+    config.architectures = [architecture]
+    try:
+        config.save_pretrained(str(folder))
+    except OSError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"The configuration of the {architecture} can't be written by transformers: "
+            f"{type(error).__name__}: {error}. Use save(path)."
+        ) from error

@@ -13,17 +13,19 @@ import time
 import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sksoup import CheckpointCollection, CheckpointError, mix
+from sksoup import CheckpointCollection, CheckpointError, UniformSoup, mix
 from sksoup.checkpoints import hub, hub_config
 from sksoup.checkpoints.computed import ignored_names
 from sksoup.checkpoints.hub_companions import copy_companions, copy_tokenizer
-from sksoup.checkpoints.hub_config import read_config
+from sksoup.checkpoints.hub_config import prepare_fields, read_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -304,6 +306,65 @@ def test_tables_that_a_module_does_not_register_are_bounded(tmp_path):
         "elements in results on the way",
     )
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200_000  # kB
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("__dict__", "which Python uses for itself"),
+        ("__module__", "which Python uses for itself"),
+        ("save_pretrained", "the name of a function of configurations"),
+        ("to_json_file", "the name of a function of configurations"),
+        ("_get_generation_parameters", "the name of a function of configurations"),
+    ],
+)
+def test_fields_do_not_replace_functions(field, said, tmp_path):
+    if not hasattr(transformers.BertConfig(), field):
+        pytest.skip(f"transformers {transformers.__version__} has no {field}")
+    refused(write(tmp_path / "ft", BERT | {field: "os"}), said)
+    refused(write(tmp_path / "ft", CLIP | {"text_config": {field: {"a": 1}}}), said)
+    labels = {"id2label": {"0": field, "1": "update"}, "label2id": {field: 0, "update": 1}}
+    if not field.startswith("__"):
+        build(write(tmp_path / "ft", BERT | labels))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_a_config_does_not_make_transformers_copy_source_files(tmp_path):
+    """Those of any module that is imported."""
+    peft = pytest.importorskip("peft")
+    sizes = {n: v for n, v in BERT.items() if n not in ("architectures", "model_type")}
+    base = transformers.BertModel(transformers.BertConfig(**sizes))
+    base.save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_auto_class": "AutoConfig"}))
+    for k in range(2):
+        net = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base")
+        settings = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+        peft.get_peft_model(net, settings).save_pretrained(str(tmp_path / f"a{k}"))
+    X = {"input_ids": np.random.default_rng(0).integers(3, 29, (8, 6))}
+    adapters = CheckpointCollection([tmp_path / "a0", tmp_path / "a1"])
+    UniformSoup().fit(adapters, X, np.array([0, 1] * 4)).save_pretrained(tmp_path / "out")
+    assert sorted(one.name for one in (tmp_path / "out").iterdir()) == [
+        "README.md", "config.json", "model.safetensors",
+    ]  # fmt: skip
+    assert "_auto_class" not in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_backbones_are_built_without_weights_by_default():
+    """In transformers 4, leaving out the field means pretrained ones."""
+
+    class OldConfig:
+        def __init__(self, backbone=None, use_pretrained_backbone=True):
+            pass
+
+    library = SimpleNamespace(
+        CONFIG_MAPPING={"old": OldConfig}, PretrainedConfig=transformers.PretrainedConfig
+    )
+    config = {"model_type": "old", "backbone_config": {"model_type": "old"}, "id2label": {}}
+    prepare_fields(config, library, Path("config.json"))
+    assert config["use_pretrained_backbone"] is False
+    assert config["backbone_config"]["use_pretrained_backbone"] is False
+    assert config["id2label"] == {}
 
 
 @pytest.mark.parametrize("field", ["num_hidden_layers", "num_layers", "n_layer", "decoder_layers"])
