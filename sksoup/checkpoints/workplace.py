@@ -33,11 +33,14 @@ def workplace(target: Path) -> Iterator[Path]:
         n += 1
     while (other := target.parent / name.format(n := n + 1)).is_dir():
         _sweep(other)
-    with lock:
-        try:
-            yield folder / "part"
-        finally:
-            _remove(folder)
+    try:
+        with lock:
+            try:
+                yield folder / "part"
+            finally:
+                _remove(folder)
+    finally:
+        _remove_empty(folder)  # NFS keeps a removed file in its folder until it is closed
 
 
 def _make(folder: Path) -> IO[bytes] | None:
@@ -62,13 +65,19 @@ def _make(folder: Path) -> IO[bytes] | None:
 
 def _sweep(folder: Path) -> None:
     """Remove a folder whose process has ended, so that its lock is released."""
-    with suppress(OSError):
-        folder.rmdir()  # empty: the process was killed before it made the lock
+    _remove_empty(folder)  # the process was killed before it made the lock
     path = folder / "lock"
     # r+b does not create a file; locks on NFS need a file opened for writing
     with suppress(OSError), path.open("r+b") as lock:
         if not folder.is_symlink() and _take(lock, wait=False) and _is_still(lock, path):
             _remove(folder)
+    _remove_empty(folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove a folder if it is empty; a save that just made it makes another one."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _remove(folder: Path) -> None:
@@ -124,8 +133,15 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         yield
 
 
+def sync_below(folder: Path) -> None:
+    """Flush all files and folders in a folder to disk, also those that were copied to it."""
+    for root, _, names in os.walk(folder, topdown=False):
+        for path in [*(os.path.join(root, name) for name in names), root]:
+            sync_folder(Path(path))
+
+
 def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to disk, if the system supports it."""
+    """Flush the names in a folder (or a file) to disk, if the system supports it."""
     with suppress(OSError):
         file = os.open(folder, os.O_RDONLY)
         try:

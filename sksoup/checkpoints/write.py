@@ -19,7 +19,7 @@ from ..runtime.fingerprint import flat_bytes
 from .protocol import TensorInfo
 from .read import SAFETENSORS_DTYPES
 from .shards import INDEX
-from .workplace import one_at_a_time, sync_folder, workplace
+from .workplace import one_at_a_time, sync_below, sync_folder, workplace
 
 SHARD_BYTES = 5_000_000_000  # the shard size of Hugging Face
 
@@ -239,5 +239,6 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield temporary
         if path.is_dir():
             shutil.copymode(path, temporary)
+        sync_below(temporary)
         temporary.replace(path)
         sync_folder(path.parent)

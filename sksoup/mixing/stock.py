@@ -70,8 +70,9 @@ def _parts(
 ) -> Iterator[list[str]]:
     """Parameters in whole rows, some at a time, so that memory does not grow with the model."""
     by_row: defaultdict[int, list[str]] = defaultdict(list)
+    wanted = set(parameters)
     for name in checkpoints.layout:
-        if name in parameters:
+        if name in wanted:
             by_row[rows[name]].append(name)
     part, n_elements = list[str](), 0
     for names in by_row.values():

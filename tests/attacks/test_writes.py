@@ -388,3 +388,62 @@ def test_a_folder_is_moved_up_that_holds_one_of_its_name(tmp_path, inner):
     move_up(tmp_path / "soup")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", inner]
     assert (tmp_path / inner / "config.json").read_text() == "{}"
+
+
+def test_a_file_system_that_keeps_removed_files_until_they_are_closed(tmp_path, monkeypatch):
+    """As clients of NFS do, by another name; no folder is left."""
+    unlink, make = Path.unlink, workplace._make
+    kept: list[Path] = []
+
+    class Lock:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+            for path in kept:
+                unlink(path)
+            kept.clear()
+
+    def made(folder):
+        file = make(folder)
+        return None if file is None else Lock(file)
+
+    def renamed(self, missing_ok=False):
+        if self.name == "lock":
+            kept.append(self.rename(self.with_name(".nfs1")))
+        else:
+            unlink(self, missing_ok=missing_ok)
+
+    monkeypatch.setattr(workplace, "_make", made)
+    monkeypatch.setattr(Path, "unlink", renamed)
+    with workplace.workplace(tmp_path / "a") as part:
+        part.write_text("a")
+        part.rename(tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_all_that_is_in_a_new_folder_is_flushed_before_it_has_its_name(tmp_path, monkeypatch):
+    """Also what was copied, such as a tokenizer."""
+    flushed = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted(file):
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{file}")).name)
+        fsync(file)
+
+    def moved(self, target):
+        flushed.append("moved")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "replace", moved)
+    with write.new_folder(tmp_path / "out") as folder:
+        (folder / "1_Dense").mkdir()
+        (folder / "1_Dense" / "model.safetensors").write_bytes(b"x")
+        (folder / "config.json").write_text("{}")
+    before = flushed[: flushed.index("moved")]
+    assert {"model.safetensors", "config.json", "1_Dense", "part"} <= set(before)
