@@ -23,7 +23,7 @@ from .peft_config import CONFIG, PeftConfig
 from .protocol import Checkpoint, Entry, Read, TensorInfo, is_cast
 from .sources import open_checkpoint
 
-DOUBLES = re.compile(r"\.(original_module|modules_to_save)\.")
+DOUBLES = re.compile(r"\.(original_module|modules_to_save(\.[^.]+)?)\.")
 PREFIX = "base_model.model."
 # suffixes of the two factors: of linear layers and convolutions, of embeddings
 OF_EMBEDDINGS = ".lora_embedding_A"
@@ -147,7 +147,11 @@ class AdapterCheckpoint(LowRankCheckpoint):
             self._check_selected(name.removesuffix(".weight"), pair.a)
         for inner in header.keys() - taken:
             name = inner.removeprefix(PREFIX)
-            if DOUBLES.search(f".{name}"):  # with bias="all": unused, or a duplicate
+            plain = DOUBLES.sub(".", f".{name}")[1:]
+            if plain != name:  # with bias="all": unused, or a duplicate
+                if PREFIX + plain not in header:
+                    raise self._error(f"it holds {inner!r} without {PREFIX + plain!r}, which PEFT "
+                                      f"reads. Save it again")  # fmt: skip
                 continue
             if "lora_" in name:
                 raise self._error(

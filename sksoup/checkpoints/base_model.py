@@ -221,7 +221,7 @@ def _is_revision(value: Any) -> bool:
 
 def find_base_folder(name: str, revision: Any = None) -> Path | None:
     """The folder of the base named in a configuration, if it is on this machine."""
-    if not name:
+    if not name or name.startswith(("//", "\\\\")):  # Windows would ask that machine
         return None
     try:
         path = Path(name).expanduser()

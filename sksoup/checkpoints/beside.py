@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..exceptions import CheckpointError
-from .folders import NOT_WEIGHTS, find_weights, weights_of
+from .folders import FOLDER_WEIGHTS, NOT_WEIGHTS, find_weights, weights_of
 from .hub_companions import same_content
 from .hub_config import LIMIT, refuse_other_weights
 from .modules import MODULES, module_files, module_folders
@@ -26,6 +26,7 @@ DESCRIBES = (  # fields of a config.json of a model: transformers, timm, diffuse
     "model_type", "architectures", "auto_map", "architecture", "pretrained_cfg", "model_cfg",
     "_class_name", "class_name", "types",
 )  # fmt: skip
+SKIPPED = ("training_args.bin", "optimizer.bin")  # by vLLM
 BACKENDS = ("onnx", "openvino")  # folders in which other runtimes look for weights
 
 
@@ -72,4 +73,19 @@ def _describes_model(path: Path) -> bool:
 
 def _may_be_loaded(path: Path) -> bool:
     name = path.name.lower()
-    return name == CONFIG or (name.endswith(LOADED) and not NOT_WEIGHTS.fullmatch(name))
+    return name == CONFIG or (name.endswith(LOADED) and not _is_of_training(path.parent, name))
+
+
+def _is_of_training(folder: Path, name: str) -> bool:
+    """Whether a file is that of a training loop, beside weights that all programs prefer to it.
+
+    Without such weights, timm takes the first file; vLLM reads all files of a format.
+    """
+    preferred = next((one for one in FOLDER_WEIGHTS if (folder / one).is_file()), None)
+    if preferred is None or not NOT_WEIGHTS.fullmatch(name):
+        return False
+    if preferred.startswith("params"):  # of skorch
+        return not (folder / "config.json").exists()
+    if preferred.startswith("pytorch_model"):
+        return not name.endswith((".bin", ".safetensors")) or name in SKIPPED
+    return not name.endswith(".safetensors")

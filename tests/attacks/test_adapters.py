@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -593,3 +594,23 @@ def test_values_may_be_as_deep_as_json_is_read(tmp_path):
         for depth in range(900, 1000, 2):
             (folder / CONFIG).write_text(text.replace('"here"', "[" * depth + "]" * depth))
             refused("can't be (opened|read)", folder)
+
+
+@pytest.mark.parametrize("part", ["modules_to_save.default.", "original_module."])
+def test_names_of_wrappers_are_left_out_only_beside_plain_ones(tmp_path, part):
+    """PEFT misses the plain name, and the head of the base would be taken."""
+    folder = save(tmp_path / "run", modules_to_save=["classifier"])
+    name, wrapped = f"{P}classifier.weight", f"{P}classifier.{part}weight"
+    expected = CheckpointCollection([folder], module=build)["run"]["classifier.weight"]
+    rewritten(folder, lambda state: state | {wrapped: state[name] + 1})
+    found = CheckpointCollection([folder], module=build)["run"]["classifier.weight"]
+    assert torch.equal(found, expected)
+    rewritten(folder, lambda state: {n: v for n, v in state.items() if n != name})
+    refused(f"it holds '{wrapped}' without '{name}'", folder)
+
+
+@pytest.mark.parametrize("name", ["//host/share/base", r"\\\\host\\share\\base"])
+def test_a_base_on_another_machine_is_not_looked_for(name):
+    """Windows would ask that machine, and may send who asks."""
+    with patch.object(Path, "exists", side_effect=AssertionError):
+        assert find_base_folder(name) is None

@@ -286,6 +286,20 @@ def test_what_training_leaves_beside_a_soup_is_no_other_weights(parts):
     assert recipe.verify(folder, ckpts).ok
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["criterion.safetensors", "optimizer.safetensors", "scheduler.pth", "optimizer.bin"],
+)
+def test_weights_named_as_files_of_a_training_loop(parts, name):
+    """timm takes the first file where no name that it prefers is there; vLLM reads all."""
+    folder, recipe, ckpts = parts
+    write_other(folder / name)
+    beside = recipe.verify(folder / "model.safetensors", ckpts).beside
+    assert beside == ((name,) if name.endswith(".safetensors") else ())
+    (folder / "model.safetensors").rename(folder / "soup.safetensors")
+    assert recipe.verify(folder / "soup.safetensors", ckpts).beside == (name,)
+
+
 def test_files_of_a_folder_that_is_no_model_stand_alone(parts, tmp_path):
     folder, recipe, ckpts = parts
     runs = tmp_path / "runs"
