@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..exceptions import CheckpointError
+from ..tables import shortened
 from .growth import bounded_growth, bounded_work
 from .hub_config import prepare_fields, read_config
 from .sources import open_checkpoint
@@ -115,8 +116,8 @@ class HubModule:
             lines = str(error).strip().splitlines() or [""]
             raise CheckpointError(
                 f"{str(path)!r} can't be built by transformers {transformers.__version__}: "
-                f"{type(error).__name__}: {lines[0].rstrip('.')}. Correct the file, or pass "
-                f"module=build_model."
+                f"{type(error).__name__}: {shortened(lines[0], 300).rstrip('.')}. Correct the "
+                f"file, or pass module=build_model."
             ) from error
 
     def _set_padding(self, described: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from ..checkpoints.protocol import LONGEST_NAME
 from ..checkpoints.sources import paths_of
 from ..checkpoints.texts import read_json
 from ..exceptions import CheckpointError, SoupWarning
-from ..tables import short
+from ..tables import short, shortened
 
 # files without which transformers makes up an empty tokenizer
 VOCABULARIES = (
@@ -90,7 +90,7 @@ def _errors_of(folder: Any, what: str) -> Iterator[None]:
         first = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(
             f"The tokenizer in {str(folder)!r} can't {what}: {type(error).__name__}: "
-            f"{first.rstrip('.')}. Give the folder of another: --tokenizer FOLDER."
+            f"{shortened(first, 300).rstrip('.')}. Give the folder of another: --tokenizer FOLDER."
         ) from error
 
 
