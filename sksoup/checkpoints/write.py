@@ -68,8 +68,11 @@ def _restored(path: Path, backup: Path, pending: Path) -> Iterator[None]:
     """Put the file at ``path`` back if ``pending`` was not renamed, or remove the new one."""
     existed = os.path.lexists(path)
     if existed:
-        with suppress(OSError):  # a file system without hard links
+        try:
             os.link(path, backup, follow_symlinks=False)
+        except OSError:  # a file system without hard links
+            with suppress(OSError):
+                shutil.copy2(path, backup, follow_symlinks=False)
     try:
         yield
     except BaseException:  # also Ctrl-C

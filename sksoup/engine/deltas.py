@@ -160,13 +160,17 @@ class Reader:
                 delta = torch.empty(self._layout.size, dtype=center.weights.dtype, pin_memory=pin)
                 self._free.put(delta)
             self._thread = Thread(target=self._run, name="sksoup-reader", daemon=True)
+
+    def begin(self) -> None:
+        """Read ahead, until `close`, which is also called if this is interrupted."""
+        if self._thread is not None:
             self._thread.start()
 
     def close(self) -> None:
         """Stop reading, and wait for the thread."""
         self._order = ()
         self._free.put(None)
-        if self._thread is not None:
+        if self._thread is not None and self._thread.is_alive():
             self._thread.join()
 
     def read_into(self, out: torch.Tensor, name: str) -> None:

@@ -329,6 +329,7 @@ class DeltaStorage:
         reader = Reader(center, [name for batch in batches for name in batch], n_ahead, n_models)
         held = None
         try:
+            reader.begin()
             held = kind(center, n_models, dtype, reader)
             yield held
         finally:

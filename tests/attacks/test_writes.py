@@ -447,3 +447,26 @@ def test_all_that_is_in_a_new_folder_is_flushed_before_it_has_its_name(tmp_path,
         (folder / "config.json").write_text("{}")
     before = flushed[: flushed.index("moved")]
     assert {"model.safetensors", "config.json", "1_Dense", "part"} <= set(before)
+
+
+def test_ctrl_c_without_hard_links_restores_the_recipe(tmp_path, monkeypatch):
+    ckpts = CheckpointCollection([{"w": torch.zeros(4)}, {"w": torch.ones(4)}])
+    recipes = [Recipe.record("r", ckpts, [[1 - k, k]], layers={"w": 0}) for k in (0.5, 0.25)]
+    recipes[0].save_weights(tmp_path / "s.pt", recipes[0].cook(ckpts))
+    before = (tmp_path / "s.recipe.json").read_text()
+    replace = Path.replace
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EPERM, "no hard links")
+
+    def interrupted(self, target):
+        if str(target).endswith(".pt"):
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        recipes[1].save_weights(tmp_path / "s.pt", recipes[1].cook(ckpts))
+    assert (tmp_path / "s.recipe.json").read_text() == before
+    assert recipes[0].verify(tmp_path / "s.pt", ckpts).ok

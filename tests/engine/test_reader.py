@@ -35,6 +35,7 @@ def reading(files, order, n_ahead, window, device=torch.device("cpu")):  # noqa:
     center = SimpleNamespace(checkpoints=files, flat=flat, weights=torch.ones(layout.size))
     reader = Reader(center, order, n_ahead, window)
     try:
+        reader.begin()
         yield reader, layout
     finally:
         reader.close()
@@ -172,3 +173,22 @@ def test_the_same_bits_whatever_the_timing(files, zoo: Zoo, monkeypatch, prefetc
 def test_checkpoints_in_memory_need_no_thread(zoo: Zoo, monkeypatch):
     monkeypatch.setattr("sksoup.engine.deltas.Thread", None)  # would fail if one were made
     PaperMEHL(model_batch_size=3, random_state=0).fit(zoo.checkpoints, zoo.X, zoo.y)
+
+
+def test_ctrl_c_while_the_thread_begins(monkeypatch, files, zoo: Zoo):
+    """Thread.start waits for the thread, which is where it arrives."""
+    start = threading.Thread.start
+
+    def interrupted(self):
+        start(self)
+        if self.name == "sksoup-reader":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        PaperMEHL(max_epochs=1, model_batch_size=2, prefetch=2).fit(files, zoo.X, zoo.y)
+    for _ in range(100):
+        if not running():
+            break
+        time.sleep(0.02)
+    assert not running()
