@@ -193,7 +193,7 @@ def tokenize(
     """Inputs of a model: arrays by name, padded to the longest text, cut at ``max_length``.
 
     ``texts`` is one column, or two of pairs. They are tokenized twice, the first time for their
-    lengths, a part at a time, as the lists of a tokenizer take ten times the memory of arrays.
+    lengths, a part at a time, as the lists of a tokenizer take far more memory than arrays.
     """
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     if isinstance(positions, int) and OFFSET.search(str(config.get("model_type"))):
