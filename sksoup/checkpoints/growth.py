@@ -35,13 +35,12 @@ def bounded_growth(header: Mapping[str, TensorInfo], path: Path) -> Iterator[Non
     is registered several times (mT5: 5.5 times the elements), and not all modules have tensors (at
     most 6 modules per tensor in transformers 5.23). Tensors that the weights lack (masks, untrained
     heads) are added to the limits. For the elements of all results on the way, such as tables that
-    are not registered, the limit is four times as high, and 2^27 more: masks are made in several
-    steps.
+    are not registered, the limit is four times as high: masks are made in several steps.
     """
-    elements = 8 * sum(info.size for info in header.values()) + (1 << 24)
+    elements = 8 * sum(info.size for info in header.values()) + (1 << 26)
     most = {
         "elements": elements,
-        "elements in results on the way": 4 * elements + (1 << 27),
+        "elements in results on the way": 4 * elements,
         "modules": 20 * len(header) + 2_000,
     }
     grown = dict.fromkeys(most, 0)
