@@ -82,7 +82,7 @@ class HubModule:
                 if self.n_labels is not None:
                     described["num_labels"] = self.n_labels
                     described.pop("id2label", None), described.pop("label2id", None)
-                prepare_fields(described, transformers, path)
+                prepare_fields(described, transformers)
                 self._set_padding(described)
                 if self.task is None:
                     build_from = find_class(described.get("architectures"), path)

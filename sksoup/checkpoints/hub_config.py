@@ -189,8 +189,8 @@ def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
             todo.extend(part)
 
 
-def prepare_fields(described: dict[str, Any], transformers: Any, path: Path) -> None:
-    """Refuse fields that would replace functions of the configuration that gets them.
+def prepare_fields(described: dict[str, Any], transformers: Any) -> None:
+    """Drop fields that would replace functions of the configuration that gets them.
 
     Backbones are built without weights also where leaving out a field means pretrained ones.
     """
@@ -200,12 +200,9 @@ def prepare_fields(described: dict[str, Any], transformers: Any, path: Path) -> 
         part = todo.pop()
         kind = part.get("model_type")
         own = configs[kind] if isinstance(kind, str) and kind in configs else None
-        for field in part:
+        for field in [*part]:
             if callable(getattr(own or transformers.PretrainedConfig, field, None)):
-                raise CheckpointError(
-                    f"{str(path)!r} has the field {short(field)}, the name of a function of "
-                    f"configurations in transformers. Remove it, or pass module=build_model."
-                )
+                del part[field]
         if own is not None and PRETRAINED in inspect.signature(own.__init__).parameters:
             part[PRETRAINED] = False
         todo += [p for name, p in part.items() if isinstance(p, dict) and name not in TABLES]
