@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from .read import file_identity
 from .texts import read_json, read_text
 
 LIMIT = 8 << 20  # bytes; with 20,000 labels a config has about 1 MB
+MOST_VALUES = 500_000  # each label is two
 MANY = 1 << 21  # layers, labels: transformers makes lists of this length before any layer
 MANY_SHARED = 1000  # layers, besides one for each tensor
 LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|(\w+_)?layers|(\w+_)?depths?")
@@ -64,6 +65,11 @@ def read_config(path: Path, header: Mapping[str, TensorInfo]) -> dict[str, Any]:
         raise CheckpointError(
             f"{str(path)!r} can't be used: it holds a {type(config).__name__}, expected an object "
             f"with 'architectures' and 'model_type'."
+        )
+    if (n_values := _n_values(config)) > MOST_VALUES:
+        raise CheckpointError(
+            f"{str(path)!r} can't be used: it holds {n_values:,} values, expected at most "
+            f"{MOST_VALUES:,}. Correct the file, or pass module=build_model."
         )
     most = max([MANY, *(size for info in header.values() for size in info.shape)])
     layers = MANY_SHARED + len(header)
@@ -203,9 +209,15 @@ def prepare_fields(described: dict[str, Any], transformers: Any) -> None:
         for field in [*part]:
             if callable(getattr(own or transformers.PretrainedConfig, field, None)):
                 del part[field]
-        if own is not None and PRETRAINED in inspect.signature(own.__init__).parameters:
+        if own is not None and _has_backbone(own):
             part[PRETRAINED] = False
         todo += [p for name, p in part.items() if isinstance(p, dict) and name not in TABLES]
+
+
+@cache
+def _has_backbone(config: type) -> bool:
+    """Whether a class of configurations may ask for a pretrained backbone."""
+    return PRETRAINED in inspect.signature(config).parameters
 
 
 def _refuse_what_acts(part: dict[str, Any], path: Path) -> None:
@@ -281,6 +293,17 @@ def _integers(value: Any) -> Iterator[int]:
 def _n_items(value: Any) -> int:
     """The number of items in a list, including nested lists."""
     return sum(1 for _ in _leaves(value)) if isinstance(value, list) else 0
+
+
+def _n_values(config: Any) -> int:
+    """The number of values in objects and lists, at any depth."""
+    todo, found = [config], 0
+    while todo:
+        part = todo.pop()
+        if isinstance(part, (dict, list)):
+            found += len(part)
+            todo.extend(part.values() if isinstance(part, dict) else part)
+    return found
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -293,6 +293,16 @@ def test_long_names_are_not_matched_with_those_that_are_ignored():
     assert time.process_time() - began < 2
 
 
+@pytest.mark.parametrize("value", [{}, [], [[]], {"model_type": "bert"}, 1], ids=str)
+def test_the_values_of_a_config_are_bounded(value, tmp_path):
+    text = json.dumps(BERT)[:-1] + ', "more": [' + json.dumps(value)
+    many = 600_000 // (2 if value in ([[]], {"model_type": "bert"}) else 1)
+    refused(write(tmp_path / "ft", text + f", {json.dumps(value)}" * many + "]}"), "it holds 60")
+    labels = {"id2label": {str(k): f"label {k}" for k in range(21_000)}}
+    labels["label2id"] = {name: int(k) for k, name in labels["id2label"].items()}
+    build(write(tmp_path / "fine", BERT | labels))
+
+
 def test_tables_that_a_module_does_not_register_are_bounded(tmp_path):
     trocr = {
         "architectures": ["TrOCRForCausalLM"], "model_type": "trocr", "vocab_size": 20,
