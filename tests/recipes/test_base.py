@@ -375,6 +375,15 @@ def test_inputs_the_module_can_not_take(zoo: Zoo, dtype):
         UniformSoup().fit(zoo.checkpoints, X, zoo.y)
 
 
+@pytest.mark.parametrize("kind", [AttributeError, KeyError, AssertionError, ArithmeticError])
+def test_a_forward_pass_that_fails_for_one_row_in_any_way(zoo: Zoo, kind):
+    def forward(module, X):
+        raise kind("per_layer_config")
+
+    with pytest.raises(ValueError, match=f"does not accept X: .*{kind.__name__}: .*per_layer"):
+        UniformSoup(forward=forward).fit(zoo.checkpoints, zoo.X, zoo.y)
+
+
 def test_integer_inputs_stay_integers(zoo: Zoo):
     class Embedded(nn.Module):
         def __init__(self):
