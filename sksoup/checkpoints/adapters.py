@@ -150,8 +150,8 @@ class AdapterCheckpoint(LowRankCheckpoint):
             plain = DOUBLES.sub(".", f".{name}")[1:]
             if plain != name:  # with bias="all": unused, or a duplicate
                 if PREFIX + plain not in header:
-                    raise self._error(f"it holds {inner!r} without {PREFIX + plain!r}, which PEFT "
-                                      f"reads. Save it again")  # fmt: skip
+                    missing = f"it holds {inner!r} without {PREFIX + plain!r}, which PEFT reads"
+                    raise self._error(f"{missing}. Save it again")
                 continue
             if "lora_" in name:
                 raise self._error(

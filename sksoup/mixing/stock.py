@@ -74,13 +74,15 @@ def _parts(
     for name in checkpoints.layout:
         if name in wanted:
             by_row[rows[name]].append(name)
-    part, n_elements = list[str](), 0
+    part: list[str] = []
+    n_elements = 0
     for names in by_row.values():
         size = sum(checkpoints.layout[name].size for name in names)
         if part and n_elements + size > MOST_ELEMENTS:
             yield part
             part, n_elements = [], 0
-        part, n_elements = part + names, n_elements + size
+        part += names
+        n_elements += size
     if part:
         yield part
 
