@@ -17,7 +17,7 @@ from .read import file_identity
 from .texts import read_json, read_text
 
 LIMIT = 8 << 20  # bytes; with 20,000 labels a config has about 1 MB
-MOST_VALUES = 500_000  # each label is two
+MOST_VALUES, MOST_DEPTH = 500_000, 50  # each label is two values; real ones are 6 deep
 MANY = 1 << 21  # layers, labels: transformers makes lists of this length before any layer
 MANY_SHARED = 1000  # layers, besides one for each tensor
 LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|(\w+_)?layers|(\w+_)?depths?")
@@ -66,11 +66,7 @@ def read_config(path: Path, header: Mapping[str, TensorInfo]) -> dict[str, Any]:
             f"{str(path)!r} can't be used: it holds a {type(config).__name__}, expected an object "
             f"with 'architectures' and 'model_type'."
         )
-    if (n_values := _n_values(config)) > MOST_VALUES:
-        raise CheckpointError(
-            f"{str(path)!r} can't be used: it holds {n_values:,} values, expected at most "
-            f"{MOST_VALUES:,}. Correct the file, or pass module=build_model."
-        )
+    _refuse_large(config, path)
     most = max([MANY, *(size for info in header.values() for size in info.shape)])
     layers = MANY_SHARED + len(header)
     for part in _parts(config):
@@ -295,15 +291,22 @@ def _n_items(value: Any) -> int:
     return sum(1 for _ in _leaves(value)) if isinstance(value, list) else 0
 
 
-def _n_values(config: Any) -> int:
-    """The number of values in objects and lists, at any depth."""
-    todo, found = [config], 0
+def _refuse_large(config: dict[str, Any], path: Path) -> None:
+    """Raise an error for a config with very many values, or very deep ones, which is copied."""
+    todo: list[tuple[Any, int]] = [(config, 1)]
+    n_values, deepest = 0, 0
     while todo:
-        part = todo.pop()
+        part, depth = todo.pop()
         if isinstance(part, (dict, list)):
-            found += len(part)
-            todo.extend(part.values() if isinstance(part, dict) else part)
-    return found
+            n_values, deepest = n_values + len(part), max(deepest, depth)
+            inner = part.values() if isinstance(part, dict) else part
+            todo.extend((value, depth + 1) for value in inner)
+    if n_values > MOST_VALUES or deepest > MOST_DEPTH:
+        raise CheckpointError(
+            f"{str(path)!r} can't be used: it holds {n_values:,} values, in objects in objects of "
+            f"depth {deepest}, expected at most {MOST_VALUES:,} and {MOST_DEPTH}. Correct the "
+            f"file, or pass module=build_model."
+        )
 
 
 def _leaves(value: Any) -> Iterator[Any]:

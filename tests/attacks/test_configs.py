@@ -293,6 +293,19 @@ def test_long_names_are_not_matched_with_those_that_are_ignored():
     assert time.process_time() - began < 2
 
 
+@pytest.mark.parametrize("kind", ["[]", '{"a":}'])
+def test_the_depth_of_a_config_is_bounded(kind, tmp_path):
+    """Copies of deep values would end in a RecursionError, without the file."""
+    start, end = kind[:-1], kind[-1]
+    for depth in (48, 60, *range(480, 1000, 40)):
+        text = json.dumps(BERT)[:-1] + ', "more": ' + start * depth + "1" + end * depth + "}"
+        folder = write(tmp_path / "ft", text)
+        if depth < 50:
+            build(folder)
+        else:
+            refused(folder, "of depth|can't be read")
+
+
 @pytest.mark.parametrize("value", [{}, [], [[]], {"model_type": "bert"}, 1], ids=str)
 def test_the_values_of_a_config_are_bounded(value, tmp_path):
     text = json.dumps(BERT)[:-1] + ', "more": [' + json.dumps(value)
