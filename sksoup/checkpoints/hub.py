@@ -58,7 +58,7 @@ class HubModule:
         self.task = task
         self.n_labels = n_labels
         self.pad_token_id: int | None = None
-        self._refused: tuple[dict[str, Any], str] | None = None  # a config, and why
+        self._refused: tuple[str, str] | None = None  # a config, and why
 
     def __repr__(self) -> str:
         return f"HubModule({str(self.folder)!r})"
@@ -74,15 +74,15 @@ class HubModule:
         path = self.folder / "config.json"
         header = open_checkpoint(self.path, self.key).header
         described = read_config(path, header)
-        if self._refused is not None and self._refused[0] == described:  # may have taken a minute
+        as_read = repr(described)
+        if self._refused is not None and self._refused[0] == as_read:  # may have taken a minute
             raise CheckpointError(self._refused[1])
-        as_read = copy.deepcopy(described)
         try:
             with offline():
                 if self.n_labels is not None:
                     described["num_labels"] = self.n_labels
                     described.pop("id2label", None), described.pop("label2id", None)
-                prepare_fields(described, transformers)
+                prepare_fields(described, transformers, path)
                 self._set_padding(described)
                 if self.task is None:
                     build_from = find_class(described.get("architectures"), path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from .modules import module_files, module_folders
 from .read import TORCH_SUFFIXES
 from .sources import open_checkpoint, paths_of
 from .texts import read_text
+from .write import copy_new, write_anew
 
 # configuration, tokenizer, processor
 COMPANIONS = (
@@ -66,7 +66,7 @@ def copy_companions(source: Path, target: Path, others: Sequence[Path] = ()) -> 
     for path in [*found, *of_modules]:
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
+        copy_new(path, copy)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -82,7 +82,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for path in _matching(target, TOKENIZERS):
         path.unlink()
     for path in found:
-        shutil.copyfile(path, target / path.name)
+        copy_new(path, target / path.name)
 
 
 def _matching(folder: Path, patterns: Sequence[str]) -> set[Path]:
@@ -143,7 +143,7 @@ def record_dtype(folder: Path) -> None:
                 part[name] = dtype
                 changed = True
     if changed:
-        config.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+        write_anew(config, json.dumps(found, indent=2) + "\n")
 
 
 def _refuse_differing_weights(source: Path, paths: Sequence[Path], others: Sequence[Path]) -> None:

@@ -191,8 +191,8 @@ def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
             todo.extend(part)
 
 
-def prepare_fields(described: dict[str, Any], transformers: Any) -> None:
-    """Drop fields that would replace functions of the configuration that gets them.
+def prepare_fields(described: dict[str, Any], transformers: Any, path: Path) -> None:
+    """Drop fields that would replace functions of the configuration; refuse those of Python.
 
     Backbones are built without weights also where leaving out a field means pretrained ones.
     """
@@ -203,6 +203,11 @@ def prepare_fields(described: dict[str, Any], transformers: Any) -> None:
         kind = part.get("model_type")
         own = configs[kind] if isinstance(kind, str) and kind in configs else None
         for field in [*part]:
+            if field.startswith("__") and field.endswith("__") and field != FLOAT:
+                raise CheckpointError(
+                    f"{str(path)!r} has the field {short(field)}, which Python uses for itself. "
+                    f"Remove it, or pass module=build_model."
+                )
             if callable(getattr(own or transformers.PretrainedConfig, field, None)):
                 del part[field]
         if own is not None and _has_backbone(own):
@@ -223,12 +228,6 @@ def _refuse_what_acts(part: dict[str, Any], path: Path) -> None:
             raise CheckpointError(
                 f"{str(path)!r} refers to custom code ({field!r}), which sksoup never runs. Pass "
                 f"the architecture: module=build_model."
-            )
-    for field in part:
-        if field.startswith("__") and field.endswith("__") and field != FLOAT:
-            raise CheckpointError(
-                f"{str(path)!r} has the field {short(field)}, which Python uses for itself. Remove "
-                f"it, or pass module=build_model."
             )
     for field in ("transformers_weights", "configuration_files"):
         _refuse_other_files(part, field, path)

@@ -38,7 +38,8 @@ def workplace(target: Path) -> Iterator[Path]:
             try:
                 yield folder / "part"
             finally:
-                _remove(folder)
+                if _is_still(lock, folder / "lock"):  # not exchanged by somebody else
+                    _remove(folder)
     finally:
         _remove_empty(folder)  # NFS keeps a removed file in its folder until it is closed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -222,6 +223,30 @@ def _write_new(path: Path, text: str) -> None:
         file.write(text)
 
 
+def _copy_mode(source: Path, folder: Path) -> None:
+    """Give a folder the mode of another one, but not through a link."""
+    file = os.open(folder, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        os.chmod(
+            file if os.chmod in os.supports_fd else folder, stat.S_IMODE(source.stat().st_mode)
+        )
+    finally:
+        os.close(file)
+
+
+def copy_new(source: Path, target: Path) -> None:
+    """Copy a file to one that does not exist yet; a link of this name is not followed."""
+    with source.open("rb") as original, target.open("xb") as copy:
+        shutil.copyfileobj(original, copy)
+
+
+def write_anew(path: Path, text: str) -> None:
+    """Replace a file in a folder that is being written; a link of this name is not followed."""
+    path.unlink(missing_ok=True)
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder next to ``path``, which is renamed to it once it is complete."""
@@ -241,7 +266,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         if path.is_dir():
-            shutil.copymode(path, temporary)
+            _copy_mode(path, temporary)
         sync_below(temporary)
         temporary.replace(path)
         sync_folder(path.parent)

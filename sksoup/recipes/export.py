@@ -19,7 +19,7 @@ from torch import nn
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.converted import stored_names
 from ..checkpoints.hub_companions import copy_companions, model_folders, record_dtype
-from ..checkpoints.write import new_folder, write_text
+from ..checkpoints.write import new_folder, write_anew, write_text
 from ..data.outputs import Outputs, Task
 from ..displays.report import render
 from ..engine.objective import Forward, load_weights
@@ -369,11 +369,10 @@ def _save_config(config: Any, architecture: str, folder: Path) -> None:
     config = copy.deepcopy(config)
     config.architectures = [architecture]
     try:
-        config.save_pretrained(str(folder))
-    except OSError:
-        raise
+        text = config.to_json_string()
     except Exception as error:
         raise CheckpointError(
             f"The configuration of the {architecture} can't be written by transformers: "
             f"{type(error).__name__}: {error}. Use save(path)."
         ) from error
+    write_anew(folder / "config.json", text)  # in place of that of the base

@@ -340,7 +340,8 @@ def test_fields_that_python_uses_are_refused(field, tmp_path):
 
 @pytest.mark.parametrize("field", ["save_pretrained", "to_json_file", "push_to_hub", "update"])
 def test_fields_do_not_replace_functions(field, tmp_path):
-    labels = {"id2label": {"0": field, "1": "a"}, "label2id": {field: 0, "a": 1}}
+    labels = {"id2label": {"0": field, "1": "__background__"}}  # as torchvision's class 0
+    labels["label2id"] = {field: 0, "__background__": 1}
     module = build(write(tmp_path / "ft", BERT | labels | {field: "os"}))
     assert callable(getattr(module.config, field))
     assert module.config.label2id == labels["label2id"]
@@ -382,7 +383,7 @@ def test_backbones_are_built_without_weights_by_default():
         CONFIG_MAPPING={"old": OldConfig}, PretrainedConfig=transformers.PretrainedConfig
     )
     config = {"model_type": "old", "backbone_config": {"model_type": "old"}, "id2label": {}}
-    prepare_fields(config, library)
+    prepare_fields(config, library, Path("config.json"))
     assert config["use_pretrained_backbone"] is False
     assert config["backbone_config"]["use_pretrained_backbone"] is False
     assert config["id2label"] == {}

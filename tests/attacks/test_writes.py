@@ -402,6 +402,9 @@ def test_a_file_system_that_keeps_removed_files_until_they_are_closed(tmp_path, 
         def __enter__(self):
             return self
 
+        def fileno(self):
+            return self.file.fileno()
+
         def __exit__(self, *error):
             self.file.close()
             for path in kept:
@@ -470,3 +473,39 @@ def test_ctrl_c_without_hard_links_restores_the_recipe(tmp_path, monkeypatch):
         recipes[1].save_weights(tmp_path / "s.pt", recipes[1].cook(ckpts))
     assert (tmp_path / "s.recipe.json").read_text() == before
     assert recipes[0].verify(tmp_path / "s.pt", ckpts).ok
+
+
+def test_a_private_folder_that_is_exchanged_meanwhile(tmp_path):
+    """Whoever may write to the folder of the target can rename it, and put a link in its place."""
+    mine = tmp_path / "mine"
+    (mine / "part").mkdir(parents=True)
+    for name in ("lock", ".tmp1", "part/a"):
+        (mine / name).write_text("precious")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    with workplace.workplace(shared / "out") as part:
+        part.parent.rename(shared / "moved")
+        part.parent.symlink_to(mine)
+    assert sorted(str(path.relative_to(mine)) for path in mine.rglob("*")) == [
+        ".tmp1", "lock", "part", "part/a",
+    ]  # fmt: skip
+
+
+def test_what_is_copied_or_written_again_follows_no_link(tmp_path):
+    private, source = tmp_path / "private", tmp_path / "source"
+    private.write_text("precious")
+    source.write_text("other")
+    link = tmp_path / "link"
+    link.symlink_to(private)
+    with pytest.raises(FileExistsError):
+        write.copy_new(source, link)
+    write.write_anew(link, "text")
+    assert (link.read_text(), link.is_symlink()) == ("text", False)
+    assert private.read_text() == "precious"
+    folder, away = tmp_path / "folder", tmp_path / "away"
+    folder.mkdir(mode=0o700)
+    source.chmod(0o777)
+    away.symlink_to(folder)
+    with pytest.raises(OSError):  # noqa: PT011 - its class differs by system
+        write._copy_mode(source, away)
+    assert folder.stat().st_mode & 0o777 == 0o700
