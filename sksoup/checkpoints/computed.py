@@ -12,8 +12,7 @@ from torch import nn
 from ..runtime.random_state import preserved_random_state
 from ..runtime.shards import sharded_parts
 
-# characters of a name that is matched with patterns; those of transformers' tensors have up to 131
-LONGEST_MATCHED = 300
+LONGEST_MATCHED = 300  # characters of a name that is matched with patterns of transformers
 
 
 def unsaved_names(module: nn.Module) -> set[str]:

@@ -31,7 +31,7 @@ NOT_COMPANIONS = (
     "*.index.json", "trainer_state.json", "history.json", "*results.json", "adapter_config.json",
 )  # fmt: skip
 WEIGHTS = (".safetensors", *TORCH_SUFFIXES)
-MOST_BYTES = 1 << 30  # of the files that are copied; a large tokenizer has some 30 MB
+MOST_BYTES = 1 << 30  # of the files that are copied
 
 
 def model_folders(checkpoints: Any, used: Iterable[str], others: Iterable[str] = ()) -> list[Path]:

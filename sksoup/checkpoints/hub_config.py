@@ -17,7 +17,7 @@ from .read import file_identity
 from .texts import read_json, read_text
 
 LIMIT = 8 << 20  # bytes; with 20,000 labels a config has about 1 MB
-MOST_VALUES, MOST_DEPTH = 500_000, 50  # each label is two values; real ones are 6 deep
+MOST_VALUES, MOST_DEPTH = 500_000, 50  # each label is two values
 MANY = 1 << 21  # layers, labels: transformers makes lists of this length before any layer
 MANY_SHARED = 1000  # layers, besides one for each tensor
 LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|(\w+_)?layers|(\w+_)?depths?")

@@ -103,7 +103,7 @@ def check_labels(
 def _refuse_copies(ids: NDArray[Any], y: NDArray[Any], kind: str) -> None:
     """Raise an error if the labels are the inputs."""
     both = (ids != IGNORED) & (y != IGNORED)
-    if np.array_equal(ids[both], y[both]):
+    if both.any() and np.array_equal(ids[both], y[both]):
         what = "a masked" if kind == "masked" else "a sequence-to-sequence"
         raise ValueError(
             f"y equals the inputs, which {what} model would only have to copy. Pass its labels: "

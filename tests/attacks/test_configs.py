@@ -264,7 +264,7 @@ def test_a_build_that_takes_too_long_is_not_tried_again(tmp_path, monkeypatch):
 
 
 def test_long_names_are_not_matched_with_patterns(tmp_path):
-    """Those of Cohere's speech recognition take 15 ms for a name of 1,000 characters."""
+    """Those of Cohere's speech recognition take quadratic time in the length of a name."""
     sizes = {
         "vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 2, "intermediate_size": 16, "head_dim": 8,

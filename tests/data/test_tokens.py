@@ -22,6 +22,7 @@ from sksoup import (
     SoupWarning,
     UniformSoup,
 )
+from sksoup.data.tokens import check_labels
 from sksoup.inspection import compare_soups, ingredient_importance, loss_barrier, paper_systems
 from sksoup.recipes.validation import prepare_problem
 
@@ -64,6 +65,14 @@ def test_padding_on_the_left_predicts_no_token():
         amounts.append(alone.shape[1] - 1)
     assert len(set(amounts)) > 1
     assert soup.score(X) == pytest.approx(-np.average(losses, weights=amounts), abs=1e-5)
+
+
+def test_a_label_after_padding_on_the_left_is_no_copy():
+    """Only the first token of the text has been masked."""
+    X = {"input_ids": np.array([[0, 7, 5, 6]]), "attention_mask": np.array([[0, 1, 1, 1]])}
+    check_labels(np.array([[-100, 3, -100, -100]]), "masked", (4, 9), X)
+    with pytest.raises(ValueError, match="y equals the inputs"):
+        check_labels(np.array([[-100, 3, 5, -100]]), "masked", (4, 9), X)
 
 
 @every_kind
