@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,6 +18,9 @@ except ImportError:  # on Windows, where leftovers are not removed
     fcntl: Any = None  # type: ignore[no-redef]
 
 MARK = ".sksoup-"  # prefix of the names of these folders
+LOCK = f"{MARK}lock"  # only folders with a file of this name are emptied
+OPENED = Path("/proc/self/fd")  # where the system has paths of what the process has opened
+MOST_FOLDERS = 1_000  # simultaneous saves to one name
 WAIT, ATTEMPTS = 5.0, 1000  # seconds in which to get a lock, and how often to try
 
 
@@ -24,54 +28,86 @@ WAIT, ATTEMPTS = 5.0, 1000  # seconds in which to get a lock, and how often to t
 def workplace(target: Path) -> Iterator[Path]:
     """Yield a path in a new folder next to ``target`` that only this user can enter.
 
-    Leftovers of killed processes for the same target are removed.
+    On Linux, the path stays in this folder even if others rename it meanwhile. Leftovers of killed
+    processes for the same target are removed.
     """
     # including the name of the target could make this one too long
     name = f"{MARK}{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]}-{{}}.tmp"
     n = 0
-    while (lock := _make(folder := target.parent / name.format(n))) is None:
-        n += 1
-    while (other := target.parent / name.format(n := n + 1)).is_dir():
-        _sweep(other)
-    try:
-        with lock:
-            try:
-                yield folder / "part"
-            finally:
-                if _is_still(lock, folder / "lock"):  # not exchanged by somebody else
-                    _remove(folder)
-    finally:
-        _remove_empty(folder)  # NFS keeps a removed file in its folder until it is closed
+    with ExitStack() as stack:
+        while (place := _make(target.parent / name.format(n), stack)) is None:
+            n += 1
+            if n == MOST_FOLDERS:
+                raise FileExistsError(
+                    f"{target.name!r} can't be written: {n:,} temporary folders beside it were in "
+                    f"use, or exchanged by others. Choose a folder that only you can write to."
+                )
+        while (other := target.parent / name.format(n := n + 1)).is_dir():
+            _sweep(other)
+        yield place / "part"
 
 
-def _make(folder: Path) -> IO[bytes] | None:
-    """Make a folder with a lock that is held while the process lives; None if it is in use.
+def _make(folder: Path, stack: ExitStack) -> Path | None:
+    """Make a folder that the stack removes, with a lock that is held while the process lives.
 
-    An existing link with that name is not followed.
+    Returns a path of the folder, or None if another save or somebody else has it.
     """
     _sweep(folder)
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:
         return None
-    path = folder / "lock"
-    with suppress(FileNotFoundError, FileExistsError):  # another save swept or took the folder
-        lock = path.open("xb")
+    taken = FileNotFoundError, FileExistsError, NotADirectoryError  # by a sweep or somebody else
+    with suppress(*taken), ExitStack() as made:
+        made.callback(_remove_empty, folder)  # NFS keeps removed files in it until they are closed
+        place = made.enter_context(_opened(folder))
+        if any(place.iterdir()):
+            return None
+        lock = made.enter_context((place / LOCK).open("xb"))
+        made.callback(_remove, place, lock)
         _take(lock)
-        if _is_still(lock, path):
-            return lock
-        lock.close()
+        if _is_still(lock, place / LOCK) and _is_private(place, lock):
+            stack.enter_context(made.pop_all())
+            return place
     return None
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[Path]:
+    """Yield a path that leads to this folder even after it was renamed, if the system has one."""
+    if folder.is_symlink():
+        raise NotADirectoryError(str(folder))
+    if not OPENED.is_dir():
+        yield folder
+        return
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield OPENED / str(file)
+    finally:
+        os.close(file)
+
+
+def _is_private(place: Path, lock: IO[bytes]) -> bool:
+    """Whether only the user who holds the lock can write to a folder, which has nothing else.
+
+    Somebody else could have put another empty folder in the place of the one that was made.
+    """
+    status = place.stat()
+    if status.st_uid != os.fstat(lock.fileno()).st_uid:
+        return False
+    with suppress(OSError):  # a file system without modes
+        if status.st_mode & 0o077:
+            place.chmod(stat.S_IMODE(status.st_mode) & ~0o077)
+    return [path.name for path in place.iterdir()] == [LOCK]
 
 
 def _sweep(folder: Path) -> None:
     """Remove a folder whose process has ended, so that its lock is released."""
     _remove_empty(folder)  # the process was killed before it made the lock
-    path = folder / "lock"
     # r+b does not create a file; locks on NFS need a file opened for writing
-    with suppress(OSError), path.open("r+b") as lock:
-        if not folder.is_symlink() and _take(lock, wait=False) and _is_still(lock, path):
-            _remove(folder)
+    with suppress(OSError), _opened(folder) as place, (place / LOCK).open("r+b") as lock:
+        if _take(lock, wait=False):
+            _remove(place, lock)
     _remove_empty(folder)
 
 
@@ -81,19 +117,20 @@ def _remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _remove(folder: Path) -> None:
-    """Remove only the files that saving creates in its folder.
+def _remove(place: Path, lock: IO[bytes]) -> None:
+    """Remove only the files that saving creates in the folder of its lock.
 
-    Another user could have renamed another folder to this name.
+    Another user could have renamed another folder to its name.
     """
-    part = folder / "part"
     with suppress(OSError):
+        if not _is_still(lock, place / LOCK):
+            return
+        part = place / "part"
         if part.is_dir() and not part.is_symlink():
             shutil.rmtree(part, ignore_errors=True)
         # safetensors first writes to a file with such a name
-        for path in (part, *folder.glob(".tmp*"), folder / "lock"):
+        for path in (part, *place.glob(".tmp*"), place / LOCK):
             path.unlink(missing_ok=True)
-        folder.rmdir()
 
 
 def _take(lock: IO[bytes], wait: bool = True) -> bool:

@@ -20,7 +20,7 @@ from ..runtime.fingerprint import flat_bytes
 from .protocol import TensorInfo
 from .read import SAFETENSORS_DTYPES
 from .shards import INDEX
-from .workplace import one_at_a_time, sync_below, sync_folder, workplace
+from .workplace import OPENED, one_at_a_time, sync_below, sync_folder, workplace
 
 SHARD_BYTES = 5_000_000_000  # the shard size of Hugging Face
 
@@ -96,6 +96,12 @@ def _unwritten(path: Path) -> Iterator[None]:
             path.lstat()  # raises for an invalid name before any work
         yield
     except (OSError, SafetensorError) as error:
+        if (
+            isinstance(error, OSError)
+            and str(error.filename).startswith(f"{OPENED}{os.sep}")
+            and error.filename2 is None  # not of a rename
+        ):
+            error.filename = str(path)
         error.add_note(
             f"{str(path)!r} was not written; an existing file is unchanged. Free some disk space, "
             f"or choose a folder with write permission."
@@ -224,12 +230,12 @@ def _write_new(path: Path, text: str) -> None:
 
 
 def _copy_mode(source: Path, folder: Path) -> None:
-    """Give a folder the mode of another one, but not through a link."""
+    """Give a folder the mode of another one of this user, but not through a link."""
     file = os.open(folder, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     try:
-        os.chmod(
-            file if os.chmod in os.supports_fd else folder, stat.S_IMODE(source.stat().st_mode)
-        )
+        old = source.stat()
+        if old.st_uid == os.fstat(file).st_uid:
+            os.chmod(file if os.chmod in os.supports_fd else folder, stat.S_IMODE(old.st_mode))
     finally:
         os.close(file)
 
@@ -250,14 +256,16 @@ def write_anew(path: Path, text: str) -> None:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder next to ``path``, which is renamed to it once it is complete."""
+    path = path.absolute()
     # a link is kept, and the empty folder that it points to is replaced; a broken link is an error
-    path = path if path.is_symlink() and not path.exists() else path.resolve()
+    if path.exists() if path.is_symlink() else path.name in ("", ".."):
+        path = path.resolve()
     if os.path.lexists(path) and (not path.is_dir() or path.is_mount() or any(path.iterdir())):
         raise FileExistsError(
             f"{str(path)!r} exists and is not an empty folder. Choose another name, or move it "
             f"away."
         )
-    if path == Path.cwd():
+    if path.is_dir() and path.samefile(Path.cwd()):
         raise FileExistsError(
             f"{str(path)!r} is the current folder, which can't be replaced while it is in use. "
             f"Give the name of a new folder."
