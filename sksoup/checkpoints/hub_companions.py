@@ -24,7 +24,7 @@ COMPANIONS = (
     "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.codes", "*.spm", "*.tokenizer",
 )  # fmt: skip
 TOKENIZERS = (
-    "tokenizer*.json", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer*.json", "vocab*.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "chat_template*", "*.model", "*.tiktoken", "*.codes", "*.spm", "*.tokenizer",
 )  # fmt: skip
 NOT_COMPANIONS = (

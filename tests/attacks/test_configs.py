@@ -596,6 +596,19 @@ def test_companions_that_are_no_files_are_left_out(tmp_path):
     assert list(out.iterdir()) == []
 
 
+def test_weights_are_not_copied_as_a_vocabulary(tmp_path):
+    """vLLM would load them with those of the soup."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    for name in ("vocab.safetensors", "vocab.bin", "vocab.json", "vocab-src.json", "vocab.txt"):
+        (source / name).touch()
+    copy_tokenizer(source, out)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "vocab-src.json", "vocab.json", "vocab.txt",
+    ]  # fmt: skip
+
+
 def test_a_sparse_file_does_not_fill_the_disk(tmp_path):
     source, out = tmp_path / "in", tmp_path / "out"
     write(source, BERT)
