@@ -82,7 +82,8 @@ def _opened(folder: Path) -> Iterator[Path]:
         return
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        yield OPENED / str(file)
+        place = OPENED / str(file)
+        yield place if place.is_dir() else folder
     finally:
         os.close(file)
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,9 +185,10 @@ def test_only_a_folder_of_this_user_that_nobody_else_can_write_to_is_private(tmp
         assert not workplace._is_private(tmp_path, lock)
 
 
-def test_without_paths_of_open_folders_a_save_is_the_same(soups, tmp_path, monkeypatch):
-    """As on macOS and Windows."""
-    monkeypatch.setattr(workplace, "OPENED", tmp_path / "none")
+@pytest.mark.parametrize("opened", ["/none", "/etc"])
+def test_without_paths_of_open_folders_a_save_is_the_same(soups, tmp_path, monkeypatch, opened):
+    """As on macOS and Windows; some systems have the paths, but nothing below them."""
+    monkeypatch.setattr(workplace, "OPENED", Path(opened))
     for name, save in SAVES.items():
         (tmp_path / name).mkdir()
         save(*soups, tmp_path / name / "soup")
