@@ -24,8 +24,8 @@ COMPANIONS = (
     "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.codes", "*.spm", "*.tokenizer",
 )  # fmt: skip
 TOKENIZERS = (
-    "tokenizer*.json", "vocab*.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template*", "*.model", "*.tiktoken", "*.codes", "*.spm", "*.tokenizer",
+    "tokenizer*.json", "vocab*.json", "vocab.txt", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*", "*.model", "*.tiktoken", "*.codes", "*.spm", "*.tokenizer",
 )  # fmt: skip
 NOT_COMPANIONS = (
     "*.index.json", "trainer_state.json", "history.json", "*results.json", "adapter_config.json",
