@@ -25,7 +25,8 @@ COMPANIONS = (
 )  # fmt: skip
 TOKENIZERS = (
     "tokenizer*.json", "vocab*.json", "vocab.txt", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*", "*.model", "*.tiktoken", "*.codes", "*.spm", "*.tokenizer",
+    "added_tokens.json", "chat_template*", "*.model", "*.tiktoken", "*.codes", "*.spm",
+    "*.tokenizer",
 )  # fmt: skip
 NOT_COMPANIONS = (
     "*.index.json", "trainer_state.json", "history.json", "*results.json", "adapter_config.json",
