@@ -64,11 +64,15 @@ def _make(folder: Path, stack: ExitStack) -> Path | None:
         if any(place.iterdir()):
             return None
         lock = made.enter_context((place / LOCK).open("xb"))
-        made.callback(_remove, place, lock)
         _take(lock)
-        if _is_still(lock, place / LOCK) and _is_private(place, lock):
-            stack.enter_context(made.pop_all())
-            return place
+        if not _is_still(lock, place / LOCK):
+            return None
+        if not _is_private(place, lock):
+            (place / LOCK).unlink()
+            return None
+        made.callback(_remove, place, lock)
+        stack.enter_context(made.pop_all())
+        return place
     return None
 
 
@@ -105,11 +109,19 @@ def _is_private(place: Path, lock: IO[bytes]) -> bool:
 def _sweep(folder: Path) -> None:
     """Remove a folder whose process has ended, so that its lock is released."""
     _remove_empty(folder)  # the process was killed before it made the lock
-    # r+b does not create a file; locks on NFS need a file opened for writing
-    with suppress(OSError), _opened(folder) as place, (place / LOCK).open("r+b") as lock:
-        if _take(lock, wait=False):
-            _remove(place, lock)
+    with suppress(OSError), _opened(folder) as place:
+        if fcntl is not None and _is_own(place):
+            # r+b does not create a file; locks on NFS need a file opened for writing
+            with (place / LOCK).open("r+b") as lock:
+                if _take(lock, wait=False):
+                    _remove(place, lock)
     _remove_empty(folder)
+
+
+def _is_own(place: Path) -> bool:
+    """Whether only this user can have put files into a folder."""
+    status = place.stat()
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 def _remove_empty(folder: Path) -> None:

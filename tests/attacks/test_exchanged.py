@@ -111,6 +111,20 @@ def test_all_of_a_save_is_in_the_folder_that_was_made(soups, tmp_path, monkeypat
     assert not any(path.is_symlink() for path in shared.glob("soup*"))
 
 
+def test_what_is_moved_to_a_folder_before_it_is_private_is_kept(tmp_path, monkeypatch):
+    take, place = workplace._take, place_of_save(tmp_path / "a")
+
+    def moving(lock, wait=True):
+        (place / "part" / "thesis").mkdir(parents=True)
+        monkeypatch.setattr(workplace, "_take", take)
+        return take(lock, wait)
+
+    monkeypatch.setattr(workplace, "_take", moving)
+    write.write_text(tmp_path / "a", "{}")
+    assert names(place) == ["part"]
+    assert names(place / "part") == ["thesis"]
+
+
 def test_a_folder_of_others_in_place_of_the_private_one_is_not_used(tmp_path, monkeypatch):
     """Nor one with other files, a link or a file: another name is taken."""
     place = place_of_save(tmp_path / "a")
@@ -169,6 +183,21 @@ def test_a_folder_that_is_exchanged_each_time_is_an_error(tmp_path, monkeypatch)
     ):
         pytest.fail("it was used")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("of", ["others", "all", "this user"])
+def test_only_leftovers_that_nobody_else_can_have_filled_are_removed(tmp_path, monkeypatch, of):
+    """Somebody else could have moved a folder of this user to the name of what a save writes."""
+    place = place_of_save(tmp_path / "a")
+    (place / "part" / "thesis").mkdir(parents=True)
+    (place / workplace.LOCK).touch()
+    place.chmod(0o777 if of == "all" else 0o700)
+    if of == "others":
+        owner = place.stat().st_uid
+        monkeypatch.setattr(workplace.os, "geteuid", lambda: owner + 1)
+    write.write_text(tmp_path / "a", "{}")
+    assert (place / "part" / "thesis").exists() == (of != "this user")
+    assert place.exists() == (of != "this user")
 
 
 def test_only_a_folder_of_this_user_that_nobody_else_can_write_to_is_private(tmp_path, monkeypatch):
