@@ -17,6 +17,7 @@ ROUTER = "router_config.json"  # a module with several routes, each in a folder
 LIMIT = 1 << 20  # bytes; these files have a few lines
 MOST_MODULES = 100
 MOST_FILES = 10_000  # and folders in that of a module
+MOST_DEPTH = 50  # of folders in each other
 
 
 def module_folders(source: Path) -> list[Path]:
@@ -36,6 +37,7 @@ def module_folders(source: Path) -> list[Path]:
                         f"{str(listing)!r} lists the module {str(name)!r}, expected a folder next "
                         f"to it. Correct the file, or use save(path)."
                     )
+                _check_depth(module, source)
                 if module in found or not _is_folder(module, listing):
                     continue  # a folder can be written in several ways, such as 'a/./'
                 real = os.path.realpath(module)
@@ -86,6 +88,14 @@ def _check_number(n_modules: int, listing: Path) -> None:
         )
 
 
+def _check_depth(folder: Path, top: Path) -> None:
+    if len(folder.relative_to(top).parts) > MOST_DEPTH:
+        raise CheckpointError(
+            f"{str(top)!r} can't be used: the folder of a module in it is more than {MOST_DEPTH} "
+            f"folders deep. Move it away, or use save(path)."
+        )
+
+
 def _is_folder(path: Path, listing: Path) -> bool:
     try:
         return path.is_dir()
@@ -101,6 +111,7 @@ def module_files(folder: Path) -> Iterator[Path]:
     n_found = 0
     try:
         for root, _, names in os.walk(folder):
+            _check_depth(Path(root), folder)
             n_found += 1 + len(names)
             if n_found > MOST_FILES:
                 raise CheckpointError(
@@ -108,7 +119,7 @@ def module_files(folder: Path) -> Iterator[Path]:
                     f"folders, expected those of a module. Move it away."
                 )
             yield from (path for name in sorted(names) if (path := Path(root, name)).is_file())
-    except (OSError, RecursionError) as error:  # no permission; folders nested too deeply
+    except OSError as error:  # no permission
         raise CheckpointError(
-            f"{str(folder)!r} can't be searched: {type(error).__name__}: {error}. Move it away."
+            f"{str(folder)!r} can't be searched: {error}. Move it away."
         ) from error

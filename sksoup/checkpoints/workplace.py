@@ -64,11 +64,11 @@ def _make(folder: Path, stack: ExitStack) -> Path | None:
         if any(place.iterdir()):
             return None
         lock = made.enter_context((place / LOCK).open("xb"))
+        if not _is_private(place, lock):  # others could hold the lock
+            (place / LOCK).unlink()
+            return None
         _take(lock)
         if not _is_still(lock, place / LOCK):
-            return None
-        if not _is_private(place, lock):
-            (place / LOCK).unlink()
             return None
         made.callback(_remove, place, lock)
         stack.enter_context(made.pop_all())

@@ -596,6 +596,20 @@ def test_companions_that_are_no_files_are_left_out(tmp_path):
     assert list(out.iterdir()) == []
 
 
+def test_modules_in_modules_are_not_very_deep(tmp_path):
+    """Copying them takes calls in each other, of which Python has some thousand."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    (source / ("a/" * 60)).mkdir(parents=True)
+    out.mkdir()
+    for folder, listing in ((source, "modules.json"), (source / "a", "router_config.json")):
+        names = ["a", "a/" * 49] if folder == source else ["a/" * 48, "a/" * 50]
+        listed = {"types": dict.fromkeys(names, "x")} if folder != source else None
+        (folder / listing).write_text(json.dumps(listed or [{"path": name} for name in names]))
+    with pytest.raises(CheckpointError, match=r"source' can't be used: .* 50 folders deep"):
+        copy_companions(source, out)
+    assert list(out.iterdir()) == []
+
+
 def test_weights_are_not_copied_as_a_vocabulary(tmp_path):
     """vLLM would load them with those of the soup."""
     source, out = tmp_path / "source", tmp_path / "out"

@@ -112,14 +112,14 @@ def test_all_of_a_save_is_in_the_folder_that_was_made(soups, tmp_path, monkeypat
 
 
 def test_what_is_moved_to_a_folder_before_it_is_private_is_kept(tmp_path, monkeypatch):
-    take, place = workplace._take, place_of_save(tmp_path / "a")
+    judge, place = workplace._is_private, place_of_save(tmp_path / "a")
 
-    def moving(lock, wait=True):
+    def moving(*args):
         (place / "part" / "thesis").mkdir(parents=True)
-        monkeypatch.setattr(workplace, "_take", take)
-        return take(lock, wait)
+        monkeypatch.setattr(workplace, "_is_private", judge)
+        return judge(*args)
 
-    monkeypatch.setattr(workplace, "_take", moving)
+    monkeypatch.setattr(workplace, "_is_private", moving)
     write.write_text(tmp_path / "a", "{}")
     assert names(place) == ["part"]
     assert names(place / "part") == ["thesis"]
@@ -198,6 +198,24 @@ def test_only_leftovers_that_nobody_else_can_have_filled_are_removed(tmp_path, m
     write.write_text(tmp_path / "a", "{}")
     assert (place / "part" / "thesis").exists() == (of != "this user")
     assert place.exists() == (of != "this user")
+
+
+def test_a_lock_of_others_is_not_waited_for(tmp_path, monkeypatch):
+    """Nobody else can open the lock of a private folder."""
+    fcntl = pytest.importorskip("fcntl")
+    judge, held = workplace._is_private, []
+
+    def exchanged(place, lock):
+        if held:
+            return judge(place, lock)
+        held.append(os.open(place / workplace.LOCK, os.O_RDONLY))
+        fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+
+    monkeypatch.setattr(workplace, "_is_private", exchanged)
+    write.write_text(tmp_path / "a", "{}")
+    os.close(held[0])
+    assert names(tmp_path) == ["a"]
 
 
 def test_only_a_folder_of_this_user_that_nobody_else_can_write_to_is_private(tmp_path, monkeypatch):

@@ -83,11 +83,11 @@ def deep(tmp_path):
 def test_folders_nested_too_deeply_are_an_error(deep):
     with pytest.raises(CheckpointError, match="nested too deeply"):
         CheckpointCollection.from_path(deep.parent / "**" / "*.pt")
-    with pytest.raises(CheckpointError, match=r"deep' can't be searched: RecursionError"):
+    with pytest.raises(CheckpointError, match=r"deep' can't be used: .* 50 folders deep"):
         list(modules.module_files(deep))
     with (
-        patch.object(modules, "MOST_FILES", 100),
-        pytest.raises(CheckpointError, match="more than 100 files and folders"),
+        patch.object(modules, "MOST_FILES", 40),
+        pytest.raises(CheckpointError, match="more than 40 files and folders"),
     ):
         list(modules.module_files(deep))
 
