@@ -53,8 +53,9 @@ def _flush(path: Path, target: Path) -> None:
     sample.touch(exist_ok=False)
     mode = sample.stat().st_mode
     with suppress(FileNotFoundError):
-        old = target.stat()
-        mode = old.st_mode if old.st_uid == sample.stat().st_uid else mode
+        old = target.lstat()  # a link, which is replaced, could be of others
+        if old.st_uid == sample.stat().st_uid and stat.S_ISREG(old.st_mode):
+            mode = old.st_mode
     sample.unlink()
     file = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
     try:

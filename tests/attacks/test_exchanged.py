@@ -262,6 +262,19 @@ def test_the_error_of_a_save_names_its_target(tmp_path):
     assert "/proc" not in str(error.value)
 
 
+def test_the_mode_of_what_a_planted_link_leads_to_is_not_taken(tmp_path):
+    """A soup beside links in /tmp could become writable for all, as /dev/null is."""
+    (tmp_path / "new").touch()
+    (tmp_path / "open").touch()
+    (tmp_path / "open").chmod(0o777)
+    for name in ("a.json", "b.safetensors"):
+        (tmp_path / name).symlink_to(tmp_path / "open")
+    write.write_text(tmp_path / "a.json", "{}")
+    write.write_safetensors(tmp_path / "b.safetensors", {"w": torch.ones(2)})
+    for name in ("a.json", "b.safetensors"):
+        assert (tmp_path / name).lstat().st_mode == (tmp_path / "new").stat().st_mode
+
+
 def test_the_mode_of_a_folder_of_others_is_not_taken(tmp_path, monkeypatch):
     """Somebody else could have made the empty folder that the new one replaces, open to all."""
     target = tmp_path / "soup"
