@@ -375,16 +375,19 @@ def test_a_torch_file_that_fails_leaves_the_old_recipe(tmp_path, monkeypatch, be
     assert is_whole(path)
 
 
-def test_a_link_to_itself_as_output_is_an_error_that_names_it(tmp_path, capsys):
+def test_a_link_to_itself_as_output_is_only_replaced_with_force(tmp_path, capsys):
     for k in range(2):
         (tmp_path / "runs").mkdir(exist_ok=True)
         save_file({"w": torch.ones(2)}, tmp_path / "runs" / f"{k}.safetensors")
     out = tmp_path / "loop.safetensors"
     out.symlink_to(out.name)
-    for more in ([], ["--force"]):
-        assert main(["average", str(tmp_path / "runs"), "-o", str(out), *more]) == 2
-        assert "loop.safetensors" in capsys.readouterr().err
+    arguments = ["average", str(tmp_path / "runs"), "-o", str(out)]
+    assert main(arguments) == 2
+    assert "loop.safetensors" in capsys.readouterr().err
     assert out.is_symlink()
+    assert main([*arguments, "--force"]) == 0
+    assert out.is_file()
+    assert not out.is_symlink()
 
 
 @pytest.mark.parametrize("inner", ["soup", "soup_"])
