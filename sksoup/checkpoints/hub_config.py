@@ -30,8 +30,12 @@ FOREIGN_CODE = ("auto_map", "custom_pipelines")
 # transformers download and run a kernel: dropped, so that the default is used
 KERNELS = ("attn_implementation", "experts_implementation")
 BUILT_IN = ("eager", "sdpa", "grouped_mm", "batched_mm")
-# an 'attribute_map' could rename other fields to these
-DROPPED = ("attribute_map", "name_or_path", "_name_or_path", "_auto_class")
+# an 'attribute_map' could rename other fields to these; FNet computes the same without the last
+# one, which makes it build matrices of any size with scipy, on which nothing here has a bound
+DROPPED = (
+    "attribute_map", "name_or_path", "_name_or_path", "_auto_class",
+    "use_tpu_fourier_optimizations",
+)  # fmt: skip
 PRETRAINED = "use_pretrained_backbone"
 BACKBONE = (PRETRAINED, "use_timm_backbone", "backbone")
 FLOAT = "__float__"  # the key by which transformers writes infinite numbers

@@ -14,6 +14,7 @@ import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -594,6 +595,23 @@ def test_companions_that_are_no_files_are_left_out(tmp_path):
     (source / "vocab.txt").symlink_to("/dev/zero")
     copy_companions(source, out)
     assert list(out.iterdir()) == []
+
+
+def test_fnet_builds_no_matrix_of_scipy(tmp_path):
+    linalg = pytest.importorskip("scipy.linalg")
+    config = transformers.FNetConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, intermediate_size=8,
+        tpu_short_seq_length=10**5,
+    )  # fmt: skip
+    for k in range(2):
+        folder = tmp_path / f"run{k}"
+        transformers.FNetForSequenceClassification(config).save_pretrained(folder)
+        described = json.loads((folder / "config.json").read_text())
+        described["use_tpu_fourier_optimizations"] = True
+        (folder / "config.json").write_text(json.dumps(described))
+    with patch.object(linalg, "dft", side_effect=MemoryError):
+        collection = CheckpointCollection([*tmp_path.iterdir()])
+    assert collection.module().fnet.embeddings.word_embeddings.weight.shape == (9, 8)
 
 
 def test_modules_in_modules_are_not_very_deep(tmp_path):
