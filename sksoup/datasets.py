@@ -18,6 +18,7 @@ from sklearn.datasets import get_data_home, load_digits
 from torch import nn
 
 from .checkpoints.collection import CheckpointCollection
+from .checkpoints.texts import read_json
 from .checkpoints.workplace import workplace
 from .checkpoints.write import write_safetensors, write_text
 from .exceptions import CheckpointError
@@ -314,8 +315,8 @@ def _claim(root: Path, random_state: int) -> None:
     manifest = {"zoo": "digits", "version": VERSION, "random_state": random_state}
     path = root / MANIFEST
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except ValueError:
+        found = read_json(path, 1 << 20) if path.exists() else None
+    except CheckpointError:
         found = "an unreadable manifest"
     if found is None and not any(root.glob("*.safetensors")):
         write_text(path, json.dumps(manifest))

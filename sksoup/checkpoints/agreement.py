@@ -14,6 +14,8 @@ from torch import nn
 from ..exceptions import CheckpointError
 from .protocol import Entry, TensorInfo, is_text
 
+METADATA = "__metadata__"  # the part of a safetensors header that is no tensor
+
 
 def named(
     checkpoints: Iterable[Any] | Mapping[str, Any], names: Sequence[str] | None
@@ -90,6 +92,11 @@ def common_layout(entries: Mapping[str, Entry]) -> dict[str, TensorInfo]:
     """The tensors that all checkpoints share, with promoted dtypes; raise if they differ."""
     first = next(iter(entries.values()))
     layout = dict(first.header)
+    if METADATA in layout:  # safetensors' save_file writes files that nothing can read
+        raise CheckpointError(
+            f"{first!r} can't be used: a tensor is named {METADATA!r}, which files of safetensors "
+            f"use for themselves. Rename the tensor."
+        )
     for tensor, info in layout.items():
         if info.dtype.is_complex:
             raise CheckpointError(

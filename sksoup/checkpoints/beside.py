@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,6 +29,8 @@ DESCRIBES = (  # fields of a config.json of a model: transformers, timm, diffuse
 )  # fmt: skip
 SKIPPED = ("training_args.bin", "optimizer.bin")  # by vLLM
 BACKENDS = ("onnx", "openvino")  # folders in which other runtimes look for weights
+ANYWHERE = re.compile(r".*\.(onnx|pte)|.*openvino.*\.xml")  # which they take from any folder below
+MOST_FILES = 200_000  # in the folder of a soup
 
 
 def other_weights(path: Path, ingredients: Sequence[Path]) -> Iterator[str]:
@@ -46,11 +49,12 @@ def other_weights(path: Path, ingredients: Sequence[Path]) -> Iterator[str]:
     for one in sorted(folder.iterdir()):
         if _may_be_loaded(one) and one.name not in opened:
             yield one.name
-    for one in (path for name in BACKENDS for path in module_files(folder / name)):
-        if _may_be_loaded(one):
-            yield str(one.relative_to(folder))
     listed = {one: module_folders(one) for one in ingredients}
-    for module in module_folders(folder):
+    modules = module_folders(folder)
+    for one in _of_runtimes(folder):
+        if not any(one.is_relative_to(module) for module in modules):
+            yield str(one.relative_to(folder))
+    for module in modules:
         refuse_other_weights(module)
         name = module.relative_to(folder)
         known = [one / name for one in ingredients if one / name in listed[one]]
@@ -58,6 +62,17 @@ def other_weights(path: Path, ingredients: Sequence[Path]) -> Iterator[str]:
             inner = one.relative_to(module)
             if not any(same_content(one, other / inner) for other in known):
                 yield str(name / inner)
+
+
+def _of_runtimes(folder: Path) -> list[Path]:
+    """Files in the folders below that ONNX Runtime, OpenVINO or ExecuTorch would run."""
+    found = [
+        path for name in BACKENDS for path in filter(_may_be_loaded, module_files(folder / name))
+    ]
+    for path in module_files(folder, MOST_FILES):
+        if path.parent != folder and ANYWHERE.fullmatch(path.name.lower()):
+            found.append(path)
+    return sorted({*found})
 
 
 def _describes_model(path: Path) -> bool:

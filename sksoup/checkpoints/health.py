@@ -87,8 +87,13 @@ class Health:
         return relate(read, points, largest, least)
 
     def matrix_cosines(self, names: Sequence[str]) -> dict[str, float]:
-        """Mean cosine between two checkpoints, for every matrix that was read."""
-        matrices = [tensor for tensor, is_matrix in self._is_matrix.items() if is_matrix]
+        """Mean cosine between two of these checkpoints, for every matrix that was read of all."""
+        seen = [self._samples.get(name, {}) for name in names]
+        matrices = [
+            tensor
+            for tensor, is_matrix in self._is_matrix.items()
+            if is_matrix and seen and all(tensor in samples for samples in seen)
+        ]
         return {tensor: mean_cosine(self._points(names, [tensor])) for tensor in matrices}
 
     def _points(self, names: Sequence[str], tensors: Sequence[str]) -> NDArray[np.float64]:

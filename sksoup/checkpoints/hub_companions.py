@@ -92,7 +92,9 @@ def _matching(folder: Path, patterns: Sequence[str]) -> set[Path]:
         path
         for pattern in patterns
         for path in folder.glob(pattern)
-        if path.is_file() and not any(path.match(other) for other in NOT_COMPANIONS)
+        if path.is_file()
+        and not path.name.startswith(".")  # pathlib finds hidden files, too
+        and not any(path.match(other) for other in NOT_COMPANIONS)
     }
 
 

@@ -12,19 +12,24 @@ from typing import Any
 
 from ..exceptions import CheckpointError
 from ..tables import short
-from .protocol import TensorInfo
+from .protocol import TensorInfo, is_text
 from .read import file_identity
 from .texts import read_json, read_text
 
 LIMIT = 8 << 20  # bytes; with 20,000 labels a config has about 1 MB
 MOST_VALUES, MOST_DEPTH = 500_000, 50  # each label is two values
+MOST_BITS = (
+    1 << 22
+)  # of all integers: the product of a list takes seconds; 100,000 labels have 2^21
 MANY = 1 << 21  # layers, labels: transformers makes lists of this length before any layer
 MANY_SHARED = 1000  # layers, besides one for each tensor
 LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|(\w+_)?layers|(\w+_)?depths?")
 MOST_TURNS = 1 << 26  # about a second; 20,000 labels and 128 layers make 2^21
 COUNTS = re.compile(
     r"layer|depth|block|stage|expert|label|head|group|attention_types|dense|point|level|bins"
+    r"|strides?$|ratios?$|rates$|patch_sizes$"
 )
+STRIDES, MOST_STRIDES = re.compile(r"strides?$"), 100  # of dimensions or stages; used in powers
 FOREIGN_CODE = ("auto_map", "custom_pipelines")
 # how attention and experts are computed does not depend on the weights, and unknown names make
 # transformers download and run a kernel: dropped, so that the default is used
@@ -71,6 +76,11 @@ def read_config(path: Path, header: Mapping[str, TensorInfo]) -> dict[str, Any]:
             f"with 'architectures' and 'model_type'."
         )
     _refuse_large(config, path)
+    if not is_text(json.dumps(config, ensure_ascii=False)):  # labels are written to recipes
+        raise CheckpointError(
+            f"{str(path)!r} can't be used: a text in it has an unpaired surrogate, which is not "
+            f"valid Unicode. Correct the file, or pass module=build_model."
+        )
     most = max([MANY, *(size for info in header.values() for size in info.shape)])
     layers = MANY_SHARED + len(header)
     for part in _parts(config):
@@ -269,13 +279,16 @@ def _refuse_counts(part: dict[str, Any], most: int, layers: int, path: Path) -> 
     }
     longest = max((_n_items(value) for value in part.values()), default=0)
     for field, count in counts.items():
-        is_number = LAYERS.fullmatch(field) and type(part[field]) is int  # not which layers
+        of_layers = LAYERS.fullmatch(field)
+        is_number = of_layers and type(part[field]) is int  # not which layers
         limit = min(most, layers) if is_number else most
-        if count > limit:
-            raise CheckpointError(
-                f"{str(path)!r} can't be built: {field!r} is more than {limit}, too many for these "
-                f"weights. Correct the file, or pass module=build_model."
-            )
+        n_items = layers if of_layers else MOST_STRIDES if STRIDES.search(field) else most
+        for found, allowed in ((count, limit), (_n_items(part[field]), n_items)):
+            if found > allowed:
+                raise CheckpointError(
+                    f"{str(path)!r} can't be built: {field!r} is more than {allowed}, too many for "
+                    f"these weights. Correct the file, or pass module=build_model."
+                )
         if count * longest > MOST_TURNS:
             raise CheckpointError(
                 f"{str(path)!r} can't be built: it has a list of {longest} items together with "
@@ -297,13 +310,20 @@ def _n_items(value: Any) -> int:
 def _refuse_large(config: dict[str, Any], path: Path) -> None:
     """Raise an error for a config with very many values, or very deep ones, which is copied."""
     todo: list[tuple[Any, int]] = [(config, 1)]
-    n_values, deepest = 0, 0
+    n_values, n_bits, deepest = 0, 0, 0
     while todo:
         part, depth = todo.pop()
         if isinstance(part, (dict, list)):
             n_values, deepest = n_values + len(part), max(deepest, depth)
             inner = part.values() if isinstance(part, dict) else part
             todo.extend((value, depth + 1) for value in inner)
+        elif isinstance(part, int):
+            n_bits += part.bit_length()
+    if n_bits > MOST_BITS:
+        raise CheckpointError(
+            f"{str(path)!r} can't be used: its integers have {n_bits:,} bits, expected at most "
+            f"{MOST_BITS:,}. Correct the file, or pass module=build_model."
+        )
     if n_values > MOST_VALUES or deepest > MOST_DEPTH:
         raise CheckpointError(
             f"{str(path)!r} can't be used: it holds {n_values:,} values, in objects in objects of "

@@ -91,8 +91,8 @@ def _check_number(n_modules: int, listing: Path) -> None:
 def _check_depth(folder: Path, top: Path) -> None:
     if len(folder.relative_to(top).parts) > MOST_DEPTH:
         raise CheckpointError(
-            f"{str(top)!r} can't be used: the folder of a module in it is more than {MOST_DEPTH} "
-            f"folders deep. Move it away, or use save(path)."
+            f"{str(top)!r} can't be used: a folder in it is more than {MOST_DEPTH} folders deep. "
+            f"Move it away."
         )
 
 
@@ -106,17 +106,17 @@ def _is_folder(path: Path, listing: Path) -> bool:
         ) from error
 
 
-def module_files(folder: Path) -> Iterator[Path]:
+def module_files(folder: Path, most: int = MOST_FILES) -> Iterator[Path]:
     """All regular files below a folder; follows links to files but not to folders below it."""
     n_found = 0
     try:
         for root, _, names in os.walk(folder):
             _check_depth(Path(root), folder)
             n_found += 1 + len(names)
-            if n_found > MOST_FILES:
+            if n_found > most:
                 raise CheckpointError(
-                    f"{str(folder)!r} can't be used: it has more than {MOST_FILES:,} files and "
-                    f"folders, expected those of a module. Move it away."
+                    f"{str(folder)!r} can't be used: it has more than {most:,} files and folders, "
+                    f"expected those of a model. Move it away."
                 )
             yield from (path for name in sorted(names) if (path := Path(root, name)).is_file())
     except OSError as error:  # no permission

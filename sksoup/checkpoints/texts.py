@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..exceptions import CheckpointError
+from ..runtime.entries import without_waiting
 
 
 def read_text(path: Path, limit: int) -> str:
@@ -17,9 +18,8 @@ def read_text(path: Path, limit: int) -> str:
         # opening a pipe or a device may block or change it: check before opening, and again after,
         # since the file may have been replaced in between
         _check_regular(path, os.stat(path))
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with open(descriptor, "rb") as file:
-            _check_regular(path, os.fstat(descriptor))
+        with open(path, "rb", opener=without_waiting) as file:
+            _check_regular(path, os.fstat(file.fileno()))
             content = file.read(limit + 1)
         if len(content) > limit:
             raise CheckpointError(

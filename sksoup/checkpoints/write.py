@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from ..exceptions import CheckpointError
 from ..runtime.fingerprint import flat_bytes
+from .agreement import METADATA
 from .protocol import TensorInfo
 from .read import SAFETENSORS_DTYPES
 from .shards import INDEX
@@ -97,6 +98,8 @@ def _unwritten(path: Path) -> Iterator[None]:
             path.lstat()  # raises for an invalid name before any work
         yield
     except (OSError, SafetensorError) as error:
+        if path.is_relative_to(OPENED):  # the folder that it is a part of is named
+            raise
         if (
             isinstance(error, OSError)
             and str(error.filename).startswith(f"{OPENED}{os.sep}")
@@ -194,7 +197,7 @@ def _write_one_by_one(
     """Write a safetensors file whose tensors come one at a time, in the order of ``infos``."""
     # 8 bytes with the length of a JSON header, the header padded to 8 bytes, then all tensor bytes;
     # the library itself can only write tensors that are in memory
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    header: dict[str, Any] = {METADATA: {"format": "pt", **(metadata or {})}}
     codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
     end = 0
     for name, info in infos.items():

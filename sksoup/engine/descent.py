@@ -411,6 +411,6 @@ def within_memory(
 
 def _after_halving(n_models: int, cache: Cache) -> int:
     """As many models as were left after the halvings of an earlier fit."""
-    while (half := cache.find("halved", n_models)) is not None:
+    while (half := cache.find("halved", n_models)) is not None and half < n_models:
         n_models = half
     return n_models

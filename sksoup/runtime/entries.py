@@ -90,12 +90,15 @@ def write_entry(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def without_waiting(path: str, flags: int) -> int:
+    """Open a file, but do not wait for the other end of a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def read_entry(path: Path) -> bytes:
     """Read a file of a size that an entry can have; a pipe or a device has none, nor an end."""
-    # without waiting for the other end of a pipe
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with open(descriptor, "rb") as file:
-        size = os.fstat(descriptor).st_size
+    with open(path, "rb", opener=without_waiting) as file:
+        size = os.fstat(file.fileno()).st_size
         if size > MOST_BYTES:
             raise ValueError(f"it has {size:,} bytes")
         return file.read(size)

@@ -597,6 +597,29 @@ def test_companions_that_are_no_files_are_left_out(tmp_path):
     assert list(out.iterdir()) == []
 
 
+def test_a_label_that_is_no_text_is_refused_before_the_fit(tmp_path):
+    config = BERT | {"id2label": {"0": "a\ud800", "1": "b"}}
+    refused(write(tmp_path / "ft", config), "unpaired surrogate")
+
+
+HIERA = {"architectures": ["HieraForPreTraining"], "model_type": "hiera"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"query_stride": [1, 10**300]}, "'query_stride' is more than 2097152,"),
+        ({"query_stride": [1] * 101}, "'query_stride' is more than 100,"),
+        ({"depths": [0] * 1010}, "'depths' is more than 1001,"),
+        ({"downsampling_ratios": [10**9]}, "'downsampling_ratios' is more than 2097152,"),
+        ({"masked_unit_size": [10**4000] * 400}, "its integers have 5,315,200 bits"),
+    ],
+)
+def test_products_and_powers_of_integers_are_bounded(tmp_path, fields, match):
+    """One call of Python for hours, which nothing can stop."""
+    refused(write(tmp_path / "ft", HIERA | fields), match)
+
+
 def test_fnet_builds_no_matrix_of_scipy(tmp_path):
     linalg = pytest.importorskip("scipy.linalg")
     config = transformers.FNetConfig(
@@ -639,6 +662,16 @@ def test_weights_are_not_copied_as_a_vocabulary(tmp_path):
     assert sorted(path.name for path in out.iterdir()) == [
         "vocab-src.json", "vocab.json", "vocab.txt",
     ]  # fmt: skip
+
+
+def test_hidden_files_are_not_copied(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    for name in (".secrets.json", "config.json"):
+        (source / name).write_text("{}")
+    copy_companions(source, out)
+    assert [path.name for path in out.iterdir()] == ["config.json"]
 
 
 def test_a_sparse_file_does_not_fill_the_disk(tmp_path):

@@ -260,6 +260,14 @@ def test_the_error_of_a_save_names_its_target(tmp_path):
     ):
         part.read_text()
     assert "/proc" not in str(error.value)
+    with (
+        pytest.raises(FileNotFoundError) as error,
+        write.new_folder(tmp_path / "soup") as folder,
+        write._replacing(folder / "a.json") as part,
+    ):
+        part.read_text()
+    assert str(tmp_path / "soup") in str(error.value)
+    assert "/proc" not in "".join([str(error.value), *error.value.__notes__])
 
 
 def test_the_mode_of_what_a_planted_link_leads_to_is_not_taken(tmp_path):

@@ -326,3 +326,13 @@ def test_empty_tensors_of_impossible_sizes_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"0\.safetensors' can't be used: 'w' has shape"):
         CheckpointCollection([tmp_path / "0.safetensors"])
     assert len(CheckpointCollection([tmp_path / "1.safetensors"])) == 1
+
+
+def test_a_tensor_with_the_name_of_the_metadata_is_refused(tmp_path):
+    """A file of safetensors with it can't be read, and was written at the end of a fit."""
+    states = [{"m.w": torch.ones(2) * k, "m.__metadata__": torch.ones(2)} for k in range(2)]
+    for k, state in enumerate(states):
+        torch.save(state, tmp_path / f"{k}.pt")
+    for checkpoints in (states, sorted(tmp_path.iterdir())):
+        with pytest.raises(CheckpointError, match="a tensor is named '__metadata__'"):
+            CheckpointCollection(checkpoints, prefix="m.")

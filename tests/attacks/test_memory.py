@@ -100,6 +100,18 @@ assert_computed_anew(Path(sys.argv[1]), make_zoo(6, seed=0), 6)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="what is open can't be counted")
+def test_folders_in_place_of_entries_leave_nothing_open(tmp_path, zoo: Zoo):
+    soup = BestCheckpoint(memory=tmp_path).fit(zoo.checkpoints, zoo.X, zoo.y)
+    for path in tmp_path.rglob(f"*{SUFFIX}"):
+        path.unlink()
+        path.mkdir()
+    opened = len(os.listdir("/proc/self/fd"))
+    with pytest.warns(SoupWarning, match="memory="):
+        soup.fit(zoo.checkpoints, zoo.X, zoo.y)
+    assert len(os.listdir("/proc/self/fd")) == opened
+
+
 def test_what_hangs_or_exhausts_is_no_entry(tmp_path):
     zoo, memory = make_zoo(6, seed=0), tmp_path / "memory"
     BestCheckpoint(memory=memory).fit(zoo.checkpoints, zoo.X, zoo.y)

@@ -255,10 +255,21 @@ def test_other_weights_in_the_folder_are_named(parts, capsys, name):
         assert repr(name) in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["onnx/model.onnx", "openvino/openvino_model.bin"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "onnx/model.onnx",
+        "openvino/openvino_model.bin",
+        "onnx/sub/model.safetensors",
+        "x/model.onnx",
+        ".hidden/y/Model.ONNX",
+        "x/openvino_model.xml",
+        "checkpoint-5/model.pte",
+    ],
+)
 def test_weights_of_other_runtimes_in_the_folder_are_named(parts, name):
     folder, recipe, ckpts = parts
-    (folder / name).parent.mkdir()
+    (folder / name).parent.mkdir(parents=True)
     (folder / name).write_bytes(b"weights")
     (folder / name).with_suffix(".json").write_text("{}")
     assert recipe.verify(folder, ckpts).beside == (name,)

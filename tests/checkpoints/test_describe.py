@@ -126,6 +126,24 @@ def test_nothing_usable_is_described_all_the_same():
     assert summary.verdict[-1] == "No checkpoint is left: nothing to mix."
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_runs_that_diverged_in_one_tensor_are_described(n):
+    states = [{"w": torch.randn(4, 4), "b": torch.full((3,), torch.nan)} for _ in range(n)]
+    summary = CheckpointCollection(states).describe()
+    assert [row.problem for row in summary.checkpoints] == ["'b' holds NaN"] * n
+    assert summary.verdict[-1] == "No checkpoint is left: nothing to mix."
+
+
+def test_a_matrix_that_is_infinite_in_all_but_one_is_described():
+    """Such as an attention mask."""
+    mask = torch.full((4, 4), -torch.inf).triu(1)
+    w = torch.eye(4)
+    states = [{"w": w + 0.01 * torch.randn(4, 4), "mask": mask.clone()} for _ in range(4)]
+    states[3]["mask"] = torch.zeros(4, 4)
+    problems = [row.problem for row in CheckpointCollection(states).describe().checkpoints]
+    assert problems == [None] * 3 + ["'mask' is finite, but infinite in most others"]
+
+
 def test_a_file_that_can_not_be_read_is_a_row_with_its_problem(tmp_path):
     torch.manual_seed(0)
     files = CheckpointCollection(around(wide(), 4)).save(tmp_path)
