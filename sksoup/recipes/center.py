@@ -18,6 +18,7 @@ from ..engine.problem import Found, Problem, Weights, rank_checkpoints
 from ..engine.scores import Evaluator
 from ..exceptions import DivergenceError
 from ..mixing.mix import in_order
+from ..runtime.distributed import all_gather
 from .greedy import GreedySoup
 from .validation import check_choice, no_progress
 
@@ -120,7 +121,9 @@ def _choose(soup: Any, problem: Problem, generator: torch.Generator) -> Chosen:
     evaluate = None if known is not None else rows_to_rank(problem, soup.ranking_rows, generator)
     ranking = rank_checkpoints(problem, no_step, evaluate=evaluate)
     order = ranking.order
-    unrelated = set(checkpoints.strangers(checkpoints.names))
+    strangers = checkpoints.strangers(checkpoints.names)
+    # each rank has seen its own rows of them, but all must choose the same
+    unrelated = set().union(*(all_gather(strangers) if checkpoints.rows else [strangers]))
     # a network with another starting point may rank high, but would ruin the mean
     related = [k for k in order if checkpoints.names[k] not in unrelated] or order
     weights = np.zeros(n)

@@ -21,6 +21,7 @@ from ..engine.problem import Problem
 from ..engine.scores import Evaluator
 from ..exceptions import SoupWarning
 from ..mixing.layers import is_variance
+from ..runtime.distributed import all_gather
 
 INSIDE = {"sksoup", "sklearn", "joblib", "contextlib", "torch"}  # not the caller of fit
 ROUNDING = 1e-6  # error of a score due to float32 outputs; smaller differences are ignored
@@ -44,6 +45,9 @@ class WarningMixin:
     def _warn_of_strangers(self, collection: CheckpointCollection, names: Sequence[str]) -> None:
         """Warn of checkpoints that are unrelated to the others, once per fit."""
         relations = collection.relations(names)
+        if collection.rows:  # each rank has seen its own
+            of_ranks = all_gather(relations)
+            relations = next((one for one in of_ranks if one.unrelated), relations)
         if relations.unrelated and not any(MORE in said for said in self.warnings_):
             self._warn(f"{judge(relations)} {MORE}")
 

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import signal
+import warnings
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -24,6 +25,7 @@ from sksoup import (
     LearnedSoup,
     MEHLSoup,
     RankError,
+    SoupWarning,
     UniformSoup,
 )
 from sksoup.runtime.cache import Cache
@@ -199,6 +201,26 @@ def fit_wrapped(folder: Path) -> dict[str, object]:
     return {"coef": fitted.coef_.tolist(), "bf16": half.coef_.tolist()}
 
 
+def fit_with_a_stranger(folder: Path) -> dict[str, object]:
+    """The best checkpoint is far from the others, in the rows of the last rank only."""
+    path = folder / "zoo" / "checkpoint1.safetensors"
+    if distributed.get_rank() == 0:
+        state = load_file(path)
+        state["spare"][-1] = 1e4
+        save_file(state, path)
+    distributed.barrier()
+    scores = {f"checkpoint{k}": float(k == 1) for k in range(5)}
+    soup = clone(SOUPS["centered"]).set_params(shard="auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SoupWarning)
+        fitted, _ = fit(soup, folder, "centered", scores=scores)
+    return {
+        "center": fitted.center_.tolist(),
+        "coef": fitted.coef_.tolist(),
+        "warnings": fitted.warnings_,
+    }
+
+
 def fit_refused(folder: Path) -> dict[str, object]:
     """What is refused, with the message of each."""
     path = folder / "zoo" / "checkpoint1.safetensors"
@@ -254,7 +276,7 @@ class Tied(Blocks):
 
 CASES = {
     "all": fit_all, "counted": fit_counted, "limit": fit_within_limit, "llama": fit_llama,
-    "wrapped": fit_wrapped, "refused": fit_refused,
+    "wrapped": fit_wrapped, "refused": fit_refused, "stranger": fit_with_a_stranger,
 }  # fmt: skip
 
 

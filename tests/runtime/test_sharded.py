@@ -137,6 +137,16 @@ def test_a_module_that_was_wrapped_by_hand_is_used_as_it_is(folder):
     assert found["bf16"] != found["coef"]
 
 
+def test_all_ranks_leave_out_a_stranger_that_one_of_them_has_seen(folder):
+    ranks = start(folder, "stranger", 2, job="sharded_job")
+    said = wait(ranks)
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(said)
+    first, second = (json.loads((folder / f"found{k}.json").read_text()) for k in range(2))
+    assert first == second
+    assert first["center"][1] == 0
+    assert any("'checkpoint1'" in warning for warning in first["warnings"])
+
+
 def test_what_shards_can_not_do_is_refused_on_every_rank(folder):
     ranks = start(folder, "refused", 2, job="sharded_job")
     said = wait(ranks)
