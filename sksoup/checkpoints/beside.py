@@ -10,7 +10,7 @@ from ..exceptions import CheckpointError
 from .folders import FOLDER_WEIGHTS, NOT_WEIGHTS, find_weights, weights_of
 from .hub_companions import same_content
 from .hub_config import LIMIT, refuse_other_weights
-from .modules import MODULES, module_files, module_folders
+from .modules import MODULES, files_below, module_files, module_folders
 from .peft_config import CONFIG
 from .read import TORCH_SUFFIXES
 from .shards import INDEX, weight_map
@@ -69,7 +69,7 @@ def _of_runtimes(folder: Path) -> list[Path]:
     found = [
         path for name in BACKENDS for path in filter(_may_be_loaded, module_files(folder / name))
     ]
-    for path in module_files(folder, MOST_FILES):
+    for path in files_below(folder, MOST_FILES):
         if path.parent != folder and ANYWHERE.fullmatch(path.name.lower()):
             found.append(path)
     return sorted({*found})

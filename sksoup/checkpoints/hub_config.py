@@ -29,6 +29,7 @@ COUNTS = re.compile(
     r"layer|depth|block|stage|expert|label|head|group|attention_types|dense|point|level|bins"
     r"|strides?$|ratios?$|rates$|patch_sizes$"
 )
+IMAGE, MOST_PIXELS = re.compile(r"(image|img)_size$"), 4096  # some make tables of all pixels
 STRIDES, MOST_STRIDES = re.compile(r"strides?$"), 100  # of dimensions or stages; used in powers
 FOREIGN_CODE = ("auto_map", "custom_pipelines")
 # how attention and experts are computed does not depend on the weights, and unknown names make
@@ -277,6 +278,12 @@ def _refuse_counts(part: dict[str, Any], most: int, layers: int, path: Path) -> 
     counts = {
         field: sum(map(abs, _integers(v))) for field, v in part.items() if COUNTS.search(field)
     }
+    for field, value in part.items():
+        if IMAGE.search(field) and max(_integers(value), default=0) > MOST_PIXELS:
+            raise CheckpointError(
+                f"{str(path)!r} can't be built: {field!r} is more than {MOST_PIXELS} pixels. "
+                f"Correct the file, or pass module=build_model."
+            )
     longest = max((_n_items(value) for value in part.values()), default=0)
     for field, count in counts.items():
         of_layers = LAYERS.fullmatch(field)

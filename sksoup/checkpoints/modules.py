@@ -32,10 +32,11 @@ def module_folders(source: Path) -> list[Path]:
         for listing, names in _listings(folder):
             for name in map(Path, names):
                 module = folder / name
-                if name.is_absolute() or ".." in name.parts:
+                # ".." is no folder below, and ".git" may hold secrets, and commands
+                if name.is_absolute() or any(part.startswith(".") for part in name.parts):
                     raise CheckpointError(
                         f"{str(listing)!r} lists the module {str(name)!r}, expected a folder next "
-                        f"to it. Correct the file, or use save(path)."
+                        f"to it that is not hidden. Correct the file, or use save(path)."
                     )
                 _check_depth(module, source)
                 if module in found or not _is_folder(module, listing):
@@ -106,11 +107,19 @@ def _is_folder(path: Path, listing: Path) -> bool:
         ) from error
 
 
-def module_files(folder: Path, most: int = MOST_FILES) -> Iterator[Path]:
+def module_files(folder: Path) -> Iterator[Path]:
+    """The files of a module: none that are hidden, or in hidden folders, such as .git."""
+    return files_below(folder, MOST_FILES, hidden=False)
+
+
+def files_below(folder: Path, most: int, hidden: bool = True) -> Iterator[Path]:
     """All regular files below a folder; follows links to files but not to folders below it."""
     n_found = 0
     try:
-        for root, _, names in os.walk(folder):
+        for root, folders, names in os.walk(folder):
+            if not hidden:
+                folders[:] = [name for name in folders if not name.startswith(".")]
+                names = [name for name in names if not name.startswith(".")]
             _check_depth(Path(root), folder)
             n_found += 1 + len(names)
             if n_found > most:

@@ -36,7 +36,7 @@ from ..mixing.layers import Layerwise
 from ..mixing.mix import check_range, mix
 from ..mixing.recipe import Recipe
 from ..runtime.cache import open_cache
-from ..runtime.distributed import broadcast, naming_lost_ranks, rank
+from ..runtime.distributed import agreed, broadcast, naming_lost_ranks, rank, world_size
 from ..runtime.shards import refuse_copy
 from .export import ExportMixin
 from .fit_warnings import WarningMixin
@@ -47,6 +47,7 @@ from .validation import (
     check_choice,
     check_finite,
     check_flag,
+    check_ranks,
     check_sharded,
     collect,
     prepare_problem,
@@ -215,8 +216,10 @@ class BaseSoup(
         try:
             self.warnings_: tuple[str, ...] = ()
             self._check_params()
-            X, y, weight = validate_rows(self, X, y, self.task, sample_weight)
-            collection = collect(checkpoints, X, y, weight, type(self).__name__)
+            with agreed(world_size() > 1):
+                X, y, weight = validate_rows(self, X, y, self.task, sample_weight)
+                collection = collect(checkpoints, X, y, weight, type(self).__name__)
+            check_ranks(collection, X, y, weight)
             with (
                 collection.threads_of_parent(), naming_lost_ranks(),
                 torch.inference_mode(False), torch.enable_grad(),  # wherever fit is called from

@@ -59,8 +59,8 @@ from ..engine.scores import Evaluator
 from ..engine.tied import check_tied, refuse_shared_memory
 from ..mixing.layers import Layerwise, group_layers
 from ..runtime.cache import Cache
-from ..runtime.distributed import LOST, agreed, world_size
-from ..runtime.fingerprint import encode_module
+from ..runtime.distributed import LOST, agreed, refuse_differing, world_size
+from ..runtime.fingerprint import encode_module, fingerprint
 from ..runtime.memory import parse_bytes
 from ..runtime.shards import build_sharded, rows_of, sharded_parts
 from .misplaced import refuse_checkpoints, refuse_order
@@ -291,6 +291,24 @@ def check_finite(number: float, name: str) -> None:
     check_scalar(number, name, Real)
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number!r}.")
+
+
+def check_ranks(
+    collection: CheckpointCollection, X: Any, y: Any, weight: NDArray[np.float64] | None
+) -> None:
+    """Raise an error on every rank if they do not fit the same checkpoints on the same rows.
+
+    Checkpoints are compared by their names and shapes, rows by their number, labels and weights.
+    """
+    if world_size() > 1:
+        refuse_differing(
+            {
+                "checkpoints": collection.names,
+                "tensors": fingerprint(repr(collection.layout)),
+                "numbers of rows": n_rows(X),
+                "labels or weights": fingerprint(y, weight),
+            }
+        )
 
 
 def collect(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import distributed
 
 from ..exceptions import RankError
+from ..tables import short
 
 # what the backends say of a peer that is gone, or does not answer
 LOST = re.compile(r"\bgloo\b|\bNCCL\b|Connection (closed|reset)|[Tt]imed out waiting")
@@ -113,6 +114,19 @@ def all_gather(value: Any) -> list[Any]:
     with _naming():
         distributed.all_gather_object(values, value)
     return values
+
+
+def refuse_differing(values: Mapping[str, Any]) -> None:
+    """Raise an error on every rank if something that all need is not the same on all."""
+    first, *others = all_gather(dict(values))
+    for other, found in enumerate(others, 1):
+        for what, value in found.items():
+            if value != first[what]:
+                raise RankError(
+                    f"Ranks 0 and {other} of {world_size()} have different {what}: "
+                    f"{short(first[what])} and {short(value)}. Open the same checkpoints and the "
+                    f"same validation data on every rank."
+                )
 
 
 def _device() -> str:

@@ -613,6 +613,8 @@ HIERA = {"architectures": ["HieraForPreTraining"], "model_type": "hiera"}
         ({"depths": [0] * 1010}, "'depths' is more than 1001,"),
         ({"downsampling_ratios": [10**9]}, "'downsampling_ratios' is more than 2097152,"),
         ({"masked_unit_size": [10**4000] * 400}, "its integers have 5,315,200 bits"),
+        ({"image_size": [32, 4097]}, "'image_size' is more than 4096 pixels"),
+        ({"anchor_image_size": [10**5, 8]}, "'anchor_image_size' is more than 4096 pixels"),
     ],
 )
 def test_products_and_powers_of_integers_are_bounded(tmp_path, fields, match):
@@ -665,13 +667,29 @@ def test_weights_are_not_copied_as_a_vocabulary(tmp_path):
 
 
 def test_hidden_files_are_not_copied(tmp_path):
+    """A .git holds secrets of who cloned the folder, and commands that git runs."""
     source, out = tmp_path / "source", tmp_path / "out"
-    source.mkdir()
+    (source / "1_Dense" / ".git").mkdir(parents=True)
     out.mkdir()
-    for name in (".secrets.json", "config.json"):
+    for name in (".secrets.json", "config.json", "1_Dense/.env", "1_Dense/.git/config"):
         (source / name).write_text("{}")
+    (source / "modules.json").write_text('[{"path": ""}, {"path": "1_Dense"}]')
     copy_companions(source, out)
-    assert [path.name for path in out.iterdir()] == ["config.json"]
+    found = sorted(str(path.relative_to(out)) for path in out.rglob("*"))
+    assert found == ["1_Dense", "config.json", "modules.json"]
+
+
+@pytest.mark.parametrize("name", [".git", "1_Dense/.git", "./.git", ".hidden/1_Dense"])
+@pytest.mark.parametrize("listing", ["modules.json", "router_config.json", "config.json"])
+def test_a_hidden_folder_is_no_module(tmp_path, name, listing):
+    source = tmp_path / "source"
+    (source / name).mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    listed = [{"path": name}] if listing == "modules.json" else {"types": {name: "x"}}
+    (source / listing).write_text(json.dumps(listed))
+    with pytest.raises(CheckpointError, match="next to it that is not hidden"):
+        copy_companions(source, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_sparse_file_does_not_fill_the_disk(tmp_path):

@@ -86,7 +86,7 @@ def test_folders_nested_too_deeply_are_an_error(deep):
     with pytest.raises(CheckpointError, match=r"deep' can't be used: .* 50 folders deep"):
         list(modules.module_files(deep))
     with pytest.raises(CheckpointError, match="more than 40 files and folders"):
-        list(modules.module_files(deep, 40))
+        list(modules.files_below(deep, 40))
 
 
 def test_a_pattern_that_finds_nothing_does_not_follow_links(tmp_path):

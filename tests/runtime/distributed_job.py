@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,7 +18,7 @@ import torch
 from sklearn.base import clone
 from torch import distributed
 
-from sksoup import CheckpointCollection, RankError, SoupWarning
+from sksoup import BestCheckpoint, CheckpointCollection, RankError, SoupWarning
 from sksoup.runtime.cache import Cache
 
 from ..zoo import Net64, PlainNet
@@ -77,6 +78,31 @@ def fit_with_a_fault(folder: Path, case: str) -> dict[str, object]:
     return {"coef": soup.coef_.tolist(), "counts": vars(soup.counts_)}
 
 
+def collect_files(files: list[Path], X: object, y: object) -> CheckpointCollection:
+    return CheckpointCollection(files, module=Net64)
+
+
+def fit_differing(folder: Path) -> dict[str, object]:
+    """What is said if rank 1 has another checkpoint, row, label or weight, or a file is missing."""
+    rank, said = distributed.get_rank(), {}
+    data = np.load(folder / "rows.npz")
+    paths = sorted((folder / "zoo64").glob("*.safetensors"))
+    missing = [folder / "none.safetensors"] * rank
+    flipped = np.where(np.arange(len(data["y"])) < rank, (data["y"] + 1) % 3, data["y"])
+    for name, (files, rows, y) in {
+        "checkpoints": (paths[rank:], 0, data["y"]),
+        "rows": (paths, rank, data["y"]),
+        "labels": (paths, 0, flipped),
+        "missing": ([*paths, *missing], 0, data["y"]),
+    }.items():
+        collect = partial(collect_files, files)
+        try:
+            BestCheckpoint(collect).fit(data["X"][rows:], y[rows:])
+        except (RankError, ValueError) as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    return said
+
+
 def run(find: Callable[[Path, str], dict[str, object]]) -> None:
     """Join the job, write what this rank finds, or the error of a lost rank."""
     folder, case = Path(sys.argv[1]), sys.argv[2]
@@ -100,4 +126,5 @@ def run(find: Callable[[Path, str], dict[str, object]]) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda folder, case: fit_all(folder) if case == "all" else fit_with_a_fault(folder, case))
+    cases = {"all": fit_all, "differing": fit_differing}
+    run(lambda folder, case: cases.get(case, partial(fit_with_a_fault, case=case))(folder))

@@ -193,6 +193,22 @@ def test_a_rank_that_is_lost_ends_the_job_and_memory_resumes_it(folder, case):
     assert found["counts"]["rows_backward"] < alone.counts_.rows_backward / 2
 
 
+def test_ranks_that_do_not_fit_the_same_are_an_error_on_each(folder):
+    ranks = start(folder, "differing", 2)
+    said = wait(ranks)
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(said)
+    here, other = (json.loads((folder / f"found{k}.json").read_text()) for k in range(2))
+    for name, what in {
+        "checkpoints": "checkpoints: (", "rows": "numbers of rows: 61 and 60.",
+        "labels": "labels or weights: '",
+    }.items():  # fmt: skip
+        assert here[name] == other[name]
+        assert here[name].startswith(f"RankError: Ranks 0 and 1 of 2 have different {what}")
+    assert here["missing"].startswith("RankError: Rank 1 of 2 stopped with CheckpointError: ")
+    assert "none.safetensors" in here["missing"]
+    assert other["missing"].startswith("CheckpointError: ")
+
+
 @pytest.mark.parametrize("n", [0, 1, 2, 5, 7])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_shares_cover_all_rows_once(monkeypatch, n, size):
