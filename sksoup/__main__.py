@@ -78,7 +78,7 @@ def _shown_warnings(is_json: bool) -> Iterator[list[str]]:
 
     def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
         if not issubclass(category, SoupWarning):
-            shown_before(message, category, *args, **kwargs)
+            shown_before(_shown(str(message)), category, *args, **kwargs)  # may quote a file
             return
         found.append(in_commands(str(message)))
         if not is_json:

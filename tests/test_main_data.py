@@ -31,7 +31,7 @@ from sksoup import (
     Recipe,
     SoupWarning,
 )
-from sksoup.__main__ import main
+from sksoup.__main__ import _shown_warnings, main
 from sksoup.checkpoints.hub import offline
 from sksoup.cli import tokenizer as tokenizer_module
 from sksoup.cli.files import read_file
@@ -730,6 +730,15 @@ def test_warnings_are_lines_on_stderr_and_part_of_json(folder, capsys):
     printed = capsys.readouterr()
     assert printed.err == ""
     assert any("There is one checkpoint" in w for w in json.loads(printed.out)["warnings"])
+
+
+def test_warnings_of_others_are_shown_without_what_a_terminal_obeys(monkeypatch):
+    """transformers quotes tokens of a tokenizer's files."""
+    shown = []
+    monkeypatch.setattr(warnings, "showwarning", lambda text, *args: shown.append(text))
+    with _shown_warnings(False):
+        warnings.showwarning(UserWarning("odd \x1b]0;token\x07"), UserWarning, "file.py", 1)
+    assert shown == [r"odd \x1b]0;token\x07"]
 
 
 def test_compare_prints_the_table_of_the_systems_that_were_asked_for(folder, capsys):

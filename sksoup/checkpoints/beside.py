@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,7 +9,13 @@ from ..exceptions import CheckpointError
 from .folders import FOLDER_WEIGHTS, NOT_WEIGHTS, find_weights, weights_of
 from .hub_companions import same_content
 from .hub_config import LIMIT, refuse_other_weights
-from .modules import MODULES, files_below, module_files, module_folders
+from .modules import (
+    MODULES,
+    OF_RUNTIMES,
+    files_below,
+    module_folders,
+    refuse_unused_weights,
+)
 from .peft_config import CONFIG
 from .read import TORCH_SUFFIXES
 from .shards import INDEX, weight_map
@@ -20,7 +25,7 @@ from .texts import read_json
 LOADED = (
     ".safetensors", *TORCH_SUFFIXES, INDEX, ".gguf", ".h5", ".keras", ".msgpack", ".nemo", ".onnx",
     ".ot", ".pb", ".pdparams", ".pt2", ".pte", ".tar", ".tflite", "weights.npz",
-    ".joblib", ".pickle", ".pkl",  # of scikit-learn, such as SetFit's head
+    ".joblib", ".pickle", ".pkl", ".skops",  # of scikit-learn, such as SetFit's head
 )  # fmt: skip
 MARKS = (MODULES, CONFIG)  # files that mark a folder as a model
 DESCRIBES = (  # fields of a config.json of a model: transformers, timm, diffusers, Keras, Router
@@ -29,7 +34,6 @@ DESCRIBES = (  # fields of a config.json of a model: transformers, timm, diffuse
 )  # fmt: skip
 SKIPPED = ("training_args.bin", "optimizer.bin")  # by vLLM
 BACKENDS = ("onnx", "openvino")  # folders in which other runtimes look for weights
-ANYWHERE = re.compile(r".*\.(onnx|pte)|.*openvino.*\.xml")  # which they take from any folder below
 MOST_FILES = 200_000  # in the folder of a soup
 
 
@@ -49,16 +53,17 @@ def other_weights(path: Path, ingredients: Sequence[Path]) -> Iterator[str]:
     for one in sorted(folder.iterdir()):
         if _may_be_loaded(one) and one.name not in opened:
             yield one.name
+    refuse_unused_weights(folder)
     listed = {one: module_folders(one) for one in ingredients}
-    modules = module_folders(folder)
-    for one in _of_runtimes(folder):
-        if not any(one.is_relative_to(module) for module in modules):
-            yield str(one.relative_to(folder))
-    for module in modules:
+    runtimes = _of_runtimes(folder)
+    yield from (str(one.relative_to(folder)) for one in runtimes)
+    for module in module_folders(folder):
         refuse_other_weights(module)
         name = module.relative_to(folder)
         known = [one / name for one in ingredients if one / name in listed[one]]
-        for one in filter(_may_be_loaded, module_files(module)):
+        for one in filter(_may_be_loaded, files_below(module, MOST_FILES)):
+            if one in runtimes:
+                continue
             inner = one.relative_to(module)
             if not any(same_content(one, other / inner) for other in known):
                 yield str(name / inner)
@@ -66,13 +71,13 @@ def other_weights(path: Path, ingredients: Sequence[Path]) -> Iterator[str]:
 
 def _of_runtimes(folder: Path) -> list[Path]:
     """Files in the folders below that ONNX Runtime, OpenVINO or ExecuTorch would run."""
-    found = [
-        path for name in BACKENDS for path in filter(_may_be_loaded, module_files(folder / name))
-    ]
+    found = set()
+    for name in BACKENDS:  # which may be links
+        found |= {*filter(_may_be_loaded, files_below(folder / name, MOST_FILES))}
     for path in files_below(folder, MOST_FILES):
-        if path.parent != folder and ANYWHERE.fullmatch(path.name.lower()):
-            found.append(path)
-    return sorted({*found})
+        if path.parent != folder and OF_RUNTIMES.fullmatch(path.name.lower()):
+            found.add(path)
+    return sorted(found)
 
 
 def _describes_model(path: Path) -> bool:

@@ -13,7 +13,7 @@ import torch
 from ..exceptions import CheckpointError
 from .hub import hub_folder
 from .hub_config import LIMIT, refuse_other_weights
-from .modules import module_files, module_folders
+from .modules import module_files, module_folders, refuse_unused_weights
 from .read import TORCH_SUFFIXES
 from .sources import open_checkpoint, paths_of
 from .texts import read_text
@@ -55,6 +55,7 @@ def copy_companions(source: Path, target: Path, others: Sequence[Path] = ()) -> 
     source = source.resolve()
     found = _matching(source, COMPANIONS)
     modules = module_folders(source)
+    refuse_unused_weights(source)
     for folder in (source, *modules):
         refuse_other_weights(folder)
     # a module may be inside another one

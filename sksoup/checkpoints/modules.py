@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..exceptions import CheckpointError
+from .folders import find_weights
 from .hub_config import LIMIT as CONFIG_LIMIT
 from .texts import read_text
 
@@ -17,6 +19,8 @@ ROUTER = "router_config.json"  # a module with several routes, each in a folder
 LIMIT = 1 << 20  # bytes; these files have a few lines
 MOST_MODULES = 100
 MOST_FILES = 10_000  # and folders in that of a module
+# whole models, which ONNX Runtime, ExecuTorch and OpenVINO take from any folder below
+OF_RUNTIMES = re.compile(r".*\.(onnx|pte)|.*openvino.*\.xml")
 MOST_DEPTH = 50  # of folders in each other
 
 
@@ -81,6 +85,19 @@ def _listings(folder: Path) -> Iterator[tuple[Path, list[str]]]:
         yield path, names
 
 
+def refuse_unused_weights(folder: Path) -> None:
+    """Raise an error if sentence-transformers would not load the weights in the folder itself."""
+    if find_weights(folder) is None:
+        return
+    for listing, names in _listings(folder):
+        if listing.name == MODULES and all(Path(name) != Path() for name in names):
+            raise CheckpointError(
+                f"{str(listing)!r} lists no module in its own folder (an empty path), so "
+                f"sentence-transformers loads other weights than those beside it. Correct the "
+                f"file, or use save(path)."
+            )
+
+
 def _check_number(n_modules: int, listing: Path) -> None:
     if n_modules > MOST_MODULES:
         raise CheckpointError(
@@ -108,8 +125,10 @@ def _is_folder(path: Path, listing: Path) -> bool:
 
 
 def module_files(folder: Path) -> Iterator[Path]:
-    """The files of a module: none that are hidden, or in hidden folders, such as .git."""
-    return files_below(folder, MOST_FILES, hidden=False)
+    """The files of a module: none that are hidden, such as .git, and no whole models."""
+    for path in files_below(folder, MOST_FILES, hidden=False):
+        if not OF_RUNTIMES.fullmatch(path.name.lower()):
+            yield path
 
 
 def files_below(folder: Path, most: int, hidden: bool = True) -> Iterator[Path]:

@@ -182,10 +182,12 @@ def find_runs(
     depth: int = DEPTH,
     lightning: int = DEPTH + 1,
     seen: set[str] | None = None,
+    looks_below: bool = True,
 ) -> Iterator[Run]:
     """The runs and the single checkpoints in a folder, in natural order.
 
-    A folder with several links to it is visited once, and cycles of links end.
+    A folder with several links to it is visited once, and cycles of links end. ``looks_below``:
+    warn of what is below a folder with checkpoints.
     """
     inner = [path for path in folder.iterdir() if path.is_dir() and path.name[:1] != "."]
     inner = sorted(_readable(inner), key=natural_key)
@@ -206,8 +208,9 @@ def find_runs(
     files = sorted(list_files(folder, suffixes), key=natural_key)
     if files or steps:
         found = sorted([*files, *filter(find_weights, inner)], key=natural_key)
-        taken = {*found}
-        _warn_of_runs_below(folder, found, [path for path in inner if path not in taken], suffixes)
+        if looks_below:
+            others = [path for path in inner if path not in {*found}]
+            _warn_of_runs_below(folder, found, others, suffixes)
         if steps or any(suffix_of(path) == ".ckpt" or TIMED.search(path.stem) for path in files):
             yield Run(folder, found)
         else:
@@ -221,7 +224,7 @@ def find_runs(
         is_lightning = LIGHTNING.fullmatch(path.name) is not None
         left = depth - (not is_lightning), lightning - is_lightning
         if min(left) >= 0:
-            yield from find_runs(path, suffixes, *left, seen)
+            yield from find_runs(path, suffixes, *left, seen, looks_below)
 
 
 def _place(path: Path) -> object:
@@ -274,7 +277,8 @@ def _holds_runs(folder: Path, suffixes: Collection[str], seen: set[str]) -> bool
         return False
     seen.add(real)
     try:
-        return next(find_runs(folder, suffixes, DEPTH - 1, seen=seen), None) is not None
+        runs = find_runs(folder, suffixes, DEPTH - 1, seen=seen, looks_below=False)
+        return next(runs, None) is not None
     except (CheckpointError, OSError):  # not used
         return False
 

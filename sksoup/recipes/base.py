@@ -219,7 +219,8 @@ class BaseSoup(
             with agreed(world_size() > 1):
                 X, y, weight = validate_rows(self, X, y, self.task, sample_weight)
                 collection = collect(checkpoints, X, y, weight, type(self).__name__)
-            check_ranks(collection, X, y, weight)
+            if world_size() > 1:
+                check_ranks(collection, X, y, weight)
             with (
                 collection.threads_of_parent(), naming_lost_ranks(),
                 torch.inference_mode(False), torch.enable_grad(),  # wherever fit is called from

@@ -300,15 +300,14 @@ def check_ranks(
 
     Checkpoints are compared by their names and shapes, rows by their number, labels and weights.
     """
-    if world_size() > 1:
-        refuse_differing(
-            {
-                "checkpoints": collection.names,
-                "tensors": fingerprint(repr(collection.layout)),
-                "numbers of rows": n_rows(X),
-                "labels or weights": fingerprint(y, weight),
-            }
-        )
+    refuse_differing(
+        {
+            "checkpoints": collection.names,
+            "tensors": fingerprint(repr(collection.layout)),
+            "numbers of rows": n_rows(X),
+            "labels or weights": fingerprint(y, weight),
+        }
+    )
 
 
 def collect(

@@ -340,7 +340,7 @@ def test_a_container_is_not_verified(tmp_path):
 @pytest.mark.parametrize(
     "config",
     [
-        {"model_type": "levit", "architectures": ["LevitModel"], "image_size": 6400},
+        {"model_type": "levit", "architectures": ["LevitModel"], "image_size": 4096},
         {"model_type": "inkling_vision", "architectures": ["InklingVisionModel"], "patch_size": 0},
     ],
     ids=lambda config: config["model_type"],

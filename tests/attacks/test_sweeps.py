@@ -55,6 +55,25 @@ def test_many_metrics_of_many_steps_are_read_once(tmp_path):
     }  # no steps
 
 
+@pytest.mark.parametrize("is_linked", [True, False])
+def test_checkpoints_in_each_other_are_searched_once(tmp_path, is_linked):
+    """With two links up, each level was searched twice, to the most that a path may hold."""
+    folder = tmp_path
+    for k in range(4 if is_linked else 250):
+        save_file({"w": torch.ones(2)}, folder / "w.safetensors")
+        if is_linked and k:
+            (folder / "up").symlink_to("..")
+        folder = folder / "a"
+        folder.mkdir()
+    with (
+        patch.object(sweeps, "find_runs", wraps=sweeps.find_runs) as looks,
+        pytest.warns(SoupWarning, match="holds 1 checkpoint and 1 folder with more") as warned,
+    ):
+        assert len(CheckpointCollection.from_path(tmp_path)) == 1
+    assert looks.call_count < 5
+    assert len(warned) == 1
+
+
 def test_links_beside_checkpoints_are_not_followed_again_and_again(tmp_path):
     save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
     (tmp_path / "b").mkdir()

@@ -238,7 +238,7 @@ def test_what_is_verified_is_what_transformers_loads(parts, tmp_path, rename, is
     ["head.safetensors", "shard-00001-model-00001-of-00001.safetensors", "pytorch_model.bin",
      "MODEL.SAFETENSORS", "model.safetensors.index.json", "adapter_config.json", "x.gguf",
      "params.pt", "last.ckpt", "model.onnx", "rust_model.ot", "weights.npz", "model_head.pkl",
-     "x.pth.tar"],
+     "x.pth.tar", "pipeline.skops"],
 )  # fmt: skip
 def test_other_weights_in_the_folder_are_named(parts, capsys, name):
     folder, recipe, ckpts = parts
@@ -273,6 +273,32 @@ def test_weights_of_other_runtimes_in_the_folder_are_named(parts, name):
     (folder / name).write_bytes(b"weights")
     (folder / name).with_suffix(".json").write_text("{}")
     assert recipe.verify(folder, ckpts).beside == (name,)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", ".x/model.onnx", ".x/model.safetensors"])
+def test_whole_models_in_a_module_are_other_weights(parts, name):
+    """optimum takes an .onnx file of any folder, also if an ingredient has it."""
+    folder, recipe, ckpts = parts
+    for each in (folder, *map(ckpts.path, ckpts)):
+        modules(each, "", "1_Pooling")
+        (each / "1_Pooling" / name).parent.mkdir(parents=True)
+        if "onnx" in name or each == folder:
+            (each / "1_Pooling" / name).write_bytes(b"weights")
+    assert recipe.verify(folder, ckpts).beside == (f"1_Pooling/{name}",)
+    out = folder.parent / "out"
+    assert main(["average", *[str(ckpts.path(one)) for one in ckpts], "-o", str(out)]) == 0
+    assert [*out.rglob("*.onnx")] == []
+
+
+def test_another_network_in_place_of_the_mixed_one_is_not_copied(parts):
+    """modules.json of both ingredients names one of their own; the mean would not be loaded."""
+    folder, _, ckpts = parts
+    for each in map(ckpts.path, ckpts):
+        shutil.copytree(folder, each / "0_Transformer")
+        modules(each, "0_Transformer")
+    out = folder.parent / "out"
+    assert main(["average", *[str(ckpts.path(one)) for one in ckpts], "-o", str(out)]) == 2
+    assert not out.exists()
 
 
 def test_an_index_beside_a_file_that_is_preferred_to_it(parts):
@@ -377,10 +403,13 @@ def test_modules_that_are_not_those_of_the_ingredients(parts):
     assert recipe.verify(folder, ckpts).ok
     modules(folder, "", "3_Later")
     assert recipe.verify(folder, ckpts).beside == ("3_Later/model.safetensors",)
-    modules(folder, "..")
+    modules(folder, "", "..")
     with pytest.raises(CheckpointError, match=r"lists the module '\.\.', expected a folder next"):
         recipe.verify(folder, ckpts)
-    modules(folder, "1_Pooling")
+    modules(folder, "3_Later")  # another network in place of this one
+    with pytest.raises(CheckpointError, match="lists no module in its own folder"):
+        recipe.verify(folder, ckpts)
+    modules(folder, "", "1_Pooling")
     change(folder / "1_Pooling" / "config.json", transformers_weights="x.safetensors")
     with pytest.raises(CheckpointError, match="'transformers_weights'"):
         recipe.verify(folder, ckpts)
