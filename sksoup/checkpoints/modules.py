@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ..exceptions import CheckpointError
-from .folders import find_weights
 from .hub_config import LIMIT as CONFIG_LIMIT
 from .texts import read_text
 
@@ -87,8 +86,6 @@ def _listings(folder: Path) -> Iterator[tuple[Path, list[str]]]:
 
 def refuse_unused_weights(folder: Path) -> None:
     """Raise an error if sentence-transformers would not load the weights in the folder itself."""
-    if find_weights(folder) is None:
-        return
     for listing, names in _listings(folder):
         if listing.name == MODULES and all(Path(name) != Path() for name in names):
             raise CheckpointError(

@@ -222,7 +222,7 @@ def test_a_module_that_is_spelled_in_many_ways_is_copied_once(tmp_path):
     source = tmp_path / "source"
     (source / "m").mkdir(parents=True)
     (source / "m" / "config.json").write_text("{}")
-    names = ["m", "m/", "m/.", "m//.", "./m"]
+    names = ["", "m", "m/", "m/.", "m//.", "./m"]
     (source / "modules.json").write_text(json.dumps([{"path": name} for name in names]))
     with patch.object(hub_companions, "module_files", wraps=modules.module_files) as walked:
         copy_companions(source, tmp_path / "target")
