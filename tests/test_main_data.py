@@ -718,6 +718,14 @@ def test_labels_that_differ_in_leading_zeros_are_texts(tmp_path, cells, labels):
     assert read_file(tmp_path / "a.csv").labels("x").tolist() == labels
 
 
+def test_a_column_of_texts_is_no_column_of_labels(tmp_path):
+    """An array of them would take as much for each row as the longest."""
+    rows = [("x" * (10**6 if k == 3 else 2), 0) for k in range(6)]
+    write_csv(tmp_path / "a.csv", ("x", "y"), rows)
+    with pytest.raises(ValueError, match=r"a\.csv', line 5, column 'x': got a label of 1,000,000"):
+        read_file(tmp_path / "a.csv").labels("x")
+
+
 def test_warnings_are_lines_on_stderr_and_part_of_json(folder, capsys):
     line = (
         "greedy nets/ft0.safetensors --module model:build --data val.npz --force -o w.safetensors"

@@ -117,10 +117,12 @@ def _refuse_links(source: Path, paths: Iterable[Path]) -> None:
     if source.parent.name == "snapshots":
         owned.append(source.parents[1] / "blobs")
     for path in paths:
-        if not any(path.resolve().is_relative_to(folder) for folder in owned):
+        real = path.resolve()
+        inside = next((real.relative_to(one) for one in owned if real.is_relative_to(one)), None)
+        if inside is None or any(part.startswith(".") for part in inside.parts):
             raise CheckpointError(
-                f"{str(path)!r} can't be copied: it is a link to {str(path.resolve())!r}, outside "
-                f"its folder. Replace the link with the file, or use save(path)."
+                f"{str(path)!r} can't be copied: it is a link to {str(real)!r}, outside its folder "
+                f"or hidden. Replace the link with the file, or use save(path)."
             )
 
 

@@ -20,6 +20,7 @@ from ..data.labels import numbers_in
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*DELIMITERS, ".npz")
 LONGEST = 2**31 - 1  # characters in a cell: the largest limit on every platform
+MOST_CHARACTERS = 1000  # of a label: an array has the longest for each row
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,12 @@ class DataFile:
         if not self.is_table:
             return self._checked(name, "numbers or texts", "biufU")
         cells = self.texts(name)
+        if len(longest := max(cells, key=len, default="")) > MOST_CHARACTERS:
+            raise ValueError(
+                f"{self.where(cells.index(longest), name)}: got a label of {len(longest):,} "
+                f"characters, expected at most {MOST_CHARACTERS:,}. Name the column of labels; "
+                f"texts are inputs (--text)."
+            )
         if not len(numbers_in(names)) and set(cells) <= set(names):
             return np.array(cells)
         numbers = np.array([_number(cell) for cell in cells])

@@ -145,6 +145,11 @@ class Recipe:
         """
         given = in_order(coef, checkpoints.names)
         rows = np.atleast_2d(np.asarray(given, dtype=np.float64))
+        if rows.ndim != 2 or rows.shape[1] != len(checkpoints):
+            raise ValueError(
+                f"coef has shape {np.shape(given)}, expected one coefficient for each of the "
+                f"{len(checkpoints)} checkpoints."
+            )
         ingredients = []
         for name in checkpoints:
             digest, path = checkpoints.sha256(name), checkpoints.path(name)

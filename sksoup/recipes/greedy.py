@@ -21,6 +21,7 @@ from ..engine.batch_norm import BatchNormPolicy
 from ..engine.objective import Forward
 from ..engine.problem import Found, Problem, Ranking, rank_checkpoints
 from ..engine.scores import Evaluation, Evaluator, RowScore
+from ..exceptions import CheckpointError
 from ..mixing.mix import mix
 from ..runtime.distributed import broadcast
 from .base import BaseSoup
@@ -270,8 +271,9 @@ class GreedySoup(BaseSoup):
         with problem.progress("evaluation", n_ranked + n) as step:
             try:
                 ranking = rank_checkpoints(problem, step, n_jobs=self.n_jobs, evaluate=to_rank)
-            except ValueError:
-                checkpoints.check()  # names the infinite weights that caused it
+            except ValueError as error:
+                if not isinstance(error, CheckpointError):  # which one rank may have alone
+                    checkpoints.check()  # names the infinite weights that caused it
                 raise
             checkpoints.check()  # reads those that the ranking did not read
             scores = ranking.scores

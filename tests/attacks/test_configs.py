@@ -679,6 +679,20 @@ def test_hidden_files_are_not_copied(tmp_path):
     assert found == ["1_Dense", "config.json", "modules.json"]
 
 
+@pytest.mark.parametrize("link", ["notes.json", "1_Pooling"])
+def test_a_link_to_what_is_hidden_is_not_copied(tmp_path, link):
+    """git clones such links, too."""
+    source = tmp_path / "source"
+    (source / ".git").mkdir(parents=True)
+    (source / ".git" / "config").write_text("token")
+    (source / link).symlink_to(".git" if link == "1_Pooling" else ".git/config")
+    (source / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match="outside its folder or hidden"):
+        copy_companions(source, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 @pytest.mark.parametrize("name", [".git", "1_Dense/.git", "./.git", ".hidden/1_Dense"])
 @pytest.mark.parametrize("listing", ["modules.json", "router_config.json", "config.json"])
 def test_a_hidden_folder_is_no_module(tmp_path, name, listing):

@@ -5,8 +5,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from sksoup import (
+    CheckpointCollection,
     CheckpointError,
     GreedySoup,
     MEHLSoup,
@@ -16,6 +18,13 @@ from sksoup import (
 )
 
 from ..zoo import PaperLearned, PaperMEHL, Zoo, same_tensors
+
+
+@pytest.mark.parametrize("coef", [[1.0], [0.5, 0.25, 0.25], [[[0.5, 0.5]]]])
+def test_coefficients_of_other_checkpoints_are_refused(coef):
+    checkpoints = CheckpointCollection([{"w": torch.ones(2)}, {"w": torch.zeros(2)}])
+    with pytest.raises(ValueError, match="expected one coefficient for each of the 2 checkpoints"):
+        Recipe.record("mine", checkpoints, coef, layers={"w": 0})
 
 
 def test_records_what_was_mixed(files, zoo: Zoo, tmp_path):

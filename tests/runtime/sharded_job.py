@@ -248,6 +248,7 @@ def fit_refused(folder: Path) -> dict[str, object]:
         save_file(state, path)
     distributed.barrier()
     said["NaN"] = refused(MEHLSoup(shard="auto"), folder)
+    said["NaN in greedy"] = refused(GreedySoup(shard="auto"), folder)
     return said
 
 
