@@ -18,9 +18,7 @@ from .texts import read_json, read_text
 
 LIMIT = 8 << 20  # bytes; with 20,000 labels a config has about 1 MB
 MOST_VALUES, MOST_DEPTH = 500_000, 50  # each label is two values
-MOST_BITS = (
-    1 << 22
-)  # of all integers: the product of a list takes seconds; 100,000 labels have 2^21
+MOST_BITS = 1 << 22  # of all integers, so that products take seconds; 100,000 labels have 2^21
 MANY = 1 << 21  # layers, labels: transformers makes lists of this length before any layer
 MANY_SHARED = 1000  # layers, besides one for each tensor
 LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|(\w+_)?layers|(\w+_)?depths?")
@@ -87,6 +85,7 @@ def read_config(path: Path, header: Mapping[str, TensorInfo]) -> dict[str, Any]:
     for part in _parts(config):
         _refuse_what_acts(part, path)
         _refuse_counts(part, most, layers, path)
+        _refuse_images(part, path)
         _drop_what_acts(part)
     return config
 
@@ -278,12 +277,6 @@ def _refuse_counts(part: dict[str, Any], most: int, layers: int, path: Path) -> 
     counts = {
         field: sum(map(abs, _integers(v))) for field, v in part.items() if COUNTS.search(field)
     }
-    for field, value in part.items():
-        if IMAGE.search(field) and max(_integers(value), default=0) > MOST_PIXELS:
-            raise CheckpointError(
-                f"{str(path)!r} can't be built: {field!r} is more than {MOST_PIXELS} pixels. "
-                f"Correct the file, or pass module=build_model."
-            )
     longest = max((_n_items(value) for value in part.values()), default=0)
     for field, count in counts.items():
         of_layers = LAYERS.fullmatch(field)
@@ -301,6 +294,16 @@ def _refuse_counts(part: dict[str, Any], most: int, layers: int, path: Path) -> 
                 f"{str(path)!r} can't be built: it has a list of {longest} items together with "
                 f"{field!r} of {count}, more than any model needs. Correct the file, or pass "
                 f"module=build_model."
+            )
+
+
+def _refuse_images(part: dict[str, Any], path: Path) -> None:
+    """Raise an error for images of implausible size."""
+    for field, value in part.items():
+        if IMAGE.search(field) and max(_integers(value), default=0) > MOST_PIXELS:
+            raise CheckpointError(
+                f"{str(path)!r} can't be built: {field!r} is more than {MOST_PIXELS} pixels. "
+                f"Correct the file, or pass module=build_model."
             )
 
 

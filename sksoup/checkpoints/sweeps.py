@@ -209,7 +209,8 @@ def find_runs(
     if files or steps:
         found = sorted([*files, *filter(find_weights, inner)], key=natural_key)
         if looks_below:
-            others = [path for path in inner if path not in {*found}]
+            taken = {*found}
+            others = [path for path in inner if path not in taken]
             _warn_of_runs_below(folder, found, others, suffixes)
         if steps or any(suffix_of(path) == ".ckpt" or TIMED.search(path.stem) for path in files):
             yield Run(folder, found)
