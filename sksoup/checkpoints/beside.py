@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,13 +10,7 @@ from ..exceptions import CheckpointError
 from .folders import FOLDER_WEIGHTS, NOT_WEIGHTS, find_weights, weights_of
 from .hub_companions import same_content
 from .hub_config import LIMIT, refuse_other_weights
-from .modules import (
-    MODULES,
-    OF_RUNTIMES,
-    files_below,
-    module_folders,
-    refuse_unused_weights,
-)
+from .modules import MODULES, files_below, module_folders, refuse_unused_weights
 from .peft_config import CONFIG
 from .read import TORCH_SUFFIXES
 from .shards import INDEX, weight_map
@@ -34,6 +29,7 @@ DESCRIBES = (  # fields of a config.json of a model: transformers, timm, diffuse
 )  # fmt: skip
 SKIPPED = ("training_args.bin", "optimizer.bin")  # by vLLM
 BACKENDS = ("onnx", "openvino")  # folders in which other runtimes look for weights
+ANYWHERE = re.compile(r".*\.(onnx|pte)|.*openvino.*\.xml")  # which they take from all below
 MOST_FILES = 200_000  # in the folder of a soup
 
 
@@ -75,7 +71,7 @@ def _of_runtimes(folder: Path) -> list[Path]:
     for name in BACKENDS:  # which may be links
         found |= {*filter(_may_be_loaded, files_below(folder / name, MOST_FILES))}
     for path in files_below(folder, MOST_FILES):
-        if path.parent != folder and OF_RUNTIMES.fullmatch(path.name.lower()):
+        if path.parent != folder and ANYWHERE.fullmatch(path.name.lower()):
             found.add(path)
     return sorted(found)
 

@@ -58,8 +58,12 @@ def copy_companions(source: Path, target: Path, others: Sequence[Path] = ()) -> 
     refuse_unused_weights(source)
     for folder in (source, *modules):
         refuse_other_weights(folder)
-    # a module may be inside another one
-    of_modules = [*dict.fromkeys(path for module in modules for path in module_files(module))]
+    # a module may be inside another one, and may hold data, code, or whole models for runtimes
+    of_modules = [
+        path
+        for path in dict.fromkeys(path for module in modules for path in module_files(module))
+        if path.suffix in WEIGHTS or any(path.match(pattern) for pattern in COMPANIONS)
+    ]
     _refuse_links(source, [*found, *of_modules])
     _refuse_large(source, [p for p in (*found, *of_modules) if p.suffix not in WEIGHTS])
     _refuse_differing_weights(source, [p for p in of_modules if p.suffix in WEIGHTS], others)

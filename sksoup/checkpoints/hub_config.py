@@ -19,6 +19,7 @@ from .texts import read_json, read_text
 LIMIT = 8 << 20  # bytes; with 20,000 labels a config has about 1 MB
 MOST_VALUES, MOST_DEPTH = 500_000, 50  # each label is two values
 MOST_BITS = 1 << 22  # of all integers, so that products take seconds; 100,000 labels have 2^21
+LARGEST = 1 << 128  # powers of larger integers take minutes
 MANY = 1 << 21  # layers, labels: transformers makes lists of this length before any layer
 MANY_SHARED = 1000  # layers, besides one for each tensor
 LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|(\w+_)?layers|(\w+_)?depths?")
@@ -320,7 +321,7 @@ def _n_items(value: Any) -> int:
 def _refuse_large(config: dict[str, Any], path: Path) -> None:
     """Raise an error for a config with very many values, or very deep ones, which is copied."""
     todo: list[tuple[Any, int]] = [(config, 1)]
-    n_values, n_bits, deepest = 0, 0, 0
+    n_values, n_bits, deepest, largest = 0, 0, 0, 0
     while todo:
         part, depth = todo.pop()
         if isinstance(part, (dict, list)):
@@ -328,11 +329,12 @@ def _refuse_large(config: dict[str, Any], path: Path) -> None:
             inner = part.values() if isinstance(part, dict) else part
             todo.extend((value, depth + 1) for value in inner)
         elif isinstance(part, int):
-            n_bits += part.bit_length()
-    if n_bits > MOST_BITS:
+            n_bits, largest = n_bits + part.bit_length(), max(largest, abs(part))
+    if n_bits > MOST_BITS or largest > LARGEST:
         raise CheckpointError(
-            f"{str(path)!r} can't be used: its integers have {n_bits:,} bits, expected at most "
-            f"{MOST_BITS:,}. Correct the file, or pass module=build_model."
+            f"{str(path)!r} can't be used: its integers have {n_bits:,} bits, and the largest "
+            f"{largest.bit_length()}, expected at most {MOST_BITS:,} and 128. Correct the file, or "
+            f"pass module=build_model."
         )
     if n_values > MOST_VALUES or deepest > MOST_DEPTH:
         raise CheckpointError(

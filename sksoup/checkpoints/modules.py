@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ ROUTER = "router_config.json"  # a module with several routes, each in a folder
 LIMIT = 1 << 20  # bytes; these files have a few lines
 MOST_MODULES = 100
 MOST_FILES = 10_000  # and folders in that of a module
-# whole models, which ONNX Runtime, ExecuTorch and OpenVINO take from any folder below
-OF_RUNTIMES = re.compile(r".*\.(onnx|pte)|.*openvino.*\.xml")
 MOST_DEPTH = 50  # of folders in each other
 
 
@@ -122,10 +119,8 @@ def _is_folder(path: Path, listing: Path) -> bool:
 
 
 def module_files(folder: Path) -> Iterator[Path]:
-    """The files of a module: none that are hidden, such as .git, and no whole models."""
-    for path in files_below(folder, MOST_FILES, hidden=False):
-        if not OF_RUNTIMES.fullmatch(path.name.lower()):
-            yield path
+    """The files of a module, which are not hidden, as those in .git are."""
+    return files_below(folder, MOST_FILES, hidden=False)
 
 
 def files_below(folder: Path, most: int, hidden: bool = True) -> Iterator[Path]:

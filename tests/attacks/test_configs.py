@@ -608,11 +608,12 @@ HIERA = {"architectures": ["HieraForPreTraining"], "model_type": "hiera"}
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"query_stride": [1, 10**300]}, "'query_stride' is more than 2097152,"),
+        ({"query_stride": [1, 10**30]}, "'query_stride' is more than 2097152,"),
+        ({"embed_dim_multiplier": 10**39}, "and the largest 130, expected at most"),
         ({"query_stride": [1] * 101}, "'query_stride' is more than 100,"),
         ({"depths": [0] * 1010}, "'depths' is more than 1001,"),
         ({"downsampling_ratios": [10**9]}, "'downsampling_ratios' is more than 2097152,"),
-        ({"masked_unit_size": [10**4000] * 400}, "its integers have 5,315,200 bits"),
+        ({"masked_unit_size": [10**38] * 40_000}, "its integers have 5,080,"),
         ({"image_size": [32, 4097]}, "'image_size' is more than 4096 pixels"),
         ({"anchor_image_size": [10**5, 8]}, "'anchor_image_size' is more than 4096 pixels"),
     ],
@@ -679,13 +680,27 @@ def test_hidden_files_are_not_copied(tmp_path):
     assert found == ["1_Dense", "config.json", "modules.json"]
 
 
+def test_only_files_that_modules_have_are_copied(tmp_path):
+    """Python would run a package of a soup's folder, and a listed folder may hold data."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    (source / "torch").mkdir(parents=True)
+    out.mkdir()
+    for name in ("__init__.py", "data.csv", "m.onnx", "config.json", "tokenizer.json"):
+        (source / "torch" / name).write_text("{}")
+    save_file({"w": torch.ones(2)}, source / "torch" / "model.safetensors")
+    (source / "modules.json").write_text('[{"path": ""}, {"path": "torch"}]')
+    copy_companions(source, out)
+    found = sorted(path.name for path in (out / "torch").iterdir())
+    assert found == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
 @pytest.mark.parametrize("link", ["notes.json", "1_Pooling"])
 def test_a_link_to_what_is_hidden_is_not_copied(tmp_path, link):
     """git clones such links, too."""
     source = tmp_path / "source"
     (source / ".git").mkdir(parents=True)
-    (source / ".git" / "config").write_text("token")
-    (source / link).symlink_to(".git" if link == "1_Pooling" else ".git/config")
+    (source / ".git" / "config.json").write_text("token")
+    (source / link).symlink_to(".git" if link == "1_Pooling" else ".git/config.json")
     (source / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match="outside its folder or hidden"):

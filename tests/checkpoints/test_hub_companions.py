@@ -198,11 +198,11 @@ def test_a_listing_that_can_not_be_read_is_named(content, match, runs, tmp_path)
 def test_links_in_a_module_stay_in_the_folder(runs, tmp_path):
     secret = tmp_path / "secret"
     secret.mkdir()
-    (secret / "key").write_text("secret")
+    (secret / "key.json").write_text("secret")
     (tmp_path / "out").mkdir()
     inner = runs / "ft0" / "1_Pooling" / "config.json"
     inner.unlink()
-    inner.symlink_to(secret / "key")
+    inner.symlink_to(secret / "key.json")
     with pytest.raises(
         CheckpointError, match=r"1_Pooling/config\.json' can't be copied: it is a l"
     ):
@@ -214,7 +214,7 @@ def test_links_in_a_module_stay_in_the_folder(runs, tmp_path):
     assert "1_Pooling/more" not in listing(tmp_path / "out")
     shutil.rmtree(runs / "ft0" / "1_Pooling")
     (runs / "ft0" / "1_Pooling").symlink_to(secret)
-    with pytest.raises(CheckpointError, match=r"1_Pooling/key' can't be copied: it is a link"):
+    with pytest.raises(CheckpointError, match=r"1_Pooling/key\.json' can't be copied: it is a link"):
         copy_companions(runs / "ft0", tmp_path / "out")
 
 
