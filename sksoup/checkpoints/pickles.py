@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import torch
 
-from .protocol import LONGEST_NAME
+from .protocol import LONGEST_NAME, MOST_DIMENSIONS
 
 # the one-dimensional tensor of a storage, given its key, its dtype and its number of values
 FindStorage = Callable[[str, torch.dtype, int], torch.Tensor]
@@ -65,7 +65,6 @@ _OF_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 # attributes that the states of tensors and dicts must not have
 _OF_DICT = frozenset(dir(OrderedDict))
 _OF_TENSOR = frozenset(dir(torch.Tensor))
-_MOST_DIMENSIONS = 64  # of a tensor in torch
 _MOST_ARGUMENTS = 8
 _LEAST_BYTES_OF_A_TENSOR = 20  # torch.save writes three times as many
 _LEAST_BYTES_OF_A_PAIR = 4
@@ -420,7 +419,7 @@ def _key(value: Any) -> Any:
 def _view(values: torch.Tensor, offset: Any, size: Any, stride: Any) -> torch.Tensor:
     """A view of values; raise an error unless it is within them."""
     are_tuples = isinstance(size, tuple) and isinstance(stride, tuple)
-    is_small = are_tuples and len(size) == len(stride) <= _MOST_DIMENSIONS
+    is_small = are_tuples and len(size) == len(stride) <= MOST_DIMENSIONS
     if not is_small or not all(map(_is_count, (offset, *size, *stride))):
         raise _refused("a tensor with a wrong shape")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))

@@ -15,6 +15,7 @@ import torch
 Read: TypeAlias = Callable[[str], torch.Tensor]
 # characters of the name of a tensor; usual ones have about 100, and matching takes quadratic time
 LONGEST_NAME = 1000
+MOST_DIMENSIONS = 64  # of a tensor in numpy; torch takes quadratic time for more
 HASHING = threading.Lock()  # keeps threads from hashing the same file twice
 
 

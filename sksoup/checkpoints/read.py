@@ -19,7 +19,15 @@ import torch
 from safetensors import safe_open
 
 from ..exceptions import CheckpointError
-from .protocol import HASHING, LONGEST_NAME, Checkpoint, Read, TensorInfo, is_text
+from .protocol import (
+    HASHING,
+    LONGEST_NAME,
+    MOST_DIMENSIONS,
+    Checkpoint,
+    Read,
+    TensorInfo,
+    is_text,
+)
 
 LEAVE_OUT = "leave it out: move it to another folder, or pass only the paths of the others"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -131,7 +139,13 @@ class CheckpointFile(Checkpoint):
                 f"{str(file)!r} can't be used: the name of a tensor has {most:,} characters, "
                 f"expected at most {LONGEST_NAME:,}. Rename the tensor."
             )
-        for name, info in self.header.items():  # torch multiplies all sizes but 0
+        for name, info in self.header.items():
+            if len(info.shape) > MOST_DIMENSIONS:
+                raise CheckpointError(
+                    f"{str(file)!r} can't be used: {name!r} has {len(info.shape):,} dimensions, "
+                    f"expected at most {MOST_DIMENSIONS}. Write the file again."
+                )
+            # torch multiplies all sizes but 0
             if math.prod(filter(None, info.shape)) >= 2**63:
                 raise CheckpointError(
                     f"{str(file)!r} can't be used: {name!r} has shape {info.shape}, which is too "

@@ -336,3 +336,19 @@ def test_a_tensor_with_the_name_of_the_metadata_is_refused(tmp_path):
     for checkpoints in (states, sorted(tmp_path.iterdir())):
         with pytest.raises(CheckpointError, match="a tensor is named '__metadata__'"):
             CheckpointCollection(checkpoints, prefix="m.")
+
+
+def test_tensors_of_very_many_dimensions_are_refused(tmp_path):
+    """Operations of torch take quadratic time for them."""
+    for n in (64, 65, 50_000):
+        header = {"w": {"dtype": "F32", "shape": [1] * n, "data_offsets": [0, 4]}}
+        text = json.dumps(header).encode()
+        (tmp_path / f"{n}.safetensors").write_bytes(
+            len(text).to_bytes(8, "little") + text + bytes(4)
+        )
+    assert len(CheckpointCollection([tmp_path / "64.safetensors"]).layout["w"].shape) == 64
+    for n in (65, 50_000):
+        with pytest.raises(
+            CheckpointError, match=rf"'w' has {n:,} dimensions, expected at most 64"
+        ):
+            CheckpointCollection([tmp_path / f"{n}.safetensors"])
