@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from typing import Self
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ..checkpoints.collection import CheckpointCollection
+from ..checkpoints.low_rank import ReadFactors
+from ..checkpoints.protocol import Read
 
+MOST_OPEN = 100  # checkpoints at a time
 MOST = 4  # cap on sum_k |c_k|: with larger ones the terms and their rounding cancel out
 # cap on the terms, in sizes of the result: factors and adapters may cancel out, too
 MOST_OF_RESULT = 16
@@ -18,27 +24,28 @@ def is_rounding(
     name: str,
     expected: torch.Tensor,
     given: torch.Tensor,
-    checkpoints: CheckpointCollection,
+    opened: Opened,
     coef: NDArray[np.float64],
 ) -> bool:
     """Whether two tensors differ in each number only by rounding.
 
-    ``coef`` is (K,). Another processor may sum a product in another order, which may change the
-    last bit of the product, of the sum over the checkpoints and of the result. The bound must not
-    grow with K, the coefficients or the factors, since the authors of recipes and adapters choose
-    them.
+    ``coef`` is (K,), of the collection that is ``opened``. Another processor may sum a product in
+    another order, which may change the last bit of the product, of the sum over the checkpoints
+    and of the result. The bound must not grow with K, the coefficients or the factors, since the
+    authors of recipes and adapters choose them.
     """
     a, b = expected.double(), given.cpu().double()
     sizes = a.abs()
     usual = sizes + sizes.median()
-    bound = torch.finfo(expected.dtype).eps * sizes + _of_terms(name, checkpoints, coef, usual)
+    bound = torch.finfo(expected.dtype).eps * sizes + _of_terms(name, opened, coef, usual)
     return bool(((a - b).abs() <= bound).all())
 
 
 def _of_terms(
-    name: str, checkpoints: CheckpointCollection, coef: NDArray[np.float64], usual: torch.Tensor
+    name: str, opened: Opened, coef: NDArray[np.float64], usual: torch.Tensor
 ) -> torch.Tensor:
     """The rounding of the terms |w_0| + |B_k| |A_k|, and that of the weights as they are stored."""
+    checkpoints = opened.checkpoints
     used = {n: abs(c) for n, c in zip(checkpoints.names, coef, strict=True) if c}
     adapters = checkpoints.on_one_base([*used])
     is_on_base = adapters and not any(name in one.whole for one in adapters.values())
@@ -48,15 +55,14 @@ def _of_terms(
     known = checkpoints.adapters(used)
     for checkpoint, c in used.items():
         one = known.get(checkpoint)
-        with checkpoints.open(checkpoint) as read:
-            weight = term = read(name).double().abs()
+        read, read_base, factors = opened(checkpoint)
+        weight = term = read(name).double().abs()
         if one is not None and name in one.ranks and name not in one.whole:
-            with one.base.open() as read, checkpoints.open_factors(checkpoint) as (factors, _):
-                term = read(name).double().abs()
-                if (both := factors(name)) is not None:
-                    product = both.left.double().abs() @ both.right.double().abs()
-                    term += product.view(term.shape)
-                    rank = max(rank, both.rank)
+            term = read_base(name).double().abs()
+            if (both := factors(name)) is not None:
+                product = both.left.double().abs() @ both.right.double().abs()
+                term += product.view(term.shape)
+                rank = max(rank, both.rank)
         terms.add(term, c)
         weights.add(weight, c)
     wide = torch.float64 if info.dtype == torch.float64 else torch.float32
@@ -80,3 +86,34 @@ class _Sizes:
 
     def bounded(self, most: torch.Tensor) -> torch.Tensor:
         return torch.minimum(torch.minimum(self.total, MOST * self.largest), most)
+
+
+class Opened:
+    """Readers of checkpoints, their bases and their factors, each opened once for all tensors."""
+
+    def __init__(self, checkpoints: CheckpointCollection) -> None:
+        self.checkpoints = checkpoints
+        self._readers: dict[str, tuple[Read, Read, ReadFactors]] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._readers.clear()
+        self._stack.close()
+
+    def __call__(self, name: str) -> tuple[Read, Read, ReadFactors]:
+        """Readers of a checkpoint, of its base, and of its factors; of itself if it has no base."""
+        if name not in self._readers:
+            if len(self._readers) == MOST_OPEN:
+                self.__exit__()
+            enter = self._stack.enter_context
+            read = enter(self.checkpoints.open(name))
+            one = self.checkpoints.adapters([name]).get(name)
+            if one is None:
+                self._readers[name] = read, read, lambda tensor: None
+            else:
+                factors, _ = enter(self.checkpoints.open_factors(name))
+                self._readers[name] = read, enter(one.base.open()), factors
+        return self._readers[name]

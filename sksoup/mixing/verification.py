@@ -30,7 +30,7 @@ from ..runtime.fingerprint import tensor_bytes
 from .ingredients import check_base, find_ingredient, select_ingredients
 from .layers import check_layers, is_statistic
 from .mix import as_dtype, mix_some, stored_dtypes
-from .rounding import is_rounding
+from .rounding import Opened, is_rounding
 
 READ = (".json", *WEIGHTS)  # files of a checkpoint's folder
 LIMITS = (
@@ -214,18 +214,20 @@ def _compare(
                 header[name], TensorInfo(chosen.layout[name].shape, dtypes[name])
             ):
                 differing[name] = how
-        for name, expected in mix_some(
-            chosen, coef, rows, [n for n in present if n not in unchecked], dtype
-        ):
-            info, value = header[name], read(name).cpu()
-            if how := _other_kind(info, TensorInfo.of(expected)):
-                differing[name] = how
-            elif same_bits(expected, value):
-                continue
-            elif name in products and is_rounding(name, expected, value, chosen, coef[rows[name]]):
-                rounded.append(name)
-            else:
-                differing[name] = "has other values"
+        compared = [n for n in present if n not in unchecked]
+        with Opened(chosen) as opened:
+            for name, expected in mix_some(chosen, coef, rows, compared, dtype):
+                info, value = header[name], read(name).cpu()
+                if how := _other_kind(info, TensorInfo.of(expected)):
+                    differing[name] = how
+                elif same_bits(expected, value):
+                    continue
+                elif name in products and is_rounding(
+                    name, expected, value, opened, coef[rows[name]]
+                ):
+                    rounded.append(name)
+                else:
+                    differing[name] = "has other values"
     return Verification(
         differing, unchecked, ingredients, len(recipe.layers), digest, tuple(rounded), beside
     )

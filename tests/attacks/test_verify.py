@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from sksoup.__main__ import main
 from sksoup.checkpoints.hub_companions import copy_companions
 from sksoup.checkpoints.hub_config import LIMIT
 from sksoup.checkpoints.read import SafetensorsFile
-from sksoup.mixing import verification
+from sksoup.mixing import rounding, verification
 
 from .test_configs import BERT
 
@@ -574,6 +575,24 @@ def test_another_kind_of_tensor_is_not_rounding(adapters, change_to):
     findings = recipe.verify(weights, ckpts)
     assert findings.rounded == ()
     assert "expected torch.float32 of (8, 8)" in findings.differing["0.weight"]
+
+
+@pytest.mark.parametrize("most", [100, 1])
+def test_each_adapter_is_opened_once_for_all_products_that_differ(adapters, monkeypatch, most):
+    monkeypatch.setattr(rounding, "MOST_OPEN", most)
+    recipe, ckpts = adapters
+    good, opened = recipe.cook(ckpts), []
+    for n_differ in (1, 2):
+        given = {name: w.clone() for name, w in good.items()}
+        for name in ("0.weight", "1.weight")[:n_differ]:
+            given[name][1, 1] = torch.nextafter(given[name][1, 1], torch.tensor(1e9))
+        with patch.object(CheckpointCollection, "open", autospec=True,
+                          side_effect=CheckpointCollection.open) as looks:  # fmt: skip
+            findings = recipe.verify(given, ckpts)
+        assert findings.ok
+        assert len(findings.rounded) == n_differ
+        opened.append(looks.call_count)
+    assert opened[1] - opened[0] == (0 if most == 100 else len(ckpts))
 
 
 def test_beside_a_large_number_others_are_as_near_as_anywhere(adapters):
