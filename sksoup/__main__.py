@@ -64,8 +64,9 @@ def _is_told(error: Exception, options: argparse.Namespace) -> bool:
 
 def _print(text: str) -> None:
     """Print a result; a reader that has ended, such as head, is no error."""
+    encoding = sys.stdout.encoding or "utf-8"  # of a file, it may lack letters of names
     try:
-        print(text, flush=True)
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except BrokenPipeError:  # Python would print an error at the end, when it flushes again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -31,7 +31,7 @@ from sksoup import (
     Recipe,
     SoupWarning,
 )
-from sksoup.__main__ import _shown_warnings, main
+from sksoup.__main__ import _print, _shown_warnings, main
 from sksoup.checkpoints.hub import offline
 from sksoup.cli import tokenizer as tokenizer_module
 from sksoup.cli.files import read_file
@@ -716,6 +716,14 @@ def test_metrics_of_probabilities_and_of_several_labels(folder, capsys):
 def test_labels_that_differ_in_leading_zeros_are_texts(tmp_path, cells, labels):
     write_csv(tmp_path / "a.csv", ("x", "y"), [(cell, 0) for cell in cells])
     assert read_file(tmp_path / "a.csv").labels("x").tolist() == labels
+
+
+def test_names_that_the_output_can_not_encode_are_escaped(monkeypatch):
+    """As a pipe on Windows, of an older encoding."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", out)
+    _print("é 模")
+    assert out.buffer.getvalue().decode("cp1252").strip() == r"é \u6a21"
 
 
 def test_a_column_of_texts_is_no_column_of_labels(tmp_path):

@@ -49,11 +49,11 @@ def other_weights(path: Path, ingredients: Sequence[Path]) -> Iterator[str]:
     for one in sorted(folder.iterdir()):
         if _may_be_loaded(one) and one.name not in opened:
             yield one.name
-    refuse_unused_weights(folder)
     listed = {one: module_folders(one) for one in ingredients}
-    runtimes = _of_runtimes(folder)
-    yield from (str(one.relative_to(folder)) for one in runtimes)
-    for module in module_folders(folder):
+    modules, runtimes = module_folders(folder), _of_runtimes(folder)
+    refuse_unused_weights(folder, modules)
+    yield from (str(one.relative_to(folder)) for one in sorted(runtimes))
+    for module in modules:
         refuse_other_weights(module)
         name = module.relative_to(folder)
         known = [one / name for one in ingredients if one / name in listed[one]]
@@ -65,7 +65,7 @@ def other_weights(path: Path, ingredients: Sequence[Path]) -> Iterator[str]:
                 yield str(name / inner)
 
 
-def _of_runtimes(folder: Path) -> list[Path]:
+def _of_runtimes(folder: Path) -> set[Path]:
     """Files in the folders below that ONNX Runtime, OpenVINO or ExecuTorch would run."""
     found = set()
     for name in BACKENDS:  # which may be links
@@ -73,7 +73,7 @@ def _of_runtimes(folder: Path) -> list[Path]:
     for path in files_below(folder, MOST_FILES):
         if path.parent != folder and ANYWHERE.fullmatch(path.name.lower()):
             found.add(path)
-    return sorted(found)
+    return found
 
 
 def _describes_model(path: Path) -> bool:

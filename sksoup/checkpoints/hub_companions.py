@@ -55,7 +55,7 @@ def copy_companions(source: Path, target: Path, others: Sequence[Path] = ()) -> 
     source = source.resolve()
     found = _matching(source, COMPANIONS)
     modules = module_folders(source)
-    refuse_unused_weights(source)
+    refuse_unused_weights(source, modules)
     for folder in (source, *modules):
         refuse_other_weights(folder)
     # a module may be inside another one, and may hold data, code, or whole models for runtimes
@@ -123,7 +123,9 @@ def _refuse_links(source: Path, paths: Iterable[Path]) -> None:
     for path in paths:
         real = path.resolve()
         inside = next((real.relative_to(one) for one in owned if real.is_relative_to(one)), None)
-        if inside is None or any(part.startswith(".") for part in inside.parts):
+        is_annexed = inside is not None and inside.parts[:3] == (".git", "annex", "objects")
+        is_hidden = inside is not None and any(part.startswith(".") for part in inside.parts)
+        if inside is None or (is_hidden and not is_annexed):
             raise CheckpointError(
                 f"{str(path)!r} can't be copied: it is a link to {str(real)!r}, outside its folder "
                 f"or hidden. Replace the link with the file, or use save(path)."

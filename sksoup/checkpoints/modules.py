@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..exceptions import CheckpointError
 from .hub_config import LIMIT as CONFIG_LIMIT
-from .texts import read_text
+from .read import TORCH_SUFFIXES
+from .texts import read_json, read_text
 
 MODULES = "modules.json"  # lists the modules, each in a folder
 ROUTER = "router_config.json"  # a module with several routes, each in a folder
@@ -81,8 +82,15 @@ def _listings(folder: Path) -> Iterator[tuple[Path, list[str]]]:
         yield path, names
 
 
-def refuse_unused_weights(folder: Path) -> None:
-    """Raise an error if sentence-transformers would not load the weights in the folder itself."""
+def refuse_unused_weights(folder: Path, modules: Sequence[Path]) -> None:
+    """Raise an error if sentence-transformers would load another network than that of a folder."""
+    for module in modules:
+        if _is_network(module):
+            raise CheckpointError(
+                f"{str(module)!r} is a network of its own among the modules of {str(folder)!r}, "
+                f"which would be loaded beside that of the folder, or instead of it. Mix its "
+                f"weights by themselves, or use save(path)."
+            )
     for listing, names in _listings(folder):
         if listing.name == MODULES and all(Path(name) != Path() for name in names):
             raise CheckpointError(
@@ -90,6 +98,16 @@ def refuse_unused_weights(folder: Path) -> None:
                 f"sentence-transformers loads other weights than those beside it. Correct the "
                 f"file, or use save(path)."
             )
+
+
+def _is_network(module: Path) -> bool:
+    """Whether a module has weights with a tokenizer or a configuration of transformers."""
+    if not any(path.suffix in (".safetensors", *TORCH_SUFFIXES) for path in module.iterdir()):
+        return False
+    config = module / "config.json"
+    found = read_json(config, CONFIG_LIMIT) if config.is_file() else None
+    is_described = isinstance(found, dict) and "model_type" in found
+    return is_described or (module / "tokenizer.json").exists()
 
 
 def _check_number(n_modules: int, listing: Path) -> None:

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.low_rank import ReadFactors
+from ..checkpoints.low_rank import LowRankCheckpoint, ReadFactors, widened
 from ..checkpoints.protocol import Read
 
-MOST_OPEN = 100  # checkpoints at a time
+MOST_OPEN = 100  # adapters at a time
 MOST = 4  # cap on sum_k |c_k|: with larger ones the terms and their rounding cancel out
 # cap on the terms, in sizes of the result: factors and adapters may cancel out, too
 MOST_OF_RESULT = 16
@@ -54,14 +54,18 @@ def _of_terms(
     rank = 0
     known = checkpoints.adapters(used)
     for checkpoint, c in used.items():
-        one = known.get(checkpoint)
-        read, read_base, factors = opened(checkpoint)
-        weight = term = read(name).double().abs()
-        if one is not None and name in one.ranks and name not in one.whole:
-            term = read_base(name).double().abs()
-            if (both := factors(name)) is not None:
+        if (one := known.get(checkpoint)) is None:
+            with checkpoints.open(checkpoint) as read:
+                weight = term = read(name).double().abs()
+        else:
+            read_base, factors, read_whole = opened(checkpoint, one)
+            value = read_whole(name) if name in one.whole else read_base(name)
+            weight = term = value.double().abs()
+            if name not in one.whole and (both := factors(name)) is not None:
+                both.add_to(stored := widened(value))
+                weight = stored.to(value.dtype).double().abs()
                 product = both.left.double().abs() @ both.right.double().abs()
-                term += product.view(term.shape)
+                term = term + product.view(term.shape)
                 rank = max(rank, both.rank)
         terms.add(term, c)
         weights.add(weight, c)
@@ -89,31 +93,28 @@ class _Sizes:
 
 
 class Opened:
-    """Readers of checkpoints, their bases and their factors, each opened once for all tensors."""
+    """Readers of adapters and their bases, each opened once for all tensors."""
 
     def __init__(self, checkpoints: CheckpointCollection) -> None:
         self.checkpoints = checkpoints
-        self._readers: dict[str, tuple[Read, Read, ReadFactors]] = {}
+        self._adapters: dict[str, tuple[ReadFactors, Read]] = {}
+        self._bases: dict[int, Read] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._readers.clear()
+        self._adapters.clear()
+        self._bases.clear()
         self._stack.close()
 
-    def __call__(self, name: str) -> tuple[Read, Read, ReadFactors]:
-        """Readers of a checkpoint, of its base, and of its factors; of itself if it has no base."""
-        if name not in self._readers:
-            if len(self._readers) == MOST_OPEN:
+    def __call__(self, name: str, one: LowRankCheckpoint) -> tuple[Read, ReadFactors, Read]:
+        """Readers of the base, of the factors, and of the tensors that are stored as a whole."""
+        if name not in self._adapters:
+            if len(self._adapters) == MOST_OPEN:
                 self.__exit__()
-            enter = self._stack.enter_context
-            read = enter(self.checkpoints.open(name))
-            one = self.checkpoints.adapters([name]).get(name)
-            if one is None:
-                self._readers[name] = read, read, lambda tensor: None
-            else:
-                factors, _ = enter(self.checkpoints.open_factors(name))
-                self._readers[name] = read, enter(one.base.open()), factors
-        return self._readers[name]
+            self._adapters[name] = self._stack.enter_context(self.checkpoints.open_factors(name))
+        if id(one.base) not in self._bases:  # a legacy file is held while it is open
+            self._bases[id(one.base)] = self._stack.enter_context(one.base.open())
+        return self._bases[id(one.base)], *self._adapters[name]

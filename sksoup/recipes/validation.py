@@ -300,12 +300,13 @@ def check_ranks(
 
     Checkpoints are compared by their names and shapes, rows by their number, labels and weights.
     """
+    is_object = isinstance(y, np.ndarray) and y.dtype.hasobject
     refuse_differing(
         {
             "checkpoints": collection.names,
             "tensors": fingerprint(repr(collection.layout)),
             "numbers of rows": n_rows(X),
-            "labels or weights": fingerprint(y, weight),
+            "labels or weights": fingerprint(y.tolist() if is_object else y, weight),
         }
     )
 

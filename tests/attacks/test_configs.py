@@ -685,13 +685,13 @@ def test_only_files_that_modules_have_are_copied(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     (source / "torch").mkdir(parents=True)
     out.mkdir()
-    for name in ("__init__.py", "data.csv", "m.onnx", "config.json", "tokenizer.json"):
+    for name in ("__init__.py", "data.csv", "m.onnx", "config.json", "vocab.txt"):
         (source / "torch" / name).write_text("{}")
     save_file({"w": torch.ones(2)}, source / "torch" / "model.safetensors")
     (source / "modules.json").write_text('[{"path": ""}, {"path": "torch"}]')
     copy_companions(source, out)
     found = sorted(path.name for path in (out / "torch").iterdir())
-    assert found == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert found == ["config.json", "model.safetensors", "vocab.txt"]
 
 
 @pytest.mark.parametrize("link", ["notes.json", "1_Pooling"])

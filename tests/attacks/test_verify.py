@@ -291,15 +291,36 @@ def test_whole_models_in_a_module_are_other_weights(parts, name):
     assert [*out.rglob("*.onnx")] == []
 
 
-def test_another_network_in_place_of_the_mixed_one_is_not_copied(parts):
-    """modules.json of both ingredients names one of their own; the mean would not be loaded."""
-    folder, _, ckpts = parts
-    for each in map(ckpts.path, ckpts):
-        shutil.copytree(folder, each / "0_Transformer")
-        modules(each, "0_Transformer")
+@pytest.mark.parametrize("mark", ["config.json", "tokenizer.json"])
+@pytest.mark.parametrize("first", [(), ("",)])
+def test_another_network_in_place_of_the_mixed_one(parts, first, mark):
+    """modules.json of both ingredients names one of their own; it would be loaded, not the mean."""
+    folder, recipe, ckpts = parts
+    for each in (*map(ckpts.path, ckpts), folder):
+        (each / "0_T").mkdir()
+        shutil.copy(each / "model.safetensors", each / "0_T")
+        if mark == "config.json":
+            shutil.copy(each / mark, each / "0_T")
+        (each / "0_T" / mark).touch()
+        modules(each, *first, "0_T")
     out = folder.parent / "out"
     assert main(["average", *[str(ckpts.path(one)) for one in ckpts], "-o", str(out)]) == 2
     assert not out.exists()
+    with pytest.raises(CheckpointError, match="is a network of its own among the modules"):
+        recipe.verify(folder, ckpts)
+
+
+def test_many_files_of_runtimes_take_linear_time(parts):
+    folder, recipe, ckpts = parts
+    modules(folder, "", "1_Pooling")
+    (folder / "1_Pooling").mkdir()
+    for k in range(5_000):
+        (folder / "1_Pooling" / f"{k}.onnx").touch()
+    with patch.object(
+        type(folder), "__eq__", autospec=True, side_effect=type(folder).__eq__
+    ) as same:
+        assert len(recipe.verify(folder, ckpts).beside) == 5_000
+    assert same.call_count < 100_000
 
 
 def test_an_index_beside_a_file_that_is_preferred_to_it(parts):
@@ -586,8 +607,8 @@ def test_each_adapter_is_opened_once_for_all_products_that_differ(adapters, monk
         given = {name: w.clone() for name, w in good.items()}
         for name in ("0.weight", "1.weight")[:n_differ]:
             given[name][1, 1] = torch.nextafter(given[name][1, 1], torch.tensor(1e9))
-        with patch.object(CheckpointCollection, "open", autospec=True,
-                          side_effect=CheckpointCollection.open) as looks:  # fmt: skip
+        with patch.object(CheckpointCollection, "open_factors", autospec=True,
+                          side_effect=CheckpointCollection.open_factors) as looks:  # fmt: skip
             findings = recipe.verify(given, ckpts)
         assert findings.ok
         assert len(findings.rounded) == n_differ
