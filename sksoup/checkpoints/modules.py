@@ -83,20 +83,29 @@ def _listings(folder: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def refuse_unused_weights(folder: Path, modules: Sequence[Path]) -> None:
-    """Raise an error if sentence-transformers would load another network than that of a folder."""
-    for module in modules:
-        if _is_network(module):
-            raise CheckpointError(
-                f"{str(module)!r} is a network of its own among the modules of {str(folder)!r}, "
-                f"which would be loaded beside that of the folder, or instead of it. Mix its "
-                f"weights by themselves, or use save(path)."
-            )
+    """Raise an error if sentence-transformers would load another network than that of a folder.
+
+    Further routes of a Router in the folder may be networks of their own.
+    """
+    routes: list[Path] = []
     for listing, names in _listings(folder):
-        if listing.name == MODULES and all(Path(name) != Path() for name in names):
+        paths = [folder / name for name in names]
+        if listing.name != MODULES:
+            routes += [path for path in paths if path != folder]
+        is_used = listing.name == MODULES or any(path.is_dir() for path in paths)
+        if is_used and folder not in paths:
             raise CheckpointError(
                 f"{str(listing)!r} lists no module in its own folder (an empty path), so "
                 f"sentence-transformers loads other weights than those beside it. Correct the "
                 f"file, or use save(path)."
+            )
+    for module in modules:
+        is_of_route = any(module.is_relative_to(route) for route in routes)
+        if not is_of_route and _is_network(module):
+            raise CheckpointError(
+                f"{str(module)!r} is a network of its own among the modules of {str(folder)!r}, "
+                f"which would be loaded beside that of the folder, or instead of it. Mix its "
+                f"weights by themselves, or use save(path)."
             )
 
 

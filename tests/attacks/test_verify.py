@@ -306,8 +306,27 @@ def test_another_network_in_place_of_the_mixed_one(parts, first, mark):
     out = folder.parent / "out"
     assert main(["average", *[str(ckpts.path(one)) for one in ckpts], "-o", str(out)]) == 2
     assert not out.exists()
-    with pytest.raises(CheckpointError, match="is a network of its own among the modules"):
+    said = "is a network of its own among the modules" if first else "lists no module in its own"
+    with pytest.raises(CheckpointError, match=said):
         recipe.verify(folder, ckpts)
+
+
+@pytest.mark.parametrize("is_used", [True, False])
+def test_routes_of_a_router_may_be_networks_beside_that_of_the_folder(parts, is_used):
+    """As of sparse models, whose queries have a static embedding."""
+    folder, recipe, ckpts = parts
+    for each in (*map(ckpts.path, ckpts), folder):
+        (each / "query").mkdir()
+        shutil.copy(ckpts.path("a") / "model.safetensors", each / "query")
+        (each / "query" / "tokenizer.json").write_text("{}")
+        modules(each, "")
+        types = {"query": "StaticEmbedding", **({"": "MLMTransformer"} if is_used else {})}
+        (each / "router_config.json").write_text(json.dumps({"types": types}))
+    if is_used:
+        assert recipe.verify(folder, ckpts).ok
+    else:
+        with pytest.raises(CheckpointError, match="lists no module in its own folder"):
+            recipe.verify(folder, ckpts)
 
 
 def test_many_files_of_runtimes_take_linear_time(parts):

@@ -261,7 +261,9 @@ def test_a_router_comes_out_whole(tmp_path):
     source = tmp_path / "source"
     (source / "q" / "inner").mkdir(parents=True)
     (source / "config.json").write_text("{")  # other programs can't read it either
-    (source / "router_config.json").write_text('{"types": {"q": "Dense", "q/inner": "Dense"}}')
+    (source / "router_config.json").write_text(
+        '{"types": {"": "T", "q": "Dense", "q/inner": "Dense"}}'
+    )
     for folder in (source / "q", source / "q" / "inner"):
         (folder / "config.json").write_text("{}")
     (tmp_path / "target").mkdir()
