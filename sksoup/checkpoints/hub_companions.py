@@ -13,8 +13,7 @@ import torch
 from ..exceptions import CheckpointError
 from .hub import hub_folder
 from .hub_config import LIMIT, refuse_other_weights
-from .modules import module_files, module_folders, refuse_unused_weights
-from .read import TORCH_SUFFIXES
+from .modules import WEIGHTS, module_files, module_folders, refuse_unused_weights
 from .sources import open_checkpoint, paths_of
 from .texts import read_text
 from .write import copy_new, write_anew
@@ -31,7 +30,7 @@ TOKENIZERS = (
 NOT_COMPANIONS = (
     "*.index.json", "trainer_state.json", "history.json", "*results.json", "adapter_config.json",
 )  # fmt: skip
-WEIGHTS = (".safetensors", *TORCH_SUFFIXES)
+ANNEX = (".git", "annex", "objects")  # where git-annex has large files, behind links
 MOST_BYTES = 1 << 30  # of the files that are copied
 
 
@@ -122,10 +121,9 @@ def _refuse_links(source: Path, paths: Iterable[Path]) -> None:
         owned.append(source.parents[1] / "blobs")
     for path in paths:
         real = path.resolve()
-        inside = next((real.relative_to(one) for one in owned if real.is_relative_to(one)), None)
-        is_annexed = inside is not None and inside.parts[:3] == (".git", "annex", "objects")
-        is_hidden = inside is not None and any(part.startswith(".") for part in inside.parts)
-        if inside is None or (is_hidden and not is_annexed):
+        own = [real.relative_to(one).parts for one in owned if real.is_relative_to(one)]
+        is_hidden = any(part.startswith(".") for parts in own for part in parts)
+        if not own or (is_hidden and own[0][:3] != ANNEX):
             raise CheckpointError(
                 f"{str(path)!r} can't be copied: it is a link to {str(real)!r}, outside its folder "
                 f"or hidden. Replace the link with the file, or use save(path)."

@@ -19,6 +19,7 @@ LIMIT = 1 << 20  # bytes; these files have a few lines
 MOST_MODULES = 100
 MOST_FILES = 10_000  # and folders in that of a module
 MOST_DEPTH = 50  # of folders in each other
+WEIGHTS = (".safetensors", *TORCH_SUFFIXES)
 
 
 def module_folders(source: Path) -> list[Path]:
@@ -111,7 +112,7 @@ def refuse_unused_weights(folder: Path, modules: Sequence[Path]) -> None:
 
 def _is_network(module: Path) -> bool:
     """Whether a module has weights with a tokenizer or a configuration of transformers."""
-    if not any(path.suffix in (".safetensors", *TORCH_SUFFIXES) for path in module.iterdir()):
+    if not any(path.suffix in WEIGHTS for path in module.iterdir()):
         return False
     config = module / "config.json"
     found = read_json(config, CONFIG_LIMIT) if config.is_file() else None

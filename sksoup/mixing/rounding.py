@@ -105,6 +105,9 @@ class Opened:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
         self._adapters.clear()
         self._bases.clear()
         self._stack.close()
@@ -113,7 +116,7 @@ class Opened:
         """Readers of the base, of the factors, and of the tensors that are stored as a whole."""
         if name not in self._adapters:
             if len(self._adapters) == MOST_OPEN:
-                self.__exit__()
+                self._close()
             self._adapters[name] = self._stack.enter_context(self.checkpoints.open_factors(name))
         if id(one.base) not in self._bases:  # a legacy file is held while it is open
             self._bases[id(one.base)] = self._stack.enter_context(one.base.open())

@@ -18,8 +18,9 @@ from ..checkpoints.architecture import ModuleSource
 from ..checkpoints.beside import other_weights
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.converted import open_alike
-from ..checkpoints.hub_companions import WEIGHTS, model_folders
+from ..checkpoints.hub_companions import model_folders
 from ..checkpoints.hub_config import refuse_other_weights
+from ..checkpoints.modules import WEIGHTS
 from ..checkpoints.peft_config import adapter_folder, is_adapter_folder
 from ..checkpoints.protocol import Read, TensorInfo, same_bits
 from ..checkpoints.shards import INDEX

@@ -694,6 +694,18 @@ def test_only_files_that_modules_have_are_copied(tmp_path):
     assert found == ["config.json", "model.safetensors", "vocab.txt"]
 
 
+def test_files_of_git_annex_are_copied(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    objects = source / ".git" / "annex" / "objects"
+    objects.mkdir(parents=True)
+    out.mkdir()
+    (objects / "SHA256E-1.json").write_text("{}")
+    (source / "config.json").symlink_to(".git/annex/objects/SHA256E-1.json")
+    copy_companions(source, out)
+    assert (out / "config.json").read_text() == "{}"
+    assert not (out / "config.json").is_symlink()
+
+
 @pytest.mark.parametrize("link", ["notes.json", "1_Pooling"])
 def test_a_link_to_what_is_hidden_is_not_copied(tmp_path, link):
     """git clones such links, too."""

@@ -175,8 +175,11 @@ def test_a_folder_without_the_lock_of_a_save_is_left_alone(tmp_path):
     assert names(place) == ["precious"]
 
 
-@pytest.mark.parametrize("lock", ["lock", ".sksoup-lock"])
-@pytest.mark.parametrize("name", ["precious", "part.safetensors", "part"])
+@pytest.mark.parametrize(
+    ("name", "lock"),
+    [("precious", "lock"), ("precious", workplace.LOCK), ("part.safetensors", "lock"),
+     ("part.safetensors", workplace.LOCK), ("part", "lock")],
+)  # fmt: skip
 def test_a_folder_that_was_given_the_name_of_a_save_keeps_its_files(tmp_path, name, lock):
     """Who may rename folders beside a target could have its next save remove one with a lock."""
     place = place_of_save(tmp_path / "a")
@@ -186,8 +189,7 @@ def test_a_folder_that_was_given_the_name_of_a_save_keeps_its_files(tmp_path, na
     (victim / name).touch()
     victim.rename(place)
     write.write_text(tmp_path / "a", "{}")
-    if (name, lock) != ("part", ".sksoup-lock"):  # both are names that only saves give
-        assert name in names(place)
+    assert name in names(place)
 
 
 def test_a_folder_of_that_name_while_the_save_runs_keeps_its_files(tmp_path):

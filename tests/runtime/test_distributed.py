@@ -8,6 +8,7 @@ import resource
 import socket
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from sksoup import (
     mix,
 )
 from sksoup.data.rows import resolve_device
+from sksoup.recipes import validation
 from sksoup.runtime.distributed import share
 
 from ..zoo import Net, Net64, PaperLearned, PaperMEHL, PlainNet, make_states, make_zoo
@@ -191,6 +193,15 @@ def test_a_rank_that_is_lost_ends_the_job_and_memory_resumes_it(folder, case):
     _, alone = fit_alone(folder, "MEHL+ 64")
     np.testing.assert_allclose(found["coef"], alone.coef_, rtol=0, atol=1e-8)
     assert found["counts"]["rows_backward"] < alone.counts_.rows_backward / 2
+
+
+def test_equal_labels_are_equal_whichever_of_them_are_one_object(monkeypatch):
+    given = []
+    monkeypatch.setattr(validation, "refuse_differing", given.append)
+    one, checkpoints = date(2026, 1, 1), CheckpointCollection([{"w": torch.ones(2)}])
+    for labels in ([one, one], [one, date(2026, 1, 1)], [one, date(2026, 1, 2)]):
+        validation.check_ranks(checkpoints, np.zeros((2, 3)), np.array(labels, object), None)
+    assert given[0] == given[1] != given[2]
 
 
 def test_ranks_that_do_not_fit_the_same_are_an_error_on_each(folder):
