@@ -720,8 +720,8 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         collection : CheckpointCollection
             Shares files and tensors with this collection; nothing is read yet. From a
             ``.safetensors`` file only the slices are read; a file written by ``torch.save`` is
-            memory-mapped; anything else (adapters, converted or legacy files) is read as a whole
-            and sliced.
+            memory-mapped; tensors of anything else (adapters, converted or legacy files) are read
+            as a whole and sliced.
         """
         entries = {
             name: Entry(SlicedCheckpoint(entry, rows)) for name, entry in self._entries.items()

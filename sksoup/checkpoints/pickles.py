@@ -7,20 +7,22 @@ bytes.
 
 from __future__ import annotations
 
+import math
 import pickletools
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pickle import UnpicklingError
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 
 from .protocol import LONGEST_NAME, MOST_DIMENSIONS
 
-# the one-dimensional tensor of a storage, given its key, its dtype and its number of values
-FindStorage = Callable[[str, torch.dtype, int], torch.Tensor]
+# where a storage starts in the file, in bytes, and its values as a one-dimensional tensor, given
+# its key, its dtype and its number of values
+FindStorage = Callable[[str, torch.dtype, int], tuple[int, torch.Tensor]]
 
 SAVE_WEIGHTS = "Save only the state dict: torch.save(module.state_dict(), path)."
 _ORDERED_DICT = "collections.OrderedDict"
@@ -77,6 +79,33 @@ class Pickled:
 
     value: Any
     is_plain: bool
+    places: Mapping[int, Place]  # of the tensors in it, by id()
+
+
+class View(NamedTuple):
+    """How a tensor is a view of its storage; ``offset`` and ``stride`` count values."""
+
+    dtype: torch.dtype
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    is_conj: bool
+    is_negative: bool
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        """The tensor, given all values of the storage; a copy if it has the negative bit."""
+        values = values.view(self.dtype)
+        made = values.as_strided(self.size, self.stride, values.storage_offset() + self.offset)
+        made = -made if self.is_negative else made  # which can't be set
+        return made.conj() if self.is_conj else made
+
+
+class Place(NamedTuple):
+    """Where a tensor is in a file: the bytes of its storage, and a view of them."""
+
+    start: int
+    stop: int
+    view: View
 
 
 class Inert(dict[Any, Any]):
@@ -153,7 +182,7 @@ def read_pickle(file: IO[bytes] | bytes, find_storage: FindStorage) -> Pickled:
             raise _refused("the same list or arguments in very many calls")
     if len(machine.stack) != 1 or machine.marks:
         raise _refused("more than one object")
-    return Pickled(machine.stack[0], machine.is_plain)
+    return Pickled(machine.stack[0], machine.is_plain, machine.places)
 
 
 class _Machine:
@@ -165,6 +194,8 @@ class _Machine:
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.storages: dict[str, tuple[torch.dtype, int, _Storage]] = {}
+        self.places: dict[int, Place] = {}
+        self.views: dict[str, View] = {}  # by their text, as tuples may have equal hashes
         self.is_plain = True
         self.n_made = 0  # bytes of a pickle of torch.save for what calls have made
         self.n_values = 0  # of all storages, less those of tensors with the negative bit
@@ -270,28 +301,30 @@ class _Machine:
         (storage, offset, size, stride, *_), rest = given[:6], list(given[6:])
         if not isinstance(storage, _Storage):
             raise _refused("a tensor without a storage")
-        values = storage.values
+        dtype = None if storage.is_bytes else storage.values.dtype
         if function.endswith("_v3"):
             dtype, *rest = rest
-            if not isinstance(dtype, torch.dtype):
-                raise _refused("a tensor without a dtype")
-            values = values.view(dtype)
-        elif storage.is_bytes:
+        if not isinstance(dtype, torch.dtype):
             raise _refused("a tensor without a dtype")
-        made = _view(values, offset, size, stride)
-        self.n_made += made.ndim
+        _check_view(storage.values.view(dtype), offset, size, stride)
+        self.n_made += len(size)
         bits = rest[0] if rest else {}
         is_known = isinstance(bits, dict) and not bits.keys() - {"conj", "neg"}
         if not is_known or not all(value is True for value in bits.values()):
             raise _refused("a tensor with unknown metadata")
-        if bits.get("conj") and not made.is_complex():
+        if "conj" in bits and not dtype.is_complex:
             raise _refused("a real tensor with the conjugate bit")
-        if bits.get("neg"):  # which can't be seen as a view
-            self.n_values -= made.numel()
+        if "neg" in bits:  # which is copied
+            self.n_values -= math.prod(size)
             if self.n_values < 0:
                 raise _refused("more tensors with the negative bit than values")
-            made = -made
-        return made.conj() if bits.get("conj") else made
+        view = View(dtype, offset, size, stride, "conj" in bits, "neg" in bits)
+        made = view.of(storage.values)
+        # a tensor that is freed gives its id to a new one, which has its own place
+        stop = storage.start + storage.values.nbytes
+        once = self.views.setdefault(str(view), view)
+        self.places[id(made)] = Place(storage.start, stop, once)
+        return made
 
     def build(self, _: None) -> None:
         """Set the state of an object."""
@@ -361,9 +394,9 @@ class _Machine:
         if not is_key or not _is_count(count) or found[5:] not in ((), (None,)):
             raise _refused("a storage without a key or a size, or a view of a storage")
         if key not in self.storages:
-            values = self.find_storage(key, dtype, count)
+            start, values = self.find_storage(key, dtype, count)
             self.n_values += count
-            self.storages[key] = dtype, count, _Storage(values, kind.full in _BYTES)
+            self.storages[key] = dtype, count, _Storage(start, values, kind.full in _BYTES)
         *known, storage = self.storages[key]
         if known != [dtype, count]:
             raise _refused(f"the storage {key!r} with two dtypes or sizes")
@@ -372,8 +405,9 @@ class _Machine:
 
 @dataclass(frozen=True, eq=False)
 class _Storage:
-    """The values of a storage, which may be bytes of another dtype."""
+    """The values of a storage, which may be bytes of another dtype, and its start in the file."""
 
+    start: int
     values: torch.Tensor
     is_bytes: bool
 
@@ -416,8 +450,8 @@ def _key(value: Any) -> Any:
     return value if isinstance(value, str) or is_small or value is None else OddKey(value)
 
 
-def _view(values: torch.Tensor, offset: Any, size: Any, stride: Any) -> torch.Tensor:
-    """A view of values; raise an error unless it is within them."""
+def _check_view(values: torch.Tensor, offset: Any, size: Any, stride: Any) -> None:
+    """Raise an error unless a tensor is within the values of its storage."""
     are_tuples = isinstance(size, tuple) and isinstance(stride, tuple)
     is_small = are_tuples and len(size) == len(stride) <= MOST_DIMENSIONS
     if not is_small or not all(map(_is_count, (offset, *size, *stride))):
@@ -425,7 +459,6 @@ def _view(values: torch.Tensor, offset: Any, size: Any, stride: Any) -> torch.Te
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if 0 not in size and last >= len(values):
         raise _refused("a tensor that is larger than its storage")
-    return values.as_strided(size, stride, values.storage_offset() + offset)
 
 
 def _is_count(value: Any) -> bool:

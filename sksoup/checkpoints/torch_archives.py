@@ -7,13 +7,15 @@ import os
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO
 
 import torch
 
-from .pickles import Pickled, read_pickle
+from .pickles import Pickled, Place, read_pickle
+from .protocol import Read
 from .read import is_tar
 
 ZIP64, LOCATOR, END = 56, 20, 22  # bytes of the records at the end of a zip archive
@@ -32,6 +34,24 @@ def read_torch_file(path: Path, device: str) -> Pickled:
         return _read_archive(path, device)
     with path.open("rb") as file:
         return _read_legacy(path, file, device)
+
+
+def map_tensors(path: Path, places: Mapping[str, Place]) -> Read:
+    """Map a file, and return a function that gives its tensors: views of it, which are not read.
+
+    Storages that torch did not align are copied when the first of their tensors is needed.
+    """
+    take = _taker(path, "cpu")
+
+    @cache
+    def storage(start: int, stop: int) -> torch.Tensor:
+        return take(start, torch.uint8, stop - start)
+
+    def read(name: str) -> torch.Tensor:
+        start, stop, view = places[name]
+        return view.of(storage(start, stop))
+
+    return read
 
 
 def is_zip(path: Path) -> bool:
@@ -74,11 +94,12 @@ def _read_archive(path: Path, device: str) -> Pickled:
             raise ValueError("it is a zip archive without data.pkl")
         take = _taker(path, device)
 
-        def storage(key: str, dtype: torch.dtype, count: int) -> torch.Tensor:
+        def storage(key: str, dtype: torch.dtype, count: int) -> tuple[int, torch.Tensor]:
             member = members.get(f"data/{key}")
             if member is None or member.file_size // dtype.itemsize != count:
                 raise _lost(key)
-            return take(starts[f"data/{key}"], dtype, count)
+            start = starts[f"data/{key}"]
+            return start, take(start, dtype, count)
 
         def contents(name: str) -> bytes:
             if members[name].CRC:
@@ -179,11 +200,11 @@ def _read_legacy(path: Path, file: IO[bytes], device: str) -> Pickled:
     begin = file.tell()
     used: dict[str, tuple[torch.dtype, int]] = {}
 
-    def note(key: str, dtype: torch.dtype, count: int) -> torch.Tensor:
+    def note(key: str, dtype: torch.dtype, count: int) -> tuple[int, torch.Tensor]:
         used[key] = dtype, count
-        return torch.empty(count, dtype=dtype, device="meta")
+        return 0, torch.empty(count, dtype=dtype, device="meta")
 
-    header = read_pickle(file, note)
+    read_pickle(file, note)  # where the values are is known only at the end
     keys = read_pickle(file, _no_storage).value
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise UnpicklingError(f"it has no list of storages. {SAVE_AGAIN}")
@@ -196,11 +217,11 @@ def _read_legacy(path: Path, file: IO[bytes], device: str) -> Pickled:
             raise _lost(key)
     if lost := used.keys() - starts:
         raise _lost(min(lost))
-    if device == "meta":
-        return header
     take = _taker(path, device)
     file.seek(begin)
-    return read_pickle(file, lambda key, dtype, count: take(starts[key], dtype, count))
+    return read_pickle(
+        file, lambda key, dtype, count: (starts[key], take(starts[key], dtype, count))
+    )
 
 
 def _taker(path: Path, device: str) -> Callable[[int, torch.dtype, int], torch.Tensor]:
@@ -221,7 +242,7 @@ def _taker(path: Path, device: str) -> Callable[[int, torch.dtype, int], torch.T
     return take
 
 
-def _no_storage(key: str, dtype: torch.dtype, count: int) -> torch.Tensor:
+def _no_storage(key: str, dtype: torch.dtype, count: int) -> tuple[int, torch.Tensor]:
     raise ValueError("tensors are in a place where torch.save does not write any")
 
 

@@ -23,7 +23,7 @@ from .read import (
     file_identity,
     naming,
 )
-from .torch_archives import is_zip, read_torch_file
+from .torch_archives import is_zip, map_tensors, read_torch_file
 
 # entries of training checkpoints whose tensors are not weights
 NO_MODEL = re.compile(
@@ -47,6 +47,7 @@ class TorchFile(CheckpointFile):
         self.is_soup = self.file.with_suffix(RECIPE_SUFFIX).is_file()
         state = _state_dict(found.value, self.key, self.file)
         header = {name: TensorInfo.of(value) for name, value in state.items()}
+        self._places = {name: found.places[id(value)] for name, value in state.items()}
         for name, info in header.items():
             if info.dtype not in SAFETENSORS_DTYPES.values() and not info.dtype.is_complex:
                 raise CheckpointError(
@@ -65,7 +66,7 @@ class TorchFile(CheckpointFile):
 
     @contextmanager
     def _open(self) -> Iterator[Read]:
-        yield _state_dict(read_torch_file(self.file, "cpu").value, self.key, self.file).__getitem__
+        yield map_tensors(self.file, self._places)
 
 
 def _state_dict(raw: Any, key: str | None, path: Path) -> dict[str, torch.Tensor]:

@@ -131,8 +131,7 @@ def mix(
 
     Each byte is read once. Memory: the result (in the accumulator's dtype) and one tensor; with
     ``out``, instead of the result, a group of tensors of at most 16 MiB or the largest tensor.
-    Files are memory-mapped, one at a time. A legacy pickle can only be loaded as a whole, once for
-    every such group.
+    Files are memory-mapped, one at a time; of legacy pickles, the tensors of a group are copied.
 
     References
     ----------

@@ -203,8 +203,8 @@ class GreedySoup(BaseSoup):
     once more on the N rows that it was selected on.
 
     Memory, in float32 models: the module (1), the sum (2) and the loaded mean (1), plus three
-    copies of the largest tensor in float64 and K N margins on the CPU. A legacy pickle is loaded as
-    a whole while it is evaluated, which takes one more model.
+    copies of the largest tensor in float64 and K N margins on the CPU. A legacy pickle is copied
+    while it is evaluated, which takes one more model.
 
     References
     ----------

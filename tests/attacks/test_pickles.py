@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from sksoup import CheckpointCollection, CheckpointError
-from sksoup.checkpoints import torch_files
+from sksoup import CheckpointCollection, CheckpointError, Recipe
+from sksoup.checkpoints import torch_archives, torch_files
 from sksoup.checkpoints.pickles import OddKey, read_pickle
 from sksoup.checkpoints.torch_archives import read_torch_file
 
@@ -330,7 +330,7 @@ def test_parts_that_entries_share_are_looked_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch_files, "_holds_weights", counting)
     assert CheckpointCollection([tmp_path / "a.pt"])["a"]["w"].tolist() == [1, 1]
-    assert counted[0] == 2 * (100 + 1)  # the dicts and the list, when opened and when read
+    assert counted[0] == 100 + 1  # the dicts and the list, when opened
 
 
 def test_texts_of_python_2_are_ascii(tmp_path):
@@ -366,7 +366,23 @@ def test_a_long_name_that_dicts_share_is_searched_once(tmp_path, monkeypatch):
         torch_files, "_is_beside", lambda name: searched.append(name) or original(name)
     )
     assert CheckpointCollection([tmp_path / "a.pt"])["a"]["w"].tolist() == [1, 1]
-    assert searched.count(name_of_all) == 2  # when opened and when read
+    assert searched.count(name_of_all) == 1  # when opened
+
+
+def test_a_pickle_is_read_once(tmp_path, monkeypatch):
+    """Also where each of many expanded tensors is a group of its own in a mix into a folder."""
+    monkeypatch.setattr("sksoup.mixing.mix.GROUP", 1)
+    read, original = [], torch_archives.read_pickle
+    monkeypatch.setattr(
+        torch_archives, "read_pickle", lambda *args: read.append(args) or original(*args)
+    )
+    for k in range(2):
+        one = torch.full((1,), 1.0 + k)
+        torch.save({f"a{i}": one.expand(i + 2) for i in range(9)}, tmp_path / f"{k}.pt")
+    ckpts = CheckpointCollection([tmp_path / "0.pt", tmp_path / "1.pt"])
+    recipe = Recipe.record("mean", ckpts, [0.5, 0.5], layers=dict.fromkeys(ckpts.layout, 0))
+    assert recipe.verify(recipe.cook(ckpts, out=tmp_path / "mixed"), ckpts).ok
+    assert len(read) == 2
 
 
 def test_a_method_of_a_class_is_refused(tmp_path):
@@ -544,7 +560,7 @@ def test_a_pickle_takes_memory_in_proportion_to_its_bytes(tmp_path, kind):
         items = b"}(" + b")N" * 100_000 + b"ua"
     content = b"\x80\x02(" + before + b"]" + items + b"t."
     tracemalloc.start()
-    read_pickle(content, lambda *_: torch.empty(0))
+    read_pickle(content, lambda *_: (0, torch.empty(0)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100 * len(content)

@@ -33,6 +33,62 @@ def test_every_format_gives_back_the_same_tensors(tmp_path, suffix, legacy):
         assert all(torch.equal(loaded[key], state[key]) for key in state)
 
 
+VALUES = {
+    dtype: torch.arange(1, 41).to(dtype)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool)
+} | {torch.complex64: torch.complex(torch.arange(1.0, 41), -torch.arange(40.0))}
+
+
+@st.composite
+def views(draw, storages):
+    """A tensor that is a view of one of the storages, in any way that torch.save stores."""
+    values = draw(st.sampled_from(storages))
+    size = tuple(draw(st.lists(st.integers(0, 3), max_size=3)))
+    stride = tuple(draw(st.integers(0, 4)) for _ in size)
+    made = values.as_strided(size, stride, draw(st.integers(0, 8)))
+    if values.is_complex() and draw(st.booleans()):
+        made = made.conj()
+    return torch._neg_view(made) if values.is_floating_point() and draw(st.booleans()) else made
+
+
+@given(data=st.data(), legacy=st.booleans())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_views_of_a_pt_file_are_those_of_torch(tmp_path, data, legacy):
+    """Any views of a few storages; several names of one storage are read as one memory."""
+    dtypes = data.draw(st.lists(st.sampled_from(list(VALUES)), min_size=1, max_size=4))
+    storages = [VALUES[dtype].clone() for dtype in dtypes]
+    state = {f"w{k}": data.draw(views(storages)) for k in range(data.draw(st.integers(1, 6)))}
+    path = write_file(tmp_path / "a.pt", state, legacy)
+    expected = torch.load(path, weights_only=True)
+    weights = sources.open_checkpoint(path)
+    order = data.draw(st.permutations(list(state)))
+    with weights.open() as read_tensor:
+        found = {name: read_tensor(name) for name in order}
+        for name, value in expected.items():
+            assert found[name].dtype == value.dtype
+            assert found[name].stride() == value.stride() or value.is_neg()
+            torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+        stored = [name for name, value in expected.items() if value.numel() and not value.is_neg()]
+        for a in stored:
+            for b in stored:
+                both = (expected[n].untyped_storage().data_ptr() for n in (a, b))
+                apart = found[a].data_ptr() - found[b].data_ptr()
+                if len(set(both)) == 1:
+                    assert apart == expected[a].data_ptr() - expected[b].data_ptr()
+
+
+def test_of_a_legacy_file_only_what_is_needed_is_copied(tmp_path, monkeypatch):
+    state = {"large": torch.zeros(1000), "small": (small := torch.ones(3)), "tied": small[:2]}
+    weights = sources.open_checkpoint(write_file(tmp_path / "a.pt", state, legacy=True))
+    copied, original = [], torch.UntypedStorage.clone
+    monkeypatch.setattr(
+        torch.UntypedStorage, "clone", lambda part: copied.append(len(part)) or original(part)
+    )
+    with weights.open() as read_tensor:
+        assert [read_tensor(name).tolist() for name in ("small", "tied")] == [[1, 1, 1], [1, 1]]
+    assert copied == [3 * 4]
+
+
 def test_an_unknown_dtype_is_named(tmp_path, monkeypatch):
     save_file({"w": torch.ones(1)}, tmp_path / "t.safetensors")
     monkeypatch.delitem(read.SAFETENSORS_DTYPES, "F32")
