@@ -61,7 +61,7 @@ def copy_companions(source: Path, target: Path, others: Sequence[Path] = ()) -> 
     of_modules = [
         path
         for path in dict.fromkeys(path for module in modules for path in module_files(module))
-        if path.suffix in WEIGHTS or any(path.match(pattern) for pattern in COMPANIONS)
+        if path.suffix in WEIGHTS or _is_companion(path, COMPANIONS)
     ]
     _refuse_links(source, [*found, *of_modules])
     _refuse_large(source, [p for p in (*found, *of_modules) if p.suffix not in WEIGHTS])
@@ -92,14 +92,13 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 def _matching(folder: Path, patterns: Sequence[str]) -> set[Path]:
     """The files of a folder that may be copied and match one of the patterns."""
-    return {
-        path
-        for pattern in patterns
-        for path in folder.glob(pattern)
-        if path.is_file()
-        and not path.name.startswith(".")  # pathlib finds hidden files, too
-        and not any(path.match(other) for other in NOT_COMPANIONS)
-    }
+    return {path for path in folder.iterdir() if _is_companion(path, patterns) and path.is_file()}
+
+
+def _is_companion(path: Path, patterns: Sequence[str]) -> bool:
+    """Whether a name matches one of the patterns; those of hidden files do not."""
+    is_other = path.name.startswith(".") or any(path.match(one) for one in NOT_COMPANIONS)
+    return not is_other and any(path.match(one) for one in patterns)
 
 
 def _refuse_large(source: Path, paths: Iterable[Path]) -> None:

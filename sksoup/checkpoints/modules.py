@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from ..exceptions import CheckpointError
 from .hub_config import LIMIT as CONFIG_LIMIT
 from .read import TORCH_SUFFIXES
+from .shards import INDEX
 from .texts import read_json, read_text
 
 MODULES = "modules.json"  # lists the modules, each in a folder
@@ -20,6 +22,10 @@ MOST_MODULES = 100
 MOST_FILES = 10_000  # and folders in that of a module
 MOST_DEPTH = 50  # of folders in each other
 WEIGHTS = (".safetensors", *TORCH_SUFFIXES)
+# classes of sentence-transformers that read texts or images with weights of their own
+NETWORK = re.compile(
+    r".*(Transformer|(?<!Auto)Encoder|Embeddings?|Model|Router|Asym|BoW|B[Ee][Rr][Tt]|T5|XLNet)"
+)
 
 
 def module_folders(source: Path) -> list[Path]:
@@ -31,8 +37,8 @@ def module_folders(source: Path) -> list[Path]:
     found = [source]
     reals = {str(root)}
     for folder in found:  # grows in the loop: a Router may be a route of another one
-        for listing, names in _listings(folder):
-            for name in map(Path, names):
+        for listing, listed in _listings(folder):
+            for name, _ in listed:
                 module = folder / name
                 # ".." is no folder below, and ".git" may hold secrets, and commands
                 if name.is_absolute() or any(part.startswith(".") for part in name.parts):
@@ -55,8 +61,8 @@ def module_folders(source: Path) -> list[Path]:
     return found[1:]
 
 
-def _listings(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """The files that list modules, or the routes of a Router, and the names in them."""
+def _listings(folder: Path) -> Iterator[tuple[Path, list[tuple[Path, str]]]]:
+    """The files that list modules, or routes of a Router: relative paths and names of classes."""
     for path in (folder / MODULES, folder / ROUTER, folder / "config.json"):
         if not path.is_file():
             continue
@@ -64,11 +70,14 @@ def _listings(folder: Path) -> Iterator[tuple[Path, list[str]]]:
         try:
             listed: Any = json.loads(read_text(path, CONFIG_LIMIT if is_config else LIMIT))
             if path.name == MODULES:
-                names = [module["path"] for module in listed]
+                found = [(module["path"], module.get("type")) for module in listed]
+                names = [module["name"] for module in listed if "name" in module]
+                if len(set(names)) < len(names):  # the last of them would be used for both
+                    raise ValueError("two modules of one name")
             else:
                 routes = listed.get("types") if isinstance(listed, dict) else None
-                names = [*routes] if isinstance(routes, dict) else []
-            if not all(isinstance(name, str) for name in names):
+                found = [*routes.items()] if isinstance(routes, dict) else []
+            if not all(isinstance(path, str) for path, _ in found):
                 raise TypeError("a 'path' that is not a string")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             if isinstance(error, CheckpointError):
@@ -79,30 +88,37 @@ def _listings(folder: Path) -> Iterator[tuple[Path, list[str]]]:
                 f"{str(path)!r} can't be read: expected a list of modules, each with a 'path' "
                 f"({type(error).__name__}: {error}). Correct the file, or use save(path)."
             ) from error
-        _check_number(len(names), path)
-        yield path, names
+        _check_number(len(found), path)
+        yield path, [(Path(name), str(kind).rpartition(".")[2]) for name, kind in found]
 
 
 def refuse_unused_weights(folder: Path, modules: Sequence[Path]) -> None:
     """Raise an error if sentence-transformers would load another network than that of a folder.
 
-    Further routes of a Router in the folder may be networks of their own.
+    The first module must be that of the folder, and no later one a network, but for further routes
+    of a Router in the folder.
     """
     routes: list[Path] = []
-    for listing, names in _listings(folder):
-        paths = [folder / name for name in names]
-        if listing.name != MODULES:
-            routes += [path for path in paths if path != folder]
-        is_used = listing.name == MODULES or any(path.is_dir() for path in paths)
-        if is_used and folder not in paths:
+    networks: list[Path] = []
+    for listing, listed in _listings(folder):
+        paths = [folder / name for name, _ in listed]
+        others = [(path, kind) for path, (_, kind) in zip(paths, listed, strict=True)
+                  if path != folder]  # fmt: skip
+        if listing.name == MODULES:
+            networks += [path for path, kind in others if NETWORK.fullmatch(kind)]
+            is_own = paths[:1] == [folder]
+        else:
+            routes += [path for path, _ in others]
+            is_own = folder in paths or not any(path.is_dir() for path in paths)
+        if not is_own:
             raise CheckpointError(
-                f"{str(listing)!r} lists no module in its own folder (an empty path), so "
-                f"sentence-transformers loads other weights than those beside it. Correct the "
-                f"file, or use save(path)."
+                f"{str(listing)!r} does not list its own folder (an empty path), or not as the "
+                f"first module, so sentence-transformers loads other weights than those beside it. "
+                f"Correct the file, or use save(path)."
             )
     for module in modules:
         is_of_route = any(module.is_relative_to(route) for route in routes)
-        if not is_of_route and _is_network(module):
+        if module in networks or (not is_of_route and _is_network(module)):
             raise CheckpointError(
                 f"{str(module)!r} is a network of its own among the modules of {str(folder)!r}, "
                 f"which would be loaded beside that of the folder, or instead of it. Mix its "
@@ -112,7 +128,7 @@ def refuse_unused_weights(folder: Path, modules: Sequence[Path]) -> None:
 
 def _is_network(module: Path) -> bool:
     """Whether a module has weights with a tokenizer or a configuration of transformers."""
-    if not any(path.suffix in WEIGHTS for path in module.iterdir()):
+    if not any(path.name.endswith((*WEIGHTS, INDEX)) for path in module_files(module)):
         return False
     config = module / "config.json"
     found = read_json(config, CONFIG_LIMIT) if config.is_file() else None

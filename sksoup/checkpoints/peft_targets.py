@@ -13,6 +13,7 @@ from .peft_patterns import check_patterns, is_slow, refuse
 NOT_PLAIN = re.compile(r"[\\^$*+?{}\[\]|()]")  # PEFT treats names with these as expressions
 ALL_LINEAR = "all-linear"
 MOST_REPEATS = 3  # such as .*language_model.*attn.*_proj
+MOST_LAYERS = 1 << 20
 MOST_PATTERNS = 100  # of 'layers_pattern': one or two are usual
 # a list of names, each escaped, as an expression: ^(a|b\.c)$
 LISTED = r"((?:[\w|-]|\\\W)*)"
@@ -107,8 +108,13 @@ class Targets:
     def _layers(self) -> frozenset[int]:
         value = self._fields.get("layers_to_transform")
         layers = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-        if any(type(layer) is not int for layer in layers):
-            refuse(self.where, f"its 'layers_to_transform' is {short(value)}, expected integers")
+        # large integers may have equal hashes
+        if any(type(layer) is not int or abs(layer) > MOST_LAYERS for layer in layers):
+            refuse(
+                self.where,
+                f"its 'layers_to_transform' is {short(value)}, expected integers up to "
+                f"{MOST_LAYERS:,}",
+            )
         return frozenset(layers)
 
     def _names(self, field: str) -> Collection[str]:

@@ -282,6 +282,7 @@ def test_usual_expressions_are_matched_for_every_layer_of_a_language_model(tmp_p
         ({"layers_pattern": ["(x+)+y"], "layers_to_transform": [1]}, "'layers_pattern' holds"),
         ({"layers_pattern": ["x"] * 101}, "'layers_pattern' holds more than 100 names"),
         ({"layers_to_transform": ["1"]}, r"'layers_to_transform' is \['1'\], expected integers"),
+        ({"layers_to_transform": [2**61 - 1]}, "expected integers up to 1,048,576"),  # hash: 0
     ],
     ids=str,
 )

@@ -306,8 +306,40 @@ def test_another_network_in_place_of_the_mixed_one(parts, first, mark):
     out = folder.parent / "out"
     assert main(["average", *[str(ckpts.path(one)) for one in ckpts], "-o", str(out)]) == 2
     assert not out.exists()
-    said = "is a network of its own among the modules" if first else "lists no module in its own"
+    said = "is a network of its own among the modules" if first else "does not list its own folder"
     with pytest.raises(CheckpointError, match=said):
+        recipe.verify(folder, ckpts)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "match"),
+    [
+        ({"0_T": "Dense", "": "Normalize"}, "does not list its own folder"),
+        ({"": "Normalize", "0_T": "sentence_transformers.models.WordEmbeddings"}, "a network of"),
+        ({"": "Transformer", "0_T": "sentence_transformers.SentenceTransformer"}, "a network of"),
+        ({"": "Transformer", "0_T": "Dense"}, "a network of"),  # with an index, and a shard below
+    ],
+)
+def test_a_network_behind_another_kind_of_module(parts, kinds, match):
+    folder, recipe, ckpts = parts
+    for each in (*map(ckpts.path, ckpts), folder):
+        (each / "0_T" / "s").mkdir(parents=True)
+        modules(each, **kinds)
+        if match == "a network of" and "Dense" in kinds.values():
+            save_file({"w": torch.ones(2)}, each / "0_T" / "s" / "x")
+            index = each / "0_T" / "model.safetensors.index.json"
+            index.write_text(json.dumps({"weight_map": {"w": "s/x"}}))
+            (each / "0_T" / "tokenizer.json").touch()
+    with pytest.raises(CheckpointError, match=match):
+        recipe.verify(folder, ckpts)
+
+
+def test_two_modules_of_one_name(parts):
+    """Of which sentence-transformers takes the last."""
+    folder, recipe, ckpts = parts
+    listed = [{"name": "0", "path": path, "type": "x"} for path in ("", "1_Dense")]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    with pytest.raises(CheckpointError, match="two modules of one name"):
         recipe.verify(folder, ckpts)
 
 
@@ -325,7 +357,7 @@ def test_routes_of_a_router_may_be_networks_beside_that_of_the_folder(parts, is_
     if is_used:
         assert recipe.verify(folder, ckpts).ok
     else:
-        with pytest.raises(CheckpointError, match="lists no module in its own folder"):
+        with pytest.raises(CheckpointError, match="does not list its own folder"):
             recipe.verify(folder, ckpts)
 
 
@@ -417,8 +449,10 @@ def test_a_folder_of_skorch_is_a_model(parts, tmp_path):
     assert recipe.verify(skorch / "soup.safetensors", ckpts).beside == ("params.pt",)
 
 
-def modules(folder, *paths) -> None:
-    listed = [{"idx": k, "name": str(k), "path": path, "type": "x"} for k, path in enumerate(paths)]
+def modules(folder, *paths, **kinds) -> None:
+    kinds = dict.fromkeys(paths, "x") | kinds
+    listed = [{"idx": k, "name": str(k), "path": path, "type": kind}
+              for k, (path, kind) in enumerate(kinds.items())]  # fmt: skip
     (folder / "modules.json").write_text(json.dumps(listed))
 
 
@@ -448,7 +482,7 @@ def test_modules_that_are_not_those_of_the_ingredients(parts):
     with pytest.raises(CheckpointError, match=r"lists the module '\.\.', expected a folder next"):
         recipe.verify(folder, ckpts)
     modules(folder, "3_Later")  # another network in place of this one
-    with pytest.raises(CheckpointError, match="lists no module in its own folder"):
+    with pytest.raises(CheckpointError, match="does not list its own folder"):
         recipe.verify(folder, ckpts)
     modules(folder, "", "1_Pooling")
     change(folder / "1_Pooling" / "config.json", transformers_weights="x.safetensors")
