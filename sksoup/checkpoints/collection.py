@@ -915,6 +915,11 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         """The key of a checkpoint's state dict within its file, if ``key`` was passed."""
         return self._entries[name].checkpoint.key
 
+    def _prefix(self, name: str) -> str | None:
+        """The prefix of its tensors' names in the file, if ``prefix`` was passed."""
+        entry = self._entries[name]
+        return entry.prefix if entry.is_given else None
+
     @contextmanager
     def hashing(self) -> Iterator[None]:
         """Compute `sha256` of the checkpoints in a background thread, until the context ends."""

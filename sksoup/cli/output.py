@@ -97,9 +97,8 @@ def write_folder(
             "load them by load_state_dict, or use save_pretrained in Python"
         )
     with new_folder(output) as temporary:
-        weights = recipe.cook(collection, temporary / "weights", shard_size)
-        move_up(weights)
-        copy_companions(sources[0], temporary, sources[1:])
+        copy_companions(sources[0], temporary, sources[1:])  # first, as it may refuse them
+        move_up(recipe.cook(collection, temporary / "weights", shard_size))
         record_dtype(temporary)
         write_text(temporary / "README.md", model_card(recipe, collection))
     return ""

@@ -171,13 +171,12 @@ def _fields(document: dict[str, Any]) -> dict[str, Any]:
 def _ingredient(value: Any) -> Ingredient:
     one = _dict(value, "an ingredient")
     name = _text(one["name"], "the name of an ingredient")
-    file, key = one.get("file"), one.get("key")
-    return Ingredient(
-        name,
-        _sha256(one["sha256"], f"the sha256 of {short(name)}"),
-        None if file is None else _text(file, f"the file of {short(name)}"),
-        None if key is None else _text(key, f"the key of {short(name)}"),
-    )
+    optional = {
+        field: _text(one[field], f"the {field} of {short(name)}")
+        for field in ("file", "key", "prefix")
+        if one.get(field) is not None
+    }
+    return Ingredient(name, _sha256(one["sha256"], f"the sha256 of {short(name)}"), **optional)
 
 
 def _base(value: Any) -> Base | None:

@@ -28,6 +28,8 @@ class Ingredient:
         File name without the folder; None if it was in memory.
     key : str or None, default=None
         Key of the state dict in its file, if one was passed.
+    prefix : str or None, default=None
+        Prefix of its tensors' names in the file, if one was passed.
 
     Examples
     --------
@@ -40,6 +42,7 @@ class Ingredient:
     sha256: str
     file: str | None = None
     key: str | None = None
+    prefix: str | None = None
 
 
 @dataclass(frozen=True)
@@ -150,10 +153,13 @@ def find_ingredient(ingredient: Ingredient, checkpoints: CheckpointCollection) -
             f"has that name or that content. Add the missing checkpoint; if it is one of several "
             f"of a training run, open all of them (which='all')."
         )
-    key = checkpoints._key(match)
-    if None not in (key, ingredient.key) and key != ingredient.key:
-        raise RecipeError(
-            f"The recipe was made with key={ingredient.key!r} of {match!r}, but the checkpoints "
-            f"were opened with key={key!r}. Open them with the same key."
-        )
+    for what, given, recorded in (
+        ("key", checkpoints._key(match), ingredient.key),
+        ("prefix", checkpoints._prefix(match), ingredient.prefix),
+    ):
+        if None not in (given, recorded) and given != recorded:
+            raise RecipeError(
+                f"The recipe was made with {what}={recorded!r} of {match!r}, but the checkpoints "
+                f"were opened with {what}={given!r}. Open them with the same {what}."
+            )
     return match

@@ -188,6 +188,7 @@ INGREDIENT = DOCUMENT["ingredients"][0]
         (edited(ingredients=[dict(INGREDIENT, name=["a"])] * 3), "name of an ingredient is"),
         (edited(ingredients=[dict(INGREDIENT, file=3)] * 3), "the file of 'a' is 3"),
         (edited(ingredients=[dict(INGREDIENT, key={})] * 3), "the key of 'a' is {}"),
+        (edited(ingredients=[dict(INGREDIENT, prefix=0)] * 3), "the prefix of 'a' is 0"),
         (edited(ingredients=[INGREDIENT] * 3), "two ingredients have the same name"),
         (edited(coef=[["0.5", "0.5", "0"]]), "coef holds '0.5', expected numbers"),
         (edited(coef=[[True, False, False]]), "coef holds True"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sksoup import CheckpointCollection, CheckpointError, UniformSoup, mix
+from sksoup import CheckpointCollection, CheckpointError, Recipe, UniformSoup, mix
 from sksoup.__main__ import main
 from sksoup.checkpoints import beside, hub_companions, modules, sweeps
 from sksoup.checkpoints.hub_companions import copy_companions
@@ -327,3 +327,12 @@ def test_runs_of_several_dtypes(tmp_path, way):
     assert found.dtype == torch.float32
     for name, value in found.state_dict().items():
         assert torch.equal(value, mean[name])
+
+
+def test_average_refuses_what_it_can_not_copy_before_it_reads_weights(runs, tmp_path, monkeypatch):
+    (tmp_path / "private.json").write_text("token")
+    (runs / "ft0" / "notes.json").symlink_to(tmp_path / "private.json")
+    monkeypatch.setattr(Recipe, "cook", lambda *_: pytest.fail("weights were read"))
+    given = [str(runs / f"ft{k}") for k in range(3)]
+    assert main(["average", *given, "-o", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()

@@ -86,6 +86,23 @@ def test_the_recipe_knows_which_state_dict_was_meant(tmp_path):
     assert "key='ema'" in recipe.verify({"w": torch.tensor([10.5])}, model).ingredients["0"]
 
 
+def test_the_recipe_knows_which_prefix_was_meant(tmp_path):
+    paths = []
+    for k in range(2):
+        paths.append(tmp_path / f"{k}.safetensors")
+        w = torch.tensor([float(k)])
+        save_file({"student.w": w, "teacher.w": 10 + w}, paths[-1])
+    student, teacher = (CheckpointCollection(paths, prefix=p) for p in ("student.", "teacher."))
+    recipe = Recipe.record("by hand", teacher, [0.5, 0.5], layers={"w": 0})
+    recipe = Recipe.from_json(recipe.to_json())
+    assert recipe.cook(teacher) == {"w": torch.tensor([10.5])}
+    with pytest.raises(RecipeError, match=r"made with prefix='teacher\.' of '0', .*'student\.'"):
+        recipe.cook(student)
+    save_file({"w": torch.tensor([2.0])}, tmp_path / "alone.safetensors")
+    alone = CheckpointCollection([tmp_path / "alone.safetensors"])
+    assert Recipe.record("by hand", alone, [1.0], layers={"w": 0}).ingredients[0].prefix is None
+
+
 def test_ingredients_with_the_same_content(zoo: Zoo):
     a, c = (dict(zoo.checkpoints[name]) for name in ("checkpoint0", "checkpoint1"))
     whole = CheckpointCollection({"a": a, "b": a, "c": c}, module=Net)
