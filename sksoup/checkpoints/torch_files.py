@@ -169,6 +169,9 @@ def _unwrap(state: Any, key: str | None, where: str) -> Any:
         if is_state_dict(state):
             offer = "it is a plain state dict, for which no key is needed"
         raise CheckpointError(f"{where} has no state dict under key={key!r}: {offer}.")
+    models = [name for name in candidates if not _is_beside(name)]
+    if len(models) == 1:  # beside it, tensors only, such as weights of classes
+        candidates = models
     if len(candidates) > 1:
         raise CheckpointError(
             f"{where} holds several state dicts: {listed}. Choose one, for example with "

@@ -133,8 +133,9 @@ MOMENTS = {"state": {0: {"exp_avg": torch.ones(2, 2)}}, "param_groups": [{"param
         }),
         ("model", {"rng": {"torch": torch.get_rng_state(), "python": (3, (1, 2), None)}}),
         ("model", {"best": {"epoch": 3, "accuracy": torch.tensor(0.9)}}),
+        ("state_dict", {"hyper_parameters": {"class_weights": torch.ones(3)}}),
     ],
-    ids=["torch", "lightning", "fairseq", "detectron2", "generators", "numbers"],
+    ids=["torch", "lightning", "fairseq", "detectron2", "generators", "numbers", "weights"],
 )  # fmt: skip
 def test_what_training_loops_keep_beside_the_model_needs_no_key(tmp_path, key, beside):
     torch.save({key: STATE, "epoch": 3, **beside}, tmp_path / "a.pt")
