@@ -23,7 +23,7 @@ from .patterns import matches_of
 from .protocol import Checkpoint, Entry
 from .read import SafetensorsFile, suffix_of
 from .shards import INDEX, ShardedCheckpoint
-from .sweeps import Run, Which, alone, by_folder, find_runs, natural_key
+from .sweeps import Run, Seen, Which, alone, by_folder, find_runs, natural_key
 from .torch_files import TorchFile
 
 logger = logging.getLogger("sksoup")
@@ -106,7 +106,8 @@ def find_checkpoints(
     if not given:
         raise CheckpointError("No checkpoints: expected at least one path or pattern.")
     once: dict[str, Run] = {}  # links may lead to a run from several paths, as may patterns
-    for run in (run for path in given for run in _runs_at(path, which)):
+    seen = Seen()
+    for run in (run for path in given for run in _runs_at(path, which, seen)):
         place = os.path.realpath(run.folder)
         once[place] = once[place].joined(run) if place in once else run
     runs = [*once.values()]
@@ -146,24 +147,22 @@ def find_checkpoints(
     )
 
 
-def _runs_at(path: str | os.PathLike[str], which: Which | None) -> list[Run]:
-    """The runs at one path, or those that match one pattern."""
+def _runs_at(path: str | os.PathLike[str], which: Which | None, seen: Seen) -> list[Run]:
+    """The runs at one path, or those that match one pattern, but for those in ``seen`` folders."""
     full = os.path.expanduser(path)
     root = Path(full)
-    if root.is_dir():
-        runs = list(find_runs(root, SUFFIXES))
-    elif root.exists():
-        runs = alone([root])
-    else:
-        runs = []
-        for match in sorted(matches_of(full), key=natural_key):
-            if match.is_dir():
-                runs += find_runs(match, SUFFIXES)
-            elif is_weights(match, SUFFIXES) or match.name.endswith(INDEX):
-                runs += alone([match])
-        if which in ("best", "last"):
-            runs = by_folder(runs)
-    if not runs:
+    if root.exists() and not root.is_dir():
+        return alone([root])
+    runs: list[Run] = []
+    n_again = seen.n_again
+    for match in [root] if root.exists() else sorted(matches_of(full), key=natural_key):
+        if match.is_dir():
+            runs += find_runs(match, SUFFIXES, seen=seen) if seen.is_new(match) else ()
+        elif is_weights(match, SUFFIXES) or match.name.endswith(INDEX):
+            runs += alone([match])
+    if which in ("best", "last") and not root.exists():
+        runs = by_folder(runs)
+    if not runs and seen.n_again == n_again:
         raise nothing_at(os.fspath(path), SUFFIXES)
     return runs
 

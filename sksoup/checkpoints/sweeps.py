@@ -161,6 +161,23 @@ class Run:
         return not self.is_alone and find_weights(self.folder) is not None
 
 
+class Seen:
+    """The folders that were searched, maybe through links, and how many levels below each."""
+
+    def __init__(self) -> None:
+        self.levels: dict[str, list[tuple[int, int]]] = {}
+        self.n_again = 0
+
+    def is_new(self, folder: Path, depth: int = DEPTH, lightning: int = DEPTH + 1) -> bool:
+        """Whether a folder was not yet searched so far down; from now on, it was."""
+        before = self.levels.setdefault(os.path.realpath(folder), [])
+        if any(depth <= one and lightning <= other for one, other in before):
+            self.n_again += 1
+            return False
+        before.append((depth, lightning))
+        return True
+
+
 def _refuse_modules(folder: Path, inner: Sequence[Path]) -> None:
     """Refuse a model of sentence-transformers whose weights are in several of its modules."""
     if not (folder / MODULES).is_file():
@@ -181,14 +198,17 @@ def find_runs(
     suffixes: Collection[str],
     depth: int = DEPTH,
     lightning: int = DEPTH + 1,
-    seen: set[str] | None = None,
+    seen: Seen | None = None,
     looks_below: bool = True,
 ) -> Iterator[Run]:
     """The runs and the single checkpoints in a folder, in natural order.
 
-    A folder with several links to it is visited once, and cycles of links end. ``looks_below``:
-    warn of what is below a folder with checkpoints.
+    Folders that were ``seen``, maybe through a link, are not visited again. ``looks_below``: warn
+    of what is below a folder with checkpoints.
     """
+    if seen is None:
+        seen = Seen()
+        seen.is_new(folder, depth, lightning)
     inner = [path for path in folder.iterdir() if path.is_dir() and path.name[:1] != "."]
     inner = sorted(_readable(inner), key=natural_key)
     steps = [path for path in inner if STEP.fullmatch(path.name) and find_weights(path)]
@@ -217,14 +237,10 @@ def find_runs(
         else:
             yield from alone(found)
         return
-    seen = {os.path.realpath(folder)} if seen is None else seen
     for path in inner:
-        if (real := os.path.realpath(path)) in seen:
-            continue
-        seen.add(real)
         is_lightning = LIGHTNING.fullmatch(path.name) is not None
         left = depth - (not is_lightning), lightning - is_lightning
-        if min(left) >= 0:
+        if min(left) >= 0 and seen.is_new(path, *left):
             yield from find_runs(path, suffixes, *left, seen, looks_below)
 
 
@@ -254,7 +270,8 @@ def _warn_of_runs_below(
     folder: Path, found: Sequence[Path], inner: Sequence[Path], suffixes: Collection[str]
 ) -> None:
     """Warn if a folder with checkpoints, maybe a soup, has runs in the folders below it."""
-    seen = {os.path.realpath(folder)}
+    seen = Seen()
+    seen.is_new(folder)
     below = [path for path in inner if _holds_runs(path, suffixes, seen)]
     if below:
         names = ", ".join(repr(path.name) for path in (found[0], below[0]))
@@ -273,10 +290,9 @@ def _counted(paths: Sequence[Path], what: str) -> str:
     return f"{len(paths)} {what}{'s' * (len(paths) > 1)}"
 
 
-def _holds_runs(folder: Path, suffixes: Collection[str], seen: set[str]) -> bool:
-    if (real := os.path.realpath(folder)) in seen:
+def _holds_runs(folder: Path, suffixes: Collection[str], seen: Seen) -> bool:
+    if not seen.is_new(folder, DEPTH - 1):
         return False
-    seen.add(real)
     try:
         runs = find_runs(folder, suffixes, DEPTH - 1, seen=seen, looks_below=False)
         return next(runs, None) is not None

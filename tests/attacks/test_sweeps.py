@@ -85,6 +85,38 @@ def test_links_beside_checkpoints_are_not_followed_again_and_again(tmp_path):
     assert looks.call_count < 10
 
 
+@pytest.mark.parametrize("levels", ["", "below"])
+@pytest.mark.parametrize("is_pattern", [True, False])
+def test_links_that_match_a_pattern_are_searched_once(tmp_path, levels, is_pattern):
+    """Also where each leads there through a folder of its own."""
+    real = tmp_path / "real"
+    (real / "x").mkdir(parents=True)
+    save_file({"w": torch.ones(2)}, real / "x" / "a.safetensors")
+    for i in range(30):
+        folder = tmp_path / "all" / f"l{i}"
+        folder.parent.mkdir(exist_ok=True)
+        if levels:
+            folder.mkdir()
+            folder = folder / "up"
+        folder.symlink_to(real)
+    (tmp_path / "all" / "z").symlink_to(real)
+    found = tmp_path / "all" / "*" if is_pattern else sorted((tmp_path / "all").iterdir())
+    with patch.object(sweeps, "list_files", wraps=sweeps.list_files) as looks:
+        assert len(CheckpointCollection.from_path(found)) == 1
+    # z is searched again, as one level more below it counts
+    assert looks.call_count == (30 + 2 + 2 if levels else 2)
+
+
+def test_a_folder_that_is_given_twice(tmp_path):
+    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "link").symlink_to(".")
+    found = CheckpointCollection.from_path([tmp_path, tmp_path / "link", tmp_path / "l*"])
+    assert found.names == ("a",)
+    (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="No checkpoints"):
+        CheckpointCollection.from_path([tmp_path, tmp_path])
+
+
 @pytest.fixture
 def deep(tmp_path):
     """A folder with so many folders in each other that Python's search fails."""
