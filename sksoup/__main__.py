@@ -25,7 +25,7 @@ ERRORS = (ValueError, ArithmeticError, OSError, ImportError, SafetensorError)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
-    options = build_parser().parse_args(argv)
+    options = _parsed(sys.argv[1:] if argv is None else argv)
     try:
         with _shown_warnings(options.json) as warned:
             if "output" in options:
@@ -50,6 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         _print(_shown(in_commands(text)))
     return int(status)
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options; names of files that a shell wrote for ``*`` are not taken for some."""
+    parser = build_parser()
+    for one in arguments:
+        if one.startswith("-") and os.path.lexists(one):
+            parser.error(
+                f"{printable(one)!r} is a file in this folder, and would be an option. Write ./* "
+                f"instead of *, or rename the file."
+            )
+    return parser.parse_args(arguments)
 
 
 def _is_told(error: Exception, options: argparse.Namespace) -> bool:

@@ -150,6 +150,17 @@ def test_usage(capsys):
     assert "exit status" in capsys.readouterr().out
 
 
+def test_a_file_with_the_name_of_an_option_is_none(runs, tmp_path, monkeypatch, capsys):
+    """As a shell gives it for `*` in a folder of others."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "--module=evil:net.pt").touch()
+    given = ["--module=evil:net.pt", "--data", "x.csv", "--label", "y", "-o", "out"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["greedy", str(runs), *given])
+    assert stopped.value.code == 2
+    assert "'--module=evil:net.pt' is a file in this folder" in capsys.readouterr().err
+
+
 COMMAND = [sys.executable, "-m", "sksoup"]
 
 

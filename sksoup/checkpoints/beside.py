@@ -22,7 +22,11 @@ LOADED = (
     ".ot", ".pb", ".pdparams", ".pt2", ".pte", ".tar", ".tflite", "weights.npz",
     ".joblib", ".pickle", ".pkl", ".skops",  # of scikit-learn, such as SetFit's head
 )  # fmt: skip
-MARKS = (MODULES, CONFIG)  # files that mark a folder as a model
+# files that mark a folder as a model: of sentence-transformers, PEFT, OpenCLIP, diffusers
+MARKS = (
+    MODULES, "config_sentence_transformers.json", CONFIG, "open_clip_config.json",
+    "model_index.json",
+)  # fmt: skip
 DESCRIBES = (  # fields of a config.json of a model: transformers, timm, diffusers, Keras, Router
     "model_type", "architectures", "auto_map", "architecture", "pretrained_cfg", "model_cfg",
     "_class_name", "class_name", "types",

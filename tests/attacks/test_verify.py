@@ -427,6 +427,11 @@ def test_files_of_a_folder_that_is_no_model_stand_alone(parts, tmp_path):
     ):
         (runs / "config.json").write_text(config)
         assert recipe.verify(runs / "soup.safetensors", ckpts).ok != is_model
+    (runs / "config.json").unlink()
+    for mark in ("open_clip_config.json", "model_index.json", "config_sentence_transformers.json"):
+        (runs / mark).write_text("{}")
+        assert not recipe.verify(runs / "soup.safetensors", ckpts).ok
+        (runs / mark).unlink()
 
 
 def test_a_folder_of_skorch_is_a_model(parts, tmp_path):
