@@ -52,6 +52,17 @@ def copy_companions(source: Path, target: Path, others: Sequence[Path] = ()) -> 
     ``others`` also raise an error, because they are not mixed.
     """
     source = source.resolve()
+    modules, found = find_companions(source, others)
+    for module in modules:  # also an empty one, which sentence-transformers expects
+        (target / module.relative_to(source)).mkdir(parents=True, exist_ok=True)
+    for path in found:
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy_new(path, copy)
+
+
+def find_companions(source: Path, others: Sequence[Path] = ()) -> tuple[list[Path], list[Path]]:
+    """The folders of modules and the files that are copied; raise an error if they can't be."""
     found = _matching(source, COMPANIONS)
     modules = module_folders(source)
     refuse_unused_weights(source, modules)
@@ -66,12 +77,7 @@ def copy_companions(source: Path, target: Path, others: Sequence[Path] = ()) -> 
     _refuse_links(source, [*found, *of_modules])
     _refuse_large(source, [p for p in (*found, *of_modules) if p.suffix not in WEIGHTS])
     _refuse_differing_weights(source, [p for p in of_modules if p.suffix in WEIGHTS], others)
-    for module in modules:  # also an empty one, which sentence-transformers expects
-        (target / module.relative_to(source)).mkdir(parents=True, exist_ok=True)
-    for path in [*found, *of_modules]:
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy_new(path, copy)
+    return modules, [*found, *of_modules]
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

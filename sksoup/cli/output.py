@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from ..checkpoints.converted import stored_names
 from ..checkpoints.hub_companions import (
     copy_companions,
     copy_tokenizer,
+    find_companions,
     model_folders,
     record_dtype,
 )
@@ -59,6 +62,22 @@ def check_output(options: argparse.Namespace) -> None:
         raise FileNotFoundError(
             f"{str(output)!r} can't be written: the folder {str(output.parent)!r} does not exist."
         )
+
+
+def check_companions(output: Path, collection: CheckpointCollection) -> None:
+    """Refuse, before a fit, model folders of which no two could give the folder of a soup."""
+    folders = model_folders(collection, collection.names)
+    if output.suffix == ".safetensors" or collection.adapters(collection.names) or not folders:
+        return
+    errors = []
+    pairs: list[Sequence[Path]] = [*pairwise(folders)]
+    for first, *others in pairs or [folders]:
+        try:
+            find_companions(first.resolve(), others)
+            return
+        except CheckpointError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def check_not_input(output: Path, recipe: Recipe, collection: CheckpointCollection) -> None:

@@ -31,7 +31,7 @@ from ..recipes.validation import scorer_of
 from .data import Data, load_data
 from .files import listed
 from .module import load_factory
-from .output import write_soup
+from .output import check_companions, write_soup
 from .weights import Result
 
 RECIPES: Mapping[str, type[BaseSoup]] = {
@@ -48,6 +48,7 @@ def search(options: argparse.Namespace) -> Result:
     """Fit the soup that the command is named after, and write it."""
     collection = _opened(options)
     refuse_inputs(Path(options.output), collection, collection)
+    check_companions(Path(options.output), collection)
     val, test, tokenizer, classes = load_data(options, collection)
     soup = RECIPES[options.command]()
     soup.set_params(**_params(soup, options, classes))

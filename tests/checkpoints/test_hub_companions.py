@@ -16,6 +16,7 @@ from sksoup import CheckpointCollection, CheckpointError, Recipe, UniformSoup, m
 from sksoup.__main__ import main
 from sksoup.checkpoints import beside, hub_companions, modules, sweeps
 from sksoup.checkpoints.hub_companions import copy_companions
+from sksoup.cli import output
 
 from ..zoo import around
 
@@ -336,3 +337,22 @@ def test_average_refuses_what_it_can_not_copy_before_it_reads_weights(runs, tmp_
     given = [str(runs / f"ft{k}") for k in range(3)]
     assert main(["average", *given, "-o", str(tmp_path / "out")]) == 2
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["link", "weights"])
+def test_a_fit_is_refused_where_its_soup_could_not_be_saved(runs, tmp_path, what):
+    """Unless two of the folders could give it: which are in the soup is not known before."""
+    for k in range(3):
+        if what == "link":
+            (runs / f"ft{k}" / "notes.json").symlink_to(Path(__file__))
+        else:
+            (runs / f"ft{k}" / "2_Dense" / "model.safetensors").write_bytes(bytes([k]))
+    ckpts = CheckpointCollection.from_path(runs)
+    match = {"link": "outside its folder", "weights": "its weights are not mixed"}[what]
+    with pytest.raises(CheckpointError, match=match):
+        output.check_companions(tmp_path / "out", ckpts)
+    output.check_companions(tmp_path / "out.safetensors", ckpts)
+    for k in range(2):
+        (runs / f"ft{k}" / "notes.json").unlink(missing_ok=True)
+        (runs / f"ft{k}" / "2_Dense" / "model.safetensors").write_bytes(b"the same")
+    output.check_companions(tmp_path / "out", ckpts)
