@@ -22,6 +22,7 @@ MOST_MODULES = 100
 MOST_FILES = 10_000  # and folders in that of a module
 MOST_DEPTH = 50  # of folders in each other
 WEIGHTS = (".safetensors", *TORCH_SUFFIXES)
+FILES = (*WEIGHTS, ".json", ".md")
 # classes of sentence-transformers that read texts or images with weights of their own
 NETWORK = re.compile(
     r".*(Transformer|(?<!Auto)Encoder|Embeddings?|Model|Router|Asym|BoW|B[Ee][Rr][Tt]|T5|XLNet)"
@@ -40,11 +41,14 @@ def module_folders(source: Path) -> list[Path]:
         for listing, listed in _listings(folder):
             for name, _ in listed:
                 module = folder / name
-                # ".." is no folder below, and ".git" may hold secrets, and commands
-                if name.is_absolute() or any(part.startswith(".") for part in name.parts):
+                # ".." is no folder below, ".git" may hold secrets, and commands, and files of a
+                # soup have other names
+                is_odd = any(p.startswith(".") or p.endswith(FILES) for p in name.parts)
+                if name.is_absolute() or is_odd:
                     raise CheckpointError(
                         f"{str(listing)!r} lists the module {str(name)!r}, expected a folder next "
-                        f"to it that is not hidden. Correct the file, or use save(path)."
+                        f"to it that is not hidden and not named as a file. Correct the file, or "
+                        f"use save(path)."
                     )
                 _check_depth(module, source)
                 if module in found or not _is_folder(module, listing):

@@ -33,7 +33,7 @@ class Targets:
         for field in ("target_modules", "exclude_modules"):
             value = self._fields.get(field)
             if isinstance(value, str):
-                if value.lower() != ALL_LINEAR and self._is_matched(field):
+                if field in self._matched:
                     tries += check_patterns(self.where, field, [value], MOST_REPEATS)
             else:
                 self._names(field)
@@ -45,13 +45,27 @@ class Targets:
         _ = self._layers
         return tries
 
-    def _is_matched(self, field: str) -> bool:
-        """Whether an expression is matched here: not a list of names, and not too long.
+    @cached_property
+    def _matched(self) -> frozenset[str]:
+        """The fields with an expression that is matched here: not a list, and not too long.
 
         Training libraries write long expressions, which only PEFT matches.
         """
-        value = str(self._fields[field])
-        return _listed(value) is None and not is_slow(value, MOST_REPEATS)
+        return frozenset(
+            field
+            for field, names in self._sets.items()
+            if isinstance(value := self._fields.get(field), str)
+            and not (names or field in self._all_linear or is_slow(value, MOST_REPEATS))
+        )
+
+    @cached_property
+    def _all_linear(self) -> frozenset[str]:
+        """The fields that stand for all linear layers."""
+        return frozenset(
+            field
+            for field in self._sets
+            if isinstance(value := self._fields.get(field), str) and value.lower() == ALL_LINEAR
+        )
 
     def selects(self, module: str, is_linear: bool, is_output: bool) -> bool:
         """Whether PEFT adds factors to a module; "all-linear" excludes it if ``is_output``."""
@@ -60,7 +74,7 @@ class Targets:
         if not self._saved.isdisjoint(_spans(module)):
             return False
         targets = self._fields.get("target_modules")
-        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        if "target_modules" in self._all_linear:
             return is_linear and not is_output
         if not self._is_in("target_modules", module):
             return False
@@ -74,7 +88,7 @@ class Targets:
             return False
         if isinstance(value, str):
             listed = self._sets[field]
-            if listed or self._is_matched(field):
+            if listed or field in self._matched:
                 return module in listed if listed else re.fullmatch(value, module) is not None
             return field == "target_modules"  # trusted without matching
         return not self._sets[field].isdisjoint(_ends(module))

@@ -94,7 +94,7 @@ class View(NamedTuple):
 
     def of(self, values: torch.Tensor) -> torch.Tensor:
         """The tensor, given all values of the storage; a copy if it has the negative bit."""
-        values = values.view(self.dtype)
+        values = values if values.dtype == self.dtype else values.view(self.dtype)
         made = values.as_strided(self.size, self.stride, values.storage_offset() + self.offset)
         made = -made if self.is_negative else made  # which can't be set
         return made.conj() if self.is_conj else made
@@ -306,7 +306,7 @@ class _Machine:
             dtype, *rest = rest
         if not isinstance(dtype, torch.dtype):
             raise _refused("a tensor without a dtype")
-        _check_view(storage.values.view(dtype), offset, size, stride)
+        _check_view(storage.values.nbytes // dtype.itemsize, offset, size, stride)
         self.n_made += len(size)
         bits = rest[0] if rest else {}
         is_known = isinstance(bits, dict) and not bits.keys() - {"conj", "neg"}
@@ -450,14 +450,14 @@ def _key(value: Any) -> Any:
     return value if isinstance(value, str) or is_small or value is None else OddKey(value)
 
 
-def _check_view(values: torch.Tensor, offset: Any, size: Any, stride: Any) -> None:
+def _check_view(n_values: int, offset: Any, size: Any, stride: Any) -> None:
     """Raise an error unless a tensor is within the values of its storage."""
     are_tuples = isinstance(size, tuple) and isinstance(stride, tuple)
     is_small = are_tuples and len(size) == len(stride) <= MOST_DIMENSIONS
     if not is_small or not all(map(_is_count, (offset, *size, *stride))):
         raise _refused("a tensor with a wrong shape")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if 0 not in size and last >= len(values):
+    if 0 not in size and last >= n_values:
         raise _refused("a tensor that is larger than its storage")
 
 

@@ -129,7 +129,8 @@ def mix(
     the checkpoint with the largest mean coefficient (the first one if there are ties). Negative
     running variances are set to 0.
 
-    Each byte is read once. Memory: the result (in the accumulator's dtype) and one tensor; with
+    Each byte is read once. Memory: the result (in the accumulator's dtype), one tensor, and at most
+    256 numbers (2 kB) for each tensor of every checkpoint, by which they are compared; with
     ``out``, instead of the result, a group of tensors of at most 16 MiB or the largest tensor.
     Files are memory-mapped, one at a time; of legacy pickles, the tensors of a group are copied.
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sksoup import CheckpointCollection, CheckpointError, SoupWarning, UniformSoup
+from sksoup.checkpoints import peft_targets
 from sksoup.checkpoints.base_model import BaseModel, find_base_folder
 from sksoup.checkpoints.on_base import _n_labels
 from sksoup.checkpoints.peft_targets import Targets
@@ -269,6 +270,18 @@ def test_usual_expressions_are_matched_for_every_layer_of_a_language_model(tmp_p
         folder = save(tmp_path / str(k), copy.deepcopy(base), r=1, target_modules=pattern)
         configured(folder, target_modules=pattern)
         CheckpointCollection([folder], module=base)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_a_long_text_is_looked_at_once(tmp_path, monkeypatch, field):
+    """Not for each module of the base."""
+    looked, original = [], peft_targets._listed
+    monkeypatch.setattr(peft_targets, "_listed", lambda text: looked.append(text) or original(text))
+    folder = save(tmp_path / "run")
+    given = {field: "a" * 100_000 + "."}
+    configured(folder, **given)
+    CheckpointCollection([folder], module=build())
+    assert looked.count(given[field]) == 1
 
 
 @pytest.mark.parametrize(

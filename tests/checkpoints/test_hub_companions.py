@@ -183,6 +183,7 @@ def test_weights_that_are_not_mixed_have_to_be_the_same(runs, tmp_path):
         ("[" * 100_000, "can't be read"),
         ('[{"path": "../ft1"}]', r"lists the module '\.\./ft1', expected a folder next to it"),
         ('[{"path": "/etc"}]', "lists the module '/etc', expected a folder next to it"),
+        ('[{"path": "README.md"}]', r"lists the module 'README\.md', .* not named as a file"),
         (" " * (1 << 21), "larger than 1,048,576 bytes"),
         (json.dumps([{"path": "m" * 5000}]), r"modules\.json' lists a module .*name too long"),
         (json.dumps([{"path": "m"}] * 101), r"there are 101 modules, expected at most 100"),
