@@ -10,7 +10,6 @@ from ..exceptions import CheckpointError
 from .peft_config import CONFIG
 from .read import read_safetensors_metadata, suffix_of
 from .shards import INDEX, weight_map
-from .workplace import MARK
 
 # file names of weights in Hugging Face and skorch folders, in order of preference
 FOLDER_WEIGHTS = (
@@ -55,8 +54,8 @@ def _adapter_weights(folder: Path, whole: Path | None) -> Path:
 
 
 def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    """The weights files in a folder; sharded checkpoints once, by their index."""
-    paths = [path for path in folder.iterdir() if not path.name.startswith(MARK)]
+    """The weights files in a folder, without hidden ones; shards once, by their index."""
+    paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
     indices = [path for path in paths if path.name.endswith(INDEX)]
     shards = {folder / name for index in indices for name in set(weight_map(index).values())}
     files = [path for path in paths if is_weights(path, suffixes) and path not in shards]

@@ -107,7 +107,8 @@ def weight_map(path: Path) -> dict[str, str]:
         if not isinstance(weights, dict) or not weights:
             raise CheckpointError(f"{str(path)!r} has no weights in its 'weight_map'.")
         for tensor, name in weights.items():
-            if not isinstance(name, str) or name != Path(name).name or not name.strip("."):
+            is_name = isinstance(name, str) and name == Path(name).name and name.strip(".")
+            if not is_name or "\n" in name:  # which would end a line of the digest
                 raise CheckpointError(
                     f"{str(path)!r} lists the shard {name!r} for {tensor!r}, expected the name of "
                     f"a file next to it."

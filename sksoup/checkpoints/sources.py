@@ -15,6 +15,7 @@ from typing import Any, get_args
 from torch import nn
 
 from ..exceptions import CheckpointError, SoupWarning
+from ..tables import printable
 from .folders import FOLDER_WEIGHTS, is_weights, weights_of
 from .hub_config import refuse_quantized
 from .in_memory import MemoryCheckpoint
@@ -138,7 +139,7 @@ def find_checkpoints(
     said = _in_words(several, which)
     if said:
         listed = ", ".join(str(path) for path, _, _ in taken)
-        logger.info("Took %s: %s", said, listed)
+        logger.info("Took %s: %s", said, printable(listed))
     return Found(
         [path for path, _, _ in taken],
         [label for _, label, _ in taken] if several and len(runs) > 1 else None,

@@ -109,6 +109,7 @@ def test_only_regular_files_are_opened(tmp_path, suffix, kind):
         ),
         ('{"weight_map": {"w": "/a.safetensors"}}', "the name of a file next to it"),
         ('{"weight_map": {"w": ".."}}', "the name of a file next to it"),
+        ('{"weight_map": {"w": "a.safetensors\\nb"}}', "the name of a file next to it"),
         ('{"weight_map": {"w": "a\\u0000.safetensors"}}', "can't be opened: embedded null byte"),
         ('{"weight_map": {"w": "a\\ud800.safetensors"}}', "can't be opened: 'utf-8' codec can't"),
         ('{"weight_map": {"w": "' + "n" * 300 + '"}}', "can't be opened: File name too long"),

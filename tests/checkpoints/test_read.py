@@ -46,9 +46,7 @@ def views(draw, storages):
     size = tuple(draw(st.lists(st.integers(0, 3), max_size=3)))
     stride = tuple(draw(st.integers(0, 4)) for _ in size)
     made = values.as_strided(size, stride, draw(st.integers(0, 8)))
-    if values.is_complex() and draw(st.booleans()):
-        made = made.conj()
-    return torch._neg_view(made) if values.is_floating_point() and draw(st.booleans()) else made
+    return made.conj() if values.is_complex() and draw(st.booleans()) else made
 
 
 @given(data=st.data(), legacy=st.booleans())
@@ -58,6 +56,8 @@ def test_views_of_a_pt_file_are_those_of_torch(tmp_path, data, legacy):
     dtypes = data.draw(st.lists(st.sampled_from(list(VALUES)), min_size=1, max_size=4))
     storages = [VALUES[dtype].clone() for dtype in dtypes]
     state = {f"w{k}": data.draw(views(storages)) for k in range(data.draw(st.integers(1, 6)))}
+    if state["w0"].is_floating_point() and data.draw(st.booleans()):
+        state["w0"] = torch._neg_view(state["w0"])  # such copies are limited
     path = write_file(tmp_path / "a.pt", state, legacy)
     expected = torch.load(path, weights_only=True)
     weights = sources.open_checkpoint(path)

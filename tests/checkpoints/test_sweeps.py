@@ -51,6 +51,14 @@ def test_one_of_each_run(sweep, caplog):
     assert "best" not in repr(found.drop("run-1"))
 
 
+def test_hidden_files_are_no_checkpoints(tmp_path):
+    """As macOS writes beside each file of another file system."""
+    for name in ("a", "b"):
+        save_file({"w": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+        (tmp_path / f"._{name}.safetensors").write_bytes(b"\0\5\26\7")
+    assert from_path(tmp_path).names == from_path(tmp_path / "*").names == ("a", "b")
+
+
 @pytest.mark.parametrize(("which", "n"), [("last", 3), ("all", 9)])
 def test_the_last_or_all(sweep, which, n):
     found = from_path(sweep, which=which)
