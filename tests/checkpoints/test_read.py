@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from sksoup import CheckpointCollection, CheckpointError
 from sksoup.checkpoints import read, sources
+from sksoup.checkpoints.protocol import same_bits
 
 from ..zoo import make_states
 from .files import STATE, read_all, write_file
@@ -35,8 +36,18 @@ def test_every_format_gives_back_the_same_tensors(tmp_path, suffix, legacy):
 
 VALUES = {
     dtype: torch.arange(1, 41).to(dtype)
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool)
+    for dtype in (
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.int64,
+        torch.uint16,
+        torch.bool,
+    )
 } | {torch.complex64: torch.complex(torch.arange(1.0, 41), -torch.arange(40.0))}
+
+NOT_LEGACY = (torch.float8_e4m3fn, torch.uint16)  # torch.save can't
 
 
 @st.composite
@@ -53,10 +64,11 @@ def views(draw, storages):
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_views_of_a_pt_file_are_those_of_torch(tmp_path, data, legacy):
     """Any views of a few storages; several names of one storage are read as one memory."""
-    dtypes = data.draw(st.lists(st.sampled_from(list(VALUES)), min_size=1, max_size=4))
+    known = [dtype for dtype in VALUES if not (legacy and dtype in NOT_LEGACY)]
+    dtypes = data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=4))
     storages = [VALUES[dtype].clone() for dtype in dtypes]
     state = {f"w{k}": data.draw(views(storages)) for k in range(data.draw(st.integers(1, 6)))}
-    if state["w0"].is_floating_point() and data.draw(st.booleans()):
+    if state["w0"].dtype in (torch.float64, torch.float32) and data.draw(st.booleans()):
         state["w0"] = torch._neg_view(state["w0"])  # such copies are limited
     path = write_file(tmp_path / "a.pt", state, legacy)
     expected = torch.load(path, weights_only=True)
@@ -67,7 +79,7 @@ def test_views_of_a_pt_file_are_those_of_torch(tmp_path, data, legacy):
         for name, value in expected.items():
             assert found[name].dtype == value.dtype
             assert found[name].stride() == value.stride() or value.is_neg()
-            torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+            assert same_bits(found[name], value.resolve_neg())
         stored = [name for name, value in expected.items() if value.numel() and not value.is_neg()]
         for a in stored:
             for b in stored:
