@@ -911,14 +911,10 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
                 entry.digests.append(content_sha256(entry))
         return entry.digests[0]
 
-    def _key(self, name: str) -> str | None:
-        """The key of a checkpoint's state dict within its file, if ``key`` was passed."""
-        return self._entries[name].checkpoint.key
-
-    def _prefix(self, name: str) -> str | None:
-        """The prefix of its tensors' names in the file, if ``prefix`` was passed."""
+    def _part(self, name: str) -> tuple[str | None, str | None]:
+        """Which part of its file a checkpoint is: ``key`` and ``prefix``, if they were passed."""
         entry = self._entries[name]
-        return entry.prefix if entry.is_given else None
+        return entry.checkpoint.key, entry.prefix if entry.is_given else None
 
     @contextmanager
     def hashing(self) -> Iterator[None]:

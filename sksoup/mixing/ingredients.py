@@ -153,9 +153,10 @@ def find_ingredient(ingredient: Ingredient, checkpoints: CheckpointCollection) -
             f"has that name or that content. Add the missing checkpoint; if it is one of several "
             f"of a training run, open all of them (which='all')."
         )
+    key, prefix = checkpoints._part(match)
     for what, given, recorded in (
-        ("key", checkpoints._key(match), ingredient.key),
-        ("prefix", checkpoints._prefix(match), ingredient.prefix),
+        ("key", key, ingredient.key),
+        ("prefix", prefix, ingredient.prefix),
     ):
         if None not in (given, recorded) and given != recorded:
             raise RecipeError(

@@ -154,8 +154,7 @@ class Recipe:
         for name in checkpoints:
             digest, path = checkpoints.sha256(name), checkpoints.path(name)
             file = path.name if path else None
-            key, prefix = checkpoints._key(name), checkpoints._prefix(name)
-            ingredients.append(Ingredient(name, digest, file, key, prefix))
+            ingredients.append(Ingredient(name, digest, file, *checkpoints._part(name)))
         names = layer_names or tuple(str(row) for row in range(len(rows)))
         adapters = checkpoints.adapters(checkpoints.names)
         base = record_base(adapters.values()) if adapters else None
