@@ -93,7 +93,10 @@ def _describes_model(path: Path) -> bool:
 
 def _may_be_loaded(path: Path) -> bool:
     name = path.name.lower()
-    return name == CONFIG or (name.endswith(LOADED) and not _is_of_training(path.parent, name))
+    is_index = re.fullmatch(r".+\.index\..+\.json", name)  # of a variant of transformers
+    if name == CONFIG or is_index:
+        return True
+    return name.endswith(LOADED) and not _is_of_training(path.parent, name)
 
 
 def _is_of_training(folder: Path, name: str) -> bool:

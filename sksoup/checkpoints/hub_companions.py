@@ -28,7 +28,7 @@ TOKENIZERS = (
     "*.tokenizer",
 )  # fmt: skip
 NOT_COMPANIONS = (
-    "*.index.json", "trainer_state.json", "history.json", "*results.json", "adapter_config.json",
+    "*.index*.json", "trainer_state.json", "history.json", "*results.json", "adapter_config.json",
 )  # fmt: skip
 ANNEX = (".git", "annex", "objects")  # where git-annex has large files, behind links
 MOST_BYTES = 1 << 30  # of the files that are copied

@@ -22,6 +22,7 @@ MOST_MODULES = 100
 MOST_FILES = 10_000  # and folders in that of a module
 MOST_DEPTH = 50  # of folders in each other
 WEIGHTS = (".safetensors", *TORCH_SUFFIXES)
+ROUTERS = ("Router", "Asym")  # classes of a module with several routes
 FILES = (*WEIGHTS, ".json", ".md")
 # classes of sentence-transformers that read texts or images with weights of their own
 NETWORK = re.compile(
@@ -102,18 +103,22 @@ def refuse_unused_weights(folder: Path, modules: Sequence[Path]) -> None:
     The first module must be that of the folder, and no later one a network, but for further routes
     of a Router in the folder.
     """
+    is_router = False
     routes: list[Path] = []
     networks: list[Path] = []
-    for listing, listed in _listings(folder):
+    for listing, listed in _listings(folder):  # modules.json first
         paths = [folder / name for name, _ in listed]
         others = [(path, kind) for path, (_, kind) in zip(paths, listed, strict=True)
                   if path != folder]  # fmt: skip
         if listing.name == MODULES:
             networks += [path for path, kind in others if NETWORK.fullmatch(kind)]
             is_own = paths[:1] == [folder]
-        else:
+            is_router = is_own and listed[0][1] in ROUTERS
+        elif is_router:
             routes += [path for path, _ in others]
             is_own = folder in paths or not any(path.is_dir() for path in paths)
+        else:  # not used
+            continue
         if not is_own:
             raise CheckpointError(
                 f"{str(listing)!r} does not list its own folder (an empty path), or not as the "

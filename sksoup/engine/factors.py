@@ -1,4 +1,4 @@
-"""The factors of adapters of one base side by side: products and lengths, never multiplied out."""
+"""The factors of adapters of one base side by side: their products and lengths."""
 
 from __future__ import annotations
 
@@ -38,8 +38,13 @@ class Stack:
         return products.new_zeros(n_adapters).index_add_(0, self.owner, products)
 
     def gram(self, n_adapters: int) -> torch.Tensor:
-        """(K, K), float64: inner products of the differences, from R x R numbers in blocks."""
+        """(K, K), float64: inner products of the differences, from R x R numbers in blocks.
+
+        Ranks that exceed the size of the tensor would make these more than the differences.
+        """
         left, right = self.left.double(), self.right.double()
+        if n_adapters * len(left) * right.shape[1] < len(right) ** 2:
+            return self._gram_of_products(left, right, n_adapters)
         by_row = left.new_zeros((n_adapters, len(right)))  # (K, R)
         step = max(1, MOST_PRODUCTS // max(1, len(right)))
         for start in range(0, len(right), step):
@@ -47,6 +52,19 @@ class Stack:
             products = (left[:, part].T @ left) * (right[part] @ right.T)  # (step, R)
             by_row.index_add_(0, self.owner[part], products)
         return by_row.new_zeros((n_adapters, n_adapters)).index_add_(1, self.owner, by_row)
+
+    def _gram_of_products(
+        self, left: torch.Tensor, right: torch.Tensor, n_adapters: int
+    ) -> torch.Tensor:
+        """The same from the differences themselves, some rows at a time."""
+        columns = [(self.owner == k).nonzero()[:, 0] for k in range(n_adapters)]
+        total = left.new_zeros((n_adapters, n_adapters))
+        step = max(1, MOST_PRODUCTS // max(1, n_adapters * right.shape[1]))
+        for start in range(0, len(left), step):
+            some = left[start : start + step]
+            rows = torch.stack([(some[:, own] @ right[own]).flatten() for own in columns])
+            total += rows @ rows.T
+        return total
 
 
 def read_stacks(checkpoints: CheckpointCollection, names: Collection[str]) -> dict[str, Stack]:

@@ -434,9 +434,11 @@ def test_a_rank_far_above_the_sizes_is_refused(tmp_path):
     CheckpointCollection([save(tmp_path / "other", r=256)], module=build)
 
 
-def test_inner_products_of_many_columns_are_computed_in_blocks(monkeypatch):
+@pytest.mark.parametrize(("m", "n", "largest"), [(40, 60, 180), (30, 5, 60)])
+def test_inner_products_of_many_columns_are_computed_in_blocks(monkeypatch, m, n, largest):
+    """From products of columns, or from the differences if these are fewer numbers."""
     torch.manual_seed(0)
-    stack = Stack(torch.randn(4, 60), torch.randn(60, 5), torch.arange(60) // 20)
+    stack = Stack(torch.randn(m, 60), torch.randn(60, n), torch.arange(60) // 20)
     whole = stack.gram(3)
     deltas = torch.stack([
         (stack.left[:, part] @ stack.right[part]).flatten().double()
@@ -450,7 +452,7 @@ def test_inner_products_of_many_columns_are_computed_in_blocks(monkeypatch):
     )
     monkeypatch.setattr(factors, "MOST_PRODUCTS", 180)  # three rows
     assert torch.allclose(stack.gram(3), whole)
-    assert max(sizes) == 180
+    assert max(sizes) == largest
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16])

@@ -675,6 +675,9 @@ def test_hidden_files_are_not_copied(tmp_path):
     for name in (".secrets.json", "config.json", "1_Dense/.env", "1_Dense/.git/config"):
         (source / name).write_text("{}")
     (source / "modules.json").write_text('[{"path": ""}, {"path": "1_Dense"}]')
+    for folder in (source, source / "1_Dense"):  # of other weights
+        (folder / "model.safetensors.index.json").write_text("{}")
+        (folder / "pytorch_model.bin.index.fp16.json").write_text("{}")
     copy_companions(source, out)
     found = sorted(str(path.relative_to(out)) for path in out.rglob("*"))
     assert found == ["1_Dense", "config.json", "modules.json"]

@@ -239,7 +239,7 @@ def test_what_is_verified_is_what_transformers_loads(parts, tmp_path, rename, is
     ["head.safetensors", "shard-00001-model-00001-of-00001.safetensors", "pytorch_model.bin",
      "MODEL.SAFETENSORS", "model.safetensors.index.json", "adapter_config.json", "x.gguf",
      "params.pt", "last.ckpt", "model.onnx", "rust_model.ot", "weights.npz", "model_head.pkl",
-     "x.pth.tar", "pipeline.skops"],
+     "x.pth.tar", "pipeline.skops", "pytorch_model.bin.index.fp16.json"],
 )  # fmt: skip
 def test_other_weights_in_the_folder_are_named(parts, capsys, name):
     folder, recipe, ckpts = parts
@@ -343,6 +343,19 @@ def test_two_modules_of_one_name(parts):
         recipe.verify(folder, ckpts)
 
 
+@pytest.mark.parametrize("listing", ["config.json", "router_config.json"])
+def test_routes_that_no_router_uses(parts, listing):
+    """They do not make another network a route."""
+    folder, recipe, ckpts = parts
+    network = shutil.copytree(ckpts.path("a"), folder.parent / "network")
+    for each in (*map(ckpts.path, ckpts), folder):
+        shutil.copytree(network, each / "0_T")
+        modules(each, "", "0_T")
+        (each / listing).write_text(json.dumps({"types": {"": "x", "0_T": "x"}}))
+    with pytest.raises(CheckpointError, match="is a network of its own among the modules"):
+        recipe.verify(folder, ckpts)
+
+
 @pytest.mark.parametrize("is_used", [True, False])
 def test_routes_of_a_router_may_be_networks_beside_that_of_the_folder(parts, is_used):
     """As of sparse models, whose queries have a static embedding."""
@@ -351,7 +364,7 @@ def test_routes_of_a_router_may_be_networks_beside_that_of_the_folder(parts, is_
         (each / "query").mkdir()
         shutil.copy(ckpts.path("a") / "model.safetensors", each / "query")
         (each / "query" / "tokenizer.json").write_text("{}")
-        modules(each, "")
+        modules(each, **{"": "sentence_transformers.models.Router"})
         types = {"query": "StaticEmbedding", **({"": "MLMTransformer"} if is_used else {})}
         (each / "router_config.json").write_text(json.dumps({"types": types}))
     if is_used:
