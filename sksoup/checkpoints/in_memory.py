@@ -86,6 +86,8 @@ def content_sha256(entry: Entry) -> str:
 def digest_of(header: Mapping[str, TensorInfo], read: Read) -> str:
     """SHA-256 of the names, dtypes, shapes and values of these tensors."""
     digest = sha256()
+    if any(mark in name for name in header for mark in "\0:;"):  # could be taken for the values
+        digest.update(f"\0{sorted((n, str(i.dtype), i.shape) for n, i in header.items())}".encode())
     for name, info in sorted(header.items()):
         digest.update(f"{name}:{info.dtype}:{info.shape};".encode())
         digest.update(tensor_bytes(read(name)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import torch
 
@@ -30,3 +32,13 @@ def test_dtypes_that_no_file_holds_are_refused(dtype):
 def test_sparse_tensors_are_refused():
     with pytest.raises(CheckpointError, match="sparse"):
         CheckpointCollection([{"w": torch.eye(2).to_sparse()}])
+
+
+def test_names_that_could_be_taken_for_values_have_digests_of_their_own():
+    values = torch.tensor([65, 66, 67, 68], dtype=torch.uint8)
+    apart = {"a": values, "b": values}
+    joined = {"a:torch.uint8:(4,);ABCDb": values}
+    digests = [CheckpointCollection({"m": state}).sha256("m") for state in (apart, joined)]
+    assert len(set(digests)) == 2
+    stream = b"a:torch.uint8:(4,);ABCDb:torch.uint8:(4,);ABCD"
+    assert digests[0] == hashlib.sha256(stream).hexdigest()  # as in recipes of older versions
