@@ -166,7 +166,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         self._entries: dict[str, Entry] = dict(zip(self.names, entries, strict=True))
         self.layout: dict[str, TensorInfo] = common_layout(self._entries)
         self.scores = check_scores(scores, self.names)
-        self.health = Health()
+        self.health = Health(len(entries) * len(self.layout))
         self.whole: CheckpointCollection = self  # what `slice_rows` was called on
         self._opened_with = key, prefix
         self._taken = ""  # which checkpoints of the runs were taken, in words
@@ -268,7 +268,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "health": Health()}
+        return {**self.__dict__, "health": Health(len(self) * len(self.layout))}
 
     def __repr__(self) -> str:
         files = sum(self.path(name) is not None for name in self)
@@ -445,13 +445,13 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
 
         Notes
         -----
-        All files are read once. Memory: one tensor, and 256 numbers for each tensor of every
-        checkpoint. Checkpoints are compared in pairs and with their median, so related checkpoints
-        are recognized as long as they are the majority, however bad the others are. A checkpoint is
-        unrelated if its median cosine to the others is below 0.5, or if its distance from the
-        median is more than 10 times the usual one (the factor is larger for a wide sweep with very
-        different distances). A checkpoint that can't be read or contains NaN is listed with its
-        ``problem``.
+        All files are read once. Memory: one tensor, and at most 256 numbers for each tensor of
+        every checkpoint (fewer, at least 16, if they are more than 65,536). Checkpoints are
+        compared in pairs and with their median, so related checkpoints are recognized as long as
+        they are the majority, however bad the others are. A checkpoint is unrelated if its median
+        cosine to the others is below 0.5, or if its distance from the median is more than 10 times
+        the usual one (the factor is larger for a wide sweep with very different distances). A
+        checkpoint that can't be read or contains NaN is listed with its ``problem``.
 
         Examples
         --------
@@ -703,7 +703,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         if self.scores is not None:
             known = {name: score for name, score in self.scores.items() if name in entries}
             part.scores = known if len(known) == len(entries) else None
-        part.health = Health()
+        part.health = Health(len(entries) * len(part.layout))
         part.whole = part
         return part
 

@@ -11,14 +11,19 @@ from numpy.typing import NDArray
 
 from .relations import LEAST, Relations, mean_cosine, relate
 
-SAMPLE = 256  # numbers sampled from each tensor
+SAMPLE, LEAST_SAMPLE = 256, 16  # numbers sampled from each tensor
+MOST_SAMPLED = 1 << 24  # numbers, while that leaves `LEAST_SAMPLE` of each tensor
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples are evenly spread, whatever the row length
 
 
 class Health:
-    """Findings on every tensor of every checkpoint, collected while they are read."""
+    """Findings on every tensor of every checkpoint, collected while they are read.
 
-    def __init__(self) -> None:
+    Of each of the ``n_tensors`` of all checkpoints some numbers are kept, fewer if there are many.
+    """
+
+    def __init__(self, n_tensors: int = 1) -> None:
+        self._n_sampled = min(SAMPLE, max(LEAST_SAMPLE, MOST_SAMPLED // max(1, n_tensors)))
         self._finite: dict[str, set[str]] = {}  # tensor -> checkpoints that passed
         self._infinite: dict[str, tuple[str, torch.Tensor]] = {}  # constants, and the checkpoint
         self._samples: dict[str, dict[str, NDArray[np.float64]]] = {}  # checkpoint -> tensor
@@ -66,7 +71,7 @@ class Health:
         low, high = torch.aminmax(value if value.dtype.itemsize > 1 else value.float())
         largest = max(abs(float(low)), abs(float(high)))
         if math.isfinite(largest) and not math.isnan(float(low)):
-            self._samples.setdefault(name, {})[tensor] = sample(value)
+            self._samples.setdefault(name, {})[tensor] = sample(value, self._n_sampled)
             self._largest.setdefault(name, {})[tensor] = largest
             self._is_matrix[tensor] = value.ndim > 1
             return largest
@@ -103,12 +108,12 @@ class Health:
         return np.concatenate([*differing, np.empty((len(names), 0))], axis=1)
 
 
-def sample(value: torch.Tensor) -> NDArray[np.float64]:
+def sample(value: torch.Tensor, n_sampled: int) -> NDArray[np.float64]:
     """Evenly spread numbers of a tensor, scaled so that their norm estimates that of all."""
     flat = value.detach().reshape(-1)
     n = len(flat)
-    if n <= SAMPLE:
+    if n <= n_sampled:
         return flat.double().numpy().copy()
-    where = (np.arange(SAMPLE) * GOLDEN % 1 * n).astype(np.int64)
+    where = (np.arange(n_sampled) * GOLDEN % 1 * n).astype(np.int64)
     few: NDArray[np.float64] = flat[torch.as_tensor(where)].double().numpy()
-    return few * math.sqrt(n / SAMPLE)
+    return few * math.sqrt(n / n_sampled)

@@ -130,9 +130,10 @@ def mix(
     running variances are set to 0.
 
     Each byte is read once. Memory: the result (in the accumulator's dtype), one tensor, and at most
-    256 numbers (2 kB) for each tensor of every checkpoint, by which they are compared; with
-    ``out``, instead of the result, a group of tensors of at most 16 MiB or the largest tensor.
-    Files are memory-mapped, one at a time; of legacy pickles, the tensors of a group are copied.
+    256 numbers for each tensor of every checkpoint (fewer, at least 16, if they are more than
+    65,536), by which they are compared; with ``out``, instead of the result, a group of tensors of
+    at most 16 MiB or the largest tensor. Files are memory-mapped, one at a time; of legacy pickles,
+    the tensors of a group are copied.
 
     References
     ----------

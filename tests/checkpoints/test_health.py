@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from sksoup import CheckpointCollection, CheckpointError
+from sksoup.checkpoints import health
 
 from ..zoo import make_states
 
@@ -31,3 +33,15 @@ def test_a_constant_infinity_is_allowed_but_only_where_it_is_constant():
         CheckpointCollection([{"mask": mask}, {"mask": other}]).check()
     with pytest.raises(CheckpointError, match=r"checkpoint 0 .*'mask'"):
         CheckpointCollection([{"mask": mask}, {"mask": torch.zeros(2)}]).check()
+
+
+@pytest.mark.parametrize(("most", "n"), [(1 << 24, 256), (6 * 100, 100), (1, 16)])
+def test_fewer_numbers_of_each_of_many_tensors_are_kept(monkeypatch, most, n):
+    monkeypatch.setattr(health, "MOST_SAMPLED", most)
+    states = [{"a": torch.randn(1000), "b": torch.randn(10, 200)} for _ in range(3)]
+    collection = CheckpointCollection(states)
+    collection.check()
+    kept = [values for of in collection.health._samples.values() for values in of.values()]
+    assert [len(values) for values in kept] == [n] * 6
+    norms = [float(w.norm()) for state in states for w in state.values()]
+    assert [np.linalg.norm(values) for values in kept] == pytest.approx(norms, rel=0.7)
