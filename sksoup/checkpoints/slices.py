@@ -14,7 +14,7 @@ from .protocol import Checkpoint, Entry, Read
 class SlicedCheckpoint(Checkpoint):
     """Rows of the tensors of another checkpoint; tensors without an entry are whole.
 
-    Its file, identity and digest are those of the other checkpoint.
+    Its file and its digest are those of the other checkpoint.
     """
 
     def __init__(self, entry: Entry, rows: Mapping[str, slice]) -> None:
@@ -33,8 +33,9 @@ class SlicedCheckpoint(Checkpoint):
             yield lambda name: read(self._entry.prefix + name)
 
     def identity(self) -> tuple[Any, ...]:
-        """That of the checkpoint."""
-        return self._entry.checkpoint.identity()
+        """That of the checkpoint, with the names that are left out."""
+        entry = self._entry
+        return (entry.prefix, *sorted(entry.without), *entry.checkpoint.identity())
 
     def sha256(self, prefix: str = "") -> str:
         """That of the checkpoint."""

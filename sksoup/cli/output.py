@@ -117,7 +117,8 @@ def write_folder(
         )
     with new_folder(output) as temporary:
         copy_companions(sources[0], temporary, sources[1:])  # first, as it may refuse them
-        move_up(recipe.cook(collection, temporary / "weights", shard_size))
+        # a hidden name, which no module has
+        move_up(recipe.cook(collection, temporary / ".weights", shard_size))
         record_dtype(temporary)
         write_text(temporary / "README.md", model_card(recipe, collection))
     return ""

@@ -149,3 +149,16 @@ def test_a_file_that_changed_or_holds_nan_is_an_error_of_the_rows_too(collection
         high["ft1"]
     with pytest.raises(CheckpointError, match="changed on disk"):
         collection.slice_rows({})["ft1"]
+
+
+def test_rows_of_two_networks_of_one_file_are_not_confused(tmp_path):
+    """Stored results of `memory=` go by the identity."""
+    save_file({"a.w": torch.zeros(4), "b.w": torch.ones(4)}, tmp_path / "0.safetensors")
+    parts = [
+        CheckpointCollection([tmp_path / "0.safetensors"], prefix=prefix).slice_rows({"w": one})
+        for prefix in ("a.", "b.")
+        for one in (slice(0, 2), slice(2, 4))
+    ]
+    a, also_a, b, _ = (part.identity("0") for part in parts)
+    assert a == also_a  # what is computed from all ranks is that of all rows
+    assert a != b
