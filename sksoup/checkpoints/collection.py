@@ -868,6 +868,8 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             Sizes, times and inodes of its files, or the SHA-256 if it is in memory.
         """
         entry = self._entries[name]
+        if isinstance(entry.checkpoint, SlicedCheckpoint):  # that of the whole checkpoint
+            return entry.checkpoint.identity()
         return (entry.prefix, *sorted(entry.without), *entry.checkpoint.identity())
 
     def sha256(self, name: str) -> str:

@@ -362,10 +362,10 @@ def test_a_fit_is_refused_where_its_soup_could_not_be_saved(runs, tmp_path, what
 @pytest.mark.parametrize("name", ["weights", "soup"])
 def test_a_module_may_have_any_name(runs, tmp_path, name):
     for k in range(3):
-        (runs / f"ft{k}" / name).mkdir()
+        (runs / f"ft{k}" / "2_Dense").rename(runs / f"ft{k}" / name)
+        (runs / f"ft{k}" / name / "model.safetensors").unlink()
         listed = [MODULES[0], {"idx": 1, "name": "1", "path": name, "type": f"{SENTENCE}Pooling"}]
         (runs / f"ft{k}" / "modules.json").write_text(json.dumps(listed))
-        (runs / f"ft{k}" / name / "config.json").write_text("{}")
     given = [str(runs / f"ft{k}") for k in range(3)]
     assert main(["average", *given, "-o", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / name / "config.json").is_file()
