@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +107,7 @@ def find_checkpoints(
     if not given:
         raise CheckpointError("No checkpoints: expected at least one path or pattern.")
     once: dict[str, Run] = {}  # links may lead to a run from several paths, as may patterns
-    seen = Seen()
+    seen: defaultdict[bool, Seen] = defaultdict(Seen)  # by folders and by patterns
     for run in (run for path in given for run in _runs_at(path, which, seen)):
         place = os.path.realpath(run.folder)
         once[place] = once[place].joined(run) if place in once else run
@@ -148,20 +148,25 @@ def find_checkpoints(
     )
 
 
-def _runs_at(path: str | os.PathLike[str], which: Which | None, seen: Seen) -> list[Run]:
-    """The runs at one path, or those that match one pattern, but for those in ``seen`` folders."""
+def _runs_at(
+    path: str | os.PathLike[str], which: Which | None, searched: defaultdict[bool, Seen]
+) -> list[Run]:
+    """The runs at one path, or those that match one pattern, in folders that are new."""
     full = os.path.expanduser(path)
     root = Path(full)
-    if root.exists() and not root.is_dir():
+    is_path = root.exists()
+    if is_path and not root.is_dir():
         return alone([root])
+    seen = searched[is_path]
+    seen.n_searches += 1
     runs: list[Run] = []
     n_again = seen.n_again
-    for match in [root] if root.exists() else sorted(matches_of(full), key=natural_key):
+    for match in [root] if is_path else sorted(matches_of(full), key=natural_key):
         if match.is_dir():
             runs += find_runs(match, SUFFIXES, seen=seen) if seen.is_new(match) else ()
         elif is_weights(match, SUFFIXES) or match.name.endswith(INDEX):
             runs += alone([match])
-    if which in ("best", "last") and not root.exists():
+    if which in ("best", "last") and not is_path:
         runs = by_folder(runs)
     if not runs and seen.n_again == n_again:
         raise nothing_at(os.fspath(path), SUFFIXES)

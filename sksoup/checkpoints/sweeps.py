@@ -165,16 +165,18 @@ class Seen:
     """The folders that were searched, maybe through links, and how many levels below each."""
 
     def __init__(self) -> None:
-        self.levels: dict[str, list[tuple[int, int]]] = {}
-        self.n_again = 0
+        self._levels: dict[str, list[tuple[int, int, int]]] = {}
+        self.n_searches = 0
+        self.n_again = 0  # how often one came to a folder of an earlier search
 
     def is_new(self, folder: Path, depth: int = DEPTH, lightning: int = DEPTH + 1) -> bool:
         """Whether a folder was not yet searched so far down; from now on, it was."""
-        before = self.levels.setdefault(os.path.realpath(folder), [])
-        if any(depth <= one and lightning <= other for one, other in before):
-            self.n_again += 1
-            return False
-        before.append((depth, lightning))
+        before = self._levels.setdefault(os.path.realpath(folder), [])
+        for one, other, search in before:
+            if depth <= one and lightning <= other:
+                self.n_again += search < self.n_searches
+                return False
+        before.append((depth, lightning, self.n_searches))
         return True
 
 

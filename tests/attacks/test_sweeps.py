@@ -107,6 +107,25 @@ def test_links_that_match_a_pattern_are_searched_once(tmp_path, levels, is_patte
     assert looks.call_count == (30 + 2 + 2 if levels else 2)
 
 
+def test_links_to_nothing_are_an_error(tmp_path):
+    (tmp_path / "all" / "empty").mkdir(parents=True)
+    for i in range(3):
+        (tmp_path / "all" / f"l{i}").symlink_to("empty" if i else ".")
+    for given in (tmp_path / "all", tmp_path / "all" / "*", [tmp_path / "all", tmp_path]):
+        with pytest.raises(CheckpointError, match="No checkpoints"):
+            CheckpointCollection.from_path(given)
+
+
+def test_a_run_is_found_though_a_link_came_there_with_no_level_left(tmp_path):
+    run = tmp_path / "b" / "x" / "y"
+    run.mkdir(parents=True)
+    save_file({"w": torch.ones(2)}, run / "w.safetensors")
+    (tmp_path / "a" / "x").mkdir(parents=True)
+    (tmp_path / "a" / "x" / "link").symlink_to(run.parent)
+    (tmp_path / "a" / "link").symlink_to(run.parent)
+    assert len(CheckpointCollection.from_path(tmp_path / "*")) == 1
+
+
 def test_a_folder_that_is_given_twice(tmp_path):
     save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
     (tmp_path / "link").symlink_to(".")
