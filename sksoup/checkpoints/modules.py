@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ MOST_MODULES = 100
 MOST_FILES = 10_000  # and folders in that of a module
 MOST_DEPTH = 50  # of folders in each other
 WEIGHTS = (".safetensors", *TORCH_SUFFIXES)
+ROUTES = ("types", "structure")  # fields of a Router: classes by path, and paths by route
 ROUTERS = ("Router", "Asym")  # classes of a module with several routes
 FILES = (*WEIGHTS, ".json", ".md")
 # classes of sentence-transformers that read texts or images with weights of their own
@@ -40,7 +42,7 @@ def module_folders(source: Path) -> list[Path]:
     reals = {str(root)}
     for folder in found:  # grows in the loop: a Router may be a route of another one
         for listing, listed in _listings(folder):
-            for name, _ in listed:
+            for name in (one.path for one in listed):
                 module = folder / name
                 # ".." is no folder below, ".git" may hold secrets, and commands, and files of a
                 # soup have other names
@@ -66,25 +68,25 @@ def module_folders(source: Path) -> list[Path]:
     return found[1:]
 
 
-def _listings(folder: Path) -> Iterator[tuple[Path, list[tuple[Path, str]]]]:
-    """The files that list modules, or routes of a Router: relative paths and names of classes."""
+@dataclass(frozen=True)
+class Listed:
+    """A module in a listing: its relative path, its class, and whether others begin with it."""
+
+    path: Path
+    kind: str
+    is_first: bool
+
+
+def _listings(folder: Path) -> Iterator[tuple[Path, list[Listed]]]:
+    """The files that list modules, or those of the routes of a Router."""
     for path in (folder / MODULES, folder / ROUTER, folder / "config.json"):
         if not path.is_file():
             continue
         is_config = path.name == "config.json"  # in older versions also of a Router
         try:
-            listed: Any = json.loads(read_text(path, CONFIG_LIMIT if is_config else LIMIT))
-            if path.name == MODULES:
-                found = [(module["path"], module.get("type")) for module in listed]
-                names = [module["name"] for module in listed if "name" in module]
-                if len(set(names)) < len(names):  # the last of them would be used for both
-                    raise ValueError("two modules of one name")
-            else:
-                routes = listed.get("types") if isinstance(listed, dict) else None
-                found = [*routes.items()] if isinstance(routes, dict) else []
-            if not all(isinstance(path, str) for path, _ in found):
-                raise TypeError("a 'path' that is not a string")
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            found: Any = json.loads(read_text(path, CONFIG_LIMIT if is_config else LIMIT))
+            listed = _of_modules(found) if path.name == MODULES else _of_routes(found)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
             if is_config and isinstance(error, json.JSONDecodeError):  # unreadable for all
@@ -93,8 +95,32 @@ def _listings(folder: Path) -> Iterator[tuple[Path, list[tuple[Path, str]]]]:
                 f"{str(path)!r} can't be read: expected a list of modules, each with a 'path' "
                 f"({type(error).__name__}: {error}). Correct the file, or use save(path)."
             ) from error
-        _check_number(len(found), path)
-        yield path, [(Path(name), str(kind).rpartition(".")[2]) for name, kind in found]
+        _check_number(len(listed), path)
+        yield path, listed
+
+
+def _of_modules(found: Any) -> list[Listed]:
+    """The modules in a modules.json."""
+    names = [module["name"] for module in found if "name" in module]
+    if len(set(names)) < len(names):  # the last of them would be used for both
+        raise ValueError("two modules of one name")
+    return [
+        Listed(Path(module["path"]), _class_name(module.get("type")), k == 0)
+        for k, module in enumerate(found)
+    ]
+
+
+def _of_routes(found: Any) -> list[Listed]:
+    """The modules of all routes, of which several may begin with one."""
+    types, routes = (found.get(f) if isinstance(found, dict) else None for f in ROUTES)
+    if not isinstance(types, dict):  # the config.json of something else
+        return []
+    firsts = [route[:1] for route in routes.values()] if routes else [[path] for path in types]
+    return [Listed(Path(path), _class_name(kind), [path] in firsts) for path, kind in types.items()]
+
+
+def _class_name(kind: Any) -> str:
+    return str(kind).rpartition(".")[2]
 
 
 def refuse_unused_weights(folder: Path, modules: Sequence[Path]) -> None:
@@ -107,16 +133,15 @@ def refuse_unused_weights(folder: Path, modules: Sequence[Path]) -> None:
     routes: list[Path] = []
     networks: list[Path] = []
     for listing, listed in _listings(folder):  # modules.json first
-        paths = [folder / name for name, _ in listed]
-        others = [(path, kind) for path, (_, kind) in zip(paths, listed, strict=True)
-                  if path != folder]  # fmt: skip
+        others = [one for one in listed if folder / one.path != folder]
+        firsts = [one for one in listed if one.is_first and one not in others]
         if listing.name == MODULES:
-            networks += [path for path, kind in others if NETWORK.fullmatch(kind)]
-            is_own = paths[:1] == [folder]
-            is_router = is_own and listed[0][1] in ROUTERS
+            networks += [folder / one.path for one in others if NETWORK.fullmatch(one.kind)]
+            is_own = bool(firsts)
+            is_router = is_own and firsts[0].kind in ROUTERS
         elif is_router:
-            routes += [path for path, _ in others]
-            is_own = folder in paths or not any(path.is_dir() for path in paths)
+            routes += [folder / one.path for one in others]
+            is_own = bool(firsts) or not any((folder / one.path).is_dir() for one in listed)
         else:  # not used
             continue
         if not is_own:

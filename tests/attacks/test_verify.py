@@ -356,6 +356,25 @@ def test_routes_that_no_router_uses(parts, listing):
         recipe.verify(folder, ckpts)
 
 
+@pytest.mark.parametrize("structure", [{"query": ["0_T"]}, {"query": ["0_T", ""]}, {"query": []}])
+def test_a_router_without_a_route_of_the_network(parts, structure):
+    folder, recipe, ckpts = parts
+    for each in (*map(ckpts.path, ckpts), folder):
+        (each / "0_T").mkdir()
+        modules(each, **{"": "sentence_transformers.models.Router"})
+        routes = {"types": {"": "x", "0_T": "x"}, "structure": structure}
+        (each / "router_config.json").write_text(json.dumps(routes))
+    with pytest.raises(CheckpointError, match=r"router_config\.json' does not list its own folder"):
+        recipe.verify(folder, ckpts)
+    routes["structure"] = {"query": ["0_T"], "document": [""]}
+    (folder / "router_config.json").write_text(json.dumps(routes))
+    assert recipe.verify(folder, ckpts).ok
+    routes["structure"] = {"query": 3}
+    (folder / "router_config.json").write_text(json.dumps(routes))
+    with pytest.raises(CheckpointError, match=r"router_config\.json' can't be read"):
+        recipe.verify(folder, ckpts)
+
+
 @pytest.mark.parametrize("is_used", [True, False])
 def test_routes_of_a_router_may_be_networks_beside_that_of_the_folder(parts, is_used):
     """As of sparse models, whose queries have a static embedding."""

@@ -179,7 +179,7 @@ def test_weights_that_are_not_mixed_have_to_be_the_same(runs, tmp_path):
         ("3", "can't be read: expected a list of modules"),
         ('["1_Pooling"]', "can't be read: expected a list of modules"),
         ('[{"name": "0"}]', r"can't be read: .*KeyError: 'path'"),
-        ('[{"path": 3}]', "can't be read: .* not a string"),
+        ('[{"path": 3}]', "can't be read: .* not int"),
         ("[" * 100_000, "can't be read"),
         ('[{"path": "../ft1"}]', r"lists the module '\.\./ft1', expected a folder next to it"),
         ('[{"path": "/etc"}]', "lists the module '/etc', expected a folder next to it"),
