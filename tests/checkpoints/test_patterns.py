@@ -1,0 +1,46 @@
+"""Patterns match what glob matches, also through links, but each folder on the way once."""
+
+from __future__ import annotations
+
+import glob
+import os
+from unittest.mock import patch
+
+import pytest
+
+from sksoup.checkpoints.patterns import matches_of
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for path in ("a/x/w.pt", "a/y/w.pt", "b/x/w.pt", "b/[odd]/w.pt", "b/.hidden/w.pt", "w.pt"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    (tmp_path / "latest").symlink_to("a")
+    (tmp_path / "a" / "up").symlink_to("..")
+    (tmp_path / "b" / "nowhere").symlink_to("missing")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["*", "*.pt", "*/*", "*/*/*", "*/x/*.pt", "*/x/w.pt", "*/", "*/*/", "[ab]/x", "?/[[]odd]/w.pt",
+     "*/.*/*", "*/../*", "a/*/w.pt", "a/x/w.pt", "none*/w.pt", "*/missing", "*/nowhere"],
+)  # fmt: skip
+def test_the_matches_are_those_of_glob(tree, monkeypatch, pattern):
+    monkeypatch.chdir(tree)
+    for start in ("", f"{tree}{os.sep}"):
+        found = [str(match) for match in matches_of(start + pattern)]
+        expected = {os.path.normpath(match) for match in glob.glob(start + pattern)}
+        assert {os.path.normpath(match) for match in found} <= expected
+        assert {*map(os.path.realpath, found)} == {*map(os.path.realpath, expected)}
+        assert len(set(found)) == len(found)
+
+
+def test_links_are_followed_once(tmp_path):
+    (tmp_path / "w.pt").touch()
+    for i in range(50):
+        (tmp_path / f"l{i}").symlink_to(".")
+    with patch.object(os, "scandir", wraps=os.scandir) as looks:
+        assert len(list(matches_of(str(tmp_path / "*/*/*/w.pt")))) == 1
+    assert looks.call_count < 10
