@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 from safetensors import SafetensorError
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; names of files that a shell wrote for ``*`` are not taken for some."""
     parser = build_parser()
-    for one in arguments:
+    for one in takewhile(lambda each: each != "--", arguments):
         if one.startswith("-") and os.path.lexists(one):
             parser.error(
                 f"{printable(one)!r} is a file in this folder, and would be an option. Write ./* "

@@ -159,6 +159,9 @@ def test_a_file_with_the_name_of_an_option_is_none(runs, tmp_path, monkeypatch, 
         main(["greedy", str(runs), *given])
     assert stopped.value.code == 2
     assert "'--module=evil:net.pt' is a file in this folder" in capsys.readouterr().err
+    (tmp_path / "-m").mkdir()
+    save_file({"w": torch.ones(2)}, tmp_path / "-m" / "a.safetensors")
+    assert main(["inspect", "--", "-m"]) == 0
 
 
 COMMAND = [sys.executable, "-m", "sksoup"]

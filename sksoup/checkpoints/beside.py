@@ -31,6 +31,7 @@ DESCRIBES = (  # fields of a config.json of a model: transformers, timm, diffuse
     "model_type", "architectures", "auto_map", "architecture", "pretrained_cfg", "model_cfg",
     "_class_name", "class_name", "types",
 )  # fmt: skip
+OF_MACOS = b"\0\5\26\7"  # at the beginning of ._NAME, which it writes beside NAME
 SKIPPED = ("training_args.bin", "optimizer.bin")  # by vLLM
 BACKENDS = ("onnx", "openvino")  # folders in which other runtimes look for weights
 ANYWHERE = re.compile(r".*\.(onnx|pte)|.*openvino.*\.xml")  # which they take from all below
@@ -93,10 +94,19 @@ def _describes_model(path: Path) -> bool:
 
 def _may_be_loaded(path: Path) -> bool:
     name = path.name.lower()
+    if _is_of_macos(path):
+        return False
     is_index = re.fullmatch(r".+\.index\..+\.json", name)  # of a variant of transformers
     if name == CONFIG or is_index:
         return True
     return name.endswith(LOADED) and not _is_of_training(path.parent, name)
+
+
+def _is_of_macos(path: Path) -> bool:
+    if not path.name.startswith("._") or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == OF_MACOS
 
 
 def _is_of_training(folder: Path, name: str) -> bool:

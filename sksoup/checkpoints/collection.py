@@ -915,7 +915,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
 
     def _part(self, name: str) -> tuple[str | None, str | None]:
         """Which part of its file a checkpoint is: ``key`` and ``prefix``, if they were passed."""
-        entry = self._entries[name]
+        entry = unconverted(self._entries[name])
         return entry.checkpoint.key, entry.prefix if entry.is_given else None
 
     @contextmanager

@@ -28,7 +28,7 @@ ROUTERS = ("Router", "Asym")  # classes of a module with several routes
 FILES = (*WEIGHTS, ".json", ".md")
 # classes of sentence-transformers that read texts or images with weights of their own
 NETWORK = re.compile(
-    r".*(Transformer|(?<!Auto)Encoder|Embeddings?|Model|Router|Asym|BoW|B[Ee][Rr][Tt]|T5|XLNet)"
+    r".*(Transformer|(?<!Auto)Encoder|Embeddings?|Model|BoW|B[Ee][Rr][Tt]|T5|XLNet)"
 )
 
 
@@ -70,11 +70,12 @@ def module_folders(source: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Listed:
-    """A module in a listing: its relative path, its class, and whether others begin with it."""
+    """A module in a listing: its relative path, its class, and its places in routes."""
 
     path: Path
     kind: str
     is_first: bool
+    is_later: bool
 
 
 def _listings(folder: Path) -> Iterator[tuple[Path, list[Listed]]]:
@@ -105,18 +106,23 @@ def _of_modules(found: Any) -> list[Listed]:
     if len(set(names)) < len(names):  # the last of them would be used for both
         raise ValueError("two modules of one name")
     return [
-        Listed(Path(module["path"]), _class_name(module.get("type")), k == 0)
+        Listed(Path(module["path"]), _class_name(module.get("type")), k == 0, k > 0)
         for k, module in enumerate(found)
     ]
 
 
 def _of_routes(found: Any) -> list[Listed]:
-    """The modules of all routes, of which several may begin with one."""
+    """The modules of all routes, which may share some."""
     types, routes = (found.get(f) if isinstance(found, dict) else None for f in ROUTES)
     if not isinstance(types, dict):  # the config.json of something else
         return []
-    firsts = [route[:1] for route in routes.values()] if routes else [[path] for path in types]
-    return [Listed(Path(path), _class_name(kind), [path] in firsts) for path, kind in types.items()]
+    each = [*routes.values()] if routes else [[path] for path in types]
+    firsts = {path for route in each for path in route[:1]}
+    later = {path for route in each for path in route[1:]}
+    return [
+        Listed(Path(path), _class_name(kind), path in firsts, path in later)
+        for path, kind in types.items()
+    ]
 
 
 def _class_name(kind: Any) -> str:
@@ -136,7 +142,6 @@ def refuse_unused_weights(folder: Path, modules: Sequence[Path]) -> None:
         others = [one for one in listed if folder / one.path != folder]
         firsts = [one for one in listed if one.is_first and one not in others]
         if listing.name == MODULES:
-            networks += [folder / one.path for one in others if NETWORK.fullmatch(one.kind)]
             is_own = bool(firsts)
             is_router = is_own and firsts[0].kind in ROUTERS
         elif is_router:
@@ -144,6 +149,9 @@ def refuse_unused_weights(folder: Path, modules: Sequence[Path]) -> None:
             is_own = bool(firsts) or not any((folder / one.path).is_dir() for one in listed)
         else:  # not used
             continue
+        networks += [
+            folder / one.path for one in others if one.is_later and NETWORK.fullmatch(one.kind)
+        ]
         if not is_own:
             raise CheckpointError(
                 f"{str(listing)!r} does not list its own folder (an empty path), or not as the "
@@ -161,7 +169,9 @@ def refuse_unused_weights(folder: Path, modules: Sequence[Path]) -> None:
 
 
 def _is_network(module: Path) -> bool:
-    """Whether a module has weights with a tokenizer or a configuration of transformers."""
+    """Whether a module has weights with a tokenizer or a config of transformers, or such routes."""
+    if any(NETWORK.fullmatch(one.kind) for _, listed in _listings(module) for one in listed):
+        return True
     if not any(path.name.endswith((*WEIGHTS, INDEX)) for path in module_files(module)):
         return False
     config = module / "config.json"

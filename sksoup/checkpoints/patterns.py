@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..exceptions import CheckpointError
@@ -12,17 +12,13 @@ from .sweeps import natural_key
 
 
 def matches_of(pattern: str) -> Iterator[Path]:
-    """Paths that match a pattern; "**" does not follow links, which may form cycles."""
-    if "**" not in pattern:
-        yield from map(Path, _matches(pattern))
-        return
-    path = Path(pattern)
-    start = Path(path.anchor) if path.anchor else Path()
-    hidden = {part for part in path.parts if part[:1] == "."}
+    """Paths that match a pattern, through each folder once at each level; "**" follows no links."""
+    hidden = {part for part in Path(pattern).parts if part[:1] == "."}
     try:
-        for match in start.glob(str(path.relative_to(start)) if path.anchor else pattern):
-            parts = match.parts
-            if not any(part[:1] == "." and part not in hidden for part in parts if part != ".."):
+        for match in map(Path, _matches(pattern)):
+            # glob leaves out what is hidden, but "**" does not
+            odd = {part for part in match.parts if part[:1] == "." and part != ".."}
+            if "**" not in pattern or odd <= hidden:
                 yield match
     except ValueError as error:
         raise CheckpointError(
@@ -35,16 +31,19 @@ def matches_of(pattern: str) -> Iterator[Path]:
         ) from error
 
 
-def _matches(pattern: str) -> list[str]:
-    """As `glob.glob`, but through each folder once, however many links lead to it."""
+def _matches(pattern: str) -> Iterable[str]:
+    """The matches of a pattern, whose last part is looked for in those of the others."""
     head, tail = os.path.split(pattern)
-    if glob.escape(head) == head:  # no pattern
+    if glob.escape(pattern) == pattern or head == pattern:  # no pattern
         return glob.glob(pattern)
     folders: dict[str, str] = {}
-    for match in sorted(_matches(head), key=lambda one: natural_key(Path(one))):
+    for match in sorted(_matches(head) if head else [""], key=_by_name):
         folders.setdefault(os.path.realpath(match), match)
-    return [
-        match
-        for folder in folders.values()
-        for match in glob.glob(os.path.join(glob.escape(folder), tail))
-    ]
+    if "**" not in tail:
+        places = (os.path.join(glob.escape(folder), tail) for folder in folders.values())
+        return [match for place in places for match in glob.glob(place)]
+    return [str(match) for folder in folders.values() for match in Path(folder).glob(tail)]
+
+
+def _by_name(path: str) -> list[tuple[int, int, str]]:
+    return natural_key(Path(path))

@@ -170,8 +170,10 @@ def _unwrap(state: Any, key: str | None, where: str) -> Any:
             offer = "it is a plain state dict, for which no key is needed"
         raise CheckpointError(f"{where} has no state dict under key={key!r}: {offer}.")
     models = [name for name in candidates if not _is_beside(name)]
-    if len(models) == 1:  # beside it, tensors only, such as weights of classes
-        candidates = models
+    if len(models) == 1:
+        # what shares no name with it is no other network
+        names = state[models[0]].keys()
+        candidates = [name for name in candidates if names & state[name].keys()]
     if len(candidates) > 1:
         raise CheckpointError(
             f"{where} holds several state dicts: {listed}. Choose one, for example with "

@@ -356,6 +356,33 @@ def test_routes_that_no_router_uses(parts, listing):
         recipe.verify(folder, ckpts)
 
 
+@pytest.mark.parametrize("kind", ["Dense", "StaticEmbedding"])
+def test_a_router_after_the_network(parts, kind):
+    """Heads of the two sides of a search are one, other networks are not."""
+    folder, recipe, ckpts = parts
+    for each in (*map(ckpts.path, ckpts), folder):
+        for head in ("query_0_Dense", "document_0_Dense"):
+            (each / "2_Router" / head).mkdir(parents=True)
+            save_file({"w": torch.ones(2)}, each / "2_Router" / head / "model.safetensors")
+        modules(each, **{"": "x.Transformer", "2_Router": "x.Router"})
+        types = {"query_0_Dense": f"x.{kind}", "document_0_Dense": "x.Dense"}
+        routes = {"types": types, "structure": {name[:-8]: [name] for name in types}}
+        (each / "2_Router" / "router_config.json").write_text(json.dumps(routes))
+    if kind == "Dense":
+        assert recipe.verify(folder, ckpts).ok
+    else:
+        with pytest.raises(CheckpointError, match="is a network of its own among the modules"):
+            recipe.verify(folder, ckpts)
+
+
+def test_what_macos_writes_beside_a_file_is_not_listed(parts):
+    folder, recipe, ckpts = parts
+    (folder / "._model.safetensors").write_bytes(b"\0\5\26\7\0\2")
+    assert recipe.verify(folder, ckpts).ok
+    write_other(folder / "._other.safetensors")
+    assert recipe.verify(folder, ckpts).beside == ("._other.safetensors",)
+
+
 @pytest.mark.parametrize("structure", [{"query": ["0_T"]}, {"query": ["0_T", ""]}, {"query": []}])
 def test_a_router_without_a_route_of_the_network(parts, structure):
     folder, recipe, ckpts = parts
@@ -369,6 +396,11 @@ def test_a_router_without_a_route_of_the_network(parts, structure):
     routes["structure"] = {"query": ["0_T"], "document": [""]}
     (folder / "router_config.json").write_text(json.dumps(routes))
     assert recipe.verify(folder, ckpts).ok
+    routes["structure"]["document"] += ["0_T"]  # whose outputs replace those of the network
+    routes["types"]["0_T"] = "x.Transformer"
+    (folder / "router_config.json").write_text(json.dumps(routes))
+    with pytest.raises(CheckpointError, match="is a network of its own among the modules"):
+        recipe.verify(folder, ckpts)
     routes["structure"] = {"query": 3}
     (folder / "router_config.json").write_text(json.dumps(routes))
     with pytest.raises(CheckpointError, match=r"router_config\.json' can't be read"):
@@ -536,7 +568,7 @@ def test_modules_that_are_not_those_of_the_ingredients(parts):
 @pytest.mark.parametrize("name", ["router_config.json", "config.json"])
 def test_routes_are_modules(parts, name):
     folder, recipe, ckpts = parts
-    modules(folder, "", "1_Pooling")
+    modules(folder, **{"": "sentence_transformers.models.Router", "1_Pooling": "x"})
     (folder / name).touch()
     routes = {"": "Transformer", "query": "sentence_transformers.models.Router"}
     (folder / name).write_text(json.dumps(json.loads((folder / name).read_text() or "{}")

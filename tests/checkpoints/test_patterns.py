@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -37,10 +38,23 @@ def test_the_matches_are_those_of_glob(tree, monkeypatch, pattern):
         assert len(set(found)) == len(found)
 
 
-def test_links_are_followed_once(tmp_path):
+@pytest.mark.parametrize(
+    "pattern", ["**/w.pt", "*/**/w.pt", "**/*/w.pt", "a/**", "*/*/**/*.pt", "**/x/**/*"]
+)
+def test_two_stars_match_what_pathlib_matches_but_what_is_hidden(tree, monkeypatch, pattern):
+    monkeypatch.chdir(tree)
+    for start in (Path(), tree):
+        found = list(matches_of(str(start / pattern)))
+        expected = [match for match in start.glob(pattern) if ".hidden" not in match.parts]
+        assert {*map(os.path.realpath, found)} == {*map(os.path.realpath, expected)}
+        assert {*found} <= {*expected}
+
+
+@pytest.mark.parametrize("pattern", ["*/*/*/w.pt", "*/*/**/w.pt", "**/*/*/w.pt"])
+def test_links_are_followed_once(tmp_path, pattern):
     (tmp_path / "w.pt").touch()
     for i in range(50):
         (tmp_path / f"l{i}").symlink_to(".")
     with patch.object(os, "scandir", wraps=os.scandir) as looks:
-        assert len(list(matches_of(str(tmp_path / "*/*/*/w.pt")))) == 1
+        assert len(list(matches_of(str(tmp_path / pattern)))) == 1
     assert looks.call_count < 10

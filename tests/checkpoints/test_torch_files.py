@@ -142,6 +142,13 @@ def test_what_training_loops_keep_beside_the_model_needs_no_key(tmp_path, key, b
     assert list(sources.open_checkpoint(tmp_path / "a.pt").header) == list(STATE)
 
 
+@pytest.mark.parametrize("name", ["best_loss", "optimal", "model_by_metric", "random_start"])
+def test_two_networks_need_a_key_whatever_their_names(tmp_path, name):
+    torch.save({"net": STATE, name: STATE | {"more": torch.ones(2)}}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=f"several state dicts: 'net' .* '{name}'"):
+        sources.open_checkpoint(tmp_path / "a.pt")
+
+
 def test_the_two_state_dicts_of_timm_need_a_key(tmp_path):
     saved = {"epoch": 3, "state_dict": STATE, "state_dict_ema": STATE, "optimizer": MOMENTS}
     torch.save(saved, tmp_path / "a.pt")

@@ -98,6 +98,17 @@ def test_the_recipe_knows_which_prefix_was_meant(tmp_path):
     assert recipe.cook(teacher) == {"w": torch.tensor([10.5])}
     with pytest.raises(RecipeError, match=r"made with prefix='teacher\.' of '0', .*'student\.'"):
         recipe.cook(student)
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
+    )
+    bert = transformers.BertModel(config)
+    old = {n.replace("Norm.weight", "Norm.gamma"): w for n, w in bert.state_dict().items()}
+    both = {f"{part}.{name}": w.clone() for part in "ab" for name, w in old.items()}
+    save_file(both, tmp_path / "old.safetensors")
+    converted = CheckpointCollection([tmp_path / "old.safetensors"], prefix="a.", module=bert)
+    layers = dict.fromkeys(converted.layout, 0)
+    assert Recipe.record("by hand", converted, [1.0], layers=layers).ingredients[0].prefix == "a."
     save_file({"w": torch.tensor([2.0])}, tmp_path / "alone.safetensors")
     alone = CheckpointCollection([tmp_path / "alone.safetensors"])
     assert Recipe.record("by hand", alone, [1.0], layers={"w": 0}).ingredients[0].prefix is None
