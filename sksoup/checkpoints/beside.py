@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..exceptions import CheckpointError
@@ -61,13 +62,19 @@ def other_weights(path: Path, ingredients: Sequence[Path]) -> Iterator[str]:
     for module in modules:
         refuse_other_weights(module)
         name = module.relative_to(folder)
-        known = [one / name for one in ingredients if one / name in listed[one]]
-        for one in filter(_may_be_loaded, files_below(module, MOST_FILES)):
-            if one in runtimes:
-                continue
-            inner = one.relative_to(module)
-            if not any(same_content(one, other / inner) for other in known):
+        known = _weights_by_name(one / name for one in ingredients if one / name in listed[one])
+        for inner, (one,) in _weights_by_name([module]).items():
+            if one not in runtimes and not any(same_content(one, other) for other in known[inner]):
                 yield str(name / inner)
+
+
+def _weights_by_name(folders: Iterable[Path]) -> defaultdict[Path, list[Path]]:
+    """The weights of some folders by their paths in them, in the order of each."""
+    found = defaultdict[Path, list[Path]](list)
+    for folder in folders:
+        for path in filter(_may_be_loaded, files_below(folder, MOST_FILES)):
+            found[path.relative_to(folder)].append(path)
+    return found
 
 
 def _of_runtimes(folder: Path) -> set[Path]:

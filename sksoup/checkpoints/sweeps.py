@@ -215,7 +215,8 @@ def find_runs(
     inner = sorted(_readable(inner), key=natural_key)
     steps = [path for path in inner if STEP.fullmatch(path.name) and find_weights(path)]
     if find_weights(folder):
-        more = [path for path in inner if path not in steps and find_weights(path)]
+        taken = {*steps}
+        more = [path for path in inner if path not in taken and find_weights(path)]
         known = module_folders(folder) if more else ()
         if more := [path for path in more if path not in known]:
             raise CheckpointError(

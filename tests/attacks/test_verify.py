@@ -18,6 +18,7 @@ from torch import nn
 
 from sksoup import CheckpointCollection, CheckpointError, Recipe, RecipeError, mix
 from sksoup.__main__ import main
+from sksoup.checkpoints import beside
 from sksoup.checkpoints.hub_companions import copy_companions
 from sksoup.checkpoints.hub_config import LIMIT
 from sksoup.checkpoints.read import SafetensorsFile
@@ -423,6 +424,18 @@ def test_routes_of_a_router_may_be_networks_beside_that_of_the_folder(parts, is_
     else:
         with pytest.raises(CheckpointError, match="does not list its own folder"):
             recipe.verify(folder, ckpts)
+
+
+def test_files_that_ingredients_lack_are_not_looked_for_in_each(parts):
+    folder, recipe, ckpts = parts
+    for each in (*map(ckpts.path, ckpts), folder):
+        modules(each, "", "1_Pooling")
+        (each / "1_Pooling").mkdir()
+    for k in range(50):
+        (folder / "1_Pooling" / f"{k}.bin").touch()
+    with patch.object(beside, "same_content", wraps=beside.same_content) as same:
+        assert len(recipe.verify(folder, ckpts).beside) == 50
+    assert same.call_count == 0
 
 
 def test_many_files_of_runtimes_take_linear_time(parts):
