@@ -55,7 +55,9 @@ class AdapterCheckpoint(LowRankCheckpoint):
         self.ranks = {name: pair.rank for name, pair in self._factors.items()}
         self.whole = frozenset(self._whole)
         own = {name: stored.header[inner] for name, inner in self._whole.items()}
-        self.header: Mapping[str, TensorInfo] = {**base.header, **own}
+        # many adapters of one base share its header
+        adds = any(base.header.get(name) != info for name, info in own.items())
+        self.header: Mapping[str, TensorInfo] = {**base.header, **own} if adds else base.header
 
     def __repr__(self) -> str:
         return repr(self.stored) if self.path is None else repr(str(self.path))

@@ -125,8 +125,10 @@ def bounded_work(n_tensors: int, path: Path) -> Iterator[None]:
             failure = error
         with lock:
             done.set()
-        # pending: canceling it with None would leave a permanent signal in Python 3.11
-        while fired.is_set() and not stopped:
+        # pending: canceling it with None would leave a permanent signal in Python 3.11; a finalizer
+        # may have swallowed it
+        patience = time.monotonic() + 1
+        while fired.is_set() and not stopped and time.monotonic() < patience:
             time.sleep(0.001)
     except _Stopped:
         stopped = True

@@ -386,6 +386,24 @@ def test_a_build_that_ends_as_it_is_stopped_leaves_nothing_behind(monkeypatch):
         _ = 1 / 0
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_finalizer_that_swallows_the_stop_is_not_waited_for(monkeypatch):
+    """Python drops exceptions there."""
+    monkeypatch.setattr(growth, "SECONDS", 0)
+    monkeypatch.setattr(growth, "SECONDS_PER_TENSOR", 0)
+
+    class Slow:
+        def __del__(self):
+            end = time.monotonic() + 0.5
+            while time.monotonic() < end:
+                pass
+
+    begin = time.monotonic()
+    with growth.bounded_work(1, Path("ft/config.json")):
+        Slow()
+    assert time.monotonic() - begin < 10
+
+
 def test_a_build_that_takes_too_much_memory_is_stopped(monkeypatch):
     monkeypatch.setattr(growth, "MEMORY", 1 << 26)
     held: list[bytearray] = []

@@ -762,6 +762,14 @@ def test_check_reads_the_base_once(tmp_path):
     assert not again
 
 
+def test_adapters_that_add_no_tensor_share_the_header_of_their_base(tmp_path):
+    for k in range(2):
+        peft_model(0, modules_to_save=None).save_pretrained(str(tmp_path / f"a{k}"))
+    collection = CheckpointCollection.from_path(tmp_path, module=build)
+    a, b = collection.adapters(collection.names).values()
+    assert a.header is b.header is a.base.header
+
+
 def test_describe_and_healthy_work(tmp_path):
     for k in range(4):
         peft_model(0, lora_alpha=1 + k / 10, modules_to_save=None).save_pretrained(
