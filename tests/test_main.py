@@ -124,6 +124,10 @@ def test_existing_files_are_kept_unless_forced(runs, tmp_path, capsys):
         (["inspect", "no/such"], "No checkpoints found at 'no/such'"),
         (["average", "RUNS", "-o", "x.pt"], "got the suffix '.pt', expected .safetensors"),
         (["average", "RUNS", "-o", "no/such/x.safetensors"], "'no/such' does not exist"),
+        (
+            ["average", "RUNS", "-o", "x.SAFETENSORS"],
+            "got the suffix '.SAFETENSORS', expected .saf",
+        ),
         (["cook", "no.json", "RUNS", "-o", "x.safetensors"], "'no.json' can't be read"),
         (["verify", "RUNS/ft0.safetensors", "RUNS"], "holds weights but no sksoup recipe"),
     ],
@@ -137,6 +141,12 @@ def test_bad_input_is_said_in_words_and_in_json(runs, capsys, arguments, said):
     assert printed.out == ""
     run(*arguments, "--json", status=2)
     assert said in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_a_folder_that_may_not_be_written_to_is_refused_before_any_work(runs, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK | os.X_OK)
+    run("average", str(runs), "-o", str(runs / "soup.safetensors"), status=2)
+    assert "is read-only, or not yours to write to" in capsys.readouterr().err
 
 
 def test_usage(capsys):

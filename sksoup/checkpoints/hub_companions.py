@@ -86,14 +86,19 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     Its files are not saved by transformers, which may have read more files than those in its
     folder.
     """
-    source = source.resolve()
-    found = _matching(source, TOKENIZERS)
-    _refuse_links(source, found)
-    _refuse_large(source, found)
+    found = find_tokenizer(source.resolve())
     for path in _matching(target, TOKENIZERS):
         path.unlink()
     for path in found:
         copy_new(path, target / path.name)
+
+
+def find_tokenizer(source: Path) -> set[Path]:
+    """The files of a tokenizer; raise an error if they can't be copied."""
+    found = _matching(source, TOKENIZERS)
+    _refuse_links(source, found)
+    _refuse_large(source, found)
+    return found
 
 
 def _matching(folder: Path, patterns: Sequence[str]) -> set[Path]:

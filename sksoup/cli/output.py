@@ -19,6 +19,7 @@ from ..checkpoints.hub_companions import (
     copy_companions,
     copy_tokenizer,
     find_companions,
+    find_tokenizer,
     model_folders,
     record_dtype,
 )
@@ -48,7 +49,7 @@ def check_output(options: argparse.Namespace) -> None:
             raise FileExistsError(f"{str(output)!r} is a folder. Give another name.")
         if os.path.lexists(output) and not options.force:  # also a link to nothing
             raise FileExistsError(f"{str(output)!r} exists. Give another name, or --force.")
-    elif output.suffix in (*SUFFIXES, ".json"):  # other dots are those of a folder's name
+    elif output.suffix.lower() in (*SUFFIXES, ".json"):  # other dots are those of a folder's name
         raise CheckpointError(
             f"{str(output)!r} can't be written: got the suffix {output.suffix!r}, expected "
             f".safetensors, or a folder."
@@ -58,17 +59,29 @@ def check_output(options: argparse.Namespace) -> None:
             f"{str(output)!r} exists and is not an empty folder. Give another name, or move it "
             f"away: --force replaces files only."
         )
-    if not output.absolute().parent.is_dir():
+    if not (folder := output.absolute().parent).is_dir():
         raise FileNotFoundError(
             f"{str(output)!r} can't be written: the folder {str(output.parent)!r} does not exist."
         )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"{str(output)!r} can't be written: the folder {str(folder)!r} is read-only, or not "
+            f"yours to write to. Give another folder."
+        )
 
 
-def check_companions(output: Path, collection: CheckpointCollection) -> None:
-    """Refuse, before a fit, model folders of which no two could give the folder of a soup."""
+def check_companions(
+    output: Path, collection: CheckpointCollection, tokenizer: Path | None
+) -> None:
+    """Refuse, before a fit, a tokenizer that can't be copied to the folder of its soup.
+
+    And model folders of which no two could give that folder.
+    """
     folders = model_folders(collection, collection.names)
-    if output.suffix == ".safetensors" or collection.adapters(collection.names) or not folders:
+    if output.suffix == ".safetensors" or not folders:
         return
+    if tokenizer is not None:
+        find_tokenizer(tokenizer.resolve())
     errors = []
     pairs: list[Sequence[Path]] = [*pairwise(folders)]
     for first, *others in pairs or [folders]:

@@ -48,8 +48,8 @@ def search(options: argparse.Namespace) -> Result:
     """Fit the soup that the command is named after, and write it."""
     collection = _opened(options)
     refuse_inputs(Path(options.output), collection, collection)
-    check_companions(Path(options.output), collection)
     val, test, tokenizer, classes = load_data(options, collection)
+    check_companions(Path(options.output), collection, tokenizer)
     soup = RECIPES[options.command]()
     soup.set_params(**_params(soup, options, classes))
     if stdout.isatty() and not options.json and find_spec("rich"):

@@ -351,12 +351,12 @@ def test_a_fit_is_refused_where_its_soup_could_not_be_saved(runs, tmp_path, what
     ckpts = CheckpointCollection.from_path(runs)
     match = {"link": "outside its folder", "weights": "its weights are not mixed"}[what]
     with pytest.raises(CheckpointError, match=match):
-        output.check_companions(tmp_path / "out", ckpts)
-    output.check_companions(tmp_path / "out.safetensors", ckpts)
+        output.check_companions(tmp_path / "out", ckpts, None)
+    output.check_companions(tmp_path / "out.safetensors", ckpts, None)
     for k in range(2):
         (runs / f"ft{k}" / "notes.json").unlink(missing_ok=True)
         (runs / f"ft{k}" / "2_Dense" / "model.safetensors").write_bytes(b"the same")
-    output.check_companions(tmp_path / "out", ckpts)
+    output.check_companions(tmp_path / "out", ckpts, None)
 
 
 @pytest.mark.parametrize("name", ["weights", "soup"])
@@ -370,3 +370,13 @@ def test_a_module_may_have_any_name(runs, tmp_path, name):
     assert main(["average", *given, "-o", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / name / "config.json").is_file()
     assert main(["verify", str(tmp_path / "out"), *given]) == 0
+
+
+def test_a_fit_is_refused_where_its_tokenizer_could_not_be_copied(runs, tmp_path):
+    (tmp_path / "store.txt").write_text("[UNK]")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "vocab.txt").symlink_to(tmp_path / "store.txt")
+    ckpts = CheckpointCollection.from_path(runs)
+    with pytest.raises(CheckpointError, match=r"vocab\.txt' can't be copied: it is a link"):
+        output.check_companions(tmp_path / "out", ckpts, tmp_path / "tokenizer")
+    output.check_companions(tmp_path / "out.safetensors", ckpts, tmp_path / "tokenizer")
