@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..exceptions import CheckpointError
@@ -13,13 +13,8 @@ from .sweeps import natural_key
 
 def matches_of(pattern: str) -> Iterator[Path]:
     """Paths that match a pattern, through each folder once at each level; "**" follows no links."""
-    hidden = {part for part in Path(pattern).parts if part[:1] == "."}
     try:
-        for match in map(Path, _matches(pattern)):
-            # glob leaves out what is hidden, but "**" does not
-            odd = {part for part in match.parts if part[:1] == "." and part != ".."}
-            if "**" not in pattern or odd <= hidden:
-                yield match
+        yield from map(Path, _matches(pattern))
     except ValueError as error:
         raise CheckpointError(
             f"{pattern!r} is no pattern: {error}, as in 'runs/**/*.pt'."
@@ -31,18 +26,39 @@ def matches_of(pattern: str) -> Iterator[Path]:
         ) from error
 
 
-def _matches(pattern: str) -> Iterable[str]:
+def _matches(pattern: str) -> list[str]:
     """The matches of a pattern, whose last part is looked for in those of the others."""
     head, tail = os.path.split(pattern)
-    if glob.escape(pattern) == pattern or head == pattern:  # no pattern
+    if head == pattern or (not _is_pattern(head) and "**" not in tail):
         return glob.glob(pattern)
-    folders: dict[str, str] = {}
-    for match in sorted(_matches(head) if head else [""], key=_by_name):
-        folders.setdefault(os.path.realpath(match), match)
-    if "**" not in tail:
-        places = (os.path.join(glob.escape(folder), tail) for folder in folders.values())
-        return [match for place in places for match in glob.glob(place)]
-    return [str(match) for folder in folders.values() for match in Path(folder).glob(tail)]
+    if tail == "**":
+        return [*_folders(pattern).values()]
+    if "**" in tail:
+        raise ValueError("'**' can only be an entire part of a path")
+    places = (os.path.join(glob.escape(folder), tail) for folder in _folders(head).values())
+    return [match for place in places for match in glob.glob(place)]
+
+
+def _folders(pattern: str) -> dict[str, str]:
+    """The matches of a pattern by their real paths, each once; "**" leaves out hidden ones."""
+    head, tail = os.path.split(pattern)
+    found: dict[str, str] = {}
+    if tail != "**":
+        for match in sorted(_matches(pattern) if pattern else [""], key=_by_name):
+            found.setdefault(os.path.realpath(match), match)
+        return found
+    for real, start in _folders(head).items():
+        if real in found:  # it is below another one
+            continue
+        for below in Path(start).glob("**"):
+            inner = below.relative_to(start).parts
+            if not any(part.startswith(".") for part in inner):
+                found[os.path.join(real, *inner)] = str(below)
+    return found
+
+
+def _is_pattern(path: str) -> bool:
+    return glob.escape(path) != path
 
 
 def _by_name(path: str) -> list[tuple[int, int, str]]:

@@ -32,6 +32,7 @@ NO_MODEL = re.compile(
     r"|(^|_)(criterion|loss(es|_fn|_func)?)$"
 )
 REPEATED = 100  # maximum ratio of the size of tensors to the size of the file
+SMALL = 1 << 14  # bytes; smaller files may have as much as one of this size
 
 
 class TorchFile(CheckpointFile):
@@ -56,7 +57,7 @@ class TorchFile(CheckpointFile):
                 )
         # tied and expanded tensors can be larger than their file, but not much
         nbytes, size = sum(info.nbytes for info in header.values()), self.file.stat().st_size
-        if nbytes > REPEATED * max(size, 2**20):
+        if nbytes > REPEATED * max(size, SMALL):
             raise CheckpointError(
                 f"{str(self.file)!r} can't be used: its tensors have {nbytes:,} bytes, expected at "
                 f"most {REPEATED} times the size of the file ({size:,}). Save clones of tensors "
@@ -128,6 +129,11 @@ def _holds_weights(entry: Any, seen: set[int], is_beside: Callable[[Any], bool])
     return False
 
 
+def _is_network(state: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a state dict is that of a network, not, say, the weights of classes in a loss."""
+    return not weights.keys().isdisjoint(state) or any(w.ndim > 1 for w in state.values())
+
+
 def _refuse_module(state: Any, where: str) -> None:
     """Raise an error for a whole module."""
     if isinstance(state, Inert) and not state and state.name[:1].isupper():
@@ -171,9 +177,9 @@ def _unwrap(state: Any, key: str | None, where: str) -> Any:
         raise CheckpointError(f"{where} has no state dict under key={key!r}: {offer}.")
     models = [name for name in candidates if not _is_beside(name)]
     if len(models) == 1:
-        # what shares no name with it is no other network
-        names = state[models[0]].keys()
-        candidates = [name for name in candidates if names & state[name].keys()]
+        weights = state[models[0]]
+        apart = {number for number in states if not _is_network(distinct[number], weights)}
+        candidates = [name for name in candidates if id(state[name]) not in apart]
     if len(candidates) > 1:
         raise CheckpointError(
             f"{where} holds several state dicts: {listed}. Choose one, for example with "

@@ -50,6 +50,23 @@ def test_two_stars_match_what_pathlib_matches_but_what_is_hidden(tree, monkeypat
         assert {*found} <= {*expected}
 
 
+def test_a_hidden_link_does_not_hide_the_folder_that_it_leads_to(tmp_path):
+    for name in ("lr0", "lr1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "w.pt").touch()
+    (tmp_path / ".sync").mkdir()
+    (tmp_path / ".sync" / "current").symlink_to("../lr1")
+    found = matches_of(str(tmp_path / "**" / "*" / "w.pt"))
+    assert sorted(match.parent.name for match in found) == ["lr0", "lr1"]
+
+
+def test_folders_below_each_other_are_searched_once(tmp_path):
+    (tmp_path / "/".join("a" * 30)).mkdir(parents=True)
+    with patch.object(Path, "glob", autospec=True, side_effect=Path.glob) as looks:
+        assert len(list(matches_of(str(tmp_path / "**" / "a" / "**")))) == 30
+    assert looks.call_count == 2
+
+
 @pytest.mark.parametrize("pattern", ["*/*/*/w.pt", "*/*/**/w.pt", "**/*/*/w.pt"])
 def test_links_are_followed_once(tmp_path, pattern):
     (tmp_path / "w.pt").touch()

@@ -18,6 +18,7 @@ import sys
 import threading
 import warnings
 import zipfile
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -144,9 +145,21 @@ def test_what_training_loops_keep_beside_the_model_needs_no_key(tmp_path, key, b
 
 @pytest.mark.parametrize("name", ["best_loss", "optimal", "model_by_metric", "random_start"])
 def test_two_networks_need_a_key_whatever_their_names(tmp_path, name):
-    torch.save({"net": STATE, name: STATE | {"more": torch.ones(2)}}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=f"several state dicts: 'net' .* '{name}'"):
+    for other in (STATE | {"more": torch.ones(2)}, {f"module.{n}": w for n, w in STATE.items()}):
+        torch.save({"net": STATE, name: other}, tmp_path / "a.pt")
+        with pytest.raises(CheckpointError, match=f"several state dicts: 'net' .* '{name}'"):
+            sources.open_checkpoint(tmp_path / "a.pt")
+
+
+def test_one_state_dict_under_many_names_is_compared_once(tmp_path):
+    container = {"net": STATE} | {f"optim{i}": STATE for i in range(1_000)}
+    torch.save(container, tmp_path / "a.pt")
+    with (
+        patch.object(torch_files, "_is_network", wraps=torch_files._is_network) as looks,
+        pytest.raises(CheckpointError, match="several state dicts: 'net'"),
+    ):
         sources.open_checkpoint(tmp_path / "a.pt")
+    assert looks.call_count == 1
 
 
 def test_the_two_state_dicts_of_timm_need_a_key(tmp_path):
