@@ -310,7 +310,7 @@ def test_trials_of_one_step_are_told_apart_in_linear_time(tmp_path):
         (torch.eye(3).to_sparse(), "sparse"),
         (torch._neg_view(torch.ones(3)), ""),
     ],
-    ids=["expanded", "conjugate", "sparse", "negative"],
+    ids=["expanded", "small", "conjugate", "sparse", "negative"],
 )
 def test_odd_tensors_in_files_of_one_step(tmp_path, weight, said):
     for k in range(2):
