@@ -230,6 +230,7 @@ def test_prefix(tmp_path, capsys):
     assert "all names begin with 'model.', as in the files: --prefix model. drops it" in said
     run("average", tmp_path, "-o", out / "plain.safetensors", "--prefix", "model.")
     assert "begin" not in capsys.readouterr().out
+    run("verify", out / "plain.safetensors", tmp_path / "ft*")  # with the prefix of the recipe
     Net().load_state_dict(load_file(out / "plain.safetensors"))
     run("verify", out / "plain.safetensors", tmp_path, "--prefix", "model.")
 

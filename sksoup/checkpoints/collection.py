@@ -25,7 +25,7 @@ from ..runtime.shards import sharded_parts
 from ..tables import Table, notebook_html
 from .agreement import check_names, check_scores, common_layout, named
 from .architecture import ModuleSource
-from .converted import convert_names, unconverted
+from .converted import ConvertedCheckpoint, convert_names, unconverted
 from .describe import CollectionSummary, describe
 from .health import Health
 from .hub_agreement import check_configs
@@ -915,7 +915,9 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
 
     def _part(self, name: str) -> tuple[str | None, str | None]:
         """Which part of its file a checkpoint is: ``key`` and ``prefix``, if they were passed."""
-        entry = unconverted(self._entries[name])
+        entry = self._entries[name]
+        if isinstance(entry.checkpoint, ConvertedCheckpoint):
+            entry = entry.checkpoint.entry
         return entry.checkpoint.key, entry.prefix if entry.is_given else None
 
     @contextmanager

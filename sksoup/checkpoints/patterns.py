@@ -48,8 +48,8 @@ def _folders(pattern: str) -> dict[str, str]:
             found.setdefault(os.path.realpath(match), match)
         return found
     for real, start in _folders(head).items():
-        if real in found:  # it is below another one
-            continue
+        if real in found or not os.path.isdir(start or os.curdir):
+            continue  # it is below another one, or may not be entered
         for below in Path(start).glob("**"):
             inner = below.relative_to(start).parts
             if not any(part.startswith(".") for part in inner):

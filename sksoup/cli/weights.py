@@ -176,11 +176,12 @@ def opened(
     options: argparse.Namespace, recipe: Recipe | None = None
 ) -> Iterator[CheckpointCollection]:
     """Open the checkpoints, with a progress bar on a terminal (and nothing elsewhere)."""
-    keys = set() if recipe is None else {one.key for one in recipe.ingredients}
-    key = keys.pop() if options.key is None and len(keys) == 1 else options.key
+    given = [] if recipe is None else [(one.key, one.prefix) for one in recipe.ingredients]
+    key, prefix = given[0] if len(set(given)) == 1 else (None, None)
     collection = _Watched.from_path(
-        options.sources, which=options.which, module=options.base, key=key, prefix=options.prefix
-    )
+        options.sources, which=options.which, module=options.base, key=options.key or key,
+        prefix=options.prefix or prefix,
+    )  # fmt: skip
     is_chosen = getattr(options, "healthy", False)  # which takes a read of all
     total = len(collection) * collection.nbytes * (2 if is_chosen else 1)
     with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:

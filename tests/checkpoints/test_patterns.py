@@ -60,6 +60,16 @@ def test_a_hidden_link_does_not_hide_the_folder_that_it_leads_to(tmp_path):
     assert sorted(match.parent.name for match in found) == ["lr0", "lr1"]
 
 
+def test_a_folder_that_may_not_be_entered_is_passed_over(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name / "x").mkdir(parents=True)
+        (tmp_path / name / "x" / "w.pt").touch()
+    isdir, locked = os.path.isdir, str(tmp_path / "b" / "x")
+    # False where it is not permitted to look
+    monkeypatch.setattr(os.path, "isdir", lambda path: path != locked and isdir(path))
+    assert [*matches_of(str(tmp_path / "*/*/**/*.pt"))] == [tmp_path / "a" / "x" / "w.pt"]
+
+
 def test_folders_below_each_other_are_searched_once(tmp_path):
     (tmp_path / "/".join("a" * 30)).mkdir(parents=True)
     with patch.object(Path, "glob", autospec=True, side_effect=Path.glob) as looks:
