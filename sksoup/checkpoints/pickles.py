@@ -96,7 +96,7 @@ class View(NamedTuple):
         """The tensor, given all values of the storage; a copy if it has the negative bit."""
         values = values if values.dtype == self.dtype else values.view(self.dtype)
         made = values.as_strided(self.size, self.stride, values.storage_offset() + self.offset)
-        made = -made if self.is_negative else made  # which can't be set
+        made = -made if self.is_negative else made  # torch has no public view for it
         return made.conj() if self.is_conj else made
 
 

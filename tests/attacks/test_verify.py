@@ -367,8 +367,7 @@ def test_a_router_after_the_network(parts, kind):
             save_file({"w": torch.ones(2)}, each / "2_Router" / head / "model.safetensors")
         modules(each, **{"": "x.Transformer", "2_Router": "x.Router"})
         types = {"query_0_Dense": f"x.{kind}", "document_0_Dense": "x.Dense"}
-        routes = {"types": types, "structure": {name[:-8]: [name] for name in types}}
-        (each / "2_Router" / "router_config.json").write_text(json.dumps(routes))
+        router(each / "2_Router", types, {name[:-8]: [name] for name in types})
     if kind == "Dense":
         assert recipe.verify(folder, ckpts).ok
     else:
@@ -390,20 +389,16 @@ def test_a_router_without_a_route_of_the_network(parts, structure):
     for each in (*map(ckpts.path, ckpts), folder):
         (each / "0_T").mkdir()
         modules(each, **{"": "sentence_transformers.models.Router"})
-        routes = {"types": {"": "x", "0_T": "x"}, "structure": structure}
-        (each / "router_config.json").write_text(json.dumps(routes))
+        router(each, {"": "x", "0_T": "x"}, structure)
     with pytest.raises(CheckpointError, match=r"router_config\.json' does not list its own folder"):
         recipe.verify(folder, ckpts)
-    routes["structure"] = {"query": ["0_T"], "document": [""]}
-    (folder / "router_config.json").write_text(json.dumps(routes))
+    router(folder, {"": "x", "0_T": "x"}, {"query": ["0_T"], "document": [""]})
     assert recipe.verify(folder, ckpts).ok
-    routes["structure"]["document"] += ["0_T"]  # whose outputs replace those of the network
-    routes["types"]["0_T"] = "x.Transformer"
-    (folder / "router_config.json").write_text(json.dumps(routes))
+    # its outputs replace those of the network
+    router(folder, {"": "x", "0_T": "x.Transformer"}, {"query": ["0_T"], "document": ["", "0_T"]})
     with pytest.raises(CheckpointError, match="is a network of its own among the modules"):
         recipe.verify(folder, ckpts)
-    routes["structure"] = {"query": 3}
-    (folder / "router_config.json").write_text(json.dumps(routes))
+    router(folder, {"": "x", "0_T": "x"}, {"query": 3})
     with pytest.raises(CheckpointError, match=r"router_config\.json' can't be read"):
         recipe.verify(folder, ckpts)
 
@@ -417,8 +412,7 @@ def test_routes_of_a_router_may_be_networks_beside_that_of_the_folder(parts, is_
         shutil.copy(ckpts.path("a") / "model.safetensors", each / "query")
         (each / "query" / "tokenizer.json").write_text("{}")
         modules(each, **{"": "sentence_transformers.models.Router"})
-        types = {"query": "StaticEmbedding", **({"": "MLMTransformer"} if is_used else {})}
-        (each / "router_config.json").write_text(json.dumps({"types": types}))
+        router(each, {"query": "StaticEmbedding", **({"": "MLMTransformer"} if is_used else {})})
     if is_used:
         assert recipe.verify(folder, ckpts).ok
     else:
@@ -536,6 +530,11 @@ def modules(folder, *paths, **kinds) -> None:
     listed = [{"idx": k, "name": str(k), "path": path, "type": kind}
               for k, (path, kind) in enumerate(kinds.items())]  # fmt: skip
     (folder / "modules.json").write_text(json.dumps(listed))
+
+
+def router(folder, types, structure=None) -> None:
+    listed = {"types": types, **({"structure": structure} if structure else {})}
+    (folder / "router_config.json").write_text(json.dumps(listed))
 
 
 def test_modules_that_are_not_those_of_the_ingredients(parts):
