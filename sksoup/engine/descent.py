@@ -34,6 +34,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
 }
 SCHEDULES = ("cosine", "constant")  # see `lr_factor`
+LEAST_SCALE = 0.01  # of the logits; steps past 0 would turn the probabilities round
 
 # ------------------------------------------------------------------------------- descent
 
@@ -98,8 +99,9 @@ class Descent:
 
         ``coef()`` gives (b, n_searched) as a function of the leaves, ``soup_coef`` turns that into
         the coefficients (n_searched, K) of the whole soup. Returns one record per epoch, with its
-        loss and gradient norm at every step. A cached epoch is not run again; the leaves, the
-        optimizer and the generator are restored from the cache.
+        loss and gradient norm at every step. ``scale``, if given, multiplies the outputs, is one of
+        the leaves, and stays positive. A cached epoch is not run again; the leaves, the optimizer
+        and the generator are restored from the cache.
         """
         settings, data = self.settings, self.problem.data
         n_steps = math.prod(self.n_steps.values())
@@ -175,6 +177,9 @@ class Descent:
                         all_reduce(scale.grad)
                 norms.append(torch.nn.utils.clip_grad_norm_(state.leaves, math.inf))  # measures
                 state.optimizer.step()
+                if scale is not None:
+                    with torch.no_grad():
+                        scale.clamp_(min=LEAST_SCALE)
                 state.scheduler.step()
         steps, norm = all_reduce(torch.stack(measured)), torch.stack(norms)  # fetched at once
         scores = {"score": steps[:, 1].tolist()} if objective.has_score else {}

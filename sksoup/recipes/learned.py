@@ -77,7 +77,8 @@ class LearnedSoup(BaseSoup):
         both during the search and in the coefficients, so that a diverged run cannot move the soup
         further than the others. None leaves deltas unchanged, as in the paper.
     temperature : bool, default=True
-        Whether to learn a factor :math:`\beta` on the logits as well. Regression has none.
+        Whether to learn a factor :math:`\beta` on the logits as well, of at least 0.01. Regression
+        has none.
     memory_limit : int, str or None, default=None
         Memory for K + 2 models (K + 1 on a GPU), in bytes or as a string such as "8GB". None is
         half of the device's free memory. If the models do not fit, they are read from their files

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
+from sklearn.metrics import log_loss
 
 from sksoup import CheckpointCollection, DivergenceError, SoupWarning
 
@@ -66,6 +68,24 @@ def test_temperature_scales_probabilities_and_is_never_folded_into_the_weights(z
         soup.predict_proba(zoo.X), softmax(soup.temperature_ * logits, axis=1), atol=1e-5
     )
     assert soup.recipe_.temperature == soup.temperature_
+
+
+def test_the_temperature_of_overconfident_networks_stays_positive(tmp_path: Path):
+    generator = np.random.default_rng(0)
+    X, W = (generator.normal(size=shape).astype("float32") for shape in [(600, 10), (10, 3)])
+    y = (X @ W + 8 * generator.normal(size=(600, 3))).argmax(axis=1)
+    nets = []
+    for _ in range(4):
+        nets.append(torch.nn.Linear(10, 3, bias=False))
+        nets[-1].weight.data = torch.tensor(4 * (W + generator.normal(size=W.shape) / 2).T).float()
+    soup = PaperLearned(random_state=0).fit(CheckpointCollection(nets), X, y)
+    assert 0 < soup.temperature_ < 0.1  # plain steps of 0.05 lead past 0
+    proba = soup.predict_proba(X)
+    np.testing.assert_array_equal(proba.argmax(axis=1), soup.predict(X))
+    with torch.no_grad():
+        logits = soup.module_(torch.as_tensor(X)).numpy()
+    assert log_loss(y, proba) < 0.25 * log_loss(y, softmax(logits.astype(float), axis=1))
+    soup.save(tmp_path / "soup.safetensors")
 
 
 def test_divergence_is_an_error_with_the_last_good_coefficients(zoo: Zoo):
