@@ -76,7 +76,8 @@ class RowScore:
             wrong = outputs.argmax(dim=1) != y
         else:
             wrong = ((outputs > 0) != (y > 0)).reshape(len(y), -1).any(dim=1)
-        return self.share[rows] * wrong
+        # an output of NaN is right for no label, as in `margins`
+        return self.share[rows] * (wrong | outputs.reshape(len(y), -1).isnan().any(dim=1))
 
     def margins(self, outputs: torch.Tensor) -> torch.Tensor:
         """(N,): how safely each row is right; small is hard."""

@@ -14,11 +14,14 @@ from sklearn.utils.validation import check_is_fitted
 
 from ..checkpoints.collection import CheckpointCollection
 from ..engine.objective import load_weights
-from ..mixing.mix import Sum, cast
+from ..mixing.mix import Sum, cast, mix
+from ..mixing.running_mean import largest
 from ..recipes.base import BaseSoup
 from ..recipes.baselines import CheckpointEnsemble
 from ..recipes.validation import scorer_of, validate_rows
 from ..tables import Table
+
+MOST_LOST = 1000  # sizes of the result; what is subtracted leaves its rounding in it
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,8 @@ def ingredient_importance(
     The soup without k is linear in two sums and :math:`w_k`: with :math:`P = \sum_j p_j w_j` and
     :math:`a = c_k / \sum_{i \ne k} p_i` it is :math:`w + a P - (c_k + a p_k) w_k`. Therefore each
     file is read only twice, once for the sums and once to be left out. The weights equal those of
-    `mix` with the changed coefficients up to rounding. Integer tensors, re-estimated BatchNorm
+    `mix` with the changed coefficients up to rounding; where an ingredient is so large that the
+    others are lost in it, the others are mixed again. Integer tensors, re-estimated BatchNorm
     statistics and tensors that are equal in all ingredients are those of the soup.
 
     Cost: K + 1 evaluations of the rows. Memory: four models (two sums, the module and the loaded
@@ -245,9 +249,19 @@ class Without:
             for name, dtype in self.dtypes.items():
                 row, total = self.rows[name], self.sums[name]
                 value = total.value + self.others[name].value * float(a[row])
-                value -= read(name).to(total.dtype) * float(b[row])
+                left_out = read(name).to(total.dtype) * float(b[row])
+                value -= left_out
+                if largest(left_out) > MOST_LOST * largest(value):
+                    return self._mixed(k, a)
                 weights[name] = cast(name, value, dtype)
         return weights
+
+    def _mixed(self, k: int, a: NDArray[np.float64]) -> dict[str, torch.Tensor]:
+        """The same, from the files of the others, where they are lost in rounding."""
+        coef = self.coef + a[:, None] * self.parts
+        coef[:, k] = 0
+        weights = mix(self.checkpoints, coef, layers=self.rows)
+        return {name: weights[name] for name in self.dtypes}
 
 
 def parts_of_rest(coef: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -104,10 +104,10 @@ class RunningMean:
     def _without(self, tensor: str, read: Read) -> torch.Tensor | None:
         """The sum without one; None if it is not large compared with rounding errors."""
         value = torch.tensor(self._values[tensor])
-        of_sum = _largest(value) * torch.finfo(value.dtype).eps
+        of_sum = largest(value) * torch.finfo(value.dtype).eps
         value -= read(tensor).to(value.dtype)
         small = 2.0**-11 if self._layout[tensor].dtype.itemsize <= 2 else 2.0**-24
-        return value if of_sum <= small * _largest(value) < math.inf else None
+        return value if of_sum <= small * largest(value) < math.inf else None
 
     def _with(self, tensor: str, k: int, w: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """The sum with ``w`` and True, or the value that all share and False."""
@@ -130,7 +130,7 @@ class RunningMean:
         return torch.promote_types(self._dtypes.get(tensor, w.dtype), w.dtype)
 
 
-def _largest(value: torch.Tensor) -> float:
+def largest(value: torch.Tensor) -> float:
     """The largest magnitude."""
     if not value.numel():
         return 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 import platform
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -410,6 +411,7 @@ class BaseSoup(
         params = self.get_params(deep=False)
         if "start" in params:  # by its name, not its path or all of its values
             params["start"] = name_of_start(collection, params["start"])
+        scores = getattr(self, "individual_scores_", {})  # those of diverged runs may be -inf
         self.recipe_ = broadcast(rank() or Recipe.record(  # only one rank hashes the files
             type(self).__name__,
             collection,
@@ -417,12 +419,12 @@ class BaseSoup(
             layers=self.layers_,
             layer_names=self.layer_names_,
             params=as_json({k: v for k, v in params.items() if k not in NOT_IN_RECIPES}),
-            scores=as_json(getattr(self, "individual_scores_", {})),
+            scores=as_json({name: s for name, s in scores.items() if math.isfinite(s)}),
             temperature=float(getattr(self, "temperature_", 1.0)),
             recalibrated=self.recalibrated_,
             versions=dict(versions()),
             classes=_labels(self.outputs_.described),
-            held_out=held_out,
+            held_out=held_out if held_out and math.isfinite(held_out[0]) else None,
         ))  # fmt: skip
 
     def interpolate(self, start: Start, t: float) -> Self:

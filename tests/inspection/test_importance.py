@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -11,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
-from sksoup import CheckpointCollection, CheckpointEnsemble, GreedySoup, UniformSoup, mix
+from sksoup import (
+    CheckpointCollection,
+    CheckpointEnsemble,
+    GreedySoup,
+    SoupWarning,
+    UniformSoup,
+    mix,
+)
 from sksoup.displays.axes import shortened
 from sksoup.engine.objective import load_weights
 from sksoup.inspection import (
@@ -84,6 +92,17 @@ def test_weights_are_those_of_mix_for_any_coefficients(dtype, rtol, data):
     used = [n for n, c in zip(zoo, soup.coef_.T, strict=True) if c.any()]
     for name in used if len(used) > 1 else []:
         assert_same_as_mix(soup, name, rtol)
+
+
+@pytest.mark.parametrize("scale", [1e8, 1e20])
+def test_others_that_are_lost_in_a_diverged_run_are_mixed_again(zoo: Zoo, scale):
+    states = make_states(4, 0)
+    states[2] = {n: w * scale if w.is_floating_point() else w for n, w in states[2].items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SoupWarning)
+        soup = UniformSoup().fit(CheckpointCollection(states, module=Net), zoo.X, zoo.y)
+    for name in soup.ingredients_:
+        assert_same_as_mix(soup, name, 1e-4)
 
 
 def test_scores_are_those_of_the_soup_without_each(zoo: Zoo, tmp_path):
