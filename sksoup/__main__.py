@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from itertools import takewhile
 from typing import Any
 
@@ -22,6 +24,8 @@ from .tables import printable
 
 # ours are ValueErrors, and an ArithmeticError where a search diverged
 ERRORS = (ValueError, ArithmeticError, OSError, ImportError, SafetensorError)
+# a number such as -2e-05, which argparse takes for an option
+SMALL = re.compile(r"-(\d+\.?\d*|\.\d+)e[-+]?\d{1,3}", re.IGNORECASE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,13 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; names of files that a shell wrote for ``*`` are not taken for some."""
     parser = build_parser()
-    for one in takewhile(lambda each: each != "--", arguments):
+    options = [*takewhile(lambda each: each != "--", arguments)]
+    for one in options:
         if one.startswith("-") and os.path.lexists(one):
             parser.error(
                 f"{printable(one)!r} is a file in this folder, and would be an option. Write ./* "
                 f"instead of *, or rename the file."
             )
-    return parser.parse_args(arguments)
+    plain = [format(Decimal(one), "f") if SMALL.fullmatch(one) else one for one in options]
+    return parser.parse_args([*plain, *arguments[len(options) :]])
 
 
 def _is_told(error: Exception, options: argparse.Namespace) -> bool:

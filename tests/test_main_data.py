@@ -99,6 +99,7 @@ TABLE = f"{NETS} table.csv --label species"
         ("average runs -o out --weights 0.5 0.5 1",
          "whose sum is 2, expected 1. One number per checkpoint is needed, in this order: 'ft0', "
          "'ft1', 'ft2'. Divided by their sum: --weights 0.25 0.25 0.5"),
+        ("average runs -o out --weights 1 -1e-05 -.5E+2 0", "--weights has 4 numbers, expected 3"),
         ("average runs -o out --weights 0.5 0.5 nan", "has NaN or infinite values, expected fin"),
         ("average runs -o out --shard-size big", "--shard-size='big' is not a size"),
         ("average nets -o out.safetensors --shard-size 1MB", "--shard-size is for a folder"),

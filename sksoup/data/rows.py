@@ -197,9 +197,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def to_tensor(values: Any) -> torch.Tensor:
-    """View an array as a tensor; copy a read-only one, since torch has no such tensors."""
-    if isinstance(values, np.ndarray) and not values.flags.writeable:
-        values = values.copy()
+    """View an array as a tensor; copy a read-only or reversed one, as torch has no such tensors."""
+    if isinstance(values, np.ndarray):
+        is_odd = not values.flags.writeable or any(step < 0 for step in values.strides)
+        values = values.copy() if is_odd else values
     return torch.as_tensor(values)
 
 

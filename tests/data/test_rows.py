@@ -60,6 +60,7 @@ def named():
 def test_the_same_bits_whichever_form_the_data_takes(named, zoo: Zoo, soup):
     forms = {
         "array": zoo.X,
+        "reversed": zoo.X[::-1].copy()[::-1],
         "tensor": torch.as_tensor(zoo.X),
         "list": zoo.X.tolist(),
         "dict": {"rows": zoo.X},
