@@ -687,6 +687,12 @@ def test_metrics_of_probabilities_and_of_several_labels(folder, capsys):
         p = net(torch.as_tensor(rows[:, :4].astype(np.float32))).softmax(dim=1)
     each = [roc_auc_score(rows[:, 4] == label, p[:, k]) for k, label in enumerate(order)]
     assert document["scores"]["validation"] == pytest.approx(np.mean(each))
+    two = [row for row in rows if row[4] != "cat"]
+    write_csv(folder / "two.csv", (*"abcd", "species"), two)
+    assert main([*line, *order, "--test", "two.csv"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["scores"] == document["scores"]
+    assert "was written, but can't be scored on 'two.csv'" in found["warnings"][-1]
     os.remove("out.safetensors")
     rng = np.random.default_rng(0)
     many = [(*rng.normal(size=4).round(3), *rng.integers(0, 2, 3)) for _ in range(20)]

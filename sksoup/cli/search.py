@@ -56,8 +56,17 @@ def search(options: argparse.Namespace) -> Result:
         soup.set_callbacks(ProgressBar())
     soup.fit(collection, val.X, val.y)
     write_soup(Path(options.output), soup, tokenizer)
-    best = None if test is None else _best_checkpoint(soup, options, classes, val)
-    return False, *_summary(options, soup, best, val, test)
+    if test is not None:
+        best = _best_checkpoint(soup, options, classes, val)
+        try:
+            return False, *_summary(options, soup, best, val, test)
+        except ValueError as error:  # such as the area under the curve of a class without examples
+            warnings.warn(
+                f"{options.output!r} was written, but can't be scored on {options.test!r}: {error}",
+                SoupWarning,
+                stacklevel=2,
+            )
+    return False, *_summary(options, soup, None, val, None)
 
 
 def compare(options: argparse.Namespace) -> Result:

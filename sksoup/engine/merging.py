@@ -112,7 +112,7 @@ def _load_made_up(module: nn.Module, names: Collection[str], seed: int) -> None:
     for name, value in module.state_dict(keep_vars=True).items():
         if name in names and value.is_floating_point():
             numbers = torch.randn(value.shape, generator=generator)
-            if value.ndim > 1:
+            if value.ndim > 1 and value.numel():
                 numbers *= numbers[0].numel() ** -0.5
             else:
                 numbers = 1 + 0.1 * numbers.tanh()

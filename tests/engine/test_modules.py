@@ -75,6 +75,24 @@ class Tied(nn.Module):
         return self.head(self.first(X).tanh())
 
 
+class Registers(nn.Module):
+    """No register tokens, as is the default of DINOv3, and a train() of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.registers = nn.Parameter(torch.zeros(1, 0, 6))
+        self.first, self.norm, self.head = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, X):
+        tokens = torch.cat([self.registers.expand(len(X), -1, -1), self.first(X)[:, None]], dim=1)
+        return self.head(self.norm(tokens.mean(dim=1)).relu())
+
+
 class Frozen(nn.Module):
     """A backbone that never trained: the same in all checkpoints, and without gradients."""
 
@@ -103,7 +121,7 @@ def modules_of(kind):
 
 
 @pytest.mark.parametrize("soup", SOUPS, ids=lambda soup: type(soup).__name__)
-@pytest.mark.parametrize("kind", [Group, Weighted, Padded, Tied, Frozen])
+@pytest.mark.parametrize("kind", [Group, Weighted, Padded, Tied, Registers, Frozen])
 def test_soups_of(kind, soup, zoo: Zoo):
     modules = modules_of(kind)
     X = np.abs(zoo.X * 3).astype(int) % 7 if kind is Padded else zoo.X
