@@ -254,8 +254,10 @@ class AdapterCheckpoint(LowRankCheckpoint):
             )
 
     def _is_target(self, module: str) -> bool:
-        """Whether PEFT gives a module of the base factors."""
-        return self.base.has_factors(module, self.config.targets)
+        """Whether PEFT gives a module of the base factors; if that is not known, the file tells."""
+        targets = self.config.targets
+        is_known = targets.are_known or f"{module}.weight" in self._factors
+        return is_known and self.base.has_factors(module, targets)
 
     def _does_not_fit(self, why: str) -> CheckpointError:
         return self._error(

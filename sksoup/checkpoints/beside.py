@@ -20,13 +20,13 @@ from .texts import read_json
 # names that programs look for in a folder
 LOADED = (
     ".safetensors", *TORCH_SUFFIXES, INDEX, ".gguf", ".h5", ".keras", ".msgpack", ".nemo", ".onnx",
-    ".ot", ".pb", ".pdparams", ".pt2", ".pte", ".tar", ".tflite", "weights.npz",
+    ".neuron", ".ot", ".pb", ".pdparams", ".pt2", ".pte", ".rknn", ".tar", ".tflite", "weights.npz",
     ".joblib", ".pickle", ".pkl", ".skops",  # of scikit-learn, such as SetFit's head
 )  # fmt: skip
+PIPELINE = "model_index.json"  # of diffusers, which loads the weights in the folders below
 # files that mark a folder as a model: of sentence-transformers, PEFT, OpenCLIP, diffusers
 MARKS = (
-    MODULES, "config_sentence_transformers.json", CONFIG, "open_clip_config.json",
-    "model_index.json",
+    MODULES, "config_sentence_transformers.json", CONFIG, "open_clip_config.json", PIPELINE,
 )  # fmt: skip
 DESCRIBES = (  # fields of a config.json of a model: transformers, timm, diffusers, Keras, Router
     "model_type", "architectures", "auto_map", "architecture", "pretrained_cfg", "model_cfg",
@@ -78,10 +78,12 @@ def _weights_by_name(folders: Iterable[Path]) -> defaultdict[Path, list[Path]]:
 
 
 def _of_runtimes(folder: Path) -> set[Path]:
-    """Files in the folders below that ONNX Runtime, OpenVINO or ExecuTorch would run."""
+    """Files in the folders below that ONNX Runtime, OpenVINO, ExecuTorch or diffusers would run."""
     found = set()
-    for name in BACKENDS:  # which may be links
-        found |= {*filter(_may_be_loaded, files_below(folder / name, MOST_FILES))}
+    is_pipeline = (folder / PIPELINE).is_file()
+    parts = filter(Path.is_dir, folder.iterdir()) if is_pipeline else map(folder.joinpath, BACKENDS)
+    for part in parts:  # which may be links
+        found |= {*filter(_may_be_loaded, files_below(part, MOST_FILES))}
     for path in files_below(folder, MOST_FILES):
         if path.parent != folder and ANYWHERE.fullmatch(path.name.lower()):
             found.add(path)

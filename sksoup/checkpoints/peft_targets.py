@@ -59,6 +59,15 @@ class Targets:
         )
 
     @cached_property
+    def are_known(self) -> bool:
+        """Whether no expression is trusted without matching."""
+        known = self._matched | self._all_linear
+        return all(
+            names or field in known or not isinstance(self._fields.get(field), str)
+            for field, names in self._sets.items()
+        )
+
+    @cached_property
     def _all_linear(self) -> frozenset[str]:
         """The fields that stand for all linear layers."""
         return frozenset(

@@ -240,7 +240,7 @@ def test_what_is_verified_is_what_transformers_loads(parts, tmp_path, rename, is
     ["head.safetensors", "shard-00001-model-00001-of-00001.safetensors", "pytorch_model.bin",
      "MODEL.SAFETENSORS", "model.safetensors.index.json", "adapter_config.json", "x.gguf",
      "params.pt", "last.ckpt", "model.onnx", "rust_model.ot", "weights.npz", "model_head.pkl",
-     "x.pth.tar", "pipeline.skops", "pytorch_model.bin.index.fp16.json"],
+     "x.pth.tar", "model.neuron", "pipeline.skops", "pytorch_model.bin.index.fp16.json"],
 )  # fmt: skip
 def test_other_weights_in_the_folder_are_named(parts, capsys, name):
     folder, recipe, ckpts = parts
@@ -275,6 +275,20 @@ def test_weights_of_other_runtimes_in_the_folder_are_named(parts, name):
     (folder / name).write_bytes(b"weights")
     (folder / name).with_suffix(".json").write_text("{}")
     assert recipe.verify(folder, ckpts).beside == (name,)
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_weights_of_a_pipeline_in_the_folder_are_named(parts, is_link):
+    """diffusers loads those in the folders below."""
+    folder, recipe, ckpts = parts
+    unet = folder.parent / "elsewhere" if is_link else folder / "unet"
+    unet.mkdir()
+    if is_link:
+        (folder / "unet").symlink_to(unet)
+    save_file({"w": torch.zeros(1)}, unet / "diffusion_pytorch_model.safetensors")
+    assert recipe.verify(folder, ckpts).beside == ()
+    (folder / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DModel"]}')
+    assert recipe.verify(folder, ckpts).beside == ("unet/diffusion_pytorch_model.safetensors",)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", ".x/model.onnx", ".x/model.safetensors"])

@@ -79,6 +79,9 @@ KINDS: dict[str, dict[str, Any]] = {
     **{f"only {target}": one(target_modules=[target]) for target in TARGETS},
     "Conv1D said to be transposed": one(target_modules=["conv1d"], fan_in_fan_out=True),
     "all biases": one(bias="all"), "biases of the targets": one(bias="lora_only"),
+    "all biases, and a long expression": one(
+        bias="all", target_modules=r".*emb|.*lin|.*conv|.*another"
+    ),
     "rsLoRA": one(use_rslora=True, r=3), "rank 1": one(r=1),
     "rank above the sizes": one(r=16, target_modules=["lin", "conv"]),
     "ranks by pattern": {"rank_pattern": {"lin": 5, "conv.?": 3}},
