@@ -25,7 +25,7 @@ from .tables import printable
 # ours are ValueErrors, and an ArithmeticError where a search diverged
 ERRORS = (ValueError, ArithmeticError, OSError, ImportError, SafetensorError)
 # a number such as -2e-05, which argparse takes for an option
-SMALL = re.compile(r"-(\d+\.?\d*|\.\d+)e[-+]?\d{1,3}", re.IGNORECASE)
+NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)e[-+]?\d{1,3}", re.IGNORECASE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +67,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
                 f"{printable(one)!r} is a file in this folder, and would be an option. Write ./* "
                 f"instead of *, or rename the file."
             )
-    plain = [format(Decimal(one), "f") if SMALL.fullmatch(one) else one for one in options]
+    plain = [format(Decimal(one), "f") if NEGATIVE.fullmatch(one) else one for one in options]
     return parser.parse_args([*plain, *arguments[len(options) :]])
 
 

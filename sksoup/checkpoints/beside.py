@@ -81,11 +81,11 @@ def _of_runtimes(folder: Path) -> set[Path]:
     """Files in the folders below that ONNX Runtime, OpenVINO, ExecuTorch or diffusers would run."""
     found = set()
     is_pipeline = (folder / PIPELINE).is_file()
-    parts = filter(Path.is_dir, folder.iterdir()) if is_pipeline else map(folder.joinpath, BACKENDS)
-    for part in parts:  # which may be links
-        found |= {*filter(_may_be_loaded, files_below(part, MOST_FILES))}
+    for name in BACKENDS:  # which may be links
+        found |= {*filter(_may_be_loaded, files_below(folder / name, MOST_FILES))}
     for path in files_below(folder, MOST_FILES):
-        if path.parent != folder and ANYWHERE.fullmatch(path.name.lower()):
+        is_loaded = ANYWHERE.fullmatch(path.name.lower()) or (is_pipeline and _may_be_loaded(path))
+        if path.parent != folder and is_loaded:
             found.add(path)
     return found
 

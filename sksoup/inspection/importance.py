@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from ..checkpoints.collection import CheckpointCollection
 from ..engine.objective import load_weights
-from ..mixing.mix import Sum, cast, mix
+from ..mixing.mix import Sum, accumulate, cast
 from ..mixing.running_mean import largest
 from ..recipes.base import BaseSoup
 from ..recipes.baselines import CheckpointEnsemble
@@ -161,9 +161,9 @@ def ingredient_importance(
     The soup without k is linear in two sums and :math:`w_k`: with :math:`P = \sum_j p_j w_j` and
     :math:`a = c_k / \sum_{i \ne k} p_i` it is :math:`w + a P - (c_k + a p_k) w_k`. Therefore each
     file is read only twice, once for the sums and once to be left out. The weights equal those of
-    `mix` with the changed coefficients up to rounding; where an ingredient is so large that the
-    others are lost in it, the others are mixed again. Integer tensors, re-estimated BatchNorm
-    statistics and tensors that are equal in all ingredients are those of the soup.
+    `mix` with the changed coefficients up to rounding; a tensor that is so large in an ingredient
+    that the others are lost in it is read again from the others. Integer tensors, re-estimated
+    BatchNorm statistics and tensors that are equal in all ingredients are those of the soup.
 
     Cost: K + 1 evaluations of the rows. Memory: four models (two sums, the module and the loaded
     checkpoint) and one tensor.
@@ -244,7 +244,8 @@ class Without:
         c, p = self.coef[:, k], self.parts[:, k]
         a = c / np.delete(self.parts, k, axis=1).sum(axis=1)  # (n_layers,)
         b = c + a * p
-        weights = {}
+        weights: dict[str, torch.Tensor] = {}
+        lost: list[str] = []  # tensors of which only rounding is left
         with self.checkpoints.open(checkpoint) as read:
             for name, dtype in self.dtypes.items():
                 row, total = self.rows[name], self.sums[name]
@@ -252,16 +253,15 @@ class Without:
                 left_out = read(name).to(total.dtype) * float(b[row])
                 value -= left_out
                 if largest(left_out) > MOST_LOST * largest(value):
-                    return self._mixed(k, a)
-                weights[name] = cast(name, value, dtype)
+                    lost.append(name)
+                else:
+                    weights[name] = cast(name, value, dtype)
+        if lost:
+            coef = self.coef + a[:, None] * self.parts
+            coef[:, k] = 0
+            sums, _ = accumulate(self.checkpoints, coef, self.rows, lost)
+            weights |= {name: cast(name, sums[name], self.dtypes[name]) for name in lost}
         return weights
-
-    def _mixed(self, k: int, a: NDArray[np.float64]) -> dict[str, torch.Tensor]:
-        """The same, from the files of the others, where they are lost in rounding."""
-        coef = self.coef + a[:, None] * self.parts
-        coef[:, k] = 0
-        weights = mix(self.checkpoints, coef, layers=self.rows)
-        return {name: weights[name] for name in self.dtypes}
 
 
 def parts_of_rest(coef: NDArray[np.float64]) -> NDArray[np.float64]:
