@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from sksoup.displays.axes import shortened
 from sksoup.engine.objective import load_weights
 from sksoup.inspection import (
     IngredientImportanceDisplay,
+    importance,
     ingredient_importance,
 )
 from sksoup.inspection.importance import Without
@@ -137,6 +139,17 @@ def test_each_file_in_the_soup_is_read_twice(zoo: Zoo, tmp_path):
         found = ingredient_importance(soup, zoo.X, zoo.y)
     assert opened == dict.fromkeys(used, 2)
     assert list(found.scores) == used
+
+
+def test_only_tensors_that_are_lost_are_read_again(zoo: Zoo):
+    states = make_states(4, 0)
+    states[2]["head.bias"] = torch.full_like(states[2]["head.bias"], 1e12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SoupWarning)
+        soup = UniformSoup().fit(CheckpointCollection(states, module=Net), zoo.X, zoo.y)
+    with patch.object(importance, "accumulate", wraps=importance.accumulate) as again:
+        ingredient_importance(soup, zoo.X, zoo.y)
+    assert [call.args[-1] for call in again.call_args_list] == [["head.bias"]]
 
 
 def test_another_metric_and_regressions(zoo: Zoo):
