@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..exceptions import CheckpointError
 from .peft_config import CONFIG
-from .read import read_safetensors_metadata, suffix_of
+from .read import place_of, read_safetensors_metadata, suffix_of
 from .shards import INDEX, weight_map
 
 # file names of weights in Hugging Face and skorch folders, in order of preference
@@ -57,7 +57,8 @@ def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
     """The weights files in a folder, without hidden ones; shards once, by their index."""
     paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
     indices = [path for path in paths if path.name.endswith(INDEX)]
-    shards = {folder / name for index in indices for name in set(weight_map(index).values())}
+    once = {place_of(index): index for index in indices}.values()  # there may be links
+    shards = {folder / name for index in once for name in set(weight_map(index).values())}
     files = [path for path in paths if is_weights(path, suffixes) and path not in shards]
     # skorch's Checkpoint(fn_prefix=...) writes others beside the params
     params = [path.name.partition("params") for path in files if "params" in path.name]

@@ -80,6 +80,16 @@ def file_identity(path: Path) -> tuple[int, int, int]:
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
+def place_of(path: Path) -> object:
+    """What is the same for links to one file, also hard ones, as timm makes of the best."""
+    try:
+        status = path.stat()
+    except OSError:  # it is gone, which is an error where it is opened
+        return path
+    # some file systems make numbers up, but then count no links
+    return (status.st_dev, status.st_ino) if status.st_nlink > 1 else path.resolve()
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Convert any error of a reader on a damaged file to a CheckpointError with its path."""

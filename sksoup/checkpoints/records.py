@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from hashlib import sha256
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -18,7 +19,7 @@ from ..exceptions import CheckpointError
 from ..runtime.fingerprint import tensor_bytes
 from .in_memory import content_sha256
 from .protocol import Entry
-from .read import suffix_of
+from .read import place_of, suffix_of
 from .texts import read_text
 from .torch_files import TorchFile, read_container
 
@@ -102,11 +103,14 @@ def read_lightning(files: Sequence[Path]) -> Record:
     """The record that Lightning's ModelCheckpoint writes to each file of a run."""
     steps: dict[str, int] = {}
     states: dict[str, _Monitor] = {}
+    first: dict[object, Path] = {}
+    same = {path.name: first.setdefault(place_of(path), path) for path in files}  # links to a file
+    recorded = cache(_recorded)
     for path in files:
         if suffix_of(path) == ".ckpt":
-            container = read_container(path)
-            if isinstance(step := container.get("global_step"), int):
-                steps[path.name], states[path.name] = step, _model_checkpoint(container)
+            step, state = recorded(same[path.name])
+            if isinstance(step, int):
+                steps[path.name], states[path.name] = step, state
     best, metrics = None, {}
     values: dict[str, dict[str, float]] = {name: {} for name in steps}
     # the last record is current; of those of one step, that in a file which it lists, since another
@@ -121,7 +125,7 @@ def read_lightning(files: Sequence[Path]) -> Record:
         for file, number in state.kept.items():
             if number is not None:
                 values.setdefault(file, {})[state.metric] = number
-    versions = _versions({path.name: path for path in files}, steps)
+    versions = _versions(same, steps)
     for name, version in versions.items():  # last.ckpt has the same weights as another file
         values[name] = values[name] or next(
             (values[other] for other, of in versions.items() if of == version and values[other]), {}
@@ -133,7 +137,7 @@ def read_lightning(files: Sequence[Path]) -> Record:
 def _versions(files: Mapping[str, Path], steps: Mapping[str, int]) -> dict[str, tuple[int, int]]:
     """The step of each file, numbered if the weights of files of one step differ."""
     keys: dict[str, tuple[object, ...]] = {name: (step,) for name, step in steps.items()}
-    for look in (_glance, _digest):  # only files that look alike are read
+    for look in map(cache, (_glance, _digest)):  # only files that look alike are read
         found = Counter(keys.values())
         keys = {n: (*key, look(files[n])) if found[key] > 1 else key for n, key in keys.items()}
     numbers: dict[int, dict[tuple[object, ...], int]] = {step: {} for step in steps.values()}
@@ -217,6 +221,12 @@ class _Monitor:
     mode: str = ""
     best: str | None = None
     kept: Mapping[str, float | None] = field(default_factory=dict)
+
+
+def _recorded(path: Path) -> tuple[Any, _Monitor]:
+    """The step of a file, and the record of the callback."""
+    container = read_container(path)
+    return container.get("global_step"), _model_checkpoint(container)
 
 
 def _model_checkpoint(container: Mapping[str, Any]) -> _Monitor:

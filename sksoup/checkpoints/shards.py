@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,7 +29,10 @@ class ShardedCheckpoint(Checkpoint):
         self.key = key
         self.weight_map = weight_map(file)
         self.shards: dict[str, CheckpointFile] = {}
-        for name in dict.fromkeys(self.weight_map.values()):
+        listed: dict[str, list[str]] = {}
+        for tensor, name in self.weight_map.items():
+            listed.setdefault(name, []).append(tensor)
+        for name, tensors in listed.items():
             shard = file.parent / name
             kind = SafetensorsFile if SafetensorsFile.accepts(shard) else TorchFile
             self.shards[name] = part = kind(shard)
@@ -39,23 +42,28 @@ class ShardedCheckpoint(Checkpoint):
                     f"dict, so other programs may read other weights from it. Write the checkpoint "
                     f"again, or leave it out."
                 )
-        for tensor, name in self.weight_map.items():
-            if tensor not in self.shards[name].header:
-                raise CheckpointError(
-                    f"{str(file)!r} does not match its shards: {name!r} lacks {tensor!r}. Write "
-                    f"the checkpoint again, or leave it out."
-                )
-        for name, opened in self.shards.items():
-            # other programs load all tensors in the shards, and the last of two with one name wins
-            for tensor in opened.header:
-                if self.weight_map.get(tensor) != name:
-                    raise CheckpointError(
-                        f"{str(file)!r} does not match its shards: {name!r} holds {tensor!r}, "
-                        f"which the index does not list there. Write the checkpoint again, or "
-                        f"leave it out."
-                    )
+            # before the next one is opened, as there may be many links to one file
+            self._check_listed(file, name, tensors)
         self.is_soup = any(shard.is_soup for shard in self.shards.values())
         self.header = {t: self.shards[name].header[t] for t, name in self.weight_map.items()}
+
+    def _check_listed(self, file: Path, name: str, tensors: Iterable[str]) -> None:
+        """Raise an error if a shard holds other tensors than the index lists there.
+
+        Other programs load all tensors in the shards, and the last of two with one name wins.
+        """
+        header = self.shards[name].header
+        wrong = [f"lacks {tensor!r}" for tensor in tensors if tensor not in header]
+        wrong += [
+            f"holds {tensor!r}, which the index does not list there"
+            for tensor in header
+            if self.weight_map.get(tensor) != name
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"{str(file)!r} does not match its shards: {name!r} {wrong[0]}. Write the "
+                f"checkpoint again, or leave it out."
+            )
 
     def __repr__(self) -> str:
         return repr(str(self.path))

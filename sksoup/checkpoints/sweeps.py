@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 from ..exceptions import CheckpointError, SoupWarning
 from .folders import find_weights, list_files
 from .modules import MODULES, module_folders
-from .read import suffix_of
+from .read import place_of, suffix_of
 from .records import TRAINER_STATE, Record, read_lightning, read_trainer
 
 Which: TypeAlias = Literal["best", "last", "all"]
@@ -102,7 +102,7 @@ class Run:
 
         found: dict[object, Path] = {}
         for path in sorted(self.checkpoints, key=time):
-            found.setdefault(versions.get(path.name, _place(path)), path)
+            found.setdefault(versions.get(path.name, place_of(path)), path)
         return list(found.values())
 
     @cached_property
@@ -245,13 +245,6 @@ def find_runs(
         left = depth - (not is_lightning), lightning - is_lightning
         if min(left) >= 0 and seen.is_new(path, *left):
             yield from find_runs(path, suffixes, *left, seen, looks_below)
-
-
-def _place(path: Path) -> object:
-    """What is the same for links to one file, also hard ones, as timm makes of the best."""
-    status = path.stat()
-    # some file systems make numbers up, but then count no links
-    return (status.st_dev, status.st_ino) if status.st_nlink > 1 else path.resolve()
 
 
 def _readable(folders: Sequence[Path]) -> list[Path]:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from sksoup import CheckpointCollection, CheckpointError, SoupWarning
-from sksoup.checkpoints import modules, records, sweeps
+from sksoup.checkpoints import folders, modules, records, shards, sweeps
 
 
 def test_links_to_the_folder_above_are_not_followed(tmp_path):
@@ -263,3 +263,37 @@ def test_hard_links_to_a_checkpoint_count_once(tmp_path):
     assert sorted(found[name]["w"][0].item() for name in found) == [3, 4]
     best = CheckpointCollection.from_path(tmp_path, which="best")
     assert [best[name]["w"][0].item() for name in best] == [3]
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_links_to_one_file_are_read_once(tmp_path, link):
+    """An archive of a few files may hold thousands of links to them."""
+    weights = {"a": torch.zeros(2), "b": torch.ones(2)}
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.save({"state_dict": weights, "global_step": 3, "callbacks": {}}, run / "epoch=0.ckpt")
+    for k in range(1, 9):
+        link(run / "epoch=0.ckpt", run / f"epoch={k}.ckpt")
+    with patch.object(records, "read_container", wraps=records.read_container) as containers:
+        assert CheckpointCollection.from_path(run).path("epoch=0") == run / "epoch=0.ckpt"
+    assert containers.call_count == 1
+
+    model = tmp_path / "model"
+    model.mkdir()
+    save_file(weights, model / "0.safetensors")
+    for k in range(1, 9):
+        link(model / "0.safetensors", model / f"{k}.safetensors")
+    index = model / "0.safetensors.index.json"
+    listed = {name: f"{k}.safetensors" for k, name in enumerate("abcdefghi")}
+    index.write_text(json.dumps({"weight_map": listed}))
+    with (
+        patch.object(shards, "SafetensorsFile", wraps=shards.SafetensorsFile) as opened,
+        pytest.raises(CheckpointError, match="holds 'b', which the index does not list there"),
+    ):
+        CheckpointCollection([index])
+    assert opened.call_count == 1
+    for k in range(1, 9):
+        link(index, model / f"{k}.safetensors.index.json")
+    with patch.object(folders, "weight_map", wraps=folders.weight_map) as maps:
+        folders.list_files(model, [".safetensors"])
+    assert maps.call_count == 1
