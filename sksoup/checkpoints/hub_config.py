@@ -13,7 +13,7 @@ from typing import Any
 from ..exceptions import CheckpointError
 from ..tables import short
 from .protocol import TensorInfo, is_text
-from .read import file_identity
+from .read import KEPT, RealFile
 from .texts import read_json, read_text
 
 LIMIT = 8 << 20  # bytes; with 20,000 labels a config has about 1 MB
@@ -95,49 +95,54 @@ def refuse_quantized(path: Path) -> None:
     """Raise an error if a config.json says that the weights are quantized."""
     config = (path if path.is_dir() else path.parent) / "config.json"
     try:
-        identity = file_identity(config)
+        file = RealFile.at(config)
     except CheckpointError:  # there is none
         return
-    for part in _quantized_parts(config, identity):
-        _refuse_quantized_part(part, config)
+    if _is_quantized(file):
+        raise _quantized(config)
 
 
-@lru_cache(maxsize=1)  # many files may share one config.json
-def _quantized_parts(config: Path, identity: tuple[int, ...]) -> list[dict[str, Any]]:
-    """The parts of a config about quantization; none if the config itself is invalid."""
+@lru_cache(maxsize=KEPT)  # many files may share one config.json
+def _is_quantized(file: RealFile) -> bool:
+    """Whether a part of a config is about quantization; not if the config itself is invalid."""
     try:
-        found = json.loads(read_text(config, LIMIT))
+        found = json.loads(read_text(file.path, LIMIT))
     except (CheckpointError, ValueError, RecursionError):
-        return []
-    return [part for part in _parts(found) if part.get("quantization_config")]
+        return False
+    return any(part.get("quantization_config") for part in _parts(found))
 
 
 def refuse_other_weights(folder: Path) -> None:
     """Raise an error if other programs would load other weights because of the configuration."""
-    found = [folder / "config.json", *sorted(folder.glob(SENTENCE_CONFIGS))]
-    for path in found:
-        if not path.exists() or path.is_dir():
-            continue
-        try:
-            config = json.loads(read_text(path, LIMIT))
-        except json.JSONDecodeError:  # other programs can't read it either
-            continue
-        except (ValueError, RecursionError) as error:  # too large or too deep: others may
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{str(path)!r} can't be read: {error}.") from error
-        for part in _parts({"": config}):
-            for field in OTHER_FILES:
-                _refuse_other_files(part, field, path)
-            _refuse_other_files_of_timm(part, path)
-        if not isinstance(config, dict):
-            continue
-        if "architecture" in config:  # older configs of timm are a pretrained_cfg
-            _refuse_other_files_of_timm({"pretrained_cfg": config}, path)
-        if path.name != "config.json":
-            _refuse_other_arguments(config, path)
-        elif str(config.get("path")).endswith(".json"):  # the weights of a SparseStaticEmbedding
-            _refuse_other_files(config, "path", path)
+    for path in [folder / "config.json", *sorted(folder.glob(SENTENCE_CONFIGS))]:
+        if path.exists() and not path.is_dir():
+            _refuse_others_in(RealFile.at(path), path.name == "config.json")
+
+
+@lru_cache(maxsize=KEPT)  # many paths may be links to one file
+def _refuse_others_in(file: RealFile, is_config: bool) -> None:
+    """Raise an error for the fields of one file."""
+    path = file.path
+    try:
+        config = json.loads(read_text(path, LIMIT))
+    except json.JSONDecodeError:  # other programs can't read it either
+        return
+    except (ValueError, RecursionError) as error:  # too large or too deep: others may
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{str(path)!r} can't be read: {error}.") from error
+    for part in _parts({"": config}):
+        for field in OTHER_FILES:
+            _refuse_other_files(part, field, path)
+        _refuse_other_files_of_timm(part, path)
+    if not isinstance(config, dict):
+        return
+    if "architecture" in config:  # older configs of timm are a pretrained_cfg
+        _refuse_other_files_of_timm({"pretrained_cfg": config}, path)
+    if not is_config:
+        _refuse_other_arguments(config, path)
+    elif str(config.get("path")).endswith(".json"):  # the weights of a SparseStaticEmbedding
+        _refuse_other_files(config, "path", path)
 
 
 def _refuse_other_arguments(config: Mapping[str, Any], path: Path) -> None:
@@ -246,7 +251,8 @@ def _refuse_what_acts(part: dict[str, Any], path: Path) -> None:
             )
     for field in ("transformers_weights", "configuration_files"):
         _refuse_other_files(part, field, path)
-    _refuse_quantized_part(part, path)
+    if part.get("quantization_config"):
+        raise _quantized(path)
     is_timm = part.get("use_timm_backbone") is True or part.get("model_type") == "timm_backbone"
     for field in ("backbone", "default_backbone", "architecture"):
         name = part.get(field)
@@ -260,13 +266,12 @@ def _refuse_what_acts(part: dict[str, Any], path: Path) -> None:
             )
 
 
-def _refuse_quantized_part(part: Mapping[str, Any], path: Path) -> None:
-    if part.get("quantization_config"):
-        raise CheckpointError(
-            f"{str(path)!r} can't be used: its weights are quantized ('quantization_config') and "
-            f"can't be averaged. Save a dequantized checkpoint (transformers: model.dequantize()); "
-            f"if it already is dequantized, remove that field."
-        )
+def _quantized(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{str(path)!r} can't be used: its weights are quantized ('quantization_config') and can't "
+        f"be averaged. Save a dequantized checkpoint (transformers: model.dequantize()); if it "
+        f"already is dequantized, remove that field."
+    )
 
 
 def _refuse_counts(part: dict[str, Any], most: int, layers: int, path: Path) -> None:

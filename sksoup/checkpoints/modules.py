@@ -7,12 +7,13 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..exceptions import CheckpointError
 from .hub_config import LIMIT as CONFIG_LIMIT
-from .read import TORCH_SUFFIXES
+from .read import KEPT, TORCH_SUFFIXES, RealFile
 from .shards import INDEX
 from .texts import read_json, read_text
 
@@ -81,23 +82,31 @@ class Listed:
 def _listings(folder: Path) -> Iterator[tuple[Path, list[Listed]]]:
     """The files that list modules, or those of the routes of a Router."""
     for path in (folder / MODULES, folder / ROUTER, folder / "config.json"):
-        if not path.is_file():
-            continue
-        is_config = path.name == "config.json"  # in older versions also of a Router
-        try:
-            found: Any = json.loads(read_text(path, CONFIG_LIMIT if is_config else LIMIT))
-            listed = _of_modules(found) if path.name == MODULES else _of_routes(found)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            if is_config and isinstance(error, json.JSONDecodeError):  # unreadable for all
-                continue
-            raise CheckpointError(
-                f"{str(path)!r} can't be read: expected a list of modules, each with a 'path' "
-                f"({type(error).__name__}: {error}). Correct the file, or use save(path)."
-            ) from error
-        _check_number(len(listed), path)
-        yield path, listed
+        if path.is_file():
+            listed = _listed(RealFile.at(path), path.name)
+            if listed is not None:
+                yield path, listed
+
+
+@lru_cache(maxsize=KEPT)  # many paths may be links to one file
+def _listed(file: RealFile, name: str) -> list[Listed] | None:
+    """The modules in one file of this name; None if it is no such file."""
+    path = file.path
+    is_config = name == "config.json"  # in older versions also of a Router
+    try:
+        found: Any = json.loads(read_text(path, CONFIG_LIMIT if is_config else LIMIT))
+        listed = _of_modules(found) if name == MODULES else _of_routes(found)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        if is_config and isinstance(error, json.JSONDecodeError):  # unreadable for all
+            return None
+        raise CheckpointError(
+            f"{str(path)!r} can't be read: expected a list of modules, each with a 'path' "
+            f"({type(error).__name__}: {error}). Correct the file, or use save(path)."
+        ) from error
+    _check_number(len(listed), path)
+    return listed
 
 
 def _of_modules(found: Any) -> list[Listed]:
@@ -175,9 +184,14 @@ def _is_network(module: Path) -> bool:
     if not any(path.name.endswith((*WEIGHTS, INDEX)) for path in module_files(module)):
         return False
     config = module / "config.json"
-    found = read_json(config, CONFIG_LIMIT) if config.is_file() else None
-    is_described = isinstance(found, dict) and "model_type" in found
+    is_described = config.is_file() and _has_model_type(RealFile.at(config))
     return is_described or (module / "tokenizer.json").exists()
+
+
+@lru_cache(maxsize=KEPT)
+def _has_model_type(file: RealFile) -> bool:
+    found = read_json(file.path, CONFIG_LIMIT)
+    return isinstance(found, dict) and "model_type" in found
 
 
 def _check_number(n_modules: int, listing: Path) -> None:

@@ -11,6 +11,7 @@ import tarfile
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any, ClassVar
@@ -29,6 +30,7 @@ from .protocol import (
     is_text,
 )
 
+KEPT = 10_000  # files of which a small result is kept
 LEAVE_OUT = "leave it out: move it to another folder, or pass only the paths of the others"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 RECIPE_KEY = "sksoup"  # of the recipe in the metadata of a soup
@@ -88,6 +90,19 @@ def place_of(path: Path) -> object:
         return path
     # some file systems make numbers up, but then count no links
     return (status.st_dev, status.st_ino) if status.st_nlink > 1 else path.resolve()
+
+
+@dataclass(frozen=True)
+class RealFile:
+    """A file at one of its paths, equal for all links to it: what is found in it can be kept."""
+
+    path: Path = field(compare=False)
+    identity: object
+
+    @classmethod
+    def at(cls, path: Path) -> RealFile:
+        """The file at a path, as it is now."""
+        return cls(path, (place_of(path), *file_identity(path)))
 
 
 @contextmanager

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
 from hashlib import sha256
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -19,7 +19,7 @@ from ..exceptions import CheckpointError
 from ..runtime.fingerprint import tensor_bytes
 from .in_memory import content_sha256
 from .protocol import Entry
-from .read import place_of, suffix_of
+from .read import RealFile, place_of, suffix_of
 from .texts import read_text
 from .torch_files import TorchFile, read_container
 
@@ -49,6 +49,17 @@ def read_trainer(state: Path, folder: str) -> Record:
     """The record in a ``trainer_state.json``; ``folder`` is the run's, with its final model."""
     if not state.is_file():
         return Record()
+    record, of_final = _of_trainer(RealFile.at(state))
+    if of_final is None:
+        return record
+    values = ChainMap({folder: of_final}, record.values)  # type: ignore[arg-type]  # never written
+    return replace(record, values=values)
+
+
+@lru_cache(maxsize=100)  # many paths may be links to one file
+def _of_trainer(file: RealFile) -> tuple[Record, dict[str, float] | None]:
+    """The record in a file, and the values of the run's final model, if they are known."""
+    state = file.path
     try:
         found = json.loads(read_text(state, MOST_BYTES))
         log = [entry for entry in found.get("log_history") or () if isinstance(entry, dict)]
@@ -69,8 +80,8 @@ def read_trainer(state: Path, folder: str) -> Record:
     if best is None and isinstance(step, int):
         best = f"checkpoint-{step}"
     end = f"checkpoint-{last}"
-    if best in (None, end):  # else the final model may be that of the best or of the last step
-        values[folder] = values.get(end, {})
+    # else the final model may be that of the best or of the last step
+    of_final = values.get(end, {}) if best in (None, end) else None
     score = _number(found.get("best_metric"))
     of_best = values.get(best or "", {})
     chosen_by = {name for name, value in of_best.items() if value == score}
@@ -80,7 +91,7 @@ def read_trainer(state: Path, folder: str) -> Record:
             low, high = seen.get(name, (of[name], of[name]))
             seen[name] = min(low, of[name]), max(high, of[name])
     metrics = {name: _direction(name, of_best[name], *seen[name]) for name in chosen_by}
-    return Record(best, metrics, values, last=last if isinstance(last, int) else -1)
+    return Record(best, metrics, values, last=last if isinstance(last, int) else -1), of_final
 
 
 def _direction(name: str, best: float, low: float, high: float) -> int:

@@ -16,7 +16,7 @@ from .distributed import broadcast, rank
 from .entries import SUFFIX, pack, read_entry, unpack, write_entry
 from .fingerprint import fingerprint
 
-ALGORITHM = 6  # increased whenever results change for the same inputs
+ALGORITHM = 7  # increased whenever results change for the same inputs
 FOLDER = "sksoup"  # in the user's folder or joblib.Memory
 
 T = TypeVar("T")

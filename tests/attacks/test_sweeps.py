@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from sksoup import CheckpointCollection, CheckpointError, SoupWarning
-from sksoup.checkpoints import folders, modules, records, shards, sweeps
+from sksoup.checkpoints import folders, hub_config, modules, records, shards, sweeps
 
 
 def test_links_to_the_folder_above_are_not_followed(tmp_path):
@@ -297,3 +297,23 @@ def test_links_to_one_file_are_read_once(tmp_path, link):
     with patch.object(folders, "weight_map", wraps=folders.weight_map) as maps:
         folders.list_files(model, [".safetensors"])
     assert maps.call_count == 1
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_record_and_a_config_that_runs_share_are_parsed_once(tmp_path, link):
+    state = {"log_history": [{"step": 4, "eval_loss": 0.5}], "global_step": 4}
+    (tmp_path / "state").write_text(json.dumps(state))
+    (tmp_path / "config").write_text("{}")
+    for k in range(5):
+        step = tmp_path / "sweep" / f"run{k}" / "checkpoint-4"
+        step.mkdir(parents=True)
+        save_file({"w": torch.full((2,), float(k))}, step / "model.safetensors")
+        link(tmp_path / "state", step / "trainer_state.json")
+        link(tmp_path / "config", step / "config.json")
+    with (
+        patch.object(records, "read_text", wraps=records.read_text) as states,
+        patch.object(hub_config, "read_text", wraps=hub_config.read_text) as configs,
+    ):
+        found = CheckpointCollection.from_path(tmp_path / "sweep", scores="recorded")
+    assert [*found.scores.values()] == [-0.5] * 5
+    assert (states.call_count, configs.call_count) == (1, 1)

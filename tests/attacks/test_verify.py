@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import shutil
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -18,7 +19,8 @@ from torch import nn
 
 from sksoup import CheckpointCollection, CheckpointError, Recipe, RecipeError, mix
 from sksoup.__main__ import main
-from sksoup.checkpoints import beside
+from sksoup.checkpoints import beside, hub_config
+from sksoup.checkpoints import modules as module_lists
 from sksoup.checkpoints.hub_companions import copy_companions
 from sksoup.checkpoints.hub_config import LIMIT
 from sksoup.checkpoints.read import SafetensorsFile
@@ -440,6 +442,33 @@ def test_files_that_ingredients_lack_are_not_looked_for_in_each(parts):
     with patch.object(beside, "same_content", wraps=beside.same_content) as same:
         assert len(recipe.verify(folder, ckpts).beside) == 50
     assert same.call_count == 0
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_configs_that_are_links_to_one_file_are_parsed_once(parts, link):
+    folder, recipe, ckpts = parts
+    names = [f"{k}_Pooling" for k in range(5)]
+    for each in (*map(ckpts.path, ckpts), folder):
+        modules(each, "", *names)
+        for name in names:
+            (each / name).mkdir()
+            (each / name / "module.bin").write_bytes(b"weights")
+    shared = folder.parent / "shared.json"
+    shared.write_text("{}")
+    for k, name in enumerate(names):
+        link(shared, folder / name / "config.json")
+        link(shared, folder / f"sentence_{k}_config.json")
+    with (
+        patch.object(module_lists, "read_text", wraps=module_lists.read_text) as of_modules,
+        patch.object(module_lists, "read_json", wraps=module_lists.read_json) as of_networks,
+        patch.object(hub_config, "read_text", wraps=hub_config.read_text) as of_weights,
+    ):
+        assert recipe.verify(folder, ckpts).ok
+    read = [call.args[0].name for call in of_modules.call_args_list]
+    assert read.count("config.json") <= 2  # that of the folder
+    assert of_networks.call_count == 1
+    read = [call.args[0].name for call in of_weights.call_args_list]
+    assert [name for name in read if name != "config.json"] == ["sentence_0_config.json"]
 
 
 def test_many_files_of_runtimes_take_linear_time(parts):
