@@ -23,7 +23,7 @@ from ..exceptions import CheckpointError
 from .protocol import TensorInfo
 
 SECONDS = 60  # to build on 'meta'; the largest transformers models take a few seconds
-SECONDS_PER_TENSOR = 0.02
+SECONDS_PER_TENSOR, MOST_TENSORS = 0.02, 10_000  # more of them add nothing
 MEMORY = 2 << 30  # bytes, while building
 
 
@@ -101,7 +101,7 @@ def bounded_work(n_tensors: int, path: Path) -> Iterator[None]:
     """
     here, done, fired = threading.get_ident(), threading.Event(), threading.Event()
     raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
-    deadline = time.monotonic() + SECONDS + SECONDS_PER_TENSOR * n_tensors
+    deadline = time.monotonic() + SECONDS + SECONDS_PER_TENSOR * min(n_tensors, MOST_TENSORS)
     most = _resident() + MEMORY
     lock = threading.Lock()
 

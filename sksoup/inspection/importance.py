@@ -252,10 +252,9 @@ class Without:
                 value = total.value + self.others[name].value * float(a[row])
                 left_out = read(name).to(total.dtype) * float(b[row])
                 value -= left_out
-                if largest(left_out) > MOST_LOST * largest(value):
+                weights[name] = cast(name, value, dtype)
+                if largest(left_out) > MOST_LOST * largest(weights[name].to(total.dtype)):
                     lost.append(name)
-                else:
-                    weights[name] = cast(name, value, dtype)
         if lost:
             coef = self.coef + a[:, None] * self.parts
             coef[:, k] = 0

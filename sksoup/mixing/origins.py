@@ -6,15 +6,18 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.hub_config import output_labels
+from ..checkpoints.read import RealFile
 from ..checkpoints.sweeps import STEP
 from ..checkpoints.texts import read_text
 from ..exceptions import CheckpointError
 
 MOST_BYTES = 2**23
+NOTHING: tuple[Any, str | None, tuple[str, ...]] = (None, None, ())  # of a config that says nothing
 # an identifier on the hub: name or organization/name, not a path
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,40}")
@@ -69,24 +72,37 @@ def common_origin(folders: Iterable[Path | None]) -> Origin:
 
 
 def _origin(folder: Path) -> Origin:
-    try:
-        config = json.loads(_text(folder / "config.json"))
-    except (ValueError, RecursionError):
-        config = None
-    config = config if isinstance(config, dict) else {}
+    path = folder / "config.json"
+    name_or_path, architecture, labels = (
+        _described(RealFile.at(path)) if path.is_file() else NOTHING
+    )
     card = _text(folder / "README.md")
     if not card and STEP.fullmatch(folder.name):  # Trainer writes one card per run
         card = _text(folder.parent / "README.md")
-    named = _entry(card, "base_model") or config.get("_name_or_path")
+    named = _entry(card, "base_model") or name_or_path
     licence = _entry(card, "license")
-    architectures = config.get("architectures")
-    name = architectures[0] if isinstance(architectures, list) and architectures else None
     return Origin(
         named if _is_hub_id(named) else None,
         licence if licence != "other" and LICENCE.fullmatch(licence) else None,
-        name if isinstance(name, str) and name.isidentifier() else None,
-        output_labels(config.get("id2label")),
+        architecture,
+        labels,
     )
+
+
+@lru_cache(maxsize=100)  # many folders may share one config.json
+def _described(file: RealFile) -> tuple[Any, str | None, tuple[str, ...]]:
+    """The name or path of the base, the class and the labels in a config."""
+    try:
+        config = json.loads(_text(file.path))
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        return NOTHING
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    is_name = isinstance(name, str) and name.isidentifier()
+    labels = output_labels(config.get("id2label"))
+    return config.get("_name_or_path"), name if is_name else None, labels
 
 
 def _text(path: Path) -> str:
