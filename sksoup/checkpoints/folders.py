@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -65,6 +66,15 @@ def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
     names = {(first, end) for first, _, rest in params for end in (rest, ".pt", ".safetensors")}
     found = ((path, OF_SKORCH.fullmatch(path.name)) for path in files)
     return [*(path for path, other in found if not other or other.groups() not in names), *indices]
+
+
+def place_of_checkpoint(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """What is the same for all paths to one checkpoint; an index is read with the shards beside it.
+
+    In stores that keep equal files once, the indices of several checkpoints may be one file.
+    """
+    folder, name = os.path.split(path)
+    return os.path.realpath(path), os.path.realpath(folder) if name.endswith(INDEX) else ""
 
 
 def is_weights(path: Path, suffixes: Collection[str]) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..exceptions import CheckpointError, SoupWarning
 from ..tables import printable
-from .folders import FOLDER_WEIGHTS, is_weights, weights_of
+from .folders import FOLDER_WEIGHTS, is_weights, place_of_checkpoint, weights_of
 from .hub_config import refuse_quantized
 from .in_memory import MemoryCheckpoint
 from .not_found import nothing_at
@@ -106,10 +106,10 @@ def find_checkpoints(
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not given:
         raise CheckpointError("No checkpoints: expected at least one path or pattern.")
-    once: dict[str, Run] = {}  # links may lead to a run from several paths, as may patterns
+    once: dict[object, Run] = {}  # links may lead to a run from several paths, as may patterns
     seen: defaultdict[bool, Seen] = defaultdict(Seen)  # by folders and by patterns
     for run in (run for path in given for run in _runs_at(path, which, seen)):
-        place = os.path.realpath(run.folder)
+        place = place_of_checkpoint(run.folder)
         once[place] = once[place].joined(run) if place in once else run
     runs = [*once.values()]
     several = [run for run in runs if not run.is_alone]
@@ -128,13 +128,13 @@ def find_checkpoints(
             stacklevel=2,
         )
     which = which or ("best" if n_folders > 1 else "all")
-    chosen: dict[str, tuple[Path, str, Run]] = {}
+    chosen: dict[object, tuple[Path, str, Run]] = {}
     for run, name in zip(runs, unique_names([_folder_of(run) for run in runs]), strict=True):
         found = run.take(which)
         ends = unique_names(found) if len(found) > 1 else ("",)
         for path, end in zip(found, ends, strict=True):
             label = f"{name}/{end}" if end else name
-            chosen.setdefault(os.path.realpath(path), (path, label, run))
+            chosen.setdefault(place_of_checkpoint(path), (path, label, run))
     taken = [*chosen.values()]
     said = _in_words(several, which)
     if said:

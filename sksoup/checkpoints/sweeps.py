@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from ..exceptions import CheckpointError, SoupWarning
-from .folders import find_weights, list_files
+from .folders import find_weights, list_files, place_of_checkpoint
 from .modules import MODULES, module_folders
 from .read import place_of, suffix_of
 from .records import TRAINER_STATE, Record, read_lightning, read_trainer
@@ -58,7 +58,7 @@ class Run:
         """The same run with the checkpoints that were found in it at another path."""
         if self.is_alone and other.is_alone:
             return self
-        found = {os.path.realpath(path): path for path in (*other.checkpoints, *self.checkpoints)}
+        found = {place_of_checkpoint(p): p for p in (*other.checkpoints, *self.checkpoints)}
         return Run(self.folder, [*found.values()])
 
     @cached_property

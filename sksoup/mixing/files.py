@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.folders import read_metadata
+from ..checkpoints.folders import find_weights, read_metadata
 from ..checkpoints.read import RECIPE_KEY, RECIPE_SUFFIX, TORCH_SUFFIXES
 from ..checkpoints.shards import INDEX
 from ..checkpoints.sources import paths_of
@@ -37,8 +37,10 @@ def check_suffix(path: Path) -> None:
 
 def refuse_inputs(output: Path, checkpoints: CheckpointCollection, names: Iterable[str]) -> None:
     """Refuse an output that is the file, or in the folder, of a checkpoint or an adapter's base."""
-    inputs = {path.resolve() for path in paths_of(checkpoints, names)}
-    inputs |= {path.parent for path in inputs if path.name.endswith(INDEX)}
+    paths = paths_of(checkpoints, names)
+    weights = (find_weights(path) if path.is_dir() else path for path in paths)  # may be links
+    inputs = {path.resolve() for path in (*paths, *filter(None, weights))}
+    inputs |= {path.parent.resolve() for path in paths if path.name.endswith(INDEX)}
     real = Path(os.path.realpath(output))  # also of a link to itself
     if {real, real.parent} & inputs:
         raise FileExistsError(

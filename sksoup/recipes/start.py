@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..checkpoints.collection import CheckpointCollection
+from ..checkpoints.folders import place_of_checkpoint
 
 START = "start"  # the name of pretrained weights that are added to the collection
 Start: TypeAlias = str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module
@@ -49,6 +50,6 @@ def _known(checkpoints: CheckpointCollection, start: Any) -> str | None:
         return start
     if not isinstance(start, (str, os.PathLike)):
         return None
-    real = os.path.realpath(os.path.expanduser(start))
+    place = place_of_checkpoint(os.path.expanduser(start))
     paths = ((name, checkpoints.path(name)) for name in checkpoints)
-    return next((name for name, path in paths if path and os.path.realpath(path) == real), None)
+    return next((n for n, path in paths if path and place_of_checkpoint(path) == place), None)

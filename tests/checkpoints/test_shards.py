@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from sksoup import CheckpointError
+from sksoup import CheckpointCollection, CheckpointError
 from sksoup.checkpoints import sources
+from sksoup.mixing.files import refuse_inputs
+from sksoup.recipes.start import name_of_start
 
 from .files import STATE, read_all
 
@@ -71,3 +74,27 @@ def test_an_index_that_names_what_its_shards_lack(index):
     index.write_text(json.dumps(document))
     with pytest.raises(CheckpointError, match=r"does not match its shards: '.*' lacks 'c'"):
         sources.open_checkpoint(index)
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_an_index_that_several_checkpoints_share(tmp_path, link):
+    """The cache of Hugging Face keeps equal files once; the shards beside each link differ."""
+    listed = {"a": "0.safetensors", "b": "1.safetensors"}
+    (tmp_path / "blob").write_text(json.dumps({"weight_map": listed}))
+    for k in range(3):
+        run = tmp_path / "sweep" / f"r{k}"
+        run.mkdir(parents=True)
+        link(tmp_path / "blob", run / "ft.safetensors.index.json")
+        for name, shard in listed.items():
+            save_file({name: torch.full((2,), float(k))}, run / shard)
+    pattern = str(tmp_path / "sweep" / "*" / "*.index.json")
+    for given in (tmp_path / "sweep", pattern, sorted((tmp_path / "sweep").glob("*/*.index.json"))):
+        found = CheckpointCollection.from_path(given)
+        assert [found[name]["b"][0].item() for name in found] == [0, 1, 2]
+    again = tmp_path / "sweep" / "r0" / "again.safetensors.index.json"
+    again.symlink_to("ft.safetensors.index.json")  # the same checkpoint
+    assert len(CheckpointCollection.from_path([pattern, tmp_path / "sweep"])) == 3
+    with pytest.raises(FileExistsError, match="is one of the checkpoints to be mixed"):
+        refuse_inputs(tmp_path / "sweep" / "r0" / "0.safetensors", found, found)
+    start = tmp_path / "sweep" / "r2" / "ft.safetensors.index.json"
+    assert name_of_start(found, start) == found.names[2]
