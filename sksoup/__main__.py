@@ -67,8 +67,9 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
                 f"{printable(one)!r} is a file in this folder, and would be an option. Write ./* "
                 f"instead of *, or rename the file."
             )
-    plain = [format(Decimal(one), "f") if NEGATIVE.fullmatch(one) else one for one in options]
-    return parser.parse_args([*plain, *arguments[len(options) :]])
+    if any(one.startswith("--weights") for one in options):
+        options = [format(Decimal(n), "f") if NEGATIVE.fullmatch(n) else n for n in options]
+    return parser.parse_args([*options, *arguments[len(options) :]])
 
 
 def _is_told(error: Exception, options: argparse.Namespace) -> bool:

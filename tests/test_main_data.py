@@ -675,6 +675,16 @@ def test_targets_of_several_columns_and_the_order_of_labels(folder, capsys):
     os.remove("out.safetensors")
 
 
+def test_test_data_that_the_network_does_not_take(folder, capsys):
+    with np.load("val.npz") as val:
+        np.savez(folder / "int.npz", X=val["X"].astype(int), y=val["y"])
+    assert main([*NETS.split(), "val.npz", "--test", "int.npz", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["scores"]) == ["validation"]
+    assert "was written, but can't be scored on 'int.npz'" in found["warnings"][-1]
+    os.remove("out.safetensors")
+
+
 def test_metrics_of_probabilities_and_of_several_labels(folder, capsys):
     line = [*TABLE.split(), "--force", "--json", "--scoring", "roc_auc_ovr", "--classes"]
     order = ["owl", "dog", "cat"]

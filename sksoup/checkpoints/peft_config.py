@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +14,7 @@ from ..exceptions import CheckpointError
 from ..tables import short
 from .peft_patterns import check_patterns, check_work, expression, refuse
 from .peft_targets import Targets
+from .read import RealFile
 from .texts import read_json
 
 CONFIG = "adapter_config.json"
@@ -54,13 +55,7 @@ class PeftConfig:
     def read(cls, folder: Path) -> PeftConfig:
         """Read and check the configuration in a PEFT folder."""
         path = folder / CONFIG
-        fields = read_json(path, LIMIT)
-        if not isinstance(fields, dict):
-            raise CheckpointError(
-                f"{str(path)!r} can't be used: it holds a {type(fields).__name__}, expected an "
-                f"object with 'peft_type' and 'r'."
-            )
-        return cls(repr(str(folder)), fields).checked()
+        return cls(repr(str(folder)), _fields(RealFile.at(path))).checked()
 
     @property
     def base_model(self) -> str:
@@ -151,6 +146,17 @@ class PeftConfig:
 
     def _refuse(self, why: str) -> NoReturn:
         refuse(self.where, why)
+
+
+@lru_cache(maxsize=16)  # many adapters may share one file
+def _fields(file: RealFile) -> Mapping[str, Any]:
+    fields = read_json(file.path, LIMIT)
+    if not isinstance(fields, dict):
+        raise CheckpointError(
+            f"{str(file.path)!r} can't be used: it holds a {type(fields).__name__}, expected an "
+            f"object with 'peft_type' and 'r'."
+        )
+    return fields
 
 
 def adapter_folder(path: Path) -> Path | None:

@@ -60,7 +60,7 @@ def search(options: argparse.Namespace) -> Result:
         best = _best_checkpoint(soup, options, classes, val)
         try:
             return False, *_summary(options, soup, best, val, test)
-        except ValueError as error:  # such as the area under the curve of a class without examples
+        except (ValueError, RuntimeError) as error:  # such as a metric of a class without examples
             warnings.warn(
                 f"{options.output!r} was written, but can't be scored on {options.test!r}: {error}",
                 SoupWarning,

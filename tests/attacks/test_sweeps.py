@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from sksoup import CheckpointCollection, CheckpointError, SoupWarning
 from sksoup.checkpoints import folders, hub_config, modules, records, shards, sweeps
+from sksoup.checkpoints.peft_config import PeftConfig
 
 
 def test_links_to_the_folder_above_are_not_followed(tmp_path):
@@ -297,6 +298,17 @@ def test_links_to_one_file_are_read_once(tmp_path, link):
     with patch.object(folders, "weight_map", wraps=folders.weight_map) as maps:
         folders.list_files(model, [".safetensors"])
     assert maps.call_count == 1
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_the_configuration_that_adapters_share_is_kept_once(tmp_path, link):
+    (tmp_path / "shared").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    for k in range(3):
+        (tmp_path / f"{k}").mkdir()
+        link(tmp_path / "shared", tmp_path / f"{k}" / "adapter_config.json")
+    first, *others = (PeftConfig.read(tmp_path / f"{k}") for k in range(3))
+    assert all(one.fields is first.fields for one in others)
+    assert others[-1].where == repr(str(tmp_path / "2"))
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])
