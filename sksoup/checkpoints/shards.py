@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -53,16 +54,16 @@ class ShardedCheckpoint(Checkpoint):
         Other programs load all tensors in the shards, and the last of two with one name wins.
         """
         header = self.shards[name].header
-        wrong = [f"lacks {tensor!r}" for tensor in tensors if tensor not in header]
-        wrong += [
-            f"holds {tensor!r}, which the index does not list there"
-            for tensor in header
-            if self.weight_map.get(tensor) != name
-        ]
-        if wrong:
+        lacks = (f"lacks {one!r}" for one in tensors if one not in header)
+        holds = (
+            f"holds {one!r}, which the index does not list there"
+            for one in header
+            if self.weight_map.get(one) != name
+        )
+        for wrong in chain(lacks, holds):
             raise CheckpointError(
-                f"{str(file)!r} does not match its shards: {name!r} {wrong[0]}. Write the "
-                f"checkpoint again, or leave it out."
+                f"{str(file)!r} does not match its shards: {name!r} {wrong}. Write the checkpoint "
+                f"again, or leave it out."
             )
 
     def __repr__(self) -> str:
