@@ -102,7 +102,8 @@ class RealFile:
     @classmethod
     def at(cls, path: Path) -> RealFile:
         """The file at a path, as it is now."""
-        return cls(path, (place_of(path), *file_identity(path)))
+        # files unpacked with fixed times may get the inodes of deleted ones
+        return cls(path, (place_of(path), *file_identity(path), path.stat().st_ctime_ns))
 
 
 @contextmanager

@@ -471,6 +471,30 @@ def test_configs_that_are_links_to_one_file_are_parsed_once(parts, link):
     assert [name for name in read if name != "config.json"] == ["sentence_0_config.json"]
 
 
+@pytest.mark.parametrize("file", ["config.json", "modules.json", "1_Pooling/config.json"])
+def test_a_file_whose_time_is_put_back_is_read_again(parts, file):
+    folder, recipe, ckpts = parts
+    for each in (*map(ckpts.path, ckpts), folder):
+        modules(each, "", "1_Pooling")
+        (each / "1_Pooling").mkdir()
+        (each / "1_Pooling" / "config.json").write_text("{}")
+    path = folder / file
+    good = path.read_text()
+    bad = '{"transformers_weights": "other.safetensors"}'
+    if file == "modules.json":
+        bad = good.replace("1_Pooling", "../pools")
+    length = max(len(good), len(bad))
+    path.write_text(good.ljust(length))
+    assert recipe.verify(folder, ckpts).ok
+    before = path.stat()
+    while path.stat().st_ctime_ns == before.st_ctime_ns:  # clocks of file systems are coarse
+        path.write_text(bad.ljust(length))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_ino, path.stat().st_size) == (before.st_ino, length)
+    with pytest.raises(CheckpointError):
+        recipe.verify(folder, ckpts)
+
+
 def test_many_files_of_runtimes_take_linear_time(parts):
     folder, recipe, ckpts = parts
     modules(folder, "", "1_Pooling")
