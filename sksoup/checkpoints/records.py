@@ -137,10 +137,12 @@ def read_lightning(files: Sequence[Path]) -> Record:
             if number is not None:
                 values.setdefault(file, {})[state.metric] = number
     versions = _versions(same, steps)
+    known: dict[tuple[int, int], dict[str, float]] = {}
+    for name, version in versions.items():
+        if values[name]:
+            known.setdefault(version, values[name])
     for name, version in versions.items():  # last.ckpt has the same weights as another file
-        values[name] = values[name] or next(
-            (values[other] for other, of in versions.items() if of == version and values[other]), {}
-        )
+        values[name] = values[name] or known.get(version, {})
     bests = {name: state.best or None for name, state in states.items()}
     return Record(best, metrics, values, versions, bests)
 

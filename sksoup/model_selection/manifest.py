@@ -18,7 +18,7 @@ from ..runtime.fingerprint import fingerprint
 from .fine_tuning import state_of
 
 MANIFEST = "search.json"
-VERSION = 4  # increased when the same search gives another manifest than before
+VERSION = 5  # increased when the same search gives another manifest than before
 LIMIT = 100_000_000  # bytes; a candidate has some hundred
 PLAIN = (bool, int, float, str, type, type(None))
 

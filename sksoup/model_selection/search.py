@@ -232,7 +232,7 @@ class SoupSearchCV(DocLinkMixin, MetaEstimatorMixin, BaseEstimator):  # type: ig
                 is_binary = trial.outputs_.one_logit
                 rows[1::2] = [labels.astype(dtype) if is_binary else labels for labels in found]
         if folder is not None:
-            data = [*parts, *(weights or ())]
+            data = [*parts, *rows[1::2], *(weights or ())]  # classes= gives labels their indices
             claim(folder, make_manifest(self.estimator, self.scoring, seed, params, start, data))
         names = [f"candidate{index:03d}" for index in range(len(params))]
         paths = [None if folder is None else folder / f"{name}.safetensors" for name in names]

@@ -240,6 +240,25 @@ def test_containers_of_lightning_are_not_kept(tmp_path, monkeypatch):
     assert not alive
 
 
+def test_files_of_a_run_are_not_compared_each_with_each(tmp_path, monkeypatch):
+    compared = []
+
+    class Version(tuple):
+        __hash__ = tuple.__hash__
+
+        def __eq__(self, other):
+            compared.append(other)
+            return tuple.__eq__(self, other)
+
+    container = {"global_step": 0, "callbacks": {}}
+    monkeypatch.setattr(records, "read_container", lambda path: container)
+    monkeypatch.setattr(
+        records, "_versions", lambda files, steps: {name: Version((0, 0)) for name in steps}
+    )
+    records.read_lightning([tmp_path / f"{k}.ckpt" for k in range(100)])
+    assert len(compared) <= 100
+
+
 def test_optimizers_and_criteria_of_skorch_with_a_prefix_are_no_checkpoints(tmp_path):
     for name in ("ep_params_1", "ep_params_2", "focal_criterion"):
         torch.save({"w": torch.ones(2)}, tmp_path / f"{name}.pt")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from skorch.callbacks import EpochScoring, LRScheduler
 
-from sksoup import CheckpointError
+from sksoup import CheckpointError, GreedySoup
 from sksoup.model_selection.manifest import make_manifest
 
 from ..zoo import PlainNet, Zoo
@@ -78,6 +78,16 @@ def test_parameters_that_are_no_plain_values_are_compared(tmp_path, zoo: Zoo, on
     search_of(nets[0], n_iter=1, save_dir=tmp_path).fit(zoo.X, zoo.y)
     with pytest.raises(CheckpointError, match="holds another search: params differ"):
         search_of(nets[1], n_iter=1, save_dir=tmp_path).fit(zoo.X, zoo.y)
+
+
+def test_another_order_of_the_labels_is_another_search(tmp_path, zoo: Zoo):
+    """Candidates are trained on the positions of labels in `classes=`."""
+    names = np.array(["a", "b", "c"])
+    settings = {"save_dir": tmp_path, "n_iter": 2}
+    search_of(**settings).fit(zoo.X, names[zoo.y])
+    search_of(**settings, soup=GreedySoup(classes=["a", "b", "c"])).fit(zoo.X, names[zoo.y])
+    with pytest.raises(CheckpointError, match="holds another search: data differ"):
+        search_of(**settings, soup=GreedySoup(classes=["c", "b", "a"])).fit(zoo.X, names[zoo.y])
 
 
 def test_checkpoints_of_unknown_origin_are_refused(tmp_path, zoo: Zoo):
