@@ -931,7 +931,8 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
                     if not stop.is_set():
                         self.sha256(name)
 
-        threading.Thread(target=run, name="sksoup-sha256", daemon=True).start()
+        # no daemon: Python can't end well while such a thread calls torch
+        threading.Thread(target=run, name="sksoup-sha256").start()
         try:
             yield
         finally:

@@ -98,7 +98,9 @@ class Run:
             if step >= 0 and path.name == self.record.best:
                 rank = 0
             named = TIME.search(path.stem)
-            return step, rank, int(named[1]) if named else -1, natural_key(path)
+            # without the suffix, Lightning's best is before best-v1
+            key = natural_key(path.with_suffix(""))
+            return step, rank, int(named[1]) if named else -1, key
 
         found: dict[object, Path] = {}
         for path in sorted(self.checkpoints, key=time):
@@ -113,7 +115,9 @@ class Run:
                 return path
         named = [path for path in self.ordered if NAMED_BEST.search(path.stem)]
         plain = [path for path in named if not re.search(r"\d", path.stem)]
-        if len(plain) == 1:
+        one = plain[0].stem if len(plain) == 1 else ""
+        # Lightning numbers files of one name as they are written: best, best-v1, best-v2
+        if one and not any(re.fullmatch(rf"{re.escape(one)}-v\d+", path.stem) for path in named):
             return plain[0]
         if len(named) > 1:  # often one more each time that the score improves
             names = ", ".join(repr(path.name) for path in named[:3])

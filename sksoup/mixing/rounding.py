@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from ..checkpoints.collection import CheckpointCollection
-from ..checkpoints.low_rank import LowRankCheckpoint, ReadFactors, widened
+from ..checkpoints.low_rank import Factors, LowRankCheckpoint, ReadFactors, widened
 from ..checkpoints.protocol import Read
 
 MOST_OPEN = 100  # adapters at a time
 MOST = 4  # cap on sum_k |c_k|: with larger ones the terms and their rounding cancel out
-# cap on the terms, in sizes of the result: factors and adapters may cancel out, too
-MOST_OF_RESULT = 16
+# cap on all of it, in units of float32 of the result: products and adapters may cancel out, too
+MOST_OF_RESULT = 64
 STEPS = 4  # units in the last place; 2 if every product is off by one, also with 72 checkpoints
 
 
@@ -36,22 +36,34 @@ def is_rounding(
     """
     a, b = expected.double(), given.cpu().double()
     sizes = a.abs()
-    usual = sizes + sizes.median()
-    bound = torch.finfo(expected.dtype).eps * sizes + _of_terms(name, opened, coef, usual)
+    bound = torch.finfo(expected.dtype).eps * sizes
+    bound += _of_terms(name, opened, coef, sizes + _around(sizes))
     return bool(((a - b).abs() <= bound).all())
+
+
+def _around(sizes: torch.Tensor) -> torch.Tensor:
+    """The median of each number's row or of its column, whichever is smaller, without zeros.
+
+    Not that of the tensor: most rows of an embedding may be of tokens that no text has.
+    """
+    table = sizes.reshape(len(sizes), -1)
+    table = table.masked_fill(table == 0, torch.nan)
+    rows, columns = (table.nanmedian(axis, keepdim=True).values for axis in (1, 0))
+    return torch.minimum(rows, columns).nan_to_num(0).view(sizes.shape)
 
 
 def _of_terms(
     name: str, opened: Opened, coef: NDArray[np.float64], usual: torch.Tensor
 ) -> torch.Tensor:
-    """The rounding of the terms |w_0| + |B_k| |A_k|, and that of the weights as they are stored."""
+    """The rounding of the terms |w_0| + |B_k A_k|, and that of the weights as they are stored."""
     checkpoints = opened.checkpoints
     used = {n: abs(c) for n, c in zip(checkpoints.names, coef, strict=True) if c}
     adapters = checkpoints.on_one_base([*used])
     is_on_base = adapters and not any(name in one.whole for one in adapters.values())
     info = checkpoints.layout[name]
     terms, weights = _Sizes(info.shape), _Sizes(info.shape)
-    rank = 0
+    wide = torch.float64 if info.dtype == torch.float64 else torch.float32
+    eps = STEPS * torch.finfo(wide).eps
     known = checkpoints.adapters(used)
     for checkpoint, c in used.items():
         if (one := known.get(checkpoint)) is None:
@@ -64,17 +76,22 @@ def _of_terms(
             if name not in one.whole and (both := factors(name)) is not None:
                 both.add_to(stored := widened(value))
                 weight = stored.to(value.dtype).double().abs()
-                product = both.left.double().abs() @ both.right.double().abs()
-                term = term + product.view(term.shape)
-                rank = max(rank, both.rank)
+                term = term + _of_product(both, eps).view(term.shape)
         terms.add(term, c)
         weights.add(weight, c)
-    wide = torch.float64 if info.dtype == torch.float64 else torch.float32
-    eps = STEPS * torch.finfo(wide).eps + rank * torch.finfo(torch.float64).eps
-    bound = eps * terms.bounded(MOST_OF_RESULT * usual)
+    most = MOST_OF_RESULT * torch.finfo(torch.float32).eps * usual
+    bound = torch.minimum(eps * terms.bounded(), most)
     if not is_on_base:  # if whole models are mixed, each is rounded as stored
-        bound += torch.finfo(info.dtype).eps * weights.bounded(MOST * usual)
+        most = MOST * torch.finfo(info.dtype).eps * usual
+        bound += torch.minimum(torch.finfo(info.dtype).eps * weights.bounded(), most)
     return bound
+
+
+def _of_product(both: Factors, eps: float) -> torch.Tensor:
+    """|B A|, which is rounded by ``eps``, and what the order of its sum in float64 adds to that."""
+    left, right = both.left.double(), both.right.double()
+    of_order = both.rank * torch.finfo(torch.float64).eps * (left.abs() @ right.abs())
+    return (left @ right).abs() + of_order / eps
 
 
 class _Sizes:
@@ -88,8 +105,8 @@ class _Sizes:
         self.total += c * term
         self.largest = torch.maximum(self.largest, term)
 
-    def bounded(self, most: torch.Tensor) -> torch.Tensor:
-        return torch.minimum(torch.minimum(self.total, MOST * self.largest), most)
+    def bounded(self) -> torch.Tensor:
+        return torch.minimum(self.total, MOST * self.largest)
 
 
 class Opened:
