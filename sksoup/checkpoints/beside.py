@@ -78,10 +78,11 @@ def _weights_by_name(folders: Iterable[Path]) -> defaultdict[Path, list[Path]]:
 
 
 def _of_runtimes(folder: Path) -> set[Path]:
-    """Files in the folders below that ONNX Runtime, OpenVINO, ExecuTorch or diffusers would run."""
+    """Files in the folders below that other programs, such as ONNX Runtime, would load."""
     found = set()
     is_pipeline = (folder / PIPELINE).is_file()
-    for name in BACKENDS:  # which may be links
+    judges = ["adapter"] if (folder / "judge_config.json").exists() else []
+    for name in (*BACKENDS, *judges):  # which may be links
         found |= {*filter(_may_be_loaded, files_below(folder / name, MOST_FILES))}
     for path in files_below(folder, MOST_FILES):
         is_loaded = ANYWHERE.fullmatch(path.name.lower()) or (is_pipeline and _may_be_loaded(path))

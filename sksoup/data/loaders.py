@@ -132,6 +132,8 @@ def read_loader(
 
 def note_rows(digest: Any, rows: Any) -> None:
     """Add rows to a digest; raise an error if they are not finite, as scikit-learn does."""
+    if isinstance(rows, (Mapping, tuple)):  # which input is which
+        digest.update(repr([*rows] if isinstance(rows, Mapping) else len(rows)).encode())
     for part in parts_of(rows):
         if part.is_floating_point() and not bool(torch.isfinite(part).all()):
             raise ValueError("Input X contains NaN or infinite values, expected finite numbers.")

@@ -289,6 +289,22 @@ def test_weights_of_a_pipeline_in_the_folder_are_named(parts):
     assert recipe.verify(folder, ckpts).beside == ("unet/diffusion_pytorch_model.safetensors",)
 
 
+@pytest.mark.parametrize(
+    ("name", "field"), [("decision.json", "adapter"), ("judge_config.json", "adapter_subfolder")]
+)
+def test_adapters_of_decision_models_are_other_weights(parts, name, field):
+    """transformers loads them on the model from the folder that is named, or from `adapter`."""
+    folder, recipe, ckpts = parts
+    (folder / "adapter").mkdir()
+    save_file({"w": torch.zeros(1)}, folder / "adapter" / "adapter_model.safetensors")
+    (folder / name).write_text("{}")
+    found = ("adapter/adapter_model.safetensors",) if field == "adapter_subfolder" else ()
+    assert recipe.verify(folder, ckpts).beside == found
+    (folder / name).write_text(json.dumps({field: "../extra"}))
+    with pytest.raises(CheckpointError, match=rf"{name}' refers to other weights .*{field}"):
+        recipe.verify(folder, ckpts)
+
+
 @pytest.mark.parametrize("name", ["model.onnx", ".x/model.onnx", ".x/model.safetensors"])
 def test_whole_models_in_a_module_are_other_weights(parts, name):
     """optimum takes an .onnx file of any folder, also if an ingredient has it."""

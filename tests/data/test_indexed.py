@@ -175,6 +175,23 @@ def test_any_rows_come_in_the_order_asked_for(n, n_kept, wanted):
     assert some.digest != found.digest
 
 
+def test_which_input_is_which_is_in_the_digest(monkeypatch):
+    """Once, memory= gave the scores of exchanged inputs."""
+    limited(monkeypatch, 0)
+    X = torch.arange(20.0).reshape(10, 2)
+    digests = []
+    for collate in (
+        lambda rows: {"a": torch.stack(rows), "b": torch.stack(rows)},
+        lambda rows: {"b": torch.stack(rows), "a": torch.stack(rows)},
+        lambda rows: {"a": torch.stack(rows), "c": torch.stack(rows)},
+        lambda rows: torch.stack(rows),
+    ):
+        found, _ = read_loader(DataLoader(Pairs(X), batch_size=5, collate_fn=collate), n_inputs=1)
+        assert isinstance(found, IndexedRows)
+        digests.append(found.digest)
+    assert len(set(digests)) == 4
+
+
 def test_processes_that_are_started_while_reading_ahead_end_without_error():
     fork = multiprocessing.get_context("fork")  # as workers of a loader are started on Linux
 
