@@ -33,7 +33,7 @@ from .in_memory import content_sha256
 from .low_rank import Factors, LowRankCheckpoint, ReadFactors
 from .on_base import refuse_factors, resolve_adapters
 from .prefixes import drop_prefixes, fit_names, take_prefix
-from .protocol import Entry, Read, TensorInfo
+from .protocol import STOP, Entry, Read, TensorInfo
 from .records import recorded_scores
 from .relations import Relations
 from .slices import SlicedCheckpoint
@@ -926,17 +926,19 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         stop = threading.Event()
 
         def run() -> None:
+            STOP.set(stop)
             for name in self.names:
                 with suppress(Exception):  # raised again when the digest is requested
                     if not stop.is_set():
                         self.sha256(name)
 
-        # no daemon: Python can't end well while such a thread calls torch
-        threading.Thread(target=run, name="sksoup-sha256").start()
+        thread = threading.Thread(target=run, name="sksoup-sha256")
+        thread.start()
         try:
             yield
-        finally:
+        finally:  # Python can't end, and a forked process can't hash, while such a thread runs
             stop.set()
+            thread.join()
 
     def __sklearn_clone__(self) -> CheckpointCollection:
         if multiprocessing.parent_process() is None:  # not in the main process

@@ -13,7 +13,7 @@ from torch import nn
 from ..exceptions import CheckpointError
 from ..runtime.fingerprint import tensor_bytes
 from .pickles import kind_of
-from .protocol import HASHING, Checkpoint, Entry, Read, TensorInfo, is_text
+from .protocol import HASHING, Checkpoint, Entry, Read, TensorInfo, end_if_stopped, is_text
 from .read import SAFETENSORS_DTYPES
 
 
@@ -91,6 +91,7 @@ def digest_of(header: Mapping[str, TensorInfo], read: Read) -> str:
     for name, info in sorted(header.items()):
         digest.update(f"{name}:{info.dtype}:{info.shape};".encode())
         digest.update(tensor_bytes(read(name)))
+        end_if_stopped()
     return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
@@ -17,6 +18,13 @@ Read: TypeAlias = Callable[[str], torch.Tensor]
 LONGEST_NAME = 1000
 MOST_DIMENSIONS = 64  # of a tensor in numpy; torch takes quadratic time for more
 HASHING = threading.Lock()  # keeps threads from hashing the same file twice
+STOP: ContextVar[threading.Event | None] = ContextVar("STOP", default=None)  # of such a thread
+
+
+def end_if_stopped() -> None:
+    """Raise an error in a thread that hashes in the background and was asked to stop."""
+    if (stop := STOP.get()) is not None and stop.is_set():
+        raise InterruptedError("hashing was stopped")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
 import pickletools
@@ -27,6 +28,7 @@ from .protocol import (
     Checkpoint,
     Read,
     TensorInfo,
+    end_if_stopped,
     is_text,
 )
 
@@ -136,6 +138,14 @@ def unreadable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{str(path)!r} can't be read: {reason}. {remedy}")
 
 
+class _Hashed(io.FileIO):
+    """A file whose reading ends if the thread that hashes it was stopped."""
+
+    def readinto(self, buffer: Any, /) -> int:
+        end_if_stopped()
+        return super().readinto(buffer) or 0
+
+
 class CheckpointFile(Checkpoint):
     """A file of tensors: its header, and its size, time and inode when it was opened.
 
@@ -226,7 +236,7 @@ class CheckpointFile(Checkpoint):
         with HASHING:
             if self._digest is None:
                 self._check_identity()
-                with self.file.open("rb") as file:
+                with _Hashed(self.file) as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                 self._check_identity()
                 self._digest = digest

@@ -35,7 +35,8 @@ from sksoup import (
     SoupWarning,
     UniformSoup,
 )
-from sksoup.checkpoints.in_memory import content_sha256
+from sksoup.checkpoints.in_memory import MemoryCheckpoint, content_sha256
+from sksoup.checkpoints.protocol import STOP
 from sksoup.checkpoints.read import SafetensorsFile
 from sksoup.runtime.cache import Cache
 from sksoup.runtime.entries import SUFFIX
@@ -503,27 +504,31 @@ def test_scores_of_another_precision_are_not_taken(tmp_path, files, zoo: Zoo):
     assert count_of(BestCheckpoint(memory=memory), files, zoo.X, zoo.y) > 0
 
 
-def test_hashing_stops_and_goes_on_when_asked(files):
-    started, go, hashed = threading.Event(), threading.Event(), []
-    original = SafetensorsFile.sha256
+@pytest.mark.parametrize("is_file", [True, False])
+def test_hashing_stops_at_once_and_goes_on_when_asked(files, is_file):
+    started, hashed, done = threading.Event(), [], []
+    collection = files if is_file else CheckpointCollection([*files.values()], names=[*files])
+    kind = SafetensorsFile if is_file else MemoryCheckpoint
+    original = kind.sha256
 
     def slow(self, prefix=""):
-        hashed.append(self.path.stem)
-        if len(hashed) == 1:
-            started.set()
-            assert go.wait(20)
-        return original(self, prefix)
+        hashed.append(self)
+        started.set()
+        assert STOP.get().wait(20)
+        done.append(original(self, prefix))
+        return done[-1]
 
-    with patch.object(SafetensorsFile, "sha256", slow):
-        with suppress(KeyboardInterrupt), files.hashing():
+    with patch.object(kind, "sha256", slow):
+        with suppress(KeyboardInterrupt), collection.hashing():
             assert started.wait(20)
             raise KeyboardInterrupt
-        go.set()
-        for thread in threading.enumerate():
-            if thread.name == "sksoup-sha256":
-                assert not thread.daemon  # once, Python was aborted at its exit
-                thread.join()
-        assert hashed == ["checkpoint0"]  # the one that was being read
+        # once, Python was aborted at its exit, since such a thread still ran
+        assert "sksoup-sha256" not in [thread.name for thread in threading.enumerate()]
+        assert len(hashed) == 1
+        assert not done
+    if not is_file:
+        assert len({collection.sha256(name) for name in collection}) == len(collection)
+        return
     plain = {name: hashlib.sha256(files.path(name).read_bytes()).hexdigest() for name in files}
     assert {name: files.sha256(name) for name in files} == plain
 
