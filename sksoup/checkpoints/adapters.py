@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import re
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from ..exceptions import CheckpointError
+from ..runtime.copies import copied
 from .base_model import EMBEDDING, TRANSPOSED, BaseModel
 from .in_memory import MemoryCheckpoint, content_sha256
 from .low_rank import Factors, LowRankCheckpoint, ReadFactors, widened
@@ -136,7 +136,7 @@ class AdapterCheckpoint(LowRankCheckpoint):
                 f"its tensor {wrong[0]!r} does not have a name that PEFT uses, expected "
                 f"{PREFIX + '...'!r}. Save it with model.save_pretrained(folder)"
             )
-        self.config.check_work(len({name.partition(".lora_")[0] for name in header}))
+        self.config.check_work({name.partition(".lora_")[0] for name in header})
         taken: set[str] = set()
         for a_end, b_end in PAIRS:
             for a in [name for name in header if name.endswith(a_end)]:
@@ -335,7 +335,7 @@ def unwrapped(model: Any, label: str) -> tuple[nn.Module, frozenset[str]]:
     from peft import get_peft_model_state_dict
 
     _check_unmerged(model, label)
-    base: nn.Module = copy.deepcopy(model).unload()  # with its heads in place of the base's
+    base: nn.Module = copied(model).unload()  # with its heads in place of the base's
     known = base.state_dict().keys()
     state = {n: value for n, value in base_of_peft(model).items() if n in known}
     base.load_state_dict(state, strict=False)
@@ -345,8 +345,8 @@ def unwrapped(model: Any, label: str) -> tuple[nn.Module, frozenset[str]]:
     )
     held = {_plain(name.removeprefix(PREFIX)) for one in states for name in one}
     names = model.get_base_model().state_dict().keys()
-    copied = {n.replace("original_module.", "") for n in names if "original_module." in n}
-    return base, frozenset(held & known - copied)  # biases
+    saved = {n.replace("original_module.", "") for n in names if "original_module." in n}
+    return base, frozenset(held & known - saved)  # biases
 
 
 def _check_unmerged(model: Any, label: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..exceptions import CheckpointError
+from ..runtime.copies import copied
 from ..runtime.random_state import preserved_random_state
 from ..runtime.shards import sharded_parts
 from .hub import HubModule, hub_folder
@@ -54,7 +55,14 @@ def find_architecture(
         trained = getattr(item, "module_", None)
         if isinstance(item, nn.Module) or isinstance(trained, nn.Module):
             network = cast(nn.Module, item if isinstance(item, nn.Module) else trained)
-            return network if sharded_parts(network) else copy.deepcopy(network)
+            if sharded_parts(network):
+                return network
+            try:
+                return copied(network)
+            except ValueError:
+                if module is not None:
+                    raise
+                return partial(copied, network)  # an error where it is needed; others may be mixed
         if module is None:
             if isinstance(item, (str, os.PathLike)):
                 path = Path(os.path.expanduser(item)).absolute()

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..exceptions import CheckpointError, SoupWarning
+from ..runtime.copies import copied
 from ..runtime.distributed import agreed
 from ..runtime.random_state import preserved_random_state
 from ..runtime.shards import sharded_parts
@@ -797,7 +798,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         if isinstance(self.module, nn.Module):
             if sharded_parts(self.module):  # can't be copied, so it becomes the soup
                 return self.module
-            return copy.deepcopy(self.module).cpu()
+            return copied(self.module).cpu()
         with preserved_random_state():
             module = self.module()
         if not isinstance(module, nn.Module):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..exceptions import CheckpointError
 from .peft_config import CONFIG
-from .read import place_of, read_safetensors_metadata, suffix_of
+from .read import place_of, read_safetensors_metadata, real_path, suffix_of
 from .shards import INDEX, weight_map
 
 # file names of weights in Hugging Face and skorch folders, in order of preference
@@ -21,6 +21,10 @@ FOLDER_WEIGHTS = (
     "params.safetensors",
     "params.pt",
 )
+TRAINER_STATE = "trainer_state.json"  # written by transformers
+# files that mark a folder with weights as a checkpoint; networks that are not of transformers have
+# no config.json
+MARKS = ("config.json", "history.json", TRAINER_STATE, "training_args.bin")
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT's names
 # files that training loops write next to the weights
 NOT_WEIGHTS = re.compile(
@@ -36,7 +40,7 @@ def find_weights(folder: Path) -> Path | None:
     found = next((folder / name for name in FOLDER_WEIGHTS if (folder / name).is_file()), None)
     if (folder / CONFIG).is_file():
         return _adapter_weights(folder, found)
-    marks = ("config.json", "history.json", *(name for name in FOLDER_WEIGHTS if INDEX in name))
+    marks = (*MARKS, *(name for name in FOLDER_WEIGHTS if INDEX in name))
     is_skorch = found is not None and found.stem == "params"
     return found if is_skorch or any((folder / mark).is_file() for mark in marks) else None
 
@@ -74,7 +78,7 @@ def place_of_checkpoint(path: str | os.PathLike[str]) -> tuple[str, str]:
     In stores that keep equal files once, the indices of several checkpoints may be one file.
     """
     folder, name = os.path.split(path)
-    return os.path.realpath(path), os.path.realpath(folder) if name.endswith(INDEX) else ""
+    return real_path(path), real_path(folder) if name.endswith(INDEX) else ""
 
 
 def is_weights(path: Path, suffixes: Collection[str]) -> bool:

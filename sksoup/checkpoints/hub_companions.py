@@ -29,6 +29,7 @@ TOKENIZERS = (
 )  # fmt: skip
 NOT_COMPANIONS = (
     "*.index*.json", "trainer_state.json", "history.json", "*results.json", "adapter_config.json",
+    "export.json",
 )  # fmt: skip
 ANNEX = (".git", "annex", "objects")  # where git-annex has large files, behind links
 MOST_BYTES = 1 << 30  # of the files that are copied

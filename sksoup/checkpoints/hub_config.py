@@ -48,8 +48,11 @@ TABLES = ("id2label", "label2id")  # their keys are no fields
 # fields that make transformers read other weights, another config.json or other fields of it
 OTHER_FILES = ("transformers_weights", "configuration_files", "attribute_map")
 SENTENCE_CONFIGS = "sentence_*config.json"  # passed to transformers by sentence-transformers
-# settings of decision models, with the field of the folder of a LoRA adapter that is loaded
-ADAPTER_FIELDS = {"decision.json": "adapter", "judge_config.json": "adapter_subfolder"}
+# other files by which transformers finds a LoRA adapter or a program, and the field that names it
+OTHER_CONFIGS = {
+    "decision.json": "adapter", "judge_config.json": "adapter_subfolder",
+    "export.json": "components",
+}  # fmt: skip
 # arguments for the processor; all other fields that end in args or kwargs are for the model or
 # its configuration
 PROCESSOR_ARGUMENTS = ("tokenizer_args", "processor_kwargs", "processing_kwargs")
@@ -119,7 +122,7 @@ def refuse_other_weights(folder: Path) -> None:
     for path in [folder / "config.json", *sorted(folder.glob(SENTENCE_CONFIGS))]:
         if path.exists() and not path.is_dir():
             _refuse_others_in(RealFile.at(path), path.name == "config.json")
-    for name, field in ADAPTER_FIELDS.items():
+    for name, field in OTHER_CONFIGS.items():
         if (path := folder / name).exists() and isinstance(found := read_json(path, LIMIT), dict):
             _refuse_other_files(found, field, path)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..exceptions import CheckpointError
 from .hub_config import LIMIT as CONFIG_LIMIT
-from .read import KEPT, TORCH_SUFFIXES, RealFile
+from .read import KEPT, TORCH_SUFFIXES, RealFile, real_path
 from .shards import INDEX
 from .texts import read_json, read_text
 
@@ -38,7 +38,7 @@ def module_folders(source: Path) -> list[Path]:
 
     Includes those of the routes of a Router. No folder is listed twice, even through links.
     """
-    root = Path(os.path.realpath(source))
+    root = Path(real_path(source))
     found = [source]
     reals = {str(root)}
     for folder in found:  # grows in the loop: a Router may be a route of another one
@@ -57,7 +57,7 @@ def module_folders(source: Path) -> list[Path]:
                 _check_depth(module, source)
                 if module in found or not _is_folder(module, listing):
                     continue  # a folder can be written in several ways, such as 'a/./'
-                real = os.path.realpath(module)
+                real = real_path(module)
                 if real in reals or root.is_relative_to(real):
                     raise CheckpointError(
                         f"{str(module)!r} can't be a module: it is a link to {real!r}, which is "

@@ -16,12 +16,15 @@ from .base_model import BaseModel, base_of_folder, base_of_module, find_base_fol
 from .hub import AUTO_CLASSES, HubModule
 from .peft_config import CONFIG, PeftConfig, adapter_folder
 from .protocol import Entry, TensorInfo
+from .read import real_path
 from .sources import open_checkpoint
 
-# tensor names of PEFT's methods
+# tensor names of PEFT's methods, and of LoRA in diffusers
 OF_PEFT = re.compile(
-    r"\.(lora_|hada_w|lokr_|oft_|boft_|ia3_l|vera_|randlora_|hra_|vblora_|fourierft_|waveft_|"
-    r"base_layer\.|modules_to_save\.|original_module\.)|^prompt_embeddings$"
+    r"\.(lora_|hada_w|lokr_|oft_|boft_|ia3_l|vera_|pvera_|randlora_|hra_|hira_|vblora_|fourierft_|"
+    r"waveft_|gralora_|delora_|psoft_|lily_|tinylora_|unilora_|glora_|shira_|c3a_|miss_|road_|"
+    r"base_layer\.|modules_to_save\.|original_module\.)"
+    r"|[._]lora\.(down|up)\.|^prompt_embeddings$"
 )
 
 # the last layers of transformers' classifiers
@@ -112,7 +115,7 @@ def _one_base(configs: dict[int, PeftConfig], folders: dict[int, Path]) -> Path:
                 f"which is not on this machine, and sksoup does not download it. Pass the base: "
                 f"module=build_base, an nn.Module, or the path of its folder."
             )
-        found.setdefault(os.path.realpath(base), (i, base))
+        found.setdefault(real_path(base), (i, base))
     (first, base), *others = found.values()
     if others:
         other, its_base = others[0]
@@ -136,7 +139,7 @@ def _warn_of_other_bases(configs: Iterable[PeftConfig], base: BaseModel) -> None
         if config.base_model:
             found = _named_base(config)
             is_at = (config.base_model, repr(config.fields.get("revision")))
-            named.setdefault(is_at if found is None else os.path.realpath(found), config.base_model)
+            named.setdefault(is_at if found is None else real_path(found), config.base_model)
     if len(named) > 1:
         listed = ", ".join(repr(name) for name in [*named.values()][:3])
         warnings.warn(

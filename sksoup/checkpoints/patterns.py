@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..exceptions import CheckpointError
+from .read import real_path
 from .sweeps import natural_key
 
 
@@ -45,7 +46,7 @@ def _folders(pattern: str) -> dict[str, str]:
     found: dict[str, str] = {}
     if tail != "**":
         for match in sorted(_matches(pattern) if pattern else [""], key=_by_name):
-            found.setdefault(os.path.realpath(match), match)
+            found.setdefault(real_path(match), match)
         return found
     for real, start in _folders(head).items():
         if real in found or not os.path.isdir(start or os.curdir):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -92,7 +92,7 @@ class PeftConfig:
                 self._refuse(f"its {name!r} is {short(patterns)}, expected an object")
             for pattern, value in patterns.items():
                 self._check_number(f"{name}[{short(pattern)}]", value, is_count)
-        self.check_work(n_modules=1)
+        self.check_work([""])
         return self
 
     @cached_property
@@ -100,9 +100,9 @@ class PeftConfig:
         """The modules to which PEFT adds factors."""
         return Targets(self.where, self.fields)
 
-    def check_work(self, n_modules: int) -> None:
-        """Raise an error for patterns that take too long to match with this many modules."""
-        check_work(self.where, self._tries, n_modules)
+    def check_work(self, modules: Collection[str]) -> None:
+        """Raise an error for patterns that take too long to match with these modules."""
+        check_work(self.where, self._tries, len(modules), max(map(len, modules), default=0))
 
     @cached_property
     def _tries(self) -> float:

@@ -21,6 +21,7 @@ OPTIONAL = re.compile(r"(?<![(*+}])\?")
 ODD = re.compile(r"\(\?(?![:=!]|<[=!])|\\[^\W_dDwWsSbBAZ]")
 LONGEST = 500  # characters; a pattern for 80 layers has 300
 LETTERS = 64  # per name; those of language models have about 50
+MOST_REPEATS = 3  # such as .*language_model.*attn.*_proj
 MOST_TRIES = 2e5  # for all patterns of a field
 MOST_WORK = 1e8  # attempts for all patterns and modules, a few seconds
 MOST_PATTERNS = 10_000  # one for each layer are about 500
@@ -54,9 +55,12 @@ def check_patterns(
     return tries
 
 
-def check_work(where: str, tries: float, n_modules: int) -> None:
-    """Raise an error for patterns that take too long to match with this many modules."""
-    if tries * n_modules > MOST_WORK:
+def check_work(where: str, tries: float, n_modules: int, longest: int) -> None:
+    """Raise an error for patterns that take too long to match with this many modules.
+
+    ``longest`` is the number of letters of the longest name: each repeat is tried at each of them.
+    """
+    if tries * n_modules * max(1.0, longest / LETTERS) ** MOST_REPEATS > MOST_WORK:
         refuse(
             where,
             f"its patterns may take too long to match with {n_modules:,} modules. List the names, "

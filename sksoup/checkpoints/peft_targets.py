@@ -8,11 +8,10 @@ from functools import cached_property
 from typing import Any
 
 from ..tables import short
-from .peft_patterns import check_patterns, is_slow, refuse
+from .peft_patterns import MOST_REPEATS, check_patterns, is_slow, refuse
 
 NOT_PLAIN = re.compile(r"[\\^$*+?{}\[\]|()]")  # PEFT treats names with these as expressions
 ALL_LINEAR = "all-linear"
-MOST_REPEATS = 3  # such as .*language_model.*attn.*_proj
 MOST_LAYERS = 1 << 20
 MOST_PATTERNS = 100  # of 'layers_pattern': one or two are usual
 # a list of names, each escaped, as an expression: ^(a|b\.c)$

@@ -36,6 +36,7 @@ KEPT = 10_000  # files of which a small result is kept
 LEAVE_OUT = "leave it out: move it to another folder, or pass only the paths of the others"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 RECIPE_KEY = "sksoup"  # of the recipe in the metadata of a soup
+OF_A_RANK = "DCP_SHARDING_INFO"  # in the metadata of parts by torch.distributed.checkpoint
 RECIPE_SUFFIX = ".recipe.json"  # of the recipe beside a file without metadata
 # torch raises this for Ctrl-C while it takes over the bytes of a safetensors file
 SWALLOWED = "could not determine the shape of object type 'torch.storage.UntypedStorage'"
@@ -84,6 +85,19 @@ def file_identity(path: Path) -> tuple[int, int, int]:
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
+def real_path(path: str | os.PathLike[str]) -> str:
+    """`os.path.realpath`, but found by the kernel on Linux: links may lead through many folders."""
+    with suppress(OSError, AttributeError):
+        opened = os.open(path, os.O_PATH)
+        try:
+            found = os.readlink(f"/proc/self/fd/{opened}")
+            if os.path.samestat(os.stat(found), os.fstat(opened)):  # not "... (deleted)"
+                return found
+        finally:
+            os.close(opened)
+    return os.path.realpath(path)
+
+
 def place_of(path: Path) -> object:
     """What is the same for links to one file, also hard ones, as timm makes of the best."""
     try:
@@ -91,7 +105,7 @@ def place_of(path: Path) -> object:
     except OSError:  # it is gone, which is an error where it is opened
         return path
     # some file systems make numbers up, but then count no links
-    return (status.st_dev, status.st_ino) if status.st_nlink > 1 else path.resolve()
+    return (status.st_dev, status.st_ino) if status.st_nlink > 1 else real_path(path)
 
 
 @dataclass(frozen=True)
@@ -273,7 +287,14 @@ class SafetensorsFile(CheckpointFile):
 
     def _read_header(self) -> dict[str, TensorInfo]:
         with safe_open(self.file, framework="pt") as file:
-            self.is_soup = RECIPE_KEY in (file.metadata() or {})
+            metadata = file.metadata() or {}
+            self.is_soup = RECIPE_KEY in metadata
+            if OF_A_RANK in metadata and len([*self.file.parent.glob("shard-*.safetensors")]) > 1:
+                raise CheckpointError(
+                    f"{str(self.file)!r} can't be used: it is one rank's part of a model, as "
+                    f"save_pretrained(distributed_checkpoint=True) writes it. Load the model with "
+                    f"from_pretrained, and save it without that option."
+                )
             header = {}
             for name in file.keys():  # noqa: SIM118  (a safe_open is not a mapping)
                 part = file.get_slice(name)

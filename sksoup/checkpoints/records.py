@@ -23,7 +23,6 @@ from .read import RealFile, place_of, suffix_of
 from .texts import read_text
 from .torch_files import TorchFile, read_container
 
-TRAINER_STATE = "trainer_state.json"  # written by transformers
 FEW = 64  # values of a tensor by which files are told apart
 MOST_BYTES = 2**26  # enough for a log of a million evaluations
 LOSS = "eval_loss"  # the metric that Trainer always evaluates

@@ -22,7 +22,7 @@ from .in_memory import MemoryCheckpoint
 from .not_found import nothing_at
 from .patterns import matches_of
 from .protocol import Checkpoint, Entry
-from .read import SafetensorsFile, suffix_of
+from .read import SafetensorsFile, real_path, suffix_of
 from .shards import INDEX, ShardedCheckpoint
 from .sweeps import Run, Seen, Which, alone, by_folder, find_runs, natural_key
 from .torch_files import TorchFile
@@ -114,9 +114,9 @@ def find_checkpoints(
     runs = [*once.values()]
     several = [run for run in runs if not run.is_alone]
     # a folder that was given itself, such as the start, is no run of a sweep
-    single = {os.path.realpath(os.path.expanduser(path)) for path in given}
+    single = {real_path(os.path.expanduser(path)) for path in given}
     n_folders = sum(
-        run.folder.is_dir() and not (run.is_alone and os.path.realpath(run.folder) in single)
+        run.folder.is_dir() and not (run.is_alone and real_path(run.folder) in single)
         for run in runs
     )
     if which in ("best", "last") and not several and len(runs) > 1:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from ..exceptions import CheckpointError, SoupWarning
-from .folders import find_weights, list_files, place_of_checkpoint
+from .folders import TRAINER_STATE, find_weights, list_files, place_of_checkpoint
 from .modules import MODULES, module_folders
-from .read import place_of, suffix_of
-from .records import TRAINER_STATE, Record, read_lightning, read_trainer
+from .read import place_of, real_path, suffix_of
+from .records import Record, read_lightning, read_trainer
 
 Which: TypeAlias = Literal["best", "last", "all"]
 
@@ -175,7 +175,7 @@ class Seen:
 
     def is_new(self, folder: Path, depth: int = DEPTH, lightning: int = DEPTH + 1) -> bool:
         """Whether a folder was not yet searched so far down; from now on, it was."""
-        before = self._levels.setdefault(os.path.realpath(folder), [])
+        before = self._levels.setdefault(real_path(folder), [])
         for one, other, search in before:
             if depth <= one and lightning <= other:
                 self.n_again += search < self.n_searches

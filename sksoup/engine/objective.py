@@ -23,6 +23,7 @@ from ..data.outputs import Outputs, Task
 from ..data.rows import Batch, HeldOut, to_inputs
 from ..data.tokens import IGNORED
 from ..exceptions import CheckpointError
+from ..runtime.copies import copied
 from ..runtime.distributed import gather_rows, share_or_last, world_size
 from ..runtime.shards import own, reshard, sharded_parts
 
@@ -107,7 +108,7 @@ class Objective:
     def own(self) -> Objective:
         """The same with a module and counts of its own, never compiled."""
         other = copy.copy(self)
-        other._call = other.module = copy.deepcopy(self.module)
+        other._call = other.module = copied(self.module)
         other.counts = Counts()
         return other
 

@@ -19,6 +19,7 @@ from ..mixing.running_mean import largest
 from ..recipes.base import BaseSoup
 from ..recipes.baselines import CheckpointEnsemble
 from ..recipes.validation import scorer_of, validate_rows
+from ..runtime.copies import copied
 from ..tables import Table
 
 MOST_LOST = 1000  # sizes of the result; what is subtracted leaves its rounding in it
@@ -197,7 +198,7 @@ def ingredient_importance(
     trial = copy.copy(soup)  # with a module of its own
     X, y, _ = validate_rows(trial, X, y, soup.task)
     scorer = scorer_of(trial, scoring)
-    trial.module_ = copy.deepcopy(soup.module_)
+    trial.module_ = copied(soup.module_)
     score = float(scorer(trial, X, y))
     scores, without = {}, Without(soup)
     for name in used:

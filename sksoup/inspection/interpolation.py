@@ -21,6 +21,7 @@ from ..mixing.mix import mix
 from ..recipes.base import BaseSoup
 from ..recipes.start import Start, name_of_start, with_start
 from ..recipes.validation import scorer_of
+from ..runtime.copies import copied
 from ..tables import Table
 from .test_sets import named_test_sets
 
@@ -162,7 +163,7 @@ def interpolation_path(
     weights = {n: w for n, w in soup.state_dict().items() if n in checkpoints.layout}
     ends = CheckpointCollection([checkpoints[begin], weights])
     between = copy.copy(soup)
-    between.module_ = copy.deepcopy(soup.module_)
+    between.module_ = copied(soup.module_)
     score = scorer_of(between, scoring)
     found: dict[str | None, list[float]] = {name: [] for name in (None, *sets)}
     for place in places:

@@ -13,7 +13,7 @@ import torch
 
 from ..checkpoints.collection import CheckpointCollection
 from ..checkpoints.folders import find_weights, read_metadata
-from ..checkpoints.read import RECIPE_KEY, RECIPE_SUFFIX, TORCH_SUFFIXES
+from ..checkpoints.read import RECIPE_KEY, RECIPE_SUFFIX, TORCH_SUFFIXES, real_path
 from ..checkpoints.shards import INDEX
 from ..checkpoints.sources import paths_of
 from ..checkpoints.texts import read_text
@@ -39,9 +39,9 @@ def refuse_inputs(output: Path, checkpoints: CheckpointCollection, names: Iterab
     """Refuse an output that is the file, or in the folder, of a checkpoint or an adapter's base."""
     paths = paths_of(checkpoints, names)
     weights = (find_weights(path) if path.is_dir() else path for path in paths)  # may be links
-    inputs = {path.resolve() for path in (*paths, *filter(None, weights))}
-    inputs |= {path.parent.resolve() for path in paths if path.name.endswith(INDEX)}
-    real = Path(os.path.realpath(output))  # also of a link to itself
+    inputs = {Path(real_path(path)) for path in (*paths, *filter(None, weights))}
+    inputs |= {Path(real_path(path.parent)) for path in paths if path.name.endswith(INDEX)}
+    real = Path(real_path(output))  # also of a link to itself
     if {real, real.parent} & inputs:
         raise FileExistsError(
             f"{str(output)!r} is one of the checkpoints to be mixed, or part of one. Give another "

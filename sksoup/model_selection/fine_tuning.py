@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import math
@@ -23,6 +22,7 @@ from torch import nn
 from ..checkpoints.folders import read_metadata
 from ..checkpoints.write import write_safetensors
 from ..exceptions import CheckpointError, SoupWarning
+from ..runtime.copies import copied
 from ..runtime.random_state import preserved_random_state
 
 RECORD = "sksoup.candidate"  # key of a candidate's record in its file's metadata
@@ -73,7 +73,7 @@ def find_start(estimator: Any) -> nn.Module | None:
         return None
     fitted = getattr(estimator, "module_", None)
     if isinstance(fitted, nn.Module):
-        return copy.deepcopy(fitted).cpu()
+        return copied(fitted).cpu()
     if not isinstance(estimator.module, nn.Module):
         warnings.warn(
             "The estimator's module is not an instance, so every clone would start from different "
@@ -125,7 +125,7 @@ def fine_tune(
     except Exception as error:
         # a candidate that fails for any reason is reported and left out
         return Candidate(math.nan, math.nan, f"{type(error).__name__}: {error}")
-    module = copy.deepcopy(net.module_).cpu() if start is None else None
+    module = copied(net.module_).cpu() if start is None else None
     if path is not None:
         record = {"score": score, "fit_time": spent, "params": repr(dict(params))}
         write_safetensors(path, state, {RECORD: json.dumps(record)})

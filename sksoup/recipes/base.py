@@ -37,6 +37,7 @@ from ..mixing.layers import Layerwise
 from ..mixing.mix import check_range, mix
 from ..mixing.recipe import Recipe
 from ..runtime.cache import open_cache
+from ..runtime.copies import copied
 from ..runtime.distributed import agreed, broadcast, naming_lost_ranks, rank, world_size
 from ..runtime.shards import refuse_copy
 from .export import ExportMixin
@@ -487,7 +488,7 @@ class BaseSoup(
             states = checkpoints[name], self.state_dict()
             ends = [{n: state[n] for n in self.recalibrated_} for state in states]
             weights |= mix(ends, [1 - t, t])
-        soup.module_ = copy.deepcopy(self.module_)
+        soup.module_ = copied(self.module_)
         load_weights(soup.module_, weights)
         soup._dtypes = {n: w.dtype for n, w in weights.items()}
         recipe = self.recipe_

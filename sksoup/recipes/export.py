@@ -29,6 +29,7 @@ from ..mixing.card import model_card
 from ..mixing.files import check_suffix, refuse_inputs, refuse_other_text
 from ..mixing.mix import cast, mix
 from ..mixing.recipe import Recipe
+from ..runtime.copies import copied
 from ..runtime.distributed import rank as process_rank
 from ..runtime.shards import refuse_copy, sharded_parts
 
@@ -294,7 +295,7 @@ class ExportMixin:
     def _compare_scores(self, mixed: MixedAdapter, X: Any, y: Any, sample_weight: Any) -> None:
         """Warn if an adapter of lower rank has a different score than the soup."""
         near = copy.copy(self)
-        near.module_ = copy.deepcopy(self.module_)
+        near.module_ = copied(self.module_)
         load_weights(near.module_, mixed.on_base())
         scores = [
             one.score(X, y, sample_weight=sample_weight)  # type: ignore[attr-defined]
@@ -360,7 +361,7 @@ class ExportMixin:
         elif self.outputs_.one_logit:
             kind, criterion = NeuralNetBinaryClassifier, BinaryLoss
         device = next(self.module_.parameters()).device.type
-        module = copy.deepcopy(self.module_).train()
+        module = copied(self.module_).train()
         return kind(module, **{"criterion": criterion, "device": device, **kwargs}).initialize()
 
 

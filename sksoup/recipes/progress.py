@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,7 @@ from torch import nn
 
 from ..engine.objective import load_weights
 from ..engine.problem import Problem, Step, Weights
+from ..runtime.copies import copied
 from ..runtime.distributed import rank
 
 LOGGER = logging.getLogger("sksoup")
@@ -57,7 +57,7 @@ class ProgressMixin(CallbackSupportMixin):  # type: ignore[misc]
 
             def as_if_fitted() -> dict[str, Any]:
                 found = None if weights is None else weights()
-                soup = copy.deepcopy(module)
+                soup = copied(module)
                 load_weights(soup, found or {})
                 return {"module_": soup, "coef_": None}
 

@@ -428,6 +428,15 @@ def test_patterns_are_bounded_by_the_modules_that_they_are_matched_with(tmp_path
     refused("too long to match with 1,000 modules", folder, module=base)
 
 
+def test_patterns_are_bounded_by_the_longest_name(tmp_path):
+    name = "a" * 850
+    base = nn.ModuleDict({name: nn.Linear(1, 1)})
+    folder = save(tmp_path / "run", copy.deepcopy(base), r=1, target_modules=[name])
+    CheckpointCollection([configured(folder, exclude_modules=".*b")], module=base)
+    configured(folder, exclude_modules=".*?a?.*?a?.*?!")
+    refused("too long to match with 1 modules", folder, module=base)
+
+
 def test_a_rank_far_above_the_sizes_is_refused(tmp_path):
     folder = save(tmp_path / "run", r=257)
     refused("'a.weight', of shape .8, 8., have rank 257, more than such a matrix can have", folder)

@@ -285,6 +285,21 @@ def test_hard_links_to_a_checkpoint_count_once(tmp_path):
     assert [best[name]["w"][0].item() for name in best] == [3]
 
 
+@pytest.mark.skipif(not hasattr(os, "O_PATH"), reason="only Linux resolves a path at once")
+def test_links_through_many_folders_are_resolved_at_once(tmp_path):
+    save_file({"w": torch.ones(2)}, tmp_path / "w.data")
+    inner = tmp_path.joinpath("x", *["a"] * 200)
+    inner.mkdir(parents=True)
+    (tmp_path / "w.link").symlink_to(inner.joinpath(*[".."] * 201, "w.data"))
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for k in range(5):
+        (runs / f"m{k}.safetensors").symlink_to("../w.link")
+    with patch.object(os, "lstat", wraps=os.lstat) as looks:
+        assert CheckpointCollection.from_path(runs).names == ("m0",)
+    assert looks.call_count < 100
+
+
 @pytest.mark.parametrize("link", [os.link, os.symlink])
 def test_links_to_one_file_are_read_once(tmp_path, link):
     """An archive of a few files may hold thousands of links to them."""

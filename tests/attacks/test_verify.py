@@ -290,10 +290,15 @@ def test_weights_of_a_pipeline_in_the_folder_are_named(parts):
 
 
 @pytest.mark.parametrize(
-    ("name", "field"), [("decision.json", "adapter"), ("judge_config.json", "adapter_subfolder")]
+    ("name", "field"),
+    [
+        ("decision.json", "adapter"),
+        ("judge_config.json", "adapter_subfolder"),
+        ("export.json", "components"),
+    ],
 )
-def test_adapters_of_decision_models_are_other_weights(parts, name, field):
-    """transformers loads them on the model from the folder that is named, or from `adapter`."""
+def test_what_other_configs_name_are_other_weights(parts, name, field):
+    """transformers loads an adapter from the folder that is named, or from `adapter`."""
     folder, recipe, ckpts = parts
     (folder / "adapter").mkdir()
     save_file({"w": torch.zeros(1)}, folder / "adapter" / "adapter_model.safetensors")
@@ -303,6 +308,10 @@ def test_adapters_of_decision_models_are_other_weights(parts, name, field):
     (folder / name).write_text(json.dumps({field: "../extra"}))
     with pytest.raises(CheckpointError, match=rf"{name}' refers to other weights .*{field}"):
         recipe.verify(folder, ckpts)
+    (ckpts.path(ckpts.names[0]) / "export.json").write_text("{}")  # without its programs
+    out = folder.parent / "out"
+    assert main(["average", *[str(ckpts.path(one)) for one in ckpts], "-o", str(out)]) == 0
+    assert not (out / "export.json").exists()
 
 
 @pytest.mark.parametrize("name", ["model.onnx", ".x/model.onnx", ".x/model.safetensors"])

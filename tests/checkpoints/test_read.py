@@ -164,6 +164,39 @@ def test_a_file_that_changes_after_opening_is_an_error(tmp_path, suffix, fault):
         collection["ft"]
 
 
+def test_parts_of_ranks_are_no_checkpoints(tmp_path):
+    """As save_pretrained(distributed_checkpoint=True) writes them."""
+    for k in (1, 2):
+        path = tmp_path / f"shard-0000{k}-model-00001-of-00001.safetensors"
+        save_file({"w": torch.ones(2)}, path, metadata={"DCP_SHARDING_INFO": "{}"})
+        if k == 1:
+            assert len(CheckpointCollection.from_path(tmp_path)) == 1
+    with pytest.raises(CheckpointError, match="is one rank's part of a model"):
+        CheckpointCollection.from_path(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "hard link", "folder", "missing", "long", "deep"])
+def test_the_real_path_is_that_of_python(tmp_path, kind):
+    path = tmp_path / "a" / "b"
+    path.parent.mkdir()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "deep":
+        path = path.joinpath(*["x" * 200] * 30)
+    elif kind != "missing":
+        path.write_text("x")
+    if kind == "link":
+        (tmp_path / "to").symlink_to("a")
+        (tmp_path / "c").symlink_to("to/../a/b")
+        path = tmp_path / "c"
+    elif kind == "hard link":
+        os.link(path, tmp_path / "c (deleted)")
+        path = tmp_path / "c (deleted)"
+    elif kind == "long":
+        path = tmp_path / ("y" * 300)
+    assert read.real_path(path) == os.path.realpath(path)
+
+
 def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
     path = tmp_path / "ft.safetensors"
     write_file(path, make_states(1, seed=0)[0])

@@ -51,6 +51,19 @@ def test_one_of_each_run(sweep, caplog):
     assert "best" not in repr(found.drop("run-1"))
 
 
+def test_runs_of_a_network_that_is_not_of_transformers(sweep):
+    """Trainer writes no config.json for them; once, all their checkpoints were mixed."""
+    expected = files(from_path(sweep))
+    for config in sweep.rglob("config.json"):
+        config.unlink()
+    assert files(from_path(sweep)) == expected
+    assert len(from_path(sweep, which="all")) == 9
+    run = sweep / "run-1"
+    save_file(STATE, run / "model.safetensors")  # of trainer.save_model()
+    (run / "training_args.bin").write_bytes(b"pickle")
+    assert files(from_path(sweep)) == expected
+
+
 def test_hidden_files_are_no_checkpoints(tmp_path):
     """As macOS writes beside each file of another file system."""
     for name in ("a", "b"):
