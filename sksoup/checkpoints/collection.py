@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..exceptions import CheckpointError, SoupWarning
-from ..runtime.copies import copied
+from ..runtime.copies import copied, of_its_own
 from ..runtime.distributed import agreed
 from ..runtime.random_state import preserved_random_state
 from ..runtime.shards import sharded_parts
@@ -780,8 +780,9 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         Returns
         -------
         module : nn.Module
-            A module on the CPU, with the weights that the factory initializes. A module that was
-            wrapped with ``fully_shard`` is not copied and stays on its device.
+            A module on the CPU, with the weights that the factory initializes; a copy if the
+            factory keeps what it returns (``lambda: network``). A module that was wrapped with
+            ``fully_shard`` is not copied and stays on its device.
 
         Raises
         ------
@@ -807,7 +808,7 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
             )
         if sharded_parts(module) or any(p.is_meta for p in module.parameters()):
             return module
-        return module.cpu()
+        return of_its_own(module, self.module).cpu()
 
     def path(self, name: str) -> Path | None:
         """Return the file of a checkpoint, or None if it is in memory.

@@ -21,9 +21,11 @@ from .sources import open_checkpoint
 
 # tensor names of PEFT's methods, and of LoRA in diffusers
 OF_PEFT = re.compile(
-    r"\.(lora_|hada_w|lokr_|oft_|boft_|ia3_l|vera_|pvera_|randlora_|hra_|hira_|vblora_|fourierft_|"
-    r"waveft_|gralora_|delora_|psoft_|lily_|tinylora_|unilora_|glora_|shira_|c3a_|miss_|road_|"
+    r"\.(lora_|hada_w|lokr_|oft_|boft_|ia3_l|vera_|randlora_|hra_|vblora_|fourierft_|waveft_|"
     r"base_layer\.|modules_to_save\.|original_module\.)"
+    r"|\.((gralora|delora|poly_lora|hira|hira_embedding|lily|adamss)_[AB]|delora_lambda|tinylora_v|"
+    r"unilora_theta_d|glora_[A-E]|psoft_R|deft_[PR]|shira_weight|c3a_kernel|miss_block|"
+    r"road_(theta|alpha)|(pvera|frod)_lambda)(?![a-z])"
     r"|[._]lora\.(down|up)\.|^prompt_embeddings$"
 )
 

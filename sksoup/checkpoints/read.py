@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import math
@@ -87,14 +88,22 @@ def file_identity(path: Path) -> tuple[int, int, int]:
 
 def real_path(path: str | os.PathLike[str]) -> str:
     """`os.path.realpath`, but found by the kernel on Linux: links may lead through many folders."""
-    with suppress(OSError, AttributeError):
+    try:
         opened = os.open(path, os.O_PATH)
-        try:
-            found = os.readlink(f"/proc/self/fd/{opened}")
-            if os.path.samestat(os.stat(found), os.fstat(opened)):  # not "... (deleted)"
-                return found
-        finally:
-            os.close(opened)
+    except (AttributeError, OSError, ValueError):
+        return os.path.realpath(path)
+    try:
+        found = os.readlink(f"/proc/self/fd/{opened}")
+        if os.path.samestat(os.stat(found), os.fstat(opened)):  # not "... (deleted)"
+            return found
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise CheckpointError(
+                f"{str(path)!r} can't be used: its real path is too long ({error.strerror}). Move "
+                f"what it leads to."
+            ) from error
+    finally:
+        os.close(opened)
     return os.path.realpath(path)
 
 

@@ -188,10 +188,11 @@ def _digest(path: Path) -> str:
 
 def recorded_scores(taken: Sequence[tuple[Path, Record]]) -> list[float]:
     """The score of every checkpoint by one metric, greater is better; raise if there is none."""
-    named = [set(record.metrics) for _, record in taken if record.metrics]
-    metrics = sorted(set.intersection(*named)) if named else [LOSS]
+    records = {id(record): record for _, record in taken if record.metrics}.values()
+    named = [record.metrics.keys() for record in records]  # of each run, not of each checkpoint
+    metrics = sorted(set(named[0]).intersection(*named[1:])) if named else [LOSS]
     if not metrics:
-        listed = sorted(set.union(*named))
+        listed = sorted(set().union(*named))
         raise _no_scores(
             f"the runs chose their best checkpoints by different metrics, {', '.join(listed[:5])}"
         )

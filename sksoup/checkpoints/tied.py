@@ -25,7 +25,9 @@ def drop_copies(
     values. Without a module they must have the same memory. Old files lack BatchNorm's counters.
     """
     if wanted is None:
-        wanted = set.intersection(*(set(entry.header) for entry in entries))
+        headers = {id(entry.header): entry.header for entry in entries}.values()  # may be shared
+        first, *others = (header.keys() for header in headers)
+        wanted = set(first).intersection(*others)
     if all(entry.header.keys() <= wanted for entry in entries):
         return list(entries)
     network = skeleton(module)

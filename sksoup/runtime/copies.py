@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import dis
 from collections.abc import Iterator
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 
 Network = TypeVar("Network", bound=nn.Module)
 MOST = 100_000  # objects that are looked at in an attribute
+# the modules with tensors in what factories returned, by their ids
+BUILT: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 
 
 def copied(network: Network) -> Network:
@@ -22,7 +26,7 @@ def copied(network: Network) -> Network:
     ``net.forward = torch.compile(net.forward)``, still calls the layers of the original.
     """
     found = copy.deepcopy(network)
-    originals = {id(x) for x in (*network.modules(), *network.parameters(), *network.buffers())}
+    originals = _parts(network)
     for name, module in found.named_modules():
         for attribute, value in vars(module).items():
             if _calls(value, originals):
@@ -36,9 +40,31 @@ def copied(network: Network) -> Network:
     return found
 
 
-def _calls(value: Any, parts: set[int]) -> bool:
+def of_its_own(network: Network, factory: Any) -> Network:
+    """What a factory returned; a copy if the factory keeps it, or has returned a part of it before.
+
+    Otherwise all soups would be one network, such as with ``module=lambda: network``.
+    """
+    owners = [
+        part
+        for part in network.modules()
+        if [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+    ]
+    is_kept = _calls(factory, _parts(network), is_shared=True)
+    if is_kept or any(BUILT.get(id(part)) is part for part in owners):
+        return copied(network)
+    BUILT.update({id(part): part for part in owners})
+    return network
+
+
+def _parts(network: nn.Module) -> set[int]:
+    """The ids of its modules and tensors."""
+    return {id(x) for x in (*network.modules(), *network.parameters(), *network.buffers())}
+
+
+def _calls(value: Any, parts: set[int], is_shared: bool = False) -> bool:
     """Whether a function in ``value`` refers to one of the objects with these ids."""
-    todo, seen = [(value, False)], set[tuple[int, bool]]()
+    todo, seen = [(value, is_shared)], set[tuple[int, bool]]()
     while todo and len(seen) < MOST:
         value, is_shared = todo.pop()  # what is reached through a function is not copied
         if is_shared and id(value) in parts:
@@ -61,8 +87,8 @@ def _within(value: Any) -> Iterator[Any]:
         yield from value.__defaults__ or ()
         yield from (value.__kwdefaults__ or {}).values()
         yield from vars(value).values()  # what it wraps
-        for name in value.__code__.co_names:
-            found = value.__globals__.get(name)
+        for step in dis.get_instructions(value):
+            found = value.__globals__.get(step.argval) if step.opname == "LOAD_GLOBAL" else None
             if isinstance(found, (nn.Module, torch.Tensor, MethodType, partial)):
                 yield found
     elif isinstance(value, MethodType):

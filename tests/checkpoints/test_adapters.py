@@ -868,3 +868,18 @@ def test_nothing_is_said_about_peft_unless_it_is_needed(folder):
         patch.setitem(sys.modules, "peft", None)
         collection = CheckpointCollection([folder], module=build)
         assert np.isfinite(float(mix(collection, [1.0])["lin.weight"].sum()))
+
+
+@pytest.mark.parametrize("name", ["road_head", "miss_type", "lily_attention", "c3a_block", "hira"])
+def test_parts_of_a_network_that_are_named_like_methods_are_no_factors(name):
+    states = [{f"heads.{name}.weight": torch.full((2,), float(k))} for k in range(2)]
+    assert mix(states, [0.5, 0.5])[f"heads.{name}.weight"].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["road_theta", "miss_block", "lily_A.weight", "hira_embedding_B", "gralora_A_general",
+     "c3a_kernel", "tinylora_v", "glora_A.X", "delora_lambda", "pvera_lambda_b"],
+)  # fmt: skip
+def test_factors_of_newer_methods_are_refused(name):
+    refused("a factor of a PEFT adapter", [{f"layer.q.{name}": torch.ones(2, 2)}])

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -195,6 +196,23 @@ def test_the_real_path_is_that_of_python(tmp_path, kind):
     elif kind == "long":
         path = tmp_path / ("y" * 300)
     assert read.real_path(path) == os.path.realpath(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "O_PATH"), reason="elsewhere Python resolves the path")
+def test_a_path_that_is_longer_than_the_system_allows_is_refused(tmp_path):
+    """Python would look at each folder of each link again."""
+    before = os.getcwd()
+    try:
+        os.chdir(tmp_path)
+        for _ in range(20):
+            os.mkdir("x" * 250)
+            os.chdir("x" * 250)
+        os.close(os.open("w.safetensors", os.O_CREAT))
+        with pytest.raises(CheckpointError, match="its real path is too long"):
+            read.real_path("w.safetensors")
+    finally:
+        os.chdir(before)
+        shutil.rmtree(tmp_path / ("x" * 250))
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):

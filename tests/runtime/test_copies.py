@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
-from types import MethodType
+from types import MethodType, SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from sksoup import CheckpointCollection, GreedySoup, mix
+from sksoup import BestCheckpoint, CheckpointCollection, GreedySoup, UniformSoup, mix
+from sksoup.runtime import copies
 from sksoup.runtime.copies import copied
 
 from ..zoo import Net, Zoo, same_tensors
@@ -60,6 +62,17 @@ def with_partial(net):
     net.forward = partial(first, net)
 
 
+def with_name_of_a_global(net):
+    """``hidden`` is an attribute in `look`, not the global."""
+    global hidden
+    hidden = net.hidden
+    net.look = MethodType(look, net)
+
+
+def look(net):
+    return net.hidden
+
+
 def with_own_hook(net):
     seen = []
     net.register_forward_hook(lambda module, x, y: seen.append(y))
@@ -95,7 +108,9 @@ def test_functions_that_refer_to_the_network_are_refused(zoo: Zoo, change):
     assert [*soup.individual_scores_.values()] == [*again.individual_scores_.values()]
 
 
-@pytest.mark.parametrize("change", [with_method, with_partial, with_own_hook])
+@pytest.mark.parametrize(
+    "change", [with_method, with_partial, with_own_hook, with_name_of_a_global]
+)
 def test_what_is_copied_with_the_network_is_taken(zoo: Zoo, change):
     net = zoo.checkpoints.build_module()
     change(net)
@@ -139,3 +154,54 @@ def test_metrics_in_a_network_wrap_their_own_methods_again():
 
     net = nn.Sequential(nn.Linear(2, 2), Metric())
     assert copied(net)[1].update() != id(net[1])
+
+
+def of_a_lambda(net):
+    return lambda: net
+
+
+def of_a_part(net):
+    return partial(Around, net)
+
+
+def of_a_cache(net):
+    kept = SimpleNamespace(net=net)
+    return SimpleNamespace(build=lambda: kept.net).build
+
+
+class Around(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("factory", [of_a_lambda, of_a_part, of_a_cache])
+def test_soups_of_a_factory_that_keeps_its_network_are_apart(zoo: Zoo, factory):
+    """Once, the second soup was the first one, too."""
+    states = dict(zoo.checkpoints)
+    if factory is of_a_part:
+        states = {n: {f"inner.{key}": w for key, w in s.items()} for n, s in states.items()}
+    net = zoo.checkpoints.build_module()
+    before = {name: w.clone() for name, w in net.state_dict().items()}
+    collection = CheckpointCollection(states, module=factory(net))
+    soups = [UniformSoup(), BestCheckpoint(), UniformSoup()]
+    with warnings.catch_warnings(action="ignore"):
+        for soup in soups:
+            soup.fit(collection, zoo.X, zoo.y)
+    uniform, best, again = (soup.state_dict() for soup in soups)
+    assert same_tensors(uniform, again)
+    assert not same_tensors(uniform, best)
+    assert same_tensors(uniform, mix(collection, np.full(len(states), 1 / len(states))))
+    if factory is not of_a_cache:  # which can't be seen before the second time
+        assert same_tensors(net.state_dict(), before)
+
+
+def test_new_networks_are_not_copied(zoo: Zoo):
+    with patch.object(copies, "copied", side_effect=AssertionError):
+        first, second = (zoo.checkpoints.build_module() for _ in range(2))
+        del first
+        third = zoo.checkpoints.build_module()  # maybe at the place of the first one
+    assert second is not third
