@@ -14,6 +14,7 @@ from ..exceptions import CheckpointError
 from .hub import hub_folder
 from .hub_config import LIMIT, refuse_other_weights
 from .modules import WEIGHTS, module_files, module_folders, refuse_unused_weights
+from .read import real_path
 from .sources import open_checkpoint, paths_of
 from .texts import read_text
 from .write import copy_new, write_anew
@@ -131,7 +132,7 @@ def _refuse_links(source: Path, paths: Iterable[Path]) -> None:
     if source.parent.name == "snapshots":
         owned.append(source.parents[1] / "blobs")
     for path in paths:
-        real = path.resolve()
+        real = Path(real_path(path))
         own = [real.relative_to(one).parts for one in owned if real.is_relative_to(one)]
         is_hidden = any(part.startswith(".") for parts in own for part in parts)
         if not own or (is_hidden and own[0][:3] != ANNEX):

@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .read import KEPT, RealFile
 from .texts import read_json, read_text
 
 LIMIT = 8 << 20  # bytes; with 20,000 labels a config has about 1 MB
+MOST_BYTES = 100_000_000  # of files that need not be configs
 MOST_VALUES, MOST_DEPTH = 500_000, 50  # each label is two values
 MOST_BITS = 1 << 22  # of all integers, so that products take seconds; 100,000 labels have 2^21
 LARGEST = 1 << 128  # powers of larger integers take minutes
@@ -122,9 +124,15 @@ def refuse_other_weights(folder: Path) -> None:
     for path in [folder / "config.json", *sorted(folder.glob(SENTENCE_CONFIGS))]:
         if path.exists() and not path.is_dir():
             _refuse_others_in(RealFile.at(path), path.name == "config.json")
+    if not (folder / "config.json").exists():  # the others are of something else
+        return
     for name, field in OTHER_CONFIGS.items():
-        if (path := folder / name).exists() and isinstance(found := read_json(path, LIMIT), dict):
-            _refuse_other_files(found, field, path)
+        if (path := folder / name).is_file():
+            with suppress(
+                json.JSONDecodeError, RecursionError
+            ):  # transformers can't read it either
+                found = json.loads(read_text(path, MOST_BYTES))
+                _refuse_other_files(found if isinstance(found, dict) else {}, field, path)
 
 
 @lru_cache(maxsize=KEPT)  # many paths may be links to one file

@@ -8,6 +8,7 @@ import io
 import math
 import os
 import pickletools
+import re
 import stat
 import tarfile
 from abc import abstractmethod
@@ -37,6 +38,7 @@ KEPT = 10_000  # files of which a small result is kept
 LEAVE_OUT = "leave it out: move it to another folder, or pass only the paths of the others"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 RECIPE_KEY = "sksoup"  # of the recipe in the metadata of a soup
+SHARD = re.compile(r"shard-(\d{5})(-model-.*)")  # of a rank
 OF_A_RANK = "DCP_SHARDING_INFO"  # in the metadata of parts by torch.distributed.checkpoint
 RECIPE_SUFFIX = ".recipe.json"  # of the recipe beside a file without metadata
 # torch raises this for Ctrl-C while it takes over the bytes of a safetensors file
@@ -298,7 +300,7 @@ class SafetensorsFile(CheckpointFile):
         with safe_open(self.file, framework="pt") as file:
             metadata = file.metadata() or {}
             self.is_soup = RECIPE_KEY in metadata
-            if OF_A_RANK in metadata and len([*self.file.parent.glob("shard-*.safetensors")]) > 1:
+            if OF_A_RANK in metadata and _has_other_ranks(self.file):
                 raise CheckpointError(
                     f"{str(self.file)!r} can't be used: it is one rank's part of a model, as "
                     f"save_pretrained(distributed_checkpoint=True) writes it. Load the model with "
@@ -344,6 +346,14 @@ def is_tar(path: Path) -> bool:
         tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
         return True
     return False
+
+
+def _has_other_ranks(file: Path) -> bool:
+    """Whether a file is one of several: ranks write shard-00001-model-..., shard-00002-..."""
+    found = SHARD.fullmatch(file.name)
+    if found is None:
+        return False
+    return int(found[1]) > 1 or file.with_name(f"shard-00002{found[2]}").exists()
 
 
 def _is_of_torch(path: Path) -> bool:

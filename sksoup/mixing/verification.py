@@ -23,6 +23,7 @@ from ..checkpoints.hub_config import refuse_other_weights
 from ..checkpoints.modules import WEIGHTS
 from ..checkpoints.peft_config import adapter_folder, is_adapter_folder
 from ..checkpoints.protocol import Read, TensorInfo, same_bits
+from ..checkpoints.read import real_path
 from ..checkpoints.shards import INDEX
 from ..checkpoints.sources import open_checkpoint, paths_of
 from ..checkpoints.torch_files import TorchFile
@@ -308,8 +309,8 @@ def _beside(
     path = Path(weights)
     if not path.exists() or is_adapter_folder(path):  # the error is raised when it is opened
         return ()
-    own = (path if path.is_dir() else path.parent).resolve()  # maybe one of the ingredients
-    folders = [one for one in model_folders(checkpoints, ingredients) if one.resolve() != own]
+    own = real_path(path if path.is_dir() else path.parent)  # maybe one of the ingredients
+    folders = [one for one in model_folders(checkpoints, ingredients) if real_path(one) != own]
     return tuple(other_weights(path, folders))
 
 

@@ -6,7 +6,7 @@ import copy
 import dis
 from collections.abc import Iterator
 from functools import partial
-from types import FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -14,28 +14,33 @@ import torch
 from torch import nn
 
 Network = TypeVar("Network", bound=nn.Module)
+EMPTY = object()  # the content of a variable that has no value yet
 MOST = 100_000  # objects that are looked at in an attribute
 # the modules with tensors in what factories returned, by their ids
 BUILT: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 
 
 def copied(network: Network) -> Network:
-    """A deep copy; raise an error if it would compute with weights of the original.
+    """A deep copy, in which functions refer to the copy, too; raise an error if they can't.
 
-    Functions are not copied. One that is set as an attribute or a hook of a network, such as
-    ``net.forward = torch.compile(net.forward)``, still calls the layers of the original.
+    `copy.deepcopy` copies no functions: one that is set as an attribute or a hook of a network,
+    such as ``net.forward = torch.compile(net.forward)``, would still call the original's layers.
     """
-    found = copy.deepcopy(network)
+    memo: dict[int, Any] = {}
+    found = copy.deepcopy(network, memo)
     originals = _parts(network)
     for name, module in found.named_modules():
-        for attribute, value in vars(module).items():
-            if _calls(value, originals):
+        for attribute, value in [*vars(module).items()]:
+            if not _calls(value, originals):
+                continue
+            vars(module)[attribute] = _rebound(value, originals, memo)
+            if _calls(vars(module)[attribute], originals):
                 raise ValueError(
                     f"A copy of {type(network).__name__} can't be made: {attribute!r} of "
-                    f"{repr(name) if name else 'the network'} is or holds a function that refers "
-                    f"to the network itself, so a copy would compute with the weights of the "
-                    f"original. Define it as a method, remove it, or pass a function that builds "
-                    f"the network: module=build_model."
+                    f"{repr(name) if name else 'the network'} is or holds a function that finds "
+                    f"the network itself as a global variable, so a copy would compute with the "
+                    f"weights of the original. Define it as a method, remove it, or pass a "
+                    f"function that builds the network: module=build_model."
                 )
     return found
 
@@ -62,6 +67,51 @@ def _parts(network: nn.Module) -> set[int]:
     return {id(x) for x in (*network.modules(), *network.parameters(), *network.buffers())}
 
 
+def _rebound(value: Any, originals: set[int], memo: dict[int, Any]) -> Any:
+    """A copied attribute, in which functions are replaced by ones that refer to the copy."""
+    if isinstance(value, FunctionType):
+        return _rebound_function(value, originals, memo)
+    again = partial(_rebound, originals=originals, memo=memo)
+    if isinstance(value, MethodType):
+        return MethodType(again(value.__func__), value.__self__)
+    if isinstance(value, partial):
+        keywords = {name: again(x) for name, x in value.keywords.items()}
+        return partial(again(value.func), *map(again, value.args), **keywords)
+    if isinstance(value, dict):
+        for key, x in [*value.items()]:
+            value[key] = again(x)
+    elif isinstance(value, list):
+        value[:] = map(again, value)
+    elif type(value) in (tuple, set, frozenset):
+        return type(value)(map(again, value))
+    return value
+
+
+def _rebound_function(value: FunctionType, originals: set[int], memo: dict[int, Any]) -> Any:
+    """A function like this one, with copies of what it refers to of the original network."""
+    if id(value) in memo or not _calls(value, originals):
+        return memo.get(id(value), value)
+
+    def of_copy(x: Any) -> Any:
+        if not isinstance(x, FunctionType) and _calls(x, originals, is_shared=True):
+            x = copy.deepcopy(x, memo)
+        return _rebound(x, originals, memo)
+
+    cells = tuple(CellType() for _ in value.__closure__ or ())
+    made = FunctionType(value.__code__, value.__globals__, value.__name__, None, cells)
+    memo[id(value)] = made  # it may refer to itself
+    made.__defaults__ = value.__defaults__ and tuple(map(of_copy, value.__defaults__))
+    if value.__kwdefaults__:
+        made.__kwdefaults__ = {k: of_copy(x) for k, x in value.__kwdefaults__.items()}
+    made.__dict__.update({k: of_copy(x) for k, x in vars(value).items()})
+    for name in ("__module__", "__qualname__", "__doc__", "__annotations__"):
+        setattr(made, name, getattr(value, name))
+    for cell, old in zip(cells, value.__closure__ or (), strict=True):
+        if (held := _content(old)) is not EMPTY:
+            cell.cell_contents = of_copy(held)
+    return made
+
+
 def _calls(value: Any, parts: set[int], is_shared: bool = False) -> bool:
     """Whether a function in ``value`` refers to one of the objects with these ids."""
     todo, seen = [(value, is_shared)], set[tuple[int, bool]]()
@@ -72,23 +122,21 @@ def _calls(value: Any, parts: set[int], is_shared: bool = False) -> bool:
         if (id(value), is_shared) not in seen:
             seen.add((id(value), is_shared))
             is_shared = is_shared or isinstance(value, FunctionType)
-            todo += [(inner, is_shared) for inner in _within(value)]
+            todo += [(inner, is_shared) for inner in _within(value, is_shared)]
     return False
 
 
-def _within(value: Any) -> Iterator[Any]:
-    """What a function, a method or a container refers to."""
+def _within(value: Any, is_shared: bool) -> Iterator[Any]:
+    """What a function, a method or a container refers to; also a module that a function has."""
     if isinstance(value, FunctionType):
-        for cell in value.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # it is empty
-                continue
+        yield from (
+            held for cell in value.__closure__ or () if (held := _content(cell)) is not EMPTY
+        )
         yield from value.__defaults__ or ()
         yield from (value.__kwdefaults__ or {}).values()
         yield from vars(value).values()  # what it wraps
-        for step in dis.get_instructions(value):
-            found = value.__globals__.get(step.argval) if step.opname == "LOAD_GLOBAL" else None
+        for name in _globals(value.__code__):
+            found = value.__globals__.get(name)
             if isinstance(found, (nn.Module, torch.Tensor, MethodType, partial)):
                 yield found
     elif isinstance(value, MethodType):
@@ -99,3 +147,22 @@ def _within(value: Any) -> Iterator[Any]:
         yield from value.values()
     elif isinstance(value, (list, tuple, set, frozenset)):
         yield from value
+    elif isinstance(value, nn.Module) and is_shared:
+        yield from (*value.modules(), *value.parameters(), *value.buffers())
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return EMPTY
+
+
+def _globals(code: CodeType) -> Iterator[str]:
+    """The global names in the code of a function and of those in it."""
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            yield step.argval
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _globals(inner)

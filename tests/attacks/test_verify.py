@@ -308,6 +308,10 @@ def test_what_other_configs_name_are_other_weights(parts, name, field):
     (folder / name).write_text(json.dumps({field: "../extra"}))
     with pytest.raises(CheckpointError, match=rf"{name}' refers to other weights .*{field}"):
         recipe.verify(folder, ckpts)
+    for text in ('{"id": 1}\n{"id": 2}', "[" * 100_000, "[]", '{"components": {}}'):  # of others
+        (folder / name).write_text(text)
+        assert recipe.verify(folder, ckpts).ok == (field != "adapter_subfolder")
+    (folder / name).unlink()
     (ckpts.path(ckpts.names[0]) / "export.json").write_text("{}")  # without its programs
     out = folder.parent / "out"
     assert main(["average", *[str(ckpts.path(one)) for one in ckpts], "-o", str(out)]) == 0

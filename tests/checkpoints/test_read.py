@@ -172,8 +172,14 @@ def test_parts_of_ranks_are_no_checkpoints(tmp_path):
         save_file({"w": torch.ones(2)}, path, metadata={"DCP_SHARDING_INFO": "{}"})
         if k == 1:
             assert len(CheckpointCollection.from_path(tmp_path)) == 1
-    with pytest.raises(CheckpointError, match="is one rank's part of a model"):
-        CheckpointCollection.from_path(tmp_path)
+    for number in ("00010", "12345"):
+        other = tmp_path / f"shard-{number}-model-00001-of-00001.safetensors"
+        shutil.copy(path, other)
+    for part in tmp_path.iterdir():
+        with pytest.raises(CheckpointError, match="is one rank's part of a model"):
+            CheckpointCollection([part])
+    shutil.copy(path, tmp_path.parent / "other.safetensors")
+    assert len(CheckpointCollection([tmp_path.parent / "other.safetensors"])) == 1
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "hard link", "folder", "missing", "long", "deep"])

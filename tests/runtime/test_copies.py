@@ -7,12 +7,14 @@ from functools import partial
 from types import MethodType, SimpleNamespace
 from unittest.mock import patch
 
+import joblib
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from sksoup import BestCheckpoint, CheckpointCollection, GreedySoup, UniformSoup, mix
+from sksoup.inspection import ingredient_importance
 from sksoup.runtime import copies
 from sksoup.runtime.copies import copied
 
@@ -35,7 +37,7 @@ def with_global(net):
 
 
 def of_global(x):
-    return GLOBAL(x)
+    return next(GLOBAL(x) for _ in range(1))
 
 
 def compiled(net):
@@ -47,11 +49,26 @@ def with_default(net):
 
 
 def with_hook(net):
-    net.register_forward_hook(lambda module, x, y: y + 0 * net(*x) if module is not net else y)
+    net.hidden.register_forward_hook(lambda module, x, y: net.hidden.weight.sum() + y)
+
+
+def with_part(net):
+    """A module that is not a part of the network, but has one of its layers."""
+    layers, head = nn.Sequential(net.hidden, net.norm, nn.ReLU()), net.head
+    net.forward = lambda x: head(layers(x))
+
+
+def with_itself(net):
+    def forward(x, n=3):
+        return forward(x, n - 1) if n else call(x)
+
+    call = net.forward
+    net.forward = forward
 
 
 def in_a_list(net):
-    net.calls = [{"head": partial(lambda call, x: call(x), lambda x: net.head(x))}]
+    calls = [{"all": partial(lambda call, x: call(x), net.forward)}]
+    net.calls, net.forward = calls, lambda x: calls[0]["all"](x)
 
 
 def with_method(net):
@@ -78,56 +95,75 @@ def with_own_hook(net):
     net.register_forward_hook(lambda module, x, y: seen.append(y))
 
 
-@pytest.mark.parametrize(
-    "change", [with_lambda, with_global, compiled, with_default, with_hook, in_a_list]
-)
-def test_functions_that_refer_to_the_network_are_refused(zoo: Zoo, change):
+CHANGES = [
+    with_lambda, compiled, with_default, with_hook, in_a_list, with_part, with_itself, with_method,
+    with_partial, with_own_hook, with_name_of_a_global,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_functions_of_a_copy_refer_to_the_copy(zoo: Zoo, change):
     """Once, each checkpoint had the scores of the network that was passed."""
     net = zoo.checkpoints.build_module()
     change(net)
-    with pytest.raises(ValueError, match=r"copy of Net can't be made: .*Define it as a method"):
-        copied(net)
-    states = dict(zoo.checkpoints)
-    with pytest.raises(ValueError, match="copy of Net can't be made"):
-        CheckpointCollection(states, module=net)
-    if change is with_global:  # which is that of the last network
-        return
-    nets = []
+    x = torch.as_tensor(np.asarray(zoo.X[:3]), dtype=next(net.parameters()).dtype)
+    expected = net.eval()(x)
+    found, again = copied(net), copied(copied(net))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    assert not torch.equal(net(x), expected)
+    assert torch.equal(found(x), expected)
+    assert torch.equal(again(x), expected)
+
+
+@pytest.mark.parametrize("change", [with_lambda, compiled, with_hook, with_part, with_method])
+def test_each_checkpoint_is_scored_with_its_own_weights(zoo: Zoo, change):
+    net = zoo.checkpoints.build_module()
+    change(net)
+    states, nets = dict(zoo.checkpoints), []
     for state in states.values():
         nets.append(zoo.checkpoints.build_module())
         nets[-1].load_state_dict(state)
         change(nets[-1])
-    collection = CheckpointCollection(nets)
-    coef = np.full(len(nets), 1 / len(nets))
-    assert same_tensors(mix(collection, coef), mix(zoo.checkpoints, coef))
+
+    def build():
+        made = zoo.checkpoints.build_module()
+        change(made)
+        return made
+
+    x = torch.as_tensor(np.asarray(zoo.X), dtype=next(net.parameters()).dtype)
+    expected = []
+    for state in states.values():
+        one = build().eval()
+        one.load_state_dict(state)
+        expected.append((one(x).argmax(1).numpy() == zoo.y).mean())
+    assert len({*expected}) > 1
+    values = []
+    with warnings.catch_warnings(action="ignore"):
+        for given, module in ((states, net), (nets, None), (states, build)):
+            collection = CheckpointCollection(given, module=module)
+            for n_jobs in (None, 2):
+                with joblib.parallel_config("threading"):
+                    soup = GreedySoup(n_jobs=n_jobs).fit(collection, zoo.X, zoo.y)
+                assert [*soup.individual_scores_.values()] == pytest.approx(expected)
+            soup = UniformSoup().fit(collection, zoo.X, zoo.y)
+            found = ingredient_importance(soup, zoo.X, zoo.y, scoring="neg_log_loss")
+            values.append([*found.importances.values()])
+    assert values[0] == values[1] == values[2]
+    assert len({*values[0]}) > 1
+
+
+def test_functions_that_find_the_network_as_a_global_are_refused(zoo: Zoo):
+    net = zoo.checkpoints.build_module()
+    with_global(net)
+    for copy in (copied, lambda net: CheckpointCollection(dict(zoo.checkpoints), module=net)):
+        with pytest.raises(ValueError, match=r"copy of Net can't be made: .*Define it as a method"):
+            copy(net)
+    collection = CheckpointCollection([net])
+    assert same_tensors(mix(collection, [1.0]), net.state_dict())
     with pytest.raises(ValueError, match="copy of Net can't be made"):
         GreedySoup().fit(collection, zoo.X, zoo.y)
-    with warnings.catch_warnings(action="ignore"):
-        soup = GreedySoup().fit(CheckpointCollection(states, module=Net), zoo.X, zoo.y)
-        again = GreedySoup().fit(CheckpointCollection(nets, module=Net), zoo.X, zoo.y)
-    assert [*soup.individual_scores_.values()] == [*again.individual_scores_.values()]
-
-
-@pytest.mark.parametrize(
-    "change", [with_method, with_partial, with_own_hook, with_name_of_a_global]
-)
-def test_what_is_copied_with_the_network_is_taken(zoo: Zoo, change):
-    net = zoo.checkpoints.build_module()
-    change(net)
-    copy = copied(net).eval()
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.zero_()
-    x = torch.as_tensor(np.asarray(zoo.X[:3]), dtype=next(copy.parameters()).dtype)
-    expected = Net.forward(copy, x)
-    assert expected.abs().max() > 0
-    assert torch.equal(copy(x), expected)
-    with warnings.catch_warnings(action="ignore"):
-        found = GreedySoup().fit(
-            CheckpointCollection(dict(zoo.checkpoints), module=net), zoo.X, zoo.y
-        )
-        plain = GreedySoup().fit(zoo.checkpoints, zoo.X, zoo.y)
-    assert [*found.individual_scores_.values()] == [*plain.individual_scores_.values()]
 
 
 def test_metrics_in_a_network_wrap_their_own_methods_again():
