@@ -128,9 +128,7 @@ def refuse_other_weights(folder: Path) -> None:
         return
     for name, field in OTHER_CONFIGS.items():
         if (path := folder / name).is_file():
-            with suppress(
-                json.JSONDecodeError, RecursionError
-            ):  # transformers can't read it either
+            with suppress(json.JSONDecodeError, RecursionError):  # nor can transformers read it
                 found = json.loads(read_text(path, MOST_BYTES))
                 _refuse_other_files(found if isinstance(found, dict) else {}, field, path)
 
