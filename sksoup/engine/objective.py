@@ -221,7 +221,7 @@ class Objective:
         else:
             self.counts.n_forward += 1
             self.counts.rows_forward += len(output)
-        return output.float() if self._autocast else output
+        return output
 
     @torch.no_grad()
     def outputs_of(self, data: HeldOut, batch_size: int | None) -> torch.Tensor:
@@ -249,9 +249,11 @@ def feed(
 ) -> torch.Tensor:
     """Outputs of a module for one input, inputs by name or by position, or by ``forward``.
 
-    One logit z becomes two, 0 and z.
+    One logit z becomes two, 0 and z. Outputs of two bytes, as within `torch.autocast`, are widened.
     """
     output = as_rows(called(module, X, forward), X)
+    if output.dtype in (torch.bfloat16, torch.float16):  # numpy has no bfloat16
+        output = output.float()
     return outputs.two_logits(output) if outputs.one_logit else output
 
 

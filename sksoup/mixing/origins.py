@@ -76,11 +76,11 @@ def _origin(folder: Path) -> Origin:
     name_or_path, architecture, labels = (
         _described(RealFile.at(path)) if path.is_file() else NOTHING
     )
-    card = _text(folder / "README.md")
-    if not card and STEP.fullmatch(folder.name):  # Trainer writes one card per run
-        card = _text(folder.parent / "README.md")
-    named = _entry(card, "base_model") or name_or_path
-    licence = _entry(card, "license")
+    card = _of_card(folder / "README.md")
+    if card is None and STEP.fullmatch(folder.name):  # Trainer writes one card per run
+        card = _of_card(folder.parent / "README.md")
+    base_model, licence = card or ("", "")
+    named = base_model or name_or_path
     return Origin(
         named if _is_hub_id(named) else None,
         licence if licence != "other" and LICENCE.fullmatch(licence) else None,
@@ -103,6 +103,17 @@ def _described(file: RealFile) -> tuple[Any, str | None, tuple[str, ...]]:
     is_name = isinstance(name, str) and name.isidentifier()
     labels = output_labels(config.get("id2label"))
     return config.get("_name_or_path"), name if is_name else None, labels
+
+
+def _of_card(path: Path) -> tuple[str, str] | None:
+    """The base and the license in a card; None if there is no card."""
+    return _entries(RealFile.at(path)) if path.is_file() else None
+
+
+@lru_cache(maxsize=100)  # all checkpoints of a run share its card
+def _entries(file: RealFile) -> tuple[str, str] | None:
+    card = _text(file.path)
+    return (_entry(card, "base_model"), _entry(card, "license")) if card else None
 
 
 def _text(path: Path) -> str:

@@ -22,7 +22,7 @@ from torch import nn
 from ..checkpoints.folders import read_metadata
 from ..checkpoints.write import write_safetensors
 from ..exceptions import CheckpointError, SoupWarning
-from ..runtime.copies import copied
+from ..runtime.copies import copied, refers_to_itself
 from ..runtime.random_state import preserved_random_state
 
 RECORD = "sksoup.candidate"  # key of a candidate's record in its file's metadata
@@ -84,8 +84,16 @@ def find_start(estimator: Any) -> nn.Module | None:
             stacklevel=3,  # the call of fit
         )
     with preserved_random_state():
-        module: nn.Module = clone(estimator).initialize().module_
-    return module.cpu()
+        module: nn.Module = _cloned(estimator).initialize().module_
+    return copied(module).cpu()  # the candidates may share memory with it, such as of a table
+
+
+def _cloned(estimator: Any) -> Any:
+    """A clone; `copy.deepcopy`, by which scikit-learn copies a module, does not copy functions."""
+    cloned, module = clone(estimator), getattr(estimator, "module", None)
+    if not (isinstance(module, nn.Module) and refers_to_itself(module)):
+        return cloned
+    return type(cloned)(**{**cloned.get_params(deep=False), "module": copied(module)})
 
 
 def fine_tune(
@@ -109,7 +117,7 @@ def fine_tune(
             torch.manual_seed(seed)
             np.random.seed(seed)  # noqa: NPY002 - training may draw from it; restored afterwards
             random.seed(seed)
-            net = clone(estimator).set_params(**params)
+            net = _cloned(estimator).set_params(**params)
             if start is not None:
                 net.initialize()
                 _load_start(net.module_, start)

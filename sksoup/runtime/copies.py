@@ -16,7 +16,7 @@ from torch import nn
 Network = TypeVar("Network", bound=nn.Module)
 EMPTY = object()  # the content of a variable that has no value yet
 MOST = 100_000  # objects that are looked at in an attribute
-# the modules with tensors in what factories returned, by their ids
+# the modules with tensors in what factories returned, by the places of these tensors
 BUILT: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 
 
@@ -45,26 +45,46 @@ def copied(network: Network) -> Network:
     return found
 
 
+def refers_to_itself(network: nn.Module) -> bool:
+    """Whether a function of the network refers to it, so that `copy.deepcopy` is no full copy."""
+    originals = _parts(network)
+    held = (value for module in network.modules() for value in vars(module).values())
+    return any(_calls(value, originals) for value in held)
+
+
 def of_its_own(network: Network, factory: Any) -> Network:
     """What a factory returned; a copy if the factory keeps it, or has returned a part of it before.
 
     Otherwise all soups would be one network, such as with ``module=lambda: network``.
     """
-    owners = [
-        part
-        for part in network.modules()
-        if [*part.parameters(recurse=False), *part.buffers(recurse=False)]
-    ]
-    is_kept = _calls(factory, _parts(network), is_shared=True)
-    if is_kept or any(BUILT.get(id(part)) is part for part in owners):
+    built = factory.__init__ if isinstance(factory, type) else factory  # type: ignore[misc]
+    places = {place: part for part in network.modules() for place in _places(part)}
+    before = {place: BUILT.get(place) for place in places}
+    is_built = any(part is not None and place in _places(part) for place, part in before.items())
+    if is_built or _calls(built, _parts(network), is_shared=True):
         return copied(network)
-    BUILT.update({id(part): part for part in owners})
+    BUILT.update(places)
     return network
 
 
 def _parts(network: nn.Module) -> set[int]:
-    """The ids of its modules and tensors."""
-    return {id(x) for x in (*network.modules(), *network.parameters(), *network.buffers())}
+    """The ids of its modules and tensors, and where the values of these are."""
+    tensors = (*network.parameters(), *network.buffers())
+    return {id(x) for x in (*network.modules(), *tensors)} | ({*map(_place, tensors)} - {0})
+
+
+def _places(module: nn.Module) -> set[int]:
+    """Where the values of its own tensors are, without those of modules in it."""
+    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return {*map(_place, tensors)} - {0}
+
+
+def _place(tensor: torch.Tensor) -> int:
+    """A negative number for the memory of a tensor, so that it is no id; 0 if it has none."""
+    try:
+        return -tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # of another kind, or not initialized
+        return 0
 
 
 def _rebound(value: Any, originals: set[int], memo: dict[int, Any]) -> Any:
@@ -118,6 +138,8 @@ def _calls(value: Any, parts: set[int], is_shared: bool = False) -> bool:
     while todo and len(seen) < MOST:
         value, is_shared = todo.pop()  # what is reached through a function is not copied
         if is_shared and id(value) in parts:
+            return True
+        if is_shared and isinstance(value, torch.Tensor) and _place(value) in parts:
             return True
         if (id(value), is_shared) not in seen:
             seen.add((id(value), is_shared))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
+from torch import nn
 
 from sksoup import (
     BestCheckpoint,
+    CheckpointCollection,
     CheckpointEnsemble,
     GreedySoup,
     LearnedSoup,
@@ -101,6 +104,38 @@ def test_checkpoints_have_their_own_weights_within_autocast(zoo: Zoo, soup, tmp_
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
             alone = net(torch.as_tensor(zoo.X)).argmax(dim=1).numpy()
         assert score == (alone == zoo.y).mean()
+
+
+class Autocast(nn.Module):
+    """A network that computes in bfloat16 by itself."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.network(x)
+
+
+@pytest.mark.parametrize("soup", SOUPS, ids=lambda soup: type(soup).__name__)
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_outputs_in_bfloat16_are_widened(zoo: Zoo, soup, task):
+    """They ended in a TypeError, since numpy has no such dtype."""
+    states = {n: {f"network.{k}": w for k, w in s.items()} for n, s in zoo.checkpoints.items()}
+    collection = CheckpointCollection(
+        states, module=lambda: Autocast(zoo.checkpoints.build_module())
+    )
+    soup = clone(soup).set_params(device="cpu", task=task)
+    with warnings.catch_warnings(action="ignore"):
+        soup.fit(collection, zoo.X, zoo.y if task == "classification" else np.eye(3)[zoo.y])
+    found = soup.predict_proba(zoo.X) if task == "classification" else soup.predict(zoo.X)
+    assert found.dtype == np.float32
+    assert np.isfinite(found).all()
+    if task == "classification":
+        assert soup.score(zoo.X, zoo.y, np.ones(len(zoo.y))) == soup.score(zoo.X, zoo.y)
+        if hasattr(soup, "individual_scores_"):
+            assert soup.individual_scores_ == scores_by_hand(zoo)
 
 
 def test_a_path_within_autocast_and_what_is_stored_there(zoo: Zoo, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from unittest.mock import patch
 
 import pytest
 
@@ -99,3 +100,13 @@ def test_files_that_can_not_be_used_say_nothing(tmp_path):
     os.mkfifo(folder / "README.md")
     (folder / "config.json").write_bytes(b"\xff")
     assert common_origin([folder]) == Origin()
+
+
+def test_the_card_of_a_run_is_read_once(tmp_path):
+    folders = [write(tmp_path / f"checkpoint-{k}", {}) for k in range(5)]
+    (tmp_path / "README.md").write_text(CARD)
+    with patch.object(origins, "read_text", wraps=origins.read_text) as read:
+        found = common_origin(folders)
+    assert (found.licence, found.base_model) == ("apache-2.0", "org/start")
+    names = [call.args[0].name for call in read.call_args_list]
+    assert names.count("README.md") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import numpy as np
@@ -277,6 +278,18 @@ def test_a_score_without_weights_is_refused_before_training(zoo: Zoo):
         search_of(scoring=scoring).fit(zoo.X, zoo.y, sample_weight=np.ones(60))
 
 
+def test_a_network_with_a_function_of_its_own_is_trained(zoo: Zoo):
+    """scikit-learn's clone copies no functions: once, no candidate was trained."""
+    plain = search_of(net_of(PlainNet())).fit(zoo.X, zoo.y)
+    module = PlainNet()
+    module.load_state_dict(dict(plain.estimator.module.state_dict()))
+    call = module.forward
+    module.forward = lambda x: call(x)
+    search = search_of(net_of(module)).fit(zoo.X, zoo.y)
+    assert same_soup(search, plain)
+    assert search.best_score_ == plain.best_score_
+
+
 def test_weights_are_part_of_what_a_folder_holds(zoo: Zoo, tmp_path):
     search_of(save_dir=tmp_path, n_iter=1).fit(zoo.X, zoo.y, sample_weight=np.arange(60.0))
     with pytest.raises(CheckpointError, match="data differ"):
@@ -323,3 +336,37 @@ def test_parameters_of_the_soup_are_checked_before_training(zoo: Zoo):
     search = search_of(net_of(callbacks=[("stop", Stop())]), soup=MEHLSoup(layerwise="no"))
     with pytest.raises(TypeError, match="layerwise must be True, False"):
         search.fit(zoo.X, zoo.y)
+
+
+class OfACopy(PlainNet):
+    table = PlainNet().state_dict()
+
+    def __init__(self):
+        super().__init__()
+        for name, parameter in self.named_parameters():
+            parameter.data = self.table[name].clone()
+
+
+class OfATable(PlainNet):
+    """All networks have the same memory, such as with nn.Embedding.from_pretrained."""
+
+    table = copy.deepcopy(OfACopy.table)
+
+    def __init__(self):
+        super().__init__()
+        for name, parameter in self.named_parameters():
+            parameter.data = self.table[name]
+
+
+def test_candidates_of_a_network_with_a_table_start_from_the_table(zoo: Zoo):
+    """Once, the second one started from what the first one had learned."""
+    searches = []
+    for kind in (OfACopy, OfATable):
+        net = NeuralNetClassifier(
+            kind, criterion=nn.CrossEntropyLoss, max_epochs=2, verbose=0, train_split=None
+        )
+        with pytest.warns(SoupWarning, match="is not an instance"):
+            searches.append(search_of(net).fit(zoo.X, zoo.y))
+    assert same_soup(*searches)
+    plain, found = (search.cv_results_["mean_test_score"] for search in searches)
+    assert np.array_equal(plain, found)

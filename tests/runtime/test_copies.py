@@ -205,6 +205,32 @@ def of_a_cache(net):
     return SimpleNamespace(build=lambda: kept.net).build
 
 
+def of_a_table(net):
+    """Such as nn.Embedding.from_pretrained(vectors, freeze=False)."""
+
+    def build():
+        made = copies.copy.deepcopy(net)
+        made.hidden.weight = nn.Parameter(TABLE)
+        return made
+
+    global TABLE
+    TABLE = net.hidden.weight.detach()
+    return build
+
+
+class OfATable(Net):
+    """The same as a class."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden.weight = nn.Parameter(TABLE)
+
+
+def of_a_class(net):
+    of_a_table(net)
+    return OfATable
+
+
 class Around(nn.Module):
     def __init__(self, inner):
         super().__init__()
@@ -214,7 +240,7 @@ class Around(nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.parametrize("factory", [of_a_lambda, of_a_part, of_a_cache])
+@pytest.mark.parametrize("factory", [of_a_lambda, of_a_part, of_a_cache, of_a_table, of_a_class])
 def test_soups_of_a_factory_that_keeps_its_network_are_apart(zoo: Zoo, factory):
     """Once, the second soup was the first one, too."""
     states = dict(zoo.checkpoints)
