@@ -21,10 +21,8 @@ FOLDER_WEIGHTS = (
     "params.safetensors",
     "params.pt",
 )
-TRAINER_STATE = "trainer_state.json"  # written by transformers
-# files that mark a folder with weights as a checkpoint; networks that are not of transformers have
-# no config.json
-MARKS = ("config.json", "history.json", TRAINER_STATE, "training_args.bin")
+STEP = re.compile(r"checkpoint-\d+")  # a folder written by transformers' Trainer
+TRAINER_STATE = "trainer_state.json"  # in it
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT's names
 # files that training loops write next to the weights
 NOT_WEIGHTS = re.compile(
@@ -40,7 +38,9 @@ def find_weights(folder: Path) -> Path | None:
     found = next((folder / name for name in FOLDER_WEIGHTS if (folder / name).is_file()), None)
     if (folder / CONFIG).is_file():
         return _adapter_weights(folder, found)
-    marks = (*MARKS, *(name for name in FOLDER_WEIGHTS if INDEX in name))
+    marks = ("config.json", "history.json", *(name for name in FOLDER_WEIGHTS if INDEX in name))
+    if STEP.fullmatch(folder.name):  # networks that are not of transformers have no config.json
+        marks += (TRAINER_STATE,)
     is_skorch = found is not None and found.stem == "params"
     return found if is_skorch or any((folder / mark).is_file() for mark in marks) else None
 

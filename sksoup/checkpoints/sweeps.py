@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from ..exceptions import CheckpointError, SoupWarning
-from .folders import TRAINER_STATE, find_weights, list_files, place_of_checkpoint
+from .folders import STEP, TRAINER_STATE, find_weights, list_files, place_of_checkpoint
 from .modules import MODULES, module_folders
 from .read import place_of, real_path, suffix_of
 from .records import Record, read_lightning, read_trainer
@@ -20,7 +20,6 @@ from .records import Record, read_lightning, read_trainer
 Which: TypeAlias = Literal["best", "last", "all"]
 
 DEPTH = 2  # levels of folders between a sweep and its runs
-STEP = re.compile(r"checkpoint-\d+")  # a folder written by Trainer
 # Lightning's folders, which do not count as levels
 LIGHTNING = re.compile(r"lightning_logs|version_\d+|checkpoints")
 

@@ -10,9 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.folders import STEP
 from ..checkpoints.hub_config import output_labels
 from ..checkpoints.read import RealFile
-from ..checkpoints.sweeps import STEP
 from ..checkpoints.texts import read_text
 from ..exceptions import CheckpointError
 

@@ -62,6 +62,11 @@ def test_runs_of_a_network_that_is_not_of_transformers(sweep):
     save_file(STATE, run / "model.safetensors")  # of trainer.save_model()
     (run / "training_args.bin").write_bytes(b"pickle")
     assert files(from_path(sweep)) == expected
+    other = sweep.parent / "other"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("checkpoint-*"))
+    for name in ("lr1e-5", "lr3e-5"):
+        save_file(STATE, other / f"{name}.safetensors")
+    assert len(from_path(other)) == 3  # files of several runs
 
 
 def test_hidden_files_are_no_checkpoints(tmp_path):
