@@ -69,7 +69,7 @@ def find_companions(source: Path, others: Sequence[Path] = ()) -> tuple[list[Pat
     modules = module_folders(source)
     refuse_unused_weights(source, modules)
     for folder in (source, *modules):
-        refuse_other_weights(folder)
+        refuse_other_weights(folder, NOT_COMPANIONS)
     # a module may be inside another one, and may hold data, code, or whole models for runtimes
     of_modules = [
         path

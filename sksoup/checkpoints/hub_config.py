@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
@@ -119,15 +119,18 @@ def _is_quantized(file: RealFile) -> bool:
     return any(part.get("quantization_config") for part in _parts(found))
 
 
-def refuse_other_weights(folder: Path) -> None:
-    """Raise an error if other programs would load other weights because of the configuration."""
+def refuse_other_weights(folder: Path, left_out: Collection[str] = ()) -> None:
+    """Raise an error if other programs would load other weights because of the configuration.
+
+    Files that are ``left_out`` of a copy are not looked at.
+    """
     for path in [folder / "config.json", *sorted(folder.glob(SENTENCE_CONFIGS))]:
         if path.exists() and not path.is_dir():
             _refuse_others_in(RealFile.at(path), path.name == "config.json")
     if not (folder / "config.json").exists():  # the others are of something else
         return
     for name, field in OTHER_CONFIGS.items():
-        if (path := folder / name).is_file():
+        if name not in left_out and (path := folder / name).is_file():
             with suppress(json.JSONDecodeError, RecursionError):  # nor can transformers read it
                 found = json.loads(read_text(path, MOST_BYTES))
                 _refuse_other_files(found if isinstance(found, dict) else {}, field, path)

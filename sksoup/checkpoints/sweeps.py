@@ -97,8 +97,8 @@ class Run:
             if step >= 0 and path.name == self.record.best:
                 rank = 0
             named = TIME.search(path.stem)
-            # without the suffix, Lightning's best is before best-v1
-            key = natural_key(path.with_suffix(""))
+            # Lightning's best.ckpt is before best-v1.ckpt
+            key = natural_key(Path(re.sub(r"(-v\d+)(\.[^./]*)$", r"\2\1", str(path))))
             return step, rank, int(named[1]) if named else -1, key
 
         found: dict[object, Path] = {}

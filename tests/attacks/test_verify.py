@@ -312,7 +312,8 @@ def test_what_other_configs_name_are_other_weights(parts, name, field):
         (folder / name).write_text(text)
         assert recipe.verify(folder, ckpts).ok == (field != "adapter_subfolder")
     (folder / name).unlink()
-    (ckpts.path(ckpts.names[0]) / "export.json").write_text("{}")  # without its programs
+    exported = json.dumps({"components": {"model": {"file": "model.pt2"}}})
+    (ckpts.path(ckpts.names[0]) / "export.json").write_text(exported)  # without its program
     out = folder.parent / "out"
     assert main(["average", *[str(ckpts.path(one)) for one in ckpts], "-o", str(out)]) == 0
     assert not (out / "export.json").exists()

@@ -302,6 +302,15 @@ def test_several_files_named_best_are_warned_of(tmp_path, names, best):
     assert files(found) == [f"{tmp_path.name}/best_model.safetensors"]
 
 
+def test_other_names_with_hyphens_are_in_the_order_of_names(tmp_path):
+    for name in ("net", "net-old"):
+        save_file(STATE, tmp_path / f"{name}.safetensors")
+    assert files(from_path(tmp_path / "*"))[-1].endswith("/net.safetensors")
+    torch.save({"state_dict": STATE}, tmp_path / "last.ckpt")  # a run
+    torch.save({"state_dict": STATE, "x": 1}, tmp_path / "last-v1.ckpt")
+    assert files(from_path(tmp_path, which="last"))[-1].endswith("/last-v1.ckpt")
+
+
 def test_a_copy_that_is_named_the_best_is_found(tmp_path):
     for k in range(2):
         run = write_lightning(tmp_path / "s" / f"trial_{k}", [0.5, 0.3, 0.4], monitor=None)
