@@ -6,7 +6,6 @@ import inspect
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -131,9 +130,17 @@ def refuse_other_weights(folder: Path, left_out: Collection[str] = ()) -> None:
         return
     for name, field in OTHER_CONFIGS.items():
         if name not in left_out and (path := folder / name).is_file():
-            with suppress(json.JSONDecodeError, RecursionError):  # nor can transformers read it
-                found = json.loads(read_text(path, MOST_BYTES))
-                _refuse_other_files(found if isinstance(found, dict) else {}, field, path)
+            _refuse_other_files({field: _names_others(RealFile.at(path), field)}, field, path)
+
+
+@lru_cache(maxsize=KEPT)  # many paths may be links to one file
+def _names_others(file: RealFile, field: str) -> bool:
+    """Whether a file has this field; not if it is no JSON, which transformers can't read either."""
+    try:
+        found = json.loads(read_text(file.path, MOST_BYTES))
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return isinstance(found, dict) and bool(found.get(field))
 
 
 @lru_cache(maxsize=KEPT)  # many paths may be links to one file
