@@ -83,7 +83,7 @@ def _place(tensor: torch.Tensor) -> int:
     """A negative number for the memory of a tensor, so that it is no id; 0 if it has none."""
     try:
         return -tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # of another kind, or not initialized
+    except (RuntimeError, ValueError):  # of another kind, or lazy
         return 0
 
 
