@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from unittest.mock import patch
@@ -380,3 +381,20 @@ def test_a_fit_is_refused_where_its_tokenizer_could_not_be_copied(runs, tmp_path
     with pytest.raises(CheckpointError, match=r"vocab\.txt' can't be copied: it is a link"):
         output.check_companions(tmp_path / "out", ckpts, tmp_path / "tokenizer")
     output.check_companions(tmp_path / "out.safetensors", ckpts, tmp_path / "tokenizer")
+
+
+@pytest.mark.skipif(not hasattr(os, "O_PATH"), reason="elsewhere Python resolves the path")
+def test_links_to_companions_are_resolved_at_once(tmp_path):
+    source = tmp_path / "model"
+    inner = source.joinpath("x", *["a"] * 200)
+    inner.mkdir(parents=True)
+    (source / "config.json").write_text("{}")
+    (source / "x" / "link").symlink_to(inner.joinpath(*[".."] * 200, "data"))
+    (source / "x" / "data").write_text("{}")
+    for k in range(5):
+        (source / f"t{k}.json").symlink_to("x/link")
+    (tmp_path / "copy").mkdir()
+    with patch.object(os, "lstat", wraps=os.lstat) as looks:
+        copy_companions(source, tmp_path / "copy")
+    assert (tmp_path / "copy" / "t4.json").read_text() == "{}"
+    assert looks.call_count < 100

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from sksoup import CheckpointError
+from sksoup.checkpoints import hub_config
 from sksoup.checkpoints.hub_config import MANY, read_config
 from sksoup.checkpoints.protocol import TensorInfo
 
@@ -27,3 +30,17 @@ def test_as_many_parts_as_the_weights_have_are_allowed(tmp_path):
         read_config(path, {})
     header = {"head.weight": TensorInfo((MANY + 1, 4), torch.float32)}
     assert read_config(path, header) == {"num_labels": MANY + 1}
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+@pytest.mark.parametrize("name", hub_config.OTHER_CONFIGS)
+def test_links_to_another_config_are_parsed_once(tmp_path, link, name):
+    (tmp_path / "shared").write_text(json.dumps({"labels": [name]}))
+    for k in range(5):
+        (tmp_path / f"{k}").mkdir()
+        (tmp_path / f"{k}" / "config.json").write_text("{}")
+        link(tmp_path / "shared", tmp_path / f"{k}" / name)
+    with patch.object(hub_config, "read_text", wraps=hub_config.read_text) as read:
+        for k in range(5):
+            hub_config.refuse_other_weights(tmp_path / f"{k}")
+    assert [call.args[0].name for call in read.call_args_list].count(name) == 1

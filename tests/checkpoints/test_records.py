@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from sksoup import CheckpointCollection, CheckpointError
+from sksoup.checkpoints import records
 
 from .runs import write_folder, write_lightning, write_trainer
 
@@ -133,3 +135,19 @@ def test_the_state_of_a_run_that_is_no_state(tmp_path):
     assert from_path(tmp_path / "s", which="best").path("checkpoint-10").name == "checkpoint-10"
     state.unlink()
     assert len(from_path(tmp_path / "s", which="best")) == 1
+
+
+def test_the_metrics_of_a_run_are_looked_at_once():
+    """There may be a hundred thousand, and thousands of checkpoints."""
+
+    class Metrics(dict):
+        n_walks = 0
+
+        def __iter__(self):
+            Metrics.n_walks += 1
+            return super().__iter__()
+
+    record = records.Record(metrics=Metrics(eval_a=1, eval_b=1))
+    with pytest.raises(CheckpointError, match="have no 'eval_a'"):
+        records.recorded_scores([(Path(f"checkpoint-{k}"), record) for k in range(50)])
+    assert Metrics.n_walks <= 1

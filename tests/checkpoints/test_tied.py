@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from sksoup import (
     UniformSoup,
     mix,
 )
+from sksoup.checkpoints.tied import drop_copies
 from sksoup.inspection import interpolation_path
 
 from ..zoo import around, same_tensors
@@ -179,3 +181,19 @@ def test_tensors_without_an_address_are_not_tied():
     state = {str(i): value.as_subclass(Distributed) for i, value in enumerate(values)}
     held = CheckpointCollection([state])["checkpoint0"]
     assert all(torch.equal(held[name], state[name]) for name in state)
+
+
+def test_a_header_that_many_share_is_walked_once():
+    """Adapters that add no tensor have that of their base."""
+
+    class Header(dict):
+        n_walks = 0
+
+        def __iter__(self):
+            Header.n_walks += 1
+            return super().__iter__()
+
+    header = Header(a=1, b=2)
+    entries = [SimpleNamespace(header=header) for _ in range(50)]
+    assert drop_copies(entries, None) == entries
+    assert Header.n_walks <= 1
