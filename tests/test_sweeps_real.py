@@ -53,6 +53,48 @@ def test_runs_of_trainer(tmp_path):
 
 
 @pytest.mark.filterwarnings("default")  # theirs
+def test_runs_of_trainer_with_any_network(tmp_path):
+    """Which writes no config.json; the final model was taken for one more checkpoint."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+
+    class Network(nn.Linear):
+        def forward(self, x, labels=None):
+            logits = super().forward(x)
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    torch.manual_seed(0)
+    rows = [{"x": torch.randn(4), "labels": k % 2} for k in range(32)]
+    finals = []
+    for k in range(2):
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / "sweep" / f"run-{k}"), num_train_epochs=3, learning_rate=3.0, seed=k,
+            per_device_train_batch_size=16, eval_strategy="epoch", save_strategy="epoch",
+            load_best_model_at_end=True, report_to="none", use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            Network(4, 2), arguments, train_dataset=rows, eval_dataset=rows
+        )
+        trainer.train()
+        trainer.save_model()
+        finals.append(trainer.state.best_global_step)
+    assert finals != [6, 6]  # the final model is not the last
+    steps = tuple(f"checkpoint-{n}" for n in (2, 4, 6))
+    open_sweep = partial(from_path, tmp_path / "sweep", module=partial(nn.Linear, 4, 2))
+    assert from_path(tmp_path / "sweep" / "run-0").names == steps
+    assert len(open_sweep(which="all")) == 6
+    for which, names in (
+        ("last", ["checkpoint-6"] * 2),
+        ("best", [steps[n // 2 - 1] for n in finals]),
+    ):
+        found = open_sweep(which=which)
+        assert [found.path(name).name for name in found] == names
+    found = CheckpointCollection([tmp_path / "sweep" / "run-0"])  # which is a checkpoint, too
+    best = from_path(tmp_path / "sweep" / "run-0", which="best")
+    assert torch.equal(found["run-0"]["weight"], best[best.names[0]]["weight"])
+
+
+@pytest.mark.filterwarnings("default")  # theirs
 def test_a_study_of_optuna_with_lightning(tmp_path, caplog):
     lightning = pytest.importorskip("lightning")
     optuna = pytest.importorskip("optuna")

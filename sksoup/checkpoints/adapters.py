@@ -136,7 +136,8 @@ class AdapterCheckpoint(LowRankCheckpoint):
                 f"its tensor {wrong[0]!r} does not have a name that PEFT uses, expected "
                 f"{PREFIX + '...'!r}. Save it with model.save_pretrained(folder)"
             )
-        self.config.check_work({name.partition(".lora_")[0] for name in header})
+        # the names of modules may have ".lora_" in them, too
+        self.config.check_work({name.rpartition(".lora_")[0] or name for name in header})
         taken: set[str] = set()
         for a_end, b_end in PAIRS:
             for a in [name for name in header if name.endswith(a_end)]:

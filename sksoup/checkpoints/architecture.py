@@ -23,7 +23,9 @@ ModuleSource: TypeAlias = nn.Module | Callable[[], nn.Module]
 
 
 def _build_skorch_module(net: Any) -> nn.Module:
-    module: nn.Module = copy.deepcopy(net).initialize().module_
+    given = getattr(net, "module", None)
+    memo = {id(given): copied(given)} if isinstance(given, nn.Module) else {}
+    module: nn.Module = copy.deepcopy(net, memo).initialize().module_
     return module
 
 

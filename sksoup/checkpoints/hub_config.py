@@ -136,9 +136,10 @@ def refuse_other_weights(folder: Path, left_out: Collection[str] = ()) -> None:
 @lru_cache(maxsize=KEPT)  # many paths may be links to one file
 def _names_others(file: RealFile, field: str) -> bool:
     """Whether a file has this field; not if it is no JSON, which transformers can't read either."""
+    text = read_text(file.path, MOST_BYTES)
     try:
-        found = json.loads(read_text(file.path, MOST_BYTES))
-    except (json.JSONDecodeError, RecursionError):
+        found = json.loads(text)
+    except (ValueError, RecursionError):
         return False
     return isinstance(found, dict) and bool(found.get(field))
 

@@ -26,7 +26,7 @@ OF_PEFT = re.compile(
     r"|\.((gralora|delora|poly_lora|hira|hira_embedding|lily|adamss)_[AB]|delora_lambda|tinylora_v|"
     r"unilora_theta_d|glora_[A-E]|psoft_R|deft_[PR]|shira_weight|c3a_kernel|miss_block|"
     r"road_(theta|alpha)|(pvera|frod)_lambda)(?![a-z])"
-    r"|[._]lora\.(down|up)\.|^prompt_embeddings$"
+    r"|[._]lora\d*\.(down|up)\.|^prompt_embeddings$"
 )
 
 # the last layers of transformers' classifiers

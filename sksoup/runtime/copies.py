@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import dis
-from collections.abc import Iterator
+import gc
+from collections import deque
+from collections.abc import Iterable, Iterator
 from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 from torch import nn
 
 Network = TypeVar("Network", bound=nn.Module)
 EMPTY = object()  # the content of a variable that has no value yet
 MOST = 100_000  # objects that are looked at in an attribute
+PLAIN = (str, int, float, bool, bytes, type(None))  # which refer to nothing
 # the modules with tensors in what factories returned, by the places of these tensors
 BUILT: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 
@@ -28,13 +32,13 @@ def copied(network: Network) -> Network:
     """
     memo: dict[int, Any] = {}
     found = copy.deepcopy(network, memo)
-    originals = _parts(network)
+    original = Original(network)
     for name, module in found.named_modules():
         for attribute, value in [*vars(module).items()]:
-            if not _calls(value, originals):
+            if not original.is_called_in(value):
                 continue
-            vars(module)[attribute] = _rebound(value, originals, memo)
-            if _calls(vars(module)[attribute], originals):
+            vars(module)[attribute] = _rebound(value, original, memo)
+            if original.is_called_in(vars(module)[attribute]):
                 raise ValueError(
                     f"A copy of {type(network).__name__} can't be made: {attribute!r} of "
                     f"{repr(name) if name else 'the network'} is or holds a function that finds "
@@ -47,9 +51,8 @@ def copied(network: Network) -> Network:
 
 def refers_to_itself(network: nn.Module) -> bool:
     """Whether a function of the network refers to it, so that `copy.deepcopy` is no full copy."""
-    originals = _parts(network)
     held = (value for module in network.modules() for value in vars(module).values())
-    return any(_calls(value, originals) for value in held)
+    return any(map(Original(network).is_called_in, held))
 
 
 def of_its_own(network: Network, factory: Any) -> Network:
@@ -57,20 +60,58 @@ def of_its_own(network: Network, factory: Any) -> Network:
 
     Otherwise all soups would be one network, such as with ``module=lambda: network``.
     """
-    built = factory.__init__ if isinstance(factory, type) else factory  # type: ignore[misc]
     places = {place: part for part in network.modules() for place in _places(part)}
     before = {place: BUILT.get(place) for place in places}
     is_built = any(part is not None and place in _places(part) for place, part in before.items())
-    if is_built or _calls(built, _parts(network), is_shared=True):
+    if is_built or Original(network).is_kept_by(factory):
         return copied(network)
     BUILT.update(places)
     return network
 
 
-def _parts(network: nn.Module) -> set[int]:
-    """The ids of its modules and tensors, and where the values of these are."""
-    tensors = (*network.parameters(), *network.buffers())
-    return {id(x) for x in (*network.modules(), *tensors)} | ({*map(_place, tensors)} - {0})
+class Original:
+    """A network, and what was found not to refer to it, so that this is looked at once."""
+
+    def __init__(self, network: nn.Module) -> None:
+        tensors = (*network.parameters(), *network.buffers())
+        # the ids of its modules and tensors, and where the values of these are
+        self._parts = {id(x) for x in (*network.modules(), *tensors)} | {*map(_place, tensors)}
+        self._parts -= {0}
+        self._others: set[tuple[int, bool]] = set()
+
+    def is_called_in(self, value: Any, is_shared: bool = False) -> bool:
+        """Whether a function in ``value`` refers to a part of the network."""
+        todo, seen = [(value, is_shared)], set[tuple[int, bool]]()
+        while todo and len(seen) < MOST:
+            value, is_shared = todo.pop()  # what is reached through a function is not copied
+            if is_shared and self._has(value):
+                return True
+            key = (id(value), is_shared)
+            if key in seen or key in self._others:
+                continue
+            seen.add(key)
+            is_shared = is_shared or isinstance(value, FunctionType)
+            todo += [(x, is_shared) for x in _within(value, is_shared) if type(x) not in PLAIN]
+        if not todo:
+            self._others |= seen
+        return False
+
+    def is_kept_by(self, factory: Any) -> bool:
+        """Whether a part of the network is in the variables of a factory, or in objects there."""
+        # those that are near first: that of transformers' Trainer is before its data
+        built = factory.__init__ if isinstance(factory, type) else factory  # type: ignore[misc]
+        todo, seen = deque([built]), set[int]()
+        while todo and len(seen) < MOST:
+            value = todo.popleft()
+            if self._has(value):
+                return True
+            if id(value) not in seen:
+                seen.add(id(value))
+                todo += [x for x in _held(value) if type(x) not in PLAIN]
+        return False
+
+    def _has(self, value: Any) -> bool:
+        return id(value) in self._parts or _place(value) in self._parts
 
 
 def _places(module: nn.Module) -> set[int]:
@@ -79,19 +120,23 @@ def _places(module: nn.Module) -> set[int]:
     return {*map(_place, tensors)} - {0}
 
 
-def _place(tensor: torch.Tensor) -> int:
-    """A negative number for the memory of a tensor, so that it is no id; 0 if it has none."""
+def _place(value: Any) -> int:
+    """A negative number for the memory of a tensor or array, so that it is no id; 0 for others."""
+    if issubclass(type(value), np.ndarray):
+        return -int(value.ctypes.data)
+    if not issubclass(type(value), torch.Tensor):
+        return 0
     try:
-        return -tensor.untyped_storage().data_ptr()
+        return -int(value.untyped_storage().data_ptr())
     except (RuntimeError, ValueError):  # of another kind, or lazy
         return 0
 
 
-def _rebound(value: Any, originals: set[int], memo: dict[int, Any]) -> Any:
+def _rebound(value: Any, original: Original, memo: dict[int, Any]) -> Any:
     """A copied attribute, in which functions are replaced by ones that refer to the copy."""
     if isinstance(value, FunctionType):
-        return _rebound_function(value, originals, memo)
-    again = partial(_rebound, originals=originals, memo=memo)
+        return _rebound_function(value, original, memo)
+    again = partial(_rebound, original=original, memo=memo)
     if isinstance(value, MethodType):
         return MethodType(again(value.__func__), value.__self__)
     if isinstance(value, partial):
@@ -107,15 +152,15 @@ def _rebound(value: Any, originals: set[int], memo: dict[int, Any]) -> Any:
     return value
 
 
-def _rebound_function(value: FunctionType, originals: set[int], memo: dict[int, Any]) -> Any:
+def _rebound_function(value: FunctionType, original: Original, memo: dict[int, Any]) -> Any:
     """A function like this one, with copies of what it refers to of the original network."""
-    if id(value) in memo or not _calls(value, originals):
+    if id(value) in memo or not original.is_called_in(value):
         return memo.get(id(value), value)
 
     def of_copy(x: Any) -> Any:
-        if not isinstance(x, FunctionType) and _calls(x, originals, is_shared=True):
+        if not isinstance(x, FunctionType) and original.is_called_in(x, is_shared=True):
             x = copy.deepcopy(x, memo)
-        return _rebound(x, originals, memo)
+        return _rebound(x, original, memo)
 
     cells = tuple(CellType() for _ in value.__closure__ or ())
     made = FunctionType(value.__code__, value.__globals__, value.__name__, None, cells)
@@ -130,22 +175,6 @@ def _rebound_function(value: FunctionType, originals: set[int], memo: dict[int, 
         if (held := _content(old)) is not EMPTY:
             cell.cell_contents = of_copy(held)
     return made
-
-
-def _calls(value: Any, parts: set[int], is_shared: bool = False) -> bool:
-    """Whether a function in ``value`` refers to one of the objects with these ids."""
-    todo, seen = [(value, is_shared)], set[tuple[int, bool]]()
-    while todo and len(seen) < MOST:
-        value, is_shared = todo.pop()  # what is reached through a function is not copied
-        if is_shared and id(value) in parts:
-            return True
-        if is_shared and isinstance(value, torch.Tensor) and _place(value) in parts:
-            return True
-        if (id(value), is_shared) not in seen:
-            seen.add((id(value), is_shared))
-            is_shared = is_shared or isinstance(value, FunctionType)
-            todo += [(inner, is_shared) for inner in _within(value, is_shared)]
-    return False
 
 
 def _within(value: Any, is_shared: bool) -> Iterator[Any]:
@@ -171,6 +200,15 @@ def _within(value: Any, is_shared: bool) -> Iterator[Any]:
         yield from value
     elif isinstance(value, nn.Module) and is_shared:
         yield from (*value.modules(), *value.parameters(), *value.buffers())
+
+
+def _held(value: Any) -> Iterable[Any]:
+    """What an object, maybe a proxy, refers to; of classes and modules of Python nothing."""
+    if type(value) is FunctionType:
+        used = (value.__globals__.get(name) for name in _globals(value.__code__))
+        default = (value.__defaults__, value.__kwdefaults__)
+        return (*used, *default, *(value.__closure__ or ()), vars(value))
+    return () if issubclass(type(value), (type, ModuleType)) else gc.get_referents(value)
 
 
 def _content(cell: CellType) -> Any:

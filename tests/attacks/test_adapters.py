@@ -428,8 +428,9 @@ def test_patterns_are_bounded_by_the_modules_that_they_are_matched_with(tmp_path
     refused("too long to match with 1,000 modules", folder, module=base)
 
 
-def test_patterns_are_bounded_by_the_longest_name(tmp_path):
-    name = "a" * 850
+@pytest.mark.parametrize("start", ["a", "lora_"])
+def test_patterns_are_bounded_by_the_longest_name(tmp_path, start):
+    name = start + "a" * 850
     base = nn.ModuleDict({name: nn.Linear(1, 1)})
     folder = save(tmp_path / "run", copy.deepcopy(base), r=1, target_modules=[name])
     CheckpointCollection([configured(folder, exclude_modules=".*b")], module=base)

@@ -308,7 +308,8 @@ def test_what_other_configs_name_are_other_weights(parts, name, field):
     (folder / name).write_text(json.dumps({field: "../extra"}))
     with pytest.raises(CheckpointError, match=rf"{name}' refers to other weights .*{field}"):
         recipe.verify(folder, ckpts)
-    for text in ('{"id": 1}\n{"id": 2}', "[" * 100_000, "[]", '{"components": {}}'):  # of others
+    no_number = f'{{"{field}": {"1" * 5000}}}'  # for Python
+    for text in ('{"id": 1}\n{"id": 2}', "[" * 100_000, no_number, "[]", '{"components": {}}'):
         (folder / name).write_text(text)
         assert recipe.verify(folder, ckpts).ok == (field != "adapter_subfolder")
     (folder / name).unlink()

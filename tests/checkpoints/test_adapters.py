@@ -329,7 +329,7 @@ def test_a_network_in_memory_that_is_no_peft_model_is_refused():
     model = peft_model(0)
     for given in (model.state_dict(), model.base_model, model.get_base_model()):
         refused("a factor of a PEFT adapter, and the product of averaged factors is not", [given])
-    for name in ("to_q.lora.down", "to_q_lora.up", "q.processor.to_k_lora.down"):
+    for name in ("to_q.lora.down", "to_q_lora.up", "q.processor.to_k_lora.down", "proj_lora1.up"):
         given = {f"unet.attn.{name}.weight": torch.ones(2, 2)}  # as diffusers names them
         refused("a factor of a PEFT adapter, and the product of averaged factors is not", [given])
     vera = peft.get_peft_model(build(), peft.VeraConfig(target_modules=["lin"], r=2))

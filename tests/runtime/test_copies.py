@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
+from functools import cache, partial
 from types import MethodType, SimpleNamespace
 from unittest.mock import patch
+from weakref import proxy
 
 import joblib
 import numpy as np
 import pytest
 import torch
+from skorch import NeuralNetClassifier
 from torch import nn
 
 from sksoup import BestCheckpoint, CheckpointCollection, GreedySoup, UniformSoup, mix
@@ -141,7 +143,8 @@ def test_each_checkpoint_is_scored_with_its_own_weights(zoo: Zoo, change):
     assert len({*expected}) > 1
     values = []
     with warnings.catch_warnings(action="ignore"):
-        for given, module in ((states, net), (nets, None), (states, build)):
+        skorch_net = NeuralNetClassifier(net, criterion=nn.CrossEntropyLoss)
+        for given, module in ((states, net), (nets, None), (states, build), (states, skorch_net)):
             collection = CheckpointCollection(given, module=module)
             for n_jobs in (None, 2):
                 with joblib.parallel_config("threading"):
@@ -150,7 +153,7 @@ def test_each_checkpoint_is_scored_with_its_own_weights(zoo: Zoo, change):
             soup = UniformSoup().fit(collection, zoo.X, zoo.y)
             found = ingredient_importance(soup, zoo.X, zoo.y, scoring="neg_log_loss")
             values.append([*found.importances.values()])
-    assert values[0] == values[1] == values[2]
+    assert values[0] == values[1] == values[2] == values[3]
     assert len({*values[0]}) > 1
 
 
@@ -164,6 +167,31 @@ def test_functions_that_find_the_network_as_a_global_are_refused(zoo: Zoo):
     assert same_tensors(mix(collection, [1.0]), net.state_dict())
     with pytest.raises(ValueError, match="copy of Net can't be made"):
         GreedySoup().fit(collection, zoo.X, zoo.y)
+
+
+def test_what_functions_of_all_layers_refer_to_is_looked_at_once():
+    """Once, 800 layers with a function that refers to the network took 17 s."""
+    looks = []
+    for n in (8, 32):
+        net = nn.Sequential(*(nn.Linear(2, 2) for _ in range(n)))
+        for layer in net:
+            layer.call = lambda x, net=net, layer=layer: layer(x) / len(net)
+        with patch.object(copies, "_within", wraps=copies._within) as look:
+            found = copied(net)
+        looks.append(look.call_count)
+        expected = net[5](torch.ones(2))
+        with torch.no_grad():
+            net[5].bias += 1
+        assert torch.equal(n * found[5].call(torch.ones(2)), expected)
+    assert looks[1] < 4.5 * looks[0]
+
+
+def test_words_in_a_network_are_not_looked_at():
+    net = nn.Linear(2, 2)
+    net.words = {f"word{k}": k for k in range(1000)}
+    with patch.object(copies, "_within", wraps=copies._within) as look:
+        copied(net)
+    assert look.call_count < 100
 
 
 def test_metrics_in_a_network_wrap_their_own_methods_again():
@@ -231,6 +259,45 @@ def of_a_class(net):
     return OfATable
 
 
+def of_an_array(net):
+    """The network itself is new."""
+    array = net.hidden.weight.detach().numpy().copy()
+
+    def build():
+        made = copies.copy.deepcopy(net)
+        made.hidden.weight = nn.Parameter(torch.from_numpy(array))
+        return made
+
+    build.array = array
+    return build
+
+
+def of_a_cached_function(net):
+    return cache(lambda: copies.copy.deepcopy(net))
+
+
+class Keeper:
+    """Such as transformers' Trainer, with ``module=lambda: trainer.model``."""
+
+    def __init__(self, net):
+        self.rows = range(3)
+        self.net = net
+
+    def __call__(self):
+        return self.net
+
+
+def of_a_method(net):
+    return Keeper(net).__call__
+
+
+def of_a_proxy(net):
+    keeper, gone = Keeper(net), Keeper(net)
+    held = [proxy(gone), keeper]
+    del gone
+    return lambda: held[1].net
+
+
 class Around(nn.Module):
     def __init__(self, inner):
         super().__init__()
@@ -240,15 +307,24 @@ class Around(nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.parametrize("factory", [of_a_lambda, of_a_part, of_a_cache, of_a_table, of_a_class])
+FACTORIES = [
+    of_a_lambda, of_a_part, of_a_cache, of_a_table, of_a_class, of_an_array, of_a_cached_function,
+    Keeper, of_a_method, of_a_proxy,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
 def test_soups_of_a_factory_that_keeps_its_network_are_apart(zoo: Zoo, factory):
     """Once, the second soup was the first one, too."""
     states = dict(zoo.checkpoints)
     if factory is of_a_part:
         states = {n: {f"inner.{key}": w for key, w in s.items()} for n, s in states.items()}
-    net = zoo.checkpoints.build_module()
-    before = {name: w.clone() for name, w in net.state_dict().items()}
-    collection = CheckpointCollection(states, module=factory(net))
+    net = copies.copy.deepcopy(zoo.checkpoints.build_module())  # which no collection has built
+    build = factory(net)
+    kept = build() if factory is of_a_cached_function else net
+    array = getattr(build, "array", np.zeros(0))
+    before = {name: w.clone() for name, w in kept.state_dict().items()}, array.copy()
+    collection = CheckpointCollection(states, module=build)
     soups = [UniformSoup(), BestCheckpoint(), UniformSoup()]
     with warnings.catch_warnings(action="ignore"):
         for soup in soups:
@@ -257,8 +333,8 @@ def test_soups_of_a_factory_that_keeps_its_network_are_apart(zoo: Zoo, factory):
     assert same_tensors(uniform, again)
     assert not same_tensors(uniform, best)
     assert same_tensors(uniform, mix(collection, np.full(len(states), 1 / len(states))))
-    if factory is not of_a_cache:  # which can't be seen before the second time
-        assert same_tensors(net.state_dict(), before)
+    assert same_tensors(kept.state_dict(), before[0])
+    np.testing.assert_array_equal(array, before[1])
 
 
 def test_new_networks_are_not_copied(zoo: Zoo):
