@@ -41,10 +41,8 @@ def find_weights(folder: Path) -> Path | None:
     marks = ("config.json", "history.json", *(name for name in FOLDER_WEIGHTS if INDEX in name))
     if STEP.fullmatch(folder.name):  # networks that are not of transformers have no config.json
         marks += (TRAINER_STATE,)
-    if found is None or found.stem == "params" or any((folder / name).is_file() for name in marks):
-        return found
-    is_final = any(STEP.fullmatch(path.name) for path in folder.glob("checkpoint-*"))  # of Trainer
-    return found if is_final else None
+    is_skorch = found is not None and found.stem == "params"
+    return found if is_skorch or any((folder / mark).is_file() for mark in marks) else None
 
 
 def _adapter_weights(folder: Path, whole: Path | None) -> Path:

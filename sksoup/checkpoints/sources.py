@@ -182,7 +182,7 @@ def _in_words(runs: Sequence[Run], which: Which) -> str:
     said = f"{'all' if which == 'all' else f'the {which}'} of {of}"
     if which == "best" and (untold := sum(run.best is None for run in runs)):
         said += f", the last of {untold} without a record of the best"
-    if which == "all" and any(run.has_final for run in runs):
+    if which == "all" and any(run.final for run in runs):
         said += ", without the final model beside them"
     return said
 

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from ..exceptions import CheckpointError, SoupWarning
-from .folders import STEP, TRAINER_STATE, find_weights, list_files, place_of_checkpoint
+from .folders import (
+    FOLDER_WEIGHTS,
+    STEP,
+    TRAINER_STATE,
+    find_weights,
+    list_files,
+    place_of_checkpoint,
+)
 from .modules import MODULES, module_folders
 from .read import place_of, real_path, suffix_of
 from .records import Record, read_lightning, read_trainer
@@ -138,9 +145,9 @@ class Run:
         self._refuse_several(which)
         if which == "best" and self.best is not None:
             return [self.best]
-        # Trainer's final model; if it loaded the best one, it is not the last
+        # the final model, if Trainer has not loaded the best one at the end
         is_last = self.record.best not in {path.name for path in self.checkpoints}
-        return [self.folder] if self.has_final and is_last else self.ordered[-1:]
+        return [self.final] if self.final and is_last else self.ordered[-1:]
 
     def _refuse_several(self, which: Which) -> None:
         """Refuse files of the same step that differ and do not record one best: several runs."""
@@ -158,10 +165,15 @@ class Run:
                     f"the files to mix."
                 )
 
-    @property
-    def has_final(self) -> bool:
-        """Whether the folder itself is a checkpoint, in addition to those in it."""
-        return not self.is_alone and find_weights(self.folder) is not None
+    @cached_property
+    def final(self) -> Path | None:
+        """The final model that Trainer saved in the folder, in addition to the checkpoints."""
+        if self.is_alone:
+            return None
+        if find_weights(self.folder):
+            return self.folder
+        files = [self.folder / name for name in FOLDER_WEIGHTS if self._steps]  # of any network
+        return next((path for path in files if path.is_file()), None)
 
 
 class Seen:
@@ -232,6 +244,8 @@ def find_runs(
         return
     _refuse_modules(folder, inner)
     files = sorted(list_files(folder, suffixes), key=natural_key)
+    if steps:  # without Trainer's final model
+        files = [path for path in files if path.name not in FOLDER_WEIGHTS]
     if files or steps:
         found = sorted([*files, *filter(find_weights, inner)], key=natural_key)
         if looks_below:

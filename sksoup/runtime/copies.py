@@ -20,7 +20,7 @@ Network = TypeVar("Network", bound=nn.Module)
 EMPTY = object()  # the content of a variable that has no value yet
 MOST = 100_000  # objects that are looked at in an attribute
 PLAIN = (str, int, float, bool, bytes, type(None))  # which refer to nothing
-# the modules with tensors in what factories returned, by the places of these tensors
+# the modules with tensors in what factories returned, by their ids and the places of these tensors
 BUILT: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 
 
@@ -60,12 +60,12 @@ def of_its_own(network: Network, factory: Any) -> Network:
 
     Otherwise all soups would be one network, such as with ``module=lambda: network``.
     """
-    places = {place: part for part in network.modules() for place in _places(part)}
-    before = {place: BUILT.get(place) for place in places}
-    is_built = any(part is not None and place in _places(part) for place, part in before.items())
+    keys = {key: part for part in network.modules() for key in _keys(part)}
+    before = {key: BUILT.get(key) for key in keys}
+    is_built = any(part is not None and key in _keys(part) for key, part in before.items())
     if is_built or Original(network).is_kept_by(factory):
         return copied(network)
-    BUILT.update(places)
+    BUILT.update(keys)
     return network
 
 
@@ -114,10 +114,10 @@ class Original:
         return id(value) in self._parts or _place(value) in self._parts
 
 
-def _places(module: nn.Module) -> set[int]:
-    """Where the values of its own tensors are, without those of modules in it."""
+def _keys(module: nn.Module) -> set[int]:
+    """The id of a module that has tensors itself, and where the values of these are now."""
     tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    return {*map(_place, tensors)} - {0}
+    return {id(module), *map(_place, tensors)} - {0} if tensors else set()
 
 
 def _place(value: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache, partial
-from types import MethodType, SimpleNamespace
+from types import MethodType, ModuleType, SimpleNamespace
 from unittest.mock import patch
 from weakref import proxy
 
@@ -20,7 +20,7 @@ from sksoup.inspection import ingredient_importance
 from sksoup.runtime import copies
 from sksoup.runtime.copies import copied
 
-from ..zoo import Net, Zoo, same_tensors
+from ..zoo import Net, Zoo, make_zoo, same_tensors
 
 
 def first(net, x):
@@ -335,6 +335,20 @@ def test_soups_of_a_factory_that_keeps_its_network_are_apart(zoo: Zoo, factory):
     assert same_tensors(uniform, mix(collection, np.full(len(states), 1 / len(states))))
     assert same_tensors(kept.state_dict(), before[0])
     np.testing.assert_array_equal(array, before[1])
+
+
+def test_a_network_that_is_kept_elsewhere_is_known_from_the_second_time_on():
+    """Also if the fit has moved its values, as it widens those of two bytes."""
+    zoo = make_zoo(3, seed=0, batch_norm=False)  # whose counters are not moved
+    elsewhere = ModuleType("elsewhere")
+    elsewhere.net = copies.copy.deepcopy(zoo.checkpoints.build_module()).bfloat16()
+    collection = CheckpointCollection(dict(zoo.checkpoints), module=lambda: elsewhere.net)
+    soups = [UniformSoup(), BestCheckpoint()]
+    with warnings.catch_warnings(action="ignore"):
+        for soup in soups:
+            soup.fit(collection, zoo.X, zoo.y)
+    uniform, best = (soup.state_dict() for soup in soups)
+    assert not same_tensors(uniform, best)
 
 
 def test_new_networks_are_not_copied(zoo: Zoo):
