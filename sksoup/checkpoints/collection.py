@@ -781,8 +781,9 @@ class CheckpointCollection(Mapping[str, dict[str, torch.Tensor]]):
         -------
         module : nn.Module
             A module on the CPU, with the weights that the factory initializes; a copy if the
-            factory keeps what it returns (``lambda: network``). A module that was wrapped with
-            ``fully_shard`` is not copied and stays on its device.
+            factory keeps what it returns (``lambda: network``), as its variables or an earlier
+            call show. A module that was wrapped with ``fully_shard`` is not copied and stays on
+            its device.
 
         Raises
         ------

@@ -6,7 +6,7 @@ import copy
 import dis
 import gc
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
@@ -18,7 +18,8 @@ from torch import nn
 
 Network = TypeVar("Network", bound=nn.Module)
 EMPTY = object()  # the content of a variable that has no value yet
-MOST = 100_000  # objects that are looked at in an attribute
+MOST = 100_000  # objects that are looked at in an attribute or a factory
+WIDEST = 1000  # of these in one object of a factory
 PLAIN = (str, int, float, bool, bytes, type(None))  # which refer to nothing
 # the modules with tensors in what factories returned, by their ids and the places of these tensors
 BUILT: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
@@ -99,15 +100,17 @@ class Original:
     def is_kept_by(self, factory: Any) -> bool:
         """Whether a part of the network is in the variables of a factory, or in objects there."""
         # those that are near first: that of transformers' Trainer is before its data
-        built = factory.__init__ if isinstance(factory, type) else factory  # type: ignore[misc]
-        todo, seen = deque([built]), set[int]()
-        while todo and len(seen) < MOST:
+        todo = deque(vars(factory).values() if isinstance(factory, type) else [factory])
+        seen, n_found = set[int](), 0
+        while todo and n_found < MOST:
             value = todo.popleft()
             if self._has(value):
                 return True
             if id(value) not in seen:
                 seen.add(id(value))
-                todo += [x for x in _held(value) if type(x) not in PLAIN]
+                found = _held(value)
+                n_found += len(found)
+                todo += [x for x in found if type(x) not in PLAIN]
         return False
 
     def _has(self, value: Any) -> bool:
@@ -202,13 +205,22 @@ def _within(value: Any, is_shared: bool) -> Iterator[Any]:
         yield from (*value.modules(), *value.parameters(), *value.buffers())
 
 
-def _held(value: Any) -> Iterable[Any]:
-    """What an object, maybe a proxy, refers to; of classes and modules of Python nothing."""
+def _held(value: Any) -> list[Any]:
+    """What an object, maybe a proxy, refers to; of a large one, the first.
+
+    Of classes and modules of Python, only what a function names: ``models.network``.
+    """
     if type(value) is FunctionType:
-        used = (value.__globals__.get(name) for name in _globals(value.__code__))
+        used = [value.__globals__.get(name) for name in _globals(value.__code__)]
+        spaces = [vars(x) for x in used if issubclass(type(x), (type, ModuleType))]
+        used += [
+            space[name] for space in spaces for name in _names(value.__code__) if name in space
+        ]
         default = (value.__defaults__, value.__kwdefaults__)
-        return (*used, *default, *(value.__closure__ or ()), vars(value))
-    return () if issubclass(type(value), (type, ModuleType)) else gc.get_referents(value)
+        return [*used, *default, *(value.__closure__ or ()), vars(value)]
+    if issubclass(type(value), (type, ModuleType)):
+        return []
+    return gc.get_referents(value)[:WIDEST]
 
 
 def _content(cell: CellType) -> Any:
@@ -216,6 +228,14 @@ def _content(cell: CellType) -> Any:
         return cell.cell_contents
     except ValueError:
         return EMPTY
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The names in the code of a function and of those in it, such as of attributes."""
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _names(inner)
 
 
 def _globals(code: CodeType) -> Iterator[str]:
