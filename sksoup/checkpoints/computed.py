@@ -32,8 +32,8 @@ def computed_names(module: nn.Module) -> set[str]:
 def ignored_names(module: nn.Module, names: Iterable[str]) -> set[str]:
     """Names that files may hold and ``from_pretrained`` ignores, such as masks of old versions."""
     patterns = _named_by(module, "_keys_to_ignore_on_load_unexpected")
-    others = {n for n in names if len(n) <= LONGEST_MATCHED} - module.state_dict().keys()
-    return {name for name in others if any(re.search(each, name) for each in patterns)}
+    short = (name for name in names if len(name) <= LONGEST_MATCHED)
+    return {name for name in short if any(re.search(each, name) for each in patterns)}
 
 
 def counters_of(names: Collection[str]) -> set[str]:

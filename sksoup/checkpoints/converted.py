@@ -65,6 +65,27 @@ class Plan:
         return names.union(*({name for name, _ in one.sources} for one in made))
 
 
+class Target:
+    """A transformers model, and what is found in it once for all files."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network: Any = network
+        self.state = network.state_dict()
+        # older versions stored tensors that modules compute when they are built, such as positions
+        # and masks
+        self.unsaved = {name for name, _ in network.named_buffers()} - self.state.keys()
+        table = _table(network)
+        self._transforms = [] if table is None else table(network)
+
+    def transforms(self) -> list[Any]:
+        """The entries of transformers' conversion table; copies, as some have a state."""
+        return copy.deepcopy(self._transforms)
+
+    def ignored(self, names: Iterable[str]) -> set[str]:
+        """Those of these names that are not the model's, and that ``from_pretrained`` ignores."""
+        return ignored_names(self.network, {*names} - self.state.keys())
+
+
 class ConvertedCheckpoint(Checkpoint):
     """A checkpoint with the tensor names of a module; its digest is that of the file."""
 
@@ -133,6 +154,7 @@ def convert_names(entries: Sequence[Entry], module: ModuleSource | None) -> list
     network = _network(entries, module)
     if network is None:
         return entries
+    target = Target(network)
     planned: dict[tuple[Any, ...], Plan | None] = {}  # most files have the same names
     converted = []
     for entry in entries:
@@ -141,7 +163,7 @@ def convert_names(entries: Sequence[Entry], module: ModuleSource | None) -> list
             continue
         kind = _is_in_hub_folder(entry), entry.prefix, frozenset(entry.checkpoint.header.items())
         if kind not in planned:
-            planned[kind] = _plan(entry, network, is_stored=kind[0])
+            planned[kind] = _plan(entry, target, is_stored=kind[0])
         plan = planned[kind]
         if plan is None:
             converted.append(entry)
@@ -201,22 +223,22 @@ def _is_in_hub_folder(entry: Entry) -> bool:
     return is_whole and path is not None and hub_folder(path) is not None
 
 
-def _plan(entry: Entry, network: nn.Module, is_stored: bool) -> Plan | None:
+def _plan(entry: Entry, target: Target, is_stored: bool) -> Plan | None:
     """How to convert a checkpoint, by its header; None if its names are the module's."""
-    wanted = network.state_dict().keys()
+    wanted = target.state.keys()
     prefixes = [entry.prefix] if entry.is_given or entry.prefix else prefixes_of([*entry.header])
     for prefix in prefixes:  # the first after which all names become the module's
         tried = Entry(entry.checkpoint, prefix)
-        renamed = _rename(tried.header, network)
+        renamed = _rename(tried.header, target)
         found = {new for new, *_ in renamed}
-        if found - ignored_names(network, found) <= wanted:
+        if found - target.ignored(found) <= wanted:
             break
     else:
         tried = Entry(entry.checkpoint, entry.prefix)
-        renamed = _rename(tried.header, network)
+        renamed = _rename(tried.header, target)
     if not is_stored and tried.header.keys() <= wanted:  # not written by transformers
         return None
-    origins, computed = _origins(tried, network, renamed)
+    origins, computed = _origins(tried, target, renamed)
     if (
         not computed
         and tried.prefix == entry.prefix
@@ -232,7 +254,7 @@ def _plan(entry: Entry, network: nn.Module, is_stored: bool) -> Plan | None:
     made: dict[str, Origin] = {}
     for conversion in computed:
         try:
-            values = conversion.run(read_shape, network)
+            values = conversion.run(read_shape, target.network)
         except Exception as error:
             names = [name for name, _ in conversion.sources]
             raise CheckpointError(
@@ -250,7 +272,7 @@ def _plan(entry: Entry, network: nn.Module, is_stored: bool) -> Plan | None:
     return Plan(tried.prefix, {**origins, **made}, header)
 
 
-def _rename(names: Iterable[str], network: Any) -> list[tuple[str, str, Any, str]]:
+def _rename(names: Iterable[str], target: Target) -> list[tuple[str, str, Any, str]]:
     """For each name in a file: the module's name, the name, its converter and the pattern."""
     from transformers.core_model_loading import (
         WeightConverter,
@@ -258,12 +280,11 @@ def _rename(names: Iterable[str], network: Any) -> list[tuple[str, str, Any, str
         rename_source_key,
     )
 
-    table = _table(network)
-    transforms = [] if table is None else table(network)  # a new table: some entries have a state
+    transforms = target.transforms()
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
-    state, base = network.state_dict(), network.base_model_prefix
+    state, base = target.state, target.network.base_model_prefix
     renamed = []
     for name in sorted(names, key=_by_number):  # so that experts are in order
         new, pattern = name, ""
@@ -285,13 +306,10 @@ def _by_number(name: str) -> list[tuple[int, int, str]]:
 
 
 def _origins(
-    entry: Entry, network: nn.Module, renamed: Sequence[tuple[str, str, Any, str]]
+    entry: Entry, target: Target, renamed: Sequence[tuple[str, str, Any, str]]
 ) -> tuple[dict[str, str], list[Conversion]]:
     """Names in the file by those in the module, and conversions of several tensors."""
-    # older versions stored tensors that modules compute when they are built, such as positions and
-    # masks
-    unsaved = {name for name, _ in network.named_buffers()} - network.state_dict().keys()
-    unsaved |= ignored_names(network, (new for new, *_ in renamed))
+    unsaved = target.unsaved | target.ignored(new for new, *_ in renamed)
     origins: dict[str, str] = {}
     collected: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
     for new, name, converter, pattern in renamed:
@@ -302,7 +320,7 @@ def _origins(
         elif origins.setdefault(new, name) != name:
             raise CheckpointError(
                 f"{entry!r} can't be opened: {origins[new]!r} and {name!r} both correspond to "
-                f"{new!r} in {type(network).__name__}. Save it again from transformers."
+                f"{new!r} in {type(target.network).__name__}. Save it again from transformers."
             )
     computed = [Conversion(by, new, tuple(found)) for new, (by, found) in collected.items()]
     return origins, computed

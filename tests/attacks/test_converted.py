@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -71,3 +72,24 @@ def test_masks_that_old_versions_stored_are_ignored(tmp_path):
     mixed = mix(collection, [0.5, 0.5])
     assert not any(name.endswith(".attn.bias") for name in mixed)
     assert all(torch.equal(value, expected[name]) for name, value in mixed.items())
+
+
+def test_the_names_of_a_model_are_listed_once_for_all_files(tmp_path):
+    """Once, each file with another name cost as much as a file with all of them."""
+    config = transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=20, n_positions=8)
+    model = transformers.GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path / "base")
+    calls = []
+    for n in (2, 20):
+        for k in range(n):
+            save_file({f"t{k}": torch.ones(1)}, tmp_path / f"ft{k}.safetensors")
+        state_dict = transformers.PreTrainedModel.state_dict
+        with (
+            patch.object(
+                transformers.PreTrainedModel, "state_dict", autospec=True, side_effect=state_dict
+            ) as listed,
+            pytest.raises(CheckpointError, match=r"cannot join this collection: .*it adds 't0'"),
+        ):
+            CheckpointCollection.from_path(tmp_path, module=tmp_path / "base")
+        calls.append(listed.call_count)
+    assert calls[0] == calls[1] > 0
