@@ -182,6 +182,7 @@ class Seen:
     def __init__(self) -> None:
         self._levels: dict[str, list[tuple[int, int, int]]] = {}
         self.n_searches = 0
+        self.holding: dict[str, bool] = {}  # whether folders below checkpoints hold runs
         self.n_again = 0  # how often one came to a folder of an earlier search
 
     def is_new(self, folder: Path, depth: int = DEPTH, lightning: int = DEPTH + 1) -> bool:
@@ -251,7 +252,7 @@ def find_runs(
         if looks_below:
             taken = {*found}
             others = [path for path in inner if path not in taken]
-            _warn_of_runs_below(folder, found, others, suffixes)
+            _warn_of_runs_below(folder, found, others, suffixes, seen)
         if steps or any(suffix_of(path) == ".ckpt" or TIMED.search(path.stem) for path in files):
             yield Run(folder, found)
         else:
@@ -280,12 +281,20 @@ def _readable(folders: Sequence[Path]) -> list[Path]:
 
 
 def _warn_of_runs_below(
-    folder: Path, found: Sequence[Path], inner: Sequence[Path], suffixes: Collection[str]
+    folder: Path,
+    found: Sequence[Path],
+    inner: Sequence[Path],
+    suffixes: Collection[str],
+    seen: Seen,
 ) -> None:
     """Warn if a folder with checkpoints, maybe a soup, has runs in the folders below it."""
-    seen = Seen()
-    seen.is_new(folder)
-    below = [path for path in inner if _holds_runs(path, suffixes, seen)]
+    here, holding = Seen(), seen.holding  # what links of many folders lead to is searched once
+    here.is_new(folder)
+    places = {real_path(path): path for path in reversed(inner)}
+    for place, path in places.items():
+        if place not in holding:
+            holding[place] = _holds_runs(path, suffixes, here)
+    below = [path for place, path in reversed(places.items()) if holding[place]]
     if below:
         names = ", ".join(repr(path.name) for path in (found[0], below[0]))
         pattern = os.path.join(folder, "*", "")

@@ -34,6 +34,23 @@ def test_links_to_the_folder_above_are_not_followed(tmp_path):
     assert looks.call_count == 1  # of what is below: run
 
 
+def test_what_links_of_many_runs_lead_to_is_searched_once(tmp_path):
+    """To warn of runs below; such as a large data set beside each run."""
+    (tmp_path / "data").mkdir()
+    for k in range(20):
+        run = tmp_path / "sweep" / f"run{k}"
+        run.mkdir(parents=True)
+        save_file({"w": torch.ones(2)}, run / "w.safetensors")
+        (run / "data").symlink_to("../../data")
+    with patch.object(sweeps, "list_files", wraps=sweeps.list_files) as listed:
+        assert len(CheckpointCollection.from_path(tmp_path / "sweep")) == 20
+    assert listed.call_count == 22  # the sweep, each run, and the data
+    save_file({"w": torch.ones(2)}, tmp_path / "data" / "w.safetensors")
+    with pytest.warns(SoupWarning, match=r"holds 1 checkpoint and 1 folder with more") as caught:
+        CheckpointCollection.from_path(tmp_path / "sweep")
+    assert len(caught) == 20
+
+
 def test_many_metrics_of_many_steps_are_read_once(tmp_path):
     run = tmp_path / "run0"
     for step in (1, 2):
