@@ -66,7 +66,7 @@ def test_runs_of_trainer_with_any_network(tmp_path):
 
     torch.manual_seed(0)
     rows = [{"x": torch.randn(4), "labels": k % 2} for k in range(32)]
-    finals = []
+    finals, lasts = [], []
     for k in range(2):
         arguments = transformers.TrainingArguments(
             str(tmp_path / "sweep" / f"run-{k}"), num_train_epochs=3, learning_rate=3.0, seed=k,
@@ -79,6 +79,8 @@ def test_runs_of_trainer_with_any_network(tmp_path):
         trainer.train()
         trainer.save_model()
         finals.append(trainer.state.best_global_step)
+        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        lasts.append(-losses[-1])
     assert finals != [6, 6]  # the final model is not the last
     steps = tuple(f"checkpoint-{n}" for n in (2, 4, 6))
     open_sweep = partial(from_path, tmp_path / "sweep", module=partial(nn.Linear, 4, 2))
@@ -93,8 +95,9 @@ def test_runs_of_trainer_with_any_network(tmp_path):
     for state in (tmp_path / "sweep").rglob("trainer_state.json"):  # without a best one
         record = dict.fromkeys(("best_global_step", "best_metric", "best_model_checkpoint"))
         state.write_text(json.dumps({**json.loads(state.read_text()), **record}))
-    found = open_sweep(which="last")
+    found = open_sweep(which="last", scores="recorded")
     assert [found.path(name).name for name in found] == ["model.safetensors"] * 2
+    assert [*found.scores.values()] == pytest.approx(lasts)
 
 
 @pytest.mark.filterwarnings("default")  # theirs

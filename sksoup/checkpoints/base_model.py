@@ -53,7 +53,7 @@ class BaseModel(BaseCheckpoint):
         self._outputs = _outputs(module)
         self._names = frozenset(module.state_dict())
         self._computed = computed_names(module)
-        self._tied = tied_names(module)
+        self._tied = {name: same for same in tied_names(module) for name in same}
         self._digests: dict[frozenset[str], str] = {}
 
     def __repr__(self) -> str:
@@ -100,7 +100,7 @@ class BaseModel(BaseCheckpoint):
 
     def check_target(self, name: str, label: str) -> None:
         """Raise an error if an adapter changes a tied tensor, which would untie it."""
-        if others := self._tied.get(name):
+        if others := [other for other in self._tied.get(name, ()) if other != name]:
             raise CheckpointError(
                 f"{label} can't be opened as a LoRA adapter: it changes {name!r}, which is tied to "
                 f"{', '.join(map(repr, others))} in the base, but PEFT changes only one of them. "
@@ -167,13 +167,12 @@ def _outputs(network: nn.Module) -> frozenset[str]:
     return frozenset(name for name, part in network.named_modules() if part is last)
 
 
-def tied_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
-    """For each tensor with several names, its other names."""
+def tied_names(module: nn.Module) -> list[list[str]]:
+    """The names of each tensor that has several."""
     names: defaultdict[int, list[str]] = defaultdict(list)
     for name, value in module.state_dict(keep_vars=True).items():
         names[id(value)].append(name)
-    shared = [same for same in names.values() if len(same) > 1]
-    return {name: tuple(n for n in same if n != name) for same in shared for name in same}
+    return [same for same in names.values() if len(same) > 1]
 
 
 def base_of_folder(folder: Path, module: HubModule) -> BaseModel:

@@ -44,14 +44,14 @@ class Record:
     last: int = -1  # the step at which it was written, if known
 
 
-def read_trainer(state: Path, folder: str) -> Record:
-    """The record in a ``trainer_state.json``; ``folder`` is the run's, with its final model."""
+def read_trainer(state: Path, final: str) -> Record:
+    """The record in a ``trainer_state.json``; ``final`` is the name of the run's final model."""
     if not state.is_file():
         return Record()
     record, of_final = _of_trainer(RealFile.at(state))
     if of_final is None:
         return record
-    values = ChainMap({folder: of_final}, record.values)  # type: ignore[arg-type]  # never written
+    values = ChainMap({final: of_final}, record.values)  # type: ignore[arg-type]  # never written
     return replace(record, values=values)
 
 

@@ -76,7 +76,7 @@ class Run:
             states = [path / TRAINER_STATE for path in steps]
             newest = next((path for path in states if path.is_file()), states[0])
             found = [
-                read_trainer(path, self.folder.name)
+                read_trainer(path, (self.final or self.folder).name)
                 for path in (newest, self.folder / TRAINER_STATE)
             ]
             return max(found, key=lambda record: record.last)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -49,14 +49,13 @@ def _without(entry: Entry, names: set[str]) -> Entry:
     return replace(entry, without=frozenset(names)) if names else entry
 
 
-def _same_values(entry: Entry, wanted: Set[str], tied: Mapping[str, Collection[str]]) -> set[str]:
+def _same_values(entry: Entry, wanted: Set[str], tied: Iterable[Sequence[str]]) -> set[str]:
     """Further names of tied weights; raise an error if the checkpoint has other values by them."""
-    pairs = [
-        (name, other)
-        for name in entry.header
-        for other in tied.get(name, ())
-        if name not in wanted and other in wanted and other in entry.header
-    ]
+    pairs = []
+    for same in tied:
+        names = [name for name in same if name in entry.header]
+        first = next((name for name in names if name in wanted), "")
+        pairs += [(name, first) for name in names if first and name not in wanted]
     if not pairs:
         return set()
     with _opened(entry) as read:

@@ -35,12 +35,8 @@ def check_tied(module: nn.Module, checkpoints: CheckpointCollection) -> None:
     The module could hold one of them only. Where two names of a parameter are in the files, their
     tensors are read, and no others.
     """
-    first = {
-        name: min(n for n in (name, *others) if n in checkpoints.layout)
-        for name, others in tied_names(module).items()
-        if name in checkpoints.layout
-    }
-    pairs = [(name, other) for name, other in first.items() if name != other]
+    held = (sorted(checkpoints.layout.keys() & same) for same in tied_names(module))
+    pairs = [(name, first) for first, *others in filter(None, held) for name in others]
     for checkpoint in checkpoints if pairs else ():
         with checkpoints.open(checkpoint) as read:
             for name, other in pairs:

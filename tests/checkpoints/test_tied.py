@@ -19,6 +19,7 @@ from sksoup import (
     UniformSoup,
     mix,
 )
+from sksoup.checkpoints import tied
 from sksoup.checkpoints.tied import drop_copies
 from sksoup.inspection import interpolation_path
 
@@ -147,8 +148,8 @@ def test_untied_weights_are_an_error(runs, tmp_path):
 
 def test_without_a_module_names_of_one_memory_are_one_tensor(models, tmp_path):
     torch.save(models[0].state_dict(), tmp_path / "tied.pt")
-    for tied in (models[0].state_dict(), tmp_path / "tied.pt"):
-        collection = CheckpointCollection([tied, once(models[1])])
+    for state in (models[0].state_dict(), tmp_path / "tied.pt"):
+        collection = CheckpointCollection([state, once(models[1])])
         assert HEAD not in collection.layout
         assert same_tensors(collection[collection.names[0]], once(models[0]))
     copied = {name: value.clone() for name, value in models[0].state_dict().items()}
@@ -197,3 +198,17 @@ def test_a_header_that_many_share_is_walked_once():
     entries = [SimpleNamespace(header=header) for _ in range(50)]
     assert drop_copies(entries, None) == entries
     assert Header.n_walks <= 1
+
+
+def test_each_further_name_of_a_tensor_is_compared_once(monkeypatch):
+    """Once, with each name that all checkpoints have."""
+    compared = []
+    monkeypatch.setattr(tied, "same_bits", lambda a, b: compared.append(a) or torch.equal(a, b))
+    net = nn.ModuleList([nn.Linear(2, 2)] * 40)
+    full = net.state_dict()
+    half = {name: full[name] for name in [*full][:40]}
+    assert len(CheckpointCollection([half, full], module=net).layout) == 40
+    assert len(compared) == 40
+    full["39.bias"] = torch.zeros(2)
+    with pytest.raises(CheckpointError, match=r"'39.bias' has other values than '0.bias' in it"):
+        CheckpointCollection([half, full], module=net)
