@@ -182,8 +182,13 @@ class Seen:
     def __init__(self) -> None:
         self._levels: dict[str, list[tuple[int, int, int]]] = {}
         self.n_searches = 0
-        self.holding: dict[str, bool] = {}  # whether folders below checkpoints hold runs
         self.n_again = 0  # how often one came to a folder of an earlier search
+        self.holding: dict[str, bool] = {}  # whether folders beside checkpoints hold runs
+
+    @cached_property
+    def below(self) -> Seen:
+        """The folders below checkpoints that were searched for runs, to warn of them."""
+        return Seen()
 
     def is_new(self, folder: Path, depth: int = DEPTH, lightning: int = DEPTH + 1) -> bool:
         """Whether a folder was not yet searched so far down; from now on, it was."""
@@ -288,13 +293,12 @@ def _warn_of_runs_below(
     seen: Seen,
 ) -> None:
     """Warn if a folder with checkpoints, maybe a soup, has runs in the folders below it."""
-    here, holding = Seen(), seen.holding  # what links of many folders lead to is searched once
-    here.is_new(folder)
+    seen.below.is_new(folder)
     places = {real_path(path): path for path in reversed(inner)}
     for place, path in places.items():
-        if place not in holding:
-            holding[place] = _holds_runs(path, suffixes, here)
-    below = [path for place, path in reversed(places.items()) if holding[place]]
+        if place not in seen.holding:
+            seen.holding[place] = _holds_runs(path, suffixes, seen.below)
+    below = [path for place, path in reversed(places.items()) if seen.holding[place]]
     if below:
         names = ", ".join(repr(path.name) for path in (found[0], below[0]))
         pattern = os.path.join(folder, "*", "")

@@ -42,9 +42,12 @@ def test_what_links_of_many_runs_lead_to_is_searched_once(tmp_path):
         run.mkdir(parents=True)
         save_file({"w": torch.ones(2)}, run / "w.safetensors")
         (run / "data").symlink_to("../../data")
+        (run / "logs").mkdir()
+        (run / "logs" / "more").symlink_to("../../../more")
+    (tmp_path / "more").mkdir()
     with patch.object(sweeps, "list_files", wraps=sweeps.list_files) as listed:
         assert len(CheckpointCollection.from_path(tmp_path / "sweep")) == 20
-    assert listed.call_count == 22  # the sweep, each run, and the data
+    assert listed.call_count == 43  # the sweep, each run with its logs, the data, and more
     save_file({"w": torch.ones(2)}, tmp_path / "data" / "w.safetensors")
     with pytest.warns(SoupWarning, match=r"holds 1 checkpoint and 1 folder with more") as caught:
         CheckpointCollection.from_path(tmp_path / "sweep")
