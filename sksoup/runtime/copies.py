@@ -32,7 +32,16 @@ def copied(network: Network) -> Network:
     such as ``net.forward = torch.compile(net.forward)``, would still call the original's layers.
     """
     memo: dict[int, Any] = {}
-    found = copy.deepcopy(network, memo)
+    try:
+        found = copy.deepcopy(network, memo)
+    except (TypeError, ReferenceError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "deepcopy" not in str(error):  # out of memory
+            raise
+        raise ValueError(
+            f"A copy of {type(network).__name__} can't be made ({error}). Remove the attribute "
+            f"that can't be copied, pass its state_dict(), or a function that builds the network: "
+            f"module=build_model."
+        ) from error
     original = Original(network)
     for name, module in found.named_modules():
         for attribute, value in [*vars(module).items()]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from functools import cache, partial
 from types import MethodType, ModuleType, SimpleNamespace
@@ -167,6 +168,37 @@ def test_functions_that_find_the_network_as_a_global_are_refused(zoo: Zoo):
     assert same_tensors(mix(collection, [1.0]), net.state_dict())
     with pytest.raises(ValueError, match="copy of Net can't be made"):
         GreedySoup().fit(collection, zoo.X, zoo.y)
+
+
+def with_lock(net):
+    net.lock = threading.Lock()
+
+
+def with_last_output(net):
+    net.last = net(torch.zeros(2, 4))
+
+
+def with_weight_norm(net):
+    with warnings.catch_warnings(action="ignore"):
+        torch.nn.utils.weight_norm(net.hidden)
+
+
+@pytest.mark.parametrize("change", [with_lock, with_last_output, with_weight_norm])
+def test_networks_that_can_not_be_copied_are_mixed_and_else_refused(zoo: Zoo, change):
+    nets = [copies.copy.deepcopy(zoo.checkpoints.build_module()) for _ in range(2)]
+    for net in nets:
+        change(net)
+    assert same_tensors(mix(nets, [0.0, 1.0]), nets[1].state_dict())
+    states = [net.state_dict() for net in nets]
+    for fit in (
+        lambda: GreedySoup().fit(CheckpointCollection(nets), zoo.X, zoo.y),
+        lambda: CheckpointCollection(states, module=nets[0]),
+        lambda: GreedySoup().fit(
+            CheckpointCollection(states, module=Keeper(nets[0])), zoo.X, zoo.y
+        ),
+    ):
+        with pytest.raises(ValueError, match=r"copy of Net can't be made \(.*module=build_model"):
+            fit()
 
 
 def test_what_functions_of_all_layers_refer_to_is_looked_at_once():
