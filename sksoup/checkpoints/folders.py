@@ -21,7 +21,7 @@ FOLDER_WEIGHTS = (
     "params.safetensors",
     "params.pt",
 )
-STEP = re.compile(r"checkpoint-\d+")  # a folder written by transformers' Trainer
+STEP = re.compile(r"checkpoint-(\d+)")  # a folder written by transformers' Trainer
 TRAINER_STATE = "trainer_state.json"  # in it
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT's names
 # files that training loops write next to the weights

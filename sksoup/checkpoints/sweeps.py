@@ -103,7 +103,7 @@ class Run:
                 rank = 1
             if step >= 0 and path.name == self.record.best:
                 rank = 0
-            named = TIME.search(path.stem)
+            named = TIME.search(path.stem) or STEP.fullmatch(path.name)
             # Lightning's best.ckpt is before best-v1.ckpt
             key = natural_key(Path(re.sub(r"(-v\d+)(\.[^./]*)$", r"\2\1", str(path))))
             return step, rank, int(named[1]) if named else -1, key

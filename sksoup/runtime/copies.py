@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .memory import is_out_of_memory
+
 Network = TypeVar("Network", bound=nn.Module)
 EMPTY = object()  # the content of a variable that has no value yet
 MOST = 100_000  # objects that are looked at in an attribute or a factory
@@ -34,8 +36,8 @@ def copied(network: Network) -> Network:
     memo: dict[int, Any] = {}
     try:
         found = copy.deepcopy(network, memo)
-    except (TypeError, ReferenceError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "deepcopy" not in str(error):  # out of memory
+    except Exception as error:  # of any attribute
+        if is_out_of_memory(error):
             raise
         raise ValueError(
             f"A copy of {type(network).__name__} can't be made ({error}). Remove the attribute "

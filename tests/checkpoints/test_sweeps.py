@@ -69,6 +69,16 @@ def test_runs_of_a_network_that_is_not_of_transformers(sweep):
     assert len(from_path(other)) == 3  # files of several runs
 
 
+def test_a_file_without_a_number_is_before_the_steps(sweep):
+    """Such as the start in the folder of a run; once, it was taken for the last checkpoint."""
+    expected = {which: files(from_path(sweep, which=which)) for which in ("best", "last")}
+    for run in sweep.iterdir():
+        save_file(STATE, run / "init.safetensors")
+    for which, names in expected.items():
+        assert files(from_path(sweep, which=which)) == names
+    assert len(from_path(sweep, which="all")) == 12
+
+
 def test_hidden_files_are_no_checkpoints(tmp_path):
     """As macOS writes beside each file of another file system."""
     for name in ("a", "b"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 import warnings
 from functools import cache, partial
@@ -183,7 +184,25 @@ def with_weight_norm(net):
         torch.nn.utils.weight_norm(net.hidden)
 
 
-@pytest.mark.parametrize("change", [with_lock, with_last_output, with_weight_norm])
+def with_scripted_function(net):
+    with warnings.catch_warnings(action="ignore"):
+        net.act = torch.jit.script(scripted)
+
+
+def scripted(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+def with_shared_lock(net):
+    net.lock = multiprocessing.Lock()
+
+
+UNCOPIED = [
+    with_lock, with_last_output, with_weight_norm, with_scripted_function, with_shared_lock,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", UNCOPIED)
 def test_networks_that_can_not_be_copied_are_mixed_and_else_refused(zoo: Zoo, change):
     nets = [copies.copy.deepcopy(zoo.checkpoints.build_module()) for _ in range(2)]
     for net in nets:
@@ -199,6 +218,17 @@ def test_networks_that_can_not_be_copied_are_mixed_and_else_refused(zoo: Zoo, ch
     ):
         with pytest.raises(ValueError, match=r"copy of Net can't be made \(.*module=build_model"):
             fit()
+
+
+def test_a_copy_without_memory_is_out_of_memory(zoo: Zoo):
+    """As the searches ask for less then."""
+    net = zoo.checkpoints.build_module()
+    for error in (torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory: 8 bytes")):
+        with (
+            patch.object(copies.copy, "deepcopy", side_effect=error),
+            pytest.raises(type(error), match=str(error)),
+        ):
+            copied(net)
 
 
 def test_what_functions_of_all_layers_refer_to_is_looked_at_once():
