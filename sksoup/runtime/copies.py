@@ -111,8 +111,9 @@ class Original:
     def is_kept_by(self, factory: Any) -> bool:
         """Whether a part of the network is in the variables of a factory, or in objects there."""
         # those that are near first: that of transformers' Trainer is before its data
-        todo = deque(vars(factory).values() if isinstance(factory, type) else [factory])
-        seen, n_found = set[int](), 0
+        todo, seen, n_found = deque([factory]), set[int](), 0
+        if isinstance(factory, type):
+            todo = deque([factory.__init__, *vars(factory).values()])  # type: ignore[misc]
         while todo and n_found < MOST:
             value = todo.popleft()
             if self._has(value):

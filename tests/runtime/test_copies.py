@@ -321,6 +321,11 @@ def of_a_class(net):
     return OfATable
 
 
+def of_a_subclass(net):
+    of_a_table(net)
+    return type("Inherits", (OfATable,), {})
+
+
 def of_an_array(net):
     """The network itself is new."""
     array = net.hidden.weight.detach().numpy().copy()
@@ -393,8 +398,8 @@ class Around(nn.Module):
 
 
 FACTORIES = [
-    of_a_lambda, of_a_part, of_a_cache, of_a_table, of_a_class, of_an_array, of_a_cached_function,
-    Keeper, of_a_method, of_a_module, of_an_attribute, of_data, of_a_proxy,
+    of_a_lambda, of_a_part, of_a_cache, of_a_table, of_a_class, of_a_subclass, of_an_array,
+    of_a_cached_function, Keeper, of_a_method, of_a_module, of_an_attribute, of_data, of_a_proxy,
 ]  # fmt: skip
 
 
