@@ -294,11 +294,12 @@ def _warn_of_runs_below(
 ) -> None:
     """Warn if a folder with checkpoints, maybe a soup, has runs in the folders below it."""
     seen.below.is_new(folder)
-    places = {real_path(path): path for path in reversed(inner)}
-    for place, path in places.items():
-        if place not in seen.holding:
+    places: dict[str, Path] = {}
+    for path in inner:
+        if (place := real_path(path)) not in seen.holding:
             seen.holding[place] = _holds_runs(path, suffixes, seen.below)
-    below = [path for place, path in reversed(places.items()) if seen.holding[place]]
+        places.setdefault(place, path)
+    below = [path for place, path in places.items() if seen.holding[place]]
     if below:
         names = ", ".join(repr(path.name) for path in (found[0], below[0]))
         pattern = os.path.join(folder, "*", "")

@@ -54,6 +54,20 @@ def test_what_links_of_many_runs_lead_to_is_searched_once(tmp_path):
     assert len(caught) == 20
 
 
+def test_links_to_folders_in_each_other_are_all_warned_of(tmp_path):
+    (tmp_path / "more" / "sub").mkdir(parents=True)
+    save_file({"w": torch.ones(2)}, tmp_path / "more" / "sub" / "w.safetensors")
+    for name in ("a", "b"):
+        run = tmp_path / "sweep" / name
+        run.mkdir(parents=True)
+        save_file({"w": torch.ones(2)}, run / "w.safetensors")
+        (run / "all").symlink_to("../../more")
+    (tmp_path / "sweep" / "a" / "last").symlink_to("../../more/sub")
+    with pytest.warns(SoupWarning, match="holds 1 checkpoint and") as caught:
+        CheckpointCollection.from_path(tmp_path / "sweep")
+    assert ["2 folders with more" in str(each.message) for each in caught] == [True, False]
+
+
 def test_many_metrics_of_many_steps_are_read_once(tmp_path):
     run = tmp_path / "run0"
     for step in (1, 2):
