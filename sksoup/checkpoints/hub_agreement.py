@@ -43,9 +43,11 @@ def check_configs(entries: Iterable[Entry]) -> None:
         path = folder / "config.json"
         text = _text(path)
         digest = hashlib.sha256(text.encode()).digest()
-        if digest in seen or (config := _parsed(text)) is None:
+        if digest in seen:
             continue
         seen.add(digest)
+        if (config := _parsed(text)) is None:
+            continue
         first = first or path
         for field, found in _compare(path, config, known).items():
             odd.setdefault(field, found)

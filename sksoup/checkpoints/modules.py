@@ -84,29 +84,30 @@ def _listings(folder: Path) -> Iterator[tuple[Path, list[Listed]]]:
     for path in (folder / MODULES, folder / ROUTER, folder / "config.json"):
         if path.is_file():
             listed = _listed(RealFile.at(path), path.name)
+            if isinstance(listed, str):
+                raise CheckpointError(
+                    f"{str(path)!r} can't be read: expected a list of modules, each with a 'path' "
+                    f"({listed}). Correct the file, or use save(path)."
+                )
             if listed is not None:
+                _check_number(len(listed), path)
                 yield path, listed
 
 
 @lru_cache(maxsize=KEPT)  # many paths may be links to one file
-def _listed(file: RealFile, name: str) -> list[Listed] | None:
-    """The modules in one file of this name; None if it is no such file."""
+def _listed(file: RealFile, name: str) -> list[Listed] | str | None:
+    """The modules in one file of this name, or what is wrong; None if it is no such file."""
     path = file.path
     is_config = name == "config.json"  # in older versions also of a Router
     try:
         found: Any = json.loads(read_text(path, CONFIG_LIMIT if is_config else LIMIT))
-        listed = _of_modules(found) if name == MODULES else _of_routes(found)
+        return _of_modules(found) if name == MODULES else _of_routes(found)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         if is_config and isinstance(error, json.JSONDecodeError):  # unreadable for all
             return None
-        raise CheckpointError(
-            f"{str(path)!r} can't be read: expected a list of modules, each with a 'path' "
-            f"({type(error).__name__}: {error}). Correct the file, or use save(path)."
-        ) from error
-    _check_number(len(listed), path)
-    return listed
+        return f"{type(error).__name__}: {error}"
 
 
 def _of_modules(found: Any) -> list[Listed]:

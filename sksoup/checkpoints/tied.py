@@ -55,7 +55,8 @@ def _same_values(entry: Entry, wanted: Set[str], tied: Iterable[Sequence[str]]) 
     for same in tied:
         names = [name for name in same if name in entry.header]
         first = next((name for name in names if name in wanted), "")
-        pairs += [(name, first) for name in names if first and name not in wanted]
+        if first and not wanted >= {*names}:
+            pairs += [(name, first) for name in names if name != first]
     if not pairs:
         return set()
     with _opened(entry) as read:
@@ -67,7 +68,7 @@ def _same_values(entry: Entry, wanted: Set[str], tied: Iterable[Sequence[str]]) 
                     f"{other!r} in it, so these weights are not tied, but the module ties them, "
                     f"and other checkpoints store only {other!r}. Leave this checkpoint out."
                 )
-    return {name for name, _ in pairs}
+    return {name for name, _ in pairs} - wanted
 
 
 def _same_memory(entry: Entry, wanted: Set[str]) -> set[str]:

@@ -54,6 +54,20 @@ def test_what_links_of_many_runs_lead_to_is_searched_once(tmp_path):
     assert len(caught) == 20
 
 
+def test_an_invalid_list_of_modules_is_parsed_once_for_all_links_to_it(tmp_path):
+    (tmp_path / "modules.json").write_text("[{}")
+    save_file({"w": torch.ones(2)}, tmp_path / "w.safetensors")
+    for k in range(5):
+        (tmp_path / f"f{k}").mkdir()
+        (tmp_path / f"f{k}" / "modules.json").symlink_to("../modules.json")
+    with patch.object(modules.json, "loads", wraps=json.loads) as parsed:
+        assert len(CheckpointCollection.from_path(tmp_path / "w.safetensors")) == 1
+        for k in range(5):
+            with pytest.raises(CheckpointError, match=rf"f{k}/modules.json' can't be read: .*JSON"):
+                modules.module_folders(tmp_path / f"f{k}")
+    assert parsed.call_count == 1
+
+
 def test_links_to_folders_in_each_other_are_all_warned_of(tmp_path):
     (tmp_path / "more" / "sub").mkdir(parents=True)
     save_file({"w": torch.ones(2)}, tmp_path / "more" / "sub" / "w.safetensors")

@@ -149,8 +149,11 @@ def test_an_old_config_beside_the_one_that_transformers_writes(tmp_path, name):
         assert len(CheckpointCollection(paths)) == 2
 
 
-def test_equal_texts_are_read_but_parsed_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_valid", [True, False])
+def test_equal_texts_are_read_but_parsed_once(tmp_path, monkeypatch, is_valid):
     paths = folders(tmp_path, *[{}] * 9)
+    for path in () if is_valid else paths:
+        (path / "config.json").write_text("[{")
     parsed = []
     monkeypatch.setattr(
         hub_agreement,

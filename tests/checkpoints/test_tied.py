@@ -208,7 +208,11 @@ def test_each_further_name_of_a_tensor_is_compared_once(monkeypatch):
     full = net.state_dict()
     half = {name: full[name] for name in [*full][:40]}
     assert len(CheckpointCollection([half, full], module=net).layout) == 40
-    assert len(compared) == 40
+    assert len(compared) == 2 * 39
     full["39.bias"] = torch.zeros(2)
     with pytest.raises(CheckpointError, match=r"'39.bias' has other values than '0.bias' in it"):
+        CheckpointCollection([half, full], module=net)
+    full = net.state_dict()
+    full["1.bias"] = torch.zeros(2)  # which both have
+    with pytest.raises(CheckpointError, match=r"'1.bias' has other values than '0.bias' in it"):
         CheckpointCollection([half, full], module=net)
