@@ -102,6 +102,28 @@ def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool
     )
 
 
+class Walked(dict):
+    """A dict that counts how often its keys, values or items are asked for."""
+
+    n_walks = 0
+
+    def __iter__(self):
+        self.n_walks += 1
+        return super().__iter__()
+
+    def keys(self):
+        self.n_walks += 1
+        return super().keys()
+
+    def values(self):
+        self.n_walks += 1
+        return super().values()
+
+    def items(self):
+        self.n_walks += 1
+        return super().items()
+
+
 @contextmanager
 def reads():
     """Count how often each checkpoint is opened."""

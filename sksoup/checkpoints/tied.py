@@ -24,11 +24,11 @@ def drop_copies(
     module ties it to one that all checkpoints have (``wanted``, if given), and both have the same
     values. Without a module they must have the same memory. Old files lack BatchNorm's counters.
     """
+    headers = {id(entry.header): entry.header for entry in entries}.values()  # may be shared
+    names = [header.keys() for header in headers]
     if wanted is None:
-        headers = {id(entry.header): entry.header for entry in entries}.values()  # may be shared
-        first, *others = (header.keys() for header in headers)
-        wanted = set(first).intersection(*others)
-    if all(entry.header.keys() <= wanted for entry in entries):
+        wanted = set(names[0]).intersection(*names[1:])
+    if all(one <= wanted for one in names):
         return list(entries)
     network = skeleton(module)
     counters = [counters_of(entry.header) - wanted for entry in entries]

@@ -11,6 +11,7 @@ import torch
 from sksoup import CheckpointCollection, CheckpointError
 from sksoup.checkpoints import records
 
+from ..zoo import Walked
 from .runs import write_folder, write_lightning, write_trainer
 
 from_path = CheckpointCollection.from_path
@@ -140,14 +141,7 @@ def test_the_state_of_a_run_that_is_no_state(tmp_path):
 def test_the_metrics_of_a_run_are_looked_at_once():
     """There may be a hundred thousand, and thousands of checkpoints."""
 
-    class Metrics(dict):
-        n_walks = 0
-
-        def __iter__(self):
-            Metrics.n_walks += 1
-            return super().__iter__()
-
-    record = records.Record(metrics=Metrics(eval_a=1, eval_b=1))
+    record = records.Record(metrics=Walked(eval_a=1, eval_b=1))
     with pytest.raises(CheckpointError, match="have no 'eval_a'"):
         records.recorded_scores([(Path(f"checkpoint-{k}"), record) for k in range(50)])
-    assert Metrics.n_walks <= 1
+    assert record.metrics.n_walks == 1
